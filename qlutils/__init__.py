@@ -1,0 +1,30 @@
+"""qlutils: where a language model keeps a fact, per query. A reproduction of Query Localization (ICLR 2025).
+
+Names are imported when first used, so that `import qlutils` does not wait for torch.
+"""
+
+from importlib import import_module
+
+_HOME = {
+    "load_model": "models", "LanguageModel": "models", "UnsupportedModel": "arch",
+    "Fact": "data", "load_facts": "data",
+    "attribute": "attribution",
+    "knowledge_neurons": "neurons", "consistency": "neurons",
+    "answer_probability": "interventions", "scale_neurons": "interventions",
+    "edit_weights": "editing", "save_edited": "editing", "perplexity": "editing",
+    "find_synapses": "synapses", "scale_synapses": "synapses",
+}
+__all__ = sorted(_HOME)
+__version__ = "0.1.0"
+
+
+def __getattr__(name):
+    if name in _HOME:
+        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'qlutils' has no attribute {name!r}; public names: {', '.join(__all__)}")
+
+
+def __dir__():
+    return __all__

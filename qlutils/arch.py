@@ -1,0 +1,182 @@
+"""Everything that differs between model families, and nothing else.
+
+The rest of the package sees a model through the `Architecture` found here: its decoder layers, the
+down-projection of each MLP (whose *input* holds the neurons), the modules between the last layer and the
+unembedding, and the elementwise map from unembedding output to logits. What is found is not trusted: at
+load `models.LanguageModel` replays a row through it and compares the logits with the model's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+# Where the down-projection sits inside a decoder layer, by family.
+DOWN_PROJECTIONS = (
+    "mlp.down_proj",  # LLaMA, Mistral, Qwen, Gemma, Phi-3, OLMo, Granite, Cohere, StableLM
+    "mlp.c_proj",  # GPT-2, GPT-Neo, GPT-BigCode, StarCoder 2
+    "mlp.dense_4h_to_h",  # GPT-NeoX, BLOOM, Falcon
+    "mlp.fc_out",  # GPT-J, CodeGen
+    "mlp.fc2",  # Phi
+    "fc2",  # OPT
+)
+# The projection whose output is the pre-activation, a sibling of the down-projection.
+UP_PROJECTIONS = ("gate_proj", "gate_up_proj", "c_fc", "dense_h_to_4h", "fc_in", "fc1", "up_proj")
+# Families whose attention is written out in their own module instead of going through the interface.
+NO_ATTENTION_INTERFACE = ("gptj", "falcon", "bloom", "codegen", "gpt_neo")
+
+
+class UnsupportedModel(ValueError):
+    """The model cannot be studied exactly; the message names it and says why."""
+
+
+@dataclass
+class Architecture:
+    """The parts of one causal language model.
+
+    `layers` are the decoder layers, `downs` their down-projections, `tail` the modules between the last layer
+    and the unembedding `head`. Logits are `softcap * tanh(scale * head(x) / softcap)`, or `scale * head(x)`
+    where there is no soft cap.
+    """
+
+    name: str
+    layers: list[nn.Module]
+    downs: list[nn.Module]
+    ups: list[nn.Module]
+    head: nn.Module
+    num_neurons: int
+    num_heads: int
+    scale: float = 1.0
+    softcap: float | None = None
+    tail: list[nn.Module] = field(default_factory=list)
+    uses_attention_interface: bool = True
+
+
+def find_architecture(model: nn.Module, name: str) -> Architecture:
+    """Locate the parts of `model`; `UnsupportedModel` names what is missing."""
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{name}: an encoder-decoder model; this study needs a causal (decoder-only) one")
+    experts = [n for n, _ in model.named_modules() if n.rsplit(".", 1)[-1] in ("experts", "router")]
+    if experts:
+        raise UnsupportedModel(
+            f"{name}: a mixture-of-experts model ({experts[0]}); its MLP has no single set of neurons a layer"
+        )
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(text, "attn_logit_softcapping", None):
+        # Gemma 2 caps its attention scores; transformers' default fused attention silently leaves the cap out.
+        model.set_attn_implementation("eager")
+    layers = _decoder_layers(model, text.num_hidden_layers, name)
+    downs = [_first(layer, DOWN_PROJECTIONS, f"{name}: layer {i} ({type(layer).__name__})", "down-projection")
+             for i, layer in enumerate(layers)]
+    ups = [_first(_parent(layer, down), UP_PROJECTIONS, f"{name}: layer {i}", "up-projection")
+           for i, (layer, down) in enumerate(zip(layers, downs))]
+    widths = {_in_features(down) for down in downs}
+    if len(widths) != 1:
+        raise UnsupportedModel(f"{name}: layers have different numbers of neurons {sorted(widths)}")
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UnsupportedModel(f"{name}: {type(model).__name__} has no unembedding (language-model head)")
+    return Architecture(
+        name=name, layers=layers, downs=downs, ups=ups, head=head, num_neurons=widths.pop(),
+        num_heads=text.num_attention_heads, scale=_logit_scale(model, text),
+        softcap=getattr(text, "final_logit_softcapping", None),
+        uses_attention_interface=text.model_type not in NO_ATTENTION_INTERFACE,
+    )
+
+
+def _decoder_layers(model, depth, name):
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth and any(
+            _get(module[0], path) is not None for path in DOWN_PROJECTIONS
+        ):
+            return list(module)
+    raise UnsupportedModel(
+        f"{name}: found no list of {depth} decoder layers with a down-projection named one of "
+        f"{', '.join(DOWN_PROJECTIONS)} ({type(model).__name__})"
+    )
+
+
+def _logit_scale(model, config) -> float:
+    if getattr(config, "logits_scaling", None):  # Granite divides
+        return 1.0 / config.logits_scaling
+    return float(getattr(model, "logit_scale", None) or 1.0)  # Cohere multiplies
+
+
+def _get(module, path):
+    for part in path.split("."):
+        module = getattr(module, part, None)
+        if module is None:
+            return None
+    return module
+
+
+def _first(module, paths, where, what):
+    for path in paths:
+        found = _get(module, path)
+        if found is not None:
+            return found
+    raise UnsupportedModel(f"{where}: no {what} named one of {', '.join(paths)}")
+
+
+def _parent(layer, child):
+    for module in layer.modules():
+        if any(candidate is child for candidate in module.children()):
+            return module
+
+
+def _in_features(down) -> int:
+    return down.weight.shape[0] if isinstance(down, Conv1D) else down.in_features
+
+
+def tail_modules(model: nn.Module, arch: Architecture, input_ids: Tensor) -> list[nn.Module]:
+    """The modules called between the last decoder layer and the unembedding, in order (the final norm; OPT-350m
+    adds a projection). Found by watching one forward pass instead of by name."""
+    parent = next(m for m in model.modules()
+                  if any(isinstance(c, nn.ModuleList) and len(c) and c[0] is arch.layers[0] for c in m.children()))
+    called: list[nn.Module] = []
+    handles = [child.register_forward_hook(lambda module, *_: called.append(module))
+               for child in [*parent.children(), arch.layers[-1]]]
+    try:
+        with torch.no_grad():
+            model(input_ids=input_ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return called[called.index(arch.layers[-1]) + 1:]
+
+
+def use_fused_gelu(model: nn.Module) -> None:
+    """GPT-2's `gelu_new` in Python is eight memory-bound kernels; torch's tanh GELU is the same function in one.
+    (Differences are of the order of rounding; BLOOM's own GELU has its own backward and is left alone.)"""
+    for module in list(model.modules()):
+        for child_name, child in module.named_children():
+            if type(child).__name__ in ("NewGELUActivation", "FastGELUActivation", "GELUTanh"):
+                setattr(module, child_name, nn.GELU(approximate="tanh"))
+
+
+def expand_call_argument(key: str | None, value, batch: int, rows: int, num_heads: int):
+    """Make one captured argument of a decoder layer fit a batch of `rows` one-token rows.
+
+    Queries of a batch have one length and no padding, so every per-query tensor has equal rows and its first row
+    broadcasts. ALiBi biases (BLOOM, Falcon) fold the heads into the batch and have to be repeated."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    if key == "alibi":
+        return value[:num_heads].repeat(rows, *[1] * (value.dim() - 1))
+    return value[:1] if value.shape[0] == batch else value
+
+
+def value_vectors(down: nn.Module) -> Tensor:
+    """(N, d) view of the down-projection's weight: row p is the value vector of neuron p (what the projection
+    multiplies its activation with): a row of GPT-2's Conv1D, a column of a Linear."""
+    weight = down.weight
+    if not weight.is_floating_point() or weight.dim() != 2:
+        raise UnsupportedModel(
+            f"{type(down).__name__}: quantised weights ({weight.dtype}) cannot be edited exactly; "
+            "load the model in float32 or bfloat16"
+        )
+    return weight if isinstance(down, Conv1D) else weight.T

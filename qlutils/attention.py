@@ -1,0 +1,162 @@
+"""An attention that can be watched and changed, the same for every architecture on transformers' interface.
+
+Importing this module registers it as "qlutils_exact", with its mask function: without one a name gets no mask, and
+the softmax silently sees the future. It is what transformers' "eager" computes, except that a float64 model keeps
+float64 (eager rounds the softmax to float32) and that Gemma 2's soft cap is kept (the fused "sdpa" leaves it out).
+
+Shapes: B rows of a batch, H query heads, Hkv key heads, R attending positions, K attended-to positions, C columns.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask
+
+NAME = "qlutils_exact"
+_CONTROLS: WeakKeyDictionary[nn.Module, list[tuple[Control, int]]] = WeakKeyDictionary()
+
+
+def exact_attention(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
+    """softmax(query key^T) value, as transformers' attention interface asks.
+
+    query (B, H, R, dh), key and value (B, Hkv, K, dh), Hkv dividing H; attention_mask (B or 1, 1 or H, R, K), additive
+    or boolean, None for plain causal. Returns (B, R, H, dh) and the post-softmax weights (B, H, R, K), both after the
+    `Control`s active on `module`. No dropout: models are evaluated."""
+    if kwargs.get("s_aux") is not None:
+        raise ValueError(f"{type(module).__name__} adds attention-sink logits to its softmax, which is not supported")
+    (batch, heads, rows, width), kv_heads, columns = query.shape, key.shape[1], key.shape[2]
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads * rows, width)
+    scores = (grouped @ key.transpose(-1, -2)).view(batch, heads, rows, columns)
+    scores = scores * (width**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attention_mask is None and rows > 1:
+        attention_mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
+    if attention_mask is not None:
+        attention_mask = attention_mask[..., :columns]
+        if attention_mask.dtype == torch.bool:  # a large number, not infinity: a padding row sees nothing at all
+            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + attention_mask
+    weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    weights = controlled_weights(module, weights, attention_mask).to(value.dtype)
+    out = weights.view(batch, kv_heads, -1, columns) @ value
+    return out.view(batch, heads, rows, -1).transpose(1, 2).contiguous(), weights
+
+
+AttentionInterface.register(NAME, exact_attention)
+AttentionMaskInterface.register(NAME, eager_mask)
+
+
+def controlled_weights(module, weights: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Post-softmax `weights` (B, H, R, K) of `module` after the controls active on it, outermost first."""
+    for control, layer in _CONTROLS.get(module, ()):
+        weights = control.apply(layer, weights, attention_mask)
+    return weights
+
+
+class Control:
+    """One observation of, or change to, the attention matrices of a model while it is active.
+
+    `factors`: {layer: (B or 1, H, C)} by which column c of each head's matrix is multiplied, in all its rows. Columns
+    count a row's real tokens (left padding and what a sliding window has dropped from a cache are not counted); a
+    column that a row does not have changes nothing. `renormalise`: divide each row by its new sum; a row left with no
+    mass stays zero. `observe(layer, weights, visible)` is called with (B, H, R, K) and the boolean mask (B or 1, 1 or H,
+    R, K) of the attended positions that a row may see, or None where it sees all."""
+
+    def __init__(self, factors: dict[int, Tensor] | None = None, renormalise: bool = False,
+                 observe: Callable | None = None):
+        self.factors, self.renormalise, self.observe = factors or {}, renormalise, observe
+        self.total, self.padding = 0, None  # positions so far, padding included; (B,) padding on the left
+
+    def locate(self, _, args, kwargs, forward) -> None:
+        """Before a forward pass: how many positions it brings the cache to, and where each row's tokens begin."""
+        call = inspect.signature(forward).bind_partial(*args, **kwargs).arguments
+        call = {**call, **call.get("kwargs", {})}
+        tokens = next((call[k] for k in ("input_ids", "inputs_embeds") if call.get(k) is not None), None)
+        if tokens is None:
+            return
+        cache, mask = call.get("past_key_values"), call.get("attention_mask")
+        self.total = (cache.get_seq_length() if cache is not None else 0) + tokens.shape[1]
+        self.padding = None
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            self.padding = mask.to(torch.uint8).argmax(-1)  # 0 for padding on the right
+        elif mask is not None and self.factors:
+            raise ValueError("scaling synapses needs an attention mask of shape (batch, tokens), to tell columns from "
+                             f"padding; got {tuple(getattr(mask, 'shape', ())) or type(mask).__name__}")
+
+    def apply(self, layer: int, weights: Tensor, attention_mask: Tensor | None) -> Tensor:
+        if layer in self.factors:
+            weights = weights * self._by_position(self.factors[layer].to(weights), weights)
+            if self.renormalise:
+                mass = weights.sum(-1, keepdim=True)
+                weights = weights / mass.where(mass > 0, 1.0)
+        if self.observe is not None:
+            if attention_mask is not None and attention_mask.dtype != torch.bool:
+                attention_mask = attention_mask > torch.finfo(attention_mask.dtype).min / 2
+            self.observe(layer, weights, attention_mask)
+        return weights
+
+    def _by_position(self, factors: Tensor, weights: Tensor) -> Tensor:
+        """(B or 1, H, 1, K) factors of the attended positions, from those of the columns (B or 1, H, C)."""
+        positions = torch.arange(weights.shape[-1], device=weights.device)[None]  # (B or 1, K)
+        positions = positions + max(0, self.total - weights.shape[-1])  # what a window has dropped
+        if self.padding is not None:
+            positions = positions - self.padding.to(weights.device)[:, None]
+        inside = (positions >= 0) & (positions < factors.shape[-1])
+        batch = max(len(positions), len(factors))
+        index = positions.clamp(0, factors.shape[-1] - 1)[:, None].expand(batch, factors.shape[1], -1)
+        taken = factors.expand(batch, -1, -1).gather(-1, index)
+        return taken.where(inside[:, None], torch.ones_like(taken))[:, :, None]
+
+    @contextmanager
+    def on(self, model: nn.Module, layers: list[nn.Module]):
+        """Active inside, on every forward pass of `model` whose attention is `exact_attention`."""
+        handles = [part.register_forward_pre_hook(
+            lambda module, args, kwargs, forward=part.forward: self.locate(module, args, kwargs, forward),
+            with_kwargs=True) for part in model.modules() if isinstance(part, PreTrainedModel)]
+        inside = [(module, (self, index)) for index, layer in enumerate(layers) for module in layer.modules()]
+        for module, entry in inside:
+            _CONTROLS.setdefault(module, []).append(entry)
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, entry in inside:
+                _CONTROLS[module].remove(entry)
+                if not _CONTROLS[module]:
+                    del _CONTROLS[module]
+
+
+@contextmanager
+def replaced_methods(layers: list[nn.Module], path: str):
+    """Inside, `exact_attention` stands in for the method that a family without the interface computes attention with.
+
+    `path` is where it sits in a layer ("attn._attn" in GPT-J): a method of (query, key, value, attention_mask) that
+    divides by the attribute `scale_attn` and returns (B, H, R, dh) and the weights."""
+    *where, name = path.split(".")
+    owners = [layer.get_submodule(".".join(where)) for layer in layers]
+
+    def stand_in(owner):
+        def attend(query, key, value, attention_mask=None):
+            wide = torch.promote_types(query.dtype, torch.float32)  # as GPT-J does
+            out, weights = exact_attention(owner, query.to(wide), key.to(wide), value, attention_mask,
+                                           scaling=1 / float(owner.scale_attn))
+            return out.transpose(1, 2), weights
+        return attend
+
+    try:
+        for owner in owners:
+            setattr(owner, name, stand_in(owner))
+        yield
+    finally:
+        for owner in owners:
+            owner.__dict__.pop(name, None)  # the class's method shows again

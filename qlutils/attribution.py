@@ -1,0 +1,285 @@
+"""Integrated gradients of the answer's probability over MLP neurons, for many queries at once (Eq. 8-18).
+
+The neurons of one layer move together along a straight path from a baseline b to their clean values w, in the
+clean context; each layer is a separate integral. All layers' integrals of a batch of queries go through the model
+as one growing batch of last-token rows (see `replay`): entering layer l it holds the rows of layers 0..l-1; layer
+l adds its own. One backward pass then reaches the L leaves. Where a rule has a node at the end of the path, that
+row is the clean forward pass for every layer, so one row serves all of them.
+
+Shapes: Q queries, B baselines a query, P points a layer, L layers, N neurons a layer, T prompt tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .quadrature import RULES, quadrature
+from .replay import CleanPass, answer_probabilities, clean_pass, neuron_vectors, replaying, run_layer, site_module, start_rows
+
+METHODS = ("ig", "sig", "amig")
+SITES = ("down_input", "pre_activation")
+CPU_MEMORY = 2**29  # bytes of activations a batch may keep on a CPU; fixed, so that batches are the same everywhere
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How to attribute; every field is a notebook parameter. `row_budget` bounds the rows of a batch
+    (None: from the device's memory)."""
+
+    method: str = "ig"
+    steps: int = 20
+    rule: str = "right"
+    answer: str = "all"
+    site: str = "down_input"
+    amig_factor: str = "w-b"
+    row_budget: int | None = None
+
+    def __post_init__(self):
+        for name, allowed in (("method", METHODS), ("rule", RULES), ("answer", ("all", "first")),
+                              ("site", SITES), ("amig_factor", ("w-b", "w"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 2:
+            raise ValueError(f"steps is {self.steps!r}; an integral needs a whole number of at least 2 steps")
+        if self.row_budget is not None and self.row_budget < 1:
+            raise ValueError(f"row_budget is {self.row_budget!r}; use at least 1 row, or None for the default")
+
+
+@dataclass
+class Attribution:
+    """Scores of Q queries: `scores` (Q, L, N), normalised as the method says; `completeness_gap` (Q, L), of the raw
+    scores; `probability` (Q,) of the whole answer; `known` (Q,), whether greedy decoding gives it; `row_budget`,
+    the rows a batch was allowed in the end (halved after running out of memory)."""
+
+    scores: Tensor
+    completeness_gap: Tensor
+    probability: Tensor
+    known: Tensor
+    row_budget: int
+
+
+def default_row_budget(lm) -> int:
+    """Rows of a batch whose activations fit: half of a GPU's memory beyond the weights, a fixed share on a CPU."""
+    memory = CPU_MEMORY
+    if lm.device.type == "cuda":
+        weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
+        memory = max(2**28, (torch.cuda.get_device_properties(lm.device).total_memory - weights) // 2)
+    width = lm.arch.head.weight.shape[1]
+    per_row = (14 * width + 5 * lm.num_neurons) * lm.dtype.itemsize * (lm.num_layers + 1) / 2
+    return max(lm.num_layers, int(memory / per_row))
+
+
+def attribute(lm, prompts, answers, *, method="ig", steps=20, rule="right", answer="all", site="down_input",
+              amig_factor="w-b", row_budget=None) -> Attribution:
+    """Attribution scores of every neuron for each query (prompt, answer).
+
+    `prompts`, `answers`: Q texts each. `method`: "ig" (Eq. 10), "sig" (Eq. 13, 14) or "amig" (Eq. 16, 18).
+    `rule`: quadrature over the path, "right" being the paper's Riemann sum. `answer`: "all" averages the raw
+    attribution over the answer's tokens, "first" takes the first. Dense in memory, Q x L x N: for a handful of
+    queries (runs stream through `localize`). ValueError names the offending prompt, answer or parameter.
+    """
+    if isinstance(prompts, str) or isinstance(answers, str):
+        raise ValueError("prompts and answers are lists of texts, one answer a prompt; got a single text")
+    prompts, answers = list(prompts), list(answers)
+    if len(prompts) != len(answers):
+        raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers; give one answer a prompt")
+    spec = Spec(method, steps, rule, answer, site, amig_factor, row_budget)
+    return attribute_encoded(lm, [lm.encode(p, a) for p, a in zip(prompts, answers)], spec, names=prompts)
+
+
+def attribute_encoded(lm, queries: list[tuple[list[int], list[int]]], spec: Spec, names=None) -> Attribution:
+    """`attribute` for queries already tokenised into (prompt ids, answer ids). `names` are used in errors."""
+    if lm.dtype == torch.float16:
+        raise ValueError("float16 gradients of a probability underflow silently; load the model in bfloat16 or float32")
+    names = names or [lm.tokenizer.decode(p) for p, _ in queries]
+    budget = spec.row_budget or default_row_budget(lm)
+    while True:
+        try:
+            return _attribute(lm, queries, replace(spec, row_budget=budget), names)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or budget <= lm.num_layers:
+                raise
+        if lm.device.type == "cuda":
+            torch.cuda.empty_cache()
+        budget = max(lm.num_layers, budget // 2)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _attribute(lm, queries, spec, names) -> Attribution:
+    count = len(queries)
+    raw = torch.zeros(count, lm.num_layers, lm.num_neurons, dtype=lm.score_dtype)
+    gap = torch.zeros(count, lm.num_layers, dtype=lm.score_dtype)
+    probability = torch.ones(count, dtype=lm.score_dtype)
+    known = torch.ones(count, dtype=torch.bool)
+    for batch in _batches(queries, spec, lm):
+        ids = torch.tensor([ids for _, ids, _, _ in batch], device=lm.device)
+        target = torch.tensor([t for _, _, t, _ in batch], device=lm.device)
+        clean = clean_pass(lm, ids, spec.site)
+        p_clean = torch.softmax(clean.logits, -1).gather(1, target[:, None])[:, 0]
+        starts = _baselines(lm, ids, [length for *_, length in batch], spec)
+        part, missing = _integrate(lm, clean, target, starts, p_clean, spec)
+        hit = (clean.logits.argmax(-1) == target).cpu()
+        part, missing, p_clean = part.cpu(), missing.cpu(), p_clean.cpu()
+        for row, (query, *_) in enumerate(batch):
+            used = len(queries[query][1]) if spec.answer == "all" else 1
+            raw[query] += part[row] / used
+            gap[query] += missing[row] / used
+            probability[query] *= p_clean[row]
+            known[query] &= hit[row]
+    bad = ~(torch.isfinite(raw).flatten(1).all(1) & torch.isfinite(probability))
+    if bad.any():
+        raise ValueError(f"the scores of {names[int(bad.nonzero()[0])]!r} are not finite: {lm.name} gives infinite or "
+                         f"NaN values in {lm.dtype}; try float32")
+    return Attribution(_normalise(raw, spec.method, names), gap.abs(), probability, known, spec.row_budget)
+
+
+def _batches(queries, spec, lm):
+    """Lists of (query, ids up to the answer token, answer token, prompt length), equal lengths together. With
+    answer="first" only the first token is attributed, and `known` and `probability` refer to it alone."""
+    items = []
+    for index, (prompt, answer) in enumerate(queries):
+        used = answer if spec.answer == "all" else answer[:1]
+        items += [(index, prompt + used[:k], used[k], len(prompt)) for k in range(len(used))]
+    items.sort(key=lambda item: (len(item[1]), item[3]))
+    start = 0
+    while start < len(items):
+        length, prompt_length = len(items[start][1]), items[start][3]
+        baselines = prompt_length - lm.bos_offset if spec.method == "sig" else 1
+        size = max(1, spec.row_budget // (lm.num_layers * spec.steps * baselines))
+        # one number of baselines a batch: sig has as many as prompt tokens
+        same = lambda item: len(item[1]) == length and (spec.method != "sig" or item[3] == prompt_length)  # noqa: E731
+        stop = start
+        while stop < len(items) and stop - start < size and same(items[stop]):
+            stop += 1
+        yield items[start:stop]
+        start = stop
+
+
+def _baselines(lm, ids: Tensor, prompt_lengths: list[int], spec: Spec) -> Tensor | None:
+    """(Q, B, L, N) neuron vectors the paths start from; None stands for zero."""
+    if spec.method == "ig":
+        return None
+    first, (queries, length) = lm.bos_offset, ids.shape
+    if spec.method == "amig":
+        eos = lm.tokenizer.eos_token_id
+        if eos is None:
+            raise ValueError(f"{lm.name}: amig replaces the prompt by EOS tokens, and its tokenizer has no EOS token")
+        variants = ids.clone()
+        for row, prompt_length in enumerate(prompt_lengths):
+            variants[row, first:prompt_length] = eos
+    else:
+        candidates = (lm.tokenizer.mask_token_id, lm.tokenizer.pad_token_id, lm.tokenizer.eos_token_id)
+        token = next((c for c in candidates if c is not None), None)
+        if token is None:
+            raise ValueError(f"{lm.name}: sig needs a mask, pad or EOS token, and its tokenizer has none")
+        places = range(first, prompt_lengths[0])
+        variants = ids[:, None].repeat(1, len(places), 1)
+        for row, place in enumerate(places):
+            variants[:, row, place] = token
+    vectors = neuron_vectors(lm, variants.reshape(-1, length), spec.site)
+    return vectors.view(queries, -1, lm.num_layers, lm.num_neurons)
+
+
+def _integrate(lm, clean: CleanPass, target, starts, p_clean, spec) -> tuple[Tensor, Tensor]:
+    """Raw attribution (Q, L, N), summed over baselines, and what its sum lacks to completeness (Q, L), signed."""
+    nodes, weights = quadrature(spec.rule, spec.steps)
+    shared = nodes[-1] == 1.0  # the end of every path is the clean pass: one row for all layers and baselines
+    inner = slice(None, -1) if shared else slice(None)
+    count = 1 if starts is None else starts.shape[1]
+    w = torch.stack(clean.neurons, 1).to(lm.score_dtype)  # (Q, L, N)
+    if starts is None:
+        starts = torch.zeros_like(w, dtype=lm.dtype)[:, None]
+    points = [(b, node, weight) for b in range(count) for node, weight in zip(nodes[inner], weights[inner])]
+    size = max(1, spec.row_budget // (lm.num_layers * w.shape[0]))
+    mean = torch.zeros(w.shape[0], count, *w.shape[1:], dtype=lm.score_dtype, device=w.device)  # of gradients
+    p_start = torch.empty(w.shape[0], count, w.shape[1], dtype=lm.score_dtype, device=w.device)
+    for start in range(0, len(points), size):
+        with_clean = shared and start == 0
+        at_end = _add_gradients(lm, clean, target, starts, points[start:start + size], mean, with_clean, spec.site)
+        if with_clean:
+            mean += weights[-1] * at_end[:, None]
+    for start in range(0, count, size):
+        part = starts[:, start:start + size]
+        with torch.no_grad():
+            hidden, _, _ = _grow(lm, clean, lambda layer, part=part: part[:, :, layer], False, spec.site)
+            p = answer_probabilities(lm, hidden, target, need_grad=False)
+        p_start[:, start:start + size] = p.view(w.shape[0], w.shape[1], -1).transpose(1, 2)
+    factor = w[:, None] - starts.to(lm.score_dtype)
+    if spec.method == "amig" and spec.amig_factor == "w":
+        factor = w[:, None]
+    raw = (factor * mean).sum(1)
+    return raw, raw.sum(-1) - (p_clean[:, None, None] - p_start).sum(1)
+
+
+def _add_gradients(lm, clean, target, starts, points, mean, with_clean, site) -> Tensor | None:
+    """Add the weighted gradients at `points` (baseline, node, weight) to `mean` (Q, B, L, N); returns the gradient at
+    the clean row (Q, L, N) if it was one of the rows."""
+    index = [b for b, _, _ in points]
+    node = torch.tensor([n for _, n, _ in points], dtype=lm.dtype, device=lm.device)[:, None]
+    pick = torch.zeros(mean.shape[1], len(points), dtype=lm.score_dtype, device=lm.device)  # (B, P)
+    for column, (b, _, weight) in enumerate(points):
+        pick[b, column] = weight
+
+    def vectors(layer):
+        w, b = clean.neurons[layer][:, None], starts[:, index, layer]
+        return torch.cat([w, b + node * (w - b)], 1) if with_clean and layer == 0 else b + node * (w - b)
+
+    with torch.enable_grad():
+        hidden, leaves, at_end = _grow(lm, clean, vectors, with_clean, site)
+        answer_probabilities(lm, hidden, target, need_grad=True).sum().backward()
+    for layer, leaf in enumerate(leaves):
+        grad = leaf.grad
+        if with_clean and layer == 0:
+            at_end[0], grad = grad[:, 0], grad[:, 1:]
+        mean[:, :, layer] += pick @ grad.to(lm.score_dtype)
+    return torch.stack(at_end, 1).to(lm.score_dtype) if with_clean else None
+
+
+def _grow(lm, clean, vectors, with_clean, site):
+    """Push a growing batch of rows through the layers. `vectors(layer)` (Q, P, N) are the neuron vectors of the rows
+    that start in `layer`. Returns the last layer's output (Q, rows, d), the leaves, and a list that a backward pass
+    fills with the gradients at each layer's neurons of row 0 when that row is the clean one."""
+    hidden, leaves, at_end = None, [], [None] * lm.num_layers
+
+    def keep(layer):
+        def hook(_, inputs, output):
+            neurons = inputs[0] if site == "down_input" else output
+            rows = hidden.shape[0]
+            neurons.register_hook(
+                lambda g: at_end.__setitem__(layer, g.reshape(rows, -1, g.shape[-1])[:, 0, :lm.num_neurons].clone()))
+        return hook
+
+    with replaying(lm):
+        for layer in range(lm.num_layers):
+            leaf = vectors(layer)
+            if torch.is_grad_enabled():
+                leaf.requires_grad_()
+            leaves.append(leaf)
+            if hidden is not None:
+                handle = site_module(lm, layer, site).register_forward_hook(keep(layer)) if with_clean else None
+                try:
+                    hidden = run_layer(lm, clean, layer, hidden)
+                finally:
+                    if handle:
+                        handle.remove()
+            new = start_rows(lm, clean, layer, leaf, site)
+            hidden = new if hidden is None else torch.cat([hidden, new], 1)
+    return hidden, leaves, at_end
+
+
+def _normalise(raw: Tensor, method: str, names) -> Tensor:
+    if method == "sig":  # Eq. 14
+        return raw / raw.flatten(1).norm(dim=1).clamp_min(torch.finfo(raw.dtype).tiny)[:, None, None]
+    if method == "amig":  # Eq. 18, with the absolute value of the sum
+        total = raw.sum((1, 2)).abs()
+        if (total == 0).any():
+            raise ValueError(f"amig divides by the sum of a query's scores, which is zero for "
+                             f"{names[int((total == 0).nonzero()[0])]!r}")
+        return raw / total[:, None, None]
+    return raw

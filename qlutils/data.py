@@ -1,0 +1,289 @@
+"""Facts, their prompts, and the texts perplexity is measured on.
+
+A *fact* <s, r, o> is queried by several *prompts*, paraphrases that end where the object goes. One
+loader reads every dataset, because all of them have ParaRel's layout (Elazar et al. 2021):
+
+    pattern_data/graphs_json/P36.jsonl   {"pattern": "The capital of [X] is [Y].", ...}
+    trex_lms_vocab/P36.jsonl             {"sub_label": "France", "obj_label": "Paris", ...}
+
+No torch or transformers here: tokenisation belongs to `models.py`.
+"""
+
+import json
+import logging
+import re
+import zlib
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from qlutils.paths import DEMO
+
+log = logging.getLogger(__name__)
+
+PATTERNS, FACTS = "pattern_data/graphs_json", "trex_lms_vocab"
+PARAREL_COMMIT = "cb5554678457beb5ac163d888f1ce8cf174b3f0b"
+PARAREL_URL = f"https://raw.githubusercontent.com/yanaiela/pararel/{PARAREL_COMMIT}/data/"
+PARAREL_RETRIES = 2
+WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A fact <subject, relation, object> and its neighbour prompts, distinct and in the dataset's order.
+
+    `dataclasses.asdict(fact)` is JSON-able, and `Fact(**that)` gives the fact back.
+    """
+
+    relation: str
+    subject: str
+    object: str
+    prompts: tuple[str, ...]
+
+    def __post_init__(self):
+        if isinstance(self.prompts, str):
+            raise ValueError(f"fact {self.id}: prompts must be a list of texts, not one text")
+        object.__setattr__(self, "prompts", tuple(self.prompts))  # JSON has lists only
+
+    @property
+    def id(self) -> str:
+        """For example `P36|France|Paris`."""
+        return f"{self.relation}|{self.subject}|{self.object}"
+
+
+def load_facts(dataset="demo", *, relations=None, facts_per_relation=None, seed=0, min_patterns=3,
+               middle="cut") -> list[Fact]:
+    """Facts with at least two prompts, sorted by relation (P17 before P101), then in the dataset's order.
+
+    dataset: "demo" (bundled), "pararel" (downloaded once into the user's cache, or the folder QLUTILS_CACHE,
+        and checked against its SHA-256), or a folder in ParaRel's layout: the one that holds `pattern_data`
+        and `trex_lms_vocab`, or its parent.
+    relations: names to keep, None for all.
+    facts_per_relation: size of a seeded sample of each relation, None for all. The sample of one relation
+        does not depend on the others asked for, and a larger sample contains the smaller one.
+    min_patterns: relations with fewer patterns are left out (ParaRel: 36 have at least 3).
+    middle: "cut" ends a prompt at the object's place wherever that is; "drop" keeps only the patterns where
+        nothing but punctuation follows it.
+
+    Duplicate facts are dropped, and so are duplicate prompts of a fact. Facts left with fewer than two
+    prompts are left out, and a warning counts them. Raises ValueError naming the parameter, or the file and
+    line.
+    """
+    _check_count("facts_per_relation", facts_per_relation, optional=True)
+    _check_count("min_patterns", min_patterns)
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+        raise ValueError(f"seed must be an integer of at least 0, not {seed!r}")
+    if middle not in ("cut", "drop"):
+        raise ValueError(f"middle must be 'cut' or 'drop', not {middle!r}")
+    known, fetch = _open_dataset(dataset)
+    facts, left_out = [], {}
+    for relation in _choose_relations(relations, known):
+        templates, n_patterns = _read_patterns(fetch(PATTERNS, relation), middle)
+        if n_patterns < min_patterns:
+            if relations is None:
+                continue
+            raise ValueError(f"relation {relation} has {n_patterns} patterns, fewer than "
+                             f"min_patterns={min_patterns}: lower min_patterns or leave the relation out")
+        every = _read_facts(fetch(FACTS, relation), relation, templates)
+        usable = [fact for fact in every if len(fact.prompts) >= 2]
+        if len(usable) < len(every):
+            left_out[relation] = len(every) - len(usable)
+        facts += _sample(usable, relation, facts_per_relation, seed)
+    if left_out:
+        log.warning("%d facts left out, having fewer than 2 prompts: %s", sum(left_out.values()),
+                    ", ".join(f"{relation} {n}" for relation, n in left_out.items()))
+    if not facts:
+        raise ValueError(f"dataset {str(dataset)!r} has no fact with 2 prompts for these settings "
+                         f"(min_patterns={min_patterns}, middle={middle!r})")
+    return facts
+
+
+def describe(facts) -> pd.DataFrame:
+    """One row a relation: facts, prompts of a fact (mean), queries, and facts with exactly 2 prompts.
+
+    With exactly two prompts CS2 equals CS1 and the Refine set is empty, so such facts are shown apart.
+    """
+    rows = [dict(relation=f.relation, queries=len(f.prompts), two=len(f.prompts) == 2) for f in facts]
+    frame = pd.DataFrame(rows, columns=["relation", "queries", "two"])
+    table = frame.groupby("relation", sort=False).agg(
+        facts=("queries", "size"), prompts=("queries", "mean"), queries=("queries", "sum"),
+        two_prompt_facts=("two", "sum"))
+    return table.reset_index()
+
+
+def prompt_template(pattern: str, middle: str = "cut") -> str | None:
+    """The part of a pattern before `[Y]`, with `[X]` still in it; None when the pattern gives no prompt.
+
+    Runs of spaces count as one (two ParaRel patterns have "[X],  a type of [Y]"), and the space before `[Y]`
+    goes: the answer brings its own.
+    """
+    left, found, right = pattern.partition("[Y]")
+    if not found or "[X]" not in left + right:
+        raise ValueError(f"pattern {pattern!r} needs both [X] and [Y]")
+    if "[X]" not in left or (middle == "drop" and re.search(r"\w", right)):
+        return None
+    return " ".join(left.split())
+
+
+def perplexity_texts(source="demo") -> list[str]:
+    """Paragraphs to measure perplexity on; the caller leaves out those that are too short for its tokenizer.
+
+    source: "demo" (the bundled held-out text), "wikitext-2" (test split, from the Hugging Face hub or its
+        cache), or a text file, or a folder with `test.txt`, with one paragraph a line (headings and empty
+        lines are dropped).
+    """
+    if source == "wikitext-2":
+        lines = _wikitext_lines()
+    else:
+        path = DEMO / "heldout.txt" if source == "demo" else Path(source)
+        path = path / "test.txt" if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(f"no perplexity text at {str(source)!r}: use 'demo', 'wikitext-2', or a text "
+                             "file with one paragraph a line")
+        lines = path.read_text(encoding="utf-8").split("\n")
+    texts = [line.strip() for line in lines]
+    texts = [text for text in texts if text and not re.fullmatch(r"=( .* )=", text)]
+    if not texts:
+        raise ValueError(f"perplexity text {str(source)!r} has no paragraph")
+    return texts
+
+
+def _check_count(name, value, optional=False):
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1{' or None' if optional else ''}, "
+                         f"not {value!r}")
+
+
+def _open_dataset(dataset):
+    """(relation names in natural order, function (kind, relation) -> local file)."""
+    if not isinstance(dataset, (str, Path)):
+        raise ValueError(f"dataset must be 'demo', 'pararel' or a folder, not {dataset!r}")
+    if dataset == "pararel":
+        names = [Path(file).stem for file in _pararel_registry() if file.startswith(PATTERNS)]
+        return _natural(names), _fetch_pararel
+    root = DEMO / "pararel" if dataset == "demo" else Path(dataset).expanduser()
+    for folder in (root, root / "data"):
+        if (folder / PATTERNS).is_dir():
+            names = [file.stem for file in (folder / PATTERNS).glob("*.jsonl")]
+            return _natural(names), lambda kind, relation: folder / kind / f"{relation}.jsonl"
+    raise ValueError(f"unknown dataset {str(dataset)!r}: use 'demo', 'pararel', or a folder that holds "
+                     f"{PATTERNS} and {FACTS}")
+
+
+def _natural(names):
+    return sorted(names, key=lambda name: [(int(part), "") if part.isdigit() else (-1, part)
+                                           for part in re.split(r"(\d+)", name)])
+
+
+def _choose_relations(relations, known):
+    if relations is None:
+        return known
+    if not isinstance(relations, (list, tuple, set)) or not relations or not all(
+            isinstance(name, str) for name in relations):
+        raise ValueError(f"relations must be a list of relation names or None, not {relations!r}")
+    unknown = [name for name in relations if name not in known]
+    if unknown:
+        raise ValueError(f"unknown relation {', '.join(map(repr, unknown))}: the dataset has "
+                         f"{', '.join(known)}")
+    return [name for name in known if name in relations]
+
+
+def _read_jsonl(path):
+    """Yield ("file:line", object) for the lines of a JSON-lines file; an empty file is an error."""
+    if not path.is_file():
+        raise ValueError(f"missing data file {path}")
+    lines = path.read_bytes().split(b"\n")  # not splitlines: a label may hold a Unicode line separator
+    empty = True
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except ValueError as error:  # bad JSON and bad UTF-8 alike
+            raise ValueError(f"{path}:{number}: not a JSON object: {error}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}:{number}: not a JSON object: {record!r}")
+        empty = False
+        yield f"{path}:{number}", record
+    if empty:
+        raise ValueError(f"data file {path} is empty")
+
+
+def _field(record, name, where):
+    value = record.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}: field {name!r} must be a text that is not empty, not {value!r}")
+    return value.strip()
+
+
+def _read_patterns(path, middle):
+    """(prompt templates in order, number of patterns in the file)."""
+    templates, n_patterns = [], 0
+    for where, record in _read_jsonl(path):
+        n_patterns += 1
+        pattern = _field(record, "pattern", where)
+        try:
+            template = prompt_template(pattern, middle)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if template is not None:
+            templates.append(template)
+    return templates, n_patterns
+
+
+def _read_facts(path, relation, templates):
+    facts = {}
+    for where, record in _read_jsonl(path):
+        subject, answer = _field(record, "sub_label", where), _field(record, "obj_label", where)
+        # str.join, because a subject may itself hold "[X]", "[Y]" or a backslash
+        prompts = dict.fromkeys(subject.join(template.split("[X]")) for template in templates)
+        facts.setdefault((subject, answer), Fact(relation, subject, answer, tuple(prompts)))
+    return list(facts.values())
+
+
+def _sample(facts, relation, size, seed):
+    if size is None or size >= len(facts):
+        return facts
+    order = np.random.default_rng([seed, zlib.crc32(relation.encode())]).permutation(len(facts))
+    return [facts[i] for i in sorted(order[:size])]
+
+
+def _pararel_registry():
+    """{file: SHA-256} of the ParaRel files the study reads, at the pinned commit."""
+    return json.loads(Path(__file__).with_name("pararel_sha256.json").read_text())
+
+
+def _fetch_pararel(kind, relation):
+    import pooch
+
+    pooch.get_logger().setLevel("WARNING")
+    store = pooch.create(path=pooch.os_cache("qlutils") / f"pararel-{PARAREL_COMMIT[:8]}",
+                         base_url=PARAREL_URL, registry=_pararel_registry(), env="QLUTILS_CACHE",
+                         retry_if_failed=PARAREL_RETRIES)
+    name = f"{kind}/{relation}.jsonl"
+    try:
+        return Path(store.fetch(name))
+    except ValueError as error:
+        raise ValueError(f"ParaRel file {name}: the download's SHA-256 is not the published one; try again, "
+                         f"or give a local copy's folder as the dataset ({error})") from None
+    except OSError as error:
+        raise ConnectionError(f"ParaRel file {name} could not be downloaded from {PARAREL_URL}: go online, "
+                              f"or give a local copy's folder as the dataset ({error})") from error
+
+
+def _wikitext_lines():
+    from huggingface_hub import hf_hub_download
+
+    repository, file = WIKITEXT
+    try:
+        path = hf_hub_download(repository, file, repo_type="dataset")
+    except Exception as error:  # the hub has a class for every way of being offline
+        raise ValueError(f"WikiText-2 ({repository}, {file}) is neither in the cache nor to be downloaded: "
+                         "go online once, or give a text file with one paragraph a line, or 'demo' "
+                         f"({type(error).__name__}: {error})") from error
+    return pd.read_parquet(path)["text"].tolist()

@@ -1,0 +1,189 @@
+"""Files that are whole or absent, that notice damage, and that one run at a time writes.
+
+A file is written aside, synced and renamed. The footer of a result table (parquet) carries a SHA-256 over
+every byte of the file, the table's key (what determines it) and the versions of the libraries that made it.
+"""
+import hashlib
+import json
+import os
+import re
+import socket
+import sys
+import time
+import warnings
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+LIBRARIES = ("qlutils", "torch", "transformers", "tokenizers", "numpy", "scipy", "pandas", "pyarrow",
+             "scikit-image", "matplotlib", "papermill")
+_MARK = b"content-sha256:"
+
+
+class StoreError(OSError):
+    """Results cannot be written or shared; the message names the folder and what to do."""
+
+
+def canonical(value):
+    """One JSON text per value, for hashing; ValueError for what JSON cannot hold."""
+    try:
+        return json.dumps(value, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"units, configuration and parameters must be plain JSON values: {error}") from None
+
+
+def sha256(value):
+    """Hex SHA-256 of bytes, or of a value's canonical JSON."""
+    return hashlib.sha256(value if isinstance(value, bytes) else canonical(value).encode()).hexdigest()
+
+
+def folder_hash(folder, pattern="*"):
+    """SHA-256 over the files of a folder; of those above 256 MB the size and time stand for the content."""
+    parts = []
+    for file in sorted(path for path in Path(folder).glob(pattern) if path.is_file()):
+        stat = file.stat()
+        parts.append([file.name, sha256(file.read_bytes()) if stat.st_size < 2**28
+                      else [stat.st_size, stat.st_mtime_ns]])
+    return sha256(parts)
+
+
+@cache
+def _versions():
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            pass
+    return found
+
+
+def versions():
+    """Installed versions of the libraries results depend on, by name."""
+    return dict(_versions())
+
+
+def write_bytes(path, data):
+    """Put `data` at `path`, whole or not at all. StoreError names the folder when it cannot be written."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        raise StoreError(f"cannot write results to {path.parent}: {error.strerror or error}. Free space "
+                         "or choose another output; finished work is kept, the same command resumes"
+                         ) from error
+    finally:
+        try:
+            aside.unlink(missing_ok=True)
+        except OSError:
+            pass  # the folder turned read-only: the next run removes it
+
+
+def write_json(path, value):
+    """Write a value as indented JSON, whole or not at all."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())
+
+
+def write_table(frame, path, key, **metadata):
+    """Write a DataFrame as parquet under `key`, with JSON-able metadata. Equal content gives equal bytes."""
+    table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
+    blank, sink = _MARK + b"0" * 64, pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({"key": key, "content": blank.decode(),
+                                       "metadata": canonical({"versions": versions(), **metadata})})
+    data = sink.getvalue().to_pybytes()
+    at = data.rfind(blank) + len(_MARK)  # the digest's own place counts as zeros
+    write_bytes(path, data[:at] + sha256(data).encode() + data[at + 64:])
+
+
+def read_table(path, key=None):
+    """(table, metadata) of a valid file; else (None, what is wrong), and a warning that names the file."""
+    try:
+        data = Path(path).read_bytes()
+        at = data.rfind(_MARK) + len(_MARK)
+        if at < len(_MARK) or sha256(data[:at] + b"0" * 64 + data[at + 64:]).encode() != data[at:at + 64]:
+            raise ValueError("damaged (truncated, or changed after it was written)")
+        file = pq.ParquetFile(pa.BufferReader(data))
+        if key is not None and file.metadata.metadata[b"key"].decode() != key:
+            raise ValueError("from another configuration or code version (its key is not its name)")
+        return file.read().replace_schema_metadata(None), json.loads(file.metadata.metadata[b"metadata"])
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        warnings.warn(f"result file {path} is not read: {error}", stacklevel=2)
+        return None, str(error)
+
+
+def as_frame(tables):
+    """One DataFrame from tables in order; a column that is empty in one part takes the others' type."""
+    return pa.concat_tables(tables, promote_options="permissive").to_pandas() if tables else pd.DataFrame()
+
+
+@contextmanager
+def locked(path, patience=3.0):
+    """Hold the lock file `path`; StoreError, naming it and its holder, if held for `patience` seconds more.
+
+    The system drops the lock when the holder dies, however it dies. What dead writers left half-written in
+    the lock's folder is removed on entry.
+    """
+    path = Path(path)
+    stream = _lock(path, time.monotonic() + patience)
+    try:
+        for aside in path.parent.glob(".*.tmp"):
+            made_by = re.fullmatch(r"\..+\.parquet\.(.+)\.(\d+)\.tmp", aside.name)
+            if made_by and made_by[1] == socket.gethostname() and not _alive(int(made_by[2])):
+                aside.unlink()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        stream.close()
+
+
+def _lock(path, until):
+    import fcntl
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stream = open(path, "a+")
+        except OSError as error:
+            raise StoreError(f"cannot write results to {path.parent}: {error.strerror}. Choose another "
+                             "output, or move all results with QLUTILS_RUNS") from error
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < until:  # a killed run takes a moment to go
+                stream.close()
+                time.sleep(0.1)
+                continue
+            stream.seek(0)
+            holder = stream.read().strip() or "another process"
+            stream.close()
+            raise StoreError(f"another run writes here: {path} is held by {holder}. Wait for it, stop it, "
+                             "or choose another output") from None
+        if path.exists() and os.fstat(stream.fileno()).st_ino == path.stat().st_ino:
+            break
+        stream.close()  # its last holder removed it between our open and our lock
+    stream.truncate(0)
+    stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+    stream.flush()
+    return stream
+
+
+def _alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

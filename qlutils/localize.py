@@ -1,0 +1,137 @@
+"""From facts to stored knowledge neurons: attribution of every query of a run, kept sparse, in units of work."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+import torch
+
+from .attribution import Attribution, Spec, attribute_encoded
+from .data import Fact
+from .neurons import STORE_THRESHOLD, cas_candidates, fact_table
+from .replay import neuron_vectors
+
+UNIT_BYTES = 2**28  # dense scores a unit may hold while it is computed
+UNIT_FACTS = 24
+# The facts of the paper's Figure 1.
+PAPER_EXAMPLES = (("P39", "Suleiman I", "Shah"), ("P39", "Christoph Ahlhaus", "mayor"))
+
+
+def localise_unit(lm, unit: list[dict], **spec) -> pd.DataFrame:
+    """Attribute all queries of a unit of facts; the task behind `localise`. One row a query:
+
+    fact, relation, subject, object, prompt_index, prompt; probability of the whole answer and whether it is known
+    (greedy decoding gives it); prompt_tokens, answer_tokens; gap (L,), the completeness gap; layer, neuron, score:
+    the neurons above 0.05 of the query's largest score. The first row of a fact carries cas_*, mean and deviation over
+    the fact's queries of every neuron that an offered CAS setting can select. A query that cannot be tokenised or read
+    has its reason in `left_out` and no numbers.
+    """
+    spec, rows, encoded, names = Spec(**spec), [], [], []
+    for record in unit:
+        fact = Fact(**{**record, "prompts": tuple(record["prompts"])})
+        for index, prompt in enumerate(fact.prompts):
+            row = dict(fact=fact.id, relation=fact.relation, subject=fact.subject, object=fact.object,
+                       prompt_index=index, prompt=prompt, left_out=None)
+            try:
+                encoded.append(lm.encode(prompt, fact.object))
+                names.append(f"{fact.id}: {prompt}")
+                row |= dict(prompt_tokens=len(encoded[-1][0]), answer_tokens=len(encoded[-1][1]), at=len(encoded) - 1)
+            except ValueError as error:
+                row |= dict(left_out=str(error), prompt_tokens=0, answer_tokens=0, at=-1)
+            rows.append(row)
+    frame = pd.DataFrame(rows)
+    if encoded:
+        _add_scores(frame, attribute_encoded(lm, encoded, spec, names))
+    return frame.drop(columns="at")
+
+
+def _add_scores(frame: pd.DataFrame, result: Attribution) -> None:
+    scores = result.scores.numpy()
+    cells: dict[str, list] = {name: [None] * len(frame) for name in (
+        "gap", "layer", "neuron", "score", "cas_layer", "cas_neuron", "cas_mean", "cas_std", "cas_mean_max",
+        "cas_std_max")}
+    used = frame["at"].to_numpy()
+    for row, at in enumerate(used):
+        if at < 0:
+            continue
+        top = scores[at].max()
+        layer, neuron = np.nonzero(scores[at] > STORE_THRESHOLD * top) if top > 0 else (np.zeros(0, int),) * 2
+        cells["layer"][row], cells["neuron"][row] = layer.astype(np.int32), neuron.astype(np.int32)
+        cells["score"][row] = scores[at][layer, neuron]
+        cells["gap"][row] = result.completeness_gap[at].numpy()
+    for _, group in frame[used >= 0].groupby("fact", sort=False):
+        kept = cas_candidates(scores[group["at"].to_numpy()])
+        for name, values in kept.items():
+            kind = np.int32 if name in ("layer", "neuron") else scores.dtype
+            cells[f"cas_{name}"][group.index[0]] = values.astype(kind)
+    frame["probability"] = [float(result.probability[at]) if at >= 0 else np.nan for at in used]
+    frame["known"] = [bool(result.known[at]) if at >= 0 else False for at in used]
+    frame["row_budget"] = result.row_budget
+    for name, values in cells.items():
+        frame[name] = pd.Series(values, dtype=object, index=frame.index)
+
+
+def localise(study, **spec) -> pd.DataFrame:
+    """Localise all facts of a study with its model and method; the `queries` frame, saved for later notebooks.
+
+    `spec`: fields of `attribution.Spec` other than the method. Queries that had to be left out are not in it; they are
+    saved as "left_out" with the reason, and so is a fact that keeps fewer than two queries.
+    """
+    lm, facts = study.lm(), study.facts()
+    prompts = max(len(fact.prompts) for fact in facts)
+    size = int(np.clip(UNIT_BYTES // (prompts * lm.num_layers * lm.num_neurons * 4), 1, UNIT_FACTS))
+    units = [[asdict(fact) for fact in facts[i:i + size]] for i in range(0, len(facts), size)]
+    config = {"method": study.method, **spec}
+    frame = study.run(localise_unit, units, config, desc=f"{study.model} {study.method}")
+    single = frame["left_out"].isna() & (frame[frame["left_out"].isna()].groupby("fact")["fact"].transform("size")
+                                         .reindex(frame.index) < 2)
+    frame.loc[single, "left_out"] = "the only usable query of its fact; consistency needs two"
+    lost = frame[frame["left_out"].notna()]
+    queries = frame[frame["left_out"].isna()].drop(columns="left_out").reset_index(drop=True)
+    if queries.empty:
+        raise ValueError(f"no fact of this run has two usable queries for {study.model}; first reason: "
+                         f"{lost['left_out'].iloc[0]}")
+    study.save(lost[["fact", "prompt", "left_out"]].reset_index(drop=True), "left_out")
+    study.save(queries, "queries")
+    return queries
+
+
+def localised(study) -> pd.DataFrame:
+    """The `queries` frame of a study: what notebook 01 saved for these inputs, computed with defaults if it is missing."""
+    if study.method in study.methods_done("queries"):
+        return study.load("queries")
+    print(f"Knowledge neurons of {study.model} by {study.method} are not there yet: localising with default settings.")
+    return localise(study)
+
+
+def example_facts(queries: pd.DataFrame, t: float = 0.2) -> list[str]:
+    """Ids of the two facts that Figures 1, 7 and 10 show: the paper's where the data has them, else the known facts of
+    highest and lowest CS2 (known: every query answered; if there are none, all facts count)."""
+    present = {(r, s, o): fact for fact, r, s, o in
+               queries[["fact", "relation", "subject", "object"]].drop_duplicates().itertuples(index=False)}
+    if all(key in present for key in PAPER_EXAMPLES):
+        return [present[key] for key in PAPER_EXAMPLES]
+    facts = fact_table(queries, t).dropna(subset="cs2")
+    known = facts[facts["known"] == 1]
+    facts = (known if len(known) > 1 else facts).sort_values("cs2", kind="stable")
+    return [facts["fact"].iloc[-1], facts["fact"].iloc[0]]
+
+
+def example_maps(lm, queries: pd.DataFrame, facts: list[str], **spec) -> list[dict]:
+    """For two neighbour queries of each fact: dense attribution and activation (L, N), for the heatmaps of Figure 1.
+
+    The two are the first and the last of the fact's known prompts (of all its prompts if fewer than two are known). Each dict: fact, prompt, answer, attribution,
+    activation."""
+    maps = []
+    for fact in facts:
+        group = queries[queries["fact"] == fact]
+        chosen = group[group["known"]] if group["known"].sum() > 1 else group
+        for _, row in chosen.iloc[[0, -1]].iterrows():
+            encoded = lm.encode(row["prompt"], row["object"])
+            scores = attribute_encoded(lm, [encoded], Spec(**spec), [row["prompt"]]).scores[0]
+            activation = neuron_vectors(lm, torch.tensor([encoded[0]], device=lm.device))[0].float().cpu()
+            maps.append(dict(fact=fact, prompt=row["prompt"], answer=row["object"], attribution=scores.numpy(),
+                             activation=activation.numpy()))
+    return maps

@@ -1,0 +1,205 @@
+"""Loading a causal language model and turning (prompt, answer) pairs into tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from . import arch, paths
+from .arch import UnsupportedModel
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BUNDLED = ("demo/gpt2", "demo/llama2", "demo/llama3")
+
+
+class LanguageModel:
+    """A causal language model, its tokenizer, and the places this study looks at.
+
+    `layers[l]` is decoder layer l, `downs[l]` its down-projection; neuron (l, p) is coordinate p of the input of
+    `downs[l]`. Weights are frozen and the model is in evaluation mode. Construction replays a clean row through
+    the fast path and raises `UnsupportedModel` unless the model's own logits come out.
+    """
+
+    def __init__(self, model, tokenizer, name: str):
+        self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
+        self.arch = arch.find_architecture(model, name)
+        arch.use_fused_gelu(model)
+        self.layers, self.downs = self.arch.layers, self.arch.downs
+        self.num_layers, self.num_neurons, self.num_heads = len(self.layers), self.arch.num_neurons, self.arch.num_heads
+        self.layout = "sequence" if self.arch.uses_attention_interface else "batch"
+        from .replay import verify  # replay imports this module's type
+
+        verify(self)
+
+    @property
+    def device(self) -> torch.device:
+        return self.arch.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.arch.head.weight.dtype
+
+    @property
+    def score_dtype(self) -> torch.dtype:
+        """Softmax, probabilities and scores: float32, or float64 for a float64 model."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @cached_property
+    def bos_offset(self) -> int:
+        """1 where the tokenizer puts a BOS token in front of a prompt, else 0."""
+        ids = self.tokenizer("a").input_ids
+        return int(bool(ids) and self.tokenizer.bos_token_id is not None and ids[0] == self.tokenizer.bos_token_id
+                   and len(ids) > 1)
+
+    @cached_property
+    def context(self) -> int:
+        """Longest input in tokens (a large number where the configuration states none)."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the weights' content, the configuration and the tokenizer: what a result depends on."""
+        digest = hashlib.sha256()
+        for key, value in sorted(self.model.state_dict().items()):
+            digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        config = {k: v for k, v in self.model.config.to_diff_dict().items() if not k.startswith("_")}
+        config.pop("transformers_version", None)
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        digest.update(backend.to_str().encode() if backend is not None else repr(self.tokenizer).encode())
+        return digest.hexdigest()
+
+    def value_vectors(self, layer: int) -> Tensor:
+        """(N, d) view of layer `layer`'s down-projection: row p is what neuron p writes."""
+        return arch.value_vectors(self.downs[layer])
+
+    def check_neurons(self, neurons) -> list[tuple[int, int]]:
+        """`neurons` as a sorted list of (layer, index); ValueError for one outside the model."""
+        pairs = sorted({(int(layer), int(index)) for layer, index in neurons})
+        for layer, index in pairs:
+            if not (0 <= layer < self.num_layers and 0 <= index < self.num_neurons):
+                raise ValueError(
+                    f"neuron ({layer}, {index}) is outside {self.name}, which has {self.num_layers} layers of "
+                    f"{self.num_neurons} neurons, counted from 0"
+                )
+        return pairs
+
+    # -- tokens ---------------------------------------------------------------------------------------------
+    def _tokenize(self, text: str) -> list[int]:
+        # Text that spells a special token ("<s>") is data here, never the token itself.
+        ids = self.tokenizer(text, split_special_tokens=True).input_ids
+        eos = self.tokenizer.eos_token_id
+        if len(ids) > 1 and ids[-1] == eos and not text.endswith(str(self.tokenizer.eos_token)):
+            ids = ids[:-1]  # a trailing EOS would end the sentence before the answer
+        return list(ids)
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Token ids of a prompt, with the tokenizer's own BOS and without a trailing EOS. Spaces at the end are
+        dropped, as the answer brings its own. ValueError: not text, empty, one token, longer than the context."""
+        if not isinstance(prompt, str):
+            raise ValueError(f"a prompt must be text, got {type(prompt).__name__}: {prompt!r}")
+        prompt = prompt.rstrip()
+        if not prompt:
+            raise ValueError("a prompt is empty; it needs the text that leads up to the answer")
+        ids = self._tokenize(prompt)
+        if len(ids) < 2:
+            raise ValueError(f"prompt {prompt!r} is a single token; it needs at least two, to have a context")
+        if len(ids) > self.context:
+            raise ValueError(f"prompt {prompt[:60]!r}... has {len(ids)} tokens; {self.name} reads at most {self.context}")
+        return ids
+
+    def encode(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        """(prompt ids, answer ids): the answer is what tokenising `prompt + " " + answer` adds to the prompt.
+
+        ValueError, naming prompt and answer: an empty answer, one that changes how the prompt is tokenised, or a
+        query longer than the context."""
+        prompt_ids = self.encode_prompt(prompt)
+        if not isinstance(answer, str) or not answer.strip():
+            raise ValueError(f"the answer to {prompt!r} is {answer!r}; it must be text that is not empty")
+        joint = self._tokenize(f"{prompt.rstrip()} {answer.strip()}")
+        if joint[: len(prompt_ids)] != prompt_ids or len(joint) == len(prompt_ids):
+            raise ValueError(
+                f"the answer {answer!r} is not a continuation of the prompt {prompt!r}: together they are tokenised "
+                "differently; end the prompt at a word boundary"
+            )
+        if len(joint) > self.context:
+            raise ValueError(f"{prompt[:60]!r}... with its answer has {len(joint)} tokens; {self.name} reads {self.context}")
+        return prompt_ids, joint[len(prompt_ids):]
+
+
+def load_model(name_or_path: str, *, device: str | None = None, dtype: str | None = None) -> LanguageModel:
+    """Load a bundled model ("demo/gpt2"), a Hugging Face id, or a local folder.
+
+    `device`: "cpu", "cuda", "cuda:1"; default: CUDA where there is one. `dtype`: "float64", "float32", "bfloat16",
+    "float16"; default: float32 on a CPU, the checkpoint's own on CUDA. Only safetensors weights are read and no
+    code from a checkpoint is run. ValueError (`UnsupportedModel` for a kind of model) says what to do.
+    """
+    if not isinstance(name_or_path, (str, Path)) or not str(name_or_path).strip():
+        raise ValueError(f"model must be a name or a folder, got {name_or_path!r}")
+    name = str(name_or_path)
+    device = _device(device)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    torch_dtype = DTYPES[dtype] if dtype else (torch.float32 if device.type == "cpu" else "auto")
+    source = _source(name)
+    if name in BUNDLED:  # loaded at once; a progress bar would only be litter in a notebook
+        transformers.utils.logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch_dtype, use_safetensors=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds; each becomes one message with a way out
+        raise ValueError(f"could not load model {name!r}: {_advice(name, error)}") from error
+    return LanguageModel(model.to(device), tokenizer, name)
+
+
+def _device(device) -> torch.device:
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device {device!r} is unknown; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {str(device)!r} was asked for, but torch sees no CUDA device; use cpu")
+    return device
+
+
+def _source(name: str) -> str:
+    if name.startswith("demo/"):
+        if name not in BUNDLED:
+            raise ValueError(f"there is no bundled model {name!r}; bundled are {', '.join(BUNDLED)}")
+        return str(paths.DEMO / "models" / name.split("/", 1)[1])
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"the folder {name} holds no config.json; a model folder is what save_pretrained writes")
+        if not list(folder.glob("*.safetensors")):
+            raise ValueError(f"the folder {name} holds no .safetensors weights; save the model with safetensors "
+                             "(pickled weights are never read)")
+        return str(folder)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"there is no model folder {name}")
+    return name
+
+
+def _advice(name: str, error: Exception) -> str:
+    text = f"{type(error).__name__}: {error}"
+    first = text.strip().splitlines()[0][:300]
+    if "gated" in text.lower() or "401" in text or "403" in text:
+        return (f"the model is gated. Accept its licence on its Hugging Face page, then run `hf auth login`. ({first})")
+    if "safetensors" in text.lower():
+        return f"only safetensors weights are read; convert the checkpoint or pick a revision that has them. ({first})"
+    if any(word in text.lower() for word in ("connect", "offline", "resolve", "not a valid model identifier",
+                                             "not a local folder", "couldn't", "can't load", "timed out")):
+        return ("it is neither a local folder nor reachable on the Hugging Face Hub. Check the spelling and the "
+                f"network; offline, pass the folder of a downloaded copy, or a bundled model ({', '.join(BUNDLED)}). ({first})")
+    if "unrecognized configuration" in text.lower() or "trust_remote_code" in text.lower():
+        return f"transformers {transformers.__version__} has no causal language model of this kind. ({first})"
+    return first

@@ -1,0 +1,31 @@
+"""Every path of the project comes from here. `QLUTILS_RUNS` moves all results elsewhere."""
+import hashlib
+import os
+import re
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+# The checkout; where the package was installed without one, the folder the user works in.
+ROOT = PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else Path.cwd()
+RUNS = Path(os.environ.get("QLUTILS_RUNS") or ROOT / "runs").absolute()
+NOTEBOOKS = ROOT / "notebooks"
+FIGURES = ROOT / "figures"
+DEMO = PACKAGE / "demo"  # bundled facts, text and models
+
+
+def run_folder(output="default"):
+    """Folder of one run: `RUNS/<output>`. `output` is a plain name, so nothing is written elsewhere."""
+    if not isinstance(output, str) or not re.fullmatch(r"\w[\w.-]*", output):
+        raise ValueError(f"output {output!r}: want one folder name of letters, digits, '.', '_' and '-'")
+    return RUNS / output
+
+
+def slug(model):
+    """Folder name of a model: `demo/gpt2` -> `demo--gpt2`; a local folder keeps its name plus a hash."""
+    if not isinstance(model, str) or not model.strip():
+        raise ValueError(f"model {model!r}: want a bundled name, a Hugging Face id or a folder")
+    name = model
+    if not model.startswith("demo/") and Path(model).is_dir():
+        where = Path(model).resolve()
+        name = f"{where.name}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:8]}"
+    return re.sub(r"[^\w.-]", "_", name.replace("/", "--")).lstrip(".") or "_"

@@ -1,0 +1,317 @@
+"""The driver behind ./run_all.sh: every notebook for every model and method, each done once.
+
+A job is one notebook with its parameters, run by papermill in a process of its own. It leaves an executed
+notebook and a stamp in runs/<output>/notebooks; a job whose stamp fits its inputs and whose outputs are all
+there is done.
+"""
+import argparse
+import ast
+import json
+import re
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+
+from tqdm import tqdm
+
+from . import paths
+from .execute import execute, kernel_environment
+from .files import StoreError, folder_hash, locked, sha256, versions, write_json
+from .study import DTYPES, METHODS, check_values, literals, model_content
+
+MODELS = ("demo/gpt2", "demo/llama2", "demo/llama3")
+SAMPLE = 3  # facts a relation without --full
+PER_METHOD, COMPARES, LAST = "01", "02", "report"  # the other notebooks run per model and downstream method
+
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM."""
+
+
+@dataclass
+class Job:
+    notebook: Path
+    model: str | None
+    method: str | None
+    parameters: dict
+    needs: list  # names of the jobs whose results this one reads
+    status: str = "not run"
+    seconds: float = 0.0
+    problem: str = ""
+
+    @property
+    def label(self):
+        model = Path(self.model).name if self.model and Path(self.model).is_absolute() else self.model
+        return " ".join(filter(None, [self.notebook.stem, model, self.method]))
+
+
+def job_name(stem, model, method):
+    return "--".join(filter(None, [stem, model and paths.slug(model), method]))
+
+
+def main(argv=None, notebooks=None):
+    """Run the study. Returns 0, 1 if a notebook failed, 2 for what cannot be run, 130 or 143 if stopped."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args(argv)
+    command = shlex.join(["./run_all.sh", *argv])
+    try:
+        with _signals():
+            root = paths.run_folder(args.output)
+            jobs, data_hash = plan_jobs(args, Path(notebooks or paths.NOTEBOOKS))
+            with locked(root / ".lock"), _scheduler(args) as address:
+                return _run(jobs, root, data_hash, command, address)
+    except (ValueError, StoreError) as error:
+        print(f"run_all.sh: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        print(f"\nStopped. What is finished is kept; to go on:\n    {command}", file=sys.stderr)
+        return 128 + stopped.args[0]
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="./run_all.sh", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Run the study's notebooks: 01 for each model and method, 02 for each model, 03-07 for\n"
+                    "each model and downstream method, then the report. What is done is not run again.",
+        epilog="Results: runs/<output>/results; executed notebooks: runs/<output>/notebooks.\n"
+               "QLUTILS_RUNS moves runs; QLUTILS_THREADS sets the threads of each process.\n\n"
+               "`./run_all.sh test [pytest options]` runs the tests. Examples:\n"
+               "  ./run_all.sh --models demo/gpt2 --only 01 02\n"
+               "  ./run_all.sh --models gpt2 meta-llama/Llama-2-7b-hf --data pararel --full --output paper")
+    add = parser.add_argument
+    add("--models", nargs="+", default=list(MODELS), metavar="MODEL",
+        help="bundled names, Hugging Face ids or folders (default: the three bundled models)")
+    add("--methods", nargs="+", default=list(METHODS), choices=METHODS,
+        help="how knowledge neurons are localised, in 01 and 02 (default: all)")
+    add("--downstream-methods", nargs="+", default=["ig"], choices=METHODS, metavar="METHOD",
+        help="whose neurons 03-07 use (default: ig, as in the paper)")
+    add("--data", default="demo", metavar="demo|pararel|FOLDER", help="the facts (default: demo, bundled)")
+    add("--relations", nargs="+", metavar="P36", help="only these relations (default: all)")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--facts-per-relation", type=int, default=SAMPLE, metavar="N",
+                      help=f"size of a seeded sample of each relation (default: {SAMPLE})")
+    size.add_argument("--full", action="store_true", help="all facts of each relation")
+    add("--seed", type=int, default=0, help="of every random choice (default: 0)")
+    add("--device", help="cpu, cuda, cuda:1 (default: CUDA where there is one)")
+    add("--dtype", choices=DTYPES, help="of the weights (default: float32 on a CPU, else the checkpoint's)")
+    add("--only", nargs="+", metavar="NN", help="only these notebooks, by number: 01 02, or report")
+    add("--output", default="default", metavar="NAME", help="name of the run's folder (default: default)")
+    add("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+        help="set another notebook parameter, in every notebook that has it")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--workers", type=int, metavar="N",
+                       help="compute in N local processes, one a GPU where there are GPUs (extra `cluster`)")
+    where.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="compute on a running dask cluster")
+    return parser
+
+
+# -- what is to be done ----------------------------------------------------------------------------------
+def plan_jobs(args, folder):
+    """(jobs in order, hash of the facts). ValueError, before anything starts, for whatever cannot be run."""
+    from .data import load_facts
+
+    for model in args.models:
+        model_content(model)  # ValueError for a bundled model or a folder that is not there
+    if args.device and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", args.device):
+        raise ValueError(f"--device {args.device}: want cpu, cuda or cuda:N")
+    models = list(dict.fromkeys(m if m.startswith("demo/") else _absolute(m) for m in args.models))
+    data = args.data if args.data in ("demo", "pararel") else _absolute(args.data)
+    count = None if args.full else args.facts_per_relation
+    facts = load_facts(data, relations=args.relations, facts_per_relation=count, seed=args.seed)
+    shared = {"data": data, "relations": args.relations, "facts_per_relation": count, "seed": args.seed,
+              "device": args.device, "dtype": args.dtype, "output": args.output, "models": models,
+              "methods": args.methods}
+    print(f"{len(facts)} facts of {len({fact.relation for fact in facts})} relations from {args.data}"
+          + ("" if args.full else f": a sample of {count} a relation, --full takes all"), file=sys.stderr)
+    notebooks = _chosen(folder, args.only)
+    declared = {notebook: declared_parameters(notebook) for notebook in notebooks}
+    extra = {name: _literal(value) for name, value in args.parameter}
+    for name, value in extra.items():
+        knowing = [known for known in declared.values() if name in known]
+        if not knowing or name in (*shared, "model", "method"):
+            known = sorted({p for known in declared.values() for p in known} - {*shared, "model", "method"})
+            raise ValueError(f"-p {name}: " + ("an option of its own sets it, see --help" if knowing else
+                             f"no notebook has this parameter; they have {', '.join(known) or 'none'}"))
+        for defaults in knowing:
+            check_values({name: value}, defaults)
+    jobs, localised = [], [path.stem for path in _chosen(folder, None) if path.stem.startswith(PER_METHOD)]
+    for notebook in notebooks:
+        number = notebook.stem[:2]
+        methods = {PER_METHOD: args.methods, COMPARES: [None]}.get(number, args.downstream_methods)
+        for model, method in product(models, methods) if notebook.stem != LAST else [(None, None)]:
+            wanted = {**shared, "model": model, "method": method, **extra}
+            reads = product(models, args.methods) if number == COMPARES else [(model, method)]
+            needs = [job_name(stem, *pair) for pair in reads for stem in localised if number != PER_METHOD]
+            if notebook.stem == LAST:
+                needs = [job_name(job.notebook.stem, job.model, job.method) for job in jobs]
+            given = {name: wanted[name] for name in declared[notebook] if name in wanted}
+            jobs.append(Job(notebook, model, method, given, needs))
+    return jobs, sha256([asdict(fact) for fact in facts])
+
+
+def _chosen(folder, only):
+    found = sorted(folder.glob("[0-9][0-9]_*.ipynb")) + sorted(folder.glob(f"{LAST}.ipynb"))
+    if not found:
+        raise ValueError(f"no notebook in {folder}")
+    for prefix in only or ():
+        if not any(path.stem.startswith(prefix) for path in found):
+            raise ValueError(f"--only {prefix}: there are {', '.join(path.stem for path in found)}")
+    return [path for path in found if not only or path.stem.startswith(tuple(only))]
+
+
+def declared_parameters(notebook):
+    """{name: default} of a notebook's cell tagged `parameters`; {} without one."""
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        if "parameters" in cell["metadata"].get("tags", ()):
+            found = literals("".join(cell["source"]))
+            if found is None:
+                raise ValueError(f"{notebook.name}: parameters cell must hold `name = literal` lines only")
+            return found
+    return {}
+
+
+def _absolute(name):
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name
+
+
+def _literal(text):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+# -- doing it --------------------------------------------------------------------------------------------
+def _run(jobs, root, data_hash, command, address):
+    source = folder_hash(paths.PACKAGE, "*.py")
+    started, stopped = time.time(), None
+    (root / "notebooks").mkdir(parents=True, exist_ok=True)
+    bar = tqdm(jobs, unit="notebook", disable=None, dynamic_ncols=True)
+    with tempfile.TemporaryDirectory(prefix="qlutils-") as scratch:
+        env = kernel_environment(scratch, QLUTILS_COMMAND=command, QLUTILS_PROGRESS=Path(scratch, "progress"),
+                                 **({"QLUTILS_SCHEDULER": address} if address else {}))
+        try:
+            for number, job in enumerate(bar, 1):
+                bar.set_description(job.label)
+                _one(job, root, data_hash, source, env, bar)
+                tqdm.write(f"[{number}/{len(jobs)}] {job.label}: {job.status}, {job.seconds:.1f} s"
+                           + (f": {job.problem}" if job.problem else ""), file=sys.stderr)
+        except Stopped as signal_received:
+            stopped = signal_received
+        finally:
+            bar.close()
+    write_json(root / "run.json", {
+        "command": command, "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.time() - started, 1), "versions": versions(), "source": source,
+        "facts": data_hash,
+        "jobs": [{"notebook": job.notebook.stem, "status": job.status, "seconds": round(job.seconds, 1),
+                  "problem": job.problem, "parameters": job.parameters} for job in jobs]})
+    _summary(jobs, time.time() - started, root)
+    if stopped is not None:
+        raise stopped
+    return int(any(job.status == "failed" for job in jobs))
+
+
+def _one(job, root, data_hash, source, env, bar):
+    """Run one job unless its stamp says that it is done; sets its status, seconds and problem."""
+    start = time.time()
+    name = job_name(job.notebook.stem, job.model, job.method)
+    output, stamp = (root / "notebooks" / f"{name}{suffix}" for suffix in (".ipynb", ".json"))
+    results = root / "results"
+    if job.model:
+        results = results / paths.slug(job.model) / (job.method or "all")
+    inputs = {"notebook": sha256(job.notebook.read_bytes()), "parameters": job.parameters, "source": source,
+              "data": data_hash, "model": job.model and model_content(job.model),
+              "needs": {need: _stamp(root, need).get("inputs") for need in job.needs}}
+    if output.exists() and _is_done(_stamp(root, name), inputs, root):
+        job.status, job.seconds = "cached", time.time() - start
+        return
+    stamp.unlink(missing_ok=True)
+    progress = Path(env["QLUTILS_PROGRESS"])
+    progress.unlink(missing_ok=True)
+
+    def show():
+        bar.set_postfix_str(progress.read_text(encoding="utf-8") if progress.exists() else "")
+
+    job.problem = execute(job.notebook, output, job.parameters, env, progress.with_name("log"), show)
+    job.seconds = time.time() - start
+    job.status = "failed" if job.problem else "done"
+    if not job.problem:
+        inputs["model"] = job.model and model_content(job.model)  # a first download has a revision only now
+        made = [file for file in results.glob("*") if file.is_file() and file.stat().st_mtime >= start - 1
+                and file.name != "run.json"]  # which the model's other notebooks write, too
+        outputs = {file.relative_to(root).as_posix(): sha256(file.read_bytes()) for file in sorted(made)}
+        write_json(stamp, {"inputs": sha256(inputs), "made_from": inputs, "outputs": outputs})
+
+
+def _stamp(root, name):
+    try:
+        return json.loads((root / "notebooks" / f"{name}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _is_done(known, inputs, root):
+    try:
+        return known.get("inputs") == sha256(inputs) and all(
+            sha256((root / name).read_bytes()) == digest for name, digest in known["outputs"].items())
+    except OSError:
+        return False
+
+
+def _summary(jobs, seconds, root):
+    width = max(len(job.label) for job in jobs)
+    print(f"\n{'job':{width}}  status    seconds  what failed")
+    for job in jobs:
+        print(f"{job.label:{width}}  {job.status:8}  {job.seconds:7.1f}  {job.problem}".rstrip())
+    counts = Counter(job.status for job in jobs)
+    print(", ".join(f"{n} {status}" for status, n in counts.items()) + f" in {seconds:.0f} s; see {root}")
+
+
+@contextmanager
+def _signals():
+    def stop(number, frame):
+        raise Stopped(number)
+
+    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {kind: signal.signal(kind, stop) for kind in kinds}
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+@contextmanager
+def _scheduler(args):
+    """Address of the dask scheduler that computes, or None: units are then computed in the notebooks."""
+    if not args.workers and not args.scheduler:
+        yield None
+        return
+    try:
+        from distributed import Nanny, Scheduler, SpecCluster
+    except ImportError:
+        raise ValueError("--workers and --scheduler need dask: pip install -e '.[cluster]'") from None
+    if args.scheduler:
+        yield args.scheduler
+        return
+    import torch
+    gpus, local = torch.cuda.device_count(), {"host": "127.0.0.1", "dashboard": False}
+    workers = {i: {"cls": Nanny, "options": {
+        "host": "127.0.0.1", "nthreads": 1, "memory_limit": 0, "silence_logs": 40,
+        "env": {"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else {}}} for i in range(args.workers)}
+    with SpecCluster(workers, {"cls": Scheduler, "options": local}, silence_logs=40) as cluster:
+        yield cluster.scheduler_address
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""What a notebook opens: its checked parameters, its facts, its units of work, and where its results go.
+
+    study = Study.open("02_consistency", In)      # In: IPython's list of the cells run so far
+
+Light on purpose: nothing here imports torch, so a notebook that only reads results starts at once.
+"""
+import ast
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from datetime import UTC, datetime
+from itertools import groupby
+from pathlib import Path
+
+from . import paths, store
+from .files import as_frame, folder_hash, read_table, sha256, versions, write_json, write_table
+
+METHODS = ("ig", "sig", "amig")
+NULLABLE = ("relations", "facts_per_relation", "device", "dtype")  # None: all, all, the best, the device's
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+class Study:
+    """One notebook's part of a run.
+
+    Known parameters: model, method (or methods, a list), data, relations, facts_per_relation, seed, device,
+    dtype, output; whatever else a notebook declares stays in `parameters`. Attributes: every known parameter
+    by its name, and `results`, the folder of this model and method ("all" where a notebook compares methods).
+    ValueError names a parameter that is not usable.
+    """
+
+    def __init__(self, notebook, *, model=None, method=None, methods=None, data="demo", relations=None,
+                 facts_per_relation=None, seed=0, device=None, dtype=None, output="default", **others):
+        for name in [method] * (method is not None) + list(methods or ()):
+            _one_of("method", name, METHODS)
+        if dtype is not None:
+            _one_of("dtype", dtype, DTYPES)
+        self.notebook, self.model, self.method = notebook, model, method
+        self.methods = list(methods if methods is not None else METHODS)
+        self.data, self.relations, self.facts_per_relation = data, relations, facts_per_relation
+        self.seed, self.device, self.dtype, self.output = seed, device, dtype, output
+        self.parameters = {
+            "model": model, "method": method, "methods": methods, "data": data, "relations": relations,
+            "facts_per_relation": facts_per_relation, "seed": seed, "device": device, "dtype": dtype,
+            "output": output, **others}
+        self.root = paths.run_folder(output)
+        self.results = self._folder(method)
+        self._started, self._work, self._facts, self._identity = time.time(), {}, None, {}
+
+    @classmethod
+    def open(cls, notebook, cells):
+        """Study of a notebook from its executed cells (`In`); see `check_parameters`."""
+        return cls(notebook, **check_parameters(cells))
+
+    # -- inputs -------------------------------------------------------------------------------------------
+    def facts(self):
+        """The facts of this run, from `load_facts` with the run's parameters."""
+        if self._facts is None:
+            from .data import load_facts
+            self._facts = load_facts(self.data, relations=self.relations, seed=self.seed,
+                                     facts_per_relation=self.facts_per_relation,
+                                     middle=self.parameters.get("middle", "cut"))
+        return self._facts
+
+    def beside(self, model):
+        """This study for another model of the same run, to read its results."""
+        return Study(self.notebook, **{**self.parameters, "model": model})
+
+    def lm(self):
+        """The model, loaded once a process."""
+        return store.cached_model(self.model, self.device, self.dtype)
+
+    def inputs(self):
+        """What this run's results are made from, apart from the method; `load` compares it."""
+        return {"model": self.model, "content": self.model and model_content(self.model),
+                "device": self.device, "dtype": self.dtype, "seed": self.seed,
+                "facts": sha256([asdict(fact) for fact in self.facts()])}
+
+    # -- work and results ---------------------------------------------------------------------------------
+    def run(self, task, units, config=None, desc=None):
+        """`run_units` with this run's model, device, dtype and folder; the record gets counts and seconds."""
+        start, info = time.time(), {}
+        desc = desc or f"{self.notebook} {self.model} {self.method or ''}".strip()
+        frame = store.run_units(task, self.model, units, config, desc=desc, device=self.device,
+                                dtype=self.dtype, root=self.root, info=info)
+        self._identity = {key: info.pop(key) for key in ("fingerprint", "device", "dtype", "threads")}
+        self._work[desc] = {**info, "seconds": round(time.time() - start, 2)}
+        return frame
+
+    def save(self, frame, name):
+        """Keep a DataFrame as `<results>/<name>.parquet` for other notebooks, with what it was made from."""
+        write_table(frame, self.results / f"{name}.parquet", sha256(self.inputs()), inputs=self.inputs(),
+                    parameters=self.parameters)
+
+    def load(self, name, method=None):
+        """A DataFrame kept with `save`; ValueError if it is missing, damaged, or made from other inputs."""
+        frame, problem = self._find(name, method := method or self.method)
+        if frame is None:
+            raise ValueError(f"no usable {name!r} of {self.model} by {method} in run {self.output!r}: "
+                             f"{problem}. Run the notebook that makes it first, with these parameters")
+        return frame
+
+    def methods_done(self, name="queries"):
+        """Those of `methods` whose saved `name` was made for this model from these very inputs."""
+        return [method for method in self.methods if self._find(name, method)[0] is not None]
+
+    def _folder(self, method):
+        where = self.root / "results"
+        return where if self.model is None else where / paths.slug(self.model) / (method or "all")
+
+    def _find(self, name, method):
+        path = self._folder(method) / f"{name}.parquet"
+        if not path.exists():
+            return None, "it was not made yet"
+        table, meta = read_table(path)
+        if table is None:
+            return None, meta
+        differ = [key for key, ours in self.inputs().items() if meta.get("inputs", {}).get(key) != ours]
+        return (None, f"it was made from other {', '.join(differ)}") if differ else (as_frame([table]), None)
+
+    def table(self, frame, stem, caption="", note="", *, headers=None, digits=2):
+        """Write a table as CSV, Markdown and LaTeX under `results`; returns it as shown, for display."""
+        from .tables import display_table, write_table as write
+        write(frame, stem, self.results, caption, note, headers=headers, digits=digits)
+        return display_table(frame, headers, digits)
+
+    def figure(self, figure, stem, data):
+        """Write a figure as PNG and PDF under `results`, with the plotted numbers as CSV; returns the paths."""
+        from .plots import save_figure
+        save_figure(figure, stem, self.results, data)
+
+    def record(self, **extra):
+        """Write `<results>/run.json`, one entry a notebook: all that is needed to run it again."""
+        path = self.results / "run.json"
+        try:
+            entries = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            entries = {}
+        entries[self.notebook] = {
+            "parameters": self.parameters, "inputs": self.inputs(), "facts": len(self.facts()),
+            "model": {"name": self.model, **self._identity}, "work": self._work,
+            "versions": versions(), "platform": sys.platform,
+            "command": os.environ.get("QLUTILS_COMMAND") or " ".join(sys.argv),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.time() - self._started, 2), **extra}
+        write_json(path, dict(sorted(entries.items())))
+
+
+def model_content(model):
+    """A hash that changes with a local model's files, or with the downloaded revision of a Hub model."""
+    folder = paths.DEMO / "models" / model[5:] if model.startswith("demo/") else Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"model folder {model} holds no config.json: want what save_pretrained writes")
+        return folder_hash(folder)
+    if model.startswith(("demo/", ".", "/", "~")) or model.count("/") > 1:
+        bundled = sorted(f"demo/{path.name}" for path in (paths.DEMO / "models").glob("*/"))
+        raise ValueError(f"there is no model {model!r}; want a folder, a Hugging Face id, or a bundled one: "
+                         f"{', '.join(bundled)}")
+    from huggingface_hub.constants import HF_HUB_CACHE
+    revision = Path(HF_HUB_CACHE, "models--" + model.replace("/", "--"), "refs", "main")
+    return sha256([model, revision.read_text() if revision.is_file() else "not downloaded"])
+
+
+def units_of(facts, size):
+    """Units of at most `size` whole facts of one relation, as JSON-able dicts, in order."""
+    if size < 1:
+        raise ValueError(f"a unit holds at least 1 fact, not {size}")
+    groups = [[asdict(fact) for fact in group] for _, group in groupby(facts, key=lambda fact: fact.relation)]
+    return [group[i:i + size] for group in groups for i in range(0, len(group), size)]
+
+
+def check_parameters(cells):
+    """{name: value} of a notebook's parameters, from the sources of the cells run so far.
+
+    The notebook's own parameters are the literal assignments of a cell that holds nothing else; papermill's
+    injected cell, which begins with "# Parameters", may set those and no others. ValueError names an unknown
+    parameter, a value that is no literal, or one of another type than its default (None takes any type).
+    """
+    defaults, values = {}, {}
+    for source in cells:
+        injected = source.lstrip().startswith("# Parameters")
+        cell = literals(source)
+        if cell is None:
+            if injected:
+                raise ValueError(f"a parameter is not a literal value in the injected cell:\n{source}")
+        elif injected:
+            check_values(cell, defaults)
+            values.update(cell)
+        else:
+            defaults.update(cell)
+            values.update(cell)
+    return values
+
+
+def check_values(given, defaults):
+    """ValueError unless every given parameter is known and of its default's type."""
+    for name, value in given.items():
+        if name not in defaults:
+            raise ValueError(f"unknown parameter {name!r}; this notebook knows {', '.join(defaults)}")
+        default = defaults[name]
+        if not (default is None or type(value) is type(default) or (value is None and name in NULLABLE)
+                or (isinstance(default, float) and type(value) is int)):
+            raise ValueError(f"parameter {name}={value!r}: want a value like its default {default!r}, "
+                             f"of type {type(default).__name__}")
+
+
+def literals(source):
+    """{name: value} of a cell made of `name = literal` lines alone, else None."""
+    try:
+        nodes = ast.parse(source).body
+        if nodes and all(isinstance(node, ast.Assign) and len(node.targets) == 1
+                         and isinstance(node.targets[0], ast.Name) for node in nodes):
+            return {node.targets[0].id: ast.literal_eval(node.value) for node in nodes}
+    except (SyntaxError, ValueError):
+        pass
+    return None
+
+
+def _one_of(what, value, known):
+    if value not in known:
+        raise ValueError(f"{what} {value!r} is unknown; use one of {', '.join(known)}")

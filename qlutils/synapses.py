@@ -1,0 +1,320 @@
+"""Attention as a model really runs it: predominance (Eq. 4), knowledge synapses (Eq. 5, 6), and what they do.
+
+A is the post-softmax attention of a layer and head: rows attend, columns are attended to, rows sum to 1. A synapse is
+(column, layer, head), zero-based; columns count the tokens of a prompt, BOS included, padding not.
+
+Shapes: Q queries, B rows of a batch, L layers, H query heads, T prompt tokens, A answer tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from .arch import UnsupportedModel
+from .attention import NAME, Control, replaced_methods
+from .attribution import default_row_budget
+from .replay import AnswerProbability, attention_implementation
+
+SCORES = ("sum", "visible_mean")
+# What is scaled for a query, beside its own synapses S and those of an irrelevant query S_ir.
+SETS = ("self", "irrelevant", "self_without_first", "irrelevant_without_first", "self_only", "irrelevant_only", "random")
+
+
+# --- the model's attention, watched or changed -----------------------------------------------------------
+
+@contextmanager
+def controlled(lm, factors=None, renormalise=False, observe=None):
+    """Inside, every forward pass of `lm.model` runs `attention.exact_attention` under a `Control` of these arguments.
+
+    `UnsupportedModel`, naming the model, where its attention cannot be replaced."""
+    _check_replaceable(lm)
+    with _exact(lm), Control(factors, renormalise, observe).on(lm.model, lm.layers) as control:
+        yield control
+
+
+def _exact(lm):
+    method = getattr(lm.arch, "attention_method", None)
+    return replaced_methods(lm.layers, method) if method else attention_implementation(lm.model, NAME)
+
+
+@torch.no_grad()
+def _check_replaceable(lm) -> None:
+    """Refuse a model unless each of its layers reports an attention matrix and its own logits come out; once a model."""
+    if getattr(lm, "_attention_checked", False):
+        return
+    ids = torch.randint(0, lm.arch.head.weight.shape[0], (2, min(6, lm.context)),
+                        generator=torch.Generator().manual_seed(0)).to(lm.device)
+    own, seen, problem = lm.model(input_ids=ids, use_cache=False).logits.to(lm.score_dtype), set(), ""
+    try:
+        with _exact(lm), Control(observe=lambda layer, *_: seen.add(layer)).on(lm.model, lm.layers):
+            ours = lm.model(input_ids=ids, use_cache=False).logits.to(lm.score_dtype)
+        error = float((ours - own).abs().max() / own.abs().max().clamp_min(1e-6))
+        if len(seen) < lm.num_layers:
+            problem = f"{lm.num_layers - len(seen)} of its {lm.num_layers} layers do not use transformers' attention interface"
+        elif not error <= {torch.float64: 1e-6, torch.float32: 1e-3}.get(lm.dtype, 0.1):
+            problem = f"with the attention replaced its logits differ by {error:.1e}"
+    except (RuntimeError, TypeError, KeyError, AttributeError, IndexError, ValueError) as failure:
+        problem = f"{type(failure).__name__}: {str(failure).splitlines()[0][:200]}"
+    if problem:
+        raise UnsupportedModel(
+            f"{lm.name} ({lm.model.config.model_type}): its attention can be neither read nor changed exactly ({problem}); "
+            "notebooks 05 and 06 need another model")
+    lm._attention_checked = True
+
+
+@contextmanager
+def scale_synapses(lm, synapses, factor: float, *, renormalise: bool = False):
+    """Inside, the columns `synapses`, a set of (column, layer, head), of the post-softmax attention are multiplied.
+
+        with scale_synapses(lm, find_synapses(lm, prompt), 0.0):
+            lm.model(**inputs)
+
+    Acts on all rows that attend to the column, those of answer tokens included, in any forward pass inside, with or
+    without a key-value cache; padding on the left is told from the (batch, tokens) attention mask. Factor 0 suppresses,
+    2 enhances; `renormalise` divides each row of those heads' layers by its new sum. A column that an input does not have
+    changes nothing. ValueError names a synapse outside the model."""
+    pairs = _checked(lm, synapses)
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not (math.isfinite(factor) and factor >= 0):
+        raise ValueError(f"factor is {factor!r}; use a finite number of at least 0 (0 suppresses, 2 enhances)")
+    factors: dict[int, Tensor] = {}
+    width = 1 + max((column for column, _, _ in pairs), default=0)
+    for column, layer, head in pairs:
+        one = factors.setdefault(layer, torch.ones(1, lm.num_heads, width, dtype=lm.score_dtype, device=lm.device))
+        one[0, head, column] = factor
+    if factor == 1 or not factors:  # nothing to change: not even the rounding of another attention
+        _check_replaceable(lm)
+        yield
+        return
+    with controlled(lm, factors, renormalise):
+        yield
+
+
+def _checked(lm, synapses) -> list[tuple[int, int, int]]:
+    for synapse in synapses:
+        column, layer, head = synapse
+        if not (0 <= column < lm.context and 0 <= layer < lm.num_layers and 0 <= head < lm.num_heads):
+            raise ValueError(f"synapse {tuple(synapse)} is outside {lm.name}: (column, layer, head) with columns from 0, "
+                             f"{lm.num_layers} layers and {lm.num_heads} heads, all counted from 0")
+    return sorted({(int(column), int(layer), int(head)) for column, layer, head in synapses})
+
+
+# --- finding synapses ------------------------------------------------------------------------------------
+
+def find_synapses(lm, prompt: str, alpha: float = 0.3, *, score: str = "sum") -> set[tuple[int, int, int]]:
+    """The knowledge synapses of a prompt: a set of (column, layer, head), columns counting its tokens, BOS included.
+
+    score "sum" (Eq. 5, 6): columns that collect more than tau = alpha * (total attention of a layer and head, averaged
+    over all of them). A late column can be attended to by few rows only, so it cannot pass. "visible_mean" compares the
+    mean over the rows that can see the column with alpha * (mean attention a row gives). ValueError: alpha outside
+    (0, 1]; a prompt of one token."""
+    _check_alpha(alpha, score)
+    [(_, mean)] = column_scores(lm, [lm.encode_prompt(prompt)], score)
+    layers, heads, columns = np.nonzero(above_threshold(mean, alpha))
+    return set(zip(columns.tolist(), layers.tolist(), heads.tolist()))
+
+
+def _check_alpha(alpha, score):
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha <= 1:
+        raise ValueError(f"alpha is {alpha!r}; use a number above 0 and at most 1 (the paper: 0.3)")
+    if score not in SCORES:
+        raise ValueError(f"score {score!r} is unknown; use one of {', '.join(SCORES)}")
+
+
+def column_scores(lm, prompts: list[list[int]], score: str = "sum") -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each tokenised prompt: attention summed over rows (L, H, T), and the score that decides on synapses (L, H, T).
+
+    The score is the sum, or the mean over the rows that can see the column, in units of what a row gives (so that the
+    mean over rows and columns of both is the same): see `above_threshold`. Matrices are reduced as the model runs."""
+    out: list = [None] * len(prompts)
+    for index, ids in _batches(lm, prompts):
+        sums: dict[int, Tensor] = {}
+        means: dict[int, Tensor] = {}
+
+        def observe(layer, weights, visible):
+            sums[layer] = weights.sum(-2)  # (B, H, T)
+            rows = torch.arange(weights.shape[-1], 0, -1, device=weights.device).to(weights) if visible is None else (
+                visible.expand(-1, -1, weights.shape[-2], -1).sum(-2).to(weights))
+            means[layer] = sums[layer] * (weights.shape[-2] / rows) if score == "visible_mean" else sums[layer]
+
+        with torch.no_grad(), controlled(lm, observe=observe):
+            lm.model.base_model(input_ids=ids, use_cache=False)
+        total, mean = (torch.stack([one[layer] for layer in range(lm.num_layers)], 1).double().cpu().numpy()
+                       for one in (sums, means))
+        for row, query in enumerate(index):
+            out[query] = total[row], mean[row]
+    return out
+
+
+def above_threshold(score: np.ndarray, alpha: float) -> np.ndarray:
+    """(L, H, T) booleans: score > tau (Eq. 6), tau = alpha * mean over layers and heads of the total attention (Eq. 5),
+    which is alpha * T since each of T rows gives 1 in all."""
+    return score > alpha * score.shape[-1]
+
+
+def _batches(lm, sequences: list[list[int]]):
+    """(indices, ids (B, S)) of sequences of equal length, at most as many tokens as fit."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for length, group in groupby(order, key=lambda i: len(sequences[i])):
+        group, size = list(group), max(1, default_row_budget(lm) // length)
+        for start in range(0, len(group), size):
+            part = group[start:start + size]
+            yield part, torch.tensor([sequences[i] for i in part], device=lm.device)
+
+
+# --- many queries under many changes, in few batches -----------------------------------------------------
+
+@dataclass
+class Row:
+    """One forward pass: a query, the columns to scale (L, H, T) or None, by what, and the KNs to read (layer, index)."""
+
+    prompt: list[int]
+    answer: list[int]
+    columns: np.ndarray | None = None
+    factor: float = 1.0
+    renormalise: bool = False
+    neurons: tuple = ()
+
+
+@torch.no_grad()
+def run_rows(lm, rows: list[Row]) -> np.ndarray:
+    """(rows, 3): probability of the answer (product over its tokens), mean |activation| and mean activation of the row's
+    KNs at the last prompt token (NaN without KNs). Each row has its own synapses; equal lengths share a batch."""
+    out = np.full((len(rows), 3), np.nan)
+    keys = [(len(row.prompt), len(row.answer), row.renormalise) for row in rows]
+    for (length, answer, renormalise), group in groupby(sorted(range(len(rows)), key=keys.__getitem__), keys.__getitem__):
+        group, size = list(group), max(1, default_row_budget(lm) // (length + answer))
+        for start in range(0, len(group), size):
+            part = [rows[i] for i in group[start:start + size]]
+            out[group[start:start + size]] = _run_batch(lm, part, length, answer, renormalise)
+    return out
+
+
+def _run_batch(lm, rows, length, answer, renormalise) -> np.ndarray:
+    ids = torch.tensor([row.prompt + row.answer[:-1] for row in rows], device=lm.device)
+    target = torch.tensor([row.answer for row in rows], device=lm.device)
+    values: list[Tensor] = [None] * lm.num_layers
+    places = [torch.tensor([l * lm.num_neurons + n for l, n in row.neurons], dtype=torch.long) for row in rows]
+
+    def keep(layer):
+        return lambda _, inputs, __: values.__setitem__(
+            layer, inputs[0].reshape(len(rows), -1, lm.num_neurons)[:, length - 1].to(lm.score_dtype).cpu())
+
+    handles = [down.register_forward_hook(keep(layer)) for layer, down in enumerate(lm.downs)]
+    try:
+        with controlled(lm, _factors(lm, rows), renormalise):
+            hidden = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, length - 1:]
+    finally:
+        for handle in handles:
+            handle.remove()
+    p = AnswerProbability.apply(hidden.reshape(-1, hidden.shape[-1]), lm, target.flatten(), False)
+    p = p.view(len(rows), answer).prod(-1).cpu()
+    flat = torch.stack(values, 1).flatten(1)  # (B, L * N)
+    return np.array([[p[i], flat[i, at].abs().mean(), flat[i, at].mean()] for i, at in enumerate(places)])
+
+
+def _factors(lm, rows) -> dict[int, Tensor]:
+    """{layer: (B, H, T)} of what each row multiplies its columns by; layers where none does are left out."""
+    if all(row.columns is None for row in rows):
+        return {}
+    none = np.zeros((lm.num_layers, lm.num_heads, len(rows[0].prompt)), bool)
+    columns = np.stack([none if row.columns is None else row.columns for row in rows])
+    scale = np.where(columns, np.array([row.factor for row in rows])[:, None, None, None], 1.0)
+    return {layer: torch.tensor(scale[:, layer], dtype=lm.score_dtype, device=lm.device)
+            for layer in np.flatnonzero(columns.any(axis=(0, 2, 3))).tolist()}
+
+
+# --- experiments: tasks of `store.run_units` -------------------------------------------------------------
+
+def attend(lm, unit: list[dict]) -> pd.DataFrame:
+    """Notebook 05. Where each query of a unit (see `effects.units`) attends: one row a query.
+
+    fact, prompt_index; tokens (T); column, token, token_id of the most attended token (Eq. 4, with columns) and the share
+    of all attention it gets; the same without the first token (`_rest`); first_share, the first token's share."""
+    queries = [(fact, place, lm.encode_prompt(prompt)) for fact in unit for place, prompt in
+               zip(fact["prompt_index"], fact["prompts"])]
+    rows = []
+    for (fact, place, ids), (total, _) in zip(queries, column_scores(lm, [ids for *_, ids in queries])):
+        share = total.mean((0, 1)) / len(ids)
+        row = dict(fact=fact["fact"], relation=fact["relation"], prompt_index=place, tokens=len(ids), first_share=share[0])
+        for name, first in (("", 0), ("_rest", 1)):
+            column = first + int(share[first:].argmax())
+            row |= {f"column{name}": column, f"token{name}": lm.tokenizer.decode([ids[column]]),
+                    f"token_id{name}": ids[column], f"share{name}": share[column]}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def scale_synapse_columns(lm, unit: list[dict], *, alpha=0.3, score="sum", suppress=0.0, enhance=2.0,
+                          renormalise="both", seed=0) -> pd.DataFrame:
+    """Notebook 06. What scaling S, S_ir and control sets does to each query of a unit (see `effects.units`).
+
+    A row a query, set of SETS, renormalise (with it only self and irrelevant) and direction: size of the set;
+    probability, value (mean |activation| of the query's KNs at the last prompt token) and signed_value, and each with
+    `_before`. Sets that could not be made (no query of another relation) are left out; an empty set changes nothing.
+    The row of set "none" says where S sits: n_self, n_irrelevant, jaccard (`_rest`: without column 0), and counts by layer
+    (L,), head (L * H,) and column (T,)."""
+    _check_alpha(alpha, score)
+    queries = [(fact, i, *lm.encode(fact["prompts"][i], fact["object"])) for fact in unit for i in range(len(fact["prompts"]))]
+    others = [lm.encode_prompt(fact["irrelevant"][i]) if fact["irrelevant"][i] else None for fact, i, *_ in queries]
+    prompts = [prompt for _, _, prompt, _ in queries] + [other for other in others if other]
+    masks = iter([above_threshold(mean, alpha) for _, mean in column_scores(lm, prompts, score)])
+    own = [next(masks) for _ in queries]
+    foreign = [_fit(next(masks), mine.shape[-1]) if other else None for mine, other in zip(own, others)]
+    todo, rows = [], []
+    for (fact, i, prompt, answer), mine, other in zip(queries, own, foreign):
+        rng = np.random.default_rng([seed, *f"{fact['fact']} {fact['prompt_index'][i]}".encode()])
+        kns = tuple(zip(fact["layer"][i], fact["neuron"][i]))
+        key = dict(fact=fact["fact"], relation=fact["relation"], prompt_index=fact["prompt_index"][i])
+        before = len(todo)
+        todo.append(Row(prompt, answer, neurons=kns))
+        rows.append(key | dict(set="none", renormalise=False, direction="none", **_where(mine, other), at=before, before=before))
+        for name, columns in synapse_sets(mine, other, rng).items():
+            for divide in {"both": (False, True), True: (True,), False: (False,)}[renormalise]:
+                if divide and renormalise == "both" and name not in ("self", "irrelevant"):
+                    continue
+                for direction, factor in (("suppress", suppress), ("enhance", enhance)):
+                    at = len(todo) if columns.any() else before
+                    todo += [Row(prompt, answer, columns, factor, divide, kns)] if columns.any() else []
+                    rows.append(key | dict(set=name, renormalise=divide, direction=direction, size=int(columns.sum()), at=at,
+                                           before=before))
+    result, frame = run_rows(lm, todo), pd.DataFrame(rows)
+    for place, name in enumerate(("probability", "value", "signed_value")):
+        frame[name], frame[f"{name}_before"] = result[frame["at"], place], result[frame["before"], place]
+    return frame.drop(columns=["at", "before"])
+
+
+def synapse_sets(own: np.ndarray, other: np.ndarray | None, rng) -> dict[str, np.ndarray]:
+    """{name of SETS: (L, H, T) booleans}; `other` None leaves out what needs S_ir.
+
+    random: in each layer and head as many columns as S has, drawn from those outside S as far as there are."""
+    rest = np.arange(own.shape[-1]) > 0
+    draw = (rng.random(own.shape) + own).argsort(-1).argsort(-1)  # columns of S come last
+    sets = {"self": own, "self_without_first": own & rest, "random": draw < own.sum(-1, keepdims=True)}
+    if other is not None:
+        sets |= {"irrelevant": other, "irrelevant_without_first": other & rest, "self_only": own & ~other,
+                 "irrelevant_only": other & ~own}
+    return {name: sets[name] for name in SETS if name in sets}
+
+
+def _fit(columns: np.ndarray, tokens: int) -> np.ndarray:
+    """Another prompt's (L, H, T') columns for a prompt of `tokens` tokens: those beyond it are dropped."""
+    return np.pad(columns[..., :tokens], [(0, 0), (0, 0), (0, max(0, tokens - columns.shape[-1]))])
+
+
+def _where(own, other) -> dict:
+    row = dict(by_layer=own.sum((1, 2)), by_head=own.sum(2).flatten(), by_column=own.sum((0, 1)))
+    for name, start in (("", 0), ("_rest", 1)):
+        mine, union = own[..., start:], own[..., start:] | (own if other is None else other)[..., start:]
+        row[f"n_self{name}"] = int(mine.sum())
+        if other is not None:
+            row[f"n_irrelevant{name}"] = int(other[..., start:].sum())
+            row[f"jaccard{name}"] = float((mine & other[..., start:]).sum() / union.sum()) if union.any() else np.nan
+    return row

@@ -1,0 +1,23 @@
+import pytest
+
+from qlutils import paths
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the long variants")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        skip = pytest.mark.skip(reason="long variant: give --slow")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """All results of the test go to a folder of its own, here and in processes it starts."""
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
+    monkeypatch.setenv("QLUTILS_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "runs"

@@ -1,0 +1,235 @@
+"""Welch, bootstrap and permutation against scipy, closed formulas, brute force and coverage by simulation."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats as scipy_stats
+
+from qlutils.stats import (_cluster_weights, _weighted, bootstrap_difference, bootstrap_mean,
+                           permutation_test, welch)
+
+
+def facts_frame(rng, facts_per_relation, relations=12, queries=1, spread=1.0):
+    """Values with a mean per relation, a deviation per fact, and noise per query."""
+    rows = []
+    for r, centre in enumerate(rng.normal(0, 3, relations)):
+        for f in range(facts_per_relation):
+            level = centre + rng.normal(0, spread)
+            rows += [dict(relation=f"P{r}", fact=f"P{r}|{f}", value=level + rng.normal(0, 0.2))
+                     for _ in range(queries)]
+    return pd.DataFrame(rows)
+
+
+def stratified_error(frame):
+    """Textbook standard error of the mean over facts (equal numbers of rows), stratified by relation."""
+    facts = frame.groupby(["relation", "fact"]).value.mean()
+    parts = facts.groupby("relation").agg(["size", "var"])
+    return np.sqrt((parts["size"] * parts["var"]).sum()) / len(facts)
+
+
+# --- Welch -----------------------------------------------------------------------------------------------
+
+def test_welch_is_scipys_with_missing_values_left_out():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0, 1, 30), rng.normal(0.5, 3, 12)
+    result, oracle = welch(np.append(a, np.nan), b), scipy_stats.ttest_ind(a, b, equal_var=False)
+    assert (result.t, result.p, result.df) == (oracle.statistic, oracle.pvalue, oracle.df)
+    assert (result.n1, result.n2) == (30, 12) and result.mean1 == pytest.approx(a.mean())
+
+
+def test_cohens_d_of_a_hand_made_case():
+    assert welch([1, 2, 3], [4, 5, 6]).d == pytest.approx(-3.0)  # pooled deviation 1
+
+
+@pytest.mark.parametrize("a, b, sizes", [
+    ([], [], (0, 0)), ([1.0], [2.0, 3.0], (1, 2)), ([1.0, 1.0], [2.0, 2.0], (2, 2)),
+    ([np.nan] * 3, [1.0, 2.0], (0, 2))])
+def test_an_undefined_t_test_is_nan_with_its_n(a, b, sizes, recwarn):
+    result = welch(a, b)
+    assert np.isnan([result.t, result.df, result.p, result.d]).all() and (result.n1, result.n2) == sizes
+    assert not recwarn.list
+
+
+# --- bootstrap -------------------------------------------------------------------------------------------
+
+def test_estimates_are_numpys_and_scipys():
+    frame = facts_frame(np.random.default_rng(0), 5, queries=3)
+    found = bootstrap_mean(frame, "value", draws=50)
+    assert found.mean == pytest.approx(frame.value.mean())
+    assert found.median == pytest.approx(frame.value.median())
+    assert found.trimmed == pytest.approx(scipy_stats.trim_mean(frame.value, 0.1))
+    assert (found.n, found.n_clusters, found.n_missing, found.n_draws) == (180, 60, 0, 50)
+    assert found.mean_low < found.mean < found.mean_high and found.median_low < found.median_high
+
+
+def test_weighted_statistics_equal_those_of_repeated_values():
+    rng = np.random.default_rng(1)
+    for n in (1, 2, 5, 30):
+        x = np.sort(rng.normal(size=n).round(1))
+        weights = rng.integers(0, 4, size=(40, n)).astype(float)
+        for row, found in zip(weights, _weighted(x, weights)):
+            repeated = np.repeat(x, row.astype(int))
+            if not len(repeated):
+                assert np.isnan(found).all()
+                continue
+            expected = repeated.mean(), np.median(repeated), scipy_stats.trim_mean(repeated, 0.1)
+            assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("facts_per_relation", [2, 3, 20])
+def test_the_intervals_width_is_the_textbook_error_even_with_few_facts(facts_per_relation):
+    frame = facts_frame(np.random.default_rng(2), facts_per_relation, relations=40, queries=2)
+    found = bootstrap_mean(frame, "value", draws=4000)
+    width = (found.mean_high - found.mean_low) / (2 * 1.96)
+    assert width == pytest.approx(stratified_error(frame), rel=0.06)
+
+
+def test_a_facts_queries_stay_together():
+    rng = np.random.default_rng(3)
+    frame = facts_frame(rng, 6, queries=1)
+    repeated = frame.loc[frame.index.repeat(25)]
+    once, often = (bootstrap_mean(part, "value", seed=5) for part in (frame, repeated))
+    assert (often.mean_low, often.mean_high) == pytest.approx((once.mean_low, once.mean_high))
+    assert often.n == 25 * once.n and often.n_clusters == once.n_clusters
+
+
+def test_relation_means_do_not_widen_the_interval_but_do_without_strata():
+    frame = facts_frame(np.random.default_rng(4), 10, spread=0.1)
+    within, pooled = bootstrap_mean(frame, "value"), bootstrap_mean(frame, "value", strata=None)
+    assert pooled.mean_high - pooled.mean_low > 5 * (within.mean_high - within.mean_low)
+
+
+def test_the_interval_covers_the_truth_about_95_times_in_100():
+    rng, hits = np.random.default_rng(5), 0
+    for trial in range(300):
+        values = rng.normal(size=(30, 3))  # 30 relations of 3 facts, true mean 0
+        frame = pd.DataFrame(dict(value=values.ravel(), relation=np.arange(90) // 3, fact=np.arange(90)))
+        found = bootstrap_mean(frame, "value", draws=300, seed=trial)
+        hits += found.mean_low <= 0 <= found.mean_high
+    assert 0.91 <= hits / 300 <= 0.98  # the plain bootstrap of n facts out of n covers about 0.89 here
+
+
+def test_relations_with_one_fact_are_resampled_together():
+    rng = np.random.default_rng(6)
+    values = rng.normal(size=36)
+    frame = pd.DataFrame(dict(value=values, relation=np.arange(36), fact=np.arange(36)))
+    found = bootstrap_mean(frame, "value", draws=4000)
+    assert (found.mean_high - found.mean_low) / 3.92 == pytest.approx(values.std(ddof=1) / 6, rel=0.06)
+    strata = np.array([0, 0, 0, 1, 2, 2])  # a lone single fact joins the smallest other relation
+    weights = _cluster_weights(strata, 500, 0)
+    assert (weights[:, :3].sum(1) == pytest.approx(3)) and (weights[:, 3:].sum(1) == pytest.approx(3))
+
+
+def test_missing_values_are_dropped_and_counted_and_undefined_estimates_are_nan():
+    frame = pd.DataFrame(dict(value=[1.0, np.nan, 3.0], relation="P1", fact=["a", "b", "c"]))
+    found = bootstrap_mean(frame, "value")
+    assert (found.mean, found.n, found.n_missing) == (2, 2, 1)
+    empty = bootstrap_mean(frame.iloc[1:2], "value")
+    assert np.isnan([empty.mean, empty.mean_low, empty.trimmed_high]).all()
+    assert (empty.n, empty.n_missing) == (0, 1)
+    single = bootstrap_mean(frame.iloc[:1], "value")
+    assert single.mean == 1 and np.isnan([single.mean_low, single.mean_high]).all() and single.n_draws == 0
+
+
+def test_draws_are_seeded_and_do_not_depend_on_the_order_of_rows():
+    frame = facts_frame(np.random.default_rng(7), 4)
+    assert bootstrap_mean(frame, "value", seed=1) == bootstrap_mean(frame, "value", seed=1)
+    assert bootstrap_mean(frame, "value", seed=1) != bootstrap_mean(frame, "value", seed=2)
+    straight = bootstrap_mean(frame, "value")
+    mixed = bootstrap_mean(frame.sample(frac=1, random_state=0), "value")
+    assert (mixed.mean_low, mixed.median_high) == pytest.approx((straight.mean_low, straight.median_high))
+
+
+def test_one_statistic_becomes_columns_of_a_table():
+    found = bootstrap_mean(facts_frame(np.random.default_rng(8), 4), "value")
+    assert found.row("median", "CS2") == {"CS2": found.median, "CS2_low": found.median_low,
+                                          "CS2_high": found.median_high, "n": found.n}
+
+
+def test_infinite_values_and_unknown_columns_are_refused():
+    frame = facts_frame(np.random.default_rng(9), 2)
+    with pytest.raises(ValueError, match="'CS2'"):
+        bootstrap_mean(frame, "CS2")
+    with pytest.raises(ValueError, match="'value' has infinite"):
+        bootstrap_mean(frame.assign(value=np.inf), "value")
+    with pytest.raises(ValueError, match="kind"):
+        bootstrap_difference(frame, "value", "kind", ("a", "b"))
+
+
+# --- differences -----------------------------------------------------------------------------------------
+
+def test_two_conditions_on_the_same_facts_are_compared_paired():
+    rng = np.random.default_rng(10)
+    base = facts_frame(rng, 5, relations=20, spread=3)
+    shift = rng.normal(0.2, 0.1, len(base))
+    frame = pd.concat([base.assign(condition="a", value=base.value + shift), base.assign(condition="b")])
+    found = bootstrap_difference(frame, "value", "condition", ("a", "b"), draws=3000)
+    assert found.mean == pytest.approx(shift.mean())
+    error = stratified_error(base.assign(value=shift))  # far below the spread of 3 of either condition
+    assert (found.mean_high - found.mean_low) / 3.92 == pytest.approx(error, rel=0.08)
+    swapped = bootstrap_difference(frame, "value", "condition", ("b", "a"), draws=3000)
+    assert (swapped.mean, swapped.mean_low) == pytest.approx((-found.mean, -found.mean_high))
+
+
+def test_two_classes_of_facts_are_compared_with_both_their_errors():
+    rng = np.random.default_rng(11)
+    n = 400
+    frame = pd.DataFrame(dict(fact=np.arange(n), relation="P1", kind=np.where(np.arange(n) % 4, "I", "II")))
+    frame["value"] = rng.normal(np.where(frame.kind == "I", 1.0, 0.4), 1)
+    found = bootstrap_difference(frame, "value", "kind", ("I", "II"), draws=3000)
+    one, two = (frame.value[frame.kind == kind] for kind in ("I", "II"))
+    error = np.sqrt(one.var() / len(one) + two.var() / len(two))
+    assert found.mean == pytest.approx(one.mean() - two.mean())
+    assert (found.mean_high - found.mean_low) / 3.92 == pytest.approx(error, rel=0.06)
+
+
+def test_a_difference_with_an_empty_side_is_nan():
+    frame = facts_frame(np.random.default_rng(12), 3).assign(kind="I")
+    found = bootstrap_difference(frame, "value", "kind", ("I", "II"))
+    assert np.isnan([found.mean, found.mean_low, found.median_high]).all()
+    assert found.n == 36 and found.n_draws == 0
+
+
+# --- permutation -----------------------------------------------------------------------------------------
+
+def test_the_permutation_test_is_exact_on_a_small_case():
+    frame = pd.DataFrame(dict(fact=range(6), relation="P1", kind=list("aaabbb"), value=[5.0, 6, 7, 1, 2, 3]))
+    found = permutation_test(frame, "value", "kind", ("a", "b"), draws=20_000)
+    assert found.difference == found.within == 4 and (found.n1, found.n2) == (3, 3)
+    assert found.p == pytest.approx(2 / 20, abs=0.01)  # 20 divisions, this one and its mirror image
+
+
+def test_a_difference_between_relations_alone_is_not_significant():
+    rng = np.random.default_rng(13)
+    relation = np.repeat(["P1", "P2"], 60)
+    kind = np.where(rng.random(120) < np.where(relation == "P1", 0.85, 0.15), "I", "II")
+    frame = pd.DataFrame(dict(fact=range(120), relation=relation, kind=kind))
+    frame["value"] = np.where(relation == "P1", 5.0, 0.0) + rng.normal(0, 1, 120)
+    found = permutation_test(frame, "value", "kind")
+    assert found.difference > 2 and abs(found.within) < 0.5 and found.p > 0.05
+    assert permutation_test(frame, "value", "kind", strata=None).p < 0.01
+
+
+def test_p_values_under_the_null_are_uniform():
+    rng, p = np.random.default_rng(14), []
+    for trial in range(200):
+        frame = pd.DataFrame(dict(fact=range(40), relation=np.repeat(list("abcd"), 10),
+                                  kind=rng.choice(["I", "II"], 40), value=rng.normal(size=40)))
+        p.append(permutation_test(frame, "value", "kind", draws=199, seed=trial).p)
+    assert scipy_stats.kstest(p, "uniform").pvalue > 0.01
+
+
+def test_permutation_counts_facts_not_queries():
+    frame = pd.DataFrame(dict(fact=range(6), relation="P1", kind=list("aaabbb"), value=[5.0, 6, 7, 1, 2, 3]))
+    found = permutation_test(frame.loc[frame.index.repeat(9)], "value", "kind", ("a", "b"), draws=5000)
+    assert found.n1 == 3 and found.p == pytest.approx(0.1, abs=0.02)
+
+
+def test_an_undefined_permutation_test_is_nan():
+    frame = pd.DataFrame(dict(fact=range(4), relation=list("aabb"), kind=["I", "I", "II", "II"],
+                              value=[1.0, 2, 3, 4]))
+    never_mixed = permutation_test(frame, "value", "kind")
+    assert np.isnan(never_mixed.p) and never_mixed.difference == -2
+    assert np.isnan(permutation_test(frame[:2], "value", "kind").difference)
+    with pytest.raises(ValueError, match="two labels"):
+        permutation_test(frame.assign(fact=[0, 1, 0, 2], relation="a"), "value", "kind")

@@ -1,0 +1,289 @@
+"""Units of work: named by what determines them, whole or absent, verified when read, resumable."""
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from qlutils import files, paths, store
+
+UNITS = [[{"x": i, "name": f"é{i}"}, {"x": i + 1, "name": "‏עברית 🦉"}] for i in range(4)]
+
+
+def fake_model(fingerprint="abc", dtype="torch.float32"):
+    return SimpleNamespace(fingerprint=fingerprint, device=SimpleNamespace(type="cpu"), dtype=dtype)
+
+
+def numbers(lm, unit, scale=1.0):
+    """Every kind of column that results have."""
+    return pd.DataFrame({
+        "name": [fact["name"] for fact in unit], "count": [fact["x"] for fact in unit],
+        "single": np.float32([fact["x"] / 3 for fact in unit]), "double": [scale * fact["x"] / 7 for fact in unit],
+        "known": [fact["x"] % 2 == 0 for fact in unit], "layer": [list(range(fact["x"])) for fact in unit],
+        "score": [np.float32(np.arange(fact["x"]) / 3) for fact in unit],
+        "first_only": [[1.5] if fact["x"] == 0 else None for fact in unit],
+    }, index=[5] * len(unit))
+
+
+def counted(lm, unit, log="", pause=0.0):
+    with open(log, "a") as stream:
+        stream.write(f"{unit[0]['x']}\n")
+    time.sleep(pause)
+    return numbers(lm, unit)
+
+
+def breaks_at_two(lm, unit):
+    if unit[0]["x"] == 2:
+        raise FloatingPointError("probability is not finite")
+    return numbers(lm, unit)
+
+
+def logits(lm, unit):
+    import torch
+    ids = torch.tensor([[fact["x"] + 3, 5, 7, 11] for fact in unit])
+    with torch.no_grad():
+        return pd.DataFrame({"score": list(lm.model(ids).logits[:, -1].numpy())})
+
+
+@pytest.fixture
+def model(monkeypatch):
+    monkeypatch.setattr(store, "cached_model", lambda *_: fake_model())
+
+
+def run(root, task=numbers, config=None, units=UNITS, **options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        info = {}
+        frame = store.run_units(task, "m", units, config, desc="test", root=root, info=info, **options)
+    return frame, info, [str(w.message) for w in caught]
+
+
+def unit_files(root):
+    return {path.name: path.read_bytes() for path in sorted((root / "units").glob("*.parquet"))}
+
+
+def test_a_result_is_the_same_whether_it_was_computed_or_read(tmp_path, model):
+    first, info, _ = run(tmp_path)
+    again, info_again, _ = run(tmp_path)
+    assert (info["computed"], info_again["computed"], info["units"]) == (4, 0, 4)
+    pd.testing.assert_frame_equal(first, again)
+    direct = pd.concat([numbers(None, unit) for unit in UNITS], ignore_index=True)
+    assert first.dtypes[["count", "single", "double", "known"]].tolist() == [
+        np.dtype("int64"), np.dtype("float32"), np.dtype("float64"), np.dtype("bool")]
+    for column in ("name", "count", "single", "double", "known"):
+        assert first[column].tolist() == direct[column].tolist()
+    for column in ("layer", "score"):
+        assert [list(x) for x in first[column]] == [list(x) for x in direct[column]]
+    assert first["score"][1].dtype == np.float32
+    assert [None if x is None else list(x) for x in first["first_only"]] == [[1.5]] + [None] * 7
+
+
+def test_units_are_byte_identical_when_made_again(tmp_path, model):
+    run(tmp_path / "a"), run(tmp_path / "b")
+    assert unit_files(tmp_path / "a") == unit_files(tmp_path / "b") != {}
+    assert {path.name for path in (tmp_path / "a" / "units").iterdir()} == set(unit_files(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("change", ["config", "fingerprint", "dtype", "task", "unit"])
+def test_another_input_gives_another_file(tmp_path, model, monkeypatch, change):
+    run(tmp_path)
+    options = {}
+    if change == "config":
+        options["config"] = {"scale": 2.0}
+    elif change == "task":
+        options["task"] = breaks_at_two
+        options["units"] = [UNITS[0]]
+    elif change == "unit":
+        options["units"] = [[{"x": 9, "name": "n"}]]
+    else:
+        monkeypatch.setattr(store, "cached_model", lambda *_: fake_model(
+            **{"fingerprint": {"fingerprint": "other"}, "dtype": {"dtype": "torch.bfloat16"}}[change]))
+    assert run(tmp_path, **options)[1]["computed"] == len(options.get("units", UNITS))
+
+
+def test_the_source_of_every_computing_module_counts_and_of_showing_modules_does_not(tmp_path, monkeypatch):
+    package = tmp_path / "qlutils"
+    package.mkdir()
+    (package / "attribution.py").write_text("from . import arch\nfrom .plots import save_figure\n")
+    (package / "arch.py").write_text("def f():\n    from qlutils.neurons import g\n")
+    (package / "neurons.py").write_text("x = 1\n")
+    (package / "plots.py").write_text("x = 1\n")
+    task = tmp_path / "task.py"
+    task.write_text("from qlutils import attribute\nimport os\n")
+    monkeypatch.setattr(paths, "PACKAGE", package)
+    monkeypatch.setattr(store.inspect, "getsourcefile", lambda _: str(task))
+    before = store.source_hash(numbers)
+    (package / "plots.py").write_text("x = 2\n")
+    assert store.source_hash(numbers) == before
+    (package / "neurons.py").write_text("x = 2\n")  # two imports away
+    assert store.source_hash(numbers) != before
+
+
+def test_no_flipped_bit_and_no_truncation_goes_unnoticed(tmp_path):
+    path = tmp_path / "x.parquet"
+    files.write_table(numbers(None, UNITS[1]), path, "key")
+    data = path.read_bytes()
+    assert files.read_table(path, "key")[0].num_rows == 2
+    rng = random.Random(0)
+    damaged = [data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1:] for at in range(0, len(data), 5)]
+    damaged += [data[:size] for size in (0, 3, 100, len(data) // 2, len(data) - 1)] + [data + b"x"]
+    for bad in damaged:
+        path.write_bytes(bad)
+        with pytest.warns(UserWarning, match="x.parquet"):
+            assert files.read_table(path, "key")[0] is None
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "foreign"])
+def test_a_damaged_unit_is_named_and_computed_again(tmp_path, model, harm):
+    good = run(tmp_path)[0]
+    before = unit_files(tmp_path)
+    name, other = list(before)[:2]
+    bad = {"truncate": before[name][:-9], "flip": before[name][:99] + b"\xff" + before[name][100:],
+           "foreign": before[other]}[harm]
+    (tmp_path / "units" / name).write_bytes(bad)
+    again, info, messages = run(tmp_path)
+    assert info["computed"] == 1 and len(messages) == 1 and name in messages[0]
+    pd.testing.assert_frame_equal(again, good)
+    assert unit_files(tmp_path) == before
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path, model, monkeypatch, call):
+    run(tmp_path, units=UNITS[:1])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(files.StoreError, match="No space left") as caught:
+            run(tmp_path)
+    assert str(tmp_path / "units") in str(caught.value)
+    assert len(list((tmp_path / "units").iterdir())) == 1
+    assert run(tmp_path)[1]["computed"] == 3
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_computed(tmp_path, model, monkeypatch):
+    def read_only(path, mode="r", *rest):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(files, "open", read_only, raising=False)
+    with pytest.raises(files.StoreError, match="Read-only") as caught:
+        run(tmp_path, task=breaks_at_two)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_finished_units_can_be_read_where_nothing_can_be_written(tmp_path, model, monkeypatch):
+    run(tmp_path)
+    monkeypatch.setattr(files, "write_bytes", None)
+    monkeypatch.setattr(store, "locked", None)
+    assert run(tmp_path)[1]["computed"] == 0
+
+
+def test_a_second_run_on_the_same_output_is_refused_by_the_name_of_the_lock(tmp_path, model):
+    with files.locked(tmp_path / "units" / ".lock"):
+        with pytest.raises(files.StoreError, match=rf"\.lock is held by process {os.getpid()} on "):
+            run(tmp_path)
+    assert run(tmp_path)[1]["computed"] == 4
+
+
+def test_what_a_dead_process_left_is_removed_and_its_lock_is_free(tmp_path, model):
+    code = ("import os, sys; from qlutils import files\n"
+            "lock = files.locked(sys.argv[1]); lock.__enter__()\n"
+            "open(sys.argv[2].replace('PID', str(os.getpid())), 'w').write('half')\n"
+            "os.kill(os.getpid(), 9)")
+    host = files.socket.gethostname()
+    folder = tmp_path / "units"
+    subprocess.run([sys.executable, "-c", code, folder / ".lock", folder / f".x.parquet.{host}.PID.tmp"],
+                   env={**os.environ, "PYTHONPATH": str(paths.PACKAGE.parent)})
+    assert len(list(folder.iterdir())) == 2
+    alive = folder / f".y.parquet.{host}.{os.getpid()}.tmp"
+    alive.write_text("half")
+    run(tmp_path)
+    assert {path for path in folder.iterdir() if path.suffix != ".parquet"} == {alive}
+
+
+def test_an_error_names_the_unit_and_earlier_units_stay(tmp_path, model):
+    with pytest.raises(FloatingPointError) as caught:
+        run(tmp_path, task=breaks_at_two)
+    assert "breaks_at_two" in caught.value.__notes__[0] and len(unit_files(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("bad", [{"scale": float("nan")}, {"scale": {1, 2}}, {"scale": np.float32(1)}])
+def test_a_configuration_that_json_cannot_hold_is_refused(tmp_path, model, bad):
+    with pytest.raises(ValueError, match="JSON"):
+        run(tmp_path, config=bad)
+
+
+def test_no_units_give_an_empty_table(tmp_path, model):
+    assert run(tmp_path, units=[])[0].empty
+
+
+def main(root, log):
+    store.cached_model = lambda *_: fake_model()
+    store.run_units(counted, "m", UNITS * 1 + [[{"x": i, "name": "n"}] for i in range(10, 16)],
+                    {"log": log, "pause": 0.1}, desc="killed", root=root)
+
+
+def start(root, log):
+    import_path = os.pathsep.join([str(Path(__file__).parent), str(paths.PACKAGE.parent)])
+    return subprocess.Popen([sys.executable, "-c", f"import test_store; test_store.main({str(root)!r}, {str(log)!r})"],
+                            env={**os.environ, "PYTHONPATH": import_path}, stderr=subprocess.PIPE, text=True)
+
+
+def lines(log):
+    return log.read_text().split() if log.exists() else []
+
+
+def test_kills_cost_one_unit_each_and_change_nothing(tmp_path):
+    clean, log = tmp_path / "clean", tmp_path / "log"
+    log_text = str(log)
+    assert start(clean, log_text).wait() == 0
+    log.unlink()
+    rng, kills = random.Random(1), 0
+    for attempt in range(4):
+        process, before = start(tmp_path / "killed", log_text), len(lines(log))
+        while len(lines(log)) == before and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.25)
+        kills += process.poll() is None
+        process.kill()
+        process.communicate()
+    process = start(tmp_path / "killed", log_text)
+    assert process.wait() == 0
+    process.communicate()
+    assert kills == 4 and 10 <= len(lines(log)) <= 10 + kills
+    assert unit_files(tmp_path / "killed") == unit_files(clean)
+    assert {path.suffix for path in (tmp_path / "killed" / "units").iterdir()} == {".parquet"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_ends_soon_and_says_how_to_resume(tmp_path, number):
+    log = tmp_path / "log"
+    process = start(tmp_path, log)
+    while len(lines(log)) < 2:
+        time.sleep(0.01)
+    process.send_signal(number)
+    said = process.communicate(timeout=5)[1]
+    assert process.returncode in (143, 130, -2)
+    assert "resumes" in said and str(tmp_path / "units") in said
+    assert {path.suffix for path in (tmp_path / "units").iterdir()} == {".parquet"}
+
+
+def test_workers_write_the_same_bytes_as_a_plain_loop(tmp_path, model):
+    distributed = pytest.importorskip("distributed")
+    plain = run(tmp_path / "plain")[0]
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None,
+                                  silence_logs=50) as cluster, distributed.Client(cluster) as client:
+        frame, info, _ = run(tmp_path / "workers", client=client)
+        assert info["computed"] == 4
+        assert run(tmp_path / "workers", client=client)[1]["computed"] == 0
+        with pytest.raises(FloatingPointError):
+            run(tmp_path / "broken", task=breaks_at_two, client=client)
+    pd.testing.assert_frame_equal(frame, plain)
+    assert unit_files(tmp_path / "workers") == unit_files(tmp_path / "plain")
