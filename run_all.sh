@@ -7,8 +7,8 @@ here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)"
 
 die() { echo "run_all.sh: $*" >&2; exit 1; }
 ours() {
-    (cd / && "$1" -c 'import pathlib, sys, qlutils
-sys.exit(pathlib.Path(qlutils.__file__).resolve().parents[1] != pathlib.Path(sys.argv[1]))' "$here") 2>/dev/null
+    (cd / && "$1" -c 'import os, sys, qlutils
+sys.exit(os.path.realpath(os.path.dirname(qlutils.__path__[0])) != sys.argv[1])' "$here") 2>/dev/null
 }
 recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
@@ -23,12 +23,12 @@ if [ "$managed" = yes ] && ! recent "$env/bin/python"; then
     for base in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.14 python; do
         recent "$base" && break || base=
     done
-    [ -n "$base" ] || die "needs Python 3.11 or newer: sudo apt-get install python3 python3-venv (Debian, Ubuntu)," \
-        "or name one: PYTHON=/path/to/python3 ./run_all.sh"
+    [ -n "$base" ] || die "needs Python 3.11 or newer: sudo apt-get install python3 python3-venv (Debian," \
+        "Ubuntu), or name one: PYTHON=/path/to/python3 ./run_all.sh"
     rm -rf "$env"
     if ! "$base" -m venv "$env" >/dev/null 2>&1; then
         rm -rf "$env"
-        die "'$base -m venv' fails: sudo apt-get install python3-venv (Debian, Ubuntu), and $here must be writable"
+        die "'$base -m venv' fails: sudo apt-get install python3-venv (Debian, Ubuntu); is $here writable?"
     fi
 fi
 python="$env/bin/python"
@@ -38,13 +38,9 @@ install() {
     local stamp="$env/.qlutils-installed$1" want; want="$TORCH $here $(cksum <"$here/pyproject.toml")"
     [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && return
     echo "run_all.sh: installing into $env (once; some minutes)" >&2
-    # PyPI's Linux wheel of torch brings several GB of CUDA packages: without a GPU take the CPU wheel, if in reach.
-    local cpu=https://download.pytorch.org/whl/cpu
-    if [ "$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! "$python" -c 'import torch' 2>/dev/null &&
-        "$python" -c "import urllib.request as u; u.urlopen('$cpu/torch/', timeout=5)" 2>/dev/null; then
-        "$python" -m pip install -q --disable-pip-version-check --no-deps "torch==$TORCH" --index-url "$cpu" || true
-    fi
-    "$python" -m pip install -q --disable-pip-version-check "torch==$TORCH" -e "$here$1" ||
+    # An unpinned torch may bring another CUDA build of several GB; this is the version the tests ran with.
+    local pip=("$python" -m pip install -q --disable-pip-version-check)
+    "${pip[@]}" "torch==$TORCH" -e "$here$1" ||
         die "the installation failed (see above); mend the cause and start again"
     echo "$want" >"$stamp"
 }

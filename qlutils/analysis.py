@@ -58,7 +58,7 @@ def table_1(facts: dict[str, pd.DataFrame], model: str, seed: int = 0) -> pd.Dat
                     "df": test.df, "p": test.p, "d": test.d, "cap_II": both,
                     "cap_II_paper": paper_value(1, model, "cap_II", threshold=threshold, method=method)}
             rows.append(row)
-    return pd.DataFrame(rows).dropna(axis=1, how="all") if rows else pd.DataFrame()
+    return _without_empty_paper_columns(pd.DataFrame(rows))
 
 
 def common_class_two(facts: dict[str, pd.DataFrame], threshold: str) -> float:
@@ -76,7 +76,12 @@ def table_4(facts: dict[str, pd.DataFrame], model: str) -> pd.DataFrame:
         {"threshold": threshold, "method": method, "value": frame[f"threshold_{threshold}"].iloc[0],
          "value_paper": paper_value(4, model, "threshold_value", threshold=threshold, method=method)}
         for threshold in ("static", "otsu") for method, frame in facts.items()
-    ]).dropna(axis=1, how="all")
+    ]).pipe(_without_empty_paper_columns)
+
+
+def _without_empty_paper_columns(frame: pd.DataFrame) -> pd.DataFrame:
+    """Columns of the paper's values are dropped where the paper has none; ours stay, undefined or not."""
+    return frame.drop(columns=[c for c in frame if c.endswith("_paper") and frame[c].isna().all()])
 
 
 def table_5(queries: pd.DataFrame) -> pd.DataFrame:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from . import attention
+
 # Where the down-projection sits inside a decoder layer, by family.
 DOWN_PROJECTIONS = (
     "mlp.down_proj",  # LLaMA, Mistral, Qwen, Gemma, Phi-3, OLMo, Granite, Cohere, StableLM
@@ -68,7 +70,7 @@ def find_architecture(model: nn.Module, name: str) -> Architecture:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if getattr(text, "attn_logit_softcapping", None):
         # Gemma 2 caps its attention scores; transformers' default fused attention silently leaves the cap out.
-        model.set_attn_implementation("eager")
+        model.set_attn_implementation(attention.NAME)
     layers = _decoder_layers(model, text.num_hidden_layers, name)
     downs = [_first(layer, DOWN_PROJECTIONS, f"{name}: layer {i} ({type(layer).__name__})", "down-projection")
              for i, layer in enumerate(layers)]

@@ -1,11 +1,12 @@
 """An attention that can be watched and changed, the same for every architecture on transformers' interface.
 
-Importing this module registers it as "qlutils_exact", with its mask function: without one a name gets no mask, and
-the softmax silently sees the future. It is what transformers' "eager" computes, except that a float64 model keeps
-float64 (eager rounds the softmax to float32) and that Gemma 2's soft cap is kept (the fused "sdpa" leaves it out).
+Importing this module registers it as "qlutils_exact", with its mask function: without one a name gets no
+mask, and the softmax silently sees the future. It is what transformers' "eager" computes, except that a
+float64 model keeps float64 (eager rounds the softmax to float32) and that Gemma 2's soft cap is kept (the
+fused "sdpa" leaves it out).
 
-Shapes: B rows of a batch, H query heads, Hkv key heads, R attending positions, K attended-to positions, C columns.
-"""
+Shapes: B rows of a batch, H query heads, Hkv key heads, R attending positions, K attended-to positions, C
+columns. """
 
 from __future__ import annotations
 
@@ -26,11 +27,11 @@ _CONTROLS: WeakKeyDictionary[nn.Module, list[tuple[Control, int]]] = WeakKeyDict
 def exact_attention(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
     """softmax(query key^T) value, as transformers' attention interface asks.
 
-    query (B, H, R, dh), key and value (B, Hkv, K, dh), Hkv dividing H; attention_mask (B or 1, 1 or H, R, K), additive
-    or boolean, None for plain causal. Returns (B, R, H, dh) and the post-softmax weights (B, H, R, K), both after the
-    `Control`s active on `module`. No dropout: models are evaluated."""
+    query (B, H, R, dh), key and value (B, Hkv, K, dh), Hkv dividing H; attention_mask (B or 1, 1 or H, R,
+    K), additive or boolean, None for plain causal. Returns (B, R, H, dh) and the post-softmax weights (B,
+    H, R, K), both after the `Control`s active on `module`. No dropout: models are evaluated."""
     if kwargs.get("s_aux") is not None:
-        raise ValueError(f"{type(module).__name__} adds attention-sink logits to its softmax, which is not supported")
+        raise ValueError(f"{type(module).__name__} adds sink logits to its softmax, which is not supported")
     (batch, heads, rows, width), kv_heads, columns = query.shape, key.shape[1], key.shape[2]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads * rows, width)
     scores = (grouped @ key.transpose(-1, -2)).view(batch, heads, rows, columns)
@@ -41,7 +42,7 @@ def exact_attention(module, query, key, value, attention_mask, scaling=None, sof
         attention_mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
     if attention_mask is not None:
         attention_mask = attention_mask[..., :columns]
-        if attention_mask.dtype == torch.bool:  # a large number, not infinity: a padding row sees nothing at all
+        if attention_mask.dtype == torch.bool:  # not infinity: a row of padding may see nothing at all
             scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
         else:
             scores = scores + attention_mask
@@ -65,11 +66,12 @@ def controlled_weights(module, weights: Tensor, attention_mask: Tensor | None) -
 class Control:
     """One observation of, or change to, the attention matrices of a model while it is active.
 
-    `factors`: {layer: (B or 1, H, C)} by which column c of each head's matrix is multiplied, in all its rows. Columns
-    count a row's real tokens (left padding and what a sliding window has dropped from a cache are not counted); a
-    column that a row does not have changes nothing. `renormalise`: divide each row by its new sum; a row left with no
-    mass stays zero. `observe(layer, weights, visible)` is called with (B, H, R, K) and the boolean mask (B or 1, 1 or H,
-    R, K) of the attended positions that a row may see, or None where it sees all."""
+    `factors`: {layer: (B or 1, H, C)} by which column c of each head's matrix is multiplied, in all its
+    rows. Columns count a row's real tokens (left padding and what a sliding window has dropped from a cache
+    are not counted); a column that a row does not have changes nothing. `renormalise`: divide each row by
+    its new sum; a row left with no mass stays zero. `observe(layer, weights, visible)` is called with (B,
+    H, R, K) and the boolean mask (B or 1, 1 or H, R, K) of the attended positions that a row may see, or
+    None where it sees all."""
 
     def __init__(self, factors: dict[int, Tensor] | None = None, renormalise: bool = False,
                  observe: Callable | None = None):
@@ -77,7 +79,8 @@ class Control:
         self.total, self.padding = 0, None  # positions so far, padding included; (B,) padding on the left
 
     def locate(self, _, args, kwargs, forward) -> None:
-        """Before a forward pass: how many positions it brings the cache to, and where each row's tokens begin."""
+        """Before a forward pass: how many positions it brings the cache to, and where each row's tokens
+        begin."""
         call = inspect.signature(forward).bind_partial(*args, **kwargs).arguments
         call = {**call, **call.get("kwargs", {})}
         tokens = next((call[k] for k in ("input_ids", "inputs_embeds") if call.get(k) is not None), None)
@@ -89,8 +92,8 @@ class Control:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             self.padding = mask.to(torch.uint8).argmax(-1)  # 0 for padding on the right
         elif mask is not None and self.factors:
-            raise ValueError("scaling synapses needs an attention mask of shape (batch, tokens), to tell columns from "
-                             f"padding; got {tuple(getattr(mask, 'shape', ())) or type(mask).__name__}")
+            raise ValueError("scaling synapses needs an attention mask of shape (batch, tokens), to tell "
+                             f"columns from padding; got {tuple(getattr(mask, 'shape', ())) or type(mask).__name__}")
 
     def apply(self, layer: int, weights: Tensor, attention_mask: Tensor | None) -> Tensor:
         if layer in self.factors:
@@ -138,10 +141,11 @@ class Control:
 
 @contextmanager
 def replaced_methods(layers: list[nn.Module], path: str):
-    """Inside, `exact_attention` stands in for the method that a family without the interface computes attention with.
+    """Inside, `exact_attention` stands in for the method that a family without the interface computes
+    attention with.
 
-    `path` is where it sits in a layer ("attn._attn" in GPT-J): a method of (query, key, value, attention_mask) that
-    divides by the attribute `scale_attn` and returns (B, H, R, dh) and the weights."""
+    `path` is where it sits in a layer ("attn._attn" in GPT-J): a method of (query, key, value,
+    attention_mask) that divides by the attribute `scale_attn` and returns (B, H, R, dh) and the weights."""
     *where, name = path.split(".")
     owners = [layer.get_submodule(".".join(where)) for layer in layers]
 

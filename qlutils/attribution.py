@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .quadrature import RULES, quadrature
+from .quadrature import RULES, adaptive_plan, fixed_plan
 from .replay import CleanPass, answer_probabilities, clean_pass, neuron_vectors, replaying, run_layer, site_module, start_rows
 
 METHODS = ("ig", "sig", "amig")
@@ -77,7 +77,8 @@ def attribute(lm, prompts, answers, *, method="ig", steps=20, rule="right", answ
     """Attribution scores of every neuron for each query (prompt, answer).
 
     `prompts`, `answers`: Q texts each. `method`: "ig" (Eq. 10), "sig" (Eq. 13, 14) or "amig" (Eq. 16, 18).
-    `rule`: quadrature over the path, "right" being the paper's Riemann sum. `answer`: "all" averages the raw
+    `rule`: quadrature over the path, "right" being the paper's Riemann sum; "auto" places `steps` gradient
+    evaluations a layer on average where they count (6 are enough). `answer`: "all" averages the raw
     attribution over the answer's tokens, "first" takes the first. Dense in memory, Q x L x N: for a handful of
     queries (runs stream through `localize`). ValueError names the offending prompt, answer or parameter.
     """
@@ -188,56 +189,66 @@ def _baselines(lm, ids: Tensor, prompt_lengths: list[int], spec: Spec) -> Tensor
 
 def _integrate(lm, clean: CleanPass, target, starts, p_clean, spec) -> tuple[Tensor, Tensor]:
     """Raw attribution (Q, L, N), summed over baselines, and what its sum lacks to completeness (Q, L), signed."""
-    nodes, weights = quadrature(spec.rule, spec.steps)
-    shared = nodes[-1] == 1.0  # the end of every path is the clean pass: one row for all layers and baselines
-    inner = slice(None, -1) if shared else slice(None)
-    count = 1 if starts is None else starts.shape[1]
-    w = torch.stack(clean.neurons, 1).to(lm.score_dtype)  # (Q, L, N)
-    if starts is None:
-        starts = torch.zeros_like(w, dtype=lm.dtype)[:, None]
-    points = [(b, node, weight) for b in range(count) for node, weight in zip(nodes[inner], weights[inner])]
-    size = max(1, spec.row_budget // (lm.num_layers * w.shape[0]))
-    mean = torch.zeros(w.shape[0], count, *w.shape[1:], dtype=lm.score_dtype, device=w.device)  # of gradients
-    p_start = torch.empty(w.shape[0], count, w.shape[1], dtype=lm.score_dtype, device=w.device)
-    for start in range(0, len(points), size):
-        with_clean = shared and start == 0
-        at_end = _add_gradients(lm, clean, target, starts, points[start:start + size], mean, with_clean, spec.site)
-        if with_clean:
-            mean += weights[-1] * at_end[:, None]
-    for start in range(0, count, size):
-        part = starts[:, start:start + size]
-        with torch.no_grad():
-            hidden, _, _ = _grow(lm, clean, lambda layer, part=part: part[:, :, layer], False, spec.site)
-            p = answer_probabilities(lm, hidden, target, need_grad=False)
-        p_start[:, start:start + size] = p.view(w.shape[0], w.shape[1], -1).transpose(1, 2)
-    factor = w[:, None] - starts.to(lm.score_dtype)
+    w = torch.stack(clean.neurons, 1)  # (Q, L, N)
+    starts = torch.zeros_like(w)[:, None] if starts is None else starts
+    queries, count = starts.shape[:2]
+    size = max(1, spec.row_budget // (lm.num_layers * queries))
+    p_start = _path_probabilities(lm, clean, target, starts, torch.zeros(1), size, spec.site)[..., 0]  # (Q, B, L)
+    if spec.rule == "auto":
+        size_of = lambda nodes: _path_probabilities(lm, clean, target, starts, nodes, size, spec.site)  # noqa: E731
+        plan, at_end = adaptive_plan(size_of, p_start, p_clean, spec.steps), None
+    else:
+        plan, at_end = fixed_plan(spec.rule, spec.steps, count, lm.num_layers)
+    mean = torch.zeros(queries, count, *w.shape[1:], dtype=lm.score_dtype, device=w.device)  # of the gradients
+    for start in range(0, max(len(index) for index, _, _ in plan), size):
+        part = [(index[start:start + size], node[:, start:start + size].to(w.device, lm.score_dtype),
+                 weight[:, start:start + size].to(w.device, lm.score_dtype)) for index, node, weight in plan]
+        end = _add_gradients(lm, clean, target, starts, part, mean, at_end is not None and start == 0, spec.site)
+        if end is not None:
+            mean += at_end * end[:, None]
+    factor = (w[:, None] - starts).to(lm.score_dtype)
     if spec.method == "amig" and spec.amig_factor == "w":
-        factor = w[:, None]
+        factor = w[:, None].to(lm.score_dtype)
     raw = (factor * mean).sum(1)
     return raw, raw.sum(-1) - (p_clean[:, None, None] - p_start).sum(1)
 
 
-def _add_gradients(lm, clean, target, starts, points, mean, with_clean, site) -> Tensor | None:
-    """Add the weighted gradients at `points` (baseline, node, weight) to `mean` (Q, B, L, N); returns the gradient at
-    the clean row (Q, L, N) if it was one of the rows."""
-    index = [b for b, _, _ in points]
-    node = torch.tensor([n for _, n, _ in points], dtype=lm.dtype, device=lm.device)[:, None]
-    pick = torch.zeros(mean.shape[1], len(points), dtype=lm.score_dtype, device=lm.device)  # (B, P)
-    for column, (b, _, weight) in enumerate(points):
-        pick[b, column] = weight
+@torch.no_grad()
+def _path_probabilities(lm, clean, target, starts, nodes, size, site) -> Tensor:
+    """(Q, B, L, K) answer probabilities at K `nodes` of every path: forward passes only."""
+    queries, count = starts.shape[:2]
+    out = torch.empty(queries, count, lm.num_layers, len(nodes), dtype=lm.score_dtype, device=starts.device)
+    points = [(b, j) for b in range(count) for j in range(len(nodes))]
+    for start in range(0, len(points), size):
+        b, j = (list(x) for x in zip(*points[start:start + size]))
+        alpha = nodes[j].to(starts)[:, None]
+        hidden, _, _ = _grow(lm, clean, lambda layer: torch.lerp(
+            starts[:, b, layer], clean.neurons[layer][:, None], alpha), False, site)
+        p = answer_probabilities(lm, hidden, target, need_grad=False)
+        out[:, b, :, j] = p.view(queries, lm.num_layers, len(b)).permute(2, 0, 1)
+    return out
+
+
+def _add_gradients(lm, clean, target, starts, plan, mean, with_clean, site) -> Tensor | None:
+    """Add the weighted gradients of a plan (see `quadrature`) to `mean` (Q, B, L, N). With `with_clean`, the first row is
+    the clean one, and the gradient there at every layer is returned, (Q, L, N)."""
 
     def vectors(layer):
-        w, b = clean.neurons[layer][:, None], starts[:, index, layer]
-        return torch.cat([w, b + node * (w - b)], 1) if with_clean and layer == 0 else b + node * (w - b)
+        index, node, _ = plan[layer]
+        w = clean.neurons[layer][:, None]
+        rows = torch.lerp(starts[:, index, layer], w, node[..., None].to(lm.dtype))
+        return torch.cat([w, rows], 1) if with_clean and layer == 0 else rows
 
     with torch.enable_grad():
         hidden, leaves, at_end = _grow(lm, clean, vectors, with_clean, site)
         answer_probabilities(lm, hidden, target, need_grad=True).sum().backward()
-    for layer, leaf in enumerate(leaves):
+    for layer, (leaf, (index, _, weight)) in enumerate(zip(leaves, plan)):
         grad = leaf.grad
         if with_clean and layer == 0:
             at_end[0], grad = grad[:, 0], grad[:, 1:]
-        mean[:, :, layer] += pick @ grad.to(lm.score_dtype)
+        if len(index):
+            baseline = torch.nn.functional.one_hot(index.to(weight.device), mean.shape[1]).to(weight)  # (P, B)
+            mean[:, :, layer] += (baseline.T * weight[:, None]) @ grad.to(lm.score_dtype)
     return torch.stack(at_end, 1).to(lm.score_dtype) if with_clean else None
 
 
@@ -268,8 +279,9 @@ def _grow(lm, clean, vectors, with_clean, site):
                 finally:
                     if handle:
                         handle.remove()
-            new = start_rows(lm, clean, layer, leaf, site)
-            hidden = new if hidden is None else torch.cat([hidden, new], 1)
+            if leaf.shape[1]:
+                new = start_rows(lm, clean, layer, leaf, site)
+                hidden = new if hidden is None else torch.cat([hidden, new], 1)
     return hidden, leaves, at_end
 
 

@@ -20,6 +20,11 @@ def run_folder(output="default"):
     return RUNS / output
 
 
+def figures_folder(output):
+    """Where a named run's tables and figures are copied: `figures/<output>`, beside `runs`."""
+    return (FIGURES if RUNS == ROOT / "runs" else RUNS.parent / "figures") / run_folder(output).name
+
+
 def slug(model):
     """Folder name of a model: `demo/gpt2` -> `demo--gpt2`; a local folder keeps its name plus a hash."""
     if not isinstance(model, str) or not model.strip():

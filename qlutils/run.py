@@ -65,6 +65,8 @@ def main(argv=None, notebooks=None):
     try:
         with _signals():
             root = paths.run_folder(args.output)
+            if args.plan:
+                return _plan(args)
             jobs, data_hash = plan_jobs(args, Path(notebooks or paths.NOTEBOOKS))
             with locked(root / ".lock"), _scheduler(args) as address:
                 return _run(jobs, root, data_hash, command, address)
@@ -81,7 +83,8 @@ def _parser():
         prog="./run_all.sh", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Run the study's notebooks: 01 for each model and method, 02 for each model, 03-07 for\n"
                     "each model and downstream method, then the report. What is done is not run again.",
-        epilog="Results: runs/<output>/results; executed notebooks: runs/<output>/notebooks.\n"
+        epilog="Results: runs/<output>/results; executed notebooks: runs/<output>/notebooks; the report:\n"
+               "runs/<output>/report.html. A run with a name has its tables and figures in figures/<output>, too.\n"
                "QLUTILS_RUNS moves runs; QLUTILS_THREADS sets the threads of each process.\n\n"
                "`./run_all.sh test [pytest options]` runs the tests. Examples:\n"
                "  ./run_all.sh --models demo/gpt2 --only 01 02\n"
@@ -106,11 +109,24 @@ def _parser():
     add("--output", default="default", metavar="NAME", help="name of the run's folder (default: default)")
     add("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
         help="set another notebook parameter, in every notebook that has it")
+    add("--plan", action="store_true", help="print what the localisation would cost on this device, start nothing")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--workers", type=int, metavar="N",
                        help="compute in N local processes, one a GPU where there are GPUs (extra `cluster`)")
     where.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="compute on a running dask cluster")
     return parser
+
+
+def _plan(args):
+    from .plan import plan
+
+    costs = plan(args.models, args.methods, data=args.data, relations=args.relations, seed=args.seed,
+                 facts_per_relation=None if args.full else args.facts_per_relation, device=args.device,
+                 dtype=args.dtype)
+    print(costs.to_string(index=False, float_format=lambda x: f"{x:,.3g}" if x < 1e4 else f"{x:,.0f}"))
+    print(f"Hours in all: {costs['hours'].sum():,.1f} for localisation on one such device; notebooks 03-07 and the report "
+          "come on top. Nothing was started.")
+    return 0
 
 
 # -- what is to be done ----------------------------------------------------------------------------------
@@ -128,7 +144,7 @@ def plan_jobs(args, folder):
     facts = load_facts(data, relations=args.relations, facts_per_relation=count, seed=args.seed)
     shared = {"data": data, "relations": args.relations, "facts_per_relation": count, "seed": args.seed,
               "device": args.device, "dtype": args.dtype, "output": args.output, "models": models,
-              "methods": args.methods}
+              "methods": args.methods, "downstream_methods": args.downstream_methods}
     print(f"{len(facts)} facts of {len({fact.relation for fact in facts})} relations from {args.data}"
           + ("" if args.full else f": a sample of {count} a relation, --full takes all"), file=sys.stderr)
     notebooks = _chosen(folder, args.only)
@@ -143,15 +159,20 @@ def plan_jobs(args, folder):
         for defaults in knowing:
             check_values({name: value}, defaults)
     jobs, localised = [], [path.stem for path in _chosen(folder, None) if path.stem.startswith(PER_METHOD)]
+
+    def pairs(notebook):
+        methods = {PER_METHOD: args.methods, COMPARES: [None]}.get(notebook.stem[:2], args.downstream_methods)
+        return list(product(models, methods)) if notebook.stem != LAST else [(None, None)]
+
     for notebook in notebooks:
         number = notebook.stem[:2]
-        methods = {PER_METHOD: args.methods, COMPARES: [None]}.get(number, args.downstream_methods)
-        for model, method in product(models, methods) if notebook.stem != LAST else [(None, None)]:
+        for model, method in pairs(notebook):
             wanted = {**shared, "model": model, "method": method, **extra}
             reads = product(models, args.methods) if number == COMPARES else [(model, method)]
             needs = [job_name(stem, *pair) for pair in reads for stem in localised if number != PER_METHOD]
             if notebook.stem == LAST:
-                needs = [job_name(job.notebook.stem, job.model, job.method) for job in jobs]
+                needs = [job_name(other.stem, *pair) for other in _chosen(folder, None) if other.stem != LAST
+                         for pair in pairs(other)]  # also those that --only leaves out
             given = {name: wanted[name] for name in declared[notebook] if name in wanted}
             jobs.append(Job(notebook, model, method, given, needs))
     return jobs, sha256([asdict(fact) for fact in facts])
@@ -243,13 +264,20 @@ def _one(job, root, data_hash, source, env, bar):
         bar.set_postfix_str(progress.read_text(encoding="utf-8") if progress.exists() else "")
 
     job.problem = execute(job.notebook, output, job.parameters, env, progress.with_name("log"), show)
+    page = []
+    if job.notebook.stem == LAST and not job.problem:
+        from .report import publish
+        try:
+            page = publish(output, root.name)
+        except ValueError as error:
+            job.problem = str(error)
     job.seconds = time.time() - start
     job.status = "failed" if job.problem else "done"
     if not job.problem:
         inputs["model"] = job.model and model_content(job.model)  # a first download has a revision only now
         made = [file for file in results.glob("*") if file.is_file() and file.stat().st_mtime >= start - 1
                 and file.name != "run.json"]  # which the model's other notebooks write, too
-        outputs = {file.relative_to(root).as_posix(): sha256(file.read_bytes()) for file in sorted(made)}
+        outputs = {file.relative_to(root).as_posix(): sha256(file.read_bytes()) for file in sorted(made) + page}
         write_json(stamp, {"inputs": sha256(inputs), "made_from": inputs, "outputs": outputs})
 
 

@@ -127,7 +127,7 @@ class Study:
         return display_table(frame, headers, digits)
 
     def figure(self, figure, stem, data):
-        """Write a figure as PNG and PDF under `results`, with the plotted numbers as CSV; returns the paths."""
+        """Write a figure as PNG and PDF and its numbers as CSV under `results`; returns the paths."""
         from .plots import save_figure
         save_figure(figure, stem, self.results, data)
 
@@ -142,7 +142,7 @@ class Study:
             "parameters": self.parameters, "inputs": self.inputs(), "facts": len(self.facts()),
             "model": {"name": self.model, **self._identity}, "work": self._work,
             "versions": versions(), "platform": sys.platform,
-            "command": os.environ.get("QLUTILS_COMMAND") or " ".join(sys.argv),
+            "command": os.environ.get("QLUTILS_COMMAND", "the notebook alone"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.time() - self._started, 2), **extra}
         write_json(path, dict(sorted(entries.items())))

@@ -1,17 +1,18 @@
-"""Attention as a model really runs it: predominance (Eq. 4), knowledge synapses (Eq. 5, 6), and what they do.
+"""Attention as a model really runs it: predominance (Eq. 4), knowledge synapses (Eq. 5, 6), and what they
+do.
 
-A is the post-softmax attention of a layer and head: rows attend, columns are attended to, rows sum to 1. A synapse is
-(column, layer, head), zero-based; columns count the tokens of a prompt, BOS included, padding not.
+A is the post-softmax attention of a layer and head: rows attend, columns are attended to, rows sum to 1. A
+synapse is (column, layer, head), zero-based; columns count the tokens of a prompt, BOS included, padding
+not.
 
-Shapes: Q queries, B rows of a batch, L layers, H query heads, T prompt tokens, A answer tokens.
-"""
+Shapes: Q queries, B rows of a batch, L layers, H query heads, T prompt tokens, A answer tokens. """
 
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, product
 
 import numpy as np
 import pandas as pd
@@ -20,19 +21,22 @@ from torch import Tensor
 
 from .arch import UnsupportedModel
 from .attention import NAME, Control, replaced_methods
-from .attribution import default_row_budget
-from .replay import AnswerProbability, attention_implementation
+from .attribution import Spec, attribute_encoded
+from .replay import AnswerProbability, attention_implementation, neuron_vectors
+from .rows import token_budget
 
 SCORES = ("sum", "visible_mean")
 # What is scaled for a query, beside its own synapses S and those of an irrelevant query S_ir.
-SETS = ("self", "irrelevant", "self_without_first", "irrelevant_without_first", "self_only", "irrelevant_only", "random")
+SETS = ("self", "irrelevant", "self_without_first", "irrelevant_without_first", "self_only", "irrelevant_only",
+        "random")
 
 
 # --- the model's attention, watched or changed -----------------------------------------------------------
 
 @contextmanager
 def controlled(lm, factors=None, renormalise=False, observe=None):
-    """Inside, every forward pass of `lm.model` runs `attention.exact_attention` under a `Control` of these arguments.
+    """Inside, every forward pass of `lm.model` runs `attention.exact_attention` under a `Control` of these
+    arguments.
 
     `UnsupportedModel`, naming the model, where its attention cannot be replaced."""
     _check_replaceable(lm)
@@ -47,7 +51,8 @@ def _exact(lm):
 
 @torch.no_grad()
 def _check_replaceable(lm) -> None:
-    """Refuse a model unless each of its layers reports an attention matrix and its own logits come out; once a model."""
+    """Refuse a model unless each of its layers reports an attention matrix and its own logits come out;
+    once a model."""
     if getattr(lm, "_attention_checked", False):
         return
     ids = torch.randint(0, lm.arch.head.weight.shape[0], (2, min(6, lm.context)),
@@ -58,37 +63,41 @@ def _check_replaceable(lm) -> None:
             ours = lm.model(input_ids=ids, use_cache=False).logits.to(lm.score_dtype)
         error = float((ours - own).abs().max() / own.abs().max().clamp_min(1e-6))
         if len(seen) < lm.num_layers:
-            problem = f"{lm.num_layers - len(seen)} of its {lm.num_layers} layers do not use transformers' attention interface"
+            problem = (f"{lm.num_layers - len(seen)} of its {lm.num_layers} layers do not use transformers' "
+                       "attention interface")
         elif not error <= {torch.float64: 1e-6, torch.float32: 1e-3}.get(lm.dtype, 0.1):
             problem = f"with the attention replaced its logits differ by {error:.1e}"
     except (RuntimeError, TypeError, KeyError, AttributeError, IndexError, ValueError) as failure:
         problem = f"{type(failure).__name__}: {str(failure).splitlines()[0][:200]}"
     if problem:
         raise UnsupportedModel(
-            f"{lm.name} ({lm.model.config.model_type}): its attention can be neither read nor changed exactly ({problem}); "
-            "notebooks 05 and 06 need another model")
+            f"{lm.name} ({lm.model.config.model_type}): its attention can be neither read nor changed exactly "
+            f"({problem}); notebooks 05 and 06 need another model")
     lm._attention_checked = True
 
 
 @contextmanager
 def scale_synapses(lm, synapses, factor: float, *, renormalise: bool = False):
-    """Inside, the columns `synapses`, a set of (column, layer, head), of the post-softmax attention are multiplied.
+    """Inside, the columns `synapses`, a set of (column, layer, head), of the post-softmax attention are
+    multiplied.
 
         with scale_synapses(lm, find_synapses(lm, prompt), 0.0):
             lm.model(**inputs)
 
-    Acts on all rows that attend to the column, those of answer tokens included, in any forward pass inside, with or
-    without a key-value cache; padding on the left is told from the (batch, tokens) attention mask. Factor 0 suppresses,
-    2 enhances; `renormalise` divides each row of those heads' layers by its new sum. A column that an input does not have
-    changes nothing. ValueError names a synapse outside the model."""
+    Acts on all rows that attend to the column, those of answer tokens included, in any forward pass inside,
+    with or without a key-value cache; padding on the left is told from the (batch, tokens) attention mask.
+    Factor 0 suppresses, 2 enhances; `renormalise` divides each row of those heads' layers by its new sum. A
+    column that an input does not have changes nothing. ValueError names a synapse outside the model."""
     pairs = _checked(lm, synapses)
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not (math.isfinite(factor) and factor >= 0):
+    number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
+    if not number or not math.isfinite(factor) or factor < 0:
         raise ValueError(f"factor is {factor!r}; use a finite number of at least 0 (0 suppresses, 2 enhances)")
     factors: dict[int, Tensor] = {}
     width = 1 + max((column for column, _, _ in pairs), default=0)
     for column, layer, head in pairs:
-        one = factors.setdefault(layer, torch.ones(1, lm.num_heads, width, dtype=lm.score_dtype, device=lm.device))
-        one[0, head, column] = factor
+        if layer not in factors:
+            factors[layer] = torch.ones(1, lm.num_heads, width, dtype=lm.score_dtype, device=lm.device)
+        factors[layer][0, head, column] = factor
     if factor == 1 or not factors:  # nothing to change: not even the rounding of another attention
         _check_replaceable(lm)
         yield
@@ -101,23 +110,24 @@ def _checked(lm, synapses) -> list[tuple[int, int, int]]:
     for synapse in synapses:
         column, layer, head = synapse
         if not (0 <= column < lm.context and 0 <= layer < lm.num_layers and 0 <= head < lm.num_heads):
-            raise ValueError(f"synapse {tuple(synapse)} is outside {lm.name}: (column, layer, head) with columns from 0, "
-                             f"{lm.num_layers} layers and {lm.num_heads} heads, all counted from 0")
+            raise ValueError(f"synapse {tuple(synapse)} is outside {lm.name}: (column, layer, head), with "
+                             f"columns from 0, {lm.num_layers} layers and {lm.num_heads} heads, all counted from 0")
     return sorted({(int(column), int(layer), int(head)) for column, layer, head in synapses})
 
 
 # --- finding synapses ------------------------------------------------------------------------------------
 
 def find_synapses(lm, prompt: str, alpha: float = 0.3, *, score: str = "sum") -> set[tuple[int, int, int]]:
-    """The knowledge synapses of a prompt: a set of (column, layer, head), columns counting its tokens, BOS included.
+    """The knowledge synapses of a prompt: a set of (column, layer, head), columns counting its tokens, BOS
+    included.
 
-    score "sum" (Eq. 5, 6): columns that collect more than tau = alpha * (total attention of a layer and head, averaged
-    over all of them). A late column can be attended to by few rows only, so it cannot pass. "visible_mean" compares the
-    mean over the rows that can see the column with alpha * (mean attention a row gives). ValueError: alpha outside
-    (0, 1]; a prompt of one token."""
+    score "sum" (Eq. 5, 6): columns that collect more than tau = alpha * (total attention of a layer and
+    head, averaged over all of them). A late column can be attended to by few rows only, so it cannot pass.
+    "visible_mean" compares the mean over the rows that can see the column with alpha * (mean attention a
+    row gives). ValueError: alpha outside (0, 1]; a prompt of one token."""
     _check_alpha(alpha, score)
-    [(_, mean)] = column_scores(lm, [lm.encode_prompt(prompt)], score)
-    layers, heads, columns = np.nonzero(above_threshold(mean, alpha))
+    [scores] = column_scores(lm, [lm.encode_prompt(prompt)], score)
+    layers, heads, columns = np.nonzero(above_threshold(*scores, alpha))
     return set(zip(columns.tolist(), layers.tolist(), heads.tolist()))
 
 
@@ -129,10 +139,11 @@ def _check_alpha(alpha, score):
 
 
 def column_scores(lm, prompts: list[list[int]], score: str = "sum") -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each tokenised prompt: attention summed over rows (L, H, T), and the score that decides on synapses (L, H, T).
+    """For each tokenised prompt: attention summed over rows (L, H, T), and the score that decides on
+    synapses (L, H, T).
 
-    The score is the sum, or the mean over the rows that can see the column, in units of what a row gives (so that the
-    mean over rows and columns of both is the same): see `above_threshold`. Matrices are reduced as the model runs."""
+    The score is the sum or T times the mean over the rows that can see the column, so that one threshold
+    serves both. Matrices are reduced while the model runs, a batch and layer at a time."""
     out: list = [None] * len(prompts)
     for index, ids in _batches(lm, prompts):
         sums: dict[int, Tensor] = {}
@@ -140,9 +151,11 @@ def column_scores(lm, prompts: list[list[int]], score: str = "sum") -> list[tupl
 
         def observe(layer, weights, visible):
             sums[layer] = weights.sum(-2)  # (B, H, T)
-            rows = torch.arange(weights.shape[-1], 0, -1, device=weights.device).to(weights) if visible is None else (
-                visible.expand(-1, -1, weights.shape[-2], -1).sum(-2).to(weights))
-            means[layer] = sums[layer] * (weights.shape[-2] / rows) if score == "visible_mean" else sums[layer]
+            means[layer] = sums[layer]
+            if score == "visible_mean":
+                if visible is None:
+                    visible = torch.ones_like(weights[:1, :1], dtype=torch.bool).tril()
+                means[layer] = sums[layer] * weights.shape[-2] / visible.sum(-2)
 
         with torch.no_grad(), controlled(lm, observe=observe):
             lm.model.base_model(input_ids=ids, use_cache=False)
@@ -153,17 +166,17 @@ def column_scores(lm, prompts: list[list[int]], score: str = "sum") -> list[tupl
     return out
 
 
-def above_threshold(score: np.ndarray, alpha: float) -> np.ndarray:
-    """(L, H, T) booleans: score > tau (Eq. 6), tau = alpha * mean over layers and heads of the total attention (Eq. 5),
-    which is alpha * T since each of T rows gives 1 in all."""
-    return score > alpha * score.shape[-1]
+def above_threshold(total: np.ndarray, score: np.ndarray, alpha: float) -> np.ndarray:
+    """(L, H, T) booleans: score > tau (Eq. 6), tau = alpha * mean over layers and heads of the total
+    attention (Eq. 5; alpha * T where rows sum to 1)."""
+    return score > alpha * total.sum(-1).mean()
 
 
 def _batches(lm, sequences: list[list[int]]):
     """(indices, ids (B, S)) of sequences of equal length, at most as many tokens as fit."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     for length, group in groupby(order, key=lambda i: len(sequences[i])):
-        group, size = list(group), max(1, default_row_budget(lm) // length)
+        group, size = list(group), max(1, token_budget(lm) // length)
         for start in range(0, len(group), size):
             part = group[start:start + size]
             yield part, torch.tensor([sequences[i] for i in part], device=lm.device)
@@ -173,7 +186,8 @@ def _batches(lm, sequences: list[list[int]]):
 
 @dataclass
 class Row:
-    """One forward pass: a query, the columns to scale (L, H, T) or None, by what, and the KNs to read (layer, index)."""
+    """One forward pass: a query, the columns to scale (L, H, T) or None, by what, and the KNs to read
+    (layer, index)."""
 
     prompt: list[int]
     answer: list[int]
@@ -185,12 +199,14 @@ class Row:
 
 @torch.no_grad()
 def run_rows(lm, rows: list[Row]) -> np.ndarray:
-    """(rows, 3): probability of the answer (product over its tokens), mean |activation| and mean activation of the row's
-    KNs at the last prompt token (NaN without KNs). Each row has its own synapses; equal lengths share a batch."""
+    """(rows, 3): probability of the answer (product over its tokens), mean |activation| and mean activation
+    of the row's KNs at the last prompt token (NaN without KNs). Each row has its own synapses; equal
+    lengths share a batch."""
     out = np.full((len(rows), 3), np.nan)
     keys = [(len(row.prompt), len(row.answer), row.renormalise) for row in rows]
-    for (length, answer, renormalise), group in groupby(sorted(range(len(rows)), key=keys.__getitem__), keys.__getitem__):
-        group, size = list(group), max(1, default_row_budget(lm) // (length + answer))
+    order = sorted(range(len(rows)), key=keys.__getitem__)
+    for (length, answer, renormalise), group in groupby(order, keys.__getitem__):
+        group, size = list(group), max(1, token_budget(lm) // (length + answer))
         for start in range(0, len(group), size):
             part = [rows[i] for i in group[start:start + size]]
             out[group[start:start + size]] = _run_batch(lm, part, length, answer, renormalise)
@@ -236,14 +252,16 @@ def _factors(lm, rows) -> dict[int, Tensor]:
 def attend(lm, unit: list[dict]) -> pd.DataFrame:
     """Notebook 05. Where each query of a unit (see `effects.units`) attends: one row a query.
 
-    fact, prompt_index; tokens (T); column, token, token_id of the most attended token (Eq. 4, with columns) and the share
-    of all attention it gets; the same without the first token (`_rest`); first_share, the first token's share."""
+    fact, prompt_index; tokens (T); column, token, token_id of the most attended token (Eq. 4, with columns)
+    and the share of all attention it gets; the same without the first token (`_rest`); token_id_first and
+    first_share, the first token's."""
     queries = [(fact, place, lm.encode_prompt(prompt)) for fact in unit for place, prompt in
                zip(fact["prompt_index"], fact["prompts"])]
     rows = []
     for (fact, place, ids), (total, _) in zip(queries, column_scores(lm, [ids for *_, ids in queries])):
         share = total.mean((0, 1)) / len(ids)
-        row = dict(fact=fact["fact"], relation=fact["relation"], prompt_index=place, tokens=len(ids), first_share=share[0])
+        row = dict(fact=fact["fact"], relation=fact["relation"], prompt_index=place, tokens=len(ids),
+                   token_id_first=ids[0], first_share=share[0])
         for name, first in (("", 0), ("_rest", 1)):
             column = first + int(share[first:].argmax())
             row |= {f"column{name}": column, f"token{name}": lm.tokenizer.decode([ids[column]]),
@@ -253,19 +271,21 @@ def attend(lm, unit: list[dict]) -> pd.DataFrame:
 
 
 def scale_synapse_columns(lm, unit: list[dict], *, alpha=0.3, score="sum", suppress=0.0, enhance=2.0,
-                          renormalise="both", seed=0) -> pd.DataFrame:
-    """Notebook 06. What scaling S, S_ir and control sets does to each query of a unit (see `effects.units`).
+                          renormalise=True, seed=0) -> pd.DataFrame:
+    """Notebook 06. What scaling S, S_ir and control sets does to each query of a unit (see
+    `effects.units`).
 
-    A row a query, set of SETS, renormalise (with it only self and irrelevant) and direction: size of the set;
-    probability, value (mean |activation| of the query's KNs at the last prompt token) and signed_value, and each with
-    `_before`. Sets that could not be made (no query of another relation) are left out; an empty set changes nothing.
-    The row of set "none" says where S sits: n_self, n_irrelevant, jaccard (`_rest`: without column 0), and counts by layer
-    (L,), head (L * H,) and column (T,)."""
+    A row a query, set of SETS, renormalise (True, if asked for, only of self and irrelevant) and direction:
+    size of the set; probability, value (mean |activation| of the query's KNs at the last prompt token) and
+    signed_value, and each with `_before`. Sets that could not be made (no query of another relation) are
+    left out; an empty set changes nothing. The row of set "none" says where S sits: n_self, n_irrelevant,
+    jaccard (`_rest`: without column 0), and counts by layer (L,), head (L * H,) and column (T,)."""
     _check_alpha(alpha, score)
-    queries = [(fact, i, *lm.encode(fact["prompts"][i], fact["object"])) for fact in unit for i in range(len(fact["prompts"]))]
-    others = [lm.encode_prompt(fact["irrelevant"][i]) if fact["irrelevant"][i] else None for fact, i, *_ in queries]
+    queries = [(fact, i, *lm.encode(prompt, fact["object"])) for fact in unit
+               for i, prompt in enumerate(fact["prompts"])]
+    others = [fact["irrelevant"][i] and lm.encode_prompt(fact["irrelevant"][i]) for fact, i, *_ in queries]
     prompts = [prompt for _, _, prompt, _ in queries] + [other for other in others if other]
-    masks = iter([above_threshold(mean, alpha) for _, mean in column_scores(lm, prompts, score)])
+    masks = iter([above_threshold(*scores, alpha) for scores in column_scores(lm, prompts, score)])
     own = [next(masks) for _ in queries]
     foreign = [_fit(next(masks), mine.shape[-1]) if other else None for mine, other in zip(own, others)]
     todo, rows = [], []
@@ -273,28 +293,52 @@ def scale_synapse_columns(lm, unit: list[dict], *, alpha=0.3, score="sum", suppr
         rng = np.random.default_rng([seed, *f"{fact['fact']} {fact['prompt_index'][i]}".encode()])
         kns = tuple(zip(fact["layer"][i], fact["neuron"][i]))
         key = dict(fact=fact["fact"], relation=fact["relation"], prompt_index=fact["prompt_index"][i])
-        before = len(todo)
+        before, done = len(todo), {}
         todo.append(Row(prompt, answer, neurons=kns))
-        rows.append(key | dict(set="none", renormalise=False, direction="none", **_where(mine, other), at=before, before=before))
+        rows.append(key | dict(set="none", renormalise=False, direction="none", at=before, before=before,
+                               **_where(mine, other)))
         for name, columns in synapse_sets(mine, other, rng).items():
-            for divide in {"both": (False, True), True: (True,), False: (False,)}[renormalise]:
-                if divide and renormalise == "both" and name not in ("self", "irrelevant"):
-                    continue
-                for direction, factor in (("suppress", suppress), ("enhance", enhance)):
-                    at = len(todo) if columns.any() else before
-                    todo += [Row(prompt, answer, columns, factor, divide, kns)] if columns.any() else []
-                    rows.append(key | dict(set=name, renormalise=divide, direction=direction, size=int(columns.sum()), at=at,
-                                           before=before))
+            both = (False, True) if renormalise and name in ("self", "irrelevant") else (False,)
+            for divide, (direction, factor) in product(both, (("suppress", suppress), ("enhance", enhance))):
+                change = columns.tobytes(), factor, divide
+                if columns.any() and change not in done:  # equal sets are one row
+                    done[change] = len(todo)
+                    todo.append(Row(prompt, answer, columns, factor, divide, kns))
+                rows.append(key | dict(set=name, renormalise=divide, direction=direction, before=before,
+                                       size=int(columns.sum()), at=done.get(change, before)))
     result, frame = run_rows(lm, todo), pd.DataFrame(rows)
     for place, name in enumerate(("probability", "value", "signed_value")):
         frame[name], frame[f"{name}_before"] = result[frame["at"], place], result[frame["before"], place]
     return frame.drop(columns=["at", "before"])
 
 
+def scaled_maps(lm, maps: list[dict], *, alpha=0.3, score="sum", suppress=0.0, enhance=2.0,
+                **spec) -> list[dict]:
+    """Figures 7 and 10: the maps of `localize.example_maps` (fact, prompt, answer, attribution, activation
+    (L, N)) again with each query's own synapses suppressed and enhanced: {"unmodified", "suppressed",
+    "enhanced": {attribution, activation}}.
+
+    `spec`: fields of `attribution.Spec`. Attribution is that of the changed model, its clean context
+    included."""
+    out = []
+    for one in maps:
+        prompt, answer = lm.encode(one["prompt"], one["answer"])
+        found = find_synapses(lm, one["prompt"], alpha, score=score)
+        row = dict(fact=one["fact"], prompt=one["prompt"], unmodified=one)
+        for name, factor in (("suppressed", suppress), ("enhanced", enhance)):
+            with scale_synapses(lm, found, factor):
+                attribution = attribute_encoded(lm, [(prompt, answer)], Spec(**spec), [one["prompt"]]).scores[0]
+                activation = neuron_vectors(lm, torch.tensor([prompt], device=lm.device))[0].to(lm.score_dtype)
+            row[name] = dict(attribution=attribution.cpu().numpy(), activation=activation.cpu().numpy())
+        out.append(row)
+    return out
+
+
 def synapse_sets(own: np.ndarray, other: np.ndarray | None, rng) -> dict[str, np.ndarray]:
     """{name of SETS: (L, H, T) booleans}; `other` None leaves out what needs S_ir.
 
-    random: in each layer and head as many columns as S has, drawn from those outside S as far as there are."""
+    random: in each layer and head as many columns as S has, drawn from those outside S as far as there
+    are."""
     rest = np.arange(own.shape[-1]) > 0
     draw = (rng.random(own.shape) + own).argsort(-1).argsort(-1)  # columns of S come last
     sets = {"self": own, "self_without_first": own & rest, "random": draw < own.sum(-1, keepdims=True)}
@@ -316,5 +360,6 @@ def _where(own, other) -> dict:
         row[f"n_self{name}"] = int(mine.sum())
         if other is not None:
             row[f"n_irrelevant{name}"] = int(other[..., start:].sum())
-            row[f"jaccard{name}"] = float((mine & other[..., start:]).sum() / union.sum()) if union.any() else np.nan
+            shared = (mine & other[..., start:]).sum()
+            row[f"jaccard{name}"] = float(shared / union.sum()) if union.any() else np.nan
     return row

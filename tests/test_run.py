@@ -1,7 +1,9 @@
-"""The driver, on notebooks of three cells: order, parameters, kernel, what is done, what failed, what is stopped."""
+"""The driver, on tiny notebooks: order, parameters, kernel, what is done, what failed, what is stopped."""
+
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,17 +18,26 @@ from qlutils import paths, run
 from qlutils.study import Study, check_parameters, model_content, units_of
 
 ROOT = Path(__file__).resolve().parents[1]
-PARAMETERS = ("model = 'demo/gpt2'\nmethod = 'ig'\ndata = 'demo'\nrelations = None\nfacts_per_relation = 3\nseed = 0\n"
-              "output = 'default'\nt = 0.2")
+PARAMETERS = (
+    "model = 'demo/gpt2'\nmethod = 'ig'\ndata = 'demo'\nrelations = None\nfacts_per_relation = 3\nseed = 0\n"
+    "output = 'default'\nt = 0.2"
+)
 OPEN = "from qlutils.study import Study\nstudy = Study.open('{}', In)"
-LOCALIZE = ("import pandas as pd, sys\nif '{fail}' == study.method:\n    raise RuntimeError('no such luck\\nmore')\n"
-            "study.save(pd.DataFrame({{'t': [t], 'kernel': [sys.executable]}}), 'queries')\nstudy.record(note=1)")
-COMPARE = ("import pandas as pd\nrows = [study.load('queries', m) for m in study.methods_done()]\n"
-           "frame = pd.concat(rows).assign(method=study.methods_done())\nstudy.save(frame, 'comparison')")
+LOCALIZE = (
+    "import os, sys\nimport pandas as pd\nif os.path.exists({fail!r} + study.method):\n"
+    "    raise RuntimeError('no such luck\\nmore')\n"
+    "study.save(pd.DataFrame({{'t': [t], 'kernel': [sys.executable]}}), 'queries')\nstudy.record(note=1)"
+)
+COMPARE = (
+    "import pandas as pd\nrows = [study.load('queries', m) for m in study.methods_done()]\n"
+    "frame = pd.concat(rows).assign(method=study.methods_done())\nstudy.save(frame, 'comparison')"
+)
 
 
 def write_notebook(folder, name, parameters, *cells, kernel="python3"):
-    book = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": kernel, "display_name": "x", "language": "python"}})
+    book = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": kernel, "display_name": "x", "language": "python"}}
+    )
     book.cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
     book.cells += [nbformat.v4.new_code_cell(cell) for cell in cells]
     for number, cell in enumerate(book.cells):
@@ -40,13 +51,22 @@ def books(tmp_path):
     folder = tmp_path / "note {books}"
     folder.mkdir()
     write_localize(folder)
-    write_notebook(folder, "02_consistency", PARAMETERS.replace("method = 'ig'", "methods = ['ig', 'sig', 'amig']"),
-                   OPEN.format("02_consistency"), COMPARE)
+    write_notebook(
+        folder,
+        "02_consistency",
+        PARAMETERS.replace("method = 'ig'", "methods = ['ig', 'sig', 'amig']"),
+        OPEN.format("02_consistency"),
+        COMPARE,
+    )
     return folder
 
 
-def write_localize(folder, fail="", more=""):
-    write_notebook(folder, "01_localize", PARAMETERS, OPEN.format("01_localize"), LOCALIZE.format(fail=fail) + more)
+def write_localize(folder, more=""):
+    """A notebook that fails for the methods m for which a file `fail-m` lies beside it."""
+    fail = str(folder / "fail-")
+    write_notebook(
+        folder, "01_localize", PARAMETERS, OPEN.format("01_localize"), LOCALIZE.format(fail=fail) + more
+    )
 
 
 @pytest.fixture
@@ -58,45 +78,71 @@ def model(tmp_path):
 
 
 def options(model, *more):
-    return ["--models", model, "--methods", "ig", "sig", "--relations", "P36", "--facts-per-relation", "1", *more]
+    return [
+        "--models",
+        model,
+        "--methods",
+        "ig",
+        "sig",
+        "--relations",
+        "P36",
+        "--facts-per-relation",
+        "1",
+        *more,
+    ]
 
 
 def table(text):
     """{job: (status, what failed)} of the summary."""
-    rows = [re.fullmatch(r"(.+?) +(done|cached|failed|not run) +[\d.]+ *(.*)", line).groups()
-            for line in text.split("what failed\n")[1].splitlines()[:-1]]
+    rows = [
+        re.fullmatch(r"(.+?) +(done|cached|failed|not run) +[\d.]+ *(.*)", line).groups()
+        for line in text.split("what failed\n")[1].splitlines()[:-1]
+    ]
     return {job: (status, problem) for job, status, problem in rows}
 
 
-def test_a_run_goes_through_models_and_methods_once_and_names_what_failed(books, model, runs, capsys, monkeypatch,
-                                                                          tmp_path):
+def test_a_run_goes_through_models_and_methods_once_and_names_what_failed(
+    books, model, runs, capsys, monkeypatch, tmp_path
+):
     # a `python3` kernel that is not ours is what Jupyter would find first
     decoy = tmp_path / "jupyter" / "kernels" / "python3"
     decoy.mkdir(parents=True)
-    (decoy / "kernel.json").write_text(json.dumps({"argv": ["false"], "display_name": "x", "language": "python"}))
+    (decoy / "kernel.json").write_text(
+        json.dumps({"argv": ["false"], "display_name": "x", "language": "python"})
+    )
     monkeypatch.setenv("JUPYTER_PATH", str(decoy.parents[1]))
-    write_localize(books, fail="sig")
+    (books / "fail-sig").touch()
     assert run.main(options(model), books) == 1
     said = capsys.readouterr()
     slug = paths.slug(model)
     results = runs / "default" / "results" / slug
     rows = table(said.out)
-    assert rows == {"01_localize tiny model ig": ("done", ""), "02_consistency tiny model": ("done", ""),
-                    "01_localize tiny model sig": ("failed", "RuntimeError: no such luck (In [4])")}
+    assert rows == {
+        "01_localize tiny model ig": ("done", ""),
+        "02_consistency tiny model": ("done", ""),
+        "01_localize tiny model sig": ("failed", "RuntimeError: no such luck (In [4])"),
+    }
     assert "1 facts of 1 relations" in said.err and "sig: failed" in said.err
     frame = pd.read_parquet(results / "all" / "comparison.parquet")
     assert frame.method.tolist() == ["ig"] and frame.kernel.tolist() == [sys.executable]
     record = json.loads((results / "ig" / "run.json").read_text())["01_localize"]
     assert record["parameters"]["model"] == model and record["command"].startswith("./run_all.sh --models")
-    assert record["facts"] == 1 and record["note"] == 1 and record["inputs"]["content"] == model_content(model)
+    assert (
+        record["facts"] == 1 and record["note"] == 1 and record["inputs"]["content"] == model_content(model)
+    )
     made = sorted(path.name for path in (runs / "default" / "notebooks").iterdir())
-    assert made == [f"01_localize--{slug}--ig.ipynb", f"01_localize--{slug}--ig.json",
-                    f"01_localize--{slug}--sig.ipynb", f"02_consistency--{slug}.ipynb", f"02_consistency--{slug}.json"]
+    assert made == [
+        f"01_localize--{slug}--ig.ipynb",
+        f"01_localize--{slug}--ig.json",
+        f"01_localize--{slug}--sig.ipynb",
+        f"02_consistency--{slug}.ipynb",
+        f"02_consistency--{slug}.json",
+    ]
 
     # mended: what failed runs, what was done does not, and 02 sees that there is more to compare
-    write_localize(books)
+    (books / "fail-sig").unlink()
     assert run.main(options(model), books) == 0
-    assert [status for status, _ in table(capsys.readouterr().out).values()] == ["done", "done", "done"]
+    assert [status for status, _ in table(capsys.readouterr().out).values()] == ["cached", "done", "done"]
     assert pd.read_parquet(results / "all" / "comparison.parquet").method.tolist() == ["ig", "sig"]
     assert run.main(options(model), books) == 0
     assert [status for status, _ in table(capsys.readouterr().out).values()] == ["cached"] * 3
@@ -109,26 +155,37 @@ def test_a_run_goes_through_models_and_methods_once_and_names_what_failed(books,
     assert summary["jobs"][0]["parameters"]["t"] == 0.3 and summary["jobs"][0]["status"] == "done"
 
 
-@pytest.mark.parametrize("bad, said", [
-    (["-p", "steps", "20"], "-p steps: no notebook has this parameter; they have t"),
-    (["-p", "seed", "1"], "-p seed: an option"),
-    (["-p", "t", "high"], "t='high'"),
-    (["--models", "demo/gpt9"], "demo/gpt9"),
-    (["--models", "./nowhere"], "./nowhere"),
-    (["--relations", "P9999"], "P9999"),
-    (["--facts-per-relation", "0"], "facts_per_relation"),
-    (["--data", "nowhere"], "nowhere"),
-    (["--only", "09"], "--only 09: there are 01_localize, 02_consistency"),
-    (["--output", "../elsewhere"], "../elsewhere"),
-    (["--device", "gpu"], "--device gpu"),
-])
+@pytest.mark.parametrize(
+    "bad, said",
+    [
+        (["-p", "steps", "20"], "-p steps: no notebook has this parameter; they have t"),
+        (["-p", "seed", "1"], "-p seed: an option"),
+        (["-p", "t", "high"], "t='high'"),
+        (["--models", "demo/gpt9"], "demo/gpt9"),
+        (["--models", "./nowhere"], "./nowhere"),
+        (["--relations", "P9999"], "P9999"),
+        (["--facts-per-relation", "0"], "facts_per_relation"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--only", "09"], "--only 09: there are 01_localize, 02_consistency"),
+        (["--output", "../elsewhere"], "../elsewhere"),
+        (["--device", "gpu"], "--device gpu"),
+    ],
+)
 def test_bad_input_is_named_before_anything_starts(books, model, runs, capsys, bad, said):
     assert run.main(options(model, *bad), books) == 2
     assert said in capsys.readouterr().err and not (runs / "default" / "notebooks").exists()
 
 
-@pytest.mark.parametrize("bad", [["--methods", "lrp"], ["--dtype", "int8"], ["--full", "--facts-per-relation", "1"],
-                                 ["--steps", "3"], ["--model", "demo/gpt2"]])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        ["--methods", "lrp"],
+        ["--dtype", "int8"],
+        ["--full", "--facts-per-relation", "1"],
+        ["--steps", "3"],
+        ["--model", "demo/gpt2"],
+    ],
+)
 def test_an_unknown_option_or_value_is_refused(bad):
     with pytest.raises(SystemExit) as caught:
         run.main(bad)
@@ -141,13 +198,33 @@ def test_every_01_comes_before_the_first_02_and_03_takes_the_downstream_methods(
     other = Path(model).with_name("other")
     other.mkdir()
     (other / "config.json").write_text("{}")
-    args = run._parser().parse_args(["--models", model, str(other), "--relations", "P36", "--full",
-                                     "--methods", "ig", "amig", "--downstream-methods", "amig"])
+    args = run._parser().parse_args(
+        [
+            "--models",
+            model,
+            str(other),
+            "--relations",
+            "P36",
+            "--full",
+            "--methods",
+            "ig",
+            "amig",
+            "--downstream-methods",
+            "amig",
+        ]
+    )
     jobs, _ = run.plan_jobs(args, books)
     assert [(job.notebook.stem[:2], Path(job.model or "").name, job.method) for job in jobs] == [
-        ("01", "tiny model", "ig"), ("01", "tiny model", "amig"), ("01", "other", "ig"), ("01", "other", "amig"),
-        ("02", "tiny model", None), ("02", "other", None),
-        ("03", "tiny model", "amig"), ("03", "other", "amig"), ("re", "", None)]
+        ("01", "tiny model", "ig"),
+        ("01", "tiny model", "amig"),
+        ("01", "other", "ig"),
+        ("01", "other", "amig"),
+        ("02", "tiny model", None),
+        ("02", "other", None),
+        ("03", "tiny model", "amig"),
+        ("03", "other", "amig"),
+        ("re", "", None),
+    ]
     assert jobs[0].parameters["facts_per_relation"] is None and jobs[-1].parameters == {"output": "default"}
     assert jobs[4].parameters["methods"] == ["ig", "amig"] and "method" not in jobs[4].parameters
     assert jobs[6].needs == [f"01_localize--{paths.slug(model)}--amig"] and len(jobs[-1].needs) == 8
@@ -156,8 +233,9 @@ def test_every_01_comes_before_the_first_02_and_03_takes_the_downstream_methods(
 def start(books, model, runs):
     code = f"import sys; from qlutils import run; sys.exit(run.main({options(model)!r}, {str(books)!r}))"
     env = {**os.environ, "QLUTILS_RUNS": str(runs), "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def is_running(pid):
@@ -168,10 +246,15 @@ def is_running(pid):
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_stopping_the_driver_ends_its_kernel_soon_and_the_next_run_goes_on(books, model, runs, tmp_path, number, status):
+def test_stopping_the_driver_ends_its_kernel_soon_and_the_next_run_goes_on(
+    books, model, runs, tmp_path, number, status
+):
     pid_file = tmp_path / "pid"
-    write_localize(books, more=f"\nimport os, time\nif study.method == 'sig' and not os.path.exists({str(pid_file)!r}):\n"
-                               f"    open({str(pid_file)!r}, 'w').write(str(os.getpid()))\n    time.sleep(60)")
+    write_localize(
+        books,
+        more=f"\nimport os, time\nif study.method == 'sig' and not os.path.exists({str(pid_file)!r}):\n"
+        f"    open({str(pid_file)!r}, 'w').write(str(os.getpid()))\n    time.sleep(60)",
+    )
     driver = start(books, model, runs)
     while not pid_file.exists() or not pid_file.read_text():
         assert driver.poll() is None, driver.communicate()
@@ -186,24 +269,32 @@ def test_stopping_the_driver_ends_its_kernel_soon_and_the_next_run_goes_on(books
         time.sleep(0.05)
     assert not is_running(int(pid_file.read_text()))
     if status == 130:
-        assert run.main(options(model), books) == 0
+        assert run.main(options(model, "--only", "01"), books) == 0
         summary = json.loads((runs / "default" / "run.json").read_text())
-        assert [job["status"] for job in summary["jobs"]] == ["cached", "done", "done"]
+        assert [job["status"] for job in summary["jobs"]] == ["cached", "done"]
 
 
 def test_two_drivers_on_one_output_are_refused(books, model, runs, capsys):
     from qlutils.files import locked
+
     with locked(runs / "default" / ".lock"):
         assert run.main(options(model), books) == 2
     assert str(runs / "default" / ".lock") in capsys.readouterr().err
 
 
-# -- what a notebook checks by itself, without the driver -----------------------------------------------------
-@pytest.mark.parametrize("injected, said", [
-    ("steps = 20", "unknown parameter 'steps'; this notebook knows model, "),
-    ("t = '0.3'", "t='0.3'"), ("seed = True", "seed=True"), ("seed = 0.5", "seed=0.5"), ("model = None", "model=None"),
-    ("model = __import__('os').getcwd()", "not a literal"), ("relations.x = 1", "not a literal"),
-])
+# -- what a notebook checks by itself, without the driver ---------------------------------------------
+@pytest.mark.parametrize(
+    "injected, said",
+    [
+        ("steps = 20", "unknown parameter 'steps'; this notebook knows model, "),
+        ("t = '0.3'", "t='0.3'"),
+        ("seed = True", "seed=True"),
+        ("seed = 0.5", "seed=0.5"),
+        ("model = None", "model=None"),
+        ("model = __import__('os').getcwd()", "not a literal"),
+        ("relations.x = 1", "not a literal"),
+    ],
+)
 def test_a_notebook_refuses_parameters_it_does_not_know(injected, said):
     with pytest.raises(ValueError, match=".*") as caught:
         check_parameters(["", PARAMETERS, f"# Parameters\n{injected}\n", "later = f()"])
@@ -211,12 +302,23 @@ def test_a_notebook_refuses_parameters_it_does_not_know(injected, said):
 
 
 def test_injected_values_win_and_none_means_all():
-    values = check_parameters(["", PARAMETERS, "# Parameters\nfacts_per_relation = None\nt = 1\n", "import qlutils"])
+    values = check_parameters(
+        ["", PARAMETERS, "# Parameters\nfacts_per_relation = None\nt = 1\n", "import qlutils"]
+    )
     assert values["facts_per_relation"] is None and values["t"] == 1 and values["model"] == "demo/gpt2"
 
 
-@pytest.mark.parametrize("bad", [{"method": "lrp"}, {"methods": ["ig", "x"]}, {"dtype": "int8"}, {"output": "a/b"},
-                                 {"output": ".."}, {"model": ""}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"method": "lrp"},
+        {"methods": ["ig", "x"]},
+        {"dtype": "int8"},
+        {"output": "a/b"},
+        {"output": ".."},
+        {"model": ""},
+    ],
+)
 def test_a_study_names_a_parameter_it_cannot_use(bad):
     with pytest.raises(ValueError, match=next(iter(bad)).rstrip("s")):
         Study("01_localize", **{"model": "demo/gpt2", **bad})
@@ -244,6 +346,7 @@ def test_results_from_other_inputs_are_not_read(model, runs):
 
 def test_units_hold_whole_facts_of_one_relation():
     from qlutils import Fact
+
     facts = [Fact(r, s, "o", ("a b", "c d")) for r, s in [("P1", "u"), ("P1", "v"), ("P1", "w"), ("P2", "u")]]
     assert [[fact["subject"] for fact in unit] for unit in units_of(facts, 2)] == [["u", "v"], ["w"], ["u"]]
     json.dumps(units_of(facts, 2))
@@ -251,14 +354,83 @@ def test_units_hold_whole_facts_of_one_relation():
         units_of(facts, 0)
 
 
-@pytest.mark.parametrize("name, folder", [("demo/gpt2", "demo--gpt2"), ("meta-llama/Llama-2-7b-hf", "meta-llama--Llama-2-7b-hf"),
-                                          ("../../none/x", "--..--none--x"), ("a b", "a_b"), ("...", "_")])
+@pytest.mark.parametrize(
+    "name, folder",
+    [
+        ("demo/gpt2", "demo--gpt2"),
+        ("meta-llama/Llama-2-7b-hf", "meta-llama--Llama-2-7b-hf"),
+        ("../../none/x", "--..--none--x"),
+        ("a b", "a_b"),
+        ("...", "_"),
+    ],
+)
 def test_the_folder_of_a_model_stays_in_the_run(name, folder):
     assert paths.slug(name) == folder
 
 
 def test_a_results_notebook_opens_without_torch(runs):
-    code = "import sys, qlutils, qlutils.study, qlutils.run; print({'torch', 'transformers'} & set(sys.modules))"
-    said = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
-                          capture_output=True)
+    code = (
+        "import sys, qlutils, qlutils.study, qlutils.run; print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+    )
     assert said.stdout.strip() == "set()", said.stderr
+
+
+# -- run_all.sh -----------------------------------------------------------------------------------
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout in a folder with a space: the script, and a link to this package."""
+    folder = tmp_path / "a checkout"
+    folder.mkdir()
+    (folder / "run_all.sh").write_bytes((ROOT / "run_all.sh").read_bytes())
+    (folder / "qlutils").symlink_to(ROOT / "qlutils")
+    return folder
+
+
+def shell(checkout, cwd, *arguments, **env):
+    return subprocess.run(
+        [shutil.which("bash"), checkout / "run_all.sh", *arguments],
+        cwd=cwd,
+        env=env,
+        text=True,
+        capture_output=True,
+    )
+
+
+def test_the_script_uses_an_active_environment_that_has_the_project(checkout, tmp_path):
+    said = shell(
+        checkout,
+        tmp_path,
+        "--help",
+        VIRTUAL_ENV=sys.prefix,
+        PYTHONPATH=str(checkout),
+        PATH=os.environ["PATH"],
+    )
+    assert said.returncode == 0 and "--facts-per-relation" in said.stdout, said.stderr
+    assert not (checkout / ".venv").exists()
+
+
+def test_the_script_says_in_one_line_what_to_install(checkout, tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("dirname", "uname", "cat", "cksum", "rm"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    said = shell(checkout, tmp_path, PATH=str(tools))
+    assert (
+        said.returncode == 1 and said.stderr.count("\n") == 1 and "needs Python 3.11 or newer" in said.stderr
+    )
+    broken = tools / "python3"  # a Python without venv, as on a bare Debian
+    broken.write_text(f'#!/bin/sh\n[ "$1" = -m ] && exit 1\nexec \'{sys.executable}\' "$@"\n')
+    broken.chmod(0o755)
+    said = shell(checkout, tmp_path, PATH=str(tools))
+    assert (
+        said.returncode == 1
+        and said.stderr.count("\n") == 1
+        and "apt-get install python3-venv" in said.stderr
+    )
+    assert not (checkout / ".venv").exists()

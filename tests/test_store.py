@@ -1,4 +1,5 @@
 """Units of work: named by what determines them, whole or absent, verified when read, resumable."""
+
 import errno
 import os
 import random
@@ -25,13 +26,19 @@ def fake_model(fingerprint="abc", dtype="torch.float32"):
 
 def numbers(lm, unit, scale=1.0):
     """Every kind of column that results have."""
-    return pd.DataFrame({
-        "name": [fact["name"] for fact in unit], "count": [fact["x"] for fact in unit],
-        "single": np.float32([fact["x"] / 3 for fact in unit]), "double": [scale * fact["x"] / 7 for fact in unit],
-        "known": [fact["x"] % 2 == 0 for fact in unit], "layer": [list(range(fact["x"])) for fact in unit],
-        "score": [np.float32(np.arange(fact["x"]) / 3) for fact in unit],
-        "first_only": [[1.5] if fact["x"] == 0 else None for fact in unit],
-    }, index=[5] * len(unit))
+    return pd.DataFrame(
+        {
+            "name": [fact["name"] for fact in unit],
+            "count": [fact["x"] for fact in unit],
+            "single": np.float32([fact["x"] / 3 for fact in unit]),
+            "double": [scale * fact["x"] / 7 for fact in unit],
+            "known": [fact["x"] % 2 == 0 for fact in unit],
+            "layer": [list(range(fact["x"])) for fact in unit],
+            "score": [np.float32(np.arange(fact["x"]) / 3) for fact in unit],
+            "first_only": [[1.5] if fact["x"] == 0 else None for fact in unit],
+        },
+        index=[5] * len(unit),
+    )
 
 
 def counted(lm, unit, log="", pause=0.0):
@@ -49,9 +56,25 @@ def breaks_at_two(lm, unit):
 
 def logits(lm, unit):
     import torch
+
     ids = torch.tensor([[fact["x"] + 3, 5, 7, 11] for fact in unit])
     with torch.no_grad():
         return pd.DataFrame({"score": list(lm.model(ids).logits[:, -1].numpy())})
+
+
+def tiny_checkpoint(folder):
+    """A random GPT-2 of two layers with a tokenizer of 64 words."""
+    import tokenizers
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1").save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture
@@ -78,7 +101,11 @@ def test_a_result_is_the_same_whether_it_was_computed_or_read(tmp_path, model):
     pd.testing.assert_frame_equal(first, again)
     direct = pd.concat([numbers(None, unit) for unit in UNITS], ignore_index=True)
     assert first.dtypes[["count", "single", "double", "known"]].tolist() == [
-        np.dtype("int64"), np.dtype("float32"), np.dtype("float64"), np.dtype("bool")]
+        np.dtype("int64"),
+        np.dtype("float32"),
+        np.dtype("float64"),
+        np.dtype("bool"),
+    ]
     for column in ("name", "count", "single", "double", "known"):
         assert first[column].tolist() == direct[column].tolist()
     for column in ("layer", "score"):
@@ -105,8 +132,13 @@ def test_another_input_gives_another_file(tmp_path, model, monkeypatch, change):
     elif change == "unit":
         options["units"] = [[{"x": 9, "name": "n"}]]
     else:
-        monkeypatch.setattr(store, "cached_model", lambda *_: fake_model(
-            **{"fingerprint": {"fingerprint": "other"}, "dtype": {"dtype": "torch.bfloat16"}}[change]))
+        monkeypatch.setattr(
+            store,
+            "cached_model",
+            lambda *_: fake_model(
+                **{"fingerprint": {"fingerprint": "other"}, "dtype": {"dtype": "torch.bfloat16"}}[change]
+            ),
+        )
     assert run(tmp_path, **options)[1]["computed"] == len(options.get("units", UNITS))
 
 
@@ -134,7 +166,10 @@ def test_no_flipped_bit_and_no_truncation_goes_unnoticed(tmp_path):
     data = path.read_bytes()
     assert files.read_table(path, "key")[0].num_rows == 2
     rng = random.Random(0)
-    damaged = [data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1:] for at in range(0, len(data), 5)]
+    damaged = [
+        data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
+        for at in range(0, len(data), 5)
+    ]
     damaged += [data[:size] for size in (0, 3, 100, len(data) // 2, len(data) - 1)] + [data + b"x"]
     for bad in damaged:
         path.write_bytes(bad)
@@ -147,8 +182,11 @@ def test_a_damaged_unit_is_named_and_computed_again(tmp_path, model, harm):
     good = run(tmp_path)[0]
     before = unit_files(tmp_path)
     name, other = list(before)[:2]
-    bad = {"truncate": before[name][:-9], "flip": before[name][:99] + b"\xff" + before[name][100:],
-           "foreign": before[other]}[harm]
+    bad = {
+        "truncate": before[name][:-9],
+        "flip": before[name][:99] + b"\xff" + before[name][100:],
+        "foreign": before[other],
+    }[harm]
     (tmp_path / "units" / name).write_bytes(bad)
     again, info, messages = run(tmp_path)
     assert info["computed"] == 1 and len(messages) == 1 and name in messages[0]
@@ -160,7 +198,9 @@ def test_a_damaged_unit_is_named_and_computed_again(tmp_path, model, harm):
 def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path, model, monkeypatch, call):
     run(tmp_path, units=UNITS[:1])
     with monkeypatch.context() as patch:
-        patch.setattr(os, call, lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        patch.setattr(
+            os, call, lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+        )
         with pytest.raises(files.StoreError, match="No space left") as caught:
             run(tmp_path)
     assert str(tmp_path / "units") in str(caught.value)
@@ -193,14 +233,18 @@ def test_a_second_run_on_the_same_output_is_refused_by_the_name_of_the_lock(tmp_
 
 
 def test_what_a_dead_process_left_is_removed_and_its_lock_is_free(tmp_path, model):
-    code = ("import os, sys; from qlutils import files\n"
-            "lock = files.locked(sys.argv[1]); lock.__enter__()\n"
-            "open(sys.argv[2].replace('PID', str(os.getpid())), 'w').write('half')\n"
-            "os.kill(os.getpid(), 9)")
+    code = (
+        "import os, sys; from qlutils import files\n"
+        "lock = files.locked(sys.argv[1]); lock.__enter__()\n"
+        "open(sys.argv[2].replace('PID', str(os.getpid())), 'w').write('half')\n"
+        "os.kill(os.getpid(), 9)"
+    )
     host = files.socket.gethostname()
     folder = tmp_path / "units"
-    subprocess.run([sys.executable, "-c", code, folder / ".lock", folder / f".x.parquet.{host}.PID.tmp"],
-                   env={**os.environ, "PYTHONPATH": str(paths.PACKAGE.parent)})
+    subprocess.run(
+        [sys.executable, "-c", code, folder / ".lock", folder / f".x.parquet.{host}.PID.tmp"],
+        env={**os.environ, "PYTHONPATH": str(paths.PACKAGE.parent)},
+    )
     assert len(list(folder.iterdir())) == 2
     alive = folder / f".y.parquet.{host}.{os.getpid()}.tmp"
     alive.write_text("half")
@@ -226,14 +270,24 @@ def test_no_units_give_an_empty_table(tmp_path, model):
 
 def main(root, log):
     store.cached_model = lambda *_: fake_model()
-    store.run_units(counted, "m", UNITS * 1 + [[{"x": i, "name": "n"}] for i in range(10, 16)],
-                    {"log": log, "pause": 0.1}, desc="killed", root=root)
+    store.run_units(
+        counted,
+        "m",
+        UNITS * 1 + [[{"x": i, "name": "n"}] for i in range(10, 16)],
+        {"log": log, "pause": 0.1},
+        desc="killed",
+        root=root,
+    )
 
 
 def start(root, log):
     import_path = os.pathsep.join([str(Path(__file__).parent), str(paths.PACKAGE.parent)])
-    return subprocess.Popen([sys.executable, "-c", f"import test_store; test_store.main({str(root)!r}, {str(log)!r})"],
-                            env={**os.environ, "PYTHONPATH": import_path}, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", f"import test_store; test_store.main({str(root)!r}, {str(log)!r})"],
+        env={**os.environ, "PYTHONPATH": import_path},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def lines(log):
@@ -278,8 +332,12 @@ def test_a_stopped_run_ends_soon_and_says_how_to_resume(tmp_path, number):
 def test_workers_write_the_same_bytes_as_a_plain_loop(tmp_path, model):
     distributed = pytest.importorskip("distributed")
     plain = run(tmp_path / "plain")[0]
-    with distributed.LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None,
-                                  silence_logs=50) as cluster, distributed.Client(cluster) as client:
+    with (
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None, silence_logs=50
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
         frame, info, _ = run(tmp_path / "workers", client=client)
         assert info["computed"] == 4
         assert run(tmp_path / "workers", client=client)[1]["computed"] == 0
@@ -287,3 +345,21 @@ def test_workers_write_the_same_bytes_as_a_plain_loop(tmp_path, model):
             run(tmp_path / "broken", task=breaks_at_two, client=client)
     pd.testing.assert_frame_equal(frame, plain)
     assert unit_files(tmp_path / "workers") == unit_files(tmp_path / "plain")
+
+
+def test_two_worker_processes_write_the_same_bytes_as_none(tmp_path, monkeypatch):
+    distributed = pytest.importorskip("distributed")
+    from qlutils.run import _scheduler
+
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(paths.PACKAGE.parent)]))
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    options = dict(desc="two workers", device="cpu")
+    plain = store.run_units(logits, checkpoint, UNITS, root=tmp_path / "plain", **options)
+    with _scheduler(SimpleNamespace(workers=2, scheduler=None)) as address:
+        assert address.startswith("tcp://127.0.0.1:")
+        with distributed.Client(address) as client:
+            frame = store.run_units(
+                logits, checkpoint, UNITS, root=tmp_path / "workers", client=client, **options
+            )
+    pd.testing.assert_frame_equal(frame, plain)
+    assert unit_files(tmp_path / "workers") == unit_files(tmp_path / "plain") and len(plain) == 8

@@ -1,8 +1,8 @@
 """The bundled text: facts in their phrasings, and general English written by a small seeded grammar.
 
-The general text is about invented people and places, so it says nothing about the bundled facts; its words
-and sentence templates are in ``grammar.json``. A paragraph is a run of sentences on one topic about one cast of
-characters. No sentence of the held-out paragraphs (``heldout.txt``, the bundled perplexity corpus, written by
+The general text is about invented people and places, so it says nothing about the bundled facts; its words and
+templates are in ``grammar.json``. A paragraph is a run of sentences on one topic about one cast of characters.
+No sentence of the held-out paragraphs (``heldout.txt``, the bundled perplexity corpus, written by
 ``python -m qlutils.demo.corpus``) occurs in the training text.
 """
 import json

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from transformers import PreTrainedTokenizerFast
+from transformers import (GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+                          PreTrainedTokenizerFast)
 
 from qlutils.demo import corpus
 
@@ -47,7 +47,7 @@ class Recipe:
 RECIPES = {
     "gpt2": Recipe(4000, None, "<|endoftext|>", 128, 6, 4, 4, 512, True, 30),
     "llama2": Recipe(4000, "<s>", "</s>", 128, 6, 4, 4, 352, False, 26),
-    "llama3": Recipe(6000, "<|begin_of_text|>", "<|end_of_text|>", 160, 7, 8, 4, 416, True, 24),
+    "llama3": Recipe(5000, "<|begin_of_text|>", "<|end_of_text|>", 144, 7, 8, 4, 384, False, 20),
 }
 
 
@@ -192,8 +192,7 @@ def train(name: str) -> None:
     trained = [pair for pair in pairs if not pair["held_out"]]
     general = corpus.training_paragraphs(PARAGRAPHS)
     texts = general + [f"{pair['prompt']} {pair['answer']}." for pair in trained]
-    build_tokenizer(recipe, texts).save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = build_tokenizer(recipe, texts)
     model = build_model(recipe, tokenizer)
     facts = fact_rows(tokenizer, trained)
     paragraphs = [ids + [tokenizer.eos_token_id] for ids in tokenizer(general).input_ids]
@@ -210,6 +209,7 @@ def train(name: str) -> None:
         row["seconds"] = time.perf_counter() - started
         log.append({key: round(value, 4) for key, value in row.items()})
         print(name, log[-1], flush=True)
+    tokenizer.save_pretrained(folder)  # only now: a stopped run leaves the old model and its tokenizer whole
     model.eval().save_pretrained(folder)
     columns = ["epoch", "loss", "trained_accuracy", "heldout_accuracy", "heldout_perplexity", "seconds"]
     with open(folder / "training_log.csv", "w", newline="", encoding="utf-8") as file:

@@ -1,0 +1,333 @@
+"""The editing experiment of Tables 2 and 3: what is drawn and what is measured (the tables: `edit_report`).
+
+An *edit* is one fact, one set of neurons and one operation. Reliability (Rel) is judged on one query q_i of the
+fact, generalization (Gen) on its neighbours, locality (Loc) on queries of other facts. All edits of a unit of facts
+go through the model as virtual edits in shared batches (see `rows.score_rows`).
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import pandas as pd
+
+from .neurons import cas_neurons, kn_sets
+
+CONTROLS = ("random", "matched", "other")
+UNIT_FACTS = 6
+
+
+# --- what is drawn ---------------------------------------------------------------------------------------
+
+def plan_edits(queries, facts, *, num_neurons, sets=("local", "global"), controls=("random",), t=0.2, n_locality=20,
+               texts=(), ppl_entries=5, seed=0) -> tuple[list[dict], pd.DataFrame]:
+    """One JSON-able dict a fact for `edit_facts`, and the named omissions (fact, what, reason).
+
+    queries: a `queries` frame. facts: those whose objects an update may choose from. sets: names, or {name: spec}
+    with a spec of None for "local" (N_i) and "global" (union of the N_j), or `cas_neurons` keywords. controls: for
+    every set as many neurons in each layer, drawn at random ("random"), as active at q_i ("matched"), or knowledge
+    neurons of other facts ("other"). texts: entries that perplexity is measured on.
+
+    Each fact draws, with its own seed: q_i among its known queries (among all where none is known), o' among the
+    relation's other objects, `n_locality` queries of facts that share neither subject nor object, half from the same
+    relation and known ones first, and `ppl_entries` texts, the same for all of the fact's edits. ValueError: fewer
+    texts than entries."""
+    if ppl_entries and len(texts) < ppl_entries:
+        raise ValueError(f"perplexity needs {ppl_entries} entries an edit and the corpus has {len(texts)} that are long "
+                         "enough; lower ppl_entries or give another corpus")
+    unknown = [name for name in controls if name not in CONTROLS]
+    if unknown:
+        raise ValueError(f"control {unknown[0]!r} is unknown; use {', '.join(CONTROLS)}")
+    specs = _specs(sets)
+    own = kn_sets(queries, t)
+    pool = _pool_by_fact(queries, own)
+    plans, omissions = [], []
+    for fact, group in queries.groupby("fact", sort=False):
+        draw = lambda what: np.random.default_rng([seed, zlib.crc32(fact.encode()), zlib.crc32(what.encode())])  # noqa: E731
+        first, known = group.iloc[0], group["known"].to_numpy(bool)
+        relation, subject, obj = first["relation"], first["subject"], first["object"]
+        at = int(draw("query").choice(np.flatnonzero(known) if known.any() else len(group)))
+        taken = {f.object for f in facts if (f.relation, f.subject) == (relation, subject)} | {obj}
+        objects = sorted({f.object for f in facts if f.relation == relation} - taken)
+        if not known.any():
+            omissions.append((fact, "rel, gen", "no known query: only in the columns over all queries"))
+        elif known.sum() == 1:
+            omissions.append((fact, "gen", "no known neighbour of q_i: Gen is undefined"))
+        if not objects:
+            omissions.append((fact, "update", f"relation {relation} has no other object to update to"))
+        chosen = {name: _select(spec, name, [own[queries.index.get_loc(i)] for i in group.index], at, first)
+                  for name, spec in specs.items()}
+        omissions += [(fact, name, "no neurons: nothing is edited") for name, one in chosen.items() if not one]
+        neurons = {(name, "none"): one for name, one in chosen.items()}
+        for name, one in chosen.items():
+            for control in controls:
+                neurons[name, control] = {} if control == "matched" else _control(
+                    control, one, num_neurons, pool, fact, draw(f"{control} {name}"))
+        local = queries[(queries["subject"] != subject) & (queries["object"] != obj)]
+        plans.append(dict(
+            fact=fact, relation=relation, subject=subject, object=obj, prompts=group["prompt"].tolist(),
+            known=known.tolist(), query=at, new_object=str(draw("object").choice(objects)) if objects else None,
+            edits=[dict(neurons=name, control=control, set=sorted(map(list, one)))
+                   for (name, control), one in neurons.items()],
+            locality=_locality(local, relation, n_locality, draw("locality")),
+            texts=[texts[i] for i in draw("texts").choice(len(texts), ppl_entries, replace=False)] if ppl_entries else []))
+    return plans, pd.DataFrame(omissions, columns=["fact", "what", "reason"])
+
+
+def _specs(sets) -> dict:
+    specs = dict(sets) if isinstance(sets, dict) else {name: {} if name == "cas" else None for name in sets}
+    for name, spec in specs.items():
+        if spec is None and name not in ("local", "global"):
+            raise ValueError(f"neuron set {name!r} is unknown; use local, global, or a name with CAS settings")
+    return specs
+
+
+def _select(spec, name, sets, at, first):
+    if spec is not None:
+        return cas_neurons(first, **spec)
+    return sets[at] if name == "local" else set().union(*sets)
+
+
+def _pool_by_fact(queries, own):
+    """{layer: [(fact, neuron)]} of all knowledge neurons."""
+    pool: dict[int, set] = {}
+    for fact, one in zip(queries["fact"], own):
+        for layer, neuron in one:
+            pool.setdefault(layer, set()).add((fact, neuron))
+    return {layer: sorted(pairs) for layer, pairs in pool.items()}
+
+
+def _control(control, one, num_neurons, pool, fact, rng) -> set:
+    """As many neurons in each layer as `one`, none of them in it; fewer where there are not that many."""
+    found = set()
+    for layer in sorted({layer for layer, _ in one}):
+        inside = {neuron for at, neuron in one if at == layer}
+        free = (sorted({n for f, n in pool.get(layer, ()) if f != fact} - inside) if control == "other"
+                else sorted(set(range(num_neurons)) - inside))
+        drawn = rng.choice(free, min(len(inside), len(free)), replace=False) if free else ()
+        found |= {(layer, int(neuron)) for neuron in drawn}
+    return found
+
+
+def _locality(candidates, relation, count, rng) -> list[dict]:
+    """Half from `relation`, half from others (more from one side where the other has too few), known ones first."""
+    sides = []
+    for part in (candidates[candidates["relation"] == relation], candidates[candidates["relation"] != relation]):
+        part = part.iloc[rng.permutation(len(part))]
+        sides.append(part.sort_values("known", ascending=False, kind="stable"))
+    same = min(len(sides[0]), max(count // 2, count - len(sides[1])))
+    chosen = [(sides[0].iloc[:same], True), (sides[1].iloc[:count - same], False)]
+    return [dict(prompt=row["prompt"], object=row["object"], known=bool(row["known"]), same=flag)
+            for part, flag in chosen for _, row in part.iterrows()]
+
+
+# --- what is measured ------------------------------------------------------------------------------------
+
+def edit_facts(lm, unit, *, ops=("erase", "update"), lambda1=2.0, lambda2=2.0, embedding="input", ppl_max_tokens=256):
+    """One row an edit of the facts in `unit` (dicts of `plan_edits`); a task for `store.run_units`.
+
+    Columns: fact, relation, subject, object, new_object, op, neurons, control, n_neurons; rel, gen, loc, avg over known
+    queries and rel_all, ... over all; loc_same, loc_other, the halves of Loc; rel_match, gen_match, from token-level
+    matches; p_before, p_after of the answer an operation is about (erasure: o, update: o') at q_i and gen_p_before,
+    gen_p_after at its neighbours; ppl_before, ppl_after and their relative change dppl; n_gen, n_loc, queries behind
+    Gen and Loc. NaN where undefined. An update whose object cannot follow every prompt is left out, with a `note`.
+    """
+    book = Book(lm)
+    facts = [PlannedFact(book, plan, ops) for plan in unit]
+    book.add_locality(facts)
+    _match_activations(lm, facts)
+    edits, made = [], {}
+    for fact in facts:
+        options = dict(old=fact.old, new=fact.new, lambda1=lambda1, lambda2=lambda2, embedding=embedding)
+        for op in ops:
+            for edit in fact.plan["edits"]:
+                if op in fact.targets:
+                    edits.append((fact, op, edit, book.change(edit["set"], op, options, made)))
+    before = book.score([(q, None) for q in range(len(book.queries))])
+    after = book.score([(q, change) for fact, op, _, change in edits for q in fact.targets[op] + fact.locality])
+    perplexity = book.perplexities(edits, ppl_max_tokens)
+    rows, start = [], 0
+    for (fact, op, edit, _), ppl in zip(edits, perplexity):
+        stop = start + len(fact.targets[op]) + len(fact.locality)
+        rows.append(_row(fact, op, edit) | _metrics(fact, op, before, after, slice(start, stop)) | ppl)
+        start = stop
+    for fact in facts:
+        rows += [_row(fact, "update", edit) | {"note": fact.note} for edit in fact.plan["edits"] if fact.note]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return pd.DataFrame(rows, columns=columns).astype({"note": object})
+
+
+class Book:
+    """The distinct queries of a unit, and the scoring of rows over them."""
+
+    def __init__(self, lm):
+        self.lm, self.queries, self.index = lm, [], {}
+
+    def add(self, prompt, target) -> int:
+        key = tuple(prompt), tuple(target)
+        if key not in self.index:
+            self.index[key] = len(self.queries)
+            self.queries.append(key)
+        return self.index[key]
+
+    def add_locality(self, facts):
+        """What must not change: the answers the unedited model gives, as long as the right ones."""
+        from .interventions import greedy_answers
+
+        pairs = {(q["prompt"], q["object"]): None for fact in facts for q in fact.plan["locality"]}
+        encoded = [self.lm.encode(*pair) for pair in pairs]
+        given = greedy_answers(self.lm, [p for p, _ in encoded], [len(a) for _, a in encoded])
+        index = {pair: self.add(p, answer) for pair, (p, _), answer in zip(pairs, encoded, given)}
+        for fact in facts:
+            fact.locality = [index[q["prompt"], q["object"]] for q in fact.plan["locality"]]
+
+    def change(self, neurons, op, options, made):
+        """One `Change` an edit; equal edits share it, so that they are computed once."""
+        from .editing import virtual_edit
+
+        key = tuple(map(tuple, neurons)), op, tuple(options["old"]) if op == "update" else (), tuple(
+            options["new"] or ()) if op == "update" else ()
+        if key not in made:
+            made[key] = virtual_edit(self.lm, neurons, op, **options)
+        return made[key]
+
+    def score(self, rows):
+        from .rows import score_rows
+
+        return score_rows(self.lm, self.queries, rows, everywhere=True)
+
+    def perplexities(self, edits, max_tokens) -> list[dict]:
+        """ppl_before, ppl_after, dppl of every edit on its fact's entries."""
+        from .editing import encode_entries
+        from .rows import score_rows
+
+        texts = list(dict.fromkeys(text for fact, *_ in edits for text in fact.plan["texts"]))
+        if not texts:
+            return [dict(ppl_before=np.nan, ppl_after=np.nan, dppl=np.nan)] * len(edits)
+        entries = encode_entries(self.lm, texts, max_tokens)
+        index = {text: i for i, text in enumerate(texts)}
+        used = [[index[text] for text in fact.plan["texts"]] for fact, *_ in edits]
+        rows = [(i, change) for (*_, change), mine in zip(edits, used) for i in mine]
+        after = iter(score_rows(self.lm, entries, rows, everywhere=True).log_probability)
+        before = score_rows(self.lm, entries, [(i, None) for i in range(len(entries))]).log_probability
+        found = []
+        for mine in used:
+            tokens = sum(len(entries[i][1]) for i in mine)
+            now, then = np.exp(-sum(next(after) for _ in mine) / tokens), np.exp(-before[mine].sum() / tokens)
+            found.append(dict(ppl_before=then, ppl_after=now, dppl=(now - then) / then))
+        return found
+
+
+class PlannedFact:
+    """A planned fact with its queries in the book: `targets[op]`, one a prompt, of the object that `op` is about."""
+
+    def __init__(self, book, plan, ops):
+        self.plan, self.note, self.targets, self.locality, self.new = plan, None, {}, [], None
+        lm, prompts = book.lm, plan["prompts"]
+        encoded = [lm.encode(prompt, plan["object"]) for prompt in prompts]
+        self.prompt, self.old = encoded[plan["query"]]
+        if "erase" in ops:
+            self.targets["erase"] = [book.add(*one) for one in encoded]
+        if "update" in ops and plan["new_object"] is None:
+            self.note = f"relation {plan['relation']} has no other object"
+        elif "update" in ops:
+            try:
+                encoded = [lm.encode(prompt, plan["new_object"]) for prompt in prompts]
+                self.new = encoded[plan["query"]][1]
+                self.targets["update"] = [book.add(*one) for one in encoded]
+            except ValueError as error:
+                self.note = str(error)
+
+
+def _match_activations(lm, facts) -> None:
+    """Fill in the "matched" controls: in each layer, the neurons outside the set whose |activation| at q_i is nearest to
+    its members', each used once."""
+    import torch
+
+    from .replay import neuron_vectors
+
+    for fact in facts:
+        sets = {edit["neurons"]: edit["set"] for edit in fact.plan["edits"] if edit["control"] == "none"}
+        matched = [edit for edit in fact.plan["edits"] if edit["control"] == "matched"]
+        if not matched:
+            continue
+        strength = neuron_vectors(lm, torch.tensor([fact.prompt], device=lm.device))[0].abs().double().cpu().numpy()
+        for edit in matched:
+            inside, found = {tuple(pair) for pair in sets[edit["neurons"]]}, set()
+            for layer, neuron in sorted(inside, key=lambda pair: (-strength[pair], pair)):
+                gap = np.abs(strength[layer] - strength[layer, neuron])
+                gap[[n for at, n in inside | found if at == layer]] = np.inf
+                if np.isfinite(gap.min()):
+                    found.add((layer, int(gap.argmin())))
+            edit["set"] = sorted(map(list, found))
+
+
+def _row(fact, op, edit) -> dict:
+    plan = fact.plan
+    return dict(fact=plan["fact"], relation=plan["relation"], subject=plan["subject"], object=plan["object"],
+                new_object=plan["new_object"], prompt=plan["prompts"][plan["query"]], op=op, neurons=edit["neurons"],
+                control=edit["control"], n_neurons=len(edit["set"]), note=None)
+
+
+def _metrics(fact, op, before, after, rows) -> dict:
+    known, at, own = np.array(fact.plan["known"]), fact.plan["query"], fact.targets[op]
+    n = len(own)
+    exact, match = after.exact[rows].astype(float), after.match[rows]
+    reached = 1 - exact[:n] if op == "erase" else exact[:n]
+    matched = 1 - match[:n] if op == "erase" else match[:n]
+    p_before, p_after = np.exp(before.log_probability[own]), np.exp(after.log_probability[rows][:n])
+    neighbour = np.arange(n) != at
+    kept, same, sure = exact[n:], *(np.array([q[key] for q in fact.plan["locality"]], bool) for key in ("same", "known"))
+    found = dict(
+        rel=reached[at] if known[at] else np.nan, gen=_mean(reached[neighbour & known]) if known[at] else np.nan,
+        loc=_mean(kept[sure]), loc_same=_mean(kept[sure & same]), loc_other=_mean(kept[sure & ~same]),
+        rel_all=reached[at], gen_all=_mean(reached[neighbour]), loc_all=_mean(kept),
+        rel_match=matched[at] if known[at] else np.nan, gen_match=_mean(matched[neighbour & known]),
+        p_before=p_before[at], p_after=p_after[at], gen_p_before=_mean(p_before[neighbour]),
+        gen_p_after=_mean(p_after[neighbour]), n_gen=int((neighbour & known).sum()), n_loc=int(sure.sum()))
+    for end in ("", "_all"):  # undefined where one of the three is
+        found[f"avg{end}"] = float(np.mean([found[f"{name}{end}"] for name in ("rel", "gen", "loc")]))
+    return found
+
+
+def _mean(values) -> float:
+    return float(np.mean(values)) if len(values) else np.nan
+
+
+# --- in a notebook ---------------------------------------------------------------------------------------
+
+def run_edits(study, queries, sets, *, controls=None, facts=None, ops=("erase", "update"), ppl_entries=None):
+    """(frame of `edit_facts`, omissions) of a study's facts, with the notebook's parameters. `facts`: ids to keep."""
+    from .data import load_facts, perplexity_texts
+    from .editing import usable_texts
+
+    p, lm = study.parameters, study.lm()
+    entries = p["ppl_entries"] if ppl_entries is None else ppl_entries
+    texts = usable_texts(lm, perplexity_texts(p["corpus"]), p["ppl_min_tokens"]) if entries else []
+    objects = load_facts(study.data, relations=study.relations, seed=study.seed, middle=p.get("middle", "cut"))
+    plans, omissions = plan_edits(
+        queries, objects, num_neurons=lm.num_neurons, sets=sets, t=p["t"], n_locality=p["n_locality"], texts=texts,
+        controls=p["controls"] if controls is None else controls, ppl_entries=entries, seed=study.seed)
+    plans = [plan for plan in plans if facts is None or plan["fact"] in facts]
+    config = dict(ops=list(ops), lambda1=p["lambda1"], lambda2=p["lambda2"], embedding=p["embedding"],
+                  ppl_max_tokens=p["ppl_max_tokens"])
+    units = [plans[i:i + UNIT_FACTS] for i in range(0, len(plans), UNIT_FACTS)]
+    frame = study.run(edit_facts, units, config, desc=f"{study.model} {study.method} edits, {', '.join(sets) if len(sets) < 4 else f'{len(sets)} sets'}")
+    return frame, omissions
+
+
+def cas_spec(parameters, **changes) -> dict:
+    """`cas_neurons` keywords from a notebook's parameters."""
+    spec = dict(b1=parameters["beta1"], b2=parameters["beta2"], threshold=parameters["cas_threshold"],
+                score=parameters["cas_score"])
+    return {**spec, **changes}
+
+
+def cas_sweep(parameters, betas, thresholds) -> pd.DataFrame:
+    """The CAS settings of the sensitivity section, one of the two varied at a time: varied, name, spec."""
+    base = cas_spec(parameters)
+    specs = [("beta", {**base, "b1": b1, "b2": round(1 - b1, 9)}) for b1 in betas]
+    specs += [("threshold", {**base, "threshold": threshold}) for threshold in thresholds]
+    name = "b1={b1:g} b2={b2:g} threshold={threshold:g}"
+    return pd.DataFrame([dict(varied=varied, name=name.format(**spec), spec=spec) for varied, spec in specs])

@@ -1,0 +1,178 @@
+"""Editing knowledge neurons: erasing or rewriting their value vectors (Eq. 2, 20-25), and perplexity.
+
+The value vector of neuron (l, p) is what layer l's down-projection multiplies its activation with. There are two
+ways to edit, which give the same logits: `edit_weights` changes the weights inside a context and restores them bit
+for bit; `virtual_edit` is a `Change` for `rows.score_rows`, which evaluates many edits in one batch and
+never touches a weight.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .arch import UnsupportedModel
+from .rows import Change, score_queries
+
+OPERATIONS = ("erase", "update")
+EMBEDDINGS = ("input", "output")
+CARRIER = "is"  # a word for an object to continue, so that its first token is the one it has inside a sentence
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What `edit_weights` did: the operation, the neurons edited (sorted, possibly none) and the layers they sit in."""
+
+    op: str
+    neurons: tuple[tuple[int, int], ...]
+
+    @property
+    def n_neurons(self) -> int:
+        return len(self.neurons)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted({layer for layer, _ in self.neurons}))
+
+
+@contextmanager
+def edit_weights(lm, neurons, op, *, old=None, new=None, lambda1=2.0, lambda2=2.0, embedding="input"):
+    """Edit the value vectors of `neurons`, (layer, index) pairs, in the model's weights while inside:
+
+        with edit_weights(lm, {(3, 17)}, "update", old="Paris", new="Rome") as edit:
+            text = lm.model.generate(**tokens)
+
+    `op="erase"` sets them to zero (Eq. 2); `op="update"` adds -lambda1 E(old) + lambda2 E(new) to each (Eq. 20), E
+    the mean embedding of the object's tokens, which may be ids or text. `embedding`: "input" word embedding or
+    "output" (unembedding). Yields an `Edit`. The weights are bit-identical afterwards, whatever happens inside; nested
+    edits undo themselves in reverse order. ValueError: a neuron outside the model, an unknown operation or embedding,
+    an object without an embedding, quantised weights.
+    """
+    neurons = lm.check_neurons(neurons)
+    delta = edit_vector(lm, op, old=old, new=new, lambda1=lambda1, lambda2=lambda2, embedding=embedding)
+    by_layer: dict[int, list[int]] = {}
+    for layer, index in neurons:
+        by_layer.setdefault(layer, []).append(index)
+    views = {layer: _editable(lm, layer) for layer in by_layer}
+    saved: list[tuple[Tensor, list[int], Tensor]] = []
+    try:
+        with torch.no_grad():
+            for layer, index in by_layer.items():
+                saved.append((views[layer], index, views[layer][index].clone()))
+            for view, index, before in saved:
+                view[index] = torch.zeros_like(before) if delta is None else before + delta
+        yield Edit(op, tuple(neurons))
+    finally:
+        with torch.no_grad():
+            for view, index, before in saved:
+                view[index] = before
+
+
+def save_edited(lm, folder, neurons, op, **options) -> Path:
+    """Write the model as `edit_weights(lm, neurons, op, **options)` makes it, with its tokenizer, as a checkpoint that
+    `from_pretrained` loads anywhere. `lm` itself is unchanged. ValueError when `folder` already holds a checkpoint."""
+    folder = Path(folder).expanduser()
+    if (folder / "config.json").exists() or folder.is_file():
+        raise ValueError(f"{folder} already holds a checkpoint or is a file; name a new folder")
+    with edit_weights(lm, neurons, op, **options):
+        lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def virtual_edit(lm, neurons, op, **options) -> Change:
+    """The `Change` that scores rows as `edit_weights(lm, neurons, op, **options)` would, with `everywhere=True`."""
+    delta = edit_vector(lm, op, **options)
+    return Change(lm, neurons, 0.0) if delta is None else Change(lm, neurons, vector=delta)
+
+
+def edit_vector(lm, op, *, old=None, new=None, lambda1=2.0, lambda2=2.0, embedding="input") -> Tensor | None:
+    """What an update adds to every edited value vector, (d,) in the model's dtype; None for an erasure."""
+    if op not in OPERATIONS:
+        raise ValueError(f"op {op!r} is unknown; use one of {', '.join(OPERATIONS)}")
+    for name, value in (("lambda1", lambda1), ("lambda2", lambda2)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{name} is {value!r}; it must be a finite number")
+    if embedding not in EMBEDDINGS:
+        raise ValueError(f"embedding {embedding!r} is unknown; use one of {', '.join(EMBEDDINGS)}")
+    if op == "erase":
+        return None
+    if old is None or new is None:
+        raise ValueError("an update needs both objects: old, which the neurons wrote, and new")
+    return lambda2 * object_embedding(lm, new, embedding) - lambda1 * object_embedding(lm, old, embedding)
+
+
+def object_embedding(lm, words, embedding="input") -> Tensor:
+    """(d,) mean embedding of an object's tokens, given as ids or as text (see `object_tokens`); a copy."""
+    ids = object_tokens(lm, words) if isinstance(words, str) else [int(token) for token in words]
+    module = lm.model.get_input_embeddings() if embedding == "input" else lm.model.get_output_embeddings()
+    weight = module.weight
+    if not ids or not all(0 <= token < weight.shape[0] for token in ids):
+        raise ValueError(f"object {words!r} has no embedding: {lm.name} embeds the tokens 0 to {weight.shape[0] - 1}")
+    width = _editable(lm, 0).shape[1]
+    if weight.shape[1] != width:
+        raise ValueError(f"{lm.name}: its {embedding} embeddings have {weight.shape[1]} dimensions and its value "
+                         f"vectors {width}; an update cannot add one to the other")
+    return weight[ids].mean(0)
+
+
+def object_tokens(lm, text: str) -> list[int]:
+    """Token ids of `text` as it stands after a word: never with BOS, and without the lone space token that
+    SentencePiece puts at the start of a text. ValueError when it does not continue a word."""
+    before = lm.tokenizer(CARRIER, add_special_tokens=False, split_special_tokens=True).input_ids
+    ids = lm.tokenizer(f"{CARRIER} {text.strip()}", add_special_tokens=False, split_special_tokens=True).input_ids
+    if not text.strip() or list(ids[:len(before)]) != list(before) or len(ids) == len(before):
+        raise ValueError(f"object {text!r} cannot be tokenised as the continuation of a word; give its token ids")
+    return list(ids[len(before):])
+
+
+def _editable(lm, layer) -> Tensor:
+    try:
+        return lm.value_vectors(layer)
+    except (UnsupportedModel, AttributeError) as error:
+        raise UnsupportedModel(f"{lm.name}: layer {layer} cannot be edited: {error}") from None
+
+
+# --- perplexity ------------------------------------------------------------------------------------------
+
+def perplexity(lm, texts, max_tokens=256) -> float:
+    """exp(sum of NLL / number of scored tokens) over all `texts` together, each cut to its first `max_tokens` tokens.
+
+    A text's first token (BOS, where the tokenizer adds one) is context and not scored. ValueError: no text, an empty
+    one or one of a single token, max_tokens below 2."""
+    if isinstance(texts, str):
+        raise ValueError("texts is a list of texts; got a single text")
+    entries = encode_entries(lm, list(texts), max_tokens)
+    scores = score_queries(lm, entries)
+    return float(np.exp(-scores.log_probability.sum() / sum(len(target) for _, target in entries)))
+
+
+def encode_entries(lm, texts, max_tokens) -> list[tuple[list[int], list[int]]]:
+    """([first token], the tokens to score) of each text."""
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 2:
+        raise ValueError(f"max_tokens is {max_tokens!r}; it must be a whole number of at least 2")
+    if not texts:
+        raise ValueError("perplexity needs at least one text")
+    entries = []
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"a text must be a string, got {type(text).__name__}: {text!r}")
+        ids = lm._tokenize(text)[:max_tokens]
+        if len(ids) < 2:
+            raise ValueError(f"text {text[:60]!r} has fewer than two tokens; leave it out, nothing of it can be scored")
+        if len(ids) > lm.context:
+            raise ValueError(f"text {text[:60]!r}... has {len(ids)} tokens of {max_tokens} allowed; {lm.name} reads at "
+                             f"most {lm.context}: lower max_tokens")
+        entries.append((ids[:1], ids[1:]))
+    return entries
+
+
+def usable_texts(lm, texts, min_tokens=64) -> list[str]:
+    """The texts of at least `min_tokens` tokens: the entries that perplexity may be measured on."""
+    return [text for text in texts if len(lm._tokenize(text)) >= min_tokens]

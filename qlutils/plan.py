@@ -1,0 +1,98 @@
+"""What a run would cost, before anything is started: `./run_all.sh --plan ...`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from .data import load_facts
+
+# Shapes of the paper's models: layers, width, neurons, vocabulary, key-value width / width, gated MLP.
+SHAPES = {"gpt2": (12, 768, 3072, 50257, 1.0, False),
+          "meta-llama/Llama-2-7b-hf": (32, 4096, 11008, 32000, 1.0, True),
+          "meta-llama/Meta-Llama-3-8B": (32, 4096, 14336, 128256, 0.25, True)}
+TOKENS_A_WORD = 1.35  # where the tokenizer is not at hand; measured on ParaRel: 1.3-1.4 for the paper's models
+FRACTION = 0.6  # of the matmul rate that attribution reaches; tests/benchmarks measures it
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+BATCH_BYTES = 2**29  # activations of a batch (attribution.CPU_MEMORY)
+QUERY_BYTES = 2500  # a stored query: its sparse scores, compressed
+
+
+def model_shape(name: str) -> tuple:
+    """(layers, width, neurons, vocabulary, key-value share, gated) from a local configuration, or the paper's table."""
+    from .models import _source
+
+    folder = Path(_source(name))
+    if name in SHAPES and not folder.is_dir():
+        return SHAPES[name]
+    if not folder.is_dir():
+        raise ValueError(f"the shape of {name!r} is not known here: plan with a local folder that holds its config.json, "
+                         f"a bundled model, or one of {', '.join(SHAPES)}")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    first = lambda *keys: next((config[k] for k in keys if config.get(k)), None)  # noqa: E731
+    width, heads = first("hidden_size", "n_embd"), first("num_attention_heads", "n_head")
+    gated = first("model_type") not in ("gpt2", "gptj", "gpt_neox", "opt", "bloom", "falcon", "phi")
+    return (first("num_hidden_layers", "n_layer"), width, first("intermediate_size", "n_inner", "ffn_dim") or 4 * width,
+            config["vocab_size"], (first("num_key_value_heads") or heads) / heads, gated)
+
+
+def query_flops(shape: tuple, method: str, steps: int, tokens: float) -> float:
+    """Floating-point operations of one answer token's attribution: forward and backward of `steps` rows a layer (and
+    baseline) through the layers above and the unembedding."""
+    layers, width, neurons, vocabulary, kv, gated = shape
+    layer = width * width * (2 + 2 * kv) + width * neurons * (3 if gated else 2)
+    baselines = tokens if method == "sig" else 1
+    rows = steps * baselines
+    return 4 * layer * rows * layers * (layers + 1) / 2 + 4 * rows * layers * width * vocabulary
+
+
+def matmul_rate(device: str | None, dtype: str | None, shape: tuple, seconds: float = 2.0) -> tuple[str, str, float]:
+    """(device name, dtype, FLOP/s) of the device's matmul at this model's MLP shape: best of a few seconds."""
+    import torch
+
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = getattr(torch, dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    rows = 512 if device.type == "cpu" else 8192
+    a = torch.randn(rows, shape[1], device=device, dtype=kind)
+    b = torch.randn(shape[1], shape[2], device=device, dtype=kind)
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        for _ in range(3):
+            a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 6 * rows * shape[1] * shape[2] / (time.perf_counter() - start))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return name, str(kind).removeprefix("torch."), best
+
+
+def plan(models, methods, *, data="demo", relations=None, facts_per_relation=None, seed=0, device=None, dtype=None,
+         steps=20) -> pd.DataFrame:
+    """A row a model and method: queries, answer tokens, rows, FLOPs, hours on this device, memory and disk.
+
+    The tokens are estimated from the words; the hours from the matmul rate measured now and the fraction of it that
+    attribution reaches (`FRACTION`). Nothing is downloaded but the facts."""
+    facts = load_facts(data, relations=relations, facts_per_relation=facts_per_relation, seed=seed)
+    queries = sum(len(fact.prompts) for fact in facts)
+    words = np.mean([len(prompt.split()) for fact in facts for prompt in fact.prompts])
+    answers = np.mean([max(1.0, TOKENS_A_WORD * len(fact.object.split())) for fact in facts for _ in fact.prompts])
+    rows = []
+    for model in models:
+        shape = model_shape(model)
+        name, kind, rate = matmul_rate(device, dtype, shape)
+        layers, width, neurons, vocabulary, kv, gated = shape
+        weights = layers * (width**2 * (2 + 2 * kv) + width * neurons * (3 if gated else 2)) + 2 * vocabulary * width
+        for method in methods:
+            tokens = words * TOKENS_A_WORD
+            flops = query_flops(shape, method, steps, tokens) * queries * answers
+            rows.append({
+                "model": model, "method": method, "facts": len(facts), "queries": queries,
+                "rows": steps * layers * queries * answers * (tokens if method == "sig" else 1), "PFLOP": flops / 1e15,
+                "device": name, "dtype": kind, "TFLOP/s": FRACTION * rate / 1e12, "hours": flops / (FRACTION * rate) / 3600,
+                "memory GB": (weights * DTYPE_BYTES[kind] + BATCH_BYTES) / 1e9, "disk GB": queries * QUERY_BYTES / 1e9})
+    return pd.DataFrame(rows)

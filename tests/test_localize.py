@@ -1,0 +1,353 @@
+"""From facts to stored knowledge neurons, and from those to Tables 1, 4 and 5."""
+
+import json
+from types import SimpleNamespace
+
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats as scipy_stats
+from skimage.filters import threshold_otsu
+from tiny import WORDS, save_checkpoint, save_dataset, word_tokenizer
+
+from qlutils import analysis, attribute, consistency, knowledge_neurons, load_facts, load_model, localize
+from qlutils.localize import PAPER_EXAMPLES, example_facts, example_maps, localise, localise_unit, localised
+from qlutils.neurons import CAS_BETAS, cas_neurons, kn_sets
+from qlutils.study import Study
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A checkpoint that knows the words of the dataset but "house", and reads at most eight tokens."""
+    words = [word for word in WORDS if word != "house"]
+    words += [f"filler{i}" for i in range(93 - len(words))]
+    return save_checkpoint(tmp_path_factory.mktemp("model"), "llama3", word_tokenizer(words, bos=True),
+                           vocab_size=97, max_position_embeddings=16)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return save_dataset(tmp_path_factory.mktemp("data"))
+
+
+def study_of(model, data, method="ig", **parameters):
+    return Study("01_localize", model=model, method=method, data=data, device="cpu", dtype="float64", **parameters)
+
+
+def dense(lm, fact, method):
+    return attribute(lm, list(fact.prompts), [fact.object] * len(fact.prompts), method=method, steps=STEPS)
+
+
+# --- what is stored --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", ["ig", "sig", "amig"])
+def test_the_stored_neurons_are_those_of_the_dense_scores(model, data, runs, method):
+    study = study_of(model, data, method)
+    queries, lm = localise(study, steps=STEPS), study.lm()
+    facts = study.facts()
+    assert queries["fact"].unique().tolist() == [fact.id for fact in facts] and len(facts) == 5
+    for fact in facts:
+        rows, result = queries[queries["fact"] == fact.id], dense(lm, fact, method)
+        assert rows["prompt"].tolist() == list(fact.prompts) and rows["prompt_index"].tolist() == list(range(len(rows)))
+        for t in (0.05, 0.1, 0.2, 0.5, 0.9):
+            assert kn_sets(rows, t) == knowledge_neurons(result.scores, t)
+        for i, (_, row) in enumerate(rows.iterrows()):
+            wanted = result.scores[i][torch.tensor(row["layer"]).long(), torch.tensor(row["neuron"]).long()]
+            assert row["score"] == pytest.approx(wanted.numpy(), rel=1e-9, abs=1e-15)
+            assert row["gap"] == pytest.approx(result.completeness_gap[i].numpy(), rel=1e-6, abs=1e-12)
+            prompt, answer = lm.encode(fact.prompts[i], fact.object)
+            assert (row["prompt_tokens"], row["answer_tokens"]) == (len(prompt), len(answer))
+            assert (row["relation"], row["subject"], row["object"]) == (fact.relation, fact.subject, fact.object)
+        assert rows["probability"].to_numpy() == pytest.approx(result.probability.numpy(), rel=1e-9)
+        assert rows["known"].tolist() == result.known.tolist()
+    assert queries["answer_tokens"].max() == 2  # "new york"
+
+
+@pytest.mark.parametrize("score", ["raw", "max"])
+def test_the_stored_cas_lists_give_the_cas_neurons_of_the_dense_scores(model, data, runs, score):
+    study = study_of(model, data)
+    queries, lm = localise(study, steps=STEPS), study.lm()
+    found = 0
+    for fact in study.facts():
+        scores = dense(lm, fact, "ig").scores.numpy()
+        if score == "max":
+            scores = scores / scores.max((1, 2), keepdims=True)
+        rows = queries[queries["fact"] == fact.id]
+        assert rows["cas_layer"].iloc[1:].isna().all()
+        for b1, b2 in CAS_BETAS:
+            cas = b1 * scores.mean(0) - b2 * scores.std(0)
+            for threshold in (0.1, 0.3, 0.7):
+                wanted = set(zip(*(x.tolist() for x in np.nonzero(cas > threshold * cas.max())))) if cas.max() > 0 else set()
+                assert cas_neurons(rows.iloc[0], b1=b1, b2=b2, threshold=threshold, score=score) == wanted
+                found += len(wanted)
+    assert found > 100
+
+
+def test_a_query_without_a_positive_score_has_no_neurons(model, data, monkeypatch):
+    lm = load_model(model, device="cpu", dtype="float64")
+    fact = load_facts(data)[0]
+    real = localize.attribute_encoded
+
+    def attributed(*args):
+        result = real(*args)
+        result.scores[0] = -result.scores[0].abs()
+        return result
+
+    monkeypatch.setattr(localize, "attribute_encoded", attributed)
+    frame = localise_unit(lm, [asdict(fact)], method="ig", steps=2)
+    assert [len(one) > 0 for one in frame["layer"]] == [False] + [True] * (len(fact.prompts) - 1)
+    assert kn_sets(frame)[0] == set()
+
+
+# --- what is left out ------------------------------------------------------------------------------------
+def test_queries_that_cannot_be_read_are_counted_and_named_and_so_is_a_fact_left_with_one(model, tmp_path, runs):
+    long = " ".join(["the"] * 12)
+    data = save_dataset(tmp_path, {"P1": ["[X] lives in [Y] .", "the home of [X] is [Y] .", f"{long} [X] is [Y] ."],
+                                   "P2": ["[X] speaks [Y] .", f"{long} the [X] has [Y] .", f"{long} the [X] is in [Y] ."]},
+                        {"P1": [("ann", "rome"), ("bob", "new york")], "P2": [("dan", "latin")]})
+    queries = localise(study := study_of(model, data), steps=2)
+    lost = study.load("left_out")
+    assert queries["fact"].tolist() == ["P1|ann|rome"] * 3 + ["P1|bob|new york"] * 2
+    assert queries["prompt_index"].tolist() == [0, 1, 2, 0, 1] and "left_out" not in queries
+    reasons = dict(zip(zip(lost["fact"], lost["prompt"]), lost["left_out"]))
+    assert len(lost) == 4
+    reason = reasons["P1|bob|new york", f"{long} bob is"]  # one token more than with rome
+    assert "17 tokens" in reason and "reads 16" in reason
+    assert reasons["P2|dan|latin", "dan speaks"] == "the only usable query of its fact; consistency needs two"
+    # the fact's moments are over its usable queries alone
+    first = queries[queries["fact"] == "P1|bob|new york"].iloc[0]
+    scores = attribute(study.lm(), ["bob lives in", "the home of bob is"], ["new york"] * 2, steps=2).scores.numpy()
+    at = (np.asarray(first["cas_layer"]), np.asarray(first["cas_neuron"]))
+    assert np.asarray(first["cas_mean"]) == pytest.approx(scores.mean(0)[at], rel=1e-9)
+    assert np.asarray(first["cas_std"]) == pytest.approx(scores.std(0)[at], rel=1e-6, abs=1e-12)
+
+
+def test_the_first_query_may_be_the_one_left_out(model, tmp_path, runs):
+    long = " ".join(["the"] * 14)
+    data = save_dataset(tmp_path, {"P1": [f"{long} [X] is [Y] .", "[X] lives in [Y] .", "the home of [X] is [Y] ."]},
+                        {"P1": [("ann", "rome")]})
+    queries = localise(study_of(model, data), steps=2)
+    assert queries["prompt_index"].tolist() == [1, 2]
+    assert cas_neurons(queries.iloc[0]), "a fact's first stored row carries its moments"
+
+
+def test_a_run_without_a_usable_fact_says_why(model, tmp_path, runs):
+    long = " ".join(["the"] * 20)
+    data = save_dataset(tmp_path, {"P1": [f"{long} [X] {word} [Y] ." for word in ("is", "has", "in")]},
+                        {"P1": [("ann", "rome")]})
+    with pytest.raises(ValueError, match="no fact of this run has two usable queries.*23 tokens"):
+        localise(study_of(model, data), steps=2)
+
+
+# --- reruns ----------------------------------------------------------------------------------------------
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.parquet"))}
+
+
+def test_a_rerun_reads_its_units_and_writes_the_same_bytes(model, data, runs, monkeypatch):
+    first = localise(study_of(model, data), steps=STEPS)
+    before, stamps = contents(runs), {p: p.stat().st_mtime_ns for p in (runs / "default" / "units").glob("*")}
+    with monkeypatch.context() as patch:
+        patch.setattr("qlutils.localize.attribute_encoded", None)  # nothing is computed
+        again = localise(study_of(model, data), steps=STEPS)
+    pd.testing.assert_frame_equal(first, again)
+    assert contents(runs) == before
+    assert {p: p.stat().st_mtime_ns for p in (runs / "default" / "units").glob("*")} == stamps
+    for path in (runs / "default" / "units").glob("*.parquet"):
+        path.unlink()
+    localise(study_of(model, data), steps=STEPS)  # computed afresh, the bytes are the same as well
+    assert contents(runs) == before
+
+
+def test_other_settings_are_other_units(model, data, runs):
+    def units(method="ig", **spec):
+        localise(study_of(model, data, method), **spec)
+        return {path.name for path in (runs / "default" / "units").glob("*.parquet")}
+
+    seen = units(steps=2)
+    for method, spec in (("sig", dict(steps=2)), ("ig", dict(steps=3)), ("ig", dict(steps=2, rule="midpoint")),
+                         ("ig", dict(steps=2, answer="first")), ("ig", dict(steps=2, site="pre_activation"))):
+        now = units(method, **spec)
+        assert len(now) == 1 + len(seen), (method, spec)
+        seen = now
+
+
+def test_what_a_later_notebook_reads_is_what_was_localised(model, data, runs, capsys):
+    study = study_of(model, data)
+    by_default = localised(study)
+    assert "localising with default settings" in capsys.readouterr().out
+    pd.testing.assert_frame_equal(localised(study_of(model, data)), by_default)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="steps is 1"):
+        localise(study_of(model, data), steps=1)
+
+
+# --- the examples of Figure 1 ----------------------------------------------------------------------------
+def hand_made(*facts):
+    """A `queries` frame of (id, known of each query, KN sets): every KN scores 1."""
+    rows = []
+    for fact, known, sets in facts:
+        relation, subject, answer = fact.split("|")
+        for index, (knows, one) in enumerate(zip(known, sets)):
+            rows.append(dict(fact=fact, relation=relation, subject=subject, object=answer, prompt_index=index,
+                             prompt=f"{subject} {index}", known=knows, probability=0.5,
+                             layer=[0] * len(one), neuron=list(one), score=[1.0] * len(one)))
+    return pd.DataFrame(rows)
+
+
+def test_example_facts_are_the_papers_else_the_most_and_the_least_consistent_known_ones():
+    low, high, middle = ("P1|low|x", [1, 1], [{1, 2}, {3}]), ("P1|high|x", [1, 1], [{1}, {1}]), (
+        "P1|middle|x", [1, 1], [{1}, {1, 2}])
+    unknown = ("P1|unknown|x", [1, 0], [{1}, {1}])
+    empty = ("P1|empty|x", [1, 1], [set(), set()])
+    assert example_facts(hand_made(low, unknown, middle, empty)) == ["P1|middle|x", "P1|low|x"]
+    assert example_facts(hand_made(unknown, low, high, middle)) == ["P1|high|x", "P1|low|x"]
+    assert example_facts(hand_made(unknown, ("P1|other|x", [0, 0], [{1}, {2}]))) == ["P1|unknown|x", "P1|other|x"]
+    paper = [("|".join(key), [0, 0], [{1}, {2}]) for key in PAPER_EXAMPLES]
+    assert example_facts(hand_made(high, *paper, low)) == [fact for fact, *_ in paper]
+
+
+def test_example_maps_are_the_dense_attribution_and_the_activation(model, data, runs):
+    study = study_of(model, data)
+    queries = localise(study, steps=2)
+    fact = study.facts()[0]
+    maps = example_maps(study.lm(), queries, [fact.id], method="ig", steps=2)
+    assert [one["prompt"] for one in maps] == [fact.prompts[0], fact.prompts[-1]]
+    lm = study.lm()
+    for one in maps:
+        scores = attribute(lm, [one["prompt"]], [fact.object], steps=2).scores[0].numpy()
+        assert one["attribution"] == pytest.approx(scores, abs=1e-12)
+        seen = []
+        handles = [down.register_forward_pre_hook(lambda _, x: seen.append(x[0][0, -1])) for down in lm.downs]
+        with torch.no_grad():
+            lm.model(torch.tensor([lm.encode(one["prompt"], fact.object)[0]]))
+        for handle in handles:
+            handle.remove()
+        assert one["activation"] == pytest.approx(torch.stack(seen).numpy(), rel=1e-5, abs=1e-6)
+
+
+# --- Tables 1, 4 and 5 -----------------------------------------------------------------------------------
+def facts_of(cs2, relations=("P1", "P2")):
+    """A `queries` frame of facts with these CS2: of ten neurons, so many tenths occur in more than one query."""
+    rows = []
+    for i, value in enumerate(cs2):
+        name, relation = f"s{i}", relations[i % len(relations)]
+        shared = round(10 * value)
+        rows.append((f"{relation}|{name}|x", [1, 1, 1], [range(10), range(shared), range(shared)]))
+    return hand_made(*rows)
+
+
+CS2 = (0.0, 0.1, 0.2, 0.7, 0.8, 0.9)
+
+
+def test_classes_follow_the_thresholds():
+    frame = analysis.classified_facts(facts_of(CS2))
+    assert frame["cs2"].tolist() == pytest.approx(CS2)
+    assert frame["class_static"].tolist() == ["II", "II", "I", "I", "I", "I"]
+    threshold = threshold_otsu(np.array(CS2))
+    assert frame["threshold_static"].unique().tolist() == [0.1]
+    assert frame["threshold_otsu"].unique().tolist() == [threshold] and 0.1 < threshold < 0.7
+    assert frame["class_otsu"].tolist() == ["I" if value > threshold else "II" for value in CS2]
+
+
+def test_table_1_by_hand():
+    facts = {"ig": analysis.classified_facts(facts_of(CS2))}
+    table = analysis.table_1(facts, "demo/gpt2")
+    static = table[table["threshold"] == "static"].iloc[0]
+    one, two = np.array(CS2[2:]), np.array(CS2[:2])
+    assert (static["n"], static["n_I"], static["n_II"], static["at"]) == (6, 4, 2, 0.1)
+    assert (static["R_I"], static["R_II"]) == pytest.approx((4 / 6, 2 / 6))
+    assert (static["S_I"], static["S_II"]) == pytest.approx((one.mean(), two.mean()))
+    assert static["S_I_low"] <= static["S_I"] <= static["S_I_high"]
+    welch = scipy_stats.ttest_ind(one, two, equal_var=False)
+    assert (static["t"], static["p"], static["df"]) == pytest.approx((welch.statistic, welch.pvalue, welch.df))
+    assert not [column for column in table if column.endswith("_paper")]
+
+
+def test_an_empty_class_is_shown_as_empty_with_nothing_made_up():
+    table = analysis.table_1({"ig": analysis.classified_facts(facts_of((0.5, 0.6, 0.7, 0.7)))}, "demo/gpt2")
+    static = table[table["threshold"] == "static"].iloc[0]
+    assert (static["n"], static["n_I"], static["n_II"]) == (4, 4, 0)
+    assert static["R_II"] == 0 and static["R_I"] == 1
+    assert static[["S_II", "S_II_low", "S_II_high", "t", "p", "d"]].isna().all()
+    assert set(table.columns) >= {"S_II", "t", "p", "d", "df", "cap_II"}
+
+
+def test_facts_without_neurons_or_with_two_prompts_stand_apart():
+    queries = pd.concat([facts_of(CS2), hand_made(("P1|empty|x", [1, 1, 1], [set(), set(), set()]),
+                                                  ("P1|two|x", [1, 1], [{1}, {1}]))], ignore_index=True)
+    frame = analysis.classified_facts(queries).set_index("fact")
+    assert np.isnan(frame.loc["P1|empty|x", "cs2"]) and frame.loc["P1|two|x", "cs2"] == 1
+    assert frame["two_prompts"].sum() == 1 and frame.loc["P1|two|x", "two_prompts"]
+    for name in ("class_static", "class_otsu"):
+        assert frame.loc[["P1|empty|x", "P1|two|x"], name].isna().all() and frame[name].notna().sum() == 6
+    table = analysis.table_1({"ig": frame.reset_index()}, "demo/gpt2")
+    assert table["n"].tolist() == [6, 6]
+    summary = analysis.consistency_summary({"ig": frame.reset_index()}).iloc[0]
+    assert (summary["n"], summary["n_undefined"], summary["n_two_prompts"]) == (7, 1, 1)
+
+
+def test_facts_that_all_have_one_cs2_have_no_otsu_threshold():
+    frame = analysis.classified_facts(facts_of((0.5, 0.5, 0.5)))
+    assert frame["threshold_otsu"].isna().all() and frame["class_otsu"].isna().all()
+    otsu = analysis.table_1({"ig": frame}, "demo/gpt2").set_index("threshold").loc["otsu"]
+    assert otsu["n"] == 0 and otsu[["R_I", "R_II", "S_I", "S_II", "t"]].isna().all()
+
+
+def test_cap_ii_is_the_share_that_all_three_methods_put_into_k_ii():
+    three = {"ig": facts_of((0.0, 0.1, 0.1, 0.9)), "sig": facts_of((0.1, 0.0, 0.8, 0.9)),
+             "amig": facts_of((0.0, 0.9, 0.0, 0.9))}
+    facts = {name: analysis.classified_facts(frame) for name, frame in three.items()}
+    assert analysis.common_class_two(facts, "static") == 1 / 4
+    table = analysis.table_1(facts, "demo/gpt2")
+    assert table[table["threshold"] == "static"]["cap_II"].tolist() == [0.25] * 3
+    assert np.isnan(analysis.common_class_two({k: facts[k] for k in ("ig", "sig")}, "static"))
+    # a fact that one method cannot classify is in nobody's share
+    undefined = hand_made(*[(f"P{1 + i % 2}|s{i}|x", [1] * 3, [set()] * 3 if i == 0 else [{1}, {2}, {3}]) for i in range(4)])
+    facts["amig"] = analysis.classified_facts(undefined)
+    assert analysis.common_class_two(facts, "static") == 1 / 3
+
+
+def test_the_papers_values_stand_beside_ours_for_its_models_alone():
+    facts = {"ig": analysis.classified_facts(facts_of(CS2))}
+    table = analysis.table_1(facts, "gpt2")
+    assert {"R_II_paper", "S_II_paper", "t_paper"} <= set(table)
+    four = analysis.table_4(facts, "gpt2")
+    assert four["value_paper"].notna().any()
+    assert four.set_index("threshold").loc["static", "value"] == 0.1
+    assert "value_paper" not in analysis.table_4(facts, "demo/gpt2")
+
+
+def test_table_5_is_the_first_query_of_each_relation():
+    table = analysis.table_5(facts_of(CS2))
+    assert table["relation"].tolist() == ["P1", "P2"] and table["example query"].tolist() == ["s0 0", "s1 0"]
+    assert table["answer"].tolist() == ["x", "x"]
+
+
+def test_queries_are_given_their_facts_class():
+    frame = analysis.with_classes(facts_of(CS2))
+    assert len(frame) == 18 and frame["class_static"].tolist() == ["II"] * 6 + ["I"] * 12
+    assert frame["cs2"].tolist() == pytest.approx(np.repeat(CS2, 3))
+
+
+def test_threshold_sensitivity_by_hand():
+    queries = hand_made(("P1|a|x", [1, 1], [{1, 2}, {1, 2}]), ("P1|b|x", [1, 1], [{1, 2}, {1, 3}]))
+    queries["score"] = [[1.0, 0.15]] * 4  # neuron 2 and 3 are there at t = 0.1 alone
+    table = analysis.threshold_sensitivity(queries, (0.1, 0.2), (0.3, 0.5)).set_index(["t", "static"])
+    assert table.loc[0.1, "cs2"].tolist() == pytest.approx([(1 + 1 / 3) / 2] * 2)
+    assert table.loc[0.2, "cs2"].tolist() == [1, 1] and (table["n"] == 2).all()
+    assert table["R_II"].tolist() == [0, 0.5, 0, 0]
+
+
+def test_the_tables_agree_with_consistency_of_the_dense_scores(model, data, runs):
+    study = study_of(model, data)
+    facts = analysis.classified_facts(localise(study, steps=STEPS)).set_index("fact")
+    for fact in study.facts():
+        wanted = consistency(knowledge_neurons(dense(study.lm(), fact, "ig").scores))
+        assert facts.loc[fact.id, ["cs1", "cs2", "jaccard"]].tolist() == pytest.approx(
+            [wanted.cs1, wanted.cs2, wanted.jaccard])
+        assert facts.loc[fact.id, "mean_size"] == pytest.approx(np.mean(wanted.sizes))

@@ -1,0 +1,320 @@
+"""Finding the parts of a model, refusing what cannot be studied, loading from folders, fingerprints."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from tiny import FAMILIES, GPT, SMALL, save_checkpoint, tiny_lm, tiny_model, word_tokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from qlutils import attribute, load_model
+from qlutils.arch import UnsupportedModel
+from qlutils.models import BUNDLED, LanguageModel
+
+
+def random_model(config, **options):
+    torch.manual_seed(0)
+    config = getattr(transformers, config)(**options)
+    return (AutoModelForCausalLM if not config.is_encoder_decoder else transformers.AutoModelForSeq2SeqLM).from_config(config)
+
+
+# --- the parts of a model --------------------------------------------------------------------------------
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_layers_and_projections_are_found(family):
+    lm, spec = tiny_lm(family, torch.float32), FAMILIES[family]
+    assert lm.downs == spec.modules(lm.model, "down") and lm.arch.ups == spec.modules(lm.model, "up")
+    assert lm.layers == [lm.model.get_submodule(spec.layer.format(i)) for i in range(lm.num_layers)]
+    assert lm.num_layers == lm.model.config.num_hidden_layers and lm.num_heads == 4
+    assert lm.num_neurons == (128 if {"n_embd", "n_layer"} & set(spec.options) or family[:6] in ("falcon", "gpt-ne") else 48)
+    assert not lm.model.training and not any(p.requires_grad for p in lm.model.parameters())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama3", "phi", "opt", "bloom", "phi3"])
+def test_a_value_vector_is_what_a_neuron_writes_and_a_view_of_the_weight(family):
+    lm = tiny_lm(family)
+    vectors, down = lm.value_vectors(1), lm.downs[1]
+    assert vectors.shape == (lm.num_neurons, 32)
+    one = torch.zeros(1, 1, lm.num_neurons, dtype=torch.float64)
+    with torch.no_grad():
+        silent = down(one)
+        one[..., 7] = 2.5
+        torch.testing.assert_close((down(one) - silent)[0, 0], 2.5 * vectors[7])
+    vectors[7] = 0
+    assert vectors.data_ptr() == down.weight.data_ptr()
+    column = down.weight[7] if family == "gpt2" else down.weight[:, 7]
+    assert column.count_nonzero() == 0
+
+
+def test_neurons_outside_the_model_are_refused():
+    lm = tiny_lm("llama2", torch.float32)
+    assert lm.check_neurons([(2, 47), (0, 0), (2, 47)]) == [(0, 0), (2, 47)]
+    for neuron in ((3, 0), (0, 48), (-1, 0), (0, -1)):
+        with pytest.raises(ValueError, match=rf"neuron \({neuron[0]}, {neuron[1]}\) is outside tiny-llama2.*3 layers of 48"):
+            lm.check_neurons([neuron])
+
+
+# --- what cannot be studied ------------------------------------------------------------------------------
+@pytest.mark.parametrize("config, options, named", [
+    ("MixtralConfig", dict(SMALL, num_local_experts=2), "mixture-of-experts"),
+    ("Qwen3MoeConfig", dict(SMALL, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8), "mixture-of-experts"),
+    ("GptOssConfig", dict(SMALL, num_local_experts=2, num_key_value_heads=2, head_dim=8), "mixture-of-experts"),
+    ("T5Config", dict(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4), "encoder-decoder.*causal"),
+    ("BartConfig", dict(vocab_size=97, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+                        decoder_attention_heads=4, encoder_ffn_dim=8, decoder_ffn_dim=8), "encoder-decoder.*causal"),
+    ("BertConfig", SMALL, "not causal|down-projection"),
+    ("MambaConfig", dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4), "down-projection")])
+def test_other_kinds_of_models_are_refused_by_name_and_reason(config, options, named):
+    with pytest.raises(UnsupportedModel, match=f"^the-model.*({named})"):
+        LanguageModel(random_model(config, **options), word_tokenizer(), "the-model")
+
+
+def test_a_model_that_looks_ahead_is_refused():
+    model = tiny_model("llama2")
+    bidirectional = lambda ids: torch.zeros(1, 1, ids.shape[1], ids.shape[1], dtype=torch.float64)  # noqa: E731
+    forward = model.forward
+    model.forward = lambda input_ids, past_key_values=None, **kwargs: forward(
+        input_ids, past_key_values=past_key_values, **kwargs,
+        **({} if past_key_values is not None else {"attention_mask": bidirectional(input_ids)}))
+    with pytest.raises(UnsupportedModel, match="looks-ahead: not causal"):
+        LanguageModel(model, word_tokenizer(), "looks-ahead")
+
+
+def extra_logit_step(model):
+    """A step behind the unembedding that the package cannot know of."""
+    forward = model.forward
+
+    def changed(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = 30 * torch.tanh(out.logits / 3)
+        return out
+    model.forward = changed
+
+
+def extra_hidden_step(model):
+    """Something between the last layer and the norm that is no module."""
+    forward = model.model.norm.forward
+    embedding = model.model.embed_tokens.weight
+    model.model.norm.forward = lambda x: forward(x + (embedding[5] if x.shape[1] > 1 else 0))
+
+
+def mixing_layer(model):
+    """A layer whose output depends on the other tokens of the pass, not through attention: a running mean."""
+    layer = model.model.layers[1]
+    forward = layer.forward
+
+    def changed(hidden_states, **kwargs):
+        out = forward(hidden_states, **kwargs)
+        count = torch.arange(1, out.shape[1] + 1, dtype=out.dtype)[:, None]
+        return out + out.cumsum(1) / count
+    layer.forward = changed
+
+
+@pytest.mark.parametrize("change", [extra_logit_step, extra_hidden_step, mixing_layer])
+def test_a_model_whose_logits_are_not_reproduced_is_refused(change):
+    model = tiny_model("llama2")
+    LanguageModel(model, word_tokenizer(), "plain")
+    change(model)
+    with pytest.raises(UnsupportedModel, match="odd-model.*LlamaForCausalLM.*cannot be replayed exactly"):
+        LanguageModel(model, word_tokenizer(), "odd-model")
+
+
+def test_layers_of_different_widths_are_refused():
+    model = tiny_model("llama2")
+    model.model.layers[1].mlp.down_proj = nn.Linear(40, 32, bias=False)
+    model.model.layers[1].mlp.gate_proj = nn.Linear(32, 40, bias=False)
+    model.model.layers[1].mlp.up_proj = nn.Linear(32, 40, bias=False)
+    with pytest.raises(UnsupportedModel, match="different numbers of neurons.*40, 48"):
+        LanguageModel(model.double(), word_tokenizer(), "uneven")
+
+
+def test_nan_weights_do_not_load():
+    model = tiny_model("llama2")
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(UnsupportedModel, match="broken"):
+        LanguageModel(model, word_tokenizer(), "broken")
+
+
+def test_quantised_value_vectors_are_refused():
+    lm = tiny_lm("llama2")
+    lm.downs[0].weight = nn.Parameter(lm.downs[0].weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(UnsupportedModel, match="quantised weights.*float32 or bfloat16"):
+        lm.value_vectors(0)
+
+
+# --- loading ---------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"), "llama3", word_tokenizer(bos=True))
+
+
+def test_a_folder_loads_as_the_model_that_was_saved(checkpoint):
+    lm, model = load_model(checkpoint), tiny_model("llama3", torch.float32)
+    assert (lm.num_layers, lm.num_neurons, lm.num_heads, lm.bos_offset) == (3, 48, 4, 1)
+    assert lm.dtype == torch.float32 and lm.name == checkpoint and lm.context == 64
+    ids = torch.tensor([[1, 9, 8, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(lm.model(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    assert lm.encode("9 8 7", "6 5") == ([1, 9, 8, 7], [6, 5])
+    assert bool(torch.isfinite(attribute(lm, ["9 8 7"], ["6"], steps=2).scores).all())
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_the_dtype_is_the_one_asked_for(checkpoint, dtype):
+    lm = load_model(checkpoint, device="cpu", dtype=dtype)
+    assert lm.dtype == getattr(torch, dtype) and {p.dtype for p in lm.model.parameters()} == {lm.dtype}
+    assert lm.score_dtype == (torch.float64 if dtype == "float64" else torch.float32)
+    assert lm.device == torch.device("cpu")
+
+
+def test_on_a_cpu_a_bfloat16_checkpoint_becomes_float32(tmp_path):
+    assert load_model(save_checkpoint(tmp_path, "gpt2", dtype=torch.bfloat16), device="cpu").dtype == torch.float32
+
+
+def with_files(folder, *names):
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text("{}")
+    return str(folder)
+
+
+def test_names_that_lead_nowhere_say_what_would(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, message in (("demo/gpt5", "no bundled model 'demo/gpt5'.*demo/gpt2, demo/llama2, demo/llama3"),
+                          (str(tmp_path / "absent"), "no model folder"), ("./absent", "no model folder"),
+                          (with_files(tmp_path / "empty"), "no config.json.*save_pretrained"),
+                          (with_files(tmp_path / "bare", "config.json"), "no .safetensors weights"),
+                          ("", "a name or a folder"), (None, "a name or a folder")):
+        with pytest.raises(ValueError, match=message):
+            load_model(name)
+
+
+def test_dtypes_and_devices_are_checked_before_anything_is_read(tmp_path):
+    for options, message in ((dict(dtype="int8"), "dtype 'int8'.*float64, float32, bfloat16, float16"),
+                             (dict(device="gpu"), "device 'gpu' is unknown; use cpu, cuda"),
+                             (dict(device="cuda:99x"), "device 'cuda:99x' is unknown")):
+        with pytest.raises(ValueError, match=message):
+            load_model(str(tmp_path), **options)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="'cuda' was asked for.*no CUDA device"):
+            load_model(str(tmp_path), device="cuda")
+
+
+def test_an_unreachable_hub_model_says_what_to_do_offline():
+    """In a process of its own: the hub's client reads its environment at import."""
+    code = ("import qlutils\ntry:\n qlutils.load_model('some-one/some-model')\n"
+            "except ValueError as error:\n print(error)")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+                         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"})
+    assert "could not load model 'some-one/some-model'" in out.stdout, out.stderr
+    assert "offline, pass the folder of a downloaded copy" in out.stdout and "demo/gpt2" in out.stdout
+
+
+class Sentinel:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_pickled_weights_are_refused_and_never_unpickled(tmp_path):
+    folder, sentinel = tmp_path / "pickled", tmp_path / "was-unpickled"
+    save_checkpoint(folder, "gpt2")
+    (folder / "model.safetensors").unlink()
+    with open(folder / "pytorch_model.bin", "wb") as file:
+        pickle.dump({"lm_head.weight": Sentinel(str(sentinel))}, file)
+    with pytest.raises(ValueError, match="pickled.*no .safetensors weights.*pickled weights are never read"):
+        load_model(str(folder))
+    # and with some safetensors file beside it that is not the weights
+    save_checkpoint(tmp_path / "other", "gpt2")
+    (tmp_path / "other" / "model.safetensors").rename(folder / "other.safetensors")
+    with pytest.raises(ValueError, match="safetensors"):
+        load_model(str(folder))
+    assert not sentinel.exists()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "of-its-own"])
+def test_code_in_a_checkpoint_is_never_run(tmp_path, model_type):
+    folder, sentinel = tmp_path / "model", tmp_path / "was-run"
+    save_checkpoint(folder, "llama2")
+    (folder / "modeling_own.py").write_text(f"open({str(sentinel)!r}, 'w')\nclass Own: pass\n")
+    for name, part in (("config.json", {"model_type": model_type, "auto_map": {
+            "AutoConfig": "modeling_own.Own", "AutoModelForCausalLM": "modeling_own.Own"}}),
+            ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["modeling_own.Own", "modeling_own.Own"]}})):
+        path = folder / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **part}))
+    if model_type == "llama":  # transformers has this kind itself
+        assert load_model(str(folder)).num_layers == 3
+    else:
+        with pytest.raises(ValueError, match="could not load model.*model"):
+            load_model(str(folder))
+    assert not sentinel.exists()
+
+
+def test_a_damaged_weight_file_is_named(tmp_path):
+    save_checkpoint(tmp_path, "gpt2")
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="could not load model"):
+        load_model(str(tmp_path))
+
+
+def test_weights_that_do_not_fill_the_model_are_refused(tmp_path):
+    """Transformers itself fills a missing tensor with random numbers and only warns."""
+    from safetensors.torch import load_file, save_file
+    save_checkpoint(tmp_path, "llama2")
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="model.layers.1.mlp.down_proj.weight"):
+        load_model(str(tmp_path))
+
+
+# --- fingerprints ----------------------------------------------------------------------------------------
+def test_two_loads_have_one_fingerprint_and_the_folders_name_does_not_count(checkpoint, tmp_path):
+    first = load_model(checkpoint).fingerprint
+    copy = save_checkpoint(tmp_path / "copy", "llama3", word_tokenizer(bos=True))
+    assert first == load_model(checkpoint).fingerprint == load_model(copy).fingerprint
+    assert len(first) == 64 and int(first, 16) >= 0
+
+
+def test_a_fingerprint_changes_with_one_weight_the_dtype_the_config_or_the_tokenizer(checkpoint):
+    def changed(change):
+        lm = load_model(checkpoint)
+        change(lm)
+        return lm.fingerprint
+
+    def one_weight(lm):
+        weight = lm.downs[2].weight
+        weight.view(-1)[17] = torch.nextafter(weight.view(-1)[17], torch.tensor(9.0))
+
+    def configuration(lm):
+        lm.model.config.rms_norm_eps *= 2
+
+    def tokenizer(lm):
+        lm.tokenizer = word_tokenizer()
+
+    found = [changed(c) for c in (lambda lm: None, one_weight, configuration, tokenizer)]
+    found.append(load_model(checkpoint, dtype="float64").fingerprint)
+    assert len(set(found)) == 5
+
+
+def test_bundled_models_load():
+    for name in BUNDLED:
+        lm = load_model(name, device="cpu")
+        assert lm.name == name and lm.context >= 512 and lm.bos_offset == (name != "demo/gpt2")
+        prompt, answer = lm.encode("The capital of France is", "Paris")
+        assert lm.tokenizer.decode(answer).strip() == "Paris" and len(prompt) >= 2
+
+
+def test_a_gpt_big_code_model_is_supported_by_the_same_mechanism():
+    lm = LanguageModel(random_model("GPTBigCodeConfig", **GPT), word_tokenizer(), "bigcode")
+    assert (lm.num_layers, lm.num_neurons) == (3, 128)

@@ -1,0 +1,321 @@
+"""The report: what is missing is named, what is claimed is computed, and the page needs nothing but itself."""
+
+import json
+import re
+import shutil
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+
+from qlutils import claims, page, paths, report, run
+from qlutils.data import load_facts
+from qlutils.study import Study
+
+MODELS = ["demo/gpt2", "demo/llama2", "demo/llama3"]
+SAMPLE = dict(relations=["P36", "P19"], facts_per_relation=6)
+
+
+# --- one file ---------------------------------------------------------------------------------------------
+
+def write_notebook(path, *cells):
+    """cells: Markdown texts, or (source, outputs) of executed code."""
+    book = nbformat.v4.new_notebook()
+    for number, cell in enumerate(cells, 1):
+        if isinstance(cell, str):
+            book.cells.append(nbformat.v4.new_markdown_cell(cell))
+        else:
+            book.cells.append(nbformat.v4.new_code_cell(cell[0], execution_count=number, outputs=[
+                nbformat.v4.new_output(**output) for output in cell[1]]))
+    nbformat.write(book, path)
+    return path
+
+
+TEXT = ("secret_code = 1", [dict(output_type="stream", name="stdout", text="1 fact\n"),
+                            dict(output_type="stream", name="stderr", text="units: 50%|#####     |")])
+
+
+def test_the_page_hides_code_and_sets_formulas_without_a_network(tmp_path):
+    book = write_notebook(tmp_path / "a.ipynb", "# Title\n\n$CS_2$ and $$\\frac{|\\bigcap_i \\mathcal N_i|}{2}$$ not `$x$`",
+                          "## Part one\n\n| a |\n|--|\n| $a|b$ |", TEXT)
+    text = page.export_html(book, tmp_path / "out" / "a.html").read_text("utf-8")
+    assert "secret_code" not in text and "1 fact" in text and "50%" not in text
+    assert "<title>Title</title>" in text and re.search(r'<a href="#part-1">Part one</a>.*<h2 id="part-1">', text, re.S)
+    assert text.count('<img class="math') == 3 and "<code>$x$</code>" in text
+    assert 'alt="CS&#95;2"' in text and page.external_addresses(text) == []
+
+
+@pytest.mark.parametrize("snippet", [
+    '<script src="https://cdn.example/x.js"></script>', "<script>fetch('x')</script>", '<img src="//cdn.example/x.png">',
+    '<img src="fig1.png">', '<link rel="stylesheet" href="style.css">', "<a href='http://example.org'>x</a>",
+    '<style>@import "https://example.org/a.css";</style>', "<style>p { background: url(http://example.org/a.png) }</style>",
+    '<p style="background: url(https://example.org/a.png)">', "<img srcset=https://example.org/a.png>"])
+def test_every_kind_of_outside_address_is_found(snippet):
+    assert page.external_addresses(f"<html><body>{snippet}</body></html>")
+
+
+def test_data_in_the_file_anchors_and_plain_text_are_inside():
+    inside = '<a href="#part-1">x</a><img src="data:image/png;base64,AA=="><p>see https://example.org, url(x)</p>'
+    assert page.external_addresses(inside) == []
+
+
+def test_a_page_that_would_refer_elsewhere_is_refused_by_name(tmp_path):
+    book = write_notebook(tmp_path / "a.ipynb", "# T\n\n[link](https://example.org/paper)", TEXT)
+    with pytest.raises(ValueError, match="a.ipynb.*https://example.org/paper"):
+        page.export_html(book, tmp_path / "a.html")
+    assert not (tmp_path / "a.html").exists()
+
+
+def test_a_notebook_that_was_not_executed_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="not been executed"):
+        page.export_html(paths.NOTEBOOKS / "report.ipynb" if not _executed() else write_notebook(
+            tmp_path / "a.ipynb", "# T"), tmp_path / "a.html")
+
+
+def _executed():
+    cells = json.loads((paths.NOTEBOOKS / "report.ipynb").read_text("utf-8"))["cells"]
+    return any(cell.get("execution_count") for cell in cells)
+
+
+def test_a_formula_beyond_the_renderer_stays_readable():
+    assert page.formulas(r"$\begin{pmatrix}1\end{pmatrix}$").startswith("<code>\\begin")
+
+
+# --- a run made by hand -----------------------------------------------------------------------------------
+
+def made_queries(facts, seed=0):
+    """Facts of even number agree in their neurons, the others do not."""
+    rng, rows = np.random.default_rng(seed), []
+    for f, fact in enumerate(facts):
+        for p, prompt in enumerate(fact.prompts):
+            common = rng.random() < (0.9 if f % 2 == 0 else 0.02)
+            neurons = list(range(3)) if common else [10 + 10 * p + j for j in range(3)]
+            rows.append(dict(fact=fact.id, relation=fact.relation, subject=fact.subject, object=fact.object, prompt_index=p,
+                             prompt=prompt, prompt_tokens=5, answer_tokens=1, probability=0.3 + 0.1 * rng.random(), known=True,
+                             row_budget=1, gap=[0.0] * 2, layer=[f % 2] * 3, neuron=neurons, score=[1.0] * 3))
+    return pd.DataFrame(rows)
+
+
+def study_of(model, method="ig", output="made", notebook="report", **changed):
+    return Study(notebook, model=model, method=method, output=output, **{**SAMPLE, **changed})
+
+
+def save(model, number, frames, output="made", method="ig"):
+    study = study_of(model, method, output, report.NOTEBOOKS[number])
+    study.parameters |= dict(steps=20, rule="right")
+    for name, frame in frames.items():
+        study.save(frame, name)
+    study.record()
+    return study
+
+
+def the_run(output="made", models=("demo/gpt2",), methods=("ig",), **changed):
+    study = Study("report", output=output, **{**SAMPLE, **changed})
+    return report.Run(study, models, methods, ["ig"])
+
+
+@pytest.fixture(scope="module")
+def queries():
+    return made_queries(load_facts("demo", **SAMPLE))
+
+
+def test_only_results_of_these_facts_and_settings_are_read(runs, queries):
+    save("demo/gpt2", "01", {"queries": queries})
+    assert len(the_run().frame("demo/gpt2", "ig", "queries")) == len(queries)
+    for changed, why in ((dict(facts_per_relation=5), "facts"), (dict(dtype="bfloat16"), "dtype"), (dict(seed=1), "seed")):
+        with pytest.raises(claims.Missing, match=f"other .*{why}"):
+            the_run(**changed).frame("demo/gpt2", "ig", "queries")
+    with pytest.raises(claims.Missing, match="notebook 01 was not run"):
+        the_run().frame("demo/gpt2", "sig", "queries")
+    with pytest.raises(claims.Missing, match="there is no model 'demo/none'"):
+        the_run(models=["demo/none"]).entry("01", "demo/none", "ig")
+
+
+def test_the_inventory_has_13_settings_a_model_and_says_what_is_missing(runs):
+    study = study_of("demo/gpt2", None, notebook="02_consistency")
+    study.table(pd.DataFrame({"method": ["ig", "sig"], "R_II": [0.5, 0.5]}), "table1")
+    study.record()
+    found = report.inventory(the_run(models=MODELS, methods=["ig", "sig", "amig"]))
+    assert len(found) == 39 and found.groupby("model").size().tolist() == [13, 13, 13]
+    present = found[found["status"] == "present"]
+    assert present["method"].tolist() == ["ig", "sig"] and set(present["model"]) == {"demo/gpt2"}
+    assert found.loc[(found["model"] == "demo/gpt2") & (found["setting"] == 3), "status"].item() == (
+        "missing: table1 has no amig")
+    assert (paths.RUNS / "made" / "results" / present["file"].iloc[0]).is_file()
+
+
+def test_named_runs_leave_their_tables_and_figures_and_only_those(runs, tmp_path):
+    results = paths.run_folder("made") / "results" / "demo--gpt2" / "ig"
+    results.mkdir(parents=True)
+    for name in ("table2.csv", "table2.tex", "fig4.png", "queries.parquet", "run.json"):
+        (results / name).write_text(name)
+    book = write_notebook(tmp_path / "r.ipynb", "# T", TEXT)
+    folder = paths.figures_folder("made")
+    (folder / "old").mkdir(parents=True)
+    (folder / "old" / "gone.csv").write_text("x")
+    (folder / "README").write_text("mine")
+    assert report.publish(book, "made") == [paths.run_folder("made") / "report.html"]
+    left = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    assert left == ["README", *(f"demo--gpt2/ig/{name}" for name in ("fig4.png", "table2.csv", "table2.tex"))]
+    shutil.rmtree(folder.parent)
+    report.publish(book, "default")
+    assert not folder.parent.exists() and folder.is_relative_to(tmp_path)
+
+
+# --- claims -----------------------------------------------------------------------------------------------
+
+def edits_frame(queries, lift):
+    """Edits in which every measure of class I (even facts) and of CAS lies `lift` above the others'."""
+    rng, rows = np.random.default_rng(0), []
+    for f, (fact, group) in enumerate(queries.groupby("fact", sort=False)):
+        for op in ("erase", "update"):
+            for neurons in ("local", "global", "cas"):
+                one = f % 2 == 0
+                good = 0.4 + lift * one + 2 * lift * (neurons == "cas") + 0.01 * rng.random()
+                rows.append(dict(fact=fact, relation=group["relation"].iloc[0], prompt=group["prompt"].iloc[0], op=op,
+                                 neurons=neurons, control="none", note=None, rel=good, gen=good, loc=good, avg=good,
+                                 dppl=1 - good))
+    return pd.DataFrame(rows)
+
+
+def changes_frame(queries, sets, quantities=("probability",)):
+    """Rows as notebooks 04 and 06 save them: the average rate of each set is sets[name](class is II)."""
+    rng, rows = np.random.default_rng(0), []
+    names = list(dict.fromkeys(queries["fact"]))
+    for row in queries.to_dict("records"):
+        second = names.index(row["fact"]) % 2 == 1
+        label = "II" if second else "I"
+        rows += [dict(fact=row["fact"], relation=row["relation"], prompt_index=row["prompt_index"], set=name, size=3,
+                      direction="average", known=True, class_static=label, class_otsu=label, quantity=quantity,
+                      renormalise=False, rate=rate(second) + 0.01 * rng.random())
+                 for name, rate in sets.items() for quantity in quantities]
+    return pd.DataFrame(rows)
+
+
+def frames_where_all_holds(queries, sign=1.0):
+    """Effects on the claimed side for sign 1, on the other for -1."""
+    neurons = {"self": lambda two: 0.5, "self_random": lambda two: 0.5 - 0.2 * sign, "self_as_union": lambda two: 0.5,
+               "union_matched": lambda two: 0.5 - sign * (0.3 if two else 0.1),
+               **{name: (lambda two: 0.5 - sign * (0.3 if two else 0.1)) for name in ("union", "intersection", "refine")}}
+    synapses = {"self": lambda two: 0.5 + sign * (0.1 if two else 0.0), "irrelevant": lambda two: 0.5 - 0.3 * sign}
+    facts = queries.drop_duplicates("fact")[["fact", "relation"]]
+    high = facts.assign(predominance=0.5 + 0.2 * sign, predominance_rest=0.5 + 0.1 * sign)
+    cas = edits_frame(queries, 0.1 * sign)
+    if sign > 0:  # claim 13: the same for class I
+        even = cas["fact"].isin(list(dict.fromkeys(queries["fact"]))[::2])
+        cas.loc[even, "avg"] = 0.5
+    return {"queries": queries, "edits": edits_frame(queries, 0.1 * sign), "cas_edits": cas,
+            "query_kn_mapping": changes_frame(queries, neurons), "attention_predominance": high,
+            "knowledge_synapses": changes_frame(queries, synapses, ("value", "probability"))}
+
+
+def board_of(frames, models=("a",)):
+    return claims.scoreboard(lambda model, method, name: frames[name], list(models), ["ig"], ["ig"], static=0.5)
+
+
+@pytest.mark.parametrize("number", [1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13])
+def test_a_planted_effect_decides_each_claim(queries, number):
+    holding, failing = board_of(frames_where_all_holds(queries)), board_of(frames_where_all_holds(queries, -1.0))
+    one = holding[holding["claim"] == number]
+    assert len(one) and set(one["verdict"]) == {"holds"}, one[["part", "threshold", "value", "verdict", "why"]]
+    if number > 3:
+        assert set(failing[failing["claim"] == number]["verdict"]) == {"does not hold"}
+    assert (one["value_low"] < one["value"] + 1e-9).all() and (one["value_high"] > one["value"] - 1e-9).all()
+    assert one["n"].gt(0).all()
+
+
+def test_an_effect_that_cannot_be_told_from_0_does_not_hold(queries):
+    frames = frames_where_all_holds(queries)
+    noise = np.random.default_rng(1).normal(size=len(frames["edits"]))
+    frames["edits"] = frames["edits"].assign(gen=noise, avg=noise, dppl=noise)
+    board = board_of(frames)
+    part = board[(board["claim"] == 4) & (board["threshold"] == "static")]
+    assert ((part["verdict"] == "holds") == (part["value_low"] > 0)).all() and (part["verdict"] == "does not hold").any()
+
+
+def test_claim_3_compares_neighbouring_models_in_the_given_order(queries):
+    less = queries.assign(neuron=[[10 * p, 10 * p + 1, 10 * p + 2] for p in range(len(queries))])  # no two agree
+    frames = {"small": queries, "large": less}
+    get = lambda model, method, name: frames[model]  # noqa: E731
+    board = claims.scoreboard(get, ["small", "large"], ["ig"], [], static=0.5)
+    three = board[(board["claim"] == 3) & (board["model"] == "large")]
+    assert three.loc[three["part"] == "lower CS", "verdict"].item() == "holds"
+    back = claims.scoreboard(get, ["large", "small"], ["ig"], [], static=0.5)
+    back = back[(back["claim"] == 3) & (back["model"] == "small")]
+    assert back.loc[back["part"] == "lower CS", "verdict"].item() == "does not hold"
+    first = board[(board["claim"] == 3) & (board["model"] == "small")]
+    assert first["verdict"].item() == "not testable here" and "smallest" in first["why"].item()
+
+
+def test_what_cannot_be_tested_says_why(queries):
+    def get(model, method, name):
+        if name != "queries":
+            raise claims.Missing("notebook 03 was not run")
+        return queries
+
+    board = claims.scoreboard(get, ["a"], ["ig"], ["ig"], static=0.0)  # no fact has CS2 <= 0: K_II is empty
+    assert sorted(set(board["claim"])) == list(range(1, 14))
+    assert set(board[board["claim"] > 3]["why"]) == {"notebook 03 was not run"}
+    two = board[(board["claim"] == 2) & (board["threshold"] == "static")]
+    if two["value"].isna().all():
+        assert two["verdict"].item() == "not testable here" and "empty by the static threshold" in two["why"].item()
+    total = claims.overall(board)
+    assert len(total) == 13 and total.loc[total["claim"] == 4, "verdict"].item() == (
+        "not testable here: notebook 03 was not run")
+
+
+# --- the notebook -----------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory, queries):
+    """The report of a run in which only notebook 01 of one model was run, executed as the driver executes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("report")
+        patch.setattr(paths, "RUNS", folder / "runs")
+        patch.setenv("QLUTILS_RUNS", str(folder / "runs"))
+        save("demo/gpt2", "01", {"queries": queries, "left_out": queries[["fact", "prompt"]].head(0).assign(left_out="")})
+        status = run.main(["--models", "demo/gpt2", "demo/llama2", "--relations", *SAMPLE["relations"],
+                           "--facts-per-relation", "6", "--methods", "ig", "--output", "made", "--only", "report",
+                           "-p", "control_models", "False"])
+        yield status, folder / "runs" / "made"
+
+
+def test_the_report_of_a_run_that_has_hardly_begun_names_what_is_missing(executed):
+    status, folder = executed
+    assert status == 0, (folder / "run.json").read_text()
+    text = (folder / "report.html").read_text("utf-8")
+    assert page.external_addresses(text) == [] and "Traceback" not in text and "<img" in text
+    assert "demo/gpt2 ig: notebook 03 was not run" in text and "demo/llama2 ig: notebook 01 was not run" in text
+    assert "Scoreboard" in text and "Study.open" not in text
+
+
+def test_the_scoreboard_file_has_every_claim_and_agrees_with_the_data(executed, queries):
+    _, folder = executed
+    board = pd.read_csv(folder / "results" / "claims.csv")
+    assert sorted(set(board["claim"])) == list(range(1, 14)) and set(board["model"]) == {"demo/gpt2", "demo/llama2"}
+    row = board[(board["claim"] == 1) & (board["model"] == "demo/gpt2") & (board["threshold"] == "static")].iloc[0]
+    agree = 0  # by hand: the share of facts in which at most a tenth of the neurons occurs in two queries
+    for _, group in queries.groupby("fact"):
+        sets = [set(zip(a, b)) for a, b in zip(group["layer"], group["neuron"])]
+        union = set().union(*sets)
+        agree += sum(sum(n in s for s in sets) > 1 for n in union) / len(union) <= 0.1
+    assert row["value"] == pytest.approx(agree / queries["fact"].nunique()) and row["n_facts"] == queries["fact"].nunique()
+    assert len(pd.read_csv(folder / "results" / "inventory.csv")) == 26
+
+
+def test_the_driver_copies_the_named_run_and_does_it_once(executed):
+    _, folder = executed
+    copies = folder.parent.parent / "figures" / "made"
+    assert (copies / "claims.csv").read_bytes() == (folder / "results" / "claims.csv").read_bytes()
+    assert (copies / "fig3_all.png").is_file() and not list(copies.rglob("*.parquet"))
+    stamp = json.loads((folder / "notebooks" / "report.json").read_text())
+    assert "report.html" in stamp["outputs"]
+
+
+def test_cells_are_short_and_parameters_are_bare_literals():
+    cells = json.loads((paths.NOTEBOOKS / "report.ipynb").read_text("utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert max(source.count("\n") + 1 for source in sources) <= 25
+    assert np.median([source.count("\n") + 1 for source in sources]) <= 8
+    assert "models" in run.declared_parameters(paths.NOTEBOOKS / "report.ipynb")

@@ -1,0 +1,174 @@
+"""(prompt, answer) -> tokens, with small tokenizers and with the real ones of GPT-2, LLaMA 2 and LLaMA 3."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_attribution
+import torch
+from test_attribution import Naive
+from tiny import tiny_lm, word_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+
+from qlutils import load_facts
+from qlutils.localize import localise
+from qlutils.models import LanguageModel
+from qlutils.quadrature import quadrature
+from qlutils.study import Study
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+NAMES = ("gpt2", "llama2", "llama3")
+needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data is not at ../shared/data")
+
+
+# --- small tokenizers ------------------------------------------------------------------------------------
+def test_an_answer_is_what_it_adds_to_its_prompt():
+    lm = tiny_lm("gpt2", torch.float32)
+    assert lm.encode("5 6", "7 8") == ([5, 6], [7, 8])
+    assert lm.encode("5 6  ", " 7 ") == ([5, 6], [7])
+    assert lm.bos_offset == 0 and tiny_lm("gpt2", torch.float32, bos=True).bos_offset == 1
+
+
+def test_bos_stays_and_a_trailing_eos_goes():
+    lm = tiny_lm("llama2", torch.float32)
+    lm.tokenizer = word_tokenizer(bos=True, eos_after=True)
+    assert lm.tokenizer("5 6").input_ids == [1, 5, 6, 0]
+    assert lm.encode("5 6", "7") == ([1, 5, 6], [7]) and lm.bos_offset == 1
+    lm = tiny_lm("gpt2", torch.float32)
+    lm.tokenizer = word_tokenizer(eos_after=True)
+    assert lm.encode("5 6", "7") == ([5, 6], [7]) and lm.bos_offset == 0
+
+
+def test_an_answer_that_changes_the_prompts_tokens_is_refused():
+    """A tokenizer that merges across the boundary: "in the" -> one token."""
+    lm = tiny_lm("gpt2", torch.float32)
+    plain = lm.tokenizer
+    merged = type("Merging", (), {"eos_token_id": 0, "eos_token": "<eos>", "bos_token_id": None, "__call__": (
+        lambda self, text, **kwargs: plain(text.replace("6 7", "67"), **kwargs))})()
+    lm.tokenizer = merged
+    with pytest.raises(ValueError, match="answer '7' is not a continuation of the prompt '5 6'"):
+        lm.encode("5 6", "7")
+    assert lm.encode("5 6", "8") == ([5, 6], [8])
+
+
+# --- the real ones ---------------------------------------------------------------------------------------
+class NoModel(LanguageModel):
+    """A tokenizer alone: `encode` needs no more."""
+
+    def __init__(self, tokenizer, name):
+        self.tokenizer, self.name, self.context = tokenizer, name, 1024
+
+    context = None
+
+
+@pytest.fixture(scope="module")
+def real():
+    return {name: NoModel(AutoTokenizer.from_pretrained(SHARED / "tokenizers" / name), name) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def facts():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return load_facts(str(SHARED / "pararel"), facts_per_relation=3, seed=1)
+
+
+@needs_data
+def test_known_ids(real):
+    assert real["gpt2"].encode("The capital of France is", "Paris")[1] == [6342]
+    assert real["llama2"].encode("He lived in", "Paris")[1] == [3681]
+    assert real["llama2"].encode("They met in", "Paris")[0][0] == 1
+    assert real["llama3"].encode("The capital of France is", "Paris")[1] == [12366]
+    assert real["llama3"].encode("The capital of France is", "Paris")[0][0] == 128000
+    assert [real[name].bos_offset for name in NAMES] == [0, 1, 1]
+
+
+@needs_data
+@pytest.mark.parametrize("name", NAMES)
+def test_answers_of_pararel_are_what_they_add_to_the_prompt(real, facts, name):
+    lm, seen = real[name], 0
+    lone = lm.tokenizer.convert_tokens_to_ids("▁") if name == "llama2" else None
+    special = set(lm.tokenizer.all_special_ids)
+    for fact in facts:
+        for prompt in fact.prompts[:3]:
+            ids, answer = lm.encode(prompt, fact.object)
+            assert ids == lm.tokenizer(prompt).input_ids
+            assert ids + answer == lm.tokenizer(f"{prompt} {fact.object}").input_ids
+            assert answer and not special & set(answer) and answer[0] != lone
+            assert lm.tokenizer.decode(answer).strip() == fact.object
+            seen += 1
+    assert seen > 250 and len({fact.relation for fact in facts}) == 36
+
+
+@needs_data
+@pytest.mark.parametrize("name, share", [("gpt2", 1.0), ("llama2", 0.635), ("llama3", 0.989)])
+def test_the_share_of_answers_of_one_token_is_the_measured_one(real, name, share):
+    facts = load_facts(str(SHARED / "pararel"))
+    rng = np.random.default_rng(0)
+    sample = [facts[i] for i in rng.choice(len(facts), 600, replace=False)]
+    single = np.mean([len(real[name].encode(fact.prompts[0], fact.object)[1]) == 1 for fact in sample])
+    assert single == pytest.approx(share, abs=4 * np.sqrt(share * (1 - share) / 600) + 0.001)
+
+
+@needs_data
+@pytest.mark.parametrize("name, text", [("gpt2", "<|endoftext|>"), ("llama2", "<s>"), ("llama2", "</s>"),
+                                        ("llama3", "<|begin_of_text|>"), ("llama3", "<|end_of_text|>")])
+def test_text_that_spells_a_special_token_stays_text(real, name, text):
+    lm = real[name]
+    token = lm.tokenizer.convert_tokens_to_ids(text)
+    assert token in lm.tokenizer.all_special_ids
+    for prompt in (f"The band {text} plays in", f"{text} plays in", f"They play in {text}"):
+        ids, answer = lm.encode(prompt, "Paris")
+        assert token not in ids[lm.bos_offset:] and token not in answer, prompt
+        assert ids[:lm.bos_offset] == [lm.tokenizer.bos_token_id] * lm.bos_offset
+        assert text in lm.tokenizer.decode(ids[lm.bos_offset:])
+    _, answer = lm.encode("They play in", text)
+    assert token not in answer and lm.tokenizer.decode(answer).strip() == text
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Random models of two layers with the real vocabularies."""
+    folder, found = tmp_path_factory.mktemp("real-vocabulary"), {}
+    for name, size, config in (
+            ("gpt2", 50257, GPT2Config(vocab_size=50257, n_embd=16, n_layer=2, n_head=2, n_positions=128)),
+            ("llama3", 128256, LlamaConfig(vocab_size=128256, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                                           num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True))):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            parameter.data.mul_(8)
+        model.save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(SHARED / "tokenizers" / name).save_pretrained(folder / name)
+        found[name] = str(folder / name)
+        assert model.get_output_embeddings().weight.shape[0] == size
+    return found
+
+
+@needs_data
+@pytest.mark.parametrize("method", ["ig", "sig", "amig"])
+@pytest.mark.parametrize("name", ["gpt2", "llama3"])
+def test_localising_real_pararel_with_a_real_vocabulary(checkpoints, runs, monkeypatch, name, method):
+    study = Study("01_localize", model=checkpoints[name], method=method, data=str(SHARED / "pararel"),
+                  relations=["P36", "P103", "P1412"], facts_per_relation=1, dtype="float64", device="cpu")
+    queries = localise(study, steps=3)
+    facts = study.facts()
+    assert queries["fact"].unique().tolist() == [fact.id for fact in facts] and len(facts) == 3
+    assert len(study.load("left_out")) == 0
+    assert queries["prompt"].tolist() == [prompt for fact in facts for prompt in fact.prompts]
+    assert (queries["probability"] > 0).all() and (queries["layer"].map(len) > 0).all()
+
+    row = queries.iloc[0]  # one query against full-vocabulary forward passes of the naive reference
+    lm = study.lm()
+    family, bos = ("gpt2", False) if name == "gpt2" else ("llama3", True)
+    naive = Naive(lm.model, family, bos=bos)
+    prompt, answer = lm.encode(row["prompt"], row["object"])
+    assert bos == (prompt[0] == 128000)
+    monkeypatch.setattr(test_attribution, "EOS", lm.tokenizer.eos_token_id)
+    wanted, gap = naive.attribute(prompt, answer, method, *quadrature("right", 3))
+    dense = torch.zeros_like(wanted)
+    dense[torch.tensor(row["layer"]).long(), torch.tensor(row["neuron"]).long()] = torch.tensor(row["score"])
+    kept = wanted > 0.05 * wanted.max()
+    assert (dense - wanted.where(kept, torch.zeros(()).double())).abs().max() <= 1e-9 * wanted.max()
+    assert row["gap"] == pytest.approx(gap.numpy(), rel=1e-6, abs=1e-9 * float(wanted.abs().max()))
