@@ -36,7 +36,8 @@ def edit_table(frame, classes, model, *, table=2, sets=("local", "global"), cont
                         rows[-1] |= {f"{metric}_paper": paper_value(
                             table, model, metric, operation=PAPER_OP[op], neurons=neurons, class_=name)
                             for metric in METRICS}
-    return pd.DataFrame(rows).dropna(axis=1, how="all")
+    table = pd.DataFrame(rows)
+    return table.drop(columns=[name for name in table if name.endswith("_paper") and table[name].isna().all()])
 
 
 def _table_row(part, keys, seed) -> dict:

@@ -181,7 +181,7 @@ class Page:
             self._list_facts()
             self.fact.value = first.id
             self.prompts.value, self.answer.value = "\n".join(first.prompts[:3]), first.object
-        if self.facts:
+        if self.fact.value:
             self._run()
 
     # -- widgets ------------------------------------------------------------------------------------------

@@ -84,7 +84,21 @@ def external_addresses(page: str) -> list[str]:
     return [one for one in found if not one.startswith(("data:", "#"))]
 
 
+def _described(body: str) -> str:
+    """Pictures without a description get the last bold words before them ("Figure 4.")."""
+    words = ["Figure"]
+
+    def one(match):
+        if match[1] is not None:
+            words[0] = html.escape(re.sub(r"<[^>]+>", "", match[1]), quote=True)
+            return match[0]
+        return f'alt="{words[0]}"'
+
+    return re.sub(r'<strong>(.*?)</strong>|alt="No description[^"]*"', one, body, flags=re.S)
+
+
 def _page(body: str) -> str:
+    body = _described(body)
     title = re.search(r"<h1[^>]*>(.*?)</h1>", body, re.S)
     plain = html.escape(html.unescape(re.sub(r"<[^>]+>", "", title[1] if title else "Report")).strip())
     parts = re.split(r"<h2[^>]*>(.*?)</h2>", body, flags=re.S)  # text, heading, text, heading, ...
@@ -113,12 +127,16 @@ def _picture(tex: str, block: bool) -> str:
     from matplotlib.font_manager import FontProperties
     from matplotlib.mathtext import math_to_image
 
+    # matplotlib wants braces that TeX does not need, and knows neither sizes of delimiters nor their names
+    braced = re.sub(r"\\(math\w+|text)\s+(\w)", r"\\\1{\2}", tex).replace(r"\mathbb{1}", r"\mathbf{1}")
+    braced = re.sub(r"\\(?:[bB]igg?[lr]?|textstyle|displaystyle)(?![a-zA-Z])\s*", "", braced)
+    braced = re.sub(r"\\[lr]vert(?![a-zA-Z])", "|", braced)
     svg = io.BytesIO()
     style = {"svg.fonttype": "path", "svg.hashsalt": "formula", "savefig.transparent": True, "savefig.bbox": None,
              "figure.constrained_layout.use": False}
     try:
         with rc_context(style):
-            depth = math_to_image(f"${tex}$", svg, dpi=72, format="svg",
+            depth = math_to_image(f"${braced}$", svg, dpi=72, format="svg",
                                   prop=FontProperties(size=_TEXT, math_fontfamily="stix"))
     except ValueError:  # beyond what matplotlib sets: the source is still readable
         return f"<code>{html.escape(tex)}</code>"
@@ -130,3 +148,27 @@ def _picture(tex: str, block: bool) -> str:
     alt = html.escape(tex, quote=True).replace("|", "&#124;").replace("*", "&#42;").replace("_", "&#95;")
     kind = "math block" if block else "math"
     return f'<img class="{kind}" alt="{alt}" style="width:{width * scale:.3f}em{place}" src="data:image/svg+xml;base64,{data}">'
+
+
+def table_html(frame, caption="") -> str:
+    """A DataFrame of texts, as `tables.display_table` gives it: texts on the left, numbers on the right, and a model,
+    method or threshold named once where it stays the same."""
+    texts = [not frame[name].map(_numeric).all() for name in frame]
+    cells = [[f'<{tag} class="text" style="text-align:left">' if text else f'<{tag} style="text-align:right">'
+              for text in texts] for tag in ("th", "td")]
+    row = lambda start, values, tag: "<tr>" + "".join(  # noqa: E731
+        f"{begin}{html.escape(str(value))}</{tag}>" for begin, value in zip(start, values)) + "</tr>"
+    head = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    rows, last, named = [], [], [name in ("model", "method", "threshold") for name in frame]
+    for values in frame.itertuples(index=False, name=None):
+        same = 0  # a group is named once
+        while same < len(named) and named[same] and values[:same + 1] == tuple(last[:same + 1]):
+            same += 1
+        rows.append(row(cells[1], ("",) * same + values[same:], "td"))
+        last = values
+    return (f'<table>{head}<thead>{row(cells[0], frame.columns, "th")}</thead>\n<tbody>' + "\n".join(rows)
+            + "</tbody></table>")
+
+
+def _numeric(text) -> bool:
+    return str(text)[:1] in "0123456789–-" and not any(c.isalpha() and c not in "e" for c in str(text))

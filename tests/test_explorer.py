@@ -243,6 +243,7 @@ def test_weights_are_bit_identical_after_every_change_and_after_one_that_fails(v
     monkeypatch.setattr(explorer, "next_token", lambda *_: torch.ones(2) if len(calls) < 4 and not calls.append(1) else 1 / 0)
     with pytest.raises(ZeroDivisionError):  # inside the change, not before it
         change(view, neurons, action, new="Madrid", synapses=2.0)
+    monkeypatch.undo()
     after = view.lm.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not view.lm.__dict__.get("scales") and change(view, set(), "none")["change"].abs().max() == 0
@@ -316,7 +317,7 @@ def test_no_text_from_outside_becomes_markup(lm):
               tokens_html([EVIL], np.ones(1)), frame_html(pd.DataFrame({EVIL: [EVIL]}), EVIL), table_html([EVIL], [], EVIL)]
     for piece in pieces:
         assert "<script" not in piece and "<img" not in piece and "same <b>" not in piece
-    assert all("&lt;script" in piece for piece in (pieces[1], *pieces[3:])) and EVIL.split("<")[0] not in "<"
+    assert all("&lt;script" in piece for piece in (pieces[1], *pieces[3:]))
 
 
 # --- the page --------------------------------------------------------------------------------------------
@@ -386,7 +387,7 @@ def test_problems_are_a_line_in_place_and_the_page_goes_on(page, capsys):
     page.run.click()
     said("demo/none&lt;b&gt;")
     page.model.value = "demo/gpt2"
-    page.source.value, page.prompts.value = "typed", "Word"
+    page.source.value, page.prompts.value = "typed", "the"
     page.run.click()
     said("single token")
     page.prompts.value = ""

@@ -1,8 +1,5 @@
 """From facts to stored knowledge neurons, and from those to Tables 1, 4 and 5."""
 
-import json
-from types import SimpleNamespace
-
 from dataclasses import asdict
 
 import numpy as np
