@@ -92,8 +92,9 @@ class Control:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             self.padding = mask.to(torch.uint8).argmax(-1)  # 0 for padding on the right
         elif mask is not None and self.factors:
+            shape = tuple(getattr(mask, "shape", ())) or type(mask).__name__
             raise ValueError("scaling synapses needs an attention mask of shape (batch, tokens), to tell "
-                             f"columns from padding; got {tuple(getattr(mask, 'shape', ())) or type(mask).__name__}")
+                             f"columns from padding; got {shape}")
 
     def apply(self, layer: int, weights: Tensor, attention_mask: Tensor | None) -> Tensor:
         if layer in self.factors:

@@ -183,7 +183,7 @@ def _baselines(lm, ids: Tensor, prompt_lengths: list[int], spec: Spec) -> Tensor
         variants = ids[:, None].repeat(1, len(places), 1)
         for row, place in enumerate(places):
             variants[:, row, place] = token
-    vectors = neuron_vectors(lm, variants.reshape(-1, length), spec.site)
+    vectors = neuron_vectors(lm, variants.reshape(-1, length), spec.site, chunk=max(1, spec.row_budget // length))
     return vectors.view(queries, -1, lm.num_layers, lm.num_neurons)
 
 

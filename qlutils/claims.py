@@ -1,12 +1,13 @@
 """The paper's claims, each decided by one statistic of a run's saved results and its 95 % interval over facts.
 
-A claim has parts; a part is a difference (or a share) that is claimed to lie above a bound. It *holds* where the interval
-lies above it, *does not hold* where it does not, and is *not testable here* where the statistic or its interval is not
-defined; then `why` says what is missing. Nothing here is written by hand for a model, and nothing needs torch.
+A claim has parts; a part is a difference (or a share) that is claimed to lie above a bound. It *holds* where the
+interval lies above it, *does not hold* where it does not, and is *not testable here* where the statistic or its interval
+is not defined; then `why` says what is missing. Nothing here is written by hand for a model, and nothing needs torch.
 """
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass
 from itertools import product
 
@@ -15,7 +16,9 @@ import pandas as pd
 
 from .analysis import classified_facts
 from .controls import split_half
+from .page import table_html
 from .stats import Estimate, bootstrap_difference, bootstrap_mean
+from .tables import display_table
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not testable here"
 THRESHOLDS = ("static", "otsu")
@@ -141,7 +144,7 @@ def _size(get, model, before, method, *, t, static, seed):
 
 
 def _edited(get, name, t, static):
-    """The edits of a notebook on knowledge neurons (not its controls), with the facts' classes and the paper's names."""
+    """A notebook's edits of knowledge neurons (not its controls), with the facts' classes and the paper's names."""
     frame = get(name)
     frame = frame[(frame["control"] == "none") & frame["note"].isna()]
     classes = classified_facts(get("queries"), t, static)[["fact", "class_static", "class_otsu"]]
@@ -168,8 +171,8 @@ def _global(get, *, t, static, seed):
 # --- section 3: expression --------------------------------------------------------------------------------
 
 def query_gaps(frame, first, second=()) -> pd.DataFrame:
-    """A row a query of `effects.rates` rows, both directions averaged: fact, relation, prompt_index, classes, known, and gap,
-    the rate of set `first` less the mean rate of the sets `second`. Known queries, where there is one."""
+    """A row a query of `effects.rates` rows, both directions averaged: fact, relation, prompt_index, classes, known,
+    and gap, the rate of set `first` less the mean rate of the sets `second`. Known queries, where there is one."""
     frame = frame[(frame["direction"] == "average") & frame["set"].isin([first, *second])]
     wide = frame.pivot(index=["fact", "prompt_index"], columns="set", values="rate").reindex(columns=[first, *second])
     gap = wide[first] - (wide[list(second)].mean(axis=1, skipna=False) if second else 0.0)
@@ -186,13 +189,15 @@ def _own(get, *, t, static, seed):
     gaps = query_gaps(get("query_kn_mapping"), "self", ("self_random",))
     for name, threshold in product(("I", "II"), THRESHOLDS):
         part = gaps[gaps[f"class_{threshold}"] == name]
-        yield Evidence(f"K_{name}", "dProb of own KNs - of random neurons", bootstrap_mean(part, "gap", seed=seed), threshold)
+        yield Evidence(f"K_{name}", "dProb of own KNs - of random neurons", bootstrap_mean(part, "gap", seed=seed),
+                       threshold)
 
 
 def _neighbours(get, *, t, static, seed):
     for (kind, gaps), threshold in product(_neighbour_gaps(get), THRESHOLDS):
         part = gaps[gaps[f"class_{threshold}"] == "II"]
-        yield Evidence(kind, "dProb of own - of neighbours' KNs, K_II", bootstrap_mean(part, "gap", seed=seed), threshold)
+        yield Evidence(kind, "dProb of own - of neighbours' KNs, K_II", bootstrap_mean(part, "gap", seed=seed),
+                       threshold)
 
 
 def _less(get, *, t, static, seed):
@@ -244,8 +249,9 @@ def _cas(get, *, t, static, seed):
     for operation, (measure, first, second), threshold in product(("erasure", "update"), compared, THRESHOLDS):
         part = edits[(edits["operation"] == operation) & (edits[f"class_{threshold}"] == "II")]
         label = {"dppl": "dPPL"}.get(measure, measure.title())
-        yield Evidence(f"{operation}, {label}", f"{label} of {_NAMES[first]} - of {_NAMES[second]}", bootstrap_difference(
-            part, measure, "neurons", (first, second), seed=seed), threshold)
+        estimate = bootstrap_difference(part, measure, "neurons", (first, second), seed=seed)
+        yield Evidence(f"{operation}, {label}", f"{label} of {_NAMES[first]} - of {_NAMES[second]}", estimate,
+                       threshold)
 
 
 def _comparable(get, *, t, static, seed):
@@ -257,11 +263,46 @@ def _comparable(get, *, t, static, seed):
 
 
 _NAMES = {"cas": "CAS", "local": "local", "global": "global"}
-_TESTS = {1: _common, 2: _differ, 4: _local, 5: _global, 6: _own, 7: _neighbours, 8: _less, 9: _predominance, 10: _synapses,
-          11: _synapse_classes, 12: _cas, 13: _comparable}
+_TESTS = {1: _common, 2: _differ, 4: _local, 5: _global, 6: _own, 7: _neighbours, 8: _less, 9: _predominance,
+          10: _synapses, 11: _synapse_classes, 12: _cas, 13: _comparable}
 
 
 def _as_estimate(row, name):
     empty = [np.nan] * 6
-    return Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"], *empty, n=row["n"], n_clusters=row["n_I"] + row["n_II"],
-                    n_missing=0, n_draws=0)
+    return Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"], *empty, n=row["n"],
+                    n_clusters=row["n_I"] + row["n_II"], n_missing=0, n_draws=0)
+
+
+# --- for the page ------------------------------------------------------------------------------------------
+
+def scoreboard_html(total: pd.DataFrame) -> str:
+    """The claims as rows, models (and methods) as columns; verdicts as words on a tint."""
+    columns = list(dict.fromkeys(zip(total["model"], total["method"])))
+    several = len({method for _, method in columns}) > 1
+    head = "".join(f'<th class="text">{html.escape(m)}{" · " + html.escape(k) if several else ""}</th>'
+                   for m, k in columns)
+    rows = []
+    for (number, text), part in total.groupby(["claim", "text"], sort=False):
+        verdicts = {(m, k): v for m, k, v in part[["model", "method", "verdict"]].itertuples(index=False)}
+        cells = "".join(f'<td class="text {_tint(verdicts.get(key, ""))}">{html.escape(verdicts.get(key, "–"))}</td>'
+                        for key in columns)
+        claim = f'<td>{number}</td><td class="text" style="text-align:left">{html.escape(text)}</td>'
+        rows.append(f"<tr>{claim}{cells}</tr>")
+    return (f'<table><thead><tr><th>claim</th><th class="text">what the paper claims</th>{head}</tr></thead><tbody>'
+            + "\n".join(rows) + "</tbody></table>")
+
+
+def _tint(verdict):
+    return "open" if verdict.startswith(OPEN) or not verdict else "not" if verdict.startswith(FAILS) else (
+        "holds" if verdict.startswith(f"{HOLDS} (") else "part")
+
+
+def details_html(board: pd.DataFrame) -> str:
+    """Every part of every claim, folded, one block a claim."""
+    blocks = []
+    for (number, text), part in board.groupby(["claim", "text"], sort=False):
+        frame = part[["model", "method", "part", "threshold", "statistic", "value", "value_low", "value_high", "n",
+                      "n_facts", "verdict", "why"]]
+        title = f"<summary>({number}) {html.escape(text)}</summary>"
+        blocks.append(f"<details>{title}{table_html(display_table(frame))}</details>")
+    return "\n".join(blocks)

@@ -13,6 +13,7 @@ import pandas as pd
 
 from .analysis import classified_facts
 from .neurons import classify, consistency, cs2_subsampled, fact_table, kn_sets, otsu_threshold
+from .stats import _cluster_weights as resampling_weights
 from .stats import bootstrap_difference, bootstrap_mean, permutation_test
 
 GROUP = 3  # queries a group: CS2 grows with their number, so every control has as many
@@ -37,7 +38,7 @@ def null_consistency(queries: pd.DataFrame, num_neurons: int, t: float = 0.2, se
     already in it; where there are fewer than 3, both are NaN. "own" averages over groups of 3 of the fact's queries."""
     queries = queries.reset_index(drop=True)
     queries["pattern"] = [f"{relation} " + re.sub(rf"(?<!\w){re.escape(subject)}(?!\w)", "[X]", prompt) for
-                          relation, subject, prompt in queries[["relation", "subject", "prompt"]].itertuples(index=False)]
+                          relation, subject, prompt in zip(queries["relation"], queries["subject"], queries["prompt"])]
     sets, rows = kn_sets(queries, t), []
     columns = {name: pd.factorize(queries[name])[0] for name in ("fact", "relation", "object", "pattern")}
     for fact, group in queries.groupby("fact", sort=False):
@@ -90,7 +91,7 @@ def _agreement(sets) -> dict:
 
 
 def summarise(frame: pd.DataFrame, by: str = "kind", values=("cs2", "jaccard"), seed: int = 0) -> pd.DataFrame:
-    """Mean of `values` for each level of `by`, with its 95 % interval over facts within relation; n facts, n_missing."""
+    """Mean of `values` for each level of `by` with its 95 % interval over facts within relation; n facts, n_missing."""
     rows = []
     for level, part in frame.groupby(by, sort=False):
         row = {by: level}
@@ -138,7 +139,8 @@ def noise(study, queries: pd.DataFrame, *, t: float = 0.2, n: int = 24, seed: in
     rows, config = sample_queries(queries, n, seed), {"method": study.method, **spec}
     desc = f"{study.model} {study.method} noise"
     byrule = [study.run(localise_unit, _units(rows, [[prompt] for prompt in rows["prompt"]]),
-                        {**config, "rule": rule, "steps": steps}, desc=f"{desc} {rule}") for rule, steps in RULES.items()]
+                        {**config, "rule": rule, "steps": steps}, desc=f"{desc} {rule}")
+              for rule, steps in RULES.items()]
     texts = [[prompt, *variants(prompt, subject)] for prompt, subject in zip(rows["prompt"], rows["subject"])]
     worded = study.run(localise_unit, _units(rows, [one if len(one) == GROUP else [] for one in texts]), config,
                        desc=f"{desc} wording") if any(len(one) == GROUP for one in texts) else byrule[0].head(0)
@@ -156,10 +158,10 @@ def noise(study, queries: pd.DataFrame, *, t: float = 0.2, n: int = 24, seed: in
     return pd.DataFrame(out)
 
 
-def precision(study, queries: pd.DataFrame, *, dtypes=("float32", "bfloat16"), t: float = 0.2, n: int = 24, seed: int = 0,
-              **spec) -> pd.DataFrame:
-    """Jaccard of the KN sets of sampled queries in two precisions of the model, a row a query; and by how much P(answer)
-    differs. The weights are loaded once in each."""
+def precision(study, queries: pd.DataFrame, *, dtypes=("float32", "bfloat16"), t: float = 0.2, n: int = 24,
+              seed: int = 0, **spec) -> pd.DataFrame:
+    """Jaccard of the KN sets of sampled queries in two precisions of the model, a row a query; and by how much
+    P(answer) differs. The weights are loaded once in each."""
     from .localize import localise_unit
 
     rows = sample_queries(queries, n, seed)
@@ -171,7 +173,7 @@ def precision(study, queries: pd.DataFrame, *, dtypes=("float32", "bfloat16"), t
     both = frames[0].merge(frames[1][["fact", "prompt_index", "layer", "neuron", "score", "probability", "left_out"]],
                            on=["fact", "prompt_index"], suffixes=("", "_b"))
     both = both[both["left_out"].isna() & both["left_out_b"].isna()]
-    second = both[["fact", "prompt_index"]].assign(layer=both["layer_b"], neuron=both["neuron_b"], score=both["score_b"])
+    second = both[["fact", "prompt_index"]].assign(**{name: both[f"{name}_b"] for name in ("layer", "neuron", "score")})
     pairs = [len(a & b) / len(a | b) if a | b else np.nan for a, b in zip(kn_sets(both, t), kn_sets(second, t))]
     change = (both["probability_b"] - both["probability"]).abs()
     return both[["fact", "relation", "prompt"]].assign(pair=" and ".join(dtypes), jaccard=pairs, change=change)
@@ -194,8 +196,8 @@ def split_half(queries: pd.DataFrame, outcomes: dict[str, pd.DataFrame] | None =
     """Class I minus class II where the classes come from half A of each fact's queries and the outcome from half B.
 
     outcomes: {name: frame with fact, prompt_index, value} of quantities measured a query, beside CS2. A row an outcome
-    and threshold: value with its 95 % interval (bootstrap over facts within relation), the difference less the relations'
-    means and its permutation p, n_I and n_II facts. Facts with fewer than 4 queries take no part."""
+    and threshold: value with its 95 % interval (bootstrap over facts within relation), the difference less the
+    relations' means and its permutation p, n_I and n_II facts. Facts with fewer than 4 queries take no part."""
     split, rows = halves(queries, seed), []
     first = fact_table(split[split["half"] == "A"], t)
     second = split[split["half"] == "B"]
@@ -220,18 +222,15 @@ def knowledge(queries: pd.DataFrame, *, t: float = 0.2, static: float = 0.1, see
     """CS2 against knowledge, a row a statistic: value with its 95 % interval, n facts.
 
     Spearman's correlation of CS2 with mean P(answer), over all facts and within relations (ranks less their relation's
-    mean), the mean CS2 of facts known in every wording less that of the others, and the share of K_II over all facts and
-    over those known in every wording. The correlations' intervals keep the ranks of the whole sample."""
+    mean), the mean CS2 of facts known in every wording less that of the others, and the share of K_II over all facts
+    and over those known in every wording. The correlations' intervals keep the ranks of the whole sample."""
     facts = classified_facts(queries, t, static).dropna(subset=["cs2"]).copy()
     facts["all_known"] = facts["known"] == 1
     ranks = facts[["cs2", "probability"]].rank()
     inside = ranks - ranks.groupby(facts["relation"]).transform("mean")
     rows = []
     for name, frame in (("correlation of CS2 and P(answer)", ranks), ("the same, within relations", inside)):
-        scale = frame.std(ddof=0)
-        z = (frame - frame.mean()) / scale.where(scale > 0)
-        rows.append(dict(statistic=name, **bootstrap_mean(facts.assign(z=z.prod(axis=1, skipna=False)), "z", seed=seed)
-                         .row("mean", "value")))
+        rows.append(dict(statistic=name, **_correlation(frame.to_numpy(), facts["relation"], seed), n=len(facts)))
     difference = bootstrap_difference(facts, "cs2", "all_known", (True, False), seed=seed)
     rows.append(dict(statistic="CS2 of known facts minus CS2 of others", **difference.row("mean", "value")))
     for threshold, (which, part) in [(a, b) for a in ("static", "otsu") for b in
@@ -241,3 +240,17 @@ def knowledge(queries: pd.DataFrame, *, t: float = 0.2, static: float = 0.1, see
         rows.append(dict(statistic=f"share of K_II, {threshold} threshold, {which}",
                          **bootstrap_mean(share, "second", seed=seed).row("mean", "value")))
     return pd.DataFrame(rows)
+
+
+def _correlation(values, relation, seed) -> dict:
+    """Pearson's correlation of two columns and its interval over facts drawn within relation; NaN where one is constant."""
+    def weighted(w):
+        x, y = (values - (w @ values) / w.sum()).T
+        size = np.sqrt((w @ x**2) * (w @ y**2))
+        return (w @ (x * y)) / size if size > 1e-9 else np.nan
+
+    draws = resampling_weights(pd.factorize(relation, sort=True)[0], 1000, seed).astype(float)
+    sample = [one for one in map(weighted, draws) if not np.isnan(one)]
+    value = weighted(np.ones(len(values))) if len(values) else np.nan
+    low, high = np.percentile(sample, (2.5, 97.5)) if len(sample) and not np.isnan(value) else (np.nan, np.nan)
+    return dict(value=value, value_low=low, value_high=high)

@@ -18,10 +18,11 @@ PAPER_OP = {"erase": "erasure", "update": "update"}
 def edit_table(frame, classes, model, *, table=2, sets=("local", "global"), controls=("random",), seed=0):
     """Table 2 or 3: a row a split of the facts, operation and neuron set; its random control right below it.
 
-    classes: a frame with fact, class_static, class_otsu. Rel, Gen, Loc, Avg and dPPL are means over edits with 95 %
-    intervals (facts resampled within relations); dppl_median beside the mean; n edits, of which n_rel and n_gen have a
-    defined Rel and Gen; n_empty had no neurons to edit. Classes without a fact show n = 0. Columns ending in _paper hold
-    the paper's values, for its models and methods; they are left out for others."""
+    classes: a frame with fact, class_static, class_otsu. Rel, Gen, Loc, Avg and dPPL are means over edits
+    with 95 % intervals (facts resampled within relations); dppl_median beside the mean; n edits, of which
+    n_rel and n_gen have a defined Rel and Gen; n_empty had no neurons to edit. Classes without a fact show n
+    = 0. Columns ending in _paper hold the paper's values, for its models and methods; they are left out for
+    others."""
     frame = frame[frame["note"].isna()].merge(classes[["fact", "class_static", "class_otsu"]], on="fact", how="left")
     rows = []
     for split, name in [("all", "all"), *((s, c) for s in ("static", "otsu") for c in ("I", "II"))]:
@@ -54,7 +55,8 @@ def _table_row(part, keys, seed) -> dict:
 
 
 def long_metrics(table, metrics=METRICS[:4]) -> pd.DataFrame:
-    """The table with one row a metric: metric, mean, mean_low, mean_high, n beside the table's keys; for bar plots."""
+    """The table with one row a metric: metric, mean, mean_low, mean_high, n beside the table's keys; for bar
+    plots."""
     keys = ["threshold", "class", "op", "neurons"]
     parts = []
     for metric in metrics:
@@ -64,9 +66,9 @@ def long_metrics(table, metrics=METRICS[:4]) -> pd.DataFrame:
 
 
 def contrasts(frame, by, levels, metrics=METRICS, within=("op", "neurons"), seed=0) -> pd.DataFrame:
-    """Mean where `by` is levels[0] less the mean where it is levels[1], with its 95 % interval, for every metric within
-    every group: columns of `within`, metric, difference, low, high, n facts, and `verdict` (higher, lower, not told apart,
-    undefined)."""
+    """Mean where `by` is levels[0] less the mean where it is levels[1], with its 95 % interval, for every
+    metric within every group: columns of `within`, metric, difference, low, high, n facts, and `verdict`
+    (higher, lower, not told apart, undefined)."""
     rows = []
     for keys, part in frame[frame["note"].isna()].groupby(list(within), sort=False):
         for metric in metrics:
@@ -86,8 +88,27 @@ def tell(frame, what) -> None:
               f"({row['n']} facts): {row['verdict']}")
 
 
+def sweep_table(frame, sweep, classes, seed=0) -> pd.DataFrame:
+    """Rel, Gen, Loc and Avg over all facts for every CAS setting of a `cas_sweep`, with 95 % intervals."""
+    parts = []
+    for kind, part in sweep.groupby("varied", sort=False):
+        rows = edit_table(frame, classes, "", sets=list(part["name"]), controls=[], seed=seed)
+        parts.append(rows[rows["threshold"] == "all"].assign(varied=kind))
+    columns = [f"{metric}{end}" for metric in METRICS[:4] for end in ("", "_low", "_high")]
+    return pd.concat(parts, ignore_index=True)[["varied", "op", "neurons", "n", "n_empty", "neurons_edited", *columns]]
+
+
+def tell_sweep(table) -> None:
+    """Print the range of Avg over each setting that a `sweep_table` varies."""
+    for (kind, op), part in table.groupby(["varied", "op"], sort=False):
+        part = part.dropna(subset="avg").sort_values("avg", kind="stable")
+        ends = [f"{row.avg:.2f} ({row.neurons}, {row.neurons_edited:.1f} neurons)" for row in part.itertuples()]
+        print(f"{op}, {kind} varied: " + (f"Avg from {ends[0]} to {ends[-1]}" if ends else "Avg is undefined"))
+
+
 def figure_edits(table, threshold, sets):
-    """(figure, plotted numbers) of Table 2 or 3: a row an operation; Rel, Gen, Loc and Avg of each class, then dPPL."""
+    """(figure, plotted numbers) of Table 2 or 3: a row an operation; Rel, Gen, Loc and Avg of each class,
+    then dPPL."""
     import matplotlib.pyplot as plt
 
     from .plots import WIDE, bars_with_intervals
@@ -115,8 +136,8 @@ def figure_edits(table, threshold, sets):
 def worked_example(lm, plan, **options):
     """(answers, side effects) of erasing and updating one planned fact by each of its sets.
 
-    answers: op, neurons, prompt, the probability of the object an operation is about before and after, and the greedy
-    answers. side effects: the locality queries whose greedy answer an edit changes."""
+    answers: op, neurons, prompt, the probability of the object an operation is about before and after, and
+    the greedy answers. side effects: the locality queries whose greedy answer an edit changes."""
     book = Book(lm)
     fact = PlannedFact(book, plan, ("erase", "update"))
     book.add_locality([fact])
@@ -142,7 +163,8 @@ def worked_example(lm, plan, **options):
 
 
 def example_table(answers) -> pd.DataFrame:
-    """The answers of `worked_example` for reading: a row a prompt and operation, "answer (probability of its object)"."""
+    """The answers of `worked_example` for reading: a row a prompt and operation, "answer (probability of its
+    object)"."""
     def shown(when):
         return answers[f"answer_{when}"] + answers[f"p_{when}"].map(" ({:.2f})".format)
 

@@ -1,8 +1,8 @@
 """The editing experiment of Tables 2 and 3: what is drawn and what is measured (the tables: `edit_report`).
 
-An *edit* is one fact, one set of neurons and one operation. Reliability (Rel) is judged on one query q_i of the
-fact, generalization (Gen) on its neighbours, locality (Loc) on queries of other facts. All edits of a unit of facts
-go through the model as virtual edits in shared batches (see `rows.score_rows`).
+An *edit* is one fact, one set of neurons and one operation. Reliability (Rel) is judged on one query q_i of
+the fact, generalization (Gen) on its neighbours, locality (Loc) on queries of other facts. All edits of a
+unit of facts go through the model as virtual edits in shared batches (see `rows.score_rows`).
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ def plan_edits(queries, facts, *, num_neurons, sets=("local", "global"), control
                texts=(), ppl_entries=5, seed=0) -> tuple[list[dict], pd.DataFrame]:
     """One JSON-able dict a fact for `edit_facts`, and the named omissions (fact, what, reason).
 
-    queries: a `queries` frame. facts: those whose objects an update may choose from. sets: names, or {name: spec}
-    with a spec of None for "local" (N_i) and "global" (union of the N_j), or `cas_neurons` keywords. controls: for
-    every set as many neurons in each layer, drawn at random ("random"), as active at q_i ("matched"), or knowledge
-    neurons of other facts ("other"). texts: entries that perplexity is measured on.
+    queries: a `queries` frame. facts: those whose objects an update may choose from. sets: names, or {name:
+    spec} with a spec of None for "local" (N_i) and "global" (union of the N_j), or `cas_neurons` keywords.
+    controls: for every set as many neurons in each layer, drawn at random ("random"), as active at q_i
+    ("matched"), or knowledge neurons of other facts ("other"). texts: entries that perplexity is measured on.
 
-    Each fact draws, with its own seed: q_i among its known queries (among all where none is known), o' among the
-    relation's other objects, `n_locality` queries of facts that share neither subject nor object, half from the same
-    relation and known ones first, and `ppl_entries` texts, the same for all of the fact's edits. ValueError: fewer
-    texts than entries."""
+    Each fact draws, with its own seed: q_i among its known queries (among all where none is known), o' among
+    the relation's other objects, `n_locality` queries of facts that share neither subject nor object, half
+    from the same relation and known ones first, and `ppl_entries` texts, the same for all of the fact's
+    edits. ValueError: fewer texts than entries."""
     if ppl_entries and len(texts) < ppl_entries:
         raise ValueError(f"perplexity needs {ppl_entries} entries an edit and the corpus has {len(texts)} that are long "
                          "enough; lower ppl_entries or give another corpus")
@@ -111,7 +111,8 @@ def _control(control, one, num_neurons, pool, fact, rng) -> set:
 
 
 def _locality(candidates, relation, count, rng) -> list[dict]:
-    """Half from `relation`, half from others (more from one side where the other has too few), known ones first."""
+    """Half from `relation`, half from others (more from one side where the other has too few), known ones
+    first."""
     sides = []
     for part in (candidates[candidates["relation"] == relation], candidates[candidates["relation"] != relation]):
         part = part.iloc[rng.permutation(len(part))]
@@ -127,11 +128,12 @@ def _locality(candidates, relation, count, rng) -> list[dict]:
 def edit_facts(lm, unit, *, ops=("erase", "update"), lambda1=2.0, lambda2=2.0, embedding="input", ppl_max_tokens=256):
     """One row an edit of the facts in `unit` (dicts of `plan_edits`); a task for `store.run_units`.
 
-    Columns: fact, relation, subject, object, new_object, op, neurons, control, n_neurons; rel, gen, loc, avg over known
-    queries and rel_all, ... over all; loc_same, loc_other, the halves of Loc; rel_match, gen_match, from token-level
-    matches; p_before, p_after of the answer an operation is about (erasure: o, update: o') at q_i and gen_p_before,
-    gen_p_after at its neighbours; ppl_before, ppl_after and their relative change dppl; n_gen, n_loc, queries behind
-    Gen and Loc. NaN where undefined. An update whose object cannot follow every prompt is left out, with a `note`.
+    Columns: fact, relation, subject, object, new_object, op, neurons, control, n_neurons; rel, gen, loc, avg
+    over known queries and rel_all, ... over all; loc_same, loc_other, the halves of Loc; rel_match,
+    gen_match, from token-level matches; p_before, p_after of the answer an operation is about (erasure: o,
+    update: o') at q_i and gen_p_before, gen_p_after at its neighbours; ppl_before, ppl_after and their
+    relative change dppl; n_gen, n_loc, queries behind Gen and Loc. NaN where undefined. An update whose
+    object cannot follow every prompt is left out, with a `note`.
     """
     book = Book(lm)
     facts = [PlannedFact(book, plan, ops) for plan in unit]
@@ -220,7 +222,8 @@ class Book:
 
 
 class PlannedFact:
-    """A planned fact with its queries in the book: `targets[op]`, one a prompt, of the object that `op` is about."""
+    """A planned fact with its queries in the book: `targets[op]`, one a prompt, of the object that `op` is
+    about."""
 
     def __init__(self, book, plan, ops):
         self.plan, self.note, self.targets, self.locality, self.new = plan, None, {}, [], None
@@ -241,8 +244,8 @@ class PlannedFact:
 
 
 def _match_activations(lm, facts) -> None:
-    """Fill in the "matched" controls: in each layer, the neurons outside the set whose |activation| at q_i is nearest to
-    its members', each used once."""
+    """Fill in the "matched" controls: in each layer, the neurons outside the set whose |activation| at q_i is
+    nearest to its members', each used once."""
     import torch
 
     from .replay import neuron_vectors
@@ -298,7 +301,8 @@ def _mean(values) -> float:
 # --- in a notebook ---------------------------------------------------------------------------------------
 
 def run_edits(study, queries, sets, *, controls=None, facts=None, ops=("erase", "update"), ppl_entries=None):
-    """(frame of `edit_facts`, omissions) of a study's facts, with the notebook's parameters. `facts`: ids to keep."""
+    """(frame of `edit_facts`, omissions) of a study's facts, with the notebook's parameters. `facts`: ids to
+    keep."""
     from .data import load_facts, perplexity_texts
     from .editing import usable_texts
 

@@ -1,9 +1,9 @@
 """Editing knowledge neurons: erasing or rewriting their value vectors (Eq. 2, 20-25), and perplexity.
 
-The value vector of neuron (l, p) is what layer l's down-projection multiplies its activation with. There are two
-ways to edit, which give the same logits: `edit_weights` changes the weights inside a context and restores them bit
-for bit; `virtual_edit` is a `Change` for `rows.score_rows`, which evaluates many edits in one batch and
-never touches a weight.
+The value vector of neuron (l, p) is what layer l's down-projection multiplies its activation with. There are
+two ways to edit, which give the same logits: `edit_weights` changes the weights inside a context and restores
+them bit for bit; `virtual_edit` is a `Change` for `rows.score_rows`, which evaluates many edits in one batch
+and never touches a weight.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ CARRIER = "is"  # a word for an object to continue, so that its first token is t
 
 @dataclass(frozen=True)
 class Edit:
-    """What `edit_weights` did: the operation, the neurons edited (sorted, possibly none) and the layers they sit in."""
+    """What `edit_weights` did: the operation, the neurons edited (sorted, possibly none) and the layers they
+    sit in."""
 
     op: str
     neurons: tuple[tuple[int, int], ...]
@@ -48,11 +49,11 @@ def edit_weights(lm, neurons, op, *, old=None, new=None, lambda1=2.0, lambda2=2.
         with edit_weights(lm, {(3, 17)}, "update", old="Paris", new="Rome") as edit:
             text = lm.model.generate(**tokens)
 
-    `op="erase"` sets them to zero (Eq. 2); `op="update"` adds -lambda1 E(old) + lambda2 E(new) to each (Eq. 20), E
-    the mean embedding of the object's tokens, which may be ids or text. `embedding`: "input" word embedding or
-    "output" (unembedding). Yields an `Edit`. The weights are bit-identical afterwards, whatever happens inside; nested
-    edits undo themselves in reverse order. ValueError: a neuron outside the model, an unknown operation or embedding,
-    an object without an embedding, quantised weights.
+    `op="erase"` sets them to zero (Eq. 2); `op="update"` adds -lambda1 E(old) + lambda2 E(new) to each (Eq.
+    20), E the mean embedding of the object's tokens, which may be ids or text. `embedding`: "input" word
+    embedding or "output" (unembedding). Yields an `Edit`. The weights are bit-identical afterwards, whatever
+    happens inside; nested edits undo themselves in reverse order. ValueError: a neuron outside the model, an
+    unknown operation or embedding, an object without an embedding, quantised weights.
     """
     neurons = lm.check_neurons(neurons)
     delta = edit_vector(lm, op, old=old, new=new, lambda1=lambda1, lambda2=lambda2, embedding=embedding)
@@ -75,8 +76,9 @@ def edit_weights(lm, neurons, op, *, old=None, new=None, lambda1=2.0, lambda2=2.
 
 
 def save_edited(lm, folder, neurons, op, **options) -> Path:
-    """Write the model as `edit_weights(lm, neurons, op, **options)` makes it, with its tokenizer, as a checkpoint that
-    `from_pretrained` loads anywhere. `lm` itself is unchanged. ValueError when `folder` already holds a checkpoint."""
+    """Write the model as `edit_weights(lm, neurons, op, **options)` makes it, with its tokenizer, as a
+    checkpoint that `from_pretrained` loads anywhere. `lm` itself is unchanged. ValueError when `folder`
+    already holds a checkpoint."""
     folder = Path(folder).expanduser()
     if (folder / "config.json").exists() or folder.is_file():
         raise ValueError(f"{folder} already holds a checkpoint or is a file; name a new folder")
@@ -87,7 +89,8 @@ def save_edited(lm, folder, neurons, op, **options) -> Path:
 
 
 def virtual_edit(lm, neurons, op, **options) -> Change:
-    """The `Change` that scores rows as `edit_weights(lm, neurons, op, **options)` would, with `everywhere=True`."""
+    """The `Change` that scores rows as `edit_weights(lm, neurons, op, **options)` would, with
+    `everywhere=True`."""
     delta = edit_vector(lm, op, **options)
     return Change(lm, neurons, 0.0) if delta is None else Change(lm, neurons, vector=delta)
 
@@ -142,10 +145,11 @@ def _editable(lm, layer) -> Tensor:
 # --- perplexity ------------------------------------------------------------------------------------------
 
 def perplexity(lm, texts, max_tokens=256) -> float:
-    """exp(sum of NLL / number of scored tokens) over all `texts` together, each cut to its first `max_tokens` tokens.
+    """exp(sum of NLL / number of scored tokens) over all `texts` together, each cut to its first `max_tokens`
+    tokens.
 
-    A text's first token (BOS, where the tokenizer adds one) is context and not scored. ValueError: no text, an empty
-    one or one of a single token, max_tokens below 2."""
+    A text's first token (BOS, where the tokenizer adds one) is context and not scored. ValueError: no text,
+    an empty one or one of a single token, max_tokens below 2."""
     if isinstance(texts, str):
         raise ValueError("texts is a list of texts; got a single text")
     entries = encode_entries(lm, list(texts), max_tokens)

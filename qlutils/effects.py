@@ -207,6 +207,7 @@ def figure_bars(tables: dict[str, pd.DataFrame], statistic: str = "mean"):
             bars_with_intervals(table[table["direction"] == direction], ax, x="set", hue="class", y=statistic)
             ax.set_title(LABELS[direction] if row == 0 else "", pad=8)
             ax.set_ylabel(name if column == 0 else "")
+        axes[row, 0].set_ylim(top=1.15 * axes[row, 0].get_ylim()[1])  # room for the numbers on the bars
     _one_legend(fig, axes)
     return fig, pd.concat([table.assign(panel=name) for name, table in tables.items()], ignore_index=True)
 
@@ -260,7 +261,7 @@ def figure_conditions(maps: list[dict], conditions, kind: str):
     for (row, place), frame in pooled.items():
         one, ax = maps[place], heatmap_neurons(frame, axes[row, place], norm=norm, colorbar=False)
         subject = " | ".join(one["fact"].split("|")[1:])
-        title = "\n".join([subject, *textwrap.wrap(f"{one['prompt']} …", 34)[:3]])
+        title = "\n".join([subject, *textwrap.wrap(f"{one['prompt']}\xa0…", 34)[:3]])
         ax.set_title(title if row == 0 else "", fontsize=5)
         ax.set_xlabel("neuron" if row == len(conditions) - 1 else "")
         ax.set_ylabel(f"{conditions[row]}\nlayer" if place == 0 else "", fontsize=6)

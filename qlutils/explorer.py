@@ -1,7 +1,7 @@
 """One fact under the microscope: what the model answers, which neurons it uses, and what happens when they change.
 
-Everything is a plain function that returns a table, a figure or a piece of HTML; `explore` puts stock widgets around
-them and does nothing else. Prompts are q0, q1, ...; all text that comes from outside is escaped before it becomes HTML.
+Plain functions that return tables and figures, and a script that repeats what they show; `explorer_page` makes HTML
+and widgets of them and computes nothing itself. Prompts are called q0, q1, ...
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from html import escape
 
 import numpy as np
 import pandas as pd
@@ -22,12 +21,11 @@ from .attribution import Spec
 from .data import Fact
 from .files import as_frame, read_table
 from .interventions import answer_probability, scale_neurons
-from .rows import score_queries
 from .localize import localise_unit
-from .neurons import STORE_THRESHOLD, cas_neurons, consistency, kn_sets, neighbour_sets
+from .neurons import cas_neurons, consistency, kn_sets, neighbour_sets
 from .replay import neuron_vectors
 from .rows import score_queries
-from .study import METHODS, Study, model_content
+from .study import Study, model_content
 
 FACTORS = {"suppress": 0.0, "enhance": 2.0}  # section 3.1
 ACTIONS = (*FACTORS, "erase", "update", "none")  # "none" leaves the neurons alone, to see the synapses' effect
@@ -69,7 +67,7 @@ def typed_fact(prompts: str, answer: str) -> Fact:
 
 
 def saved_queries(model: str, method: str, data="demo", output="default", **spec) -> pd.DataFrame | None:
-    """What notebook 01 saved in run `output` for this very model, method and `attribution.Spec`; None if nothing fits."""
+    """What notebook 01 saved in run `output` for this very model, method and `attribution.Spec`, or None."""
     study = Study("explore_fact", model=model, method=method, data=data, output=output)
     path = study.results / "queries.parquet"
     if not path.exists():
@@ -95,8 +93,9 @@ def look(lm, fact: Fact, method="ig", saved: pd.DataFrame | None = None, **spec)
             raise ValueError(frame["left_out"].dropna().iloc[0])
     ids = [lm.encode_prompt(prompt) for prompt in fact.prompts]
     activations = torch.cat([neuron_vectors(lm, torch.tensor([one], device=lm.device)) for one in ids])
-    return View(lm, fact, method, frame, predictions(lm, fact.prompts, fact.object),
-                [attention_received(lm, prompt) for prompt in fact.prompts], activations.float().cpu().numpy(), source, spec)
+    attention = [attention_received(lm, prompt) for prompt in fact.prompts]
+    return View(lm, fact, method, frame, predictions(lm, fact.prompts, fact.object), attention,
+                activations.float().cpu().numpy(), source, spec)
 
 
 @torch.no_grad()
@@ -107,14 +106,16 @@ def next_token(lm, prompt: str) -> torch.Tensor:
 
 
 def predictions(lm, prompts, answer: str, top: int = 4) -> pd.DataFrame:
-    """A row a prompt: `probability` of the whole answer; `known`, whether greedy decoding gives it; `first_token` of the
-    answer and its `rank` (1 = the likeliest next token); `runners_up`, the `top` likeliest others as (token, probability)."""
+    """A row a prompt: `probability` of the whole answer; `known`, whether greedy decoding gives it; the answer's
+    `first_token` and its `rank` (1: the likeliest next token); `runners_up`, the `top` likeliest others as (token,
+    probability)."""
     encoded = [lm.encode(prompt, answer) for prompt in prompts]
     scores, rows = score_queries(lm, encoded), []
     for row, (prompt, (_, target)) in enumerate(zip(prompts, encoded)):
         p = next_token(lm, prompt)
         best = [i for i in p.topk(min(top + 1, len(p))).indices.tolist() if i != target[0]][:top]
-        rows.append(dict(prompt=prompt, known=bool(scores.exact[row]), probability=float(np.exp(scores.log_probability[row])),
+        rows.append(dict(prompt=prompt, known=bool(scores.exact[row]),
+                         probability=float(np.exp(scores.log_probability[row])),
                          first_token=lm.tokenizer.decode([target[0]]), rank=int((p > p[target[0]]).sum()) + 1,
                          runners_up=[(lm.tokenizer.decode([i]), float(p[i])) for i in best]))
     return pd.DataFrame(rows)
@@ -148,8 +149,10 @@ def kn_table(view: View, t: float) -> pd.DataFrame:
             best[neuron] = max(best.get(neuron, 0.0), float(scores[neuron] / max(row.score)))
     rows = [dict(layer=layer, neuron=index, n=len(where), prompts=" ".join(f"q{i}" for i in where),
                  score=best[layer, index]) for (layer, index), where in members.items()]
-    frame = pd.DataFrame(rows, columns=["layer", "neuron", "n", "prompts", "score"])
-    return frame.sort_values(["n", "score", "layer", "neuron"], ascending=[False, False, True, True], ignore_index=True)
+    kinds = dict(layer=int, neuron=int, n=int, prompts=str, score=float)
+    frame = pd.DataFrame(rows, columns=list(kinds)).astype(kinds)
+    order = {"n": False, "score": False, "layer": True, "neuron": True}
+    return frame.sort_values(list(order), ascending=list(order.values()), ignore_index=True)
 
 
 def agreement(view: View, t: float) -> dict:
@@ -157,7 +160,8 @@ def agreement(view: View, t: float) -> dict:
     sets = view.sets(t)
     result = consistency(sets) if len(sets) > 1 else None
     return dict(cs1=result.cs1 if result else np.nan, cs2=result.cs2 if result else np.nan,
-                jaccard=result.jaccard if result else np.nan, union=len(set().union(*sets)), sizes=[len(s) for s in sets])
+                jaccard=result.jaccard if result else np.nan, union=len(set().union(*sets)),
+                sizes=[len(one) for one in sets])
 
 
 def choose_neurons(view: View, t: float, which: str, prompt: int = 0, picked: str = "") -> set:
@@ -194,7 +198,7 @@ def neuron_tokens(lm, neuron, top: int = 8) -> pd.DataFrame:
     [(layer, index)] = lm.check_neurons([neuron])
     value, weight = lm.value_vectors(layer)[index], lm.arch.head.weight
     if weight.shape[1] != value.shape[0]:  # a projection stands between the last layer and the unembedding
-        raise ValueError(f"{lm.name} projects its residual stream before the unembedding; value vectors have no tokens")
+        raise ValueError(f"{lm.name} projects its residual stream before the unembedding: value vectors have no tokens")
     score = (weight.to(lm.score_dtype) @ value.to(lm.score_dtype)).cpu()
     high, low = score.topk(top), (-score).topk(top)
     name = lambda ids: [lm.tokenizer.decode([i]) for i in ids.tolist()]  # noqa: E731
@@ -216,7 +220,7 @@ def neuron_activations(view: View, neuron, t: float) -> pd.DataFrame:
 
 
 def facts_using(saved: pd.DataFrame | None, neuron, t: float, but: str = "") -> pd.DataFrame:
-    """Facts of a saved run that have the neuron among their KNs, by the number of prompts that do; `but` is left out."""
+    """Facts of a saved run with the neuron among their KNs, by the number of prompts that have it; not fact `but`."""
     if saved is None:
         return pd.DataFrame(columns=["fact", "n", "of"])
     uses = saved[["fact"]].assign(n=[tuple(neuron) in one for one in kn_sets(saved, t)])
@@ -248,7 +252,7 @@ def kn_map(view: View, t: float, neuron=None) -> Figure:
 
 
 def overlap_figure(view: View, t: float, most: int = 14) -> Figure:
-    """Which prompts share how many neurons, exactly: one bar a combination of prompts, largest first (an UpSet plot)."""
+    """How many neurons exactly these prompts share: a bar for each combination, largest first (an UpSet plot)."""
     sets = view.sets(t)
     counts = Counter(frozenset(i for i, one in enumerate(sets) if neuron in one) for neuron in set().union(*sets))
     shown = sorted(counts.items(), key=lambda item: (-item[1], -len(item[0]), sorted(item[0])))[:most]
@@ -258,6 +262,7 @@ def overlap_figure(view: View, t: float, most: int = 14) -> Figure:
     drawn = bars.bar(range(len(shown)), [n for _, n in shown], color=colors, width=0.7)
     bars.bar_label(drawn, fontsize=6, padding=1)
     bars.margins(y=0.2)
+    bars.yaxis.get_major_locator().set_params(integer=True)
     bars.set(ylabel="neurons", xlim=(-0.6, max(len(shown), 1) - 0.4))
     hidden = len(counts) - len(shown)
     bars.set_title("grey: in one prompt only; blue: shared; orange: in every prompt"
@@ -277,8 +282,8 @@ def overlap_figure(view: View, t: float, most: int = 14) -> Figure:
 # --- changes ---------------------------------------------------------------------------------------------
 
 def control_facts(lm, facts, fact: Fact, seed: int = 0, tries: int = 12) -> list[tuple[str, Fact]]:
-    """Facts to watch beside `fact`: one of the same relation, where there is one, and one of another; neither shares its
-    subject or object. Of a seeded sample, the first whose first prompt the model answers, else the first readable."""
+    """Facts to watch beside `fact`: one of the same relation, where there is one, and one of another, of other subject
+    and object. Of a seeded sample, the first whose first prompt the model answers, else the first readable."""
     found, rng = [], np.random.default_rng(seed)
     for name, same in (("same relation", True), ("other relation", False)):
         pool = [f for f in facts if (f.relation == fact.relation) == same
@@ -304,8 +309,8 @@ def change(view: View, neurons, action: str, controls=(), *, new: str = "", syna
 
     action: one of ACTIONS; "update" writes `new` in place of the answer. synapses: the attention columns that are
     knowledge synapses of prompt `prompt` are multiplied by it (1: left alone). The model is as before afterwards.
-    Columns: role, prompt, answer, `before`, `after` (probability of the answer), `change` (relative; NaN where before is
-    0), `top_before`, `top_after` (likeliest next token) and, for an update, `new_before`, `new_after`."""
+    Columns: role, prompt, answer, `before`, `after` (probability of the answer), `change` (relative; NaN where before
+    is 0), `top_before`, `top_after` (likeliest next token) and, for an update, `new_before`, `new_after`."""
     lm, fact = view.lm, view.fact
     if action not in ACTIONS:
         raise ValueError(f"action {action!r} is unknown; use one of {', '.join(ACTIONS)}")
@@ -368,7 +373,7 @@ def as_code(view: View, t: float, which="self", action="suppress", controls=(), 
         contexts.append(f"edit_weights(lm, neurons, {action!r}{words})")
     measured = {"": "answer_probability(lm, *zip(*queries))"}
     if action == "update":
-        measured["_new"] = f"answer_probability(lm, [prompt for prompt, _ in queries], [{new.strip()!r}] * len(queries))"
+        measured["_new"] = f"answer_probability(lm, list(zip(*queries))[0], [{new.strip()!r}] * len(queries))"
     before = "".join(f"before{name} = {call}\n" for name, call in measured.items())
     inside, margin = (f"with {', '.join(contexts)}:\n", "    ") if contexts else ("", "")
     after = inside + "".join(f"{margin}after{name} = {call}\n" for name, call in measured.items())
@@ -400,7 +405,7 @@ def explore(model="demo/gpt2", method="ig", data="demo", fact=None, output="defa
     whose saved scores are used before any are computed. show: whether there is a front end; told from the environment
     by default. Without one, as under papermill, nothing is built and a line says so."""
     if not (has_front_end() if show is None else show):
-        print("The explorer is a widget: open this notebook in JupyterLab or VS Code and run it. A fixed example is below.")
+        print("The explorer is a widget: run this notebook in JupyterLab or VS Code. A fixed example is below.")
         return None
     from .explorer_page import Page
 

@@ -14,6 +14,8 @@ from . import explorer as ex
 from . import store
 from .data import load_facts
 from .models import BUNDLED
+from .neurons import STORE_THRESHOLD
+from .study import METHODS
 
 # Black on white in every theme, because the figures are.
 _STYLE = "background:#fff;color:#1a1a1a;padding:6px 10px;border-radius:4px;font-size:13px;line-height:1.45;"
@@ -24,12 +26,12 @@ _MUTED = "color:#666;"
 
 # --- HTML ------------------------------------------------------------------------------------------------
 
-def table_html(head, rows, note: str = "") -> str:
-    """A table of cells that are HTML already; `head` and `note` are plain text."""
+def table_html(head, rows, note: str = "", width="none") -> str:
+    """A table of cells that are HTML already; `head` and `note`, at most `width` wide, are plain text."""
     top = "".join(f'<th style="{_CELL}{_MUTED}font-weight:600">{escape(name)}</th>' for name in head)
     body = "".join("<tr>" + "".join(f'<td style="{_NUMBER if _is_number(cell) else _CELL}">{cell}</td>' for cell in row)
                    + "</tr>" for row in rows)
-    below = f'<div style="{_MUTED}margin-top:4px">{escape(note)}</div>' if note else ""
+    below = f'<div style="{_MUTED}margin-top:4px;max-width:{width}">{escape(note)}</div>' if note else ""
     return f'<div style="{_STYLE}"><table style="border-collapse:collapse"><tr>{top}</tr>{body}</table>{below}</div>'
 
 
@@ -69,7 +71,8 @@ def prompts_html(view: ex.View) -> str:
     """Every prompt: known or not, probability and rank of the answer, runners-up, attention."""
     rows = []
     for place, (row, (tokens, shares)) in enumerate(zip(view.predictions.itertuples(), view.attention)):
-        known = ('<b style="color:#00795a">✓ known</b>' if row.known else '<b style="color:#b34700">✗ not known</b>')
+        known, color = ("✓ known", "#00795a") if row.known else ("✗ not known", "#b34700")
+        known = f'<b style="color:{color};white-space:nowrap">{known}</b>'
         others = " · ".join(f'<span style="white-space:nowrap;font-size:12px">{_token(token)} '
                            f'<span style="{_MUTED}">{p:.3f}</span></span>' for token, p in row.runners_up[:3])
         rows.append([f"q{place}", tokens_html(tokens, shares), known,
@@ -91,8 +94,10 @@ def agreement_html(view: ex.View, t: float) -> str:
     """CS1, CS2 and sizes at threshold t."""
     result = ex.agreement(view, t)
     number = lambda x: "–" if np.isnan(x) else f"{x:.2f}"  # noqa: E731
-    parts = [("CS₁", number(result["cs1"]), "in every prompt's set"), ("CS₂", number(result["cs2"]), "in more than one"),
-             ("Jaccard", number(result["jaccard"]), "mean over pairs"), ("neurons", str(result["union"]), "in all sets together")]
+    parts = [("CS₁", number(result["cs1"]), "in every prompt's set"),
+             ("CS₂", number(result["cs2"]), "in more than one"),
+             ("Jaccard", number(result["jaccard"]), "mean over pairs"),
+             ("neurons", str(result["union"]), "in all sets together")]
     tiles = "".join(f'<div style="margin-right:28px"><div style="{_MUTED}">{name}</div><div style="font-size:22px;'
                     f'font-weight:600">{value}</div><div style="{_MUTED}font-size:11px">{what}</div></div>'
                     for name, value, what in parts)
@@ -107,17 +112,19 @@ def neuron_html(view: ex.View, neuron, t: float, saved=None) -> str:
     rows = [[escape(r.prompt), f"{r.activation:.3f}".replace("-", "−")
              + " " + bar_html(abs(r.activation) / top, "#0072B2" if r.activation >= 0 else "#D55E00", 60),
              f"{r.share:.2f}" if r.share else "below 0.05", "✓" if r.kn else ""] for r in active.itertuples()]
-    out.append(table_html(["prompt", "activation", "attribution / largest", "KN"], rows, "Orange bars: negative activations."))
+    out.append(table_html(["prompt", "activation", "attribution / largest", "KN"], rows,
+                          "Orange bars: negative activations."))
     words = ex.neuron_tokens(view.lm, neuron)
     out.append(table_html(["promotes", "", "suppresses", ""], [
-        [_token(r.promotes), f"{r.promotes_score:.3f}", _token(r.suppresses), f"{r.suppresses_score:.3f}".replace("-", "−")]
-        for r in words.itertuples()], "Dot product of the value vector with each token's unembedding, without the final "
-        "normalisation. Where the activation is negative, the roles are exchanged."))
+        [_token(r.promotes), f"{r.promotes_score:.3f}", _token(r.suppresses),
+         f"{r.suppresses_score:.3f}".replace("-", "−")] for r in words.itertuples()],
+        "Dot product of the value vector with each token's unembedding, without the final normalisation. Where the "
+        "activation is negative, the roles are exchanged.", "300px"))
     used = ex.facts_using(saved, neuron, t, but=view.fact.id)
     rows = [[escape(r.fact), f"{r.n} of {r.of}"] for r in used.head(8).itertuples()]
-    note = ("No saved run of this model and method: run notebook 01 to see them." if saved is None else
+    note = ("Other facts that use it are known once notebook 01 has run for this model and method." if saved is None else
             f"{len(used)} of the saved run's other facts have it among their KNs at t = {t:.2f}.")
-    out.append(table_html(["other facts that use it", "prompts"] if rows else [], rows, note))
+    out.append(table_html(["other facts that use it", "prompts"] if rows else [], rows, note, "300px"))
     body = "".join(f"<div>{part}</div>" for part in out)
     return (f'<div style="{_STYLE}"><b>Layer {neuron[0]}, neuron {neuron[1]}</b>'
             f'<div style="display:flex;flex-wrap:wrap;gap:14px">{body}</div></div>')
@@ -131,16 +138,17 @@ def effects_html(frame: pd.DataFrame, title: str = "") -> str:
         name = f'<b style="color:#7a4b00;white-space:nowrap">{escape(r["role"])}</b>' if control else escape(r["role"])
         color = "#E69F00" if control else "#0072B2"
         bars = f'{bar_html(r["before"], "#aaa")}<br>{bar_html(r["after"], color)}'
-        relative = "–" if pd.isna(r["change"]) else f'{r["change"]:+.0%}'.replace("-", "−")
+        relative = "–" if pd.isna(r["change"]) else f'{r["change"]:+.1%}'.replace("-", "−")
         row = [name, f'{escape(r["prompt"])} <b>{escape(r["answer"])}</b>', bars,
                f'<span style="white-space:nowrap">{r["before"]:.3f} → <b>{r["after"]:.3f}</b></span>', relative,
                f'<span style="white-space:nowrap">{_token(r["top_before"])} → {_token(r["top_after"])}</span>']
         if updated:
             row.append(f'<span style="white-space:nowrap">{r["new_before"]:.3f} → <b>{r["new_after"]:.3f}</b></span>')
         rows.append(row)
-    head = ["", "prompt and answer", "", "P before → after", "change", "likeliest next token"] + ["P(new answer)"] * updated
+    head = ["", "prompt and answer", "", "P(answer)", "change", "likeliest next token"] + ["P(new answer)"] * updated
     caption = f'<div style="{_STYLE}font-weight:600;padding-bottom:0">{escape(title)}</div>' if title else ""
-    return caption + table_html(head, rows, "Controls are prompts of other facts, under the same change.")
+    return caption + table_html(head, rows, "Before → after; grey bars: before. Controls are prompts of other facts, "
+                                                                    "under the same change.")
 
 
 def png(figure, dpi: int = 130) -> bytes:
@@ -151,10 +159,13 @@ def png(figure, dpi: int = 130) -> bytes:
 
 # --- the page --------------------------------------------------------------------------------------------
 
-_SET_NAMES = {"self": "Self: this prompt's KNs", "union": "Union: of the other prompts", "refine": "Refine: in several others",
-              "intersection": "Intersection: in all others", "cas": "CAS: consistency-aware", "picked": "hand-picked"}
+_SET_NAMES = {"self": "Self: this prompt's KNs", "union": "Union: of the other prompts",
+              "intersection": "Intersection: in all others", "refine": "Refine: in several others",
+              "cas": "CAS: consistency-aware", "picked": "hand-picked"}
 _SYNAPSES = {"left alone": 1.0, "off (× 0)": 0.0, "doubled (× 2)": 2.0}
-_DONE = {"suppress": "Suppressed (× 0)", "enhance": "Enhanced (× 2)", "erase": "Erased", "update": "Updated", "none": "Left alone"}
+_BUTTONS = {"suppress": "Suppress", "enhance": "Enhance", "erase": "Erase", "update": "Update",
+            "none": "Synapses alone"}
+_DONE = {"suppress": "Suppressed (× 0)", "enhance": "Enhanced (× 2)", "erase": "Erased", "update": "Updated"}
 
 
 class Page:
@@ -189,7 +200,7 @@ class Page:
         wide, style = w.Layout(width="auto", flex="1 1 260px"), {"description_width": "60px"}
         self.model = w.Combobox(value=model, options=list(BUNDLED), description="Model", layout=wide, style=style,
                                 placeholder="bundled name, Hugging Face id, or folder")
-        self.method = w.Dropdown(options=list(ex.METHODS), value=method, description="Method", style=style,
+        self.method = w.Dropdown(options=list(METHODS), value=method, description="Method", style=style,
                                  layout=w.Layout(width="150px"))
         self.source = w.ToggleButtons(options=[("a fact of the data", "data"), ("my own prompts", ex.TYPED)],
                                       style={"button_width": "140px"})
@@ -200,8 +211,9 @@ class Page:
         self.answer = w.Text(description="Answer", layout=wide, style=style)
         self.run = w.Button(description="Run", button_style="primary", icon="play", layout=w.Layout(width="110px"))
         self.status = w.HTML()
-        self.t = w.FloatSlider(value=t, min=ex.STORE_THRESHOLD, max=0.95, step=0.05, description="threshold t", readout_format=".2f",
-                               layout=w.Layout(width="420px"), style={"description_width": "80px"})
+        self.t = w.FloatSlider(value=t, min=STORE_THRESHOLD, max=0.95, step=0.05, description="threshold t",
+                               readout_format=".2f", style={"description_width": "80px"},
+                               layout=w.Layout(width="420px"))
         self.page_prompts, self.page_numbers, self.page_table, self.page_neuron = (w.HTML() for _ in range(4))
         self.page_effects, self.set_size = w.HTML(), w.HTML()
         picture = w.Layout(max_width="100%", width="900px", height="auto", object_fit="contain")
@@ -216,11 +228,11 @@ class Page:
         self.picked = w.Text(description="hand-picked", placeholder="3:17, 4:2", continuous_update=False,
                              layout=w.Layout(width="300px"))
         self.new = w.Text(description="new answer", placeholder="for update", layout=w.Layout(width="240px"))
-        self.synapses = w.Dropdown(options=list(_SYNAPSES.items()), description="synapses", layout=w.Layout(width="240px"))
-        names = {"suppress": "Suppress", "enhance": "Enhance", "erase": "Erase", "update": "Update", "none": "Synapses alone"}
+        self.synapses = w.Dropdown(options=list(_SYNAPSES.items()), description="synapses",
+                                   layout=w.Layout(width="240px"))
         self.buttons = {action: w.Button(description=name, layout=w.Layout(width="130px"),
                                          button_style="warning" if action in ("suppress", "enhance") else "")
-                        for action, name in names.items()}
+                        for action, name in _BUTTONS.items()}
         self.code = w.Textarea(rows=24, layout=w.Layout(width="100%"))
         self._arrange()
         self._wire()
@@ -283,7 +295,8 @@ class Page:
         self.status.value = f'<span style="color:{color};font-weight:600">{escape(text)}</span>'
 
     def _list_facts(self):
-        self.fact.options = [(f"{f.subject} → {f.object}", f.id) for f in self.facts if f.relation == self.relation.value]
+        self.fact.options = [(f"{one.subject} → {one.object}", one.id) for one in self.facts
+                             if one.relation == self.relation.value]
 
     def _show_source(self):
         typed = self.source.value == ex.TYPED
@@ -321,11 +334,12 @@ class Page:
         t, table = self.t.value, ex.kn_table(self.view, self.t.value)
         self.page_numbers.value = agreement_html(self.view, t)
         self.overlap.value = png(ex.overlap_figure(self.view, t))
-        self.page_table.value = frame_html(table.head(12), f"The {min(12, len(table))} most shared of {len(table)}; score: "
-                                           "largest share of a prompt's top score.", 2)
+        self.page_table.value = frame_html(table.head(12), f"The {min(12, len(table))} most shared of {len(table)}; "
+                                           "score: largest share of a prompt's top score.", 2)
         old, pairs = self.neuron.value, list(zip(table["layer"], table["neuron"]))
         self.filling = True  # the list changes, not the reader's choice
-        self.neuron.options = [(f"layer {l}, neuron {n}: KN of {k} prompts", (l, n)) for (l, n), k in zip(pairs, table["n"])]
+        self.neuron.options = [(f"layer {l}, neuron {n}: KN of {k} prompts", (l, n))
+                               for (l, n), k in zip(pairs, table["n"])]
         self.neuron.value = old if old in pairs else (pairs[0] if pairs else None)
         self.filling = False
         self._show_neuron()
@@ -345,10 +359,13 @@ class Page:
     def _show_neuron(self):
         neuron = self._chosen()
         self.map.value = png(ex.kn_map(self.view, self.t.value, neuron))
-        self.page_neuron.value = neuron_html(self.view, neuron, self.t.value, self.saved) if neuron else "No KNs at this t."
+        self.page_neuron.value = (neuron_html(self.view, neuron, self.t.value, self.saved) if neuron else
+                                  "No prompt has a knowledge neuron; name one to see its page.")
 
     def _add(self):
         with self._in_place("…"):
+            if self._chosen() is None:
+                raise ValueError("there is no knowledge neuron to add; name one as layer:neuron")
             layer, index = self._chosen()
             self.picked.value = ", ".join(filter(None, [self.picked.value.strip(" ,"), f"{layer}:{index}"]))
             self.which.value = "picked"
@@ -376,7 +393,8 @@ class Page:
                                      prompt=self.prompt.value)
             title = "Neurons left alone" if action == "none" else (
                 f"{_DONE[action]}: {len(neurons)} neurons ({_SET_NAMES[self.which.value].split(':')[0]}, "
-                f"q{self.prompt.value}, t = {self.t.value:.2f})" + ("" if neurons else ": an empty set changes nothing"))
+                f"q{self.prompt.value}, t = {self.t.value:.2f})") + (
+                "" if neurons or action == "none" else ": an empty set changes nothing")
             if synapses != 1:
                 title += f"; synapses of q{self.prompt.value} × {synapses:g}"
             self.page_effects.value = effects_html(self.effects, title)

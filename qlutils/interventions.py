@@ -1,4 +1,5 @@
-"""Answers and their probabilities, as the model gives them and with some of its neurons scaled (section 3.1)."""
+"""Answers and their probabilities, as the model gives them and with some of its neurons scaled (section 3.1).
+"""
 
 from __future__ import annotations
 
@@ -15,10 +16,12 @@ from .rows import Change, score_queries, score_rows
 
 
 def answer_probability(lm, prompts, answers, *, answer="all") -> Tensor:
-    """P(answer | prompt) of Q queries, float32 (Q,) on the CPU: the product of the answer's teacher-forced token
-    probabilities, or the first token's with `answer="first"`. Prompts may differ in length: no padding is used.
+    """P(answer | prompt) of Q queries, float32 (Q,) on the CPU: the product of the answer's teacher-forced
+    token probabilities, or the first token's with `answer="first"`. Prompts may differ in length: no padding
+    is used.
 
-    Inside `scale_neurons` or `edit_weights` the changed model answers. ValueError names an unusable prompt."""
+    Inside `scale_neurons` or `edit_weights` the changed model answers. ValueError names an unusable prompt.
+    """
     if isinstance(prompts, str) or isinstance(answers, str):
         raise ValueError("prompts and answers are lists of texts, one answer a prompt; got a single text")
     prompts, answers = list(prompts), list(answers)
@@ -32,8 +35,8 @@ def answer_probability(lm, prompts, answers, *, answer="all") -> Tensor:
 
 
 def scaled_answer_probabilities(lm, rows, *, answer="all") -> np.ndarray:
-    """(R,) P(answer | prompt) for rows (prompt ids, answer ids, neurons, factor), each with its own set of neurons
-    scaled at the last prompt token and every later one (float64). An empty set changes nothing."""
+    """(R,) P(answer | prompt) for rows (prompt ids, answer ids, neurons, factor), each with its own set of
+    neurons scaled at the last prompt token and every later one (float64). An empty set changes nothing."""
     queries, order, changes, plan = [], {}, {}, []
     for prompt, target, neurons, factor in rows:
         target = target if answer == "all" else target[:1]
@@ -61,16 +64,17 @@ def greedy_answers(lm, prompts, lengths) -> list[list[int]]:
 
 @contextmanager
 def scale_neurons(lm, neurons, factor):
-    """Multiply the activations of `neurons`, (layer, index) pairs, by `factor` in every forward pass inside, at the
-    last prompt token and every later one (section 3.1; 0 suppresses, 2 enhances).
+    """Multiply the activations of `neurons`, (layer, index) pairs, by `factor` in every forward pass inside,
+    at the last prompt token and every later one (section 3.1; 0 suppresses, 2 enhances).
 
         with scale_neurons(lm, {(3, 17), (4, 2)}, 0):
             p = answer_probability(lm, prompts, answers)
             text = lm.model.generate(**tokens)
 
-    In a bare `lm.model(...)` the whole input is the prompt, its end read from a 2-D `attention_mask` on either
-    padding side; a call that continues the cache of an earlier one inside the context is "later" throughout.
-    Nested contexts compose. ValueError names a neuron outside the model. `attribute` cannot be used inside.
+    In a bare `lm.model(...)` the whole input is the prompt, its end read from a 2-D `attention_mask` on
+    either padding side; a call that continues the cache of an earlier one inside the context is "later"
+    throughout. Nested contexts compose. ValueError names a neuron outside the model. `attribute` cannot be
+    used inside.
     """
     change = Change(lm, neurons, factor)
     watch = _Watch(lm, change)
@@ -85,8 +89,8 @@ def scale_neurons(lm, neurons, factor):
 
 
 class _Watch:
-    """The hooks of one `scale_neurons`: on the body of the model, to learn which tokens are the prompt's, and on
-    the down-projections, to scale."""
+    """The hooks of one `scale_neurons`: on the body of the model, to learn which tokens are the prompt's, and
+    on the down-projections, to scale."""
 
     def __init__(self, lm, change):
         self.lm, self.change, self.handles = lm, change, []

@@ -153,11 +153,13 @@ def load_model(name_or_path: str, *, device: str | None = None, dtype: str | Non
     if name in BUNDLED:  # loaded at once; a progress bar would only be litter in a notebook
         transformers.utils.logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch_dtype, use_safetensors=True, trust_remote_code=False)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch_dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds; each becomes one message with a way out
         raise ValueError(f"could not load model {name!r}: {_advice(name, error)}") from error
+    if info["missing_keys"]:  # transformers would fill them with random numbers and only warn
+        raise ValueError(f"model {name!r} is incomplete: its weights lack {', '.join(sorted(info['missing_keys'])[:5])}")
     return LanguageModel(model.to(device), tokenizer, name)
 
 

@@ -1,4 +1,4 @@
-"""An executed notebook as one HTML file: code hidden, nothing fetched from anywhere, formulas as pictures in the text."""
+"""An executed notebook as one HTML file: code hidden, nothing fetched from anywhere, formulas as pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from .files import write_bytes
 
 _TEXT = 10.0  # points at which formulas are set; on the page they scale with the text around them
 _MATH = re.compile(r"(`[^`]*`)|\$\$(.+?)\$\$|(?<![\\$])\$(?!\s)([^$]+?)(?<!\s)\$", re.S)
-_REFERENCE = re.compile(r"""<[^>]*?\s(?:src|href|srcset|poster|action|data|xlink:href)\s*=\s*["']?\s*([^"'\s>]+)""", re.I)
+_REFERENCE = re.compile(r"""<[^>]*?\s(?:src|href|srcset|poster|action|data|xlink:href)\s*=\s*["']?\s*([^"'\s>]+)""",
+                        re.I)
 _STYLE = re.compile(r"""@import\s+["']?([^"';\s]+)|\burl\(\s*["']?([^"')\s]+)""", re.I)
 _STYLES = """
 :root { color-scheme: light; }
@@ -23,15 +24,19 @@ h1 { font-size: 1.9rem; line-height: 1.2; margin: 1rem 0; }
 h2 { font-size: 1.4rem; margin: 3rem 0 .8rem; padding-top: .8rem; border-top: 1px solid #d5d9de; }
 h3 { font-size: 1.1rem; margin: 2rem 0 .6rem; }
 p, ul, ol { max-width: 48rem; }
-code { font: .9em "DejaVu Sans Mono", ui-monospace, monospace; background: #f2f4f6; padding: .1em .25em; border-radius: 3px; }
+code { font: .9em "DejaVu Sans Mono", ui-monospace, monospace; background: #f2f4f6;
+       padding: .1em .25em; border-radius: 3px; }
 pre { font: .82rem/1.5 "DejaVu Sans Mono", ui-monospace, monospace; white-space: pre-wrap; background: #f7f8f9;
       border-left: 3px solid #d5d9de; padding: .5rem .8rem; margin: .6rem 0; }
 img { max-width: 100%; height: auto; }
 img.math { height: auto; max-width: none; } img.math.block { display: block; margin: 1rem auto; }
 .output_html, .rendered_html { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .76rem; line-height: 1.35; font-variant-numeric: tabular-nums; margin: .8rem 0; }
-th, td { padding: .26rem .5rem; border: 0; border-bottom: 1px solid #e4e7ea; text-align: right; vertical-align: top; white-space: nowrap; }
-thead th { border-bottom: 1.5px solid #1c2024; border-top: 1.5px solid #1c2024; background: #fff; vertical-align: bottom; }
+table { border-collapse: collapse; font-size: .76rem; line-height: 1.35; font-variant-numeric: tabular-nums;
+        margin: .8rem 0; }
+th, td { padding: .26rem .5rem; border: 0; border-bottom: 1px solid #e4e7ea; text-align: right;
+         vertical-align: top; white-space: nowrap; }
+thead th { border-bottom: 1.5px solid #1c2024; border-top: 1.5px solid #1c2024; background: #fff;
+           vertical-align: bottom; }
 tbody tr:last-child > * { border-bottom: 1.5px solid #1c2024; }
 tbody tr:hover { background: #f2f6fa; }
 td.text, th.text { text-align: left; white-space: normal; }
@@ -108,8 +113,8 @@ def _page(body: str) -> str:
     if title and links:
         body = body.replace(title[0], f"{title[0]}\n<nav>{links}</nav>", 1)
     return ("<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta name=\"viewport\" "
-            f"content=\"width=device-width, initial-scale=1\">\n<title>{plain}</title>\n<style>{_STYLES}</style>\n</head>\n"
-            f"<body>\n{body}\n</body>\n</html>\n")
+            f"content=\"width=device-width, initial-scale=1\">\n<title>{plain}</title>\n<style>{_STYLES}</style>\n"
+            f"</head>\n<body>\n{body}\n</body>\n</html>\n")
 
 
 def formulas(markdown: str) -> str:
@@ -147,7 +152,8 @@ def _picture(tex: str, block: bool) -> str:
     place = "" if block else f";vertical-align:{-depth * scale:.3f}em"
     alt = html.escape(tex, quote=True).replace("|", "&#124;").replace("*", "&#42;").replace("_", "&#95;")
     kind = "math block" if block else "math"
-    return f'<img class="{kind}" alt="{alt}" style="width:{width * scale:.3f}em{place}" src="data:image/svg+xml;base64,{data}">'
+    return (f'<img class="{kind}" alt="{alt}" style="width:{width * scale:.3f}em{place}" '
+            f'src="data:image/svg+xml;base64,{data}">')
 
 
 def table_html(frame, caption="") -> str:

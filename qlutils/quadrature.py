@@ -83,7 +83,8 @@ def adaptive_plan(probabilities, p_start: Tensor, p_clean: Tensor, steps: int) -
                 to_alpha = PchipInterpolator(u / u[-1], alpha)
                 at, w = quadrature("gauss", n)
                 node[q, offset[b]:offset[b] + n] = to_alpha(at)
-                weight[q, offset[b]:offset[b] + n] = w * to_alpha.derivative()(at)
+                w = w * to_alpha.derivative()(at)
+                weight[q, offset[b]:offset[b] + n] = w / w.sum()  # exact for a constant
         index = torch.arange(baselines).repeat_interleave(torch.from_numpy(length))
         plan.append((index, torch.from_numpy(node), torch.from_numpy(weight)))
     return plan

@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.patches import Patch
 
 from . import paths
-from .claims import FAILS, HOLDS, OPEN, THRESHOLDS, Missing, query_gaps
+from .claims import THRESHOLDS, Missing, details_html, query_gaps, scoreboard_html  # noqa: F401
 from .effects import figure_predominance, summary
 from .page import export_html, table_html
 from .plots import CLASS_COLORS, bars_with_intervals
@@ -26,9 +26,9 @@ from .tables import PAPER_MODELS, display_table, paper_notes
 NOTEBOOKS = {"01": "01_localize", "02": "02_consistency", "03": "03_kn_modification", "04": "04_query_kn_mapping",
              "05": "05_attention_predominance", "06": "06_knowledge_synapses", "07": "07_cas_editing"}
 PAPER_SETS = ("self", "union", "intersection", "refine")
-SET_ORDER = ("self", "self_random", "self_active", "union", "union_others", "union_matched", "self_as_union", "union_random",
-             "intersection", "intersection_others", "intersection_matched", "self_as_intersection", "refine",
-             "refine_others", "refine_matched", "self_as_refine")
+SET_ORDER = ("self", "self_random", "self_active", "union", "union_others", "union_matched", "self_as_union",
+             "union_random", "intersection", "intersection_others", "intersection_matched", "self_as_intersection",
+             "refine", "refine_others", "refine_matched", "self_as_refine")
 COMPARES = "02"  # the notebook that compares methods: its results stand in the model's folder `all`
 # The frames that claims and figures read: {name under which it was saved: notebook}.
 FRAMES = {"queries": "01", "edits": "03", "query_kn_mapping": "04", "attention_predominance": "05",
@@ -63,7 +63,8 @@ class Run:
         """The study of a model and method, with the report's parameters; for what it saved and for new units."""
         key = model, method
         if key not in self._studies:
-            self._studies[key] = Study(self.study.notebook, **{**self.study.parameters, "model": model, "method": method})
+            given = {**self.study.parameters, "model": model, "method": method}
+            self._studies[key] = Study(self.study.notebook, **given)
         return self._studies[key]
 
     def methods_of(self, number) -> list:
@@ -178,7 +179,8 @@ def inventory(run: Run) -> pd.DataFrame:
                 except Missing as why:
                     status = f"missing: {why}"
                 rows.append({"setting": number, "section": section, "what": setting, "shown in": shown,
-                             "notebook": NOTEBOOKS[notebook], "model": model, "method": method or keys.get("method", ""),
+                             "notebook": NOTEBOOKS[notebook], "model": model,
+                             "method": method or keys.get("method", ""),
                              "file": f"{paths.slug(model)}/{method or 'all'}/{stem}.csv", "status": status})
     return pd.DataFrame(rows)
 
@@ -209,7 +211,7 @@ def localisation_spec(run: Run, model, method) -> dict:
 
 
 def num_neurons(run: Run, model, queries, load=True) -> int:
-    """MLP neurons a layer: the model's own number, or without loading it the largest index among its scores, plus one."""
+    """MLP neurons a layer: the model's own number, or (not loaded) the largest index among its scores plus one."""
     if load:
         return run.of(model).lm().num_neurons
     return 1 + max(int(max(neurons)) for neurons in queries["neuron"] if len(neurons))
@@ -236,7 +238,7 @@ def query_outcomes(run: Run, model, method) -> dict[str, pd.DataFrame]:
 
 
 def other_neurons(run: Run, seed=0) -> tuple[pd.DataFrame, list[str]]:
-    """Mean dProb (both directions averaged) of every set of neurons that notebook 04 scales, by class; known queries."""
+    """Mean dProb (both directions averaged) of every set that notebook 04 scales, by class; known queries."""
     found, missing = run.frames("query_kn_mapping")
     parts = [summary(frame, tuple(dict.fromkeys(frame["set"])), directions=("average",), seed=seed)
              .assign(model=model, method=method) for (model, method), frame in found.items()]
@@ -248,7 +250,8 @@ def other_neurons(run: Run, seed=0) -> tuple[pd.DataFrame, list[str]]:
         columns = {}
         for threshold, name in order:
             label = f"K_{name}, {threshold}"
-            columns |= {label + end: frame["mean" + end, threshold, name].astype(float) for end in ("", "_low", "_high")}
+            for end in ("", "_low", "_high"):
+                columns[label + end] = frame["mean" + end, threshold, name].astype(float)
             columns[f"n_{label}"] = frame["n", threshold, name]
         frame = pd.DataFrame(columns).reset_index()
         order = {name: place for place, name in enumerate([*run.models, *run.downstream, *SET_ORDER])}
@@ -329,7 +332,8 @@ def figure_5(run: Run):
     """Violins of predominance by model and class: by threshold (rows), with and without the first token (columns)."""
     found, missing = run.frames("attention_predominance")
     parts = [frame.assign(model=_label(run, model, method)) for (model, method), frame in found.items()]
-    return (*figure_predominance(pd.concat(parts, ignore_index=True)), missing) if parts else (None, pd.DataFrame(), missing)
+    drawn = figure_predominance(pd.concat(parts, ignore_index=True)) if parts else (None, pd.DataFrame())
+    return (*drawn, missing)
 
 
 def figure_6(run: Run, threshold="static", seed=0):
@@ -349,8 +353,8 @@ def averages(plotted: pd.DataFrame) -> list[str]:
     """Sentences that read Figure 4 or 6: means of both directions, a line a model, quantity and class with facts."""
     lines = []
     part = plotted[plotted["direction"] == "average"] if len(plotted) else plotted
-    for keys, rows in part.groupby([name for name in ("model", "quantity", "class") if name in part], sort=False) if len(
-            part) else ():
+    names = [name for name in ("model", "quantity", "class") if name in part]
+    for keys, rows in part.groupby(names, sort=False) if len(part) else ():
         if rows["n"].max() > 0:
             values = ", ".join(f"{name} {mean:.3f}" for name, mean in zip(rows["set"], rows["mean"]))
             lines.append(f"{', '.join(keys[:-1])}, K_{keys[-1]} ({rows['n'].max():.0f} queries): {values}")
@@ -382,47 +386,17 @@ def _bars(parts, rows, x, label):
             ax.set_ylabel(f"{label}, {level}" if ax is row[0] and label != "change" else level if ax is row[0] else "")
             ax.get_legend().remove()
             if place == 0:
-                ax.set_title(model, loc="left")
+                ax.set_title(model, loc="left", pad=14)
     axes[0, -1].legend(handles=[Patch(color=color, label=f"$K_{{{name}}}$") for name, color in CLASS_COLORS.items()],
                        loc="upper right", ncols=2)
     return fig, frame
 
 
-def scoreboard_html(total: pd.DataFrame) -> str:
-    """The claims as rows, models (and methods) as columns; verdicts as words on a tint."""
-    columns = list(dict.fromkeys(zip(total["model"], total["method"])))
-    several = len({method for _, method in columns}) > 1
-    head = "".join(f'<th class="text">{html.escape(m)}{" · " + html.escape(k) if several else ""}</th>' for m, k in columns)
-    rows = []
-    for (number, text), part in total.groupby(["claim", "text"], sort=False):
-        verdicts = {(m, k): v for m, k, v in part[["model", "method", "verdict"]].itertuples(index=False)}
-        cells = "".join(f'<td class="text {_tint(verdicts.get(key, ""))}">{html.escape(verdicts.get(key, "–"))}</td>'
-                        for key in columns)
-        rows.append(f'<tr><td>{number}</td><td class="text" style="text-align:left">{html.escape(text)}</td>{cells}</tr>')
-    return (f'<table><thead><tr><th>claim</th><th class="text">what the paper claims</th>{head}</tr></thead><tbody>'
-            + "\n".join(rows) + "</tbody></table>")
-
-
-def _tint(verdict):
-    return "open" if verdict.startswith(OPEN) or not verdict else "not" if verdict.startswith(FAILS) else (
-        "holds" if verdict.startswith(f"{HOLDS} (") else "part")
-
-
-def details_html(board: pd.DataFrame) -> str:
-    """Every part of every claim, folded, one block a claim."""
-    blocks = []
-    for (number, text), part in board.groupby(["claim", "text"], sort=False):
-        frame = part[["model", "method", "part", "threshold", "statistic", "value", "value_low", "value_high", "n",
-                      "n_facts", "verdict", "why"]]
-        blocks.append(f"<details><summary>({number}) {html.escape(text)}</summary>{table_html(display_table(frame))}</details>")
-    return "\n".join(blocks)
-
-
 # --- the page and the figures folder ----------------------------------------------------------------------
 
 def publish(notebook, output) -> list[Path]:
-    """After the report notebook ran: write `report.html` into the run's folder and, for a run that was given a name, copy
-    its tables and figures to figures/<output>. Returns the files of the run's folder that were made."""
+    """After the report notebook ran: write `report.html` into the run's folder and, for a run with a name of its
+    own, copy its tables and figures to figures/<output>. Returns the files of the run's folder that were made."""
     root = paths.run_folder(output)
     page = export_html(notebook, root / "report.html")
     if output != "default":
@@ -446,8 +420,4 @@ def copy_results(results, folder) -> None:
 def paper_models(models) -> str:
     """A sentence on which of the models are the paper's."""
     ours = [model for model in models if model in PAPER_MODELS]
-    if len(ours) == len(models):
-        return "All models are the paper's; its values stand beside ours."
-    return (f"{', '.join(ours) if ours else 'None'} of the models {'are' if len(ours) > 1 else 'is'} the paper's, so "
-            "no value of the paper stands beside the others'." if ours else
-            "None of the models is the paper's, so no value of the paper stands beside ours.")
+    return f"{len(ours)} of the {len(models)} models are the paper's; only beside those stand its values."

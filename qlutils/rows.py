@@ -1,11 +1,13 @@
 """Scoring answers with a different change of the neurons in every row of a batch.
 
-A *query* is (prompt ids, target ids), scored by teacher forcing. A *row* evaluates one query under one `Change`.
-Queries of equal length share a batch, so there is no padding. What a change cannot reach is computed once a
-query and shared by all its rows: the layers below the lowest changed neuron and, where changes begin at the
-last prompt token, the keys and values of the tokens before it. Logits are computed at scored positions only.
+A *query* is (prompt ids, target ids), scored by teacher forcing. A *row* evaluates one query under one
+`Change`. Queries of equal length share a batch, so there is no padding. What a change cannot reach is
+computed once a query and shared by all its rows: the layers below the lowest changed neuron and, where
+changes begin at the last prompt token, the keys and values of the tokens before it. Logits are computed at
+scored positions only.
 
-Shapes: Q queries, R rows, S tokens a row (after P tokens of shared prefix), d residual width, N neurons a layer.
+Shapes: Q queries, R rows, S tokens a row (after P tokens of shared prefix), d residual width, N neurons a
+layer.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ CPU_TOKENS = 4096  # tokens of a batch on a CPU; from 1,024 on the time is flat
 
 
 class Change:
-    """What a row does to the neurons `neurons`, at every token the row feeds: their activations are multiplied by
-    `factor`, and `vector` (d,) times the sum of their activations is added to the MLP's output of their layer."""
+    """What a row does to the neurons `neurons`, at every token the row feeds: their activations are
+    multiplied by `factor`, and `vector` (d,) times the sum of their activations is added to the MLP's output
+    of their layer."""
 
     def __init__(self, lm, neurons, factor: float = 1.0, vector: Tensor | None = None):
         self.neurons, self.vector = lm.check_neurons(neurons), vector
@@ -44,9 +47,9 @@ class Change:
 
 @dataclass
 class Scores:
-    """Of R rows: `log_probability` (R,) of the whole target, float64; `exact` (R,), whether every teacher-forced
-    greedy token is the target's (then greedy decoding gives the target); `match` (R,), the share of tokens that
-    are; `greedy`, those greedy tokens, a list a row."""
+    """Of R rows: `log_probability` (R,) of the whole target, float64; `exact` (R,), whether every teacher-
+    forced greedy token is the target's (then greedy decoding gives the target); `match` (R,), the share of
+    tokens that are; `greedy`, those greedy tokens, a list a row."""
 
     log_probability: np.ndarray
     exact: np.ndarray
@@ -65,7 +68,8 @@ class _Shared:
 
 
 class _RowCache:
-    """Stands in for the key-value cache: gives each row the clean prefix of its query and is never written to."""
+    """Stands in for the key-value cache: gives each row the clean prefix of its query and is never written
+    to."""
 
     def __init__(self, layers):
         self.layers, self.index = layers, None  # index (R,): the query of each row
@@ -141,8 +145,8 @@ def _score_group(lm, queries, members, by_query, prefix, size, out) -> None:
 
 
 def _clean(lm, ids, prefix, starts) -> _Shared:
-    """Run the `prefix` first tokens of `ids` into a cache, then the rest, recording how each layer is called and the
-    neurons of the layers `starts`."""
+    """Run the `prefix` first tokens of `ids` into a cache, then the rest, recording how each layer is called
+    and the neurons of the layers `starts`."""
     cache = None
     if prefix:
         cache = DynamicCache()
@@ -171,7 +175,8 @@ def _clean(lm, ids, prefix, starts) -> _Shared:
 
 
 def _grow(lm, shared: _Shared, rows, prompt_ends) -> Tensor:
-    """(R, S, d) output of the last layer for `rows`, sorted by the layer in which they leave the clean pass."""
+    """(R, S, d) output of the last layer for `rows`, sorted by the layer in which they leave the clean pass.
+    """
     index = torch.tensor([local for local, *_ in rows], device=lm.device)
     starts = np.array([start for _, _, start, _ in rows])
     skip = lm.adds_mlp_output and not _scales(lm)  # then a row's first changed layer need not be run
@@ -192,7 +197,8 @@ def _grow(lm, shared: _Shared, rows, prompt_ends) -> Tensor:
 
 
 def _write(lm, shared, layer, rows, index, hidden) -> None:
-    """Add to the clean output `hidden` (R, S, d) of `layer` what the changes of `rows` make its neurons write."""
+    """Add to the clean output `hidden` (R, S, d) of `layer` what the changes of `rows` make its neurons
+    write."""
     together: dict[int, list[int]] = {}
     for place, (_, change, start, _) in enumerate(rows):
         if change is not None and start == layer:
@@ -329,8 +335,8 @@ def scoring(lm):
 
 
 def _adds_mlp_output(lm, ids) -> bool:
-    """Whether every layer adds the down-projection's output to the residual stream as it is (no norm, no multiplier), so
-    that what a changed neuron writes can be added to the layer's clean output."""
+    """Whether every layer adds the down-projection's output to the residual stream as it is (no norm, no
+    multiplier), so that what a changed neuron writes can be added to the layer's clean output."""
     weights = [getattr(down, "weight", None) for down in lm.downs]
     if not all(isinstance(weight, Tensor) and weight.is_floating_point() for weight in weights):
         return False

@@ -16,13 +16,15 @@ def two_assumptions():
     fig, axes = plt.subplots(1, 3, figsize=(WIDE, 2.6))
     shared = {(1, 1), (1, 5), (3, 2), (3, 6)}
     own = [{(0, 1), (1, 4), (2, 2)}, {(1, 6), (2, 5), (3, 1)}, {(2, 2), (4, 4), (4, 6)}]
-    titles = ("(a) localisation: one fact,\none set of neurons", "(b) query localisation: one\nquery, one set of neurons",
+    titles = ("(a) localisation: one fact,\none set of neurons",
+              "(b) query localisation: one\nquery, one set of neurons",
               "(c) attention helps to\nselect the query's set")
     for ax, title in zip(axes, titles):
         ax.set(xlim=(0, 10), ylim=(-0.4, 8.6))
         ax.set_aspect("equal")
         ax.axis("off")
-        ax.add_patch(FancyBboxPatch((0.9, 0.1), 8.2, 4.6, boxstyle="round,pad=0.1", facecolor="#f7f8f9", edgecolor="none"))
+        ax.add_patch(FancyBboxPatch((0.9, 0.1), 8.2, 4.6, boxstyle="round,pad=0.1", facecolor="#f7f8f9",
+                                    edgecolor="none"))
         ax.set_title(title, fontsize=7.5)
     _neurons(axes[0], {place: [_INK] for place in shared})
     for query, color in enumerate(_QUERIES):
@@ -46,7 +48,8 @@ def two_assumptions():
     _arrow(axes[2], _foot(0), (1.9, 5.75), _QUERIES[0])
     for place in own[0]:
         _arrow(axes[2], (_at(place)[0], 4.72), _at(place), "#882255", 0.8, shrink=3)
-    for ax, text in zip(axes, ("MLP neurons, a layer a row: the same for all", "the sets overlap little", "from which one query reads its own")):
+    for ax, text in zip(axes, ("MLP neurons, a layer a row: the same for all", "the sets overlap little",
+                               "from which one query reads its own")):
         ax.text(5, -0.35, text, ha="center", fontsize=6, color="#59636e")
     return fig
 
@@ -81,5 +84,5 @@ def _neurons(ax, held):
 
 
 def _arrow(ax, start, end, color, width=1.0, shrink=1):
-    ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=6, color=color, linewidth=width, alpha=0.85,
-                                 shrinkA=0, shrinkB=shrink))
+    ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=6, color=color, linewidth=width,
+                                 alpha=0.85, shrinkA=0, shrinkB=shrink))

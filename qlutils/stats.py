@@ -5,6 +5,7 @@ A fact's queries are not independent, so the unit that is resampled is the fact 
 resampled within their relation (the *stratum*). Undefined statistics are NaN beside their n.
 """
 
+import warnings
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -42,7 +43,9 @@ def welch(a, b) -> Welch:
     means = (float(a.mean()) if n1 else np.nan, float(b.mean()) if n2 else np.nan)
     if min(n1, n2) < 2 or (np.ptp(a) == 0 and np.ptp(b) == 0):
         return Welch(np.nan, np.nan, np.nan, np.nan, n1, n2, *means)
-    result = ttest_ind(a, b, equal_var=False)
+    with warnings.catch_warnings():  # one class of equal values is no loss of precision
+        warnings.simplefilter("ignore", RuntimeWarning)
+        result = ttest_ind(a, b, equal_var=False)
     pooled = np.sqrt(((n1 - 1) * a.var(ddof=1) + (n2 - 1) * b.var(ddof=1)) / (n1 + n2 - 2))
     return Welch(float(result.statistic), float(result.df), float(result.pvalue),
                  float((means[0] - means[1]) / pooled), n1, n2, *means)

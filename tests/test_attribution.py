@@ -107,7 +107,7 @@ class Naive:
         return torch.stack(seen)
 
     def probability(self, ids, token, layer, vectors):
-        """(B,) probability of `token` after `ids` with layer `layer`'s neurons at the last position set to `vectors`."""
+        """(B,) probability of `token` after `ids`, `layer`'s neurons at the last position being `vectors`."""
         self.shape = (len(vectors), len(ids))
 
         def put(values):
@@ -176,7 +176,8 @@ def compare(family, spec, *, dtype=torch.float64, bos=False, queries=None):
     queries = some_queries(reference, bos)[:queries]
     naive = Naive(reference, family, spec.site, bos)
     with keeping_float64() if family in (*ROUNDED, "gemma2") else nullcontext():
-        wanted = [naive.attribute(*query, spec.method, *quadrature(spec.rule, spec.steps), spec.answer, spec.amig_factor)
+        nodes, weights = quadrature(spec.rule, spec.steps)
+        wanted = [naive.attribute(*query, spec.method, nodes, weights, spec.answer, spec.amig_factor)
                   for query in queries]
     with keeping_float64() if family in ROUNDED else nullcontext():
         found = attribute_encoded(lm, queries, spec)
@@ -216,7 +217,8 @@ def test_every_choice_gives_the_naive_references_scores(family, spec):
 
 
 @pytest.mark.parametrize("family, method", [
-    *((family, "ig") for family in FAMILIES), *((family, method) for family in ("gpt2", "llama3") for method in ("sig", "amig"))])
+    *((family, "ig") for family in FAMILIES),
+    *((family, method) for family in ("gpt2", "llama3") for method in ("sig", "amig"))])
 def test_scores_in_float32_are_within_1e_4_of_float64(family, method):
     assert compare(family, Spec(method, steps=3), dtype=torch.float32, queries=1) <= 1e-4
 

@@ -28,7 +28,7 @@ def browser():
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
     if program is None:
         pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (the test extra has it)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing (it is in the test extra)")
     with playwright.sync_playwright() as session:
         chromium = session.chromium.launch(executable_path=program, args=FLAGS)
         yield chromium
@@ -88,8 +88,10 @@ def _address(server, folder, patience=40):
     pytest.fail(f"JupyterLab did not start:\n{(folder / 'server.log').read_text()[-2000:]}")
 
 
-def numbers(text):
-    return [float(n) for n in re.findall(r"\d\.\d+", text)]
+def before_and_after(shown):
+    """[(role, before, after)] of the rows of a table of changes, a page's text taken literally."""
+    rows = [row for row in shown.locator("tr").all_inner_texts() if "→" in row]
+    return [(row.split("\t")[0], *map(float, re.search(r"(\d\.\d+) → (\d\.\d+)", row).groups())) for row in rows]
 
 
 @pytest.fixture
@@ -141,22 +143,23 @@ def test_a_reader_runs_the_notebook_picks_a_fact_moves_the_slider_and_suppresses
     status.wait_for()
     keep("neurons")
 
+    page.get_by_role("tab", name="One neuron").click()
+    keep("one_neuron")
     page.get_by_role("tab", name="Change it").click()
     page.locator("button", has_text="Suppress").click()
     suppressed = page.locator(".widget-html-content", has_text="Suppressed (× 0)")
     suppressed.wait_for()
-    rows = suppressed.locator("tr", has_text="→").all_inner_texts()[1:]
-    values = [numbers(row) for row in rows]
-    assert sum("control" in row for row in rows) == 2
-    assert all(len(pair) == 2 and all(0 <= p <= 1 for p in pair) for pair in values)
-    assert any(before != after for before, after in values)
+    values = before_and_after(suppressed)
+    assert [role for role, *_ in values][-2:] == ["control: same relation", "control: other relation"]
+    assert len(values) > 4 and all(0 <= before <= 1 and 0 <= after <= 1 for _, before, after in values)
+    assert values[0][1] > values[0][2] and "q0" in values[0][0]  # its own neurons are gone
     keep("suppressed")
 
     page.locator("button", has_text="Enhance").click()
     enhanced = page.locator(".widget-html-content", has_text="Enhanced (× 2)")
     enhanced.wait_for()
-    again = [numbers(row) for row in enhanced.locator("tr", has_text="→").all_inner_texts()[1:]]
-    assert [before for before, _ in again] == [before for before, _ in values]  # the model was as before
-    assert [after for _, after in again] != [after for _, after in values]
+    again = before_and_after(enhanced)
+    assert [before for _, before, _ in again] == [before for _, before, _ in values]  # the model was as before
+    assert [after for *_, after in again] != [after for *_, after in values]
     assert not page.get_by_text("Traceback").count()
     keep("enhanced")

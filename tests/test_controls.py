@@ -167,6 +167,8 @@ def test_knowledge_finds_a_planted_correlation_and_counts_known_facts_only():
             rows.append(query(f"P{f % 2}", f"P{f % 2}|s{f}|o", f"s{f}", "o", p, shared, f / 20, known=f >= 10))
     found = controls.knowledge(pd.DataFrame(rows), static=0.15).set_index("statistic")
     assert found.loc["correlation of CS2 and P(answer)", "value"] == pytest.approx(1)
+    correlations = found.filter(like="P(answer)", axis=0)[["value_low", "value_high"]]
+    assert correlations.to_numpy().max() <= 1 + 1e-9 and correlations["value_low"].min() > 0.9
     assert found.loc["CS2 of known facts minus CS2 of others", "value_low"] > 0
     assert found.loc["share of K_II, static threshold, known facts", "value"] == 0
     assert found.loc["share of K_II, static threshold, known facts", "n"] == 10

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import FAMILIES, WORDS, save_checkpoint, save_dataset, tiny_lm, word_tokenizer
 
-from qlutils import Fact, edit_weights, load_model, paths, perplexity, save_edited
+from qlutils import Fact, edit_weights, load_facts, load_model, paths, perplexity, save_edited
 from qlutils.arch import UnsupportedModel
 from qlutils.edit_report import contrasts, edit_table
 from qlutils.edit_study import cas_spec, cas_sweep, edit_facts, plan_edits
@@ -318,7 +318,7 @@ def test_the_metrics_equal_editing_the_weights_and_generating_one_query_at_a_tim
                 kept = [by_generation(lm, q["prompt"], len(q["object"].split())) == answer
                         for q, answer in zip(plan["locality"], clean)]
                 after = perplexity(lm, plan["texts"], 7)
-            done = [not s for s in said] if row["op"] == "erase" else said
+            done = [float(s == (row["op"] == "update")) for s in said]
             at, known = plan["query"], plan["known"]
             near = [k for k in range(len(done)) if k != at]
             sure = [kept[k] for k, q in enumerate(plan["locality"]) if q["known"]]
@@ -414,6 +414,21 @@ def test_wikitext_entries_are_paragraphs_of_enough_tokens():
     assert not any(text.startswith("=") for text in kept)
 
 
+def teach(folder, facts, steps=60):
+    """Train the checkpoint in `folder` until it answers the facts' prompts."""
+    lm = load_model(folder, device="cpu")
+    optimizer = torch.optim.Adam(lm.model.requires_grad_(True).parameters(), 3e-3)
+    encoded = [lm.encode(prompt, fact.object) for fact in facts for prompt in fact.prompts]
+    longest = max(len(p) + len(a) for p, a in encoded)
+    ids = torch.tensor([p + a + [0] * (longest - len(p) - len(a)) for p, a in encoded])
+    labels = torch.tensor([[-100] * len(p) + a + [-100] * (longest - len(p) - len(a)) for p, a in encoded])
+    for _ in range(steps):
+        optimizer.zero_grad()
+        lm.model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+    lm.model.save_pretrained(folder)
+
+
 # --- the notebooks ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("family", ["gpt2"])
 def test_notebooks_03_and_07_make_tables_2_and_3_from_their_own_edits(family, tmp_path, runs, monkeypatch):
@@ -421,6 +436,7 @@ def test_notebooks_03_and_07_make_tables_2_and_3_from_their_own_edits(family, tm
     words = ["lives", "rome", "oslo", "latin", "norse", "new", "york"]
     data = save_dataset(tmp_path / "data")
     model = save_checkpoint(tmp_path / "model", family, word_tokenizer(WORDS))
+    teach(model, load_facts(data))
     corpus = tmp_path / "text.txt"
     corpus.write_text("\n".join(" ".join(words[(i + j) % 7] for j in range(6 + i)) for i in range(5)) + "\n")
     shared = dict(model=model, data=data, facts_per_relation=None, device="cpu", output="small", corpus=str(corpus),
@@ -440,6 +456,7 @@ def test_notebooks_03_and_07_make_tables_2_and_3_from_their_own_edits(family, tm
             done = part[part["note"].isna()]
             assert row["n"] == len(done)
             for metric in ("rel", "gen", "loc", "dppl"):
-                assert row[metric] == pytest.approx(done[metric].mean(), rel=1e-9, nan_ok=True) if metric in every else True
+                assert row[metric] == pytest.approx(done[metric].mean(), rel=1e-9, nan_ok=True)
+        assert 0 < edits[edits["control"] == "none"]["rel"].mean() < 1 and edits["loc"].notna().any()
     record = json.loads((results / "run.json").read_text())
     assert record["07_cas_editing"]["parameters"]["beta1"] == 0.7

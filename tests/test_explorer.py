@@ -9,14 +9,14 @@ import pandas as pd
 import pytest
 import torch
 
-from qlutils import attribute, explorer, knowledge_neurons, load_facts, load_model, store
+from qlutils import attribute, explorer, knowledge_neurons, load_facts, store
 from qlutils.data import Fact
 from qlutils.execute import execute, kernel_environment
-from qlutils.explorer import (agreement, as_code, attention_received, change, choose_neurons, control_facts, explore, facts_using,
-                              kn_map, kn_table, look, neuron_activations, neuron_tokens, overlap_figure, parse_neurons,
-                              predictions, saved_queries, typed_fact)
-from qlutils.explorer_page import (Page, agreement_html, effects_html, frame_html, neuron_html, prompts_html, table_html,
-                                   tokens_html)
+from qlutils.explorer import (
+    agreement, as_code, attention_received, change, choose_neurons, control_facts, explore, facts_using, kn_map,
+    kn_table, look, neuron_activations, neuron_tokens, overlap_figure, parse_neurons, predictions, saved_queries, typed_fact)
+from qlutils.explorer_page import (
+    Page, agreement_html, effects_html, frame_html, neuron_html, png, prompts_html, table_html, tokens_html)
 from qlutils.interventions import answer_probability, scale_neurons
 from qlutils.localize import localise
 from qlutils.neurons import cas_candidates, cas_neurons, consistency, neighbour_sets
@@ -114,7 +114,8 @@ def test_sets_at_any_threshold_come_from_stored_scores_and_equal_those_of_the_de
     assert table["n"].is_monotonic_decreasing
     top = scores.flatten(1).amax(1)
     for row in table.head(5).itertuples():
-        want = max(float(scores[i, row.layer, row.neuron] / top[i]) for i in range(3) if (row.layer, row.neuron) in sets[i])
+        want = max(float(scores[i, row.layer, row.neuron] / top[i])
+                   for i in range(3) if (row.layer, row.neuron) in sets[i])
         assert row.score == pytest.approx(want, rel=1e-5)
 
 
@@ -145,7 +146,8 @@ def test_a_neurons_tokens_are_ordered_by_the_product_of_its_value_vector_and_the
 
 def test_a_neurons_page_has_its_activation_at_the_last_token_of_each_prompt(view):
     neuron, seen = (1, 5), []
-    hook = view.lm.model.transformer.h[1].mlp.c_proj.register_forward_pre_hook(lambda _, x: seen.append(x[0][0, -1, 5].item()))
+    down = view.lm.model.transformer.h[1].mlp.c_proj
+    hook = down.register_forward_pre_hook(lambda _, x: seen.append(x[0][0, -1, 5].item()))
     for prompt in view.fact.prompts:
         logits(view.lm, view.lm.encode_prompt(prompt))
     hook.remove()
@@ -160,6 +162,14 @@ def test_other_facts_that_use_a_neuron_are_counted_over_their_prompts():
     assert facts_using(saved, (0, 2), 0.2).to_dict("list") == {"fact": ["a", "b"], "n": [1, 1], "of": [2, 1]}
     assert facts_using(saved, (0, 1), 0.2, but="a")["fact"].tolist() == ["c"]
     assert facts_using(None, (0, 1), 0.2).empty
+
+
+def test_a_fact_without_knowledge_neurons_is_drawn_empty(view):
+    nothing = [np.zeros(0)] * 3
+    empty = replace(view, frame=view.frame.assign(layer=nothing, neuron=nothing, score=nothing))
+    assert png(kn_map(empty, 0.2)) and png(overlap_figure(empty, 0.2)) and kn_table(empty, 0.2).empty
+    assert np.isnan(agreement(empty, 0.2)["cs1"]) and choose_neurons(empty, 0.2, "union") == set()
+    assert neuron_activations(empty, (0, 0), 0.2)["share"].tolist() == [0, 0, 0]
 
 
 # --- cached results --------------------------------------------------------------------------------------
@@ -237,12 +247,15 @@ def test_weights_are_bit_identical_after_every_change_and_after_one_that_fails(v
     before, neurons = weights(view.lm), choose_neurons(view, 0.2, "union")
     change(view, neurons, action, new="Madrid", synapses=2.0)
     calls = []
-    monkeypatch.setattr(explorer, "next_token", lambda *_: calls.append(1) or (_ for _ in ()).throw(ValueError("broken")))
-    with pytest.raises(ValueError, match="broken"):
+
+    def fails_inside_the_change(*_):  # the first three calls measure what is before it
+        calls.append({name: not torch.equal(before[name], now) for name, now in view.lm.model.state_dict().items()})
+        return torch.ones(2) if len(calls) <= 3 else 1 / 0
+
+    monkeypatch.setattr(explorer, "next_token", fails_inside_the_change)
+    with pytest.raises(ZeroDivisionError):
         change(view, neurons, action, new="Madrid", synapses=2.0)
-    monkeypatch.setattr(explorer, "next_token", lambda *_: torch.ones(2) if len(calls) < 4 and not calls.append(1) else 1 / 0)
-    with pytest.raises(ZeroDivisionError):  # inside the change, not before it
-        change(view, neurons, action, new="Madrid", synapses=2.0)
+    assert any(calls[-1].values()) == (action in ("erase", "update"))
     monkeypatch.undo()
     after = view.lm.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -285,8 +298,9 @@ def test_typed_prompts_make_a_fact_and_a_single_one_has_no_agreement(lm):
     dict(which="cas", action="erase"), dict(which="picked", picked="0:3, 2:10", action="update", new="Madrid"),
     dict(which="refine", action="none", synapses=2.0)], ids=lambda o: f"{o['which']}-{o['action']}")
 def test_the_copied_code_computes_the_numbers_shown(view, controls, options, monkeypatch):
-    monkeypatch.setattr("qlutils.load_model", lambda name: view.lm if name == "demo/gpt2" else pytest.fail(name), raising=False)
-    which, action, extra = options["which"], options["action"], {k: options[k] for k in options.keys() & {"new", "synapses"}}
+    monkeypatch.setattr("qlutils.load_model", {"demo/gpt2": view.lm}.__getitem__, raising=False)
+    which, action = options["which"], options["action"]
+    extra = {name: options[name] for name in ("new", "synapses") if name in options}
     neurons = choose_neurons(view, 0.15, which, options.get("prompt", 0), options.get("picked", ""))
     shown = change(view, neurons, action, controls, prompt=options.get("prompt", 0), **extra)
     run = {}
@@ -313,8 +327,9 @@ def test_no_text_from_outside_becomes_markup(lm):
     result = change(view, {(0, 1)}, "update", [("same <b>", Fact("r", "s", EVIL, (f"{EVIL} is", "x y")))], new=EVIL)
     saved = view.frame.assign(fact=f"r|{EVIL}|o")
     neuron = next(iter(view.sets(0.2)[0]))
-    pieces = [prompts_html(view), effects_html(result, EVIL), neuron_html(view, neuron, 0.05, saved), tokens_html([EVIL], None),
-              tokens_html([EVIL], np.ones(1)), frame_html(pd.DataFrame({EVIL: [EVIL]}), EVIL), table_html([EVIL], [], EVIL)]
+    pieces = [prompts_html(view), effects_html(result, EVIL), neuron_html(view, neuron, 0.05, saved),
+              tokens_html([EVIL], None), tokens_html([EVIL], np.ones(1)),
+              frame_html(pd.DataFrame({EVIL: [EVIL]}), EVIL), table_html([EVIL], [], EVIL)]
     for piece in pieces:
         assert "<script" not in piece and "<img" not in piece and "same <b>" not in piece
     assert all("&lt;script" in piece for piece in (pieces[1], *pieces[3:]))
@@ -387,7 +402,7 @@ def test_problems_are_a_line_in_place_and_the_page_goes_on(page, capsys):
     page.run.click()
     said("demo/none&lt;b&gt;")
     page.model.value = "demo/gpt2"
-    page.source.value, page.prompts.value = "typed", "the"
+    page.source.value, page.prompts.value = "typed", "."
     page.run.click()
     said("single token")
     page.prompts.value = ""
@@ -423,7 +438,8 @@ def test_the_notebook_draws_a_fixed_example_under_papermill(runs, tmp_path):
     done = tmp_path / "done.ipynb"
     env = kernel_environment(tmp_path / "kernel", QLUTILS_RUNS=runs, OMP_NUM_THREADS=1)
     env.pop("JPY_SESSION_NAME", None)
-    failed = execute(NOTEBOOKS / "explore_fact.ipynb", done, {"fact": "P37|Australia|English", "t": 0.3}, env, tmp_path / "log")
+    parameters = {"fact": "P37|Australia|English", "t": 0.3}
+    failed = execute(NOTEBOOKS / "explore_fact.ipynb", done, parameters, env, tmp_path / "log")
     assert failed == ""
     outputs = [out for cell in nbformat.read(done, 4).cells for out in cell.get("outputs", ())]
     data = [out.get("data", {}) for out in outputs]

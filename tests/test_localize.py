@@ -49,7 +49,8 @@ def test_the_stored_neurons_are_those_of_the_dense_scores(model, data, runs, met
     assert queries["fact"].unique().tolist() == [fact.id for fact in facts] and len(facts) == 5
     for fact in facts:
         rows, result = queries[queries["fact"] == fact.id], dense(lm, fact, method)
-        assert rows["prompt"].tolist() == list(fact.prompts) and rows["prompt_index"].tolist() == list(range(len(rows)))
+        assert rows["prompt"].tolist() == list(fact.prompts)
+        assert rows["prompt_index"].tolist() == list(range(len(rows)))
         for t in (0.05, 0.1, 0.2, 0.5, 0.9):
             assert kn_sets(rows, t) == knowledge_neurons(result.scores, t)
         for i, (_, row) in enumerate(rows.iterrows()):
@@ -78,7 +79,8 @@ def test_the_stored_cas_lists_give_the_cas_neurons_of_the_dense_scores(model, da
         for b1, b2 in CAS_BETAS:
             cas = b1 * scores.mean(0) - b2 * scores.std(0)
             for threshold in (0.1, 0.3, 0.7):
-                wanted = set(zip(*(x.tolist() for x in np.nonzero(cas > threshold * cas.max())))) if cas.max() > 0 else set()
+                layers, neurons = np.nonzero(cas > threshold * cas.max()) if cas.max() > 0 else ((), ())
+                wanted = {(int(layer), int(neuron)) for layer, neuron in zip(layers, neurons)}
                 assert cas_neurons(rows.iloc[0], b1=b1, b2=b2, threshold=threshold, score=score) == wanted
                 found += len(wanted)
     assert found > 100
@@ -103,8 +105,9 @@ def test_a_query_without_a_positive_score_has_no_neurons(model, data, monkeypatc
 # --- what is left out ------------------------------------------------------------------------------------
 def test_queries_that_cannot_be_read_are_counted_and_named_and_so_is_a_fact_left_with_one(model, tmp_path, runs):
     long = " ".join(["the"] * 12)
-    data = save_dataset(tmp_path, {"P1": ["[X] lives in [Y] .", "the home of [X] is [Y] .", f"{long} [X] is [Y] ."],
-                                   "P2": ["[X] speaks [Y] .", f"{long} the [X] has [Y] .", f"{long} the [X] is in [Y] ."]},
+    patterns = {"P1": ["[X] lives in [Y] .", "the home of [X] is [Y] .", f"{long} [X] is [Y] ."],
+                "P2": ["[X] speaks [Y] .", f"{long} the [X] has [Y] .", f"{long} the [X] is in [Y] ."]}
+    data = save_dataset(tmp_path, patterns,
                         {"P1": [("ann", "rome"), ("bob", "new york")], "P2": [("dan", "latin")]})
     queries = localise(study := study_of(model, data), steps=2)
     lost = study.load("left_out")
@@ -304,7 +307,7 @@ def test_cap_ii_is_the_share_that_all_three_methods_put_into_k_ii():
     assert table[table["threshold"] == "static"]["cap_II"].tolist() == [0.25] * 3
     assert np.isnan(analysis.common_class_two({k: facts[k] for k in ("ig", "sig")}, "static"))
     # a fact that one method cannot classify is in nobody's share
-    undefined = hand_made(*[(f"P{1 + i % 2}|s{i}|x", [1] * 3, [set()] * 3 if i == 0 else [{1}, {2}, {3}]) for i in range(4)])
+    undefined = hand_made(*[(f"P{1 + i % 2}|s{i}|x", [1] * 3, [{1}, {2}, {3}] if i else [set()] * 3) for i in range(4)])
     facts["amig"] = analysis.classified_facts(undefined)
     assert analysis.common_class_two(facts, "static") == 1 / 3
 

@@ -21,7 +21,8 @@ MISTAKES = {  # name: (notebook, parameters, what the error says)
     "unknown in 01": ("01_localize", dict(COMMON, stepz=3), "unknown parameter 'stepz'"),
     "unknown in 02": ("02_consistency", dict(COMMON, method="ig"), "unknown parameter 'method'"),
     "another type": ("01_localize", dict(COMMON, facts_per_relation="many"), "facts_per_relation='many'"),
-    "01 has not run": ("02_consistency", dict(COMMON, output="empty"), "no localisation of demo/gpt2.*run notebook 01 first"),
+    "01 has not run": ("02_consistency", dict(COMMON, output="empty"),
+                       "no localisation of demo/gpt2.*run notebook 01 first"),
 }
 
 
