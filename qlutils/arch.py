@@ -55,6 +55,7 @@ class Architecture:
     softcap: float | None = None
     tail: list[nn.Module] = field(default_factory=list)
     uses_attention_interface: bool = True
+    attention_method: str | None = None  # where a layer computes attention itself, if it can be replaced there
 
 
 def find_architecture(model: nn.Module, name: str) -> Architecture:
@@ -87,6 +88,7 @@ def find_architecture(model: nn.Module, name: str) -> Architecture:
         num_heads=text.num_attention_heads, scale=_logit_scale(model, text),
         softcap=getattr(text, "final_logit_softcapping", None),
         uses_attention_interface=text.model_type not in NO_ATTENTION_INTERFACE,
+        attention_method="attn._attn" if text.model_type == "gptj" else None,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pandas as pd
 
@@ -23,22 +25,22 @@ def edit_table(frame, classes, model, *, table=2, sets=("local", "global"), cont
     n_rel and n_gen have a defined Rel and Gen; n_empty had no neurons to edit. Classes without a fact show n
     = 0. Columns ending in _paper hold the paper's values, for its models and methods; they are left out for
     others."""
-    frame = frame[frame["note"].isna()].merge(classes[["fact", "class_static", "class_otsu"]], on="fact", how="left")
-    rows = []
+    classes = classes[["fact", "class_static", "class_otsu"]]
+    frame = frame[frame["note"].isna()].merge(classes, on="fact", how="left")
+    known_sets, rows = SETS if table == 3 else SETS[:2], []
     for split, name in [("all", "all"), *((s, c) for s in ("static", "otsu") for c in ("I", "II"))]:
         part = frame if split == "all" else frame[frame[f"class_{split}"] == name]
-        for op in ("erase", "update"):
-            for neurons in sets:
-                for control in ("none", *controls):
-                    chosen = part[(part["op"] == op) & (part["neurons"] == neurons) & (part["control"] == control)]
-                    rows.append(_table_row(chosen, dict(threshold=split, **{"class": name}, op=PAPER_OP[op], neurons=(
-                        neurons if control == "none" else f"{neurons} ({control})")), seed))
-                    if control == "none" and split == "static" and neurons in (SETS if table == 3 else SETS[:2]):
-                        rows[-1] |= {f"{metric}_paper": paper_value(
-                            table, model, metric, operation=PAPER_OP[op], neurons=neurons, class_=name)
-                            for metric in METRICS}
-    table = pd.DataFrame(rows)
-    return table.drop(columns=[name for name in table if name.endswith("_paper") and table[name].isna().all()])
+        for op, neurons, control in product(PAPER_OP, sets, ("none", *controls)):
+            chosen = part[(part[["op", "neurons", "control"]] == [op, neurons, control]).all(axis=1)]
+            label = neurons if control == "none" else f"{neurons} ({control})"
+            keys = {"threshold": split, "class": name, "op": PAPER_OP[op], "neurons": label}
+            rows.append(_table_row(chosen, keys, seed))
+            if control == "none" and split == "static" and neurons in known_sets:
+                keys = dict(operation=PAPER_OP[op], neurons=neurons, class_=name)
+                rows[-1] |= {f"{name}_paper": paper_value(table, model, name, **keys) for name in METRICS}
+    frame = pd.DataFrame(rows)
+    empty = [name for name in frame if name.endswith("_paper") and frame[name].isna().all()]
+    return frame.drop(columns=empty)
 
 
 def _table_row(part, keys, seed) -> dict:
@@ -57,11 +59,9 @@ def _table_row(part, keys, seed) -> dict:
 def long_metrics(table, metrics=METRICS[:4]) -> pd.DataFrame:
     """The table with one row a metric: metric, mean, mean_low, mean_high, n beside the table's keys; for bar
     plots."""
-    keys = ["threshold", "class", "op", "neurons"]
-    parts = []
-    for metric in metrics:
-        part = table[[*keys, metric, f"{metric}_low", f"{metric}_high", "n"]].copy()
-        parts.append(part.set_axis([*keys, "mean", "mean_low", "mean_high", "n"], axis=1).assign(metric=metric))
+    keys, names = ["threshold", "class", "op", "neurons"], ["mean", "mean_low", "mean_high", "n"]
+    parts = [table[[*keys, metric, f"{metric}_low", f"{metric}_high", "n"]].set_axis([*keys, *names], axis=1)
+             .assign(metric=metric) for metric in metrics]
     return pd.concat(parts, ignore_index=True)
 
 
@@ -73,18 +73,20 @@ def contrasts(frame, by, levels, metrics=METRICS, within=("op", "neurons"), seed
     for keys, part in frame[frame["note"].isna()].groupby(list(within), sort=False):
         for metric in metrics:
             e = bootstrap_difference(part, metric, by, levels, seed=seed)
-            verdict = ("undefined" if np.isnan(e.mean) else "higher" if e.mean_low > 0 else "lower" if e.mean_high < 0
-                       else "not told apart")
-            rows.append(dict(zip(within, keys)) | dict(metric=metric, difference=e.mean, difference_low=e.mean_low,
-                                                       difference_high=e.mean_high, n=e.n_clusters, verdict=verdict))
+            verdict = ("undefined" if np.isnan(e.mean) else "higher" if e.mean_low > 0
+                       else "lower" if e.mean_high < 0 else "not told apart")
+            rows.append({**dict(zip(within, keys)), "metric": metric, "difference": e.mean,
+                         "difference_low": e.mean_low, "difference_high": e.mean_high, "n": e.n_clusters,
+                         "verdict": verdict})
     return pd.DataFrame(rows)
 
 
 def tell(frame, what) -> None:
     """Print the rows of `contrasts` as sentences; `what` says which difference it is."""
     for row in frame.to_dict("records"):
-        print(f"{PAPER_OP[row['op']]}{', ' + row['neurons'] if 'neurons' in row else ''}, {row['metric']}: {what} "
-              f"{row['difference']:+.2f} [{row['difference_low']:.2f}, {row['difference_high']:.2f}] "
+        subject = ", ".join(filter(None, [PAPER_OP[row["op"]], row.get("neurons"), row["metric"]]))
+        interval = f"[{row['difference_low']:.2f}, {row['difference_high']:.2f}]"
+        print(f"{subject}: {what} {row['difference']:+.2f} {interval} "
               f"({row['n']} facts): {row['verdict']}")
 
 
@@ -95,15 +97,17 @@ def sweep_table(frame, sweep, classes, seed=0) -> pd.DataFrame:
         rows = edit_table(frame, classes, "", sets=list(part["name"]), controls=[], seed=seed)
         parts.append(rows[rows["threshold"] == "all"].assign(varied=kind))
     columns = [f"{metric}{end}" for metric in METRICS[:4] for end in ("", "_low", "_high")]
-    return pd.concat(parts, ignore_index=True)[["varied", "op", "neurons", "n", "n_empty", "neurons_edited", *columns]]
+    columns = ["varied", "op", "neurons", "n", "n_empty", "neurons_edited", *columns]
+    return pd.concat(parts, ignore_index=True)[columns]
 
 
 def tell_sweep(table) -> None:
     """Print the range of Avg over each setting that a `sweep_table` varies."""
     for (kind, op), part in table.groupby(["varied", "op"], sort=False):
         part = part.dropna(subset="avg").sort_values("avg", kind="stable")
-        ends = [f"{row.avg:.2f} ({row.neurons}, {row.neurons_edited:.1f} neurons)" for row in part.itertuples()]
-        print(f"{op}, {kind} varied: " + (f"Avg from {ends[0]} to {ends[-1]}" if ends else "Avg is undefined"))
+        ends = [f"{r.avg:.2f} ({r.neurons}, {r.neurons_edited:.1f} neurons)" for r in part.itertuples()]
+        said = f"Avg from {ends[0]} to {ends[-1]}" if ends else "Avg is undefined"
+        print(f"{op}, {kind} varied: {said}")
 
 
 def figure_edits(table, threshold, sets):
@@ -123,8 +127,10 @@ def figure_edits(table, threshold, sets):
         for ax, name in zip(row, classes):
             part = here[(here["class"] == name) & (here["metric"] != "dppl")]
             bars_with_intervals(part, ax, x="metric", hue="neurons", colors=SET_COLORS)
-            ax.set(title=f"{op}, " + (f"$K_{{{name}}}$" if name != "all" else "all facts"), ylabel="", ylim=(0, 1.35))
-        bars_with_intervals(here[here["metric"] == "dppl"], row[-1], x="class", hue="neurons", colors=SET_COLORS)
+            group = f"$K_{{{name}}}$" if name != "all" else "all facts"
+            ax.set(title=f"{op}, {group}", ylabel="", ylim=(0, 1.35))
+        here = here[here["metric"] == "dppl"]
+        bars_with_intervals(here, row[-1], x="class", hue="neurons", colors=SET_COLORS)
         row[-1].set(title="dPPL", ylabel="")
         for ax in row[1:]:
             ax.get_legend().remove()
@@ -151,15 +157,17 @@ def worked_example(lm, plan, **options):
             change = book.change(edit["set"], op, options, made)
             after = book.score([(q, change) for q in own + fact.locality])
             for k, (q, prompt) in enumerate(zip(own, plan["prompts"])):
-                answers.append({**keys, "prompt": prompt, "object": text(book.queries[q][1]), "edited_on": k == plan["query"],
-                                "p_before": np.exp(before.log_probability[q]), "p_after": np.exp(after.log_probability[k]),
-                                "answer_before": text(before.greedy[q]), "answer_after": text(after.greedy[k])})
+                answers.append({
+                    **keys, "prompt": prompt, "object": text(book.queries[q][1]),
+                    "edited_on": k == plan["query"],
+                    "p_before": np.exp(before.log_probability[q]), "answer_before": text(before.greedy[q]),
+                    "p_after": np.exp(after.log_probability[k]), "answer_after": text(after.greedy[k])})
             for k, (q, local) in enumerate(zip(fact.locality, plan["locality"]), len(own)):
                 if not after.exact[k]:
-                    effects.append({**keys, "prompt": local["prompt"], "answer_before": text(before.greedy[q]),
-                                    "answer_after": text(after.greedy[k])})
-    return pd.DataFrame(answers), pd.DataFrame(effects, columns=["op", "neurons", "n_neurons", "prompt", "answer_before",
-                                                                 "answer_after"])
+                    effects.append((*keys.values(), local["prompt"], text(before.greedy[q]),
+                                    text(after.greedy[k])))
+    columns = ["op", "neurons", "n_neurons", "prompt", "answer_before", "answer_after"]
+    return pd.DataFrame(answers), pd.DataFrame(effects, columns=columns)
 
 
 def example_table(answers) -> pd.DataFrame:
@@ -184,8 +192,8 @@ def continuations(lm, plan, tokens=12, **options) -> pd.DataFrame:
     ids = torch.tensor([prompt], device=lm.device)
 
     def write():
-        out = lm.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
-                                pad_token_id=lm.tokenizer.eos_token_id)
+        out = lm.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
+                                do_sample=False, pad_token_id=lm.tokenizer.eos_token_id)
         return lm.tokenizer.decode(out[0, len(prompt):], skip_special_tokens=True).strip()
 
     rows = [dict(op="none", neurons="", text=write())]

@@ -20,8 +20,8 @@ UNIT_FACTS = 6
 
 # --- what is drawn ---------------------------------------------------------------------------------------
 
-def plan_edits(queries, facts, *, num_neurons, sets=("local", "global"), controls=("random",), t=0.2, n_locality=20,
-               texts=(), ppl_entries=5, seed=0) -> tuple[list[dict], pd.DataFrame]:
+def plan_edits(queries, facts, *, num_neurons, sets=("local", "global"), controls=("random",), t=0.2,
+               n_locality=20, texts=(), ppl_entries=5, seed=0) -> tuple[list[dict], pd.DataFrame]:
     """One JSON-able dict a fact for `edit_facts`, and the named omissions (fact, what, reason).
 
     queries: a `queries` frame. facts: those whose objects an update may choose from. sets: names, or {name:
@@ -34,52 +34,67 @@ def plan_edits(queries, facts, *, num_neurons, sets=("local", "global"), control
     from the same relation and known ones first, and `ppl_entries` texts, the same for all of the fact's
     edits. ValueError: fewer texts than entries."""
     if ppl_entries and len(texts) < ppl_entries:
-        raise ValueError(f"perplexity needs {ppl_entries} entries an edit and the corpus has {len(texts)} that are long "
-                         "enough; lower ppl_entries or give another corpus")
+        raise ValueError(f"perplexity needs {ppl_entries} entries an edit and the corpus has {len(texts)} "
+                         "that are long enough; lower ppl_entries or give another corpus")
     unknown = [name for name in controls if name not in CONTROLS]
     if unknown:
         raise ValueError(f"control {unknown[0]!r} is unknown; use {', '.join(CONTROLS)}")
-    specs = _specs(sets)
-    own = kn_sets(queries, t)
+    specs, own = _specs(sets), kn_sets(queries, t)
     pool = _pool_by_fact(queries, own)
     plans, omissions = [], []
     for fact, group in queries.groupby("fact", sort=False):
-        draw = lambda what: np.random.default_rng([seed, zlib.crc32(fact.encode()), zlib.crc32(what.encode())])  # noqa: E731
+        draw = _Draws(seed, fact)
         first, known = group.iloc[0], group["known"].to_numpy(bool)
         relation, subject, obj = first["relation"], first["subject"], first["object"]
         at = int(draw("query").choice(np.flatnonzero(known) if known.any() else len(group)))
         taken = {f.object for f in facts if (f.relation, f.subject) == (relation, subject)} | {obj}
         objects = sorted({f.object for f in facts if f.relation == relation} - taken)
-        if not known.any():
-            omissions.append((fact, "rel, gen", "no known query: only in the columns over all queries"))
-        elif known.sum() == 1:
-            omissions.append((fact, "gen", "no known neighbour of q_i: Gen is undefined"))
-        if not objects:
-            omissions.append((fact, "update", f"relation {relation} has no other object to update to"))
-        chosen = {name: _select(spec, name, [own[queries.index.get_loc(i)] for i in group.index], at, first)
-                  for name, spec in specs.items()}
-        omissions += [(fact, name, "no neurons: nothing is edited") for name, one in chosen.items() if not one]
-        neurons = {(name, "none"): one for name, one in chosen.items()}
-        for name, one in chosen.items():
-            for control in controls:
-                neurons[name, control] = {} if control == "matched" else _control(
-                    control, one, num_neurons, pool, fact, draw(f"{control} {name}"))
-        local = queries[(queries["subject"] != subject) & (queries["object"] != obj)]
+        mine = [own[queries.index.get_loc(i)] for i in group.index]
+        chosen = {name: _select(spec, name, mine, at, first) for name, spec in specs.items()}
+        omissions += [(fact, *one) for one in _omissions(known, relation, objects, chosen)]
+        edits = [dict(neurons=name, control="none", set=one) for name, one in chosen.items()]
+        edits += [dict(neurons=name, control=control, set=_control(
+            control, one, num_neurons, pool, fact, draw(f"{control} {name}")))
+            for name, one in chosen.items() for control in controls]
+        elsewhere = queries[(queries["subject"] != subject) & (queries["object"] != obj)]
         plans.append(dict(
             fact=fact, relation=relation, subject=subject, object=obj, prompts=group["prompt"].tolist(),
-            known=known.tolist(), query=at, new_object=str(draw("object").choice(objects)) if objects else None,
-            edits=[dict(neurons=name, control=control, set=sorted(map(list, one)))
-                   for (name, control), one in neurons.items()],
-            locality=_locality(local, relation, n_locality, draw("locality")),
-            texts=[texts[i] for i in draw("texts").choice(len(texts), ppl_entries, replace=False)] if ppl_entries else []))
+            known=known.tolist(), query=at,
+            new_object=str(draw("object").choice(objects)) if objects else None,
+            edits=[{**edit, "set": sorted(map(list, edit["set"]))} for edit in edits],
+            locality=_locality(elsewhere, relation, n_locality, draw("locality")),
+            texts=[texts[i] for i in draw("texts").permutation(len(texts))[:ppl_entries]]))
     return plans, pd.DataFrame(omissions, columns=["fact", "what", "reason"])
+
+
+class _Draws:
+    """A random generator for each thing a fact draws, so that drawing one more does not move the others."""
+
+    def __init__(self, seed, fact):
+        self.seed = [seed, zlib.crc32(fact.encode())]
+
+    def __call__(self, what):
+        return np.random.default_rng([*self.seed, zlib.crc32(what.encode())])
+
+
+def _omissions(known, relation, objects, chosen):
+    """(what, reason) of all that a fact cannot be measured on."""
+    if not known.any():
+        yield "rel, gen", "no known query: only in the columns over all queries"
+    elif known.sum() == 1:
+        yield "gen", "no known neighbour of q_i: Gen is undefined"
+    if not objects:
+        yield "update", f"relation {relation} has no other object to update to"
+    for name, one in chosen.items():
+        if not one:
+            yield name, "no neurons: nothing is edited"
 
 
 def _specs(sets) -> dict:
     specs = dict(sets) if isinstance(sets, dict) else {name: {} if name == "cas" else None for name in sets}
     for name, spec in specs.items():
         if spec is None and name not in ("local", "global"):
-            raise ValueError(f"neuron set {name!r} is unknown; use local, global, or a name with CAS settings")
+            raise ValueError(f"neuron set {name!r} is unknown; use local, global, or one with CAS settings")
     return specs
 
 
@@ -99,8 +114,12 @@ def _pool_by_fact(queries, own):
 
 
 def _control(control, one, num_neurons, pool, fact, rng) -> set:
-    """As many neurons in each layer as `one`, none of them in it; fewer where there are not that many."""
+    """As many neurons in each layer as `one`, none of them in it; fewer where there are not that many.
+
+    "matched" needs the model: `edit_facts` fills it in."""
     found = set()
+    if control == "matched":
+        return found
     for layer in sorted({layer for layer, _ in one}):
         inside = {neuron for at, neuron in one if at == layer}
         free = (sorted({n for f, n in pool.get(layer, ()) if f != fact} - inside) if control == "other"
@@ -114,7 +133,8 @@ def _locality(candidates, relation, count, rng) -> list[dict]:
     """Half from `relation`, half from others (more from one side where the other has too few), known ones
     first."""
     sides = []
-    for part in (candidates[candidates["relation"] == relation], candidates[candidates["relation"] != relation]):
+    inside = candidates["relation"] == relation
+    for part in (candidates[inside], candidates[~inside]):
         part = part.iloc[rng.permutation(len(part))]
         sides.append(part.sort_values("known", ascending=False, kind="stable"))
     same = min(len(sides[0]), max(count // 2, count - len(sides[1])))
@@ -125,7 +145,8 @@ def _locality(candidates, relation, count, rng) -> list[dict]:
 
 # --- what is measured ------------------------------------------------------------------------------------
 
-def edit_facts(lm, unit, *, ops=("erase", "update"), lambda1=2.0, lambda2=2.0, embedding="input", ppl_max_tokens=256):
+def edit_facts(lm, unit, *, ops=("erase", "update"), lambda1=2.0, lambda2=2.0, embedding="input",
+               ppl_max_tokens=256) -> pd.DataFrame:
     """One row an edit of the facts in `unit` (dicts of `plan_edits`); a task for `store.run_units`.
 
     Columns: fact, relation, subject, object, new_object, op, neurons, control, n_neurons; rel, gen, loc, avg
@@ -147,7 +168,8 @@ def edit_facts(lm, unit, *, ops=("erase", "update"), lambda1=2.0, lambda2=2.0, e
                 if op in fact.targets:
                     edits.append((fact, op, edit, book.change(edit["set"], op, options, made)))
     before = book.score([(q, None) for q in range(len(book.queries))])
-    after = book.score([(q, change) for fact, op, _, change in edits for q in fact.targets[op] + fact.locality])
+    after = book.score([(q, change) for fact, op, _, change in edits
+                        for q in fact.targets[op] + fact.locality])
     perplexity = book.perplexities(edits, ppl_max_tokens)
     rows, start = [], 0
     for (fact, op, edit, _), ppl in zip(edits, perplexity):
@@ -255,7 +277,8 @@ def _match_activations(lm, facts) -> None:
         matched = [edit for edit in fact.plan["edits"] if edit["control"] == "matched"]
         if not matched:
             continue
-        strength = neuron_vectors(lm, torch.tensor([fact.prompt], device=lm.device))[0].abs().double().cpu().numpy()
+        strength = neuron_vectors(lm, torch.tensor([fact.prompt], device=lm.device))[0]
+        strength = strength.abs().double().cpu().numpy()
         for edit in matched:
             inside, found = {tuple(pair) for pair in sets[edit["neurons"]]}, set()
             for layer, neuron in sorted(inside, key=lambda pair: (-strength[pair], pair)):
@@ -269,8 +292,8 @@ def _match_activations(lm, facts) -> None:
 def _row(fact, op, edit) -> dict:
     plan = fact.plan
     return dict(fact=plan["fact"], relation=plan["relation"], subject=plan["subject"], object=plan["object"],
-                new_object=plan["new_object"], prompt=plan["prompts"][plan["query"]], op=op, neurons=edit["neurons"],
-                control=edit["control"], n_neurons=len(edit["set"]), note=None)
+                new_object=plan["new_object"], prompt=plan["prompts"][plan["query"]], op=op,
+                neurons=edit["neurons"], control=edit["control"], n_neurons=len(edit["set"]), note=None)
 
 
 def _metrics(fact, op, before, after, rows) -> dict:
@@ -281,9 +304,11 @@ def _metrics(fact, op, before, after, rows) -> dict:
     matched = 1 - match[:n] if op == "erase" else match[:n]
     p_before, p_after = np.exp(before.log_probability[own]), np.exp(after.log_probability[rows][:n])
     neighbour = np.arange(n) != at
-    kept, same, sure = exact[n:], *(np.array([q[key] for q in fact.plan["locality"]], bool) for key in ("same", "known"))
+    locality, kept = fact.plan["locality"], exact[n:]
+    same, sure = (np.array([query[key] for query in locality], bool) for key in ("same", "known"))
     found = dict(
-        rel=reached[at] if known[at] else np.nan, gen=_mean(reached[neighbour & known]) if known[at] else np.nan,
+        rel=reached[at] if known[at] else np.nan,
+        gen=_mean(reached[neighbour & known]) if known[at] else np.nan,
         loc=_mean(kept[sure]), loc_same=_mean(kept[sure & same]), loc_other=_mean(kept[sure & ~same]),
         rel_all=reached[at], gen_all=_mean(reached[neighbour]), loc_all=_mean(kept),
         rel_match=matched[at] if known[at] else np.nan, gen_match=_mean(matched[neighbour & known]),
@@ -309,15 +334,17 @@ def run_edits(study, queries, sets, *, controls=None, facts=None, ops=("erase", 
     p, lm = study.parameters, study.lm()
     entries = p["ppl_entries"] if ppl_entries is None else ppl_entries
     texts = usable_texts(lm, perplexity_texts(p["corpus"]), p["ppl_min_tokens"]) if entries else []
-    objects = load_facts(study.data, relations=study.relations, seed=study.seed, middle=p.get("middle", "cut"))
+    objects = load_facts(study.data, relations=study.relations, middle=p.get("middle", "cut"))
     plans, omissions = plan_edits(
-        queries, objects, num_neurons=lm.num_neurons, sets=sets, t=p["t"], n_locality=p["n_locality"], texts=texts,
-        controls=p["controls"] if controls is None else controls, ppl_entries=entries, seed=study.seed)
+        queries, objects, num_neurons=lm.num_neurons, sets=sets, t=p["t"], n_locality=p["n_locality"],
+        texts=texts, controls=p["controls"] if controls is None else controls, ppl_entries=entries,
+        seed=study.seed)
     plans = [plan for plan in plans if facts is None or plan["fact"] in facts]
     config = dict(ops=list(ops), lambda1=p["lambda1"], lambda2=p["lambda2"], embedding=p["embedding"],
                   ppl_max_tokens=p["ppl_max_tokens"])
     units = [plans[i:i + UNIT_FACTS] for i in range(0, len(plans), UNIT_FACTS)]
-    frame = study.run(edit_facts, units, config, desc=f"{study.model} {study.method} edits, {', '.join(sets) if len(sets) < 4 else f'{len(sets)} sets'}")
+    what = ", ".join(sets) if len(sets) < 4 else f"{len(sets)} sets"
+    frame = study.run(edit_facts, units, config, desc=f"{study.model} {study.method} edits, {what}")
     return frame, omissions
 
 

@@ -22,7 +22,7 @@ from .rows import Change, score_queries
 
 OPERATIONS = ("erase", "update")
 EMBEDDINGS = ("input", "output")
-CARRIER = "is"  # a word for an object to continue, so that its first token is the one it has inside a sentence
+CARRIER = "is"  # a word for an object to continue, so that it is tokenised as inside a sentence
 
 
 @dataclass(frozen=True)
@@ -117,22 +117,23 @@ def object_embedding(lm, words, embedding="input") -> Tensor:
     module = lm.model.get_input_embeddings() if embedding == "input" else lm.model.get_output_embeddings()
     weight = module.weight
     if not ids or not all(0 <= token < weight.shape[0] for token in ids):
-        raise ValueError(f"object {words!r} has no embedding: {lm.name} embeds the tokens 0 to {weight.shape[0] - 1}")
+        raise ValueError(f"object {words!r} has no embedding: {lm.name} embeds the tokens 0 to "
+                         f"{weight.shape[0] - 1}")
     width = _editable(lm, 0).shape[1]
     if weight.shape[1] != width:
-        raise ValueError(f"{lm.name}: its {embedding} embeddings have {weight.shape[1]} dimensions and its value "
-                         f"vectors {width}; an update cannot add one to the other")
+        raise ValueError(f"{lm.name}: its {embedding} embeddings have {weight.shape[1]} dimensions and its "
+                         f"value vectors {width}; an update cannot add one to the other")
     return weight[ids].mean(0)
 
 
 def object_tokens(lm, text: str) -> list[int]:
     """Token ids of `text` as it stands after a word: never with BOS, and without the lone space token that
     SentencePiece puts at the start of a text. ValueError when it does not continue a word."""
-    before = lm.tokenizer(CARRIER, add_special_tokens=False, split_special_tokens=True).input_ids
-    ids = lm.tokenizer(f"{CARRIER} {text.strip()}", add_special_tokens=False, split_special_tokens=True).input_ids
-    if not text.strip() or list(ids[:len(before)]) != list(before) or len(ids) == len(before):
-        raise ValueError(f"object {text!r} cannot be tokenised as the continuation of a word; give its token ids")
-    return list(ids[len(before):])
+    before, ids = (list(lm.tokenizer(words, add_special_tokens=False, split_special_tokens=True).input_ids)
+                   for words in (CARRIER, f"{CARRIER} {text.strip()}"))
+    if not text.strip() or ids[:len(before)] != before or len(ids) == len(before):
+        raise ValueError(f"object {text!r} cannot be tokenised as the continuation of a word; give token ids")
+    return ids[len(before):]
 
 
 def _editable(lm, layer) -> Tensor:
@@ -169,10 +170,11 @@ def encode_entries(lm, texts, max_tokens) -> list[tuple[list[int], list[int]]]:
             raise ValueError(f"a text must be a string, got {type(text).__name__}: {text!r}")
         ids = lm._tokenize(text)[:max_tokens]
         if len(ids) < 2:
-            raise ValueError(f"text {text[:60]!r} has fewer than two tokens; leave it out, nothing of it can be scored")
+            raise ValueError(f"text {text[:60]!r} has fewer than two tokens, so nothing of it can be scored; "
+                             "leave it out")
         if len(ids) > lm.context:
-            raise ValueError(f"text {text[:60]!r}... has {len(ids)} tokens of {max_tokens} allowed; {lm.name} reads at "
-                             f"most {lm.context}: lower max_tokens")
+            raise ValueError(f"text {text[:60]!r}... has {len(ids)} tokens of {max_tokens} allowed; "
+                             f"{lm.name} reads at most {lm.context}: lower max_tokens")
         entries.append((ids[:1], ids[1:]))
     return entries
 

@@ -120,7 +120,8 @@ class _Watch:
 
     def _wrap(self, generate):
         def run(inputs=None, *args, **kwargs):
-            tokens = next((t for t in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)
+            given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+            tokens = next((part for part in given if part is not None), None)
             outer, self.prompt_end = self.prompt_end, tokens.shape[1] - 1 if tokens is not None else 0
             try:
                 return generate(inputs, *args, **kwargs)
@@ -145,8 +146,8 @@ class _Watch:
         elif isinstance(mask, Tensor) and mask.dim() == 2:
             first = (mask[:, -length:].to(tokens.device).bool() * place).amax(1, keepdim=True)
         else:
-            raise ValueError("scale_neurons finds the last prompt token in a 2-D attention_mask (1 for a token, 0 for "
-                             "padding); this forward pass was given another kind of mask")
+            raise ValueError("scale_neurons finds the last prompt token in a 2-D attention_mask (1: a token, "
+                             "0: padding); this forward pass was given another kind of mask")
         if cache is not None:
             self.seen.add(cache)
         self.reach = place >= first
@@ -162,7 +163,7 @@ class _Watch:
             if self.lm.__dict__.get("scoring"):  # `score_rows` applies the active scales itself
                 return None
             if self.reach is None:
-                raise ValueError("scale_neurons acts on whole forward passes; attribute the neurons outside of it")
+                raise ValueError("scale_neurons acts on whole forward passes; attribute outside of it")
             x = inputs[0]
             factors = x.new_ones(x.shape[-1])
             factors[index] = self.change.factor

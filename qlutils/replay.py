@@ -20,6 +20,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import Cache
 
 from .arch import UnsupportedModel, expand_call_argument, tail_modules
+from .attention import controlled_weights
 
 _LOCAL = threading.local()  # the prefix the layer now running attends to
 VOCAB_CHUNK = 8192
@@ -66,7 +67,7 @@ def prefix_attention(module, query, key, value, attention_mask, scaling=None, so
         else:
             scores = scores + attention_mask
     weights = torch.softmax(scores, -1, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
-    weights = weights.to(value.dtype)
+    weights = controlled_weights(module, weights.view(queries, heads, rows, -1), None).view_as(weights).to(value.dtype)
     out = weights[..., :-1] @ prefix_value + weights[..., -1:] * value
     return out.reshape(queries, heads, rows, -1).transpose(1, 2), None
 

@@ -101,7 +101,8 @@ def score_rows(lm, queries, rows, *, everywhere=False, tokens=None) -> Scores:
     groups: dict[tuple, list[int]] = {}
     for query in by_query:
         prompt, target = queries[query]
-        prefix = 0 if everywhere or not (_scales(lm) or any(c for c, _ in by_query[query])) else len(prompt) - 1
+        changed = _scales(lm) or any(change for change, _ in by_query[query])
+        prefix = len(prompt) - 1 if changed and not everywhere else 0
         groups.setdefault((prefix, len(prompt) + len(target) - 1 - prefix), []).append(query)
     out = Scores(np.zeros(len(rows)), np.zeros(len(rows), bool), np.zeros(len(rows)), [[]] * len(rows))
     with scoring(lm):
@@ -126,7 +127,8 @@ def token_budget(lm) -> int:
     if lm.device.type != "cuda":
         return CPU_TOKENS
     free = torch.cuda.mem_get_info(lm.device)[0]
-    per_token = (14 * lm.arch.head.weight.shape[1] + 5 * lm.num_neurons + lm.num_layers * 64) * lm.dtype.itemsize
+    width = lm.arch.head.weight.shape[1]  # the clean pass keeps every layer's input
+    per_token = ((14 + lm.num_layers) * width + 5 * lm.num_neurons) * lm.dtype.itemsize
     return int(min(2**17, max(256, free // 4 // per_token)))
 
 
@@ -141,7 +143,8 @@ def _score_group(lm, queries, members, by_query, prefix, size, out) -> None:
     for start in range(0, len(rows), size):
         part = rows[start:start + size]
         hidden = _grow(lm, shared, part, [len(queries[members[local]][0]) - 1 - prefix for local, *_ in part])
-        _read(lm, hidden, [queries[members[local]] for local, *_ in part], prefix, [places for *_, places in part], out)
+        scored = [queries[members[local]] for local, *_ in part]
+        _read(lm, hidden, scored, prefix, [places for *_, places in part], out)
 
 
 def _clean(lm, ids, prefix, starts) -> _Shared:
@@ -271,7 +274,8 @@ def _changed(lm, layer, rows, prompt_ends, length):
         who, vectors = added
         return output.reshape(-1, length, output.shape[-1]).index_add(0, who, vectors).reshape(output.shape)
 
-    handles = [lm.downs[layer].register_forward_pre_hook(before), lm.downs[layer].register_forward_hook(after)]
+    down = lm.downs[layer]
+    handles = [down.register_forward_pre_hook(before), down.register_forward_hook(after)]
     try:
         yield
     finally:
@@ -288,7 +292,8 @@ def _read(lm, hidden, queries, prefix, places, out: Scores) -> None:
     picked = hidden[torch.from_numpy(who).to(lm.device), torch.from_numpy(at).to(lm.device)]
     size, log_p, best = max(1, LOGITS // lm.arch.head.weight.shape[0]), [], []
     for part, gold in zip(picked.split(size), target.split(size)):
-        logits, _ = _to_logits(lm.arch.head(final_hidden(lm, part)).to(lm.score_dtype), lm.arch.scale, lm.arch.softcap)
+        logits = lm.arch.head(final_hidden(lm, part)).to(lm.score_dtype)
+        logits, _ = _to_logits(logits, lm.arch.scale, lm.arch.softcap)
         log_p.append(logits.gather(1, gold[:, None])[:, 0] - torch.logsumexp(logits, -1))
         best.append(logits.argmax(-1))
     log_p, best = torch.cat(log_p).double().cpu().numpy(), torch.cat(best).cpu().numpy()
@@ -314,11 +319,12 @@ def _verify(lm) -> None:
             lm.adds_mlp_output = _adds_mlp_output(lm, ids)
         nothing = Change(lm, [(0, 0)], 1.0)
         for everywhere in (True, False):
-            found = score_rows(lm, queries, [(0, nothing), (1, nothing)], everywhere=everywhere).log_probability
+            found = score_rows(lm, queries, [(0, nothing), (1, nothing)], everywhere=everywhere)
+            found = found.log_probability
             if not np.allclose(found, own, rtol=1e-2, atol=1e-2 if lm.dtype.itemsize > 2 else 0.2):
                 raise UnsupportedModel(
-                    f"{lm.name} ({type(lm.model).__name__}): its layers do not give the model's own probabilities "
-                    "when run row by row, so changes to its neurons would be scored wrongly")
+                    f"{lm.name} ({type(lm.model).__name__}): its layers do not give the model's own "
+                    "probabilities when run row by row, so changes to its neurons would be scored wrongly")
     except BaseException:
         lm.rows_verified = False
         raise
