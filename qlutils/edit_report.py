@@ -146,9 +146,8 @@ def worked_example(lm, plan, **options):
     the greedy answers. side effects: the locality queries whose greedy answer an edit changes."""
     book = Book(lm)
     fact = PlannedFact(book, plan, ("erase", "update"))
-    book.add_locality([fact])
+    before = book.add_locality([fact])
     made, answers, effects = {}, [], []
-    before = book.score([(q, None) for q in range(len(book.queries))])
     options = dict(old=fact.old, new=fact.new, **options)
     text = lambda ids: lm.tokenizer.decode(ids).strip()  # noqa: E731
     for op, own in fact.targets.items():
@@ -164,7 +163,7 @@ def worked_example(lm, plan, **options):
                     "p_after": np.exp(after.log_probability[k]), "answer_after": text(after.greedy[k])})
             for k, (q, local) in enumerate(zip(fact.locality, plan["locality"]), len(own)):
                 if not after.exact[k]:
-                    effects.append((*keys.values(), local["prompt"], text(before.greedy[q]),
+                    effects.append((*keys.values(), local["prompt"], text(book.queries[q][1]),
                                     text(after.greedy[k])))
     columns = ["op", "neurons", "n_neurons", "prompt", "answer_before", "answer_after"]
     return pd.DataFrame(answers), pd.DataFrame(effects, columns=columns)

@@ -158,7 +158,7 @@ def edit_facts(lm, unit, *, ops=("erase", "update"), lambda1=2.0, lambda2=2.0, e
     """
     book = Book(lm)
     facts = [PlannedFact(book, plan, ops) for plan in unit]
-    book.add_locality(facts)
+    before = book.add_locality(facts)
     _match_activations(lm, facts)
     edits, made = [], {}
     for fact in facts:
@@ -167,7 +167,6 @@ def edit_facts(lm, unit, *, ops=("erase", "update"), lambda1=2.0, lambda2=2.0, e
             for edit in fact.plan["edits"]:
                 if op in fact.targets:
                     edits.append((fact, op, edit, book.change(edit["set"], op, options, made)))
-    before = book.score([(q, None) for q in range(len(book.queries))])
     after = book.score([(q, change) for fact, op, _, change in edits
                         for q in fact.targets[op] + fact.locality])
     perplexity = book.perplexities(edits, ppl_max_tokens)
@@ -196,15 +195,21 @@ class Book:
         return self.index[key]
 
     def add_locality(self, facts):
-        """What must not change: the answers the unedited model gives, as long as the right ones."""
+        """Add what must not change: the answers that the unedited model gives. Returns the unedited model's scores
+        of the queries so far, and of the locality queries with their right answers."""
         from .interventions import greedy_answers
 
         pairs = {(q["prompt"], q["object"]): None for fact in facts for q in fact.plan["locality"]}
-        encoded = [self.lm.encode(*pair) for pair in pairs]
-        given = greedy_answers(self.lm, [p for p, _ in encoded], [len(a) for _, a in encoded])
-        index = {pair: self.add(p, answer) for pair, (p, _), answer in zip(pairs, encoded, given)}
+        index = {pair: self.add(*self.lm.encode(*pair)) for pair in pairs}
+        before = self.score([(q, None) for q in range(len(self.queries))])
+        wrong = [pair for pair in pairs if not before.exact[index[pair]]]  # the others are greedy answers already
+        asked = [self.queries[index[pair]] for pair in wrong]
+        given = greedy_answers(self.lm, [p for p, _ in asked], [len(answer) for _, answer in asked])
+        for pair, (prompt, _), answer in zip(wrong, asked, given):
+            index[pair] = self.add(prompt, answer)
         for fact in facts:
             fact.locality = [index[q["prompt"], q["object"]] for q in fact.plan["locality"]]
+        return before
 
     def change(self, neurons, op, options, made):
         """One `Change` an edit; equal edits share it, so that they are computed once."""
@@ -329,11 +334,11 @@ def run_edits(study, queries, sets, *, controls=None, facts=None, ops=("erase", 
     """(frame of `edit_facts`, omissions) of a study's facts, with the notebook's parameters. `facts`: ids to
     keep."""
     from .data import load_facts, perplexity_texts
-    from .editing import usable_texts
+    from .editing import MIN_TOKENS, usable_texts
 
     p, lm = study.parameters, study.lm()
     entries = p["ppl_entries"] if ppl_entries is None else ppl_entries
-    texts = usable_texts(lm, perplexity_texts(p["corpus"]), p["ppl_min_tokens"]) if entries else []
+    texts = usable_texts(lm, perplexity_texts(p["corpus"]), min(MIN_TOKENS, p["ppl_max_tokens"])) if entries else []
     objects = load_facts(study.data, relations=study.relations, middle=p.get("middle", "cut"))
     plans, omissions = plan_edits(
         queries, objects, num_neurons=lm.num_neurons, sets=sets, t=p["t"], n_locality=p["n_locality"],

@@ -22,6 +22,7 @@ from .rows import Change, score_queries
 
 OPERATIONS = ("erase", "update")
 EMBEDDINGS = ("input", "output")
+MIN_TOKENS = 64  # of a paragraph that perplexity may be measured on
 CARRIER = "is"  # a word for an object to continue, so that it is tokenised as inside a sentence
 
 
@@ -179,6 +180,6 @@ def encode_entries(lm, texts, max_tokens) -> list[tuple[list[int], list[int]]]:
     return entries
 
 
-def usable_texts(lm, texts, min_tokens=64) -> list[str]:
+def usable_texts(lm, texts, min_tokens=MIN_TOKENS) -> list[str]:
     """The texts of at least `min_tokens` tokens: the entries that perplexity may be measured on."""
     return [text for text in texts if len(lm._tokenize(text)) >= min_tokens]

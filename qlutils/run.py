@@ -28,7 +28,7 @@ from .files import StoreError, folder_hash, locked, sha256, versions, write_json
 from .study import DTYPES, METHODS, check_values, literals, model_content
 
 MODELS = ("demo/gpt2", "demo/llama2", "demo/llama3")
-SAMPLE = 3  # facts a relation without --full
+SAMPLE = 2  # facts a relation without --full
 PER_METHOD, COMPARES, LAST = "01", "02", "report"  # the other notebooks run per model and downstream method
 
 
@@ -67,6 +67,9 @@ def main(argv=None, notebooks=None):
             root = paths.run_folder(args.output)
             if args.plan:
                 return _plan(args)
+            if args.refresh:
+                from .refresh import refresh
+                return refresh()
             jobs, data_hash = plan_jobs(args, Path(notebooks or paths.NOTEBOOKS))
             with locked(root / ".lock"), _scheduler(args) as address:
                 return _run(jobs, root, data_hash, command, address)
@@ -110,6 +113,8 @@ def _parser():
     add("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
         help="set another notebook parameter, in every notebook that has it")
     add("--plan", action="store_true", help="print what the localisation would cost on this device, start nothing")
+    add("--refresh", action="store_true",
+        help="run the notebooks as they stand and write their outputs into notebooks/ and figures/demo (maintainers)")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--workers", type=int, metavar="N",
                        help="compute in N local processes, one a GPU where there are GPUs (extra `cluster`)")

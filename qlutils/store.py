@@ -20,8 +20,8 @@ from . import _HOME, paths
 from .files import StoreError, as_frame, canonical, locked, read_table, sha256, write_table
 
 # These modules move, name and show results; no number depends on their text.
-_NOT_COMPUTING = {"__init__", "paths", "files", "store", "study", "run", "plan", "plots", "tables", "report",
-                  "explorer"}
+_NOT_COMPUTING = {"__init__", "paths", "files", "store", "study", "run", "plan", "refresh", "execute", "plots", "tables",
+                  "report", "page", "schematic", "claims", "edit_report", "explorer", "explorer_page"}
 _BUSY = threading.Lock()  # a model carries hooks: one task at a time in a process
 
 

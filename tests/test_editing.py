@@ -440,7 +440,7 @@ def test_notebooks_03_and_07_make_tables_2_and_3_from_their_own_edits(family, tm
     corpus = tmp_path / "text.txt"
     corpus.write_text("\n".join(" ".join(words[(i + j) % 7] for j in range(6 + i)) for i in range(5)) + "\n")
     shared = dict(model=model, data=data, facts_per_relation=None, device="cpu", output="small", corpus=str(corpus),
-                  ppl_entries=2, ppl_min_tokens=4, ppl_max_tokens=8, n_locality=4)
+                  ppl_entries=2, ppl_max_tokens=7, n_locality=4)
     for name, others in (("03_kn_modification", dict(more_controls_facts=2)), ("07_cas_editing", dict(sweep_facts=2))):
         papermill.execute_notebook(paths.ROOT / "notebooks" / f"{name}.ipynb", tmp_path / f"{name}.ipynb", progress_bar=False,
                                    parameters={**shared, **others})
