@@ -119,7 +119,7 @@ def figure_edits(table, threshold, sets):
 
     table = table[(table["threshold"] == threshold) & table["neurons"].isin(sets)]
     classes, ops = list(dict.fromkeys(table["class"])), list(dict.fromkeys(table["op"]))
-    plotted = long_metrics(table, METRICS)
+    plotted = long_metrics(table, METRICS).replace({"metric": {name: name.title() for name in METRICS[:4]}})
     figure, axes = plt.subplots(len(ops), len(classes) + 1, figsize=(WIDE, 2.3 * len(ops)), squeeze=False,
                                 width_ratios=[4] * len(classes) + [len(classes) + 1], layout="constrained")
     for row, op in zip(axes, ops):
@@ -132,8 +132,14 @@ def figure_edits(table, threshold, sets):
         here = here[here["metric"] == "dppl"]
         bars_with_intervals(here, row[-1], x="class", hue="neurons", colors=SET_COLORS)
         row[-1].set(title="dPPL", ylabel="")
-        for ax in row[1:]:
-            ax.get_legend().remove()
+        if here["mean"].abs().max() > 1:  # a broken model's perplexity has no bound
+            row[-1].set_yscale("symlog", linthresh=0.1)
+    legend = axes[0, 0].get_legend()
+    figure.legend(legend.legend_handles, [text.get_text() for text in legend.get_texts()],
+                  title=legend.get_title().get_text(), title_fontsize=5, ncols=len(sets),
+                  loc="outside upper center")
+    for ax in axes.flat:
+        ax.get_legend().remove()
     return figure, plotted
 
 

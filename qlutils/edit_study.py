@@ -40,15 +40,17 @@ def plan_edits(queries, facts, *, num_neurons, sets=("local", "global"), control
     if unknown:
         raise ValueError(f"control {unknown[0]!r} is unknown; use {', '.join(CONTROLS)}")
     specs, own = _specs(sets), kn_sets(queries, t)
-    pool = _pool_by_fact(queries, own)
+    pool, locality, said = _pool_by_fact(queries, own), _Locality(queries), {}
+    for fact in facts:
+        said.setdefault(fact.relation, []).append((fact.subject, fact.object))
     plans, omissions = [], []
     for fact, group in queries.groupby("fact", sort=False):
         draw = _Draws(seed, fact)
         first, known = group.iloc[0], group["known"].to_numpy(bool)
         relation, subject, obj = first["relation"], first["subject"], first["object"]
         at = int(draw("query").choice(np.flatnonzero(known) if known.any() else len(group)))
-        taken = {f.object for f in facts if (f.relation, f.subject) == (relation, subject)} | {obj}
-        objects = sorted({f.object for f in facts if f.relation == relation} - taken)
+        pairs = said.get(relation, [])
+        objects = sorted({o for _, o in pairs} - {o for s, o in pairs if s == subject} - {obj})
         mine = [own[queries.index.get_loc(i)] for i in group.index]
         chosen = {name: _select(spec, name, mine, at, first) for name, spec in specs.items()}
         omissions += [(fact, *one) for one in _omissions(known, relation, objects, chosen)]
@@ -56,13 +58,12 @@ def plan_edits(queries, facts, *, num_neurons, sets=("local", "global"), control
         edits += [dict(neurons=name, control=control, set=_control(
             control, one, num_neurons, pool, fact, draw(f"{control} {name}")))
             for name, one in chosen.items() for control in controls]
-        elsewhere = queries[(queries["subject"] != subject) & (queries["object"] != obj)]
         plans.append(dict(
             fact=fact, relation=relation, subject=subject, object=obj, prompts=group["prompt"].tolist(),
             known=known.tolist(), query=at,
             new_object=str(draw("object").choice(objects)) if objects else None,
             edits=[{**edit, "set": sorted(map(list, edit["set"]))} for edit in edits],
-            locality=_locality(elsewhere, relation, n_locality, draw("locality")),
+            locality=locality.draw(queries.index.get_loc(group.index[0]), n_locality, draw("locality")),
             texts=[texts[i] for i in draw("texts").permutation(len(texts))[:ppl_entries]]))
     return plans, pd.DataFrame(omissions, columns=["fact", "what", "reason"])
 
@@ -129,18 +130,31 @@ def _control(control, one, num_neurons, pool, fact, rng) -> set:
     return found
 
 
-def _locality(candidates, relation, count, rng) -> list[dict]:
-    """Half from `relation`, half from others (more from one side where the other has too few), known ones
-    first."""
-    sides = []
-    inside = candidates["relation"] == relation
-    for part in (candidates[inside], candidates[~inside]):
-        part = part.iloc[rng.permutation(len(part))]
-        sides.append(part.sort_values("known", ascending=False, kind="stable"))
-    same = min(len(sides[0]), max(count // 2, count - len(sides[1])))
-    chosen = [(sides[0].iloc[:same], True), (sides[1].iloc[:count - same], False)]
-    return [dict(prompt=row["prompt"], object=row["object"], known=bool(row["known"]), same=flag)
-            for part, flag in chosen for _, row in part.iterrows()]
+class _Locality:
+    """Queries of other facts. Half of a draw is of the same relation (more from one side where the other has
+    too few), and known queries come first."""
+
+    def __init__(self, queries):
+        self.prompts, self.objects = queries["prompt"].tolist(), queries["object"].tolist()
+        self.known = queries["known"].to_numpy(bool)
+        self.codes = {name: pd.factorize(queries[name])[0] for name in ("relation", "subject", "object")}
+
+    def draw(self, row, count, rng) -> list[dict]:
+        """For the fact of query `row`."""
+        shared = {name: codes == codes[row] for name, codes in self.codes.items()}
+        free = ~shared["subject"] & ~shared["object"]
+        same, other = (np.flatnonzero(free & part) for part in (shared["relation"], ~shared["relation"]))
+        half = min(len(same), max(count // 2, count - len(other)))
+        chosen = [(i, True) for i in self._known_first(same, half, rng)]
+        chosen += [(i, False) for i in self._known_first(other, count - half, rng)]
+        return [dict(prompt=self.prompts[i], object=self.objects[i], known=bool(self.known[i]), same=flag)
+                for i, flag in chosen]
+
+    def _known_first(self, rows, count, rng) -> list[int]:
+        known, unknown = rows[self.known[rows]], rows[~self.known[rows]]
+        first = rng.choice(known, min(count, len(known)), replace=False)
+        rest = rng.choice(unknown, min(count - len(first), len(unknown)), replace=False)
+        return [*first.tolist(), *rest.tolist()]
 
 
 # --- what is measured ------------------------------------------------------------------------------------
@@ -195,14 +209,14 @@ class Book:
         return self.index[key]
 
     def add_locality(self, facts):
-        """Add what must not change: the answers that the unedited model gives. Returns the unedited model's scores
-        of the queries so far, and of the locality queries with their right answers."""
+        """Add what must not change: the answers that the unedited model gives. Returns the unedited model's
+        scores of the queries so far, and of the locality queries with their right answers."""
         from .interventions import greedy_answers
 
         pairs = {(q["prompt"], q["object"]): None for fact in facts for q in fact.plan["locality"]}
         index = {pair: self.add(*self.lm.encode(*pair)) for pair in pairs}
         before = self.score([(q, None) for q in range(len(self.queries))])
-        wrong = [pair for pair in pairs if not before.exact[index[pair]]]  # the others are greedy answers already
+        wrong = [pair for pair in pairs if not before.exact[index[pair]]]  # the others are greedy answers
         asked = [self.queries[index[pair]] for pair in wrong]
         given = greedy_answers(self.lm, [p for p, _ in asked], [len(answer) for _, answer in asked])
         for pair, (prompt, _), answer in zip(wrong, asked, given):
@@ -338,7 +352,8 @@ def run_edits(study, queries, sets, *, controls=None, facts=None, ops=("erase", 
 
     p, lm = study.parameters, study.lm()
     entries = p["ppl_entries"] if ppl_entries is None else ppl_entries
-    texts = usable_texts(lm, perplexity_texts(p["corpus"]), min(MIN_TOKENS, p["ppl_max_tokens"])) if entries else []
+    shortest = min(MIN_TOKENS, p["ppl_max_tokens"])
+    texts = usable_texts(lm, perplexity_texts(p["corpus"]), shortest) if entries else []
     objects = load_facts(study.data, relations=study.relations, middle=p.get("middle", "cut"))
     plans, omissions = plan_edits(
         queries, objects, num_neurons=lm.num_neurons, sets=sets, t=p["t"], n_locality=p["n_locality"],

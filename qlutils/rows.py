@@ -26,7 +26,7 @@ from .arch import UnsupportedModel, expand_call_argument
 from .replay import _to_logits, final_hidden
 
 LOGITS = 2**23  # logits held at once
-CPU_TOKENS = 4096  # tokens of a batch on a CPU; from 1,024 on the time is flat
+CPU_TOKENS = 2048  # tokens of a batch on a CPU; from 1,024 on the time is flat
 
 
 class Change:

@@ -1,4 +1,4 @@
-"""Edits against the formula written out, virtual edits against real ones, and the experiment against plain code."""
+"""Edits against the formula written out, virtual against real ones, and the experiment against plain code."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,9 @@ def same_bits(lm, before):
 def test_an_edit_is_the_formula_on_its_value_vectors_and_nothing_else(family, embedding):
     lm = tiny_lm(family)
     before = state(lm)
-    e = (lm.model.get_input_embeddings() if embedding == "input" else lm.model.get_output_embeddings()).weight.clone()
+    e = (
+        lm.model.get_input_embeddings() if embedding == "input" else lm.model.get_output_embeddings()
+    ).weight.clone()
     old = {pair: value_vector(lm, family, *pair).clone() for pair in NEURONS}
     with edit_weights(lm, NEURONS, "erase") as edit:
         assert edit.n_neurons == 5 and edit.layers == (0, 1, 2) and edit.op == "erase"
@@ -62,7 +64,9 @@ def test_an_edit_is_the_formula_on_its_value_vectors_and_nothing_else(family, em
             expected = old[pair] - 2 * (e[20] + e[21]) / 2 + 2 * e[30]
             torch.testing.assert_close(value_vector(lm, family, *pair), expected)
         downs = {id(down.weight) for down in FAMILIES[family].modules(lm.model, "down")}
-        assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters() if id(p) not in downs)
+        assert all(
+            torch.equal(p, before[name]) for name, p in lm.model.named_parameters() if id(p) not in downs
+        )
     assert same_bits(lm, before)
 
 
@@ -107,7 +111,9 @@ def test_no_neurons_means_no_edit_and_says_so():
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["gpt2", "llama3"])
 def test_an_edited_checkpoint_loads_elsewhere_as_the_edited_model(family, tmp_path):
-    lm = load_model(save_checkpoint(tmp_path / "own", family, dtype=torch.float64), device="cpu", dtype="float64")
+    lm = load_model(
+        save_checkpoint(tmp_path / "own", family, dtype=torch.float64), device="cpu", dtype="float64"
+    )
     before, ids = state(lm), torch.tensor([[10, 11, 12]])
     folder = save_edited(lm, tmp_path / "edited", NEURONS, "update", **OPTIONS["update"])
     assert same_bits(lm, before)
@@ -139,17 +145,24 @@ def test_an_object_is_tokenised_as_the_continuation_of_a_word():
     assert object_tokens(tiny_lm("llama2", bos=True), "20 21") == [20, 21]
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(neurons={(3, 0)}, op="erase"), r"neuron \(3, 0\) is outside"),
-    (dict(neurons={(0, -1)}, op="erase"), r"neuron \(0, -1\) is outside"),
-    (dict(neurons=NEURONS, op="delete"), "op 'delete' is unknown; use one of erase, update"),
-    (dict(neurons=NEURONS, op="update", new=[5]), "needs both objects"),
-    (dict(neurons=NEURONS, op="update", old=[5], new=[97]), "has no embedding"),
-    (dict(neurons=NEURONS, op="update", old=[], new=[5]), "has no embedding"),
-    (dict(neurons=NEURONS, op="update", old=" ", new=[5]), "cannot be tokenised"),
-    (dict(neurons=NEURONS, op="update", old=[5], new=[6], embedding="value"), "embedding 'value' is unknown"),
-    (dict(neurons=NEURONS, op="update", old=[5], new=[6], lambda1=float("inf")), "lambda1 is inf"),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(neurons={(3, 0)}, op="erase"), r"neuron \(3, 0\) is outside"),
+        (dict(neurons={(0, -1)}, op="erase"), r"neuron \(0, -1\) is outside"),
+        (dict(neurons=NEURONS, op="delete"), "op 'delete' is unknown; use one of erase, update"),
+        (dict(neurons=NEURONS, op="update", new=[5]), "needs both objects"),
+        (dict(neurons=NEURONS, op="update", old=[5], new=[97]), "has no embedding"),
+        (dict(neurons=NEURONS, op="update", old=[], new=[5]), "has no embedding"),
+        (dict(neurons=NEURONS, op="update", old=" ", new=[5]), "cannot be tokenised"),
+        (
+            dict(neurons=NEURONS, op="update", old=[5], new=[6], embedding="value"),
+            "embedding 'value' is unknown",
+        ),
+        (dict(neurons=NEURONS, op="update", old=[5], new=[6], lambda1=float("inf")), "lambda1 is inf"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_a_bad_edit_is_refused_by_name_and_changes_nothing(arguments, message):
     lm = tiny_lm("gpt2")
     before = state(lm)
@@ -173,18 +186,30 @@ def test_quantised_weights_and_embeddings_of_another_width_are_refused_by_name()
 @torch.no_grad()
 def real_scores(lm, neurons, op, queries, **options):
     with edit_weights(lm, neurons, op, **options):
-        logits = [lm.model(input_ids=torch.tensor([[*p, *t[:-1]]]), use_cache=False).logits[0] for p, t in queries]
-    return [float(torch.log_softmax(z[len(p) - 1:], -1).gather(1, torch.tensor(t)[:, None]).sum())
-            for z, (p, t) in zip(logits, queries)]
+        logits = [
+            lm.model(input_ids=torch.tensor([[*p, *t[:-1]]]), use_cache=False).logits[0] for p, t in queries
+        ]
+    return [
+        float(torch.log_softmax(z[len(p) - 1 :], -1).gather(1, torch.tensor(t)[:, None]).sum())
+        for z, (p, t) in zip(logits, queries)
+    ]
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "opt-350m"])
 def test_a_virtual_edit_gives_the_logits_of_the_real_one_and_rows_do_not_leak(family):
     lm = tiny_lm(family)
-    # one query for each of several tokens: log probabilities fix the logits up to what no probability depends on
+    # one query for each of several tokens: log probabilities fix the logits but for a constant
     queries = [([10, 11, 12], [token]) for token in range(0, 97, 12)] + [([40, 41, 42, 43, 44], [50, 51])]
-    edits = [(neurons, op, options) for op, options in OPTIONS.items() for neurons in ({pair for pair in NEURONS if pair[0] < lm.num_layers}, {(1, 1)}, {(0, 4), (1, 4)})]
-    plan = [(q, virtual_edit(lm, neurons, op, **options)) for neurons, op, options in edits for q in range(len(queries))]
+    edits = [
+        (neurons, op, options)
+        for op, options in OPTIONS.items()
+        for neurons in ({pair for pair in NEURONS if pair[0] < lm.num_layers}, {(1, 1)}, {(0, 4), (1, 4)})
+    ]
+    plan = [
+        (q, virtual_edit(lm, neurons, op, **options))
+        for neurons, op, options in edits
+        for q in range(len(queries))
+    ]
     before = state(lm)
     found = score_rows(lm, queries, plan, everywhere=True).log_probability.reshape(len(edits), -1)
     assert same_bits(lm, before)
@@ -206,16 +231,27 @@ def test_perplexity_weighs_tokens_not_texts_and_does_not_score_the_first(family)
         total -= sum(float(logits[i, ids[i + 1]]) for i in range(len(ids) - 1))
         count += len(ids) - 1
     assert perplexity(lm, texts, max_tokens=6) == pytest.approx(np.exp(total / count), rel=1e-10)
-    assert np.mean([perplexity(lm, [text], 6) for text in texts]) != pytest.approx(np.exp(total / count), rel=1e-3)
+    assert np.mean([perplexity(lm, [text], 6) for text in texts]) != pytest.approx(
+        np.exp(total / count), rel=1e-3
+    )
     with edit_weights(lm, NEURONS, "erase"):
         assert perplexity(lm, texts, max_tokens=6) != pytest.approx(np.exp(total / count), rel=1e-6)
 
 
-@pytest.mark.parametrize("texts, options, message", [
-    ([], {}, "at least one text"), ("10 11", {}, "got a single text"), (["10 11", ""], {}, "fewer than two tokens"),
-    (["10"], {}, "fewer than two tokens"), (["10 11", 3], {}, "got int: 3"), (["10 11"], dict(max_tokens=1), "max_tokens is 1"),
-    (["10 11"], dict(max_tokens=2.5), "max_tokens is 2.5"), (["10 " * 70], {}, "reads at most 64"),
-], ids=["none", "text", "empty", "one token", "number", "max 1", "max 2.5", "too long"])
+@pytest.mark.parametrize(
+    "texts, options, message",
+    [
+        ([], {}, "at least one text"),
+        ("10 11", {}, "got a single text"),
+        (["10 11", ""], {}, "fewer than two tokens"),
+        (["10"], {}, "fewer than two tokens"),
+        (["10 11", 3], {}, "got int: 3"),
+        (["10 11"], dict(max_tokens=1), "max_tokens is 1"),
+        (["10 11"], dict(max_tokens=2.5), "max_tokens is 2.5"),
+        (["10 " * 70], {}, "reads at most 64"),
+    ],
+    ids=["none", "text", "empty", "one token", "number", "max 1", "max 2.5", "too long"],
+)
 def test_bad_perplexity_input_is_named(texts, options, message):
     with pytest.raises(ValueError, match=message):
         perplexity(tiny_lm("gpt2"), texts, **options)
@@ -235,16 +271,29 @@ def invented_queries(lm, facts_per_relation=4, prompts=4, seed=0):
             words = [str(best[f % prompts])] + (["50"] if f == 1 else [])  # one answer of two tokens
             for k, text in enumerate(texts):
                 layer, neuron = rng.integers(0, lm.num_layers, 5), rng.integers(0, lm.num_neurons, 5)
-                rows.append(dict(fact=f"{relation}|s{relation}{f}|{' '.join(words)}", relation=relation,
-                                 subject=f"s{relation}{f}", object=" ".join(words), prompt_index=k, prompt=text,
-                                 known=[best[k]] == [int(word) for word in words], probability=0.5, layer=layer,
-                                 neuron=neuron, score=np.ones(5)))
+                rows.append(
+                    dict(
+                        fact=f"{relation}|s{relation}{f}|{' '.join(words)}",
+                        relation=relation,
+                        subject=f"s{relation}{f}",
+                        object=" ".join(words),
+                        prompt_index=k,
+                        prompt=text,
+                        known=[best[k]] == [int(word) for word in words],
+                        probability=0.5,
+                        layer=layer,
+                        neuron=neuron,
+                        score=np.ones(5),
+                    )
+                )
     return pd.DataFrame(rows)
 
 
 def facts_of(queries):
-    return [Fact(r, s, o, ("a", "b")) for r, s, o in
-            queries[["relation", "subject", "object"]].drop_duplicates().itertuples(index=False)]
+    return [
+        Fact(r, s, o, ("a", "b"))
+        for r, s, o in queries[["relation", "subject", "object"]].drop_duplicates().itertuples(index=False)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -252,15 +301,26 @@ def planned():
     lm = tiny_lm("llama3")
     queries = invented_queries(lm)
     texts = [" ".join(str(4 + (7 * i + j * j) % 93) for j in range(8 + i)) for i in range(4)]
-    plans, omissions = plan_edits(queries, facts_of(queries), num_neurons=lm.num_neurons, sets=["local", "global"],
-                                  controls=["random", "matched", "other"], n_locality=6, texts=texts, ppl_entries=2)
+    plans, omissions = plan_edits(
+        queries,
+        facts_of(queries),
+        num_neurons=lm.num_neurons,
+        sets=["local", "global"],
+        controls=["random", "matched", "other"],
+        n_locality=6,
+        texts=texts,
+        ppl_entries=2,
+    )
     return lm, queries, json.loads(json.dumps(plans)), omissions
 
 
 def test_what_is_drawn_is_what_the_study_asks_for(planned):
     lm, queries, plans, _ = planned
     own = dict(zip(queries.index, kn_sets(queries)))
-    objects = {f.relation: {g.object for g in facts_of(queries) if g.relation == f.relation} for f in facts_of(queries)}
+    objects = {
+        f.relation: {g.object for g in facts_of(queries) if g.relation == f.relation}
+        for f in facts_of(queries)
+    }
     for plan in plans:
         group = queries[queries["fact"] == plan["fact"]]
         if any(plan["known"]):
@@ -271,7 +331,9 @@ def test_what_is_drawn_is_what_the_study_asks_for(planned):
         assert sets["global", "none"] == set().union(*(own[i] for i in group.index))
         for name in ("local", "global"):
             count = lambda one: sorted(layer for layer, _ in one)  # noqa: E731
-            assert not sets[name, "random"] & sets[name, "none"] and not sets[name, "other"] & sets[name, "none"]
+            assert (
+                not sets[name, "random"] & sets[name, "none"] and not sets[name, "other"] & sets[name, "none"]
+            )
             assert count(sets[name, "random"]) == count(sets[name, "none"])
             others = set().union(*(own[i] for i in queries.index if i not in group.index))
             assert sets[name, "other"] <= others
@@ -288,17 +350,28 @@ def test_draws_are_seeded_fact_by_fact(planned):
     options = dict(num_neurons=48, sets=["local", "global"], controls=["random"], n_locality=6)
     again, _ = plan_edits(queries, facts_of(queries), texts=plans[0]["texts"] * 2, ppl_entries=2, **options)
     for one, two in zip(plans, again):  # other controls and texts do not move the other draws
-        assert [one[k] for k in ("query", "new_object", "locality")] == [two[k] for k in ("query", "new_object", "locality")]
-    seeds = [plan_edits(queries, facts_of(queries), ppl_entries=0, seed=seed, **options)[0] for seed in range(4)]
+        assert [one[k] for k in ("query", "new_object", "locality")] == [
+            two[k] for k in ("query", "new_object", "locality")
+        ]
+    seeds = [
+        plan_edits(queries, facts_of(queries), ppl_entries=0, seed=seed, **options)[0] for seed in range(4)
+    ]
     assert len({tuple(plan["query"] for plan in plans) for plans in seeds}) > 1
     assert len({tuple(plan["new_object"] for plan in plans) for plans in seeds}) > 1
 
 
 def by_generation(lm, prompt, length):
     ids = torch.tensor([[int(word) for word in prompt.split()]])
-    out = lm.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, min_new_tokens=length,
-                            do_sample=False, pad_token_id=0, eos_token_id=None)
-    return " ".join(map(str, out[0, ids.shape[1]:].tolist()))
+    out = lm.model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=length,
+        min_new_tokens=length,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    return " ".join(map(str, out[0, ids.shape[1] :].tolist()))
 
 
 def test_the_metrics_equal_editing_the_weights_and_generating_one_query_at_a_time(planned):
@@ -310,27 +383,46 @@ def test_the_metrics_equal_editing_the_weights_and_generating_one_query_at_a_tim
         clean = [by_generation(lm, q["prompt"], len(q["object"].split())) for q in plan["locality"]]
         before = perplexity(lm, plan["texts"], 7)
         for row in rows.to_dict("records"):
-            edit = next(e for e in plan["edits"] if (e["neurons"], e["control"]) == (row["neurons"], row["control"]))
+            edit = next(
+                e for e in plan["edits"] if (e["neurons"], e["control"]) == (row["neurons"], row["control"])
+            )
             goal = plan["object"] if row["op"] == "erase" else plan["new_object"]
             words = {k: [int(w) for w in plan[k].split()] for k in ("object", "new_object")}
             with edit_weights(lm, edit["set"], row["op"], old=words["object"], new=words["new_object"]):
                 said = [by_generation(lm, prompt, len(goal.split())) == goal for prompt in plan["prompts"]]
-                kept = [by_generation(lm, q["prompt"], len(q["object"].split())) == answer
-                        for q, answer in zip(plan["locality"], clean)]
+                kept = [
+                    by_generation(lm, q["prompt"], len(q["object"].split())) == answer
+                    for q, answer in zip(plan["locality"], clean)
+                ]
                 after = perplexity(lm, plan["texts"], 7)
             done = [float(s == (row["op"] == "update")) for s in said]
             at, known = plan["query"], plan["known"]
             near = [k for k in range(len(done)) if k != at]
             sure = [kept[k] for k, q in enumerate(plan["locality"]) if q["known"]]
             expected = dict(
-                rel=done[at] if known[at] else np.nan, rel_all=done[at], gen_all=np.mean([done[k] for k in near]),
-                gen=np.mean([done[k] for k in near if known[k]]) if any(known[k] for k in near) and known[at] else np.nan,
-                loc=np.mean(sure) if sure else np.nan, loc_all=np.mean(kept), ppl_before=before, ppl_after=after,
-                dppl=(after - before) / before, n_neurons=len(edit["set"]))
+                rel=done[at] if known[at] else np.nan,
+                rel_all=done[at],
+                gen_all=np.mean([done[k] for k in near]),
+                gen=(
+                    np.mean([done[k] for k in near if known[k]])
+                    if any(known[k] for k in near) and known[at]
+                    else np.nan
+                ),
+                loc=np.mean(sure) if sure else np.nan,
+                loc_all=np.mean(kept),
+                ppl_before=before,
+                ppl_after=after,
+                dppl=(after - before) / before,
+                n_neurons=len(edit["set"]),
+            )
             expected["avg_all"] = np.mean([expected[k] for k in ("rel_all", "gen_all", "loc_all")])
             expected["avg"] = np.mean([expected[k] for k in ("rel", "gen", "loc")])
             for name, value in expected.items():
-                assert row[name] == pytest.approx(value, rel=1e-6, nan_ok=True), (plan["fact"], row["op"], name)
+                assert row[name] == pytest.approx(value, rel=1e-6, nan_ok=True), (
+                    plan["fact"],
+                    row["op"],
+                    name,
+                )
     assert frame["rel"].nunique() > 1 and frame["loc_all"].nunique() > 2  # the edits do something
 
 
@@ -338,7 +430,9 @@ def test_every_fact_alone_gives_the_numbers_it_has_in_a_unit(planned):
     lm, _, plans, _ = planned
     together = edit_facts(lm, plans, ppl_max_tokens=7)
     alone = pd.concat([edit_facts(lm, [plan], ppl_max_tokens=7) for plan in plans[:3]], ignore_index=True)
-    pd.testing.assert_frame_equal(together[together["fact"].isin(alone["fact"])].reset_index(drop=True), alone, rtol=1e-9)
+    pd.testing.assert_frame_equal(
+        together[together["fact"].isin(alone["fact"])].reset_index(drop=True), alone, rtol=1e-9
+    )
 
 
 def test_matched_neurons_are_as_active_and_outside_the_set(planned):
@@ -355,20 +449,40 @@ def test_what_cannot_be_measured_is_named_and_counted():
     queries = invented_queries(lm, facts_per_relation=1)
     queries.loc[queries["relation"] == "R1", "known"] = False
     queries["score"] = [np.zeros(5) if r == "R2" else np.ones(5) for r in queries["relation"]]
-    plans, omissions = plan_edits(queries, facts_of(queries), num_neurons=lm.num_neurons, controls=["random"],
-                                  n_locality=4, ppl_entries=0)
-    reasons = set(zip(omissions["fact"].str[:2], omissions["what"], omissions["reason"].str.split(":").str[0]))
-    assert {("R1", "rel, gen", "no known query"), ("R1", "update", "relation R1 has no other object to update to"),
-            ("R2", "local", "no neurons"), ("R2", "global", "no neurons")} <= reasons
+    plans, omissions = plan_edits(
+        queries,
+        facts_of(queries),
+        num_neurons=lm.num_neurons,
+        controls=["random"],
+        n_locality=4,
+        ppl_entries=0,
+    )
+    reasons = set(
+        zip(omissions["fact"].str[:2], omissions["what"], omissions["reason"].str.split(":").str[0])
+    )
+    assert {
+        ("R1", "rel, gen", "no known query"),
+        ("R1", "update", "relation R1 has no other object to update to"),
+        ("R2", "local", "no neurons"),
+        ("R2", "global", "no neurons"),
+    } <= reasons
     frame = edit_facts(lm, plans)
     update = frame[frame["op"] == "update"]
     assert len(update) == 8 and update["note"].notna().all() and update["rel_all"].isna().all()
     erase = frame[frame["op"] == "erase"].set_index(["relation", "neurons", "control"])
     assert erase.loc["R1"]["rel"].isna().all() and erase.loc["R1"]["rel_all"].notna().all()
     empty = erase.loc["R2"]
-    assert (empty["n_neurons"] == 0).all() and (empty["loc_all"] == 1).all() and (empty["p_before"] == empty["p_after"]).all()
-    table = edit_table(frame, pd.DataFrame(dict(fact=frame["fact"].unique(), class_static="I", class_otsu=None)), "tiny")
-    assert table[(table["class"] == "II")]["n"].eq(0).all() and table[table["class"] == "II"]["rel"].isna().all()
+    assert (
+        (empty["n_neurons"] == 0).all()
+        and (empty["loc_all"] == 1).all()
+        and (empty["p_before"] == empty["p_after"]).all()
+    )
+    table = edit_table(
+        frame, pd.DataFrame(dict(fact=frame["fact"].unique(), class_static="I", class_otsu=None)), "tiny"
+    )
+    assert (
+        table[(table["class"] == "II")]["n"].eq(0).all() and table[table["class"] == "II"]["rel"].isna().all()
+    )
     assert table[table["op"] == "erasure"]["n_empty"].iloc[0] == 1
     with pytest.raises(ValueError, match="needs 5 entries an edit and the corpus has 1"):
         plan_edits(queries, facts_of(queries), num_neurons=512, texts=["10 11"], ppl_entries=5)
@@ -381,16 +495,34 @@ def test_what_cannot_be_measured_is_named_and_counted():
 def test_the_paper_s_values_stand_beside_ours_for_its_models_only(planned):
     lm, _, plans, _ = planned
     frame = edit_facts(lm, plans, ops=["erase"])
-    classes = pd.DataFrame(dict(fact=[p["fact"] for p in plans], class_static=["I", "II"] * 4, class_otsu=["II", "I"] * 4))
+    classes = pd.DataFrame(
+        dict(fact=[p["fact"] for p in plans], class_static=["I", "II"] * 4, class_otsu=["II", "I"] * 4)
+    )
     own = edit_table(frame, classes, "demo/gpt2")
     paper = edit_table(frame, classes, "gpt2")
     assert not any(name.endswith("_paper") for name in own)
-    row = paper[(paper["threshold"] == "static") & (paper["class"] == "II") & (paper["neurons"] == "global")].iloc[0]
-    assert [row[f"{name}_paper"] for name in ("rel", "gen", "loc", "avg", "dppl")] == [0.65, 0.6, 0.7, 0.65, 2.02]
-    mine = frame[(frame["neurons"] == "global") & (frame["control"] == "none") & frame["fact"].isin(classes["fact"][1::2])]
+    row = paper[
+        (paper["threshold"] == "static") & (paper["class"] == "II") & (paper["neurons"] == "global")
+    ].iloc[0]
+    assert [row[f"{name}_paper"] for name in ("rel", "gen", "loc", "avg", "dppl")] == [
+        0.65,
+        0.6,
+        0.7,
+        0.65,
+        2.02,
+    ]
+    mine = frame[
+        (frame["neurons"] == "global")
+        & (frame["control"] == "none")
+        & frame["fact"].isin(classes["fact"][1::2])
+    ]
     assert row["n"] == 4 and row["rel_low"] <= row["rel"] <= row["rel_high"]
-    assert row["rel"] == pytest.approx(mine["rel"].mean()) and row["dppl_median"] == pytest.approx(mine["dppl"].median())
-    gap = contrasts(frame[frame["control"] == "none"], "neurons", ("global", "local"), ["loc_all"], ["op"]).iloc[0]
+    assert row["rel"] == pytest.approx(mine["rel"].mean()) and row["dppl_median"] == pytest.approx(
+        mine["dppl"].median()
+    )
+    gap = contrasts(
+        frame[frame["control"] == "none"], "neurons", ("global", "local"), ["loc_all"], ["op"]
+    ).iloc[0]
     means = frame[frame["control"] == "none"].groupby("neurons")["loc_all"].mean()
     assert gap["difference"] == pytest.approx(means["global"] - means["local"]) and gap["n"] == len(plans)
 
@@ -439,11 +571,27 @@ def test_notebooks_03_and_07_make_tables_2_and_3_from_their_own_edits(family, tm
     teach(model, load_facts(data))
     corpus = tmp_path / "text.txt"
     corpus.write_text("\n".join(" ".join(words[(i + j) % 7] for j in range(6 + i)) for i in range(5)) + "\n")
-    shared = dict(model=model, data=data, facts_per_relation=None, device="cpu", output="small", corpus=str(corpus),
-                  ppl_entries=2, ppl_max_tokens=7, n_locality=4)
-    for name, others in (("03_kn_modification", dict(more_controls_facts=2)), ("07_cas_editing", dict(sweep_facts=2))):
-        papermill.execute_notebook(paths.ROOT / "notebooks" / f"{name}.ipynb", tmp_path / f"{name}.ipynb", progress_bar=False,
-                                   parameters={**shared, **others})
+    shared = dict(
+        model=model,
+        data=data,
+        facts_per_relation=None,
+        device="cpu",
+        output="small",
+        corpus=str(corpus),
+        ppl_entries=2,
+        ppl_max_tokens=7,
+        n_locality=4,
+    )
+    for name, others in (
+        ("03_kn_modification", dict(more_controls_facts=2)),
+        ("07_cas_editing", dict(sweep_facts=2)),
+    ):
+        papermill.execute_notebook(
+            paths.ROOT / "notebooks" / f"{name}.ipynb",
+            tmp_path / f"{name}.ipynb",
+            progress_bar=False,
+            parameters={**shared, **others},
+        )
     results = next(Path(runs / "small" / "results").glob("*/ig"))
     for stem, saved, sets in (("table2", "edits", 2), ("table3", "cas_edits", 3)):
         table, edits = pd.read_csv(results / f"{stem}.csv"), pd.read_parquet(results / f"{saved}.parquet")
@@ -451,8 +599,10 @@ def test_notebooks_03_and_07_make_tables_2_and_3_from_their_own_edits(family, tm
         assert len(table) == 5 * 2 * sets * 2
         every = table[table["threshold"] == "all"].set_index(["op", "neurons"])
         for (op, neurons, control), part in edits.groupby(["op", "neurons", "control"]):
-            row = every.loc[{"erase": "erasure", "update": "update"}[op],
-                            neurons if control == "none" else f"{neurons} ({control})"]
+            row = every.loc[
+                {"erase": "erasure", "update": "update"}[op],
+                neurons if control == "none" else f"{neurons} ({control})",
+            ]
             done = part[part["note"].isna()]
             assert row["n"] == len(done)
             for metric in ("rel", "gen", "loc", "dppl"):

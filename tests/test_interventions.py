@@ -30,13 +30,15 @@ def tolerance(family):
 
 @contextmanager
 def by_hand(lm, family, neurons, factor, first):
-    """Multiply the neurons in the down-projection's input, from token `first` on, of one row without padding."""
+    """Multiply the neurons at the down-projection's input, from token `first` on; one row, no padding."""
     with ExitStack() as stack:
         for layer, index in neurons:
+
             def scale(_, inputs, index=index):
                 x = inputs[0].clone().reshape(-1, inputs[0].shape[-1])
                 x[first:, index] *= factor
                 return (x.reshape(inputs[0].shape),)
+
             down = FAMILIES[family].modules(lm.model, "down")[layer]
             stack.callback(down.register_forward_pre_hook(scale).remove)
         yield
@@ -44,7 +46,9 @@ def by_hand(lm, family, neurons, factor, first):
 
 @torch.no_grad()
 def plain_score(lm, prompt, target):
-    logits = lm.model(input_ids=torch.tensor([[*prompt, *target[:-1]]]), use_cache=False).logits[0, len(prompt) - 1:]
+    logits = lm.model(input_ids=torch.tensor([[*prompt, *target[:-1]]]), use_cache=False).logits[
+        0, len(prompt) - 1 :
+    ]
     log_p = torch.log_softmax(logits, -1)
     return float(log_p.gather(1, torch.tensor(target)[:, None]).sum()), log_p.argmax(-1).tolist()
 
@@ -52,9 +56,14 @@ def plain_score(lm, prompt, target):
 def queries_and_sets(lm, seed=0):
     rng = np.random.default_rng(seed)
     # lengths repeat, so that batches form; four queries of four tokens, where a batch is as long as its rows
-    queries = [(rng.integers(4, 97, p).tolist(), rng.integers(4, 97, a).tolist())
-               for p, a in [(4, 1), (4, 1), (4, 1), (4, 1), (3, 3), (5, 2), (5, 2), (7, 1)]]
-    sets = [{(int(rng.integers(lm.num_layers)), int(rng.integers(lm.num_neurons))) for _ in range(6)} for _ in range(3)]
+    queries = [
+        (rng.integers(4, 97, p).tolist(), rng.integers(4, 97, a).tolist())
+        for p, a in [(4, 1), (4, 1), (4, 1), (4, 1), (3, 3), (5, 2), (5, 2), (7, 1)]
+    ]
+    sets = [
+        {(int(rng.integers(lm.num_layers)), int(rng.integers(lm.num_neurons))) for _ in range(6)}
+        for _ in range(3)
+    ]
     return queries, [*sets, {(lm.num_layers - 1, 3)}, set()]
 
 
@@ -63,7 +72,10 @@ def queries_and_sets(lm, seed=0):
 def test_rows_of_a_batch_equal_forward_passes_changed_by_hand(family, everywhere):
     lm = tiny_lm(family)
     queries, sets = queries_and_sets(lm)
-    changes = [(neurons, factor, Change(lm, neurons, factor)) for neurons, factor in zip(sets[1:], (0.0, 2.0, 0.0, 0.0))]
+    changes = [
+        (neurons, factor, Change(lm, neurons, factor))
+        for neurons, factor in zip(sets[1:], (0.0, 2.0, 0.0, 0.0))
+    ]
     plan = [(q, case) for case in changes for q in range(len(queries))]
     found = score_rows(lm, queries, [(q, case[2]) for q, case in plan], everywhere=everywhere)
     moved = 0
@@ -111,7 +123,9 @@ def test_answer_probability_is_the_product_of_the_softmax_of_each_token(family):
         assert ids[0] == (1 if family == "llama2" else int(prompt.split()[0]))
         assert float(found[i]) == pytest.approx(np.exp(plain_score(lm, ids, target)[0]), rel=1e-6)
         assert float(first[i]) == pytest.approx(np.exp(plain_score(lm, ids, target[:1])[0]), rel=1e-6)
-        assert float(found[i]) == pytest.approx(float(answer_probability(lm, [prompt], [answer])[0]), rel=1e-7)
+        assert float(found[i]) == pytest.approx(
+            float(answer_probability(lm, [prompt], [answer])[0]), rel=1e-7
+        )
     assert first[0] == first[3] == pytest.approx(float(found[3]))
 
 
@@ -121,9 +135,16 @@ def test_greedy_answers_are_what_generate_gives():
     found = greedy_answers(lm, prompts, lengths)
     for prompt, length, tokens in zip(prompts, lengths, found):
         ids = torch.tensor([prompt])
-        out = lm.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=length,
-                                min_new_tokens=length, do_sample=False, pad_token_id=0, eos_token_id=None)
-        assert out[0, len(prompt):].tolist() == tokens
+        out = lm.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=length,
+            min_new_tokens=length,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+        )
+        assert out[0, len(prompt) :].tolist() == tokens
     # the definition of a known query: teacher-forced exact match is the same as greedy decoding
     exact = score_queries(lm, list(zip(prompts, found))).exact
     assert exact.all()
@@ -135,12 +156,17 @@ NEURONS = {(0, 3), (1, 7), (1, 9), (2, 0)}
 
 def padded(prompts, side):
     longest = max(map(len, prompts))
-    rows_ = [[0] * (longest - len(p)) + p if side == "left" else p + [0] * (longest - len(p)) for p in prompts]
-    mask = [[0] * (longest - len(p)) + [1] * len(p) if side == "left" else [1] * len(p) + [0] * (longest - len(p))
-            for p in prompts]
+    rows_ = [
+        [0] * (longest - len(p)) + p if side == "left" else p + [0] * (longest - len(p)) for p in prompts
+    ]
+    mask = [
+        [0] * (longest - len(p)) + [1] * len(p) if side == "left" else [1] * len(p) + [0] * (longest - len(p))
+        for p in prompts
+    ]
     mask = torch.tensor(mask)
-    return dict(input_ids=torch.tensor(rows_), attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    return dict(
+        input_ids=torch.tensor(rows_), attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)
+    )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -167,9 +193,17 @@ def test_generation_is_scaled_at_the_last_prompt_token_and_all_later_ones(family
     lm, prompt = tiny_lm(family), [10, 11, 12, 13]
     ids = torch.tensor([prompt])
     with scale_neurons(lm, NEURONS, 4.0):
-        out = lm.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False,
-                                pad_token_id=0, eos_token_id=None, use_cache=cache, output_logits=True,
-                                return_dict_in_generate=True)
+        out = lm.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=6,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+            use_cache=cache,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
     tokens = list(prompt)
     for logits in out.logits:
         with by_hand(lm, family, NEURONS, 4.0, len(prompt) - 1), torch.no_grad():
@@ -198,7 +232,10 @@ def test_answers_inside_the_context_are_the_scaled_model_s_and_nesting_composes(
         found = answer_probability(lm, prompts, answers)
     for i, (prompt, answer) in enumerate(zip(prompts, answers)):
         ids, target = lm.encode(prompt, answer)
-        with by_hand(lm, family, NEURONS, 2.0, len(ids) - 1), by_hand(lm, family, {(1, 7), (2, 5)}, 3.0, len(ids) - 1):
+        with (
+            by_hand(lm, family, NEURONS, 2.0, len(ids) - 1),
+            by_hand(lm, family, {(1, 7), (2, 5)}, 3.0, len(ids) - 1),
+        ):
             expected = np.exp(plain_score(lm, ids, target)[0])
         assert float(found[i]) == pytest.approx(expected, rel=1e-6)
 
@@ -206,11 +243,18 @@ def test_answers_inside_the_context_are_the_scaled_model_s_and_nesting_composes(
 def test_many_sets_in_a_batch_equal_one_set_at_a_time():
     lm = tiny_lm("gpt2")
     queries, sets = queries_and_sets(lm)
-    plan = [(prompt, target, neurons, factor) for prompt, target in queries for neurons in sets for factor in (0.0, 2.0)]
+    plan = [
+        (prompt, target, neurons, factor)
+        for prompt, target in queries
+        for neurons in sets
+        for factor in (0.0, 2.0)
+    ]
     found = scaled_answer_probabilities(lm, plan)
     for value, (prompt, target, neurons, factor) in zip(found, plan):
         with scale_neurons(lm, neurons, factor):
-            assert value == pytest.approx(np.exp(score_queries(lm, [(prompt, target)]).log_probability[0]), rel=1e-10)
+            assert value == pytest.approx(
+                np.exp(score_queries(lm, [(prompt, target)]).log_probability[0]), rel=1e-10
+            )
     plain = np.exp(score_queries(lm, queries).log_probability)
     np.testing.assert_allclose(found.reshape(len(queries), len(sets), 2)[:, -1, 0], plain)  # the empty set
 
@@ -239,20 +283,26 @@ def test_lower_precision_is_close_to_float64(dtype):
     exact, rounded = tiny_lm("llama3"), tiny_lm("llama3", dtype)
     queries, sets = queries_and_sets(exact)
     plan = [(*queries[q], sets[0], 0.0) for q in range(len(queries))]
-    difference = np.abs(np.log(scaled_answer_probabilities(exact, plan)) - np.log(scaled_answer_probabilities(rounded, plan)))
+    difference = np.abs(
+        np.log(scaled_answer_probabilities(exact, plan)) - np.log(scaled_answer_probabilities(rounded, plan))
+    )
     assert difference.max() < (1e-3 if dtype == torch.float32 else 1.5)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda lm: scale_neurons(lm, {(9, 0)}, 0).__enter__(), r"neuron \(9, 0\) is outside"),
-    (lambda lm: scale_neurons(lm, {(0, 4800)}, 0).__enter__(), r"neuron \(0, 4800\) is outside"),
-    (lambda lm: scale_neurons(lm, NEURONS, float("nan")).__enter__(), "factor is nan"),
-    (lambda lm: scale_neurons(lm, NEURONS, "0").__enter__(), "factor is '0'"),
-    (lambda lm: answer_probability(lm, "10 11", "12"), "single text"),
-    (lambda lm: answer_probability(lm, ["10 11"], ["12", "13"]), "1 prompts but 2 answers"),
-    (lambda lm: answer_probability(lm, ["10 11"], [""]), "answer"),
-    (lambda lm: answer_probability(lm, ["10 11"], ["12"], answer="last"), "answer 'last'"),
-], ids=["layer", "neuron", "nan", "text factor", "text", "lengths", "empty answer", "answer"])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda lm: scale_neurons(lm, {(9, 0)}, 0).__enter__(), r"neuron \(9, 0\) is outside"),
+        (lambda lm: scale_neurons(lm, {(0, 4800)}, 0).__enter__(), r"neuron \(0, 4800\) is outside"),
+        (lambda lm: scale_neurons(lm, NEURONS, float("nan")).__enter__(), "factor is nan"),
+        (lambda lm: scale_neurons(lm, NEURONS, "0").__enter__(), "factor is '0'"),
+        (lambda lm: answer_probability(lm, "10 11", "12"), "single text"),
+        (lambda lm: answer_probability(lm, ["10 11"], ["12", "13"]), "1 prompts but 2 answers"),
+        (lambda lm: answer_probability(lm, ["10 11"], [""]), "answer"),
+        (lambda lm: answer_probability(lm, ["10 11"], ["12"], answer="last"), "answer 'last'"),
+    ],
+    ids=["layer", "neuron", "nan", "text factor", "text", "lengths", "empty answer", "answer"],
+)
 def test_bad_input_is_named(call, message):
     lm = tiny_lm("gpt2")
     with pytest.raises(ValueError, match=message):

@@ -20,7 +20,7 @@ COMMON = dict(model=MODEL, relations=RELATIONS, facts_per_relation=1, device="cp
 MISTAKES = {  # name: (notebook, parameters, what the error says)
     "unknown in 01": ("01_localize", dict(COMMON, stepz=3), "unknown parameter 'stepz'"),
     "unknown in 02": ("02_consistency", dict(COMMON, method="ig"), "unknown parameter 'method'"),
-    "another type": ("01_localize", dict(COMMON, facts_per_relation="many"), "facts_per_relation='many'"),
+    "another type": ("01_localize", dict(COMMON, facts_per_relation="many"), "facts_per_relation must be .* not 'many'"),
     "01 has not run": ("02_consistency", dict(COMMON, output="empty"),
                        "no localisation of demo/gpt2.*run notebook 01 first"),
 }
@@ -180,17 +180,6 @@ def test_a_mistake_ends_a_notebook_at_its_first_cells_and_is_named(pool, name):
     assert re.search(MISTAKES[name][2], problem), problem
     run = [cell["execution_count"] for cell in book["cells"] if cell["cell_type"] == "code"]
     assert sum(count is not None for count in run) <= 3, "it went on"  # the parameters, papermill's, the one that fails
-
-
-@pytest.mark.parametrize("name", ["01_localize", "02_consistency"])
-def test_cells_are_short_and_the_notebook_is_committed_without_outputs(name):
-    book = json.loads((paths.NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"))
-    code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
-    lengths = [len("".join(cell["source"]).splitlines()) for cell in code]
-    assert max(lengths) <= 25 and np.median(lengths[1:]) <= 8
-    assert not [cell for cell in code if cell["outputs"] or cell["execution_count"]]
-    tagged = [cell for cell in book["cells"] if "parameters" in cell["metadata"].get("tags", ())]
-    assert len(tagged) == 1
 
 
 def test_saved_results_are_found_again_only_for_the_same_inputs(folder, compared, monkeypatch):
