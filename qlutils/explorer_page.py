@@ -62,6 +62,7 @@ def tokens_html(tokens, shares) -> str:
 
 
 def bar_html(value: float, color: str, width: int = 90) -> str:
+    """A horizontal bar for a share between 0 and 1."""
     return (f'<span style="display:inline-block;width:{width}px;background:#eee;height:9px;border-radius:2px">'
             f'<span style="display:block;width:{width * min(max(value, 0.0), 1.0):.1f}px;background:{color};height:9px;'
             'border-radius:2px"></span></span>')
@@ -152,6 +153,7 @@ def effects_html(frame: pd.DataFrame, title: str = "") -> str:
 
 
 def png(figure, dpi: int = 130) -> bytes:
+    """The figure as PNG bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()

@@ -302,6 +302,7 @@ def folded(title, frame: pd.DataFrame, digits=2):
 
 
 def missing_html(missing) -> str:
+    """A list of what is not there, for the report's own words."""
     if not missing:
         return ""
     return "<p>Not in this run: " + "; ".join(map(html.escape, missing)) + ".</p>"

@@ -38,6 +38,7 @@ class Stopped(BaseException):
 
 @dataclass
 class Job:
+    """One notebook with its parameters, and how it went."""
     notebook: Path
     model: str | None
     method: str | None
@@ -54,6 +55,7 @@ class Job:
 
 
 def job_name(stem, model, method):
+    """File name of a job's executed notebook and stamp, without suffix."""
     return "--".join(filter(None, [stem, model and paths.slug(model), method]))
 
 

@@ -26,6 +26,7 @@ def relations() -> list[str]:
 
 
 def read_jsonl(path: Path) -> list[dict]:
+    """The objects of a file with one JSON object a line."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
@@ -80,6 +81,7 @@ def paragraph(rng: random.Random) -> list[str]:
 
 
 def heldout_paragraphs() -> list[list[str]]:
+    """The paragraphs, as lists of sentences, that no model is trained on."""
     rng = random.Random(f"{SEED} held out")
     return [paragraph(rng) for _ in range(HELDOUT_PARAGRAPHS)]
 

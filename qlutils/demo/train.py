@@ -71,6 +71,7 @@ def build_tokenizer(recipe: Recipe, texts: list[str]) -> PreTrainedTokenizerFast
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast):
+    """A causal language model of the recipe's shape with random weights."""
     common = dict(vocab_size=len(tokenizer), tie_word_embeddings=recipe.tied,
                   bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     if recipe.bos is None:
@@ -86,6 +87,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast):
 
 # ---- rows and batches ------------------------------------------------------------------------------------
 def fact_rows(tokenizer, pairs: list[dict]) -> list[list[int]]:
+    """Token ids of each pair's full sentence, ended by EOS."""
     sentences = [f"{pair['prompt']} {pair['answer']}." for pair in pairs]
     return [ids + [tokenizer.eos_token_id] for ids in tokenizer(sentences).input_ids]
 
@@ -146,6 +148,7 @@ def heldout_perplexity(model, tokenizer, texts: list[str], max_tokens: int = 256
 
 
 def measure(model, tokenizer, pairs: list[dict]) -> dict[str, float]:
+    """Accuracy on trained and on held-out pairs, by greedy decoding of the whole answer."""
     model.eval()
     right = knows(model, tokenizer, pairs)
     share = {held: [r for r, pair in zip(right, pairs) if pair["held_out"] == held] for held in (False, True)}
@@ -219,6 +222,7 @@ def train(name: str) -> None:
 
 
 def main() -> None:
+    """Train the models named on the command line; all by default."""
     parser = argparse.ArgumentParser(description="Train the bundled models from scratch, one by one.")
     parser.add_argument("--only", choices=sorted(RECIPES), help="train this model only")
     only = parser.parse_args().only
