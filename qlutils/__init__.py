@@ -6,10 +6,10 @@ Names are imported when first used, so that `import qlutils` does not wait for t
 import os
 from importlib import import_module
 
-# torch's threads spin while they wait for one another, which on a machine that does anything else makes the many small
-# steps of attribution nine times slower (measured: 9.7 s against 1.1 s a query, with one busy process beside). Read when
-# torch is first imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# torch's threads spin while they wait for one another. On a machine that does anything else that made attribution nine
+# times slower (9.7 s a query against 1.6 s with this limit), and not spinning at all makes small models twice as slow on
+# a quiet one. Read when torch is first imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "50000")
 
 _HOME = {
     "load_model": "models", "LanguageModel": "models", "UnsupportedModel": "arch",
