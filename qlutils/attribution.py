@@ -109,6 +109,7 @@ def attribute_encoded(lm, queries: list[tuple[list[int], list[int]]], spec: Spec
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a CPU or a GPU ran out of memory."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 

@@ -102,6 +102,7 @@ class CleanPass:
 
 
 def site_module(lm, layer: int, site: str):
+    """The module at whose input (down_input) or output (pre_activation) a layer's neurons are read."""
     return lm.downs[layer] if site == "down_input" else lm.arch.ups[layer]
 
 

@@ -124,6 +124,7 @@ def _scales(lm):
 
 
 def token_budget(lm) -> int:
+    """Tokens a batch of forward passes may hold: fixed on a CPU, from the model's size and the free memory on a GPU."""
     if lm.device.type != "cuda":
         return CPU_TOKENS
     free = torch.cuda.mem_get_info(lm.device)[0]
