@@ -188,88 +188,122 @@ def _baselines(lm, ids: Tensor, prompt_lengths: list[int], spec: Spec) -> Tensor
     return vectors.view(queries, -1, lm.num_layers, lm.num_neurons)
 
 
+@dataclass
+class _Paths:
+    """The paths of Q queries as what their rows put at the site module's output: from `begin[l]` (Q, B, W) to the clean
+    `end[l]` (Q, 1, W). The down-projection is affine, so a straight line of neurons is one of outputs, where a row is
+    narrower (W = d, not N) and needs no product of its own; at pre-activations W = N."""
+
+    begin: list[Tensor]
+    end: list[Tensor]
+    neurons: list[Tensor] | None  # (Q, B, N), leaves of which `begin` is a differentiable function; None: the same
+
+    @classmethod
+    def of(cls, lm, clean: CleanPass, starts: Tensor, site: str) -> _Paths:
+        neurons = [starts[:, :, layer] for layer in range(lm.num_layers)]
+        if site == "pre_activation":
+            return cls(neurons, [w[:, None] for w in clean.neurons], None)
+        with torch.enable_grad():
+            neurons = [one.detach().requires_grad_() for one in neurons]
+            return cls([down(one) for down, one in zip(lm.downs, neurons)], clean.written, neurons)
+
+    def rows(self, layer: int, index, node: Tensor) -> Tensor:
+        """(Q, P, W) points at `node` (Q or 1, P) of the paths from baselines `index` (P,)."""
+        begin = self.begin[layer].detach()[:, index]
+        return torch.lerp(begin, self.end[layer], node[..., None].to(begin))
+
+    def to_neurons(self, grads: list[Tensor], dtype) -> Tensor:
+        """(Q, B, L, N) gradients at the neurons from those at the rows, L x (Q, B, W)."""
+        if self.neurons is not None:
+            grads = torch.autograd.grad(self.begin, self.neurons, [g.to(b) for g, b in zip(grads, self.begin)])
+        return torch.stack(grads, 2).to(dtype)
+
+
 def _integrate(lm, clean: CleanPass, target, starts, p_clean, spec) -> tuple[Tensor, Tensor]:
     """Raw attribution (Q, L, N), summed over baselines, and what its sum lacks to completeness (Q, L), signed."""
     w = torch.stack(clean.neurons, 1)  # (Q, L, N)
     starts = torch.zeros_like(w)[:, None] if starts is None else starts
+    paths = _Paths.of(lm, clean, starts, spec.site)
     queries, count = starts.shape[:2]
     size = max(1, spec.row_budget // (lm.num_layers * queries))
-    p_start = _path_probabilities(lm, clean, target, starts, torch.zeros(1), size, spec.site)[..., 0]  # (Q, B, L)
     if spec.rule == "auto":
-        size_of = lambda nodes: _path_probabilities(lm, clean, target, starts, nodes, size, spec.site)  # noqa: E731
-        plan, at_end = adaptive_plan(size_of, p_start, p_clean, spec.steps), None
+        probabilities = lambda nodes: _path_probabilities(lm, clean, target, paths, nodes, size, spec.site)  # noqa: E731
+        plan, p_start = adaptive_plan(probabilities, p_clean, spec.steps)
+        at_end = None
     else:
         plan, at_end = fixed_plan(spec.rule, spec.steps, count, lm.num_layers)
-    mean = torch.zeros(queries, count, *w.shape[1:], dtype=lm.score_dtype, device=w.device)  # of the gradients
+    mean = [torch.zeros(one.shape, dtype=lm.score_dtype, device=w.device) for one in paths.begin]  # of the gradients
+    probability = []
     for start in range(0, max(len(index) for index, _, _ in plan), size):
         part = [(index[start:start + size], node[:, start:start + size].to(w.device, lm.score_dtype),
                  weight[:, start:start + size].to(w.device, lm.score_dtype)) for index, node, weight in plan]
-        end = _add_gradients(lm, clean, target, starts, part, mean, at_end is not None and start == 0, spec.site)
-        if end is not None:
-            mean += at_end * end[:, None]
+        probability.append(_add_gradients(lm, clean, target, paths, part, mean, at_end if start == 0 else None, spec.site))
+    if spec.rule != "auto":  # the first points of a fixed plan are the paths' beginnings
+        p_start = torch.cat([p.view(queries, lm.num_layers, -1) for p in probability], -1)[..., :count].transpose(1, 2)
     factor = (w[:, None] - starts).to(lm.score_dtype)
     if spec.method == "amig" and spec.amig_factor == "w":
         factor = w[:, None].to(lm.score_dtype)
-    raw = (factor * mean).sum(1)
+    raw = (factor * paths.to_neurons(mean, lm.score_dtype)).sum(1)
     return raw, raw.sum(-1) - (p_clean[:, None, None] - p_start).sum(1)
 
 
 @torch.no_grad()
-def _path_probabilities(lm, clean, target, starts, nodes, size, site) -> Tensor:
+def _path_probabilities(lm, clean, target, paths, nodes, size, site) -> Tensor:
     """(Q, B, L, K) answer probabilities at K `nodes` of every path: forward passes only."""
-    queries, count = starts.shape[:2]
-    out = torch.empty(queries, count, lm.num_layers, len(nodes), dtype=lm.score_dtype, device=starts.device)
+    queries, count = paths.begin[0].shape[:2]
+    out = torch.empty(queries, count, lm.num_layers, len(nodes), dtype=lm.score_dtype, device=target.device)
     points = [(b, j) for b in range(count) for j in range(len(nodes))]
     for start in range(0, len(points), size):
         b, j = (list(x) for x in zip(*points[start:start + size]))
-        alpha = nodes[j].to(starts)[:, None]
-        hidden, _, _ = _grow(lm, clean, lambda layer: torch.lerp(
-            starts[:, b, layer], clean.neurons[layer][:, None], alpha), False, site)
+        hidden, _, _ = _grow(lm, clean, lambda layer: paths.rows(layer, b, nodes[j][None].to(target.device)), False, site)
         p = answer_probabilities(lm, hidden, target, need_grad=False)
         out[:, b, :, j] = p.view(queries, lm.num_layers, len(b)).permute(2, 0, 1)
     return out
 
 
-def _add_gradients(lm, clean, target, starts, plan, mean, with_clean, site) -> Tensor | None:
-    """Add the weighted gradients of a plan (see `quadrature`) to `mean` (Q, B, L, N). With `with_clean`, the first row is
-    the clean one, and the gradient there at every layer is returned, (Q, L, N)."""
+def _add_gradients(lm, clean, target, paths, plan, mean, at_end, site) -> Tensor:
+    """Add the weighted gradients of a plan (see `quadrature`) to `mean`, L x (Q, B, W), and return the probabilities
+    (Q, rows) at its points. With `at_end`, the weight of the paths' common end, the first row is the clean one, and the
+    gradients there at every layer count with it."""
 
-    def vectors(layer):
+    def rows(layer):
         index, node, _ = plan[layer]
-        w = clean.neurons[layer][:, None]
-        rows = torch.lerp(starts[:, index, layer], w, node[..., None].to(lm.dtype))
-        return torch.cat([w, rows], 1) if with_clean and layer == 0 else rows
+        points = paths.rows(layer, index, node)
+        return torch.cat([paths.end[layer], points], 1) if at_end is not None and layer == 0 else points
 
     with torch.enable_grad():
-        hidden, leaves, at_end = _grow(lm, clean, vectors, with_clean, site)
-        answer_probabilities(lm, hidden, target, need_grad=True).sum().backward()
+        hidden, leaves, end = _grow(lm, clean, rows, at_end is not None, site)
+        probability = answer_probabilities(lm, hidden, target, need_grad=True)
+        probability.sum().backward()
     for layer, (leaf, (index, _, weight)) in enumerate(zip(leaves, plan)):
-        grad = leaf.grad
-        if with_clean and layer == 0:
-            at_end[0], grad = grad[:, 0], grad[:, 1:]
+        grad = leaf.grad  # None where no row starts in the layer
+        if at_end is not None and layer == 0:
+            end[0], grad = grad[:, 0], grad[:, 1:]
         if len(index):
-            baseline = torch.nn.functional.one_hot(index.to(weight.device), mean.shape[1]).to(weight)  # (P, B)
-            mean[:, :, layer] += (baseline.T * weight[:, None]) @ grad.to(lm.score_dtype)
-    return torch.stack(at_end, 1).to(lm.score_dtype) if with_clean else None
+            baseline = torch.nn.functional.one_hot(index.to(weight.device), mean[layer].shape[1]).to(weight)  # (P, B)
+            mean[layer] += (baseline.T * weight[:, None]) @ grad.to(weight)
+        if at_end is not None:
+            mean[layer] += at_end * end[layer][:, None]
+    return probability.detach()[:, int(at_end is not None):]
 
 
-def _grow(lm, clean, vectors, with_clean, site):
-    """Push a growing batch of rows through the layers. `vectors(layer)` (Q, P, N) are the neuron vectors of the rows
-    that start in `layer`. Returns the last layer's output (Q, rows, d), the leaves, and a list that a backward pass
-    fills with the gradients at each layer's neurons of row 0 when that row is the clean one."""
+def _grow(lm, clean, rows, with_clean, site):
+    """Push a growing batch of rows through the layers. `rows(layer)` (Q, P, W) is what the rows that start in `layer` have
+    at its site module's output. Returns the last layer's output (Q, rows, d), the leaves, and a list that a backward
+    pass fills with the gradients there of row 0, (Q, W) a layer, when that row is the clean one."""
     hidden, leaves, at_end = None, [], [None] * lm.num_layers
+    width = lm.num_neurons if site == "pre_activation" else None
 
     def keep(layer):
-        def hook(_, inputs, output):
-            neurons = inputs[0] if site == "down_input" else output
-            rows = hidden.shape[0]
-            neurons.register_hook(
-                lambda g: at_end.__setitem__(layer, g.reshape(rows, -1, g.shape[-1])[:, 0, :lm.num_neurons].clone()))
+        def hook(_, __, output):
+            queries = hidden.shape[0]
+            output.register_hook(lambda g: at_end.__setitem__(
+                layer, g.reshape(queries, -1, g.shape[-1])[:, 0, :width].to(lm.score_dtype)))
         return hook
 
     with replaying(lm):
         for layer in range(lm.num_layers):
-            leaf = vectors(layer)
+            leaf = rows(layer)
             if torch.is_grad_enabled():
                 leaf.requires_grad_()
             leaves.append(leaf)

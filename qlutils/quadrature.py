@@ -38,27 +38,32 @@ def quadrature(rule: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fixed_plan(rule: str, steps: int, baselines: int, layers: int) -> tuple[Plan, float | None]:
-    """The same nodes on every path. A node at the end of a path is the clean pass, for every baseline and layer; it is left
-    out of the plan and its weight returned, for the one row that serves them all."""
+    """The same nodes on every path. The first points are the paths' beginnings, of weight 0 where the rule has no node
+    there, because the completeness gap needs P at them. A node at the end of a path is the clean pass, for every baseline
+    and layer; it is left out of the plan and its weight returned, for the one row that serves them all."""
     nodes, weights = (torch.from_numpy(x) for x in quadrature(rule, steps))
     at_end = float(weights[-1]) if nodes[-1] == 1 else None
     if at_end is not None:
         nodes, weights = nodes[:-1], weights[:-1]
-    index = torch.arange(baselines).repeat_interleave(len(nodes))
-    return [(index, nodes.repeat(baselines)[None], weights.repeat(baselines)[None])] * layers, at_end
+    if nodes[0] != 0:
+        nodes, weights = (torch.cat([one.new_zeros(1), one]) for one in (nodes, weights))
+    index = torch.arange(baselines).repeat(len(nodes))
+    return [(index, nodes.repeat_interleave(baselines)[None], weights.repeat_interleave(baselines)[None])] * layers, at_end
 
 
-def adaptive_plan(probabilities, p_start: Tensor, p_clean: Tensor, steps: int) -> Plan:
-    """The rule "auto": `steps` gradient evaluations a layer and baseline on average, where the probability moves.
+def adaptive_plan(probabilities, p_clean: Tensor, steps: int) -> tuple[Plan, Tensor]:
+    """The rule "auto": `steps` gradient evaluations a layer and baseline on average, where the probability moves; and P at
+    the paths' beginnings (Q, B, L).
 
-    `probabilities(nodes)` -> (Q, B, L, K) by forward passes; `p_start` (Q, B, L) and `p_clean` (Q,) are the ends. A
-    query's evaluations are shared among its paths in proportion to the total variation of P along
-    them to the power 0.75 (at least 2 each), and placed at Gauss-Legendre nodes of u, a monotone change of variables alpha(u) in which P
-    moves evenly (mixed with an even share). What a query gets depends on that query alone; where the queries of a
-    batch want different numbers the shorter lists are padded with points of weight 0."""
+    `probabilities(nodes)` -> (Q, B, L, K) by forward passes; `p_clean` (Q,) is P at the end. A query's evaluations are
+    shared among its paths in proportion to the total variation of P along them to the power 0.75 (at least 2 each), and
+    placed at Gauss-Legendre nodes of u, a monotone change of variables alpha(u) in which P moves evenly (mixed with an even
+    share). What a query gets depends on that query alone; where the queries of a batch want different numbers the shorter
+    lists are padded with points of weight 0."""
     inner = (1 - np.cos(np.pi * np.arange(1, PROFILE + 1) / (PROFILE + 1))) / 2
-    profile = torch.cat([p_start[..., None], probabilities(torch.from_numpy(inner)).to(p_start),
-                         p_clean[:, None, None, None].expand(*p_start.shape, 1)], -1).double().cpu().numpy()
+    found = probabilities(torch.from_numpy(np.concatenate([[0.0], inner])))
+    end = p_clean[:, None, None, None].expand(*found.shape[:-1], 1)
+    profile = torch.cat([found, end], -1).double().cpu().numpy()
     alpha = np.concatenate([[0.0], inner, [1.0]])
     moves = np.abs(np.diff(profile, axis=-1))  # (Q, B, L, K - 1)
     variation = moves.sum(-1)
@@ -87,7 +92,7 @@ def adaptive_plan(probabilities, p_start: Tensor, p_clean: Tensor, steps: int) -
                 weight[q, offset[b]:offset[b] + n] = w / w.sum()  # exact for a constant
         index = torch.arange(baselines).repeat_interleave(torch.from_numpy(length))
         plan.append((index, torch.from_numpy(node), torch.from_numpy(weight)))
-    return plan
+    return plan, found[..., 0]
 
 
 def compare_rules(lm, queries: pd.DataFrame, spec, *, t: float = 0.2, sample: int = 20, seed: int = 0,

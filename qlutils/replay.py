@@ -23,7 +23,8 @@ from .arch import UnsupportedModel, expand_call_argument, tail_modules
 from .attention import controlled_weights
 
 _LOCAL = threading.local()  # the prefix the layer now running attends to
-VOCAB_CHUNK = 8192
+VOCAB_CHUNK = {"cpu": 1024, "cuda": 8192}  # of the unembedding at a time; with ROW_CHUNK rows it fits a core's cache
+ROW_CHUNK = {"cpu": 256, "cuda": 2**20}
 
 
 class PrefixCache:
@@ -95,8 +96,9 @@ class CleanPass:
     """What one clean pass over Q queries of equal length leaves behind (all without gradients)."""
 
     calls: list[tuple[tuple, dict]]  # the arguments of each decoder layer after the hidden state
-    inputs: list[Tensor]  # L x (Q, 1, d): each layer's input at the last token
+    inputs: list[Tensor]  # L + 1 x (Q, 1, d): each layer's input at the last token, and the last one's output
     neurons: list[Tensor]  # L x (Q, N): the neuron vectors at the last token
+    written: list[Tensor]  # L x (Q, 1, W): the output of each layer's site module at the last token
     logits: Tensor  # (Q, V), at least float32
     cache: PrefixCache
 
@@ -110,6 +112,15 @@ def _read(site: str, num_neurons: int, inputs, output) -> Tensor:
     return inputs[0] if site == "down_input" else output[..., :num_neurons]
 
 
+@contextmanager
+def _hooked(handles):
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
 def neuron_vectors(lm, ids: Tensor, site: str = "down_input", chunk: int = 256) -> Tensor:
     """(R, L, N) neuron vectors at the last position of the sequences `ids` (R, T), no padding."""
@@ -120,41 +131,68 @@ def neuron_vectors(lm, ids: Tensor, site: str = "down_input", chunk: int = 256) 
             _read(site, lm.num_neurons, inputs, output).view(-1, seq, lm.num_neurons)[:, -1])
 
     seq = ids.shape[1]
-    handles = [site_module(lm, layer, site).register_forward_hook(keep(layer)) for layer in range(lm.num_layers)]
-    try:
+    with _hooked([site_module(lm, layer, site).register_forward_hook(keep(layer)) for layer in range(lm.num_layers)]):
         for part in ids.split(chunk):
             lm.model.base_model(input_ids=part, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return torch.stack([torch.cat(parts) for parts in kept], 1)
 
 
 @torch.no_grad()
 def clean_pass(lm, ids: Tensor, site: str = "down_input") -> CleanPass:
-    """Run `ids` (Q, T), T >= 2: the prefix once, then the last token, recording how every layer is called."""
-    cache = DynamicCache()
-    lm.model.base_model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
+    """Run `ids` (Q, T), T >= 2, once, and record how every layer would be called for the last token alone."""
+    cache, (queries, length) = DynamicCache(), ids.shape
+    inputs, neurons, written = ([None] * lm.num_layers for _ in range(3))
+    outputs: list = [None] * lm.num_layers
+
+    def before(layer):
+        return lambda _, args, kwargs: inputs.__setitem__(
+            layer, (args[0] if args else kwargs["hidden_states"])[:, -1:])
+
+    def at_site(layer):
+        def hook(_, site_inputs, output):  # OPT flattens batch and sequence before its MLP
+            at = _read(site, lm.num_neurons, site_inputs, output)
+            neurons[layer] = at.reshape(queries, length, -1)[:, -1]
+            written[layer] = output.reshape(queries, length, -1)[:, -1:].clone()  # Falcon adds to it in place
+        return hook
+
+    handles = []
+    for layer, module in enumerate(lm.layers):
+        handles += [module.register_forward_pre_hook(before(layer), with_kwargs=True),
+                    module.register_forward_hook(lambda _, __, out, layer=layer: outputs.__setitem__(layer, out)),
+                    site_module(lm, layer, site).register_forward_hook(at_site(layer))]
+    with _hooked(handles):
+        body = lm.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    logits, _ = _to_logits(lm.arch.head(body[0][:, -1]).to(lm.score_dtype), lm.arch.scale, lm.arch.softcap)
+    cache.crop(-1)
+    calls = _calls(lm, ids[:, -1:], cache, outputs)
+    last = outputs[-1][0] if isinstance(outputs[-1], tuple) else outputs[-1]
     prefix = [(layer.keys, layer.values) for layer in cache.layers]
-    calls, inputs, neurons = [], [], []
+    return CleanPass(calls, [*inputs, last[:, -1:]], neurons, written, logits, PrefixCache(prefix, lm.layout))
 
-    def before_layer(_, args, kwargs):
-        hidden = args[0] if args else kwargs["hidden_states"]
-        inputs.append(hidden)
-        calls.append((tuple(args[1:]), {k: v for k, v in kwargs.items() if k != "hidden_states"}))
 
-    def at_site(_, layer_inputs, output):
-        neurons.append(_read(site, lm.num_neurons, layer_inputs, output).reshape(ids.shape[0], -1))
+def _calls(lm, ids: Tensor, cache, outputs) -> list[tuple[tuple, dict]]:
+    """The arguments, after the hidden state, with which the model calls each layer for one more token `ids` (Q, 1). The
+    layers themselves do not run: each hands its input on, in the shape of its entry of `outputs`."""
+    calls = []
 
-    handles = [layer.register_forward_pre_hook(before_layer, with_kwargs=True) for layer in lm.layers]
-    handles += [site_module(lm, layer, site).register_forward_hook(at_site) for layer in range(lm.num_layers)]
+    def stand_in(output):
+        def forward(*args, **kwargs):
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            calls.append((tuple(args[1:]), kwargs))
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return forward
+
+    own = [layer.__dict__.get("forward") for layer in lm.layers]  # wrappers set one; else it is the class's
     try:
-        out = lm.model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+        for layer, output in zip(lm.layers, outputs):
+            layer.forward = stand_in(output)
+        lm.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
     finally:
-        for handle in handles:
-            handle.remove()
-    logits = out.logits[:, -1].to(lm.score_dtype)
-    return CleanPass(calls, inputs, neurons, logits, PrefixCache(prefix, lm.layout))
+        for layer, forward in zip(lm.layers, own):
+            layer.__dict__.pop("forward", None)
+            if forward is not None:
+                layer.forward = forward
+    return calls
 
 
 def run_layer(lm, clean: CleanPass, layer: int, hidden: Tensor) -> Tensor:
@@ -181,15 +219,24 @@ def run_layer(lm, clean: CleanPass, layer: int, hidden: Tensor) -> Tensor:
     return out.reshape(queries, -1, out.shape[-1]) if batch_layout else out
 
 
-def start_rows(lm, clean: CleanPass, layer: int, vectors: Tensor, site: str = "down_input") -> Tensor:
-    """(Q, P, d) output of `layer` for rows that are clean except for their neuron vectors (Q, P, N) in it.
+def start_rows(lm, clean: CleanPass, layer: int, rows: Tensor, site: str = "down_input") -> Tensor:
+    """(Q, P, d) output of `layer` for rows that are clean except that its site module (the down-projection, or the
+    up-projection for pre-activations) gives `rows` (Q, P, W).
 
-    In the sequence layout the part of the layer before the neurons runs once a query, not once a row: the rows
-    appear where the vectors enter, and the residual stream broadcasts."""
+    Where the layer adds what its MLP writes to the residual stream as it is, it need not run. Else, in the sequence
+    layout, its part before the site runs once a query: the rows appear at the site, and the residual broadcasts."""
+    if site == "down_input" and lm.adds_mlp_output:
+        return clean.inputs[layer + 1] + (rows - clean.written[layer])
     hidden = clean.inputs[layer]
     if lm.layout == "batch":
-        hidden = hidden.expand(-1, vectors.shape[1], -1)
-    with neurons_replaced(lm, layer, site, vectors):
+        hidden = hidden.expand(-1, rows.shape[1], -1)
+
+    def put(_, __, output):
+        new = rows.clone() if lm.layout == "sequence" else rows.reshape(*output.shape[:-1], -1).clone()
+        rest = output[..., rows.shape[-1]:]  # the other half of a fused gate_up_proj
+        return torch.cat([new, rest.expand(*new.shape[:-1], -1)], -1) if rest.shape[-1] else new
+
+    with _hooked([site_module(lm, layer, site).register_forward_hook(put)]):
         return run_layer(lm, clean, layer, hidden)
 
 
@@ -201,29 +248,6 @@ def replaying(lm):
     else:
         with attention_implementation(lm.model, "qlutils_prefix"):
             yield
-
-
-@contextmanager
-def neurons_replaced(lm, layer: int, site: str, vectors: Tensor):
-    """Inside, layer `layer` works with `vectors` (Q, P, N) in place of its neurons."""
-
-    def shaped(like):  # OPT flattens batch and sequence before its MLP
-        return vectors if lm.layout == "sequence" else vectors.reshape(*like.shape[:-1], -1)
-
-    def before(_, inputs):
-        return (shaped(inputs[0]),)
-
-    def after(_, __, output):
-        rows = shaped(output)
-        rest = output[..., lm.num_neurons:]  # the other half of a fused gate_up_proj
-        return torch.cat([rows, rest.expand(*rows.shape[:-1], -1)], -1) if rest.shape[-1] else rows
-
-    module = site_module(lm, layer, site)
-    handle = module.register_forward_pre_hook(before) if site == "down_input" else module.register_forward_hook(after)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def final_hidden(lm, hidden: Tensor) -> Tensor:
@@ -250,41 +274,52 @@ class AnswerProbability(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, lm, target, need_grad):
-        weight, bias = lm.arch.head.weight, getattr(lm.arch.head, "bias", None)
-        dtype, scale, cap = lm.score_dtype, lm.arch.scale, lm.arch.softcap
-        rows = hidden.shape[0]
-        top = torch.full((rows, 1), float("-inf"), dtype=dtype, device=hidden.device)
-        total = torch.zeros_like(top)
-        mean = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if need_grad else None
-        for start in range(0, weight.shape[0], VOCAB_CHUNK):
-            part = weight[start:start + VOCAB_CHUNK]
-            z = _matmul(hidden, part.T, dtype)
-            if bias is not None:
-                z += bias[start:start + VOCAB_CHUNK]
-            z, slope = _to_logits(z, scale, cap)
-            new_top = torch.maximum(top, z.amax(-1, keepdim=True))
-            shrink = (top - new_top).exp_()
-            z = z.sub_(new_top).exp_()
-            total = total * shrink + z.sum(-1, keepdim=True)
-            if need_grad:
-                z = z if slope is None else z.mul_(slope)
-                mean = mean.mul_(shrink).add_(_matmul(z.to(part.dtype), part, dtype))
-            top = new_top
-        own_weight = weight[target]
-        z_own = (hidden.to(dtype) * own_weight.to(dtype)).sum(-1, keepdim=True)
-        if bias is not None:
-            z_own = z_own + bias[target, None]
-        z_own, slope = _to_logits(z_own, scale, cap)
-        p = (z_own - top).exp_() / total
+        size, parts = ROW_CHUNK.get(hidden.device.type, 2**20), []
+        for part, own in zip(hidden.split(size), target.split(size)):
+            parts.append(_answer_probability(part, lm, own, need_grad))
+        p, grad = (torch.cat(one) if one[0] is not None else None for one in zip(*parts))
         if need_grad:
-            own = own_weight.to(dtype) if slope is None else own_weight.to(dtype) * slope
-            ctx.save_for_backward((p * (own - mean / total)) * (scale if cap is None else 1.0))
+            ctx.save_for_backward(grad)
         ctx.hidden_dtype = hidden.dtype
-        return p.squeeze(-1)
+        return p
 
     @staticmethod
     def backward(ctx, grad):
         return (ctx.saved_tensors[0] * grad.unsqueeze(-1)).to(ctx.hidden_dtype), None, None, None
+
+
+def _answer_probability(hidden, lm, target, need_grad):
+    """(R,) probabilities of the tokens `target` and, if needed, their gradients (R, d)."""
+    weight, bias = lm.arch.head.weight, getattr(lm.arch.head, "bias", None)
+    dtype, scale, cap = lm.score_dtype, lm.arch.scale, lm.arch.softcap
+    top = torch.full((len(hidden), 1), float("-inf"), dtype=dtype, device=hidden.device)
+    total = torch.zeros_like(top)
+    mean = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if need_grad else None
+    size = VOCAB_CHUNK.get(hidden.device.type, 8192)
+    for start in range(0, weight.shape[0], size):
+        part = weight[start:start + size]
+        z = _matmul(hidden, part.T, dtype)
+        if bias is not None:
+            z += bias[start:start + size]
+        z, slope = _to_logits(z, scale, cap)
+        new_top = torch.maximum(top, z.amax(-1, keepdim=True))
+        shrink = (top - new_top).exp_()
+        z = z.sub_(new_top).exp_()
+        total = total.mul_(shrink).add_(z.sum(-1, keepdim=True))
+        if need_grad:
+            z = z if slope is None else z.mul_(slope)
+            mean = mean.mul_(shrink).add_(_matmul(z.to(part.dtype), part, dtype))
+        top = new_top
+    own_weight = weight[target]
+    z_own = (hidden.to(dtype) * own_weight.to(dtype)).sum(-1, keepdim=True)
+    if bias is not None:
+        z_own = z_own + bias[target, None]
+    z_own, slope = _to_logits(z_own, scale, cap)
+    p = (z_own - top).exp_() / total
+    if not need_grad:
+        return p.squeeze(-1), None
+    own = own_weight.to(dtype) if slope is None else own_weight.to(dtype) * slope
+    return p.squeeze(-1), (p * (own - mean.div_(total))) * (scale if cap is None else 1.0)
 
 
 def _to_logits(z, scale, cap):
@@ -317,6 +352,7 @@ def verify(lm) -> None:
     ids = ids.to(lm.device)
     lm.arch.tail = tail_modules(lm.model, lm.arch, ids)
     own = lm.model(input_ids=ids, use_cache=False).logits.to(lm.score_dtype)
+    lm.adds_mlp_output = False
     other = ids.clone()
     other[:, -1] = ids.flip(0)[:, -1]
     if not torch.allclose(own[:, 0], lm.model(input_ids=other, use_cache=False).logits[:, 0].to(own), atol=1e-2, rtol=1e-2):
@@ -337,6 +373,21 @@ def verify(lm) -> None:
     )
 
 
+def _adds_mlp_output(lm, clean, tolerance) -> bool:
+    """Whether every layer adds its down-projection's output to the residual stream as it is (no norm, no multiplier), so
+    that what changed neurons write can be added to the layer's clean output instead of running the layer."""
+    for layer, (down, output) in enumerate(zip(lm.downs, clean.inputs[1:])):
+        weight = getattr(down, "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            return False
+        shift = output.std() * torch.linspace(-1, 1, output.shape[-1], device=lm.device, dtype=output.dtype)
+        with _hooked([down.register_forward_hook(lambda _, __, written, shift=shift: written + shift)]):
+            moved = run_layer(lm, clean, layer, clean.inputs[layer])
+        if not (moved - output - shift).abs().max() <= tolerance * shift.abs().max():
+            return False
+    return True
+
+
 def _replay_error(lm, ids, own, tolerance) -> str:
     clean = clean_pass(lm, ids)
     scale = own.abs().max().clamp_min(1e-6)
@@ -345,7 +396,8 @@ def _replay_error(lm, ids, own, tolerance) -> str:
     with replaying(lm):
         for layer in range(lm.num_layers):
             hidden = run_layer(lm, clean, layer, hidden)
-        restarted = start_rows(lm, clean, lm.num_layers - 1, clean.neurons[-1].unsqueeze(1).repeat(1, 3, 1))
+        restarted = start_rows(lm, clean, lm.num_layers - 1, lm.downs[-1](clean.neurons[-1])[:, None].repeat(1, 3, 1))
+        lm.adds_mlp_output = _adds_mlp_output(lm, clean, tolerance)
     for what, rows in (("replayed row", hidden[:, :1]), ("row with its own neurons put back", restarted[:, 1:])):
         target = own.argmax(-1)
         p = answer_probabilities(lm, rows, target, need_grad=False)[:, 0]

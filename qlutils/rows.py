@@ -316,8 +316,6 @@ def _verify(lm) -> None:
     own = torch.log_softmax(own, -1).gather(1, ids[:, -1:])[:, 0].double().cpu().numpy()
     lm.rows_verified = True  # from here on `score_rows` may be called; taken back if it fails
     try:
-        with scoring(lm):
-            lm.adds_mlp_output = _adds_mlp_output(lm, ids)
         nothing = Change(lm, [(0, 0)], 1.0)
         for everywhere in (True, False):
             found = score_rows(lm, queries, [(0, nothing), (1, nothing)], everywhere=everywhere)
@@ -339,24 +337,3 @@ def scoring(lm):
         yield
     finally:
         lm.scoring = outer
-
-
-def _adds_mlp_output(lm, ids) -> bool:
-    """Whether every layer adds the down-projection's output to the residual stream as it is (no norm, no
-    multiplier), so that what a changed neuron writes can be added to the layer's clean output."""
-    weights = [getattr(down, "weight", None) for down in lm.downs]
-    if not all(isinstance(weight, Tensor) and weight.is_floating_point() for weight in weights):
-        return False
-    shared, index = _clean(lm, ids, 0, ()), torch.arange(len(ids), device=lm.device)
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(lm.dtype, 0.05)
-    for layer, down in enumerate(lm.downs):
-        clean = shared.inputs[layer + 1]
-        shift = clean.std() * torch.linspace(-1, 1, clean.shape[-1], device=lm.device, dtype=clean.dtype)
-        handle = down.register_forward_hook(lambda _, __, output, shift=shift: output + shift)
-        try:
-            moved = _run_layer(lm, shared, layer, shared.inputs[layer].clone(), index)
-        finally:
-            handle.remove()
-        if (moved - clean - shift).abs().max() > tolerance * shift.abs().max():
-            return False
-    return True

@@ -25,8 +25,9 @@ WITH_BOS = ("llama2", "llama3", "gemma", "mistral", "opt")
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """A vocabulary of 97 goes through the unembedding in three chunks, as a real one does."""
-    monkeypatch.setattr(replay, "VOCAB_CHUNK", 40)
+    """A vocabulary of 97 goes through the unembedding in three chunks, and the rows in several, as real ones do."""
+    monkeypatch.setitem(replay.VOCAB_CHUNK, "cpu", 40)
+    monkeypatch.setitem(replay.ROW_CHUNK, "cpu", 7)
 
 
 @pytest.fixture(autouse=True)

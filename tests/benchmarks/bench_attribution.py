@@ -25,17 +25,19 @@ class NoTokenizer:
         return type("Ids", (), {"input_ids": [1]})
 
 
-def matmul_rate(rows, shapes, seconds=1.0):
-    """FLOP/s of float32 matmuls (rows, k) x (k, n) over the model's own (k, n), best of repeated passes."""
-    pairs = [(torch.randn(rows, k), torch.randn(k, n)) for k, n in shapes]
-    flops = sum(2 * rows * k * n for k, n in shapes)
-    best, end = 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        for a, b in pairs:
-            a @ b
-        best = max(best, flops / (time.perf_counter() - start))
-    return best
+def matmul_rate(rows, shapes, repeats=7):
+    """FLOP/s of float32 matmuls (rows, k) x (k, n), into memory that is there already: the best time of each shape, as if
+    weights and results were always at hand. An upper bound for any program that is made of these products."""
+    seconds = 0.0
+    for k, n in shapes:
+        a, b, out = torch.randn(rows, k), torch.randn(k, n), torch.empty(rows, n)
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            torch.mm(a, b, out=out)
+            times.append(time.perf_counter() - start)
+        seconds += min(times)
+    return sum(2 * rows * k * n for k, n in shapes) / seconds
 
 
 def naive(lm, prompt, answer, steps):
@@ -77,28 +79,32 @@ def main():
     prompt, answer = torch.randint(0, vocab, (args.tokens,)).tolist(), [5]
     rows = layers * args.steps
     weights = 12 * width**2
-    # What the algorithm must do: m rows a layer through the layers above, forward and backward, and the unembedding.
+    # As the definition counts: m rows a layer through their own layer and those above, forward and backward, and the
+    # unembedding. What is executed is less: a row appears at the end of its own layer, and all layers share the end row.
     must = 4 * weights * args.steps * layers * (layers + 1) / 2 + 4 * rows * width * vocab
-    shapes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)] * layers + [(width, vocab)] * 2
+    points = args.steps - 1 + 1  # the path's beginning, for the completeness gap, is one of them
+    done = 4 * weights * (points * layers * (layers - 1) / 2 + layers - 1) + 4 * (layers * points + 1) * width * vocab
+    shapes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width), (width, 1024), (1024, width)]
     spec = Spec(steps=args.steps)
-    fast = []
     attribute_encoded(lm, [(prompt, answer)], spec, ["warm-up"])
-    rates = []
-    for _ in range(args.repeats):
+    fast, slow, rates = [], [], []
+    for repeat in range(args.repeats):
         rates.append(matmul_rate(rows, shapes))
         start = time.perf_counter()
         result = attribute_encoded(lm, [(prompt, answer)], spec, ["query"])
         fast.append(time.perf_counter() - start)
-    start = time.perf_counter()
-    reference = naive(lm, prompt, answer, args.steps)
-    slow = time.perf_counter() - start
+        if repeat % 2 == 0:  # between the fast ones, so that both meet the same machine
+            start = time.perf_counter()
+            reference = naive(lm, prompt, answer, args.steps)
+            slow.append(time.perf_counter() - start)
     error = (result.scores[0] - reference).abs().max() / reference.abs().max()
-    time_fast, rate = statistics.median(fast), statistics.median(rates)
+    time_fast, time_slow, rate = (statistics.median(times) for times in (fast, slow, rates))
     print(f"threads {torch.get_num_threads()}, T = {args.tokens}, m = {args.steps}, one query, float32")
-    print(f"must do          {must / 1e9:8.1f} GFLOP")
-    print(f"matmul rate      {rate / 1e9:8.1f} GFLOP/s at the same shapes")
-    print(f"fast             {time_fast:8.3f} s  ({must / time_fast / 1e9:.1f} GFLOP/s, {must / time_fast / rate:.0%} of the matmul rate)")
-    print(f"naive reference  {slow:8.3f} s  (ratio {slow / time_fast:.1f}x, largest relative difference {error:.1e})")
+    print(f"must do          {must / 1e9:8.1f} GFLOP by the definition; executed {done / 1e9:.1f}")
+    print(f"matmul rate      {rate / 1e9:8.1f} GFLOP/s at {rows} rows and the model's shapes, everything in cache")
+    print(f"fast             {time_fast:8.3f} s  ({must / time_fast / 1e9:.1f} GFLOP/s, {must / time_fast / rate:.0%} of the "
+          f"matmul rate; executed: {done / time_fast / rate:.0%})")
+    print(f"naive reference  {time_slow:8.3f} s  (ratio {time_slow / time_fast:.1f}x, largest relative difference {error:.1e})")
 
 
 if __name__ == "__main__":
