@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -55,6 +55,11 @@ class View:
         """The KN set of each prompt at threshold `t` (0.05 to 1)."""
         return kn_sets(self.frame, t)
 
+    def shares(self) -> list[dict]:
+        """For each prompt {(layer, neuron): its score as a share of the prompt's largest}, of the neurons kept."""
+        return [dict(zip(zip(row.layer, row.neuron), np.asarray(row.score) / max(row.score, default=1.0)))
+                for row in self.frame.itertuples()]
+
 
 def typed_fact(prompts: str, answer: str) -> Fact:
     """A fact from typed text, one prompt a line. ValueError: no prompt, or no answer."""
@@ -68,34 +73,31 @@ def typed_fact(prompts: str, answer: str) -> Fact:
 
 def saved_queries(model: str, method: str, data="demo", output="default", **spec) -> pd.DataFrame | None:
     """What notebook 01 saved in run `output` for this very model, method and `attribution.Spec`, or None."""
-    study = Study("explore_fact", model=model, method=method, data=data, output=output)
-    path = study.results / "queries.parquet"
-    if not path.exists():
+    path = Study("explore_fact", model=model, method=method, data=data, output=output).results / "queries.parquet"
+    table, made = read_table(path) if path.exists() else (None, None)
+    if table is None or made["inputs"]["content"] != model_content(model):
         return None
-    table, made = read_table(path)
-    if table is None:
-        return None
-    usual, wanted = asdict(Spec(method=method)) | {"dtype": None}, asdict(Spec(method=method, **spec)) | {"dtype": None}
+    usual, wanted = (asdict(Spec(method=method, **given)) | {"dtype": None} for given in ({}, spec))
     same = all(made["parameters"].get(name, usual[name]) == value for name, value in wanted.items())
-    return as_frame([table]) if same and made["inputs"]["content"] == model_content(model) else None
+    return as_frame([table]) if same else None
 
 
 def look(lm, fact: Fact, method="ig", saved: pd.DataFrame | None = None, **spec) -> View:
     """The view of a fact: its scores from `saved` where it has the fact with these prompts, else computed now.
 
     ValueError, with its prompt, for a query that cannot be read."""
-    frame, source = None, "computed now"
+    frame, source = None, "read from a saved run"
     if saved is not None:
-        frame, source = saved[saved["fact"] == fact.id].reset_index(drop=True), "read from a saved run"
+        frame = saved[saved["fact"] == fact.id].reset_index(drop=True)
     if frame is None or tuple(frame["prompt"]) != fact.prompts:
         frame, source = localise_unit(lm, [asdict(fact)], method=method, **spec), "computed now"
         if frame["left_out"].notna().any():
             raise ValueError(frame["left_out"].dropna().iloc[0])
     ids = [lm.encode_prompt(prompt) for prompt in fact.prompts]
     activations = torch.cat([neuron_vectors(lm, torch.tensor([one], device=lm.device)) for one in ids])
-    attention = [attention_received(lm, prompt) for prompt in fact.prompts]
-    return View(lm, fact, method, frame, predictions(lm, fact.prompts, fact.object), attention,
-                activations.float().cpu().numpy(), source, spec)
+    return View(lm, fact, method, frame, predictions(lm, fact.prompts, fact.object),
+                [attention_received(lm, prompt) for prompt in fact.prompts], activations.float().cpu().numpy(), source,
+                spec)
 
 
 @torch.no_grad()
@@ -141,27 +143,21 @@ def attention_received(lm, prompt: str) -> tuple[list[str], np.ndarray | None]:
 def kn_table(view: View, t: float) -> pd.DataFrame:
     """The neurons that are KNs of a prompt, most shared first: layer, neuron, n (prompts), prompts, and `score`, the
     largest share of a prompt's largest score."""
-    members, best = {}, {}
-    for place, (one, row) in enumerate(zip(view.sets(t), view.frame.itertuples())):
-        scores = dict(zip(zip(row.layer, row.neuron), row.score)) if one else {}
-        for neuron in one:
-            members.setdefault(neuron, []).append(place)
-            best[neuron] = max(best.get(neuron, 0.0), float(scores[neuron] / max(row.score)))
-    rows = [dict(layer=layer, neuron=index, n=len(where), prompts=" ".join(f"q{i}" for i in where),
-                 score=best[layer, index]) for (layer, index), where in members.items()]
-    kinds = dict(layer=int, neuron=int, n=int, prompts=str, score=float)
-    frame = pd.DataFrame(rows, columns=list(kinds)).astype(kinds)
-    order = {"n": False, "score": False, "layer": True, "neuron": True}
-    return frame.sort_values(list(order), ascending=list(order.values()), ignore_index=True)
+    sets, shares, rows = view.sets(t), view.shares(), []
+    for neuron in set().union(*sets):
+        where = [i for i, one in enumerate(sets) if neuron in one]
+        rows.append((*neuron, len(where), " ".join(f"q{i}" for i in where), max(shares[i][neuron] for i in where)))
+    frame = pd.DataFrame(rows, columns=["layer", "neuron", "n", "prompts", "score"]).astype(
+        dict(layer=int, neuron=int, n=int, score=float))
+    return frame.sort_values(["n", "score", "layer", "neuron"], ascending=[False, False, True, True], ignore_index=True)
 
 
 def agreement(view: View, t: float) -> dict:
     """CS1, CS2, mean Jaccard (NaN with one prompt), size of the union and the number of KNs of each prompt."""
     sets = view.sets(t)
     result = consistency(sets) if len(sets) > 1 else None
-    return dict(cs1=result.cs1 if result else np.nan, cs2=result.cs2 if result else np.nan,
-                jaccard=result.jaccard if result else np.nan, union=len(set().union(*sets)),
-                sizes=[len(one) for one in sets])
+    return dict({name: getattr(result, name, np.nan) for name in ("cs1", "cs2", "jaccard")},
+                union=len(set().union(*sets)), sizes=[len(one) for one in sets])
 
 
 def choose_neurons(view: View, t: float, which: str, prompt: int = 0, picked: str = "") -> set:
@@ -184,7 +180,7 @@ def choose_neurons(view: View, t: float, which: str, prompt: int = 0, picked: st
 def parse_neurons(lm, text: str) -> set:
     """{(layer, neuron)} of text such as "3:17, 4:2"; ValueError for anything else or a neuron outside the model."""
     pairs = [part.split(":") for part in text.replace(",", " ").split()]
-    if not pairs or not all(len(pair) == 2 and all(n.strip().isdecimal() for n in pair) for pair in pairs):
+    if not pairs or not all(len(pair) == 2 and all(n.isdecimal() for n in pair) for pair in pairs):
         raise ValueError(f"neurons are written layer:neuron, such as 3:17, 4:2, counted from 0; got {text!r}")
     return set(lm.check_neurons(pairs))
 
@@ -200,23 +196,22 @@ def neuron_tokens(lm, neuron, top: int = 8) -> pd.DataFrame:
     if weight.shape[1] != value.shape[0]:  # a projection stands between the last layer and the unembedding
         raise ValueError(f"{lm.name} projects its residual stream before the unembedding: value vectors have no tokens")
     score = (weight.to(lm.score_dtype) @ value.to(lm.score_dtype)).cpu()
-    high, low = score.topk(top), (-score).topk(top)
-    name = lambda ids: [lm.tokenizer.decode([i]) for i in ids.tolist()]  # noqa: E731
-    return pd.DataFrame(dict(promotes=name(high.indices), promotes_score=high.values.numpy(),
-                             suppresses=name(low.indices), suppresses_score=-low.values.numpy()))
+    shown = {}
+    for name, sign in (("promotes", 1), ("suppresses", -1)):
+        best = (sign * score).topk(top)
+        shown[name] = [lm.tokenizer.decode([i]) for i in best.indices.tolist()]
+        shown[f"{name}_score"] = sign * best.values.numpy()
+    return pd.DataFrame(shown)
 
 
 def neuron_activations(view: View, neuron, t: float) -> pd.DataFrame:
     """A row a prompt: a neuron's activation at the last token, its score as a share of the prompt's largest (0 where it
     is below what is kept), and whether it is a KN."""
     [(layer, index)] = view.lm.check_neurons([neuron])
-    rows = []
-    for place, (row, one) in enumerate(zip(view.frame.itertuples(), view.sets(t))):
-        scores = dict(zip(zip(row.layer, row.neuron), row.score))
-        rows.append(dict(prompt=f"q{place} {row.prompt}", activation=float(view.activations[place, layer, index]),
-                         share=float(scores.get((layer, index), 0.0) / max(scores.values(), default=1.0)),
-                         kn=(layer, index) in one))
-    return pd.DataFrame(rows)
+    return pd.DataFrame([
+        dict(prompt=f"q{i} {prompt}", activation=float(view.activations[i, layer, index]),
+             share=float(shares.get((layer, index), 0.0)), kn=(layer, index) in one)
+        for i, (prompt, shares, one) in enumerate(zip(view.fact.prompts, view.shares(), view.sets(t)))])
 
 
 def facts_using(saved: pd.DataFrame | None, neuron, t: float, but: str = "") -> pd.DataFrame:
@@ -234,20 +229,20 @@ def facts_using(saved: pd.DataFrame | None, neuron, t: float, but: str = "") -> 
 def kn_map(view: View, t: float, neuron=None) -> Figure:
     """Layer by neuron: a dot for each KN, larger for a larger share of the top score, coloured by how many prompts have
     it; `neuron` is ringed."""
-    table, q = kn_table(view, t).iloc[::-1], len(view.fact.prompts)
-    fig = Figure(figsize=(plots.WIDE, 0.7 + 0.19 * min(view.lm.num_layers, 16)))
+    table, q, layers = kn_table(view, t).iloc[::-1], len(view.fact.prompts), view.lm.num_layers
+    fig = Figure(figsize=(plots.WIDE, 0.7 + 0.19 * min(layers, 16)))
     ax = fig.subplots()
     dots = ax.scatter(table["neuron"], table["layer"], s=6 + 50 * table["score"], c=table["n"], cmap="viridis_r",
                       vmin=0.5, vmax=q + 0.5, linewidths=0.3, edgecolors="white", clip_on=False, zorder=3)
     if neuron is not None:
         ax.scatter([neuron[1]], [neuron[0]], s=110, facecolors="none", edgecolors="#D55E00", linewidths=1.4, zorder=4)
-    ax.set(xlim=(-0.01 * view.lm.num_neurons, 1.01 * view.lm.num_neurons), ylim=(-0.5, view.lm.num_layers - 0.5),
-           xlabel="neuron", ylabel="layer")
-    ax.yaxis.get_major_locator().set_params(integer=True)
+    ax.set(xlim=(-0.01 * view.lm.num_neurons, 1.01 * view.lm.num_neurons), ylim=(-0.5, layers - 0.5), xlabel="neuron",
+           ylabel="layer")
     ax.grid(axis="y", linewidth=0.3, color="0.85")
     ax.set_title(f"{len(table)} knowledge neurons of {q} prompts, t = {t:.2f}", loc="left")
     bar = fig.colorbar(dots, ax=ax, label="prompts that share it", pad=0.01)
-    bar.ax.yaxis.get_major_locator().set_params(integer=True)
+    for axis in (ax.yaxis, bar.ax.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     return fig
 
 
@@ -256,26 +251,23 @@ def overlap_figure(view: View, t: float, most: int = 14) -> Figure:
     sets = view.sets(t)
     counts = Counter(frozenset(i for i, one in enumerate(sets) if neuron in one) for neuron in set().union(*sets))
     shown = sorted(counts.items(), key=lambda item: (-item[1], -len(item[0]), sorted(item[0])))[:most]
+    colors = ["#D55E00" if len(who) == len(sets) > 1 else "#0072B2" if len(who) > 1 else "0.65" for who, _ in shown]
     fig = Figure(figsize=(plots.WIDE, 1.5 + 0.14 * len(sets)))
     bars, dots = fig.subplots(2, 1, sharex=True, height_ratios=[7, 1.2 * len(sets)])
-    colors = ["#D55E00" if len(who) == len(sets) > 1 else "#0072B2" if len(who) > 1 else "0.65" for who, _ in shown]
-    drawn = bars.bar(range(len(shown)), [n for _, n in shown], color=colors, width=0.7)
-    bars.bar_label(drawn, fontsize=6, padding=1)
+    bars.bar_label(bars.bar(range(len(shown)), [n for _, n in shown], color=colors, width=0.7), fontsize=6, padding=1)
     bars.margins(y=0.2)
     bars.yaxis.get_major_locator().set_params(integer=True)
     bars.set(ylabel="neurons", xlim=(-0.6, max(len(shown), 1) - 0.4))
     hidden = len(counts) - len(shown)
     bars.set_title("grey: in one prompt only; blue: shared; orange: in every prompt"
                    + (f" ({hidden} smaller combinations not shown)" if hidden else ""), loc="left")
-    bars.tick_params(axis="x", length=0)
     for x, (who, _) in enumerate(shown):
         dots.plot([x] * len(sets), range(len(sets)), "o", color="0.88", markersize=3.5)
         dots.plot([x] * len(who), sorted(who), "o-", color=colors[x], markersize=4, linewidth=1.2)
     dots.set_yticks(range(len(sets)), [f"q{i}: {len(one)} KNs" for i, one in enumerate(sets)])
     dots.set(ylim=(len(sets) - 0.5, -0.5), xticks=[])
     dots.tick_params(axis="y", length=0)
-    for side in ("left", "bottom"):
-        dots.spines[side].set_visible(False)
+    dots.spines[["left", "bottom"]].set_visible(False)
     return fig
 
 
@@ -288,18 +280,13 @@ def control_facts(lm, facts, fact: Fact, seed: int = 0, tries: int = 12) -> list
     for name, same in (("same relation", True), ("other relation", False)):
         pool = [f for f in facts if (f.relation == fact.relation) == same
                 and f.subject != fact.subject and f.object.casefold() != fact.object.casefold()]
-        sample, readable = [pool[i] for i in rng.permutation(len(pool))[:tries]], []
-        for other in sample:
-            try:
-                encoded = lm.encode(other.prompts[0], other.object)
-            except ValueError:
-                continue
-            readable.append(other)
-            if score_queries(lm, [encoded]).exact[0]:
-                found.append((name, other))
-                break
-        else:
-            found += [(name, other) for other in readable[:1]]
+        readable = []
+        for other in (pool[i] for i in rng.permutation(len(pool))[:tries]):
+            with suppress(ValueError):
+                readable.append((other, lm.encode(other.prompts[0], other.object)))
+        known = score_queries(lm, [encoded for _, encoded in readable]).exact if readable else []
+        best = [other for (other, _), right in zip(readable, known) if right] or [other for other, _ in readable]
+        found += [(name, other) for other in best[:1]]
     return found
 
 
@@ -311,6 +298,9 @@ def change(view: View, neurons, action: str, controls=(), *, new: str = "", syna
     knowledge synapses of prompt `prompt` are multiplied by it (1: left alone). The model is as before afterwards.
     Columns: role, prompt, answer, `before`, `after` (probability of the answer), `change` (relative; NaN where before
     is 0), `top_before`, `top_after` (likeliest next token) and, for an update, `new_before`, `new_after`."""
+    from .editing import edit_weights
+    from .synapses import find_synapses, scale_synapses
+
     lm, fact = view.lm, view.fact
     if action not in ACTIONS:
         raise ValueError(f"action {action!r} is unknown; use one of {', '.join(ACTIONS)}")
@@ -328,7 +318,14 @@ def change(view: View, neurons, action: str, controls=(), *, new: str = "", syna
         return got
 
     before = measure()
-    with _changed(lm, fact, neurons, action, new, synapses, prompt):
+    with ExitStack() as stack:
+        if synapses != 1:
+            stack.enter_context(scale_synapses(lm, find_synapses(lm, fact.prompts[prompt]), synapses))
+        if action in FACTORS:
+            stack.enter_context(scale_neurons(lm, neurons, FACTORS[action]))
+        elif action != "none":
+            words = dict(old=fact.object, new=new.strip()) if action == "update" else {}
+            stack.enter_context(edit_weights(lm, neurons, action, **words))
         after = measure()
     frame = pd.DataFrame(rows, columns=["role", "prompt", "answer"])
     for name in before:
@@ -337,48 +334,27 @@ def change(view: View, neurons, action: str, controls=(), *, new: str = "", syna
     return frame
 
 
-def _changed(lm, fact, neurons, action, new, synapses, prompt) -> ExitStack:
-    stack = ExitStack()
-    try:
-        if synapses != 1:
-            from .synapses import find_synapses, scale_synapses
-            stack.enter_context(scale_synapses(lm, find_synapses(lm, fact.prompts[prompt]), synapses))
-        if action in FACTORS:
-            stack.enter_context(scale_neurons(lm, neurons, FACTORS[action]))
-        elif action != "none":
-            from .editing import edit_weights
-            words = dict(old=fact.object, new=new.strip()) if action == "update" else {}
-            stack.enter_context(edit_weights(lm, neurons, action, **words))
-    except BaseException:
-        stack.close()
-        raise
-    return stack
-
-
 def as_code(view: View, t: float, which="self", action="suppress", controls=(), *, picked="", new="", synapses=1.0,
             prompt=0) -> str:
     """A script over the package's public names that computes what the explorer shows: `sets`, `neurons`, `before` and
     `after`, the probabilities of `change`, in its order."""
     fact, extra = view.fact, "".join(f", {name}={value!r}" for name, value in view.spec.items())
     shown = [(text, fact.object) for text in fact.prompts] + [(other.prompts[0], other.object) for _, other in controls]
-    sets = {"self": f"sets[{prompt}]", "cas": "cas_neurons(cas_candidates(scores))",
-            "picked": repr(parse_neurons(view.lm, picked)) if which == "picked" else ""}
-    contexts = []
-    if synapses != 1:
-        contexts.append(f"scale_synapses(lm, find_synapses(lm, prompts[{prompt}]), {synapses!r})")
-    if action in FACTORS:
-        contexts.append(f"scale_neurons(lm, neurons, {FACTORS[action]!r})")
-    elif action != "none":
-        words = f", old=answer, new={new.strip()!r}" if action == "update" else ""
-        contexts.append(f"edit_weights(lm, neurons, {action!r}{words})")
+    neurons = {"self": f"sets[{prompt}]", "cas": "cas_neurons(cas_candidates(scores))",
+               "picked": repr(parse_neurons(view.lm, picked)) if which == "picked" else ""}.get(
+                   which, f"neighbour_sets(sets, {prompt})[{which!r}]")
+    contexts = [f"scale_synapses(lm, find_synapses(lm, prompts[{prompt}]), {synapses!r})"] * (synapses != 1)
+    contexts += {"erase": ["edit_weights(lm, neurons, 'erase')"], "none": [],
+                 "update": [f"edit_weights(lm, neurons, 'update', old=answer, new={new.strip()!r})"]}.get(
+                     action, [f"scale_neurons(lm, neurons, {FACTORS.get(action)!r})"])
     measured = {"": "answer_probability(lm, *zip(*queries))"}
     if action == "update":
         measured["_new"] = f"answer_probability(lm, list(zip(*queries))[0], [{new.strip()!r}] * len(queries))"
-    before = "".join(f"before{name} = {call}\n" for name, call in measured.items())
-    inside, margin = (f"with {', '.join(contexts)}:\n", "    ") if contexts else ("", "")
-    after = inside + "".join(f"{margin}after{name} = {call}\n" for name, call in measured.items())
+    measure = lambda when, margin: "".join(  # noqa: E731
+        f"{margin}{when}{name} = {call}\n" for name, call in measured.items())
+    change = (f"with {', '.join(contexts)}:\n" if contexts else "") + measure("after", "    " if contexts else "")
     used = ["attribute", "answer_probability", "knowledge_neurons", "load_model"] + [
-        name for name in ("edit_weights", "find_synapses", "scale_neurons", "scale_synapses") if name in after]
+        name for name in ("edit_weights", "find_synapses", "scale_neurons", "scale_synapses") if name in change]
     lines = "".join(f"    {pair!r},\n" for pair in shown)
     return f"""from qlutils import {', '.join(sorted(used))}
 from qlutils.neurons import cas_candidates, cas_neurons, consistency, neighbour_sets
@@ -391,9 +367,9 @@ scores = attribute(lm, prompts, [answer] * len(prompts), method={view.method!r}{
 sets = knowledge_neurons(scores, t={t!r})
 if len(sets) > 1:
     print(consistency(sets))
-neurons = {sets.get(which) or f"neighbour_sets(sets, {prompt})[{which!r}]"}
+neurons = {neurons}
 
-{before}{after}for (prompt, expected), p, q in zip(queries, before.tolist(), after.tolist()):
+{measure("before", "")}{change}for (prompt, expected), p, q in zip(queries, before.tolist(), after.tolist()):
     print(f"{{p:.3f}} -> {{q:.3f}}  {{prompt}} {{expected}}")
 """
 

@@ -26,7 +26,7 @@ def model_shape(name: str) -> tuple:
     """(layers, width, neurons, vocabulary, key-value share, gated) from a local configuration, or the paper's table."""
     from .models import _source
 
-    folder = Path(_source(name))
+    folder = Path(_source(name) if name.startswith("demo/") else name).expanduser()  # a plan needs no weights
     if name in SHAPES and not folder.is_dir():
         return SHAPES[name]
     if not folder.is_dir():

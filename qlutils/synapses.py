@@ -358,8 +358,9 @@ def _where(own, other) -> dict:
     for name, start in (("", 0), ("_rest", 1)):
         mine, union = own[..., start:], own[..., start:] | (own if other is None else other)[..., start:]
         row[f"n_self{name}"] = int(mine.sum())
+        row[f"n_irrelevant{name}"] = row[f"jaccard{name}"] = np.nan  # where the run has no other relation
         if other is not None:
-            row[f"n_irrelevant{name}"] = int(other[..., start:].sum())
-            shared = (mine & other[..., start:]).sum()
-            row[f"jaccard{name}"] = float(shared / union.sum()) if union.any() else np.nan
+            row[f"n_irrelevant{name}"] = float(other[..., start:].sum())
+            if union.any():
+                row[f"jaccard{name}"] = float((mine & other[..., start:]).sum() / union.sum())
     return row

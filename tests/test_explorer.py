@@ -14,9 +14,10 @@ from qlutils.data import Fact
 from qlutils.execute import execute, kernel_environment
 from qlutils.explorer import (
     agreement, as_code, attention_received, change, choose_neurons, control_facts, explore, facts_using, kn_map,
-    kn_table, look, neuron_activations, neuron_tokens, overlap_figure, parse_neurons, predictions, saved_queries, typed_fact)
+    kn_table, look, neuron_activations, neuron_tokens, overlap_figure, parse_neurons, predictions, saved_queries,
+    typed_fact)
 from qlutils.explorer_page import (
-    Page, agreement_html, effects_html, frame_html, neuron_html, png, prompts_html, table_html, tokens_html)
+    Page, agreement_html, effects_html, neuron_html, png, prompts_html, table_html, tokens_html)
 from qlutils.interventions import answer_probability, scale_neurons
 from qlutils.localize import localise
 from qlutils.neurons import cas_candidates, cas_neurons, consistency, neighbour_sets
@@ -329,7 +330,7 @@ def test_no_text_from_outside_becomes_markup(lm):
     neuron = next(iter(view.sets(0.2)[0]))
     pieces = [prompts_html(view), effects_html(result, EVIL), neuron_html(view, neuron, 0.05, saved),
               tokens_html([EVIL], None), tokens_html([EVIL], np.ones(1)),
-              frame_html(pd.DataFrame({EVIL: [EVIL]}), EVIL), table_html([EVIL], [], EVIL)]
+              table_html([EVIL], [], EVIL)]
     for piece in pieces:
         assert "<script" not in piece and "<img" not in piece and "same <b>" not in piece
     assert all("&lt;script" in piece for piece in (pieces[1], *pieces[3:]))
@@ -383,6 +384,23 @@ def test_a_neuron_can_be_picked_and_changed(page):
     with scale_neurons(page.view.lm, want, 0.0):
         p = answer_probability(page.view.lm, [page.view.fact.prompts[0]], [page.view.fact.object])
     assert page.effects["after"][0] == pytest.approx(float(p[0]), rel=1e-4)
+
+
+def test_the_script_is_that_of_the_controls_and_the_button_pressed_last(page):
+    page.buttons["enhance"].click()
+    page.t.value, page.which.value, page.prompt.value, page.synapses.value = 0.3, "union", 2, 0.0
+    for line in ("t=0.3)", "neighbour_sets(sets, 2)['union']",
+                 "with scale_synapses(lm, find_synapses(lm, prompts[2]), 0.0), scale_neurons(lm, neurons, 2.0):"):
+        assert line in page.code.value
+
+
+def test_a_new_facts_page_begins_with_its_most_shared_neuron(page):
+    page.neuron.value = kept = page.neuron.options[3][1]
+    page.t.value = 0.25
+    assert page.neuron.value == kept  # one that is still a KN stays chosen
+    page.fact.value = "P36|Germany|Berlin"
+    page.run.click()
+    assert page.neuron.index == 0
 
 
 def test_typed_prompts_replace_the_fact(page):

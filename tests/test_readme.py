@@ -1,0 +1,428 @@
+"""The README as a newcomer takes it: each command works at a small size, and each link, name and number is true.
+
+Commands are read from the README itself. One that no entry of `HOW` can run fails, so none is added without a test.
+"""
+
+import ast
+import csv
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+import transformers
+import yaml
+from tiny import WORDS, save_checkpoint, save_dataset, word_tokenizer
+
+from qlutils import data, paths, plan, run
+from qlutils.models import BUNDLED
+
+ROOT = Path(__file__).resolve().parents[1]
+README, LIST = (ROOT / "README.md").read_text("utf-8"), (ROOT / "notebooks" / "README.md").read_text("utf-8")
+NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+PARAREL = ROOT.parent / "shared" / "data" / "pararel" / "data"
+PAPER = {"gpt2": transformers.GPT2Config(),
+         "meta-llama/Llama-2-7b-hf": transformers.LlamaConfig(
+             vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
+         "meta-llama/Meta-Llama-3-8B": transformers.LlamaConfig(
+             vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+             num_key_value_heads=8)}
+PROGRAMS = r"(\./run_all\.sh|\.venv/bin/\w+|mamba|conda|hf|pip|python3?|jupyter|git|sudo|apt-get)\s"
+
+
+# --- what the README says --------------------------------------------------------------------------------
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.S | re.M)
+
+
+def spans(text):
+    """Code spans of the prose, also those that a line break cuts."""
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M)
+    return [span for part in prose.split("\n\n") for span in re.findall(r"`([^`]+)`", " ".join(part.split()))]
+
+
+def commands(text):
+    """Every command of a text's bash blocks and code spans, once, without comments."""
+    lines = [line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    lines += [span for span in spans(text) if re.match(PROGRAMS, span)]
+    parts = [shlex.split(part, comments=True) for line in lines for part in line.split(" && ")]
+    return list(dict.fromkeys(shlex.join(part) for part in parts if part))
+
+
+def table(text, heading):
+    """The first Markdown table after a heading, as dicts."""
+    lines = text.split(heading, 1)[1].split("\n")
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+
+
+def committed(name, **where):
+    """Rows of a committed CSV of the reference run for which columns have these texts."""
+    with open(paths.FIGURES / "demo" / name, encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if all(row[key] == value for key, value in where.items())]
+    assert rows, f"{name} has no row with {where}"
+    return rows
+
+
+# --- running the commands --------------------------------------------------------------------------------
+
+HOW = {}  # pattern of a command: the function that runs it small
+
+
+def runs_commands(pattern):
+    def keep(function):
+        HOW[pattern] = function
+        return function
+    return keep
+
+
+def runner(command):
+    for pattern, function in HOW.items():
+        if re.fullmatch(pattern, command):
+            return function
+    pytest.fail(f"README.md: no test knows how to run this command: {command}")
+
+
+@pytest.fixture
+def room(tmp_path, runs, monkeypatch, capsys):
+    """An empty folder to work in, with results going nowhere else."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return SimpleNamespace(folder=tmp_path, runs=runs, patch=monkeypatch, capsys=capsys)
+
+
+@pytest.mark.parametrize("command", commands(README))
+def test_every_command_does_what_the_readme_says(command, room):
+    runner(command)(shlex.split(command), room)
+
+
+def shell(*command, **options):
+    """A program's output; it must succeed."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300, **options)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+def script(room, *options, extra=""):
+    """Output of the real run_all.sh, which must not install anything: where it would, of the program behind it."""
+    env = {**os.environ, "VIRTUAL_ENV": "" if Path(sys.prefix) == ROOT / ".venv" else sys.prefix}
+    stamp, want = Path(sys.prefix, f".qlutils-installed{extra}"), shell("cksum", ROOT / "pyproject.toml").split()[:2]
+    if Path(sys.prefix) == ROOT / ".venv" and stamp.exists() and stamp.read_text().split()[-2:] == want:
+        return shell(ROOT / "run_all.sh", *options, cwd=room.folder, env=env)
+    module = ["pytest", *options[1:]] if options[:1] == ("test",) else ["qlutils.run", *options]
+    return shell(sys.executable, "-m", *module, cwd=ROOT, env=env)
+
+
+@runs_commands(r"\./run_all\.sh")
+def default_run(words, room):
+    """The real script, with one notebook for one fact; and the plan of all of it."""
+    said = script(room, "--models", "demo/gpt2", "--methods", "ig", "--relations", "P36", "--facts-per-relation", "1",
+                  "--only", "01")
+    assert re.search(r"01_localize demo/gpt2 ig +done", said) and (room.runs / "default/notebooks").is_dir()
+    jobs = jobs_of([])
+    assert count(jobs) == {"01": 9, "02": 3, "03": 3, "04": 3, "05": 3, "06": 3, "07": 3, "re": 1}
+    assert {job.model for job in jobs} - {None} == set(BUNDLED)
+    assert jobs[-1].parameters["output"] == "default" and jobs[-1].parameters["facts_per_relation"] == 2
+
+
+def jobs_of(options):
+    return run.plan_jobs(run._parser().parse_args(options), paths.NOTEBOOKS)[0]
+
+
+def count(jobs):
+    numbers = [job.notebook.stem[:2] for job in jobs]
+    return {number: numbers.count(number) for number in numbers}
+
+
+@runs_commands(r"\./run_all\.sh test")
+def collected(words, room):
+    said = script(room, "test", "--collect-only", "-q", "tests/test_stats.py", extra="[test]")
+    assert re.search(r"tests/test_stats\.py(::|: \d+)", said)
+
+
+@runs_commands(r"\./run_all\.sh --help")
+def explained(words, room):
+    said = script(room, "--help")
+    for option in run._parser()._option_string_actions:
+        assert option in said
+
+
+def use_pararel(room):
+    """ParaRel where this machine has it, else a small folder in its layout, in place of the download."""
+    if PARAREL.is_dir():
+        room.patch.setenv("QLUTILS_CACHE", str(PARAREL))
+        return
+    small = Path(save_dataset(room.folder / "pararel"))
+    files = [file.relative_to(small).as_posix() for file in small.rglob("*.jsonl")]
+    room.patch.setattr(data, "_pararel_registry", lambda: dict.fromkeys(files))
+    room.patch.setattr(data, "_fetch_pararel", lambda kind, relation: small / kind / f"{relation}.jsonl")
+
+
+@runs_commands(r"\./run_all\.sh --models gpt2 .*--data pararel.*")
+def papers_run(words, room):
+    """Needs a GPU and gated weights: the real parser and planner instead, every job with its parameters."""
+    use_pararel(room)
+    jobs = jobs_of(words[1:])
+    assert count(jobs) == {"01": 9, "02": 3, "03": 3, "04": 3, "05": 3, "06": 3, "07": 3, "re": 1}
+    assert {job.model for job in jobs} - {None} == set(PAPER)
+    for job in jobs:
+        assert (job.parameters["data"], job.parameters["facts_per_relation"]) == ("pararel", None)
+
+
+@runs_commands(r"\./run_all\.sh --plan .*")
+def papers_plan(words, room):
+    """From configurations that transformers writes, as from the table of shapes; with a given speed of the device."""
+    use_pararel(room)
+    room.patch.setattr(plan, "matmul_rate", lambda device, dtype, shape: ("a device", "bfloat16", 1e15))
+    assert run.main(words[1:]) == 0
+    by_table = room.capsys.readouterr().out
+    for name, config in PAPER.items():
+        config.save_pretrained(room.folder / name)
+    assert run.main(words[1:]) == 0
+    assert room.capsys.readouterr().out == by_table
+    for name in PAPER:
+        assert len(re.findall(rf"^ *{name} +(?:ig|sig|amig) ", by_table, re.M)) == 3
+    assert "Nothing was started" in by_table and not list(room.runs.glob("*"))
+
+
+@runs_commands(r"\./run_all\.sh --models \./my-model --data \./my-facts .*")
+def own_model_and_facts(words, room):
+    """The driver itself on a folder model and folder facts; the notebooks run in this process, without a kernel."""
+    save_checkpoint(room.folder / "my-model", tokenizer=word_tokenizer(WORDS))
+    save_dataset(room.folder / "my-facts")
+
+    def execute(notebook, output, parameters, *_):
+        run_cells(notebook, parameters)
+        nbformat.write(nbformat.v4.new_notebook(), output)
+        return ""
+
+    room.patch.setattr(run, "execute", execute)
+    assert run.main([*words[1:], "--methods", "ig"]) == 0
+    assert "2 done in" in room.capsys.readouterr().out
+    [table1] = (room.runs / "mine" / "results").rglob("table1.csv")
+    assert "ig" in table1.read_text()
+
+
+@runs_commands(r"\./run_all\.sh --scheduler \S+")
+def cluster(words, room):
+    assert run._parser().parse_args(words[1:]).scheduler
+
+
+@runs_commands(r"\.venv/bin/jupyter lab \S+")
+def lab(words, room):
+    """What happens then is in test_browser.py."""
+    assert (ROOT / words[-1]).is_file() and Path(sys.executable).with_name("jupyter").exists()
+    assert re.search(r"^\d+\.\d+", shell(sys.executable, "-m", "jupyterlab", "--version"))
+
+
+@runs_commands(r"\.venv/bin/pip install -e '?\.\[\w+\]'?")
+def extra(words, room):
+    [name] = re.findall(r"\[(\w+)\]", words[-1])
+    assert any(need.startswith("dask-jobqueue") for need in PROJECT["optional-dependencies"][name])
+
+
+@runs_commands(r"mamba env create -f environment\.yml")
+def conda_environment(words, room):
+    wanted = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
+    python, pip, packages = wanted["dependencies"]
+    assert python.split(",")[0] == f"python{PROJECT['requires-python']}" and pip == "pip"
+    assert packages == {"pip": ["-e ."]}  # so that pyproject.toml stays the one list of versions
+
+
+@runs_commands(r"conda activate \S+")
+def activated(words, room):
+    assert yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))["name"] == words[-1] == PROJECT["name"]
+
+
+@runs_commands(r"hf auth login")
+def login(words, room):
+    program = Path(sys.executable).with_name("hf")
+    assert "token" in shell(program, *words[1:], "--help").lower()
+
+
+def test_a_command_that_no_test_runs_is_named():
+    added = README + "\nThen `./run_all.sh --frobnicate`.\n\n```bash\n.venv/bin/qlutils go  # fast\n```\n"
+    new = [command for command in commands(added) if command not in commands(README)]
+    assert new == [".venv/bin/qlutils go", "./run_all.sh --frobnicate"]
+    for command in new:
+        with pytest.raises(pytest.fail.Exception, match=f"no test knows .*{command}"):
+            runner(command)
+
+
+def test_no_block_hides_from_the_tests():
+    assert set(re.findall(r"^```(\w*)$", README, re.M)) - {""} == {"bash", "python", "bibtex"}
+    assert README.count("```") == 2 * sum(len(blocks(README, kind)) for kind in ("bash", "python", "bibtex"))
+    assert len(blocks(README, "python")) == 2
+
+
+def test_every_option_and_parameter_named_in_prose_exists():
+    known = run._parser()._option_string_actions
+    named = [span.split()[0] for span in spans(README) if span.startswith("--")]
+    assert named and set(named) <= set(known)
+    declared = {name for path in NOTEBOOKS for name in run.declared_parameters(path)}
+    choices = [row["here"] for row in table(README, "## Where we differ")]
+    given = [name for cell in choices for inside in re.findall(r"\(([^()]*)\)", cell) for name in spans(inside)]
+    assert len(given) >= 6 and set(given) <= declared
+
+
+# --- Python ----------------------------------------------------------------------------------------------
+
+def test_the_python_example_runs_as_it_stands_and_shows_an_answer_that_changes(capsys):
+    [example] = [block for block in blocks(README, "python") if "dask" not in block]
+    exec(compile(example, "README.md", "exec"), {})
+    said = capsys.readouterr().out
+    cs1, cs2 = (float(re.search(rf"{name}=([\d.]+)", said)[1]) for name in ("cs1", "cs2"))
+    assert 0 <= cs1 <= cs2 <= 1
+    before, after = (list(map(float, re.findall(r"[\d.]+(?:e-?\d+)?", inside)))
+                     for inside in re.findall(r"tensor\(\[(.*?)\]", said))
+    assert len(before) == len(after) == 2 and all(0 <= p <= 1 for p in before + after)
+    assert min(before) > 0.5 and after[0] < before[0] / 2  # it knows the answers, and forgets the first
+
+
+def test_the_slurm_example_is_a_call_that_dask_jobqueue_takes():
+    [example] = [block for block in blocks(README, "python") if "dask" in block]
+    tree = ast.parse(example)
+    [call] = [node for node in ast.walk(tree) if ast.unparse(getattr(node, "func", node)) == "SLURMCluster"
+              and isinstance(node, ast.Call)]
+    given = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+    if importlib.util.find_spec("dask_jobqueue") is None:
+        pytest.skip("compiled only: dask_jobqueue is not installed (extra `cluster`)")
+    from dask_jobqueue.slurm import SLURMJob
+    header = SLURMJob("tcp://127.0.0.1:1", "worker", **given).job_script()
+    assert "#SBATCH --gres=gpu:1" in header and f"#SBATCH -t {given['walltime']}" in header
+
+
+# --- notebooks on their own ------------------------------------------------------------------------------
+
+def run_cells(notebook, parameters):
+    """Run a notebook's code here, as papermill would: in order, with `parameters` after its own."""
+    names = {"__name__": "__main__", "In": [""], "display": lambda *_, **__: None}
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        sources = [cell.source] if cell.cell_type == "code" else []
+        if "parameters" in cell.metadata.get("tags", ()):
+            sources.append("# Parameters\n" + "\n".join(f"{name} = {value!r}" for name, value in parameters.items()))
+        for source in sources:
+            names["In"].append(source)
+            exec(compile(source, Path(notebook).name, "exec"), names)
+
+
+def runs_alone(notebook):
+    """Run a notebook on an empty output with tiny parameters. True, or the message that says what to run first."""
+    tiny = dict(model="demo/gpt2", models=["demo/gpt2"], methods=["ig"], relations=["P36"], facts_per_relation=2,
+                output="alone", device="cpu", dtype="float32", n_locality=2, ppl_entries=1, more_controls_facts=1,
+                control_models=False, control_queries=2)
+    try:
+        run_cells(notebook, {name: tiny[name] for name in run.declared_parameters(notebook) if name in tiny})
+    except ValueError as error:
+        assert re.search(r"run notebook 0\d", str(error), re.I), error
+        return str(error)
+    return True
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS[1:], ids=lambda path: path.stem)  # 01 runs alone in `default_run`
+def test_a_notebook_runs_alone_or_says_what_to_run_first(notebook, runs, capsys):
+    result = runs_alone(notebook)
+    if result is True and not notebook.stem.startswith("explore"):  # which writes nothing
+        assert list((runs / "alone" / "results").rglob("*.csv"))
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+class TestNotebook:
+    def test_begins_with_its_question_its_inputs_and_what_it_writes(self, notebook):
+        first = nbformat.read(notebook, as_version=4).cells[0].source
+        assert first.startswith("# ") and "*Inputs:*" in first and "*Writes:*" in first
+
+    def test_is_in_the_list_that_jupyter_lab_shows(self, notebook):
+        assert f"({notebook.name})" in LIST
+
+
+def test_a_notebook_that_breaks_is_not_taken_for_one_that_asks(tmp_path, runs):
+    for raised in ("KeyError('queries')", "ValueError('no such column')"):
+        cells = [nbformat.v4.new_code_cell("t = 0.2", metadata={"tags": ["parameters"]}),
+                 nbformat.v4.new_code_cell(f"raise {raised}")]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "02_broken.ipynb")
+        with pytest.raises((KeyError, AssertionError)):
+            runs_alone(tmp_path / "02_broken.ipynb")
+
+
+# --- links, files, numbers -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["README.md", "notebooks/README.md", "qlutils/demo/MODEL_CARD.md"])
+def test_every_relative_link_leads_to_a_file(name):
+    text, folder = (ROOT / name).read_text("utf-8"), (ROOT / name).parent
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if "://" not in link]
+    assert [link for link in links if not (folder / link).exists()] == []
+
+
+def test_every_file_of_the_project_that_is_named_exists():
+    named = [span for span in spans(README) if re.match(r"(tests|qlutils|notebooks|figures)/", span)]
+    assert len(named) > 10 and [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_promise_names_what_proves_it():
+    promises = table(README, "## What it promises")
+    assert len(promises) > 10
+    for row in promises:
+        assert spans(row["proved by"]) and all((ROOT / name).is_file() for name in spans(row["proved by"])), row
+    named = {name for row in promises for name in spans(row["proved by"])}
+    assert {f"tests/test_{name}.py" for name in (
+        "hostile", "security", "invariants", "kills", "faults", "readme", "browser")} <= named
+
+
+def test_table_1_is_the_committed_one():
+    there = table((paths.FIGURES / "demo/table1_all.md").read_text("utf-8"), "Table 1")
+    there = [row for row in there if (row["model"], row["method"]) == ("demo/gpt2", "ig")]
+    ours = table(README, "**Table 1**")
+    assert ours == [{name: row[name] for name in ours[0]} for row in there]
+
+
+def share(value):
+    return f"{100 * float(value):.0f} %"
+
+
+def findings():
+    """Every measured number of the README's findings, as it is written there, from the committed tables."""
+    one = dict(model="demo/gpt2")
+    [kns] = committed("demo--gpt2/all/consistency.csv", method="ig")
+    static, otsu = committed("table1_all.csv", **one, method="ig")
+    swept = [float(row["R_II"]) for row in committed("demo--gpt2/all/threshold_sensitivity_ig.csv")]
+    [halves] = committed("control5_split_half.csv", **one, method="ig", threshold="otsu", outcome="CS2")
+    erased = {row["neurons"]: row for row in committed("table2_all.csv", **one, threshold="all", op="erasure")}
+    local, everywhere, random = erased["local"], erased["global"], erased["local (random)"]
+    facts = committed("demo--gpt2/ig/fig5.csv")
+    mean = lambda name: sum(float(row[name]) for row in facts) / len(facts)  # noqa: E731
+    less, low, high = (float(halves[f"I - II{end}"]) for end in ("", "_low", "_high"))
+    yield f"all {static['n']} facts"
+    yield f"(mean Jaccard index {float(kns['jaccard']):.2f})"
+    assert int(static["n_II"]) == 0
+    yield f"by Otsu's, {share(otsu['R_II'])} of the facts are K_II"
+    yield f"anything from {share(min(swept))} to {share(max(swept))}"
+    yield f"they differ by {less:.2f} [{low:.2f}, {high:.2f}]"
+    yield f"fail that query in {share(local['rel'])} of the cases and the other wordings in {share(local['gen'])}"
+    yield (f"does so in {share(everywhere['rel'])} and {share(everywhere['gen'])}, and leaves "
+           f"{share(everywhere['loc'])} of other facts' answers alone")
+    yield f"change nothing ({100 * float(random['rel']):.1f} %, {100 * float(random['gen']):.1f} %)"
+    yield f"the same in {share(mean('predominance'))} of a fact's queries, {share(mean('predominance_rest'))} without"
+
+
+def test_every_measured_number_is_the_committed_one():
+    text = " ".join(README.split())
+    assert [found for found in findings() if found not in text] == []
+
+
+def test_the_readme_is_short():
+    assert len(README.encode()) <= 16_000
