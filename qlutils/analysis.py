@@ -1,16 +1,21 @@
-"""From the `queries` frames of a run to the paper's tables of consistency: Tables 1, 4 and 5, Figures 3, 8 and 9."""
+"""The classes of facts, and the tables of consistency: Tables 1, 4 and 5."""
 
 from __future__ import annotations
+
+from itertools import product
 
 import numpy as np
 import pandas as pd
 
 from .neurons import classify, fact_table, otsu_threshold
-from .stats import bootstrap_mean, welch
-from .tables import paper_value
+from .stats import bootstrap_mean, mean_columns, welch
+from .tables import paper_value, without_empty_paper_columns
 
 METHOD_NAMES = {"ig": "Dai et al.", "sig": "Enguehard", "amig": "Chen et al."}
+CLASSES, THRESHOLDS = ("I", "II"), ("static", "otsu")
 
+
+# --- classes ----------------------------------------------------------------------------------------------
 
 def classified_facts(queries: pd.DataFrame, t: float = 0.2, static: float = 0.1) -> pd.DataFrame:
     """`neurons.fact_table` with a class a threshold: `class_static` and `class_otsu`, and the thresholds themselves.
@@ -21,7 +26,7 @@ def classified_facts(queries: pd.DataFrame, t: float = 0.2, static: float = 0.1)
     facts["two_prompts"] = facts["n_queries"] == 2
     usable = facts["cs2"].where(~facts["two_prompts"])
     facts["threshold_static"], facts["threshold_otsu"] = static, otsu_threshold(usable)
-    for name in ("static", "otsu"):
+    for name in THRESHOLDS:
         facts[f"class_{name}"] = classify(usable, facts[f"threshold_{name}"].iloc[0])
     return facts
 
@@ -32,6 +37,27 @@ def with_classes(queries: pd.DataFrame, t: float = 0.2, static: float = 0.1) -> 
     return queries.merge(facts[["fact", "cs2", "class_static", "class_otsu"]], on="fact", how="left")
 
 
+def second_class(facts: pd.DataFrame, threshold: str) -> pd.Series:
+    """1 where a fact is in K_II, 0 where it is in K_I, NaN where it has no class; its mean is the share of K_II."""
+    classes = facts[f"class_{threshold}"]
+    return (classes == "II").astype(float).where(classes.notna())
+
+
+def cells(frame: pd.DataFrame, levels: dict):
+    """(keys, rows) of every combination of `levels`, {column: values}, in their order, also where there are no rows.
+
+    The pseudo-columns "threshold" and "class" choose by class_<threshold>; to threshold "all" belongs class "all"."""
+    columns = [name for name in levels if name not in ("threshold", "class")]
+    groups = dict(list(frame.groupby(columns, sort=False))) if columns else {(): frame}
+    for values in product(*levels.values()):
+        keys = dict(zip(levels, values))
+        if (keys["threshold"] == "all") == (keys["class"] == "all"):
+            part = groups.get(tuple(keys[name] for name in columns), frame.iloc[:0])
+            yield keys, part if keys["class"] == "all" else part[part[f"class_{keys['threshold']}"] == keys["class"]]
+
+
+# --- tables -----------------------------------------------------------------------------------------------
+
 def table_1(facts: dict[str, pd.DataFrame], model: str, seed: int = 0) -> pd.DataFrame:
     """Table 1 of one model: a row a method and threshold, from `classified_facts` of each method.
 
@@ -39,55 +65,44 @@ def table_1(facts: dict[str, pd.DataFrame], model: str, seed: int = 0) -> pd.Dat
     relation); t, df, p and Cohen's d are Welch's, between the classes' CS2. The paper's value stands in columns
     ending in `_paper`, for the paper's models."""
     rows = []
-    for threshold in ("static", "otsu"):
-        both = common_class_two(facts, threshold)
-        for method, frame in facts.items():
-            classes = frame[f"class_{threshold}"]
-            row = {"threshold": threshold, "method": method, "at": frame[f"threshold_{threshold}"].iloc[0],
-                   "n": int(classes.notna().sum())}
-            for name in ("I", "II"):
-                part = frame[classes == name]
-                estimate = bootstrap_mean(part, "cs2", seed=seed)
-                row[f"R_{name}"] = len(part) / row["n"] if row["n"] else np.nan
-                row[f"R_{name}_paper"] = paper_value(1, model, f"ratio_{name}", threshold=threshold, method=method)
-                row |= {f"n_{name}": len(part), f"S_{name}": estimate.mean, f"S_{name}_low": estimate.mean_low,
-                        f"S_{name}_high": estimate.mean_high,
-                        f"S_{name}_paper": paper_value(1, model, f"cs_{name}", threshold=threshold, method=method)}
-            test = welch(frame["cs2"][classes == "I"], frame["cs2"][classes == "II"])
-            row |= {"t": test.t, "t_paper": paper_value(1, model, "t", threshold=threshold, method=method),
-                    "df": test.df, "p": test.p, "d": test.d, "cap_II": both,
-                    "cap_II_paper": paper_value(1, model, "cap_II", threshold=threshold, method=method)}
-            rows.append(row)
-    return _without_empty_paper_columns(pd.DataFrame(rows))
+    for threshold, (method, frame) in product(THRESHOLDS, facts.items()):
+        def paper(column):
+            return paper_value(1, model, column, threshold=threshold, method=method)  # noqa: B023
+
+        classes = frame[f"class_{threshold}"]
+        n = int(classes.notna().sum())
+        row = {"threshold": threshold, "method": method, "at": frame[f"threshold_{threshold}"].iloc[0], "n": n}
+        for name in CLASSES:
+            part = frame[classes == name]
+            row |= {f"R_{name}": len(part) / n if n else np.nan, f"R_{name}_paper": paper(f"ratio_{name}"),
+                    f"n_{name}": len(part), **bootstrap_mean(part, "cs2", seed=seed).row("mean", f"S_{name}"),
+                    "n": n, f"S_{name}_paper": paper(f"cs_{name}")}
+        test = welch(*(frame["cs2"][classes == name] for name in CLASSES))
+        rows.append(row | {"t": test.pop("t"), "t_paper": paper("t"), **test,
+                           "cap_II": common_class_two(facts, threshold), "cap_II_paper": paper("cap_II")})
+    return without_empty_paper_columns(pd.DataFrame(rows))
 
 
 def common_class_two(facts: dict[str, pd.DataFrame], threshold: str) -> float:
     """cap:II, the share of facts that every one of the three methods puts into K_II; NaN while a method is missing."""
     if set(facts) != set(METHOD_NAMES):
         return np.nan
-    classes = pd.concat([frame.set_index("fact")[f"class_{threshold}"] for frame in facts.values()], axis=1)
-    classes = classes.dropna()
+    classes = pd.concat([frame.set_index("fact")[f"class_{threshold}"] for frame in facts.values()], axis=1).dropna()
     return float((classes == "II").all(axis=1).mean()) if len(classes) else np.nan
 
 
 def table_4(facts: dict[str, pd.DataFrame], model: str) -> pd.DataFrame:
     """Table 4: the thresholds on CS2 behind Table 1, with the paper's."""
-    return pd.DataFrame([
+    return without_empty_paper_columns(pd.DataFrame([
         {"threshold": threshold, "method": method, "value": frame[f"threshold_{threshold}"].iloc[0],
          "value_paper": paper_value(4, model, "threshold_value", threshold=threshold, method=method)}
-        for threshold in ("static", "otsu") for method, frame in facts.items()
-    ]).pipe(_without_empty_paper_columns)
-
-
-def _without_empty_paper_columns(frame: pd.DataFrame) -> pd.DataFrame:
-    """Columns of the paper's values are dropped where the paper has none; ours stay, undefined or not."""
-    return frame.drop(columns=[c for c in frame if c.endswith("_paper") and frame[c].isna().all()])
+        for threshold in THRESHOLDS for method, frame in facts.items()]))
 
 
 def table_5(queries: pd.DataFrame) -> pd.DataFrame:
     """Table 5: one example query and answer a relation, the first of the data in use."""
-    return queries.groupby("relation", sort=False).first().reset_index()[["relation", "prompt", "object"]].rename(
-        columns={"prompt": "example query", "object": "answer"})
+    first = queries.groupby("relation", sort=False).first().reset_index()[["relation", "prompt", "object"]]
+    return first.rename(columns={"prompt": "example query", "object": "answer"})
 
 
 def consistency_summary(facts: dict[str, pd.DataFrame], seed: int = 0) -> pd.DataFrame:
@@ -96,11 +111,9 @@ def consistency_summary(facts: dict[str, pd.DataFrame], seed: int = 0) -> pd.Dat
     columns = ("cs1", "cs2", "jaccard", "cs2_3", "mean_size", "union_size", "mean_layer")
     rows = []
     for method, frame in facts.items():
-        row = {"method": method, "n": int(frame["cs2"].notna().sum()), "n_undefined": int(frame["cs2"].isna().sum()),
-               "n_two_prompts": int(frame["two_prompts"].sum())}
-        for column in columns:
-            row |= {k: v for k, v in bootstrap_mean(frame, column, seed=seed).row("mean", column).items() if k != "n"}
-        rows.append(row)
+        counts = {"n": int(frame["cs2"].notna().sum()), "n_undefined": int(frame["cs2"].isna().sum()),
+                  "n_two_prompts": int(frame["two_prompts"].sum())}
+        rows.append({"method": method, **counts, **mean_columns(frame, columns, seed), **counts})
     return pd.DataFrame(rows)
 
 

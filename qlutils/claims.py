@@ -1,45 +1,31 @@
 """The paper's claims, each decided by one statistic of a run's saved results and its 95 % interval over facts.
 
-A claim has parts; a part is a difference (or a share) that is claimed to lie above a bound. It *holds* where the
-interval lies above it, *does not hold* where it does not, and is *not testable here* where the statistic or its interval
-is not defined; then `why` says what is missing. Nothing here is written by hand for a model, and nothing needs torch.
+A claim has parts; a part is a mean, or a difference of two, that is claimed to lie above a bound. It *holds* where the
+interval lies above it, *does not hold* where it does not, and is *not testable here* where the statistic or its
+interval is not defined; then `why` says what is missing. Nothing is written by hand for a model, nothing needs torch.
 """
 
 from __future__ import annotations
 
-import html
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 import pandas as pd
+from IPython.display import HTML
 
-from .analysis import classified_facts
-from .controls import split_half
-from .page import table_html
-from .stats import Estimate, bootstrap_difference, bootstrap_mean
-from .tables import display_table
+from .analysis import THRESHOLDS, classified_facts, second_class
+from .controls import split_frames
+from .edit_report import PAPER_OP
+from .effects import query_gaps
+from .page import folded, missing_html, table_html
+from .stats import bootstrap_difference, bootstrap_mean
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not testable here"
-THRESHOLDS = ("static", "otsu")
 COMMON, HIGH, MARGIN = 0.25, 0.5, 0.1
-CLAIMS = {
-    1: f"K_II is common (here: more than {COMMON:.0%} of the facts)",
-    2: "the classes' CS differ (classes from one half of the queries, CS2 from the other)",
-    3: "larger models have more K_II and lower CS",
-    4: "local edits of K_II generalise less than those of K_I, and their Avg is lower",
-    5: "global edits of K_II raise perplexity more than those of K_I",
-    6: "a query's own KNs matter, in both classes (more than random neurons)",
-    7: "for K_II the neighbours' KNs matter less than the query's own",
-    8: "this gap is smaller for K_I",
-    9: f"predominance is high (here: above {HIGH:g})",
-    10: "scaling a query's synapses moves KNs and P(answer) more than scaling an irrelevant query's",
-    11: "it moves them more for K_II",
-    12: "for K_II, CAS beats local on Gen, global on Loc and perplexity, and both on Avg",
-    13: f"for K_I, CAS is comparable to local and global (here: Avg within {MARGIN:g})",
-}
-READS = {1: "02", 2: "02", 3: "02", 4: "03", 5: "03", 6: "04", 7: "04", 8: "04", 9: "05", 10: "06", 11: "06", 12: "07",
-         13: "07"}
+NEIGHBOURS = ("union", "intersection", "refine")
+NAMES = {"rel": "Rel", "gen": "Gen", "loc": "Loc", "avg": "Avg", "dppl": "dPPL", "cas": "CAS"}
 
 
 class Missing(Exception):
@@ -47,52 +33,223 @@ class Missing(Exception):
 
 
 @dataclass
-class Evidence:
-    """One part of a claim: the statistic in words and numbers, and the side on which it must lie."""
+class Claim:
+    """What the paper claims, the notebook whose results decide it, and the function that gives its parts."""
 
-    part: str
-    statistic: str
-    estimate: Estimate
-    threshold: str = ""
+    text: str
+    notebook: str
+    parts: Callable
     above: float = 0.0
     within: float | None = None  # instead: the whole interval within +- this
 
-    def row(self) -> dict:
-        value, low, high = (getattr(self.estimate, name) for name in ("mean", "mean_low", "mean_high"))
-        why = ""
-        if np.isnan(value):
-            verdict = OPEN
-            why = (f"a class is empty by the {self.threshold} threshold" if self.threshold else "nothing to compare")
-        elif np.isnan(low):
-            verdict, why = OPEN, "too few facts for an interval"
-        elif self.within is not None:
-            verdict = HOLDS if -self.within < low and high < self.within else FAILS
-        else:
-            verdict = HOLDS if low > self.above else FAILS
-        return dict(part=self.part, threshold=self.threshold, statistic=self.statistic, value=value, value_low=low,
-                    value_high=high, n=self.estimate.n, n_facts=self.estimate.n_clusters, verdict=verdict, why=why)
 
+@dataclass
+class Part:
+    """The mean of column `value`, or with `by` its difference between two of that column's levels."""
+
+    name: str
+    statistic: str
+    frame: pd.DataFrame
+    value: str
+    threshold: str = ""
+    by: str = ""
+    levels: tuple = ()
+
+    def row(self, claim: Claim, seed: int) -> dict:
+        found = (bootstrap_difference(self.frame, self.value, self.by, self.levels, seed=seed) if self.by else
+                 bootstrap_mean(self.frame, self.value, seed=seed))
+        low, high, why = found.mean_low, found.mean_high, ""
+        if np.isnan(found.mean):
+            why = f"a class is empty by the {self.threshold} threshold" if self.threshold else "nothing to compare"
+        elif np.isnan(low):
+            why = "too few facts for an interval"
+        holds = low > claim.above if claim.within is None else -claim.within < low and high < claim.within
+        return dict(part=self.name, threshold=self.threshold, statistic=self.statistic, **found.row("mean", "value"),
+                    n_facts=found.n_clusters, verdict=OPEN if why else HOLDS if holds else FAILS, why=why)
+
+
+@dataclass
+class Case:
+    """The saved results of one model and method, as claims read them; `before`: the next smaller model, or None."""
+
+    get: Callable  # (model, method, name) -> frame, or raises Missing
+    model: str
+    method: str
+    before: str | None
+    t: float
+    static: float
+    seed: int
+
+    def frame(self, name) -> pd.DataFrame:
+        return self.get(self.model, self.method, name)
+
+    def facts(self, model=None) -> pd.DataFrame:
+        return classified_facts(self.get(model or self.model, self.method, "queries"), self.t, self.static)
+
+    def edits(self, name) -> pd.DataFrame:
+        """A notebook's edits of knowledge neurons (not its controls), with the facts' classes."""
+        frame = self.frame(name)
+        frame = frame[(frame["control"] == "none") & frame["note"].isna()]
+        return frame.merge(self.facts()[["fact", "class_static", "class_otsu"]], on="fact", how="left")
+
+    def moved(self):
+        """(name, rates) of what scaling synapses moves: signed as in the paper, and in size, since signs can cancel."""
+        frame = self.frame("knowledge_synapses")
+        for name, quantity in (("dValue", "value"), ("dProb", "probability")):
+            part = frame[(frame["quantity"] == quantity) & ~frame["renormalise"].astype(bool)]
+            yield name, part
+            yield f"|{name}|", part.assign(rate=part["rate"].abs())
+
+    def neighbour_gaps(self):
+        """As the paper counts, empty sets changing nothing; and Union with both sets cut to one size."""
+        frame = self.frame("query_kn_mapping")
+        yield "as in the paper", query_gaps(frame, "self", NEIGHBOURS)
+        yield "Union, sizes matched", query_gaps(frame, "self_as_union", ("union_matched",))
+
+
+CLAIMS: dict[int, Claim] = {}
+
+
+def claim(number, notebook, text, **bounds):
+    """The function below decides this claim: it gives the parts of a `Case`."""
+    def register(parts):
+        CLAIMS[number] = Claim(text, notebook, parts, **bounds)
+        return parts
+
+    return register
+
+
+def _classes_apart(name, statistic, frame, value, threshold, levels=("II", "I")):
+    return Part(name, statistic, frame, value, threshold, f"class_{threshold}", levels)
+
+
+# --- section 2: consistency and edits ---------------------------------------------------------------------
+
+@claim(1, "02", f"K_II is common (here: more than {COMMON:.0%} of the facts)", above=COMMON)
+def _common(case):
+    facts = case.facts()
+    for threshold in THRESHOLDS:
+        yield Part("", "share of K_II", facts.assign(second=second_class(facts, threshold)), "second", threshold)
+
+
+@claim(2, "02", "the classes' CS differ (classes from one half of the queries, CS2 from the other)")
+def _differ(case):
+    for threshold, _, _, frame in split_frames(case.frame("queries"), t=case.t, static=case.static, seed=case.seed):
+        yield Part("", "CS2 of K_I - CS2 of K_II", frame, "value", threshold, "label", ("I", "II"))
+
+
+@claim(3, "02", "larger models have more K_II and lower CS")
+def _size(case):
+    if case.before is None:
+        raise Missing("the smallest model of the run")
+    both = pd.concat([case.facts(model).assign(model=model) for model in (case.before, case.model)], ignore_index=True)
+    for threshold in THRESHOLDS:
+        share = both.assign(second=second_class(both, threshold))
+        yield Part("more K_II", f"share of K_II less that of {case.before}", share, "second", threshold, "model",
+                   (case.model, case.before))
+    yield Part("lower CS", f"CS2 of {case.before} less CS2", both, "cs2", "", "model", (case.before, case.model))
+
+
+@claim(4, "03", "local edits of K_II generalise less than those of K_I, and their Avg is lower")
+def _local(case):
+    edits = case.edits("edits")
+    for op, measure, threshold in product(PAPER_OP, ("gen", "avg"), THRESHOLDS):
+        part = edits[(edits["op"] == op) & (edits["neurons"] == "local")]
+        yield _classes_apart(f"{PAPER_OP[op]}, {NAMES[measure]}", f"{NAMES[measure]} of K_I - of K_II", part, measure,
+                             threshold, ("I", "II"))
+
+
+@claim(5, "03", "global edits of K_II raise perplexity more than those of K_I")
+def _global(case):
+    edits = case.edits("edits")
+    for op, threshold in product(PAPER_OP, THRESHOLDS):
+        part = edits[(edits["op"] == op) & (edits["neurons"] == "global")]
+        yield _classes_apart(PAPER_OP[op], "dPPL of K_II - of K_I", part, "dppl", threshold)
+
+
+# --- section 3: expression --------------------------------------------------------------------------------
+
+@claim(6, "04", "a query's own KNs matter, in both classes (more than random neurons)")
+def _own(case):
+    gaps = query_gaps(case.frame("query_kn_mapping"), "self", ("self_random",))
+    for name, threshold in product(("I", "II"), THRESHOLDS):
+        yield Part(f"K_{name}", "dProb of own KNs - of random neurons", gaps[gaps[f"class_{threshold}"] == name], "gap",
+                   threshold)
+
+
+@claim(7, "04", "for K_II the neighbours' KNs matter less than the query's own")
+def _neighbours(case):
+    for (kind, gaps), threshold in product(case.neighbour_gaps(), THRESHOLDS):
+        second = gaps[gaps[f"class_{threshold}"] == "II"]
+        yield Part(kind, "dProb of own - of neighbours' KNs, K_II", second, "gap", threshold)
+
+
+@claim(8, "04", "this gap is smaller for K_I")
+def _less(case):
+    for (kind, gaps), threshold in product(case.neighbour_gaps(), THRESHOLDS):
+        yield _classes_apart(kind, "the gap of K_II - the gap of K_I", gaps, "gap", threshold)
+
+
+@claim(9, "05", f"predominance is high (here: above {HIGH:g})", above=HIGH)
+def _predominance(case):
+    facts = case.frame("attention_predominance")
+    yield Part("all tokens", "mean predominance", facts, "predominance")
+    yield Part("without the first token", "mean predominance", facts, "predominance_rest")
+
+
+@claim(10, "06", "scaling a query's synapses moves KNs and P(answer) more than scaling an irrelevant query's")
+def _synapses(case):
+    for name, frame in case.moved():
+        yield Part(name, f"{name} of S - of S_ir", query_gaps(frame, "self", ("irrelevant",)), "gap")
+
+
+@claim(11, "06", "it moves them more for K_II")
+def _synapse_classes(case):
+    for (name, frame), threshold in product(case.moved(), THRESHOLDS):
+        yield _classes_apart(name, f"{name} of K_II - of K_I", query_gaps(frame, "self"), "gap", threshold)
+
+
+# --- section 3.3: CAS -------------------------------------------------------------------------------------
+
+@claim(12, "07", "for K_II, CAS beats local on Gen, global on Loc and perplexity, and both on Avg")
+def _cas(case):
+    edits = case.edits("cas_edits")
+    compared = (("gen", "cas", "local"), ("loc", "cas", "global"), ("dppl", "global", "cas"), ("avg", "cas", "local"),
+                ("avg", "cas", "global"))
+    for op, (measure, *levels), threshold in product(PAPER_OP, compared, THRESHOLDS):
+        part = edits[(edits["op"] == op) & (edits[f"class_{threshold}"] == "II")]
+        first, second = (NAMES.get(name, name) for name in levels)
+        yield Part(f"{PAPER_OP[op]}, {NAMES[measure]}", f"{NAMES[measure]} of {first} - of {second}", part, measure,
+                   threshold, "neurons", tuple(levels))
+
+
+@claim(13, "07", f"for K_I, CAS is comparable to local and global (here: Avg within {MARGIN:g})", within=MARGIN)
+def _comparable(case):
+    edits = case.edits("cas_edits")
+    for op, other, threshold in product(PAPER_OP, ("local", "global"), THRESHOLDS):
+        part = edits[(edits["op"] == op) & (edits[f"class_{threshold}"] == "I")]
+        yield Part(f"{PAPER_OP[op]}, {other}", f"Avg of CAS - of {other}", part, "avg", threshold, "neurons",
+                   ("cas", other))
+
+
+# --- the scoreboard ---------------------------------------------------------------------------------------
 
 def scoreboard(get, models, methods, downstream, *, t=0.2, static=0.1, seed=0) -> pd.DataFrame:
     """A row a claim, part, model, method and threshold.
 
     get(model, method, name): a saved frame, or raises `Missing`. `methods` localise (claims 1-3), `downstream` those of
     claims 4-13. models: smallest first, as claim 3 compares neighbours in this order."""
-    rows, options = [], dict(t=t, static=static, seed=seed)
-    for number, claim in CLAIMS.items():
-        for method in methods if READS[number] == "02" else downstream:
-            for model in models:
-                here = dict(claim=number, text=claim, model=model, method=method)
-                try:
-                    if number == 3:
-                        before = models[models.index(model) - 1] if models.index(model) else None
-                        found = _size(get, model, before, method, **options)
-                    else:
-                        found = _TESTS[number](lambda name: get(model, method, name), **options)  # noqa: B023
-                    rows += [here | evidence.row() for evidence in found]
-                except Missing as missing:
-                    rows.append(here | dict(part="", threshold="", statistic="", value=np.nan, value_low=np.nan,
-                                            value_high=np.nan, n=0, n_facts=0, verdict=OPEN, why=str(missing)))
+    rows = []
+    for number, one in CLAIMS.items():
+        for method, (before, model) in product(methods if one.notebook == "02" else downstream,
+                                               zip([None, *models], models)):
+            here = dict(claim=number, text=one.text, model=model, method=method)
+            try:
+                case = Case(get, model, method, before, t, static, seed)
+                rows += [here | part.row(one, seed) for part in one.parts(case)]
+            except Missing as missing:
+                rows.append(here | dict(part="", threshold="", statistic="", value=np.nan, value_low=np.nan,
+                                        value_high=np.nan, n=0, n_facts=0, verdict=OPEN, why=str(missing)))
     return pd.DataFrame(rows)
 
 
@@ -100,209 +257,31 @@ def overall(board: pd.DataFrame) -> pd.DataFrame:
     """One verdict a claim, model and method: of its parts that could be tested, do all, some or none hold?"""
     rows = []
     for keys, part in board.groupby(["claim", "text", "method", "model"], sort=False):
-        tested = part[part["verdict"] != OPEN]
-        held = int((tested["verdict"] == HOLDS).sum())
-        if tested.empty:
-            verdict = f"{OPEN}: {part['why'].iloc[0]}"
-        else:
-            word = HOLDS if held == len(tested) else FAILS if held == 0 else "holds in part"
-            verdict = f"{word} ({held} of {len(tested)}" + (f", {len(part) - len(tested)} untestable)"
-                                                            if len(tested) < len(part) else ")")
+        tested, held = int((part["verdict"] != OPEN).sum()), int((part["verdict"] == HOLDS).sum())
+        word = HOLDS if held == tested else FAILS if held == 0 else "holds in part"
+        rest = f", {len(part) - tested} untestable" if tested < len(part) else ""
+        verdict = f"{word} ({held} of {tested}{rest})" if tested else f"{OPEN}: {part['why'].iloc[0]}"
         rows.append(dict(zip(("claim", "text", "method", "model"), keys)) | dict(verdict=verdict))
     return pd.DataFrame(rows)
 
 
-# --- section 2: consistency and edits ---------------------------------------------------------------------
-
-def _common(get, *, t, static, seed):
-    facts = classified_facts(get("queries"), t, static)
-    for threshold in THRESHOLDS:
-        label = facts[f"class_{threshold}"]
-        share = facts.assign(second=(label == "II").astype(float).where(label.notna()))
-        yield Evidence("", "share of K_II", bootstrap_mean(share, "second", seed=seed), threshold, above=COMMON)
-
-
-def _differ(get, *, t, static, seed):
-    for row in split_half(get("queries"), t=t, static=static, seed=seed).to_dict("records"):
-        yield Evidence("", "CS2 of K_I - CS2 of K_II", _as_estimate(row, "I - II"), row["threshold"])
-
-
-def _size(get, model, before, method, *, t, static, seed):
-    if before is None:
-        raise Missing("the smallest model of the run")
-    both = []
-    for name in (before, model):
-        facts = classified_facts(get(name, method, "queries"), t, static).assign(model=name)
-        both.append(facts.assign(**{f"second_{threshold}": (facts[f"class_{threshold}"] == "II").astype(float)
-                                    .where(facts[f"class_{threshold}"].notna()) for threshold in THRESHOLDS}))
-    both = pd.concat(both, ignore_index=True)
-    for threshold in THRESHOLDS:
-        yield Evidence("more K_II", f"share of K_II less that of {before}", bootstrap_difference(
-            both, f"second_{threshold}", "model", (model, before), seed=seed), threshold)
-    yield Evidence("lower CS", f"CS2 of {before} less CS2", bootstrap_difference(both, "cs2", "model", (before, model),
-                                                                                 seed=seed))
+def show_scoreboard(board: pd.DataFrame) -> HTML:
+    """The claims as rows, models (and methods) as columns, verdicts as words on a tint; every part of every claim,
+    folded, below. Models and methods without a single result are named once."""
+    ran = board.groupby(["model", "method"], sort=False)["statistic"].transform(lambda names: (names != "").any())
+    total, several = overall(board[ran]), board["method"].nunique() > 1
+    table = pd.DataFrame({"claim": list(CLAIMS), "what the paper claims": [one.text for one in CLAIMS.values()]})
+    for (model, method), part in total.groupby(["model", "method"], sort=False) if len(total) else ():
+        verdicts = table["claim"].map(part.set_index("claim")["verdict"]).fillna("–")
+        table[f"{model} · {method}" if several else model] = verdicts
+    absent = board[~ran].groupby("model", sort=False)["method"].unique()
+    details = [folded(f"({number}) {CLAIMS[number].text}", part.drop(columns=["claim", "text"])).data
+               for number, part in board[ran].groupby("claim", sort=False)]
+    not_run = missing_html([f"{model} ({', '.join(names)})" for model, names in absent.items()])
+    return HTML("\n".join([table_html(table, tint=_tint), not_run, *details]))
 
 
-def _edited(get, name, t, static):
-    """A notebook's edits of knowledge neurons (not its controls), with the facts' classes and the paper's names."""
-    frame = get(name)
-    frame = frame[(frame["control"] == "none") & frame["note"].isna()]
-    classes = classified_facts(get("queries"), t, static)[["fact", "class_static", "class_otsu"]]
-    frame = frame.drop(columns=["class_static", "class_otsu"], errors="ignore").merge(classes, on="fact", how="left")
-    return frame.assign(operation=frame["op"].replace({"erase": "erasure"}))
-
-
-def _local(get, *, t, static, seed):
-    edits = _edited(get, "edits", t, static)
-    for operation, measure, threshold in product(("erasure", "update"), ("gen", "avg"), THRESHOLDS):
-        part = edits[(edits["operation"] == operation) & (edits["neurons"] == "local")]
-        yield Evidence(f"{operation}, {measure.title()}", f"{measure.title()} of K_I - of K_II", bootstrap_difference(
-            part, measure, f"class_{threshold}", ("I", "II"), seed=seed), threshold)
-
-
-def _global(get, *, t, static, seed):
-    edits = _edited(get, "edits", t, static)
-    for operation, threshold in product(("erasure", "update"), THRESHOLDS):
-        part = edits[(edits["operation"] == operation) & (edits["neurons"] == "global")]
-        yield Evidence(operation, "dPPL of K_II - of K_I", bootstrap_difference(
-            part, "dppl", f"class_{threshold}", ("II", "I"), seed=seed), threshold)
-
-
-# --- section 3: expression --------------------------------------------------------------------------------
-
-def query_gaps(frame, first, second=()) -> pd.DataFrame:
-    """A row a query of `effects.rates` rows, both directions averaged: fact, relation, prompt_index, classes, known,
-    and gap, the rate of set `first` less the mean rate of the sets `second`. Known queries, where there is one."""
-    frame = frame[(frame["direction"] == "average") & frame["set"].isin([first, *second])]
-    wide = frame.pivot(index=["fact", "prompt_index"], columns="set", values="rate").reindex(columns=[first, *second])
-    gap = wide[first] - (wide[list(second)].mean(axis=1, skipna=False) if second else 0.0)
-    about = frame.drop_duplicates(["fact", "prompt_index"])[["fact", "relation", "prompt_index", "class_static",
-                                                             "class_otsu", "known"]]
-    gaps = about.merge(gap.rename("gap").reset_index(), on=["fact", "prompt_index"])
-    return gaps[gaps["known"]] if gaps["known"].any() else gaps
-
-
-NEIGHBOURS = ("union", "intersection", "refine")
-
-
-def _own(get, *, t, static, seed):
-    gaps = query_gaps(get("query_kn_mapping"), "self", ("self_random",))
-    for name, threshold in product(("I", "II"), THRESHOLDS):
-        part = gaps[gaps[f"class_{threshold}"] == name]
-        yield Evidence(f"K_{name}", "dProb of own KNs - of random neurons", bootstrap_mean(part, "gap", seed=seed),
-                       threshold)
-
-
-def _neighbours(get, *, t, static, seed):
-    for (kind, gaps), threshold in product(_neighbour_gaps(get), THRESHOLDS):
-        part = gaps[gaps[f"class_{threshold}"] == "II"]
-        yield Evidence(kind, "dProb of own - of neighbours' KNs, K_II", bootstrap_mean(part, "gap", seed=seed),
-                       threshold)
-
-
-def _less(get, *, t, static, seed):
-    for (kind, gaps), threshold in product(_neighbour_gaps(get), THRESHOLDS):
-        yield Evidence(kind, "the gap of K_II - the gap of K_I", bootstrap_difference(
-            gaps, "gap", f"class_{threshold}", ("II", "I"), seed=seed), threshold)
-
-
-def _neighbour_gaps(get):
-    """As the paper counts, empty sets changing nothing; and Union with both sets cut to one size."""
-    frame = get("query_kn_mapping")
-    return [("as in the paper", query_gaps(frame, "self", NEIGHBOURS)),
-            ("Union, sizes matched", query_gaps(frame, "self_as_union", ("union_matched",)))]
-
-
-def _predominance(get, *, t, static, seed):
-    facts = get("attention_predominance")
-    for part, column in (("all tokens", "predominance"), ("without the first token", "predominance_rest")):
-        yield Evidence(part, "mean predominance", bootstrap_mean(facts, column, seed=seed), above=HIGH)
-
-
-def _moved(get):
-    """(name, rates) of what scaling synapses moves: signed as in the paper, and in size, since signs can cancel."""
-    frame = get("knowledge_synapses")
-    for name, quantity in (("dValue", "value"), ("dProb", "probability")):
-        part = frame[(frame["quantity"] == quantity) & ~frame["renormalise"].astype(bool)]
-        yield name, part
-        yield f"|{name}|", part.assign(rate=part["rate"].abs())
-
-
-def _synapses(get, *, t, static, seed):
-    for name, frame in _moved(get):
-        gaps = query_gaps(frame, "self", ("irrelevant",))
-        yield Evidence(name, f"{name} of S - of S_ir", bootstrap_mean(gaps, "gap", seed=seed))
-
-
-def _synapse_classes(get, *, t, static, seed):
-    for (name, frame), threshold in product(_moved(get), THRESHOLDS):
-        yield Evidence(name, f"{name} of K_II - of K_I", bootstrap_difference(
-            query_gaps(frame, "self"), "gap", f"class_{threshold}", ("II", "I"), seed=seed), threshold)
-
-
-# --- section 3.3: CAS -------------------------------------------------------------------------------------
-
-def _cas(get, *, t, static, seed):
-    edits = _edited(get, "cas_edits", t, static)
-    compared = (("gen", "cas", "local"), ("loc", "cas", "global"), ("dppl", "global", "cas"), ("avg", "cas", "local"),
-                ("avg", "cas", "global"))
-    for operation, (measure, first, second), threshold in product(("erasure", "update"), compared, THRESHOLDS):
-        part = edits[(edits["operation"] == operation) & (edits[f"class_{threshold}"] == "II")]
-        label = {"dppl": "dPPL"}.get(measure, measure.title())
-        estimate = bootstrap_difference(part, measure, "neurons", (first, second), seed=seed)
-        yield Evidence(f"{operation}, {label}", f"{label} of {_NAMES[first]} - of {_NAMES[second]}", estimate,
-                       threshold)
-
-
-def _comparable(get, *, t, static, seed):
-    edits = _edited(get, "cas_edits", t, static)
-    for operation, other, threshold in product(("erasure", "update"), ("local", "global"), THRESHOLDS):
-        part = edits[(edits["operation"] == operation) & (edits[f"class_{threshold}"] == "I")]
-        yield Evidence(f"{operation}, {other}", f"Avg of CAS - of {other}", bootstrap_difference(
-            part, "avg", "neurons", ("cas", other), seed=seed), threshold, within=MARGIN)
-
-
-_NAMES = {"cas": "CAS", "local": "local", "global": "global"}
-_TESTS = {1: _common, 2: _differ, 4: _local, 5: _global, 6: _own, 7: _neighbours, 8: _less, 9: _predominance,
-          10: _synapses, 11: _synapse_classes, 12: _cas, 13: _comparable}
-
-
-def _as_estimate(row, name):
-    empty = [np.nan] * 6
-    return Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"], *empty, n=row["n"],
-                    n_clusters=row["n_I"] + row["n_II"], n_missing=0, n_draws=0)
-
-
-# --- for the page ------------------------------------------------------------------------------------------
-
-def scoreboard_html(total: pd.DataFrame) -> str:
-    """The claims as rows, models (and methods) as columns; verdicts as words on a tint."""
-    columns = list(dict.fromkeys(zip(total["model"], total["method"])))
-    several = len({method for _, method in columns}) > 1
-    head = "".join(f'<th class="text">{html.escape(m)}{" · " + html.escape(k) if several else ""}</th>'
-                   for m, k in columns)
-    rows = []
-    for (number, text), part in total.groupby(["claim", "text"], sort=False):
-        verdicts = {(m, k): v for m, k, v in part[["model", "method", "verdict"]].itertuples(index=False)}
-        cells = "".join(f'<td class="text {_tint(verdicts.get(key, ""))}">{html.escape(verdicts.get(key, "–"))}</td>'
-                        for key in columns)
-        claim = f'<td>{number}</td><td class="text" style="text-align:left">{html.escape(text)}</td>'
-        rows.append(f"<tr>{claim}{cells}</tr>")
-    return (f'<table><thead><tr><th>claim</th><th class="text">what the paper claims</th>{head}</tr></thead><tbody>'
-            + "\n".join(rows) + "</tbody></table>")
-
-
-def _tint(verdict):
-    return "open" if verdict.startswith(OPEN) or not verdict else "not" if verdict.startswith(FAILS) else (
-        "holds" if verdict.startswith(f"{HOLDS} (") else "part")
-
-
-def details_html(board: pd.DataFrame) -> str:
-    """Every part of every claim, folded, one block a claim."""
-    blocks = []
-    for (number, text), part in board.groupby(["claim", "text"], sort=False):
-        frame = part[["model", "method", "part", "threshold", "statistic", "value", "value_low", "value_high", "n",
-                      "n_facts", "verdict", "why"]]
-        title = f"<summary>({number}) {html.escape(text)}</summary>"
-        blocks.append(f"<details>{title}{table_html(display_table(frame))}</details>")
-    return "\n".join(blocks)
+def _tint(text) -> str:
+    """The class of a cell with a verdict, for its colour."""
+    starts = {f"{HOLDS} (": "holds", "holds in part": "part", FAILS: "not", OPEN: "open", "–": "open"}
+    return next((name for start, name in starts.items() if str(text).startswith(start)), "")

@@ -11,31 +11,48 @@ import re
 import numpy as np
 import pandas as pd
 
-from .analysis import classified_facts
-from .neurons import classify, consistency, cs2_subsampled, fact_table, kn_sets, otsu_threshold
-from .stats import _cluster_weights as resampling_weights
-from .stats import bootstrap_difference, bootstrap_mean, permutation_test
+from .analysis import THRESHOLDS, classified_facts, second_class
+from .neurons import classify, consistency, cs2_subsampled, fact_table, kn_sets, otsu_threshold, random_neurons
+from .stats import bootstrap_difference, bootstrap_mean, mean_columns, permutation_test, resampling_weights
 
 GROUP = 3  # queries a group: CS2 grows with their number, so every control has as many
+# Kind of a group: what it is; for those drawn among queries, the columns where members are equal and where they differ.
 NULLS = {
-    "own": "the fact's own queries",
-    "same pattern": "one pattern, different facts",
-    "other objects": "different patterns and objects, one relation",
-    "other relations": "different patterns and objects, different relations",
-    "same object": "different facts and patterns, one object",
-    "random": "random neurons, as many in each layer",
+    "own": ("the fact's own queries",),
+    "same pattern": ("one pattern, different facts", ("pattern",), ("fact",)),
+    "other objects": ("different patterns and objects, one relation", ("relation",), ("fact", "object", "pattern")),
+    "other relations": ("different patterns and objects, different relations", (),
+                        ("fact", "object", "pattern", "relation")),
+    "same object": ("different facts and patterns, one object", ("object",), ("fact", "pattern")),
+    "random": ("random neurons, as many in each layer",),
 }
 RULES = {"right": 20, "midpoint": 20, "gauss": 20}
 
 
+def summarise(frame: pd.DataFrame, by: str = "kind", values=("cs2", "jaccard"), seed: int = 0) -> pd.DataFrame:
+    """Mean of `values` for each level of `by` with its 95 % interval over facts within relation; n facts, n_missing."""
+    rows = [{by: level, **mean_columns(part, values, seed), "n_missing": part[values[-1]].isna().sum()}
+            for level, part in frame.groupby(by, sort=False)]
+    return pd.DataFrame(rows)
+
+
+def _agreement(sets) -> dict:
+    if len(sets) < GROUP:
+        return dict(cs2=np.nan, jaccard=np.nan)
+    found = consistency(sets)
+    return dict(cs2=found.cs2, jaccard=found.jaccard)
+
+
 # --- 1: groups of queries that are no fact's --------------------------------------------------------------
 
-def null_consistency(queries: pd.DataFrame, num_neurons: int, t: float = 0.2, seed: int = 0) -> pd.DataFrame:
+def null_consistency(queries: pd.DataFrame, num_neurons: int | None, t: float = 0.2, seed: int = 0) -> pd.DataFrame:
     """CS2 and mean pairwise Jaccard of groups of 3 queries, a row a fact and kind of NULLS: fact, relation, kind, cs2,
     jaccard, n_queries.
 
     A group starts from a seeded query of the fact and adds queries drawn among all that the kind allows beside those
-    already in it; where there are fewer than 3, both are NaN. "own" averages over groups of 3 of the fact's queries."""
+    already in it; where there are fewer than 3, both are NaN. "own" averages over groups of 3 of the fact's queries.
+    num_neurons: of a layer of the model; None: as many as the largest index among the KNs says."""
+    num_neurons = num_neurons or 1 + max(int(max(neurons)) for neurons in queries["neuron"] if len(neurons))
     queries = queries.reset_index(drop=True)
     queries["pattern"] = [f"{relation} " + re.sub(rf"(?<!\w){re.escape(subject)}(?!\w)", "[X]", prompt) for
                           relation, subject, prompt in zip(queries["relation"], queries["subject"], queries["prompt"])]
@@ -49,23 +66,16 @@ def null_consistency(queries: pd.DataFrame, num_neurons: int, t: float = 0.2, se
         for kind in list(NULLS)[1:]:
             rng = np.random.default_rng([seed, *f"{fact} {kind}".encode()])
             start = int(rng.choice(group.index))
-            if kind == "random":
-                members = group.index.tolist()[:GROUP]
-                chosen = [_random_like(sets[row], num_neurons, rng) for row in members]
-            else:
-                chosen = [sets[row] for row in _draw(columns, start, kind, rng)]
+            chosen = ([sets[row] for row in _draw(columns, start, kind, rng)] if kind != "random" else
+                      [random_neurons(one, num_neurons, rng, outside=False) for one in own[:GROUP]])
             rows.append(key | dict(kind=kind, n_queries=len(chosen), **_agreement(chosen)))
     return pd.DataFrame(rows)
 
 
 def _draw(columns, start, kind, rng) -> list[int]:
     """Rows of a group of GROUP queries, or fewer where the data has no more that fit."""
-    # For each kind: the columns in which all members are equal, and those in which all differ.
-    equal, differ = {"same pattern": (("pattern",), ("fact",)),
-                     "other objects": (("relation",), ("fact", "object", "pattern")),
-                     "other relations": ((), ("fact", "object", "pattern", "relation")),
-                     "same object": (("object",), ("fact", "pattern"))}[kind]
     members, allowed = [start], np.ones(len(columns["fact"]), bool)
+    _, equal, differ = NULLS[kind]
     while len(members) < GROUP:
         for name in equal:
             allowed &= columns[name] == columns[name][members[-1]]
@@ -77,31 +87,6 @@ def _draw(columns, start, kind, rng) -> list[int]:
     return members
 
 
-def _random_like(neurons, num_neurons, rng):
-    layers, counts = np.unique([layer for layer, _ in sorted(neurons)], return_counts=True) if neurons else ((), ())
-    return {(int(layer), int(n)) for layer, count in zip(layers, counts)
-            for n in rng.choice(num_neurons, count, replace=False)}
-
-
-def _agreement(sets) -> dict:
-    if len(sets) < GROUP:
-        return dict(cs2=np.nan, jaccard=np.nan)
-    found = consistency(sets)
-    return dict(cs2=found.cs2, jaccard=found.jaccard)
-
-
-def summarise(frame: pd.DataFrame, by: str = "kind", values=("cs2", "jaccard"), seed: int = 0) -> pd.DataFrame:
-    """Mean of `values` for each level of `by` with its 95 % interval over facts within relation; n facts, n_missing."""
-    rows = []
-    for level, part in frame.groupby(by, sort=False):
-        row = {by: level}
-        for value in values:
-            estimate = bootstrap_mean(part, value, seed=seed)
-            row |= estimate.row("mean", value)
-        rows.append(row | dict(n_missing=len(part) - row["n"]))
-    return pd.DataFrame(rows)
-
-
 # --- 2 and 6: the same queries, localised again -----------------------------------------------------------
 
 def sample_queries(queries: pd.DataFrame, n: int = 24, seed: int = 0) -> pd.DataFrame:
@@ -109,11 +94,6 @@ def sample_queries(queries: pd.DataFrame, n: int = 24, seed: int = 0) -> pd.Data
     order = np.random.default_rng(seed).permutation(len(queries))
     shuffled = queries.iloc[order].sort_values("known", ascending=False, kind="stable")
     return shuffled.drop_duplicates("fact").head(n).sort_values(["fact", "prompt_index"])
-
-
-def _units(rows: pd.DataFrame, prompts: list[list[str]]) -> list[list[dict]]:
-    facts = rows[["relation", "subject", "object"]].to_dict("records")
-    return [[fact | {"prompts": list(texts)} for fact, texts in zip(facts, prompts) if texts]]
 
 
 def variants(prompt: str, subject: str) -> list[str]:
@@ -129,26 +109,31 @@ def variants(prompt: str, subject: str) -> list[str]:
     return [one for one in dict.fromkeys(found) if one != prompt and one.split()[-1:] == last][:2]
 
 
+def _localise_again(study, rows, prompts, what, **spec) -> pd.DataFrame:
+    """The `queries` frame of the facts of `rows` with these lists of prompts; what cannot be read is left out."""
+    from .localize import localise_unit
+
+    facts = rows[["relation", "subject", "object"]].to_dict("records")
+    unit = [fact | {"prompts": texts} for fact, texts in zip(facts, prompts) if texts]
+    if not unit:
+        return rows.head(0)
+    config, name = {"method": study.method, **spec}, f"{study.model} {study.method} {what}"
+    frame = study.run(localise_unit, [unit], config, desc=name)
+    return frame[frame["left_out"].isna()]
+
+
 def noise(study, queries: pd.DataFrame, *, t: float = 0.2, n: int = 24, seed: int = 0, **spec) -> pd.DataFrame:
     """How far KN sets that should be one differ: a row a sampled query and kind, with cs2 and jaccard of its 3 sets.
 
     "quadrature": the query by three rules of the integral; "variants": the query and two near-identical wordings (left
     out where only one can be made or read); "neighbours": CS2 of 3 of the same facts' queries, to compare."""
-    from .localize import localise_unit
-
-    rows, config = sample_queries(queries, n, seed), {"method": study.method, **spec}
-    desc = f"{study.model} {study.method} noise"
-    byrule = [study.run(localise_unit, _units(rows, [[prompt] for prompt in rows["prompt"]]),
-                        {**config, "rule": rule, "steps": steps}, desc=f"{desc} {rule}")
-              for rule, steps in RULES.items()]
+    rows, out = sample_queries(queries, n, seed), []
     texts = [[prompt, *variants(prompt, subject)] for prompt, subject in zip(rows["prompt"], rows["subject"])]
-    worded = study.run(localise_unit, _units(rows, [one if len(one) == GROUP else [] for one in texts]), config,
-                       desc=f"{desc} wording") if any(len(one) == GROUP for one in texts) else byrule[0].head(0)
-    out = []
+    byrule = [_localise_again(study, rows, [one[:1] for one in texts], f"noise {rule}",
+                              **spec | {"rule": rule, "steps": steps}) for rule, steps in RULES.items()]
+    worded = _localise_again(study, rows, [one if len(one) == GROUP else [] for one in texts], "noise wording", **spec)
     for kind, frame in (("quadrature", pd.concat(byrule, ignore_index=True)), ("variants", worded),
                         ("neighbours", queries[queries["fact"].isin(rows["fact"])])):
-        if "left_out" in frame:
-            frame = frame[frame["left_out"].isna()]
         for fact, group in frame.groupby("fact", sort=False):
             sets = kn_sets(group, t)
             found = _agreement(sets)
@@ -162,19 +147,13 @@ def precision(study, queries: pd.DataFrame, *, dtypes=("float32", "bfloat16"), t
               seed: int = 0, **spec) -> pd.DataFrame:
     """Jaccard of the KN sets of sampled queries in two precisions of the model, a row a query; and by how much
     P(answer) differs. The weights are loaded once in each."""
-    from .localize import localise_unit
-
-    rows = sample_queries(queries, n, seed)
-    units, frames = _units(rows, [[prompt] for prompt in rows["prompt"]]), []
+    rows, found = sample_queries(queries, n, seed), {}
     for dtype in dtypes:
         other = type(study)(study.notebook, **{**study.parameters, "dtype": dtype})
-        frames.append(other.run(localise_unit, units, {"method": study.method, **spec},
-                                desc=f"{study.model} {study.method} {dtype}"))
-    both = frames[0].merge(frames[1][["fact", "prompt_index", "layer", "neuron", "score", "probability", "left_out"]],
-                           on=["fact", "prompt_index"], suffixes=("", "_b"))
-    both = both[both["left_out"].isna() & both["left_out_b"].isna()]
-    second = both[["fact", "prompt_index"]].assign(**{name: both[f"{name}_b"] for name in ("layer", "neuron", "score")})
-    pairs = [len(a & b) / len(a | b) if a | b else np.nan for a, b in zip(kn_sets(both, t), kn_sets(second, t))]
+        frame = _localise_again(other, rows, [[prompt] for prompt in rows["prompt"]], dtype, **spec)
+        found[dtype] = frame.assign(kn=kn_sets(frame, t))[["fact", "relation", "prompt", "kn", "probability"]]
+    both = found[dtypes[0]].merge(found[dtypes[1]], on=["fact", "relation", "prompt"], suffixes=("", "_b"))
+    pairs = [len(a & b) / len(a | b) if a | b else np.nan for a, b in zip(both["kn"], both["kn_b"])]
     change = (both["probability_b"] - both["probability"]).abs()
     return both[["fact", "relation", "prompt"]].assign(pair=" and ".join(dtypes), jaccard=pairs, change=change)
 
@@ -183,36 +162,39 @@ def precision(study, queries: pd.DataFrame, *, dtypes=("float32", "bfloat16"), t
 
 def halves(queries: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """`queries` of the facts with at least 4, with `half`: "A" or "B", drawn within each fact (A has the odd one)."""
-    parts = []
+    parts = [queries.head(0).assign(half="")]
     for fact, group in queries.groupby("fact", sort=False):
         if len(group) >= 4:
             order = np.random.default_rng([seed, *fact.encode()]).permutation(len(group))
             parts.append(group.assign(half=np.where(order < (len(group) + 1) // 2, "A", "B")))
-    return pd.concat(parts, ignore_index=True) if parts else queries.head(0).assign(half=pd.Series(dtype=object))
+    return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
-def split_half(queries: pd.DataFrame, outcomes: dict[str, pd.DataFrame] | None = None, *, t: float = 0.2,
-               static: float = 0.1, seed: int = 0) -> pd.DataFrame:
-    """Class I minus class II where the classes come from half A of each fact's queries and the outcome from half B.
-
-    outcomes: {name: frame with fact, prompt_index, value} of quantities measured a query, beside CS2. A row an outcome
-    and threshold: value with its 95 % interval (bootstrap over facts within relation), the difference less the
-    relations' means and its permutation p, n_I and n_II facts. Facts with fewer than 4 queries take no part."""
-    split, rows = halves(queries, seed), []
-    first = fact_table(split[split["half"] == "A"], t)
-    second = split[split["half"] == "B"]
+def split_frames(queries: pd.DataFrame, outcomes=(), *, t: float = 0.2, static: float = 0.1, seed: int = 0):
+    """(threshold, its value, outcome, frame with fact, relation, label and value): labels "I" and "II" by the CS2 of
+    half A of each fact's queries, values from half B: its "CS2", and `outcomes`, {name: frame with fact, prompt_index,
+    value}, quantities measured a query. Facts with fewer than 4 queries take no part."""
+    split = halves(queries, seed)
+    first, second = fact_table(split[split["half"] == "A"], t), split[split["half"] == "B"]
     tables = {"CS2": fact_table(second, t)[["fact", "cs2"]].rename(columns={"cs2": "value"})}
-    for name, frame in (outcomes or {}).items():
-        kept = frame.merge(second[["fact", "prompt_index"]], on=["fact", "prompt_index"])
-        tables[name] = kept[["fact", "value"]]
-    for threshold, at in (("static", static), ("otsu", otsu_threshold(first["cs2"]))):
+    for name, frame in dict(outcomes).items():
+        tables[name] = frame.merge(second[["fact", "prompt_index"]], on=["fact", "prompt_index"])[["fact", "value"]]
+    for threshold, at in zip(THRESHOLDS, (static, otsu_threshold(first["cs2"]))):
         labels = first[["fact", "relation"]].assign(label=classify(first["cs2"], at))
         for name, table in tables.items():
-            frame = table.merge(labels, on="fact").dropna(subset=["label"])
-            estimate = bootstrap_difference(frame, "value", "label", ("I", "II"), seed=seed)
-            test = permutation_test(frame, "value", "label", seed=seed)
-            rows.append(dict(threshold=threshold, at=at, outcome=name, **estimate.row("mean", "I - II"),
-                             within=test.within if test.p == test.p else np.nan, p=test.p, n_I=test.n1, n_II=test.n2))
+            yield threshold, at, name, table.merge(labels, on="fact").dropna(subset=["label"])
+
+
+def split_half(queries: pd.DataFrame, outcomes=(), *, seed: int = 0, **thresholds) -> pd.DataFrame:
+    """Class I minus class II by `split_frames`, a row an outcome and threshold: the difference with its 95 % interval
+    (bootstrap over facts within relation), the difference less the relations' means and its permutation p, n_I and n_II
+    facts."""
+    rows = []
+    for threshold, at, name, frame in split_frames(queries, outcomes, seed=seed, **thresholds):
+        estimate = bootstrap_difference(frame, "value", "label", ("I", "II"), seed=seed)
+        test = permutation_test(frame, "value", "label", seed=seed)
+        rows.append(dict(threshold=threshold, at=at, outcome=name, **estimate.row("mean", "I - II"),
+                         within=test["within"], p=test["p"], n_I=test["n1"], n_II=test["n2"]))
     return pd.DataFrame(rows)
 
 
@@ -228,22 +210,19 @@ def knowledge(queries: pd.DataFrame, *, t: float = 0.2, static: float = 0.1, see
     facts["all_known"] = facts["known"] == 1
     ranks = facts[["cs2", "probability"]].rank()
     inside = ranks - ranks.groupby(facts["relation"]).transform("mean")
-    rows = []
-    for name, frame in (("correlation of CS2 and P(answer)", ranks), ("the same, within relations", inside)):
-        rows.append(dict(statistic=name, **_correlation(frame.to_numpy(), facts["relation"], seed), n=len(facts)))
+    rows = [dict(statistic=name, **_correlation(frame.to_numpy(), facts["relation"], seed), n=len(facts))
+            for name, frame in (("correlation of CS2 and P(answer)", ranks), ("the same, within relations", inside))]
     difference = bootstrap_difference(facts, "cs2", "all_known", (True, False), seed=seed)
     rows.append(dict(statistic="CS2 of known facts minus CS2 of others", **difference.row("mean", "value")))
-    for threshold, (which, part) in [(a, b) for a in ("static", "otsu") for b in
-                                     (("all facts", facts), ("known facts", facts[facts["all_known"]]))]:
-        label = part[f"class_{threshold}"]
-        share = part.assign(second=(label == "II").astype(float).where(label.notna()))
-        rows.append(dict(statistic=f"share of K_II, {threshold} threshold, {which}",
-                         **bootstrap_mean(share, "second", seed=seed).row("mean", "value")))
+    for threshold in THRESHOLDS:
+        for which, part in (("all facts", facts), ("known facts", facts[facts["all_known"]])):
+            share = bootstrap_mean(part.assign(second=second_class(part, threshold)), "second", seed=seed)
+            rows.append(dict(statistic=f"share of K_II, {threshold} threshold, {which}", **share.row("mean", "value")))
     return pd.DataFrame(rows)
 
 
 def _correlation(values, relation, seed) -> dict:
-    """Pearson's correlation of two columns and its interval over facts drawn within relation; NaN where one is constant."""
+    """Pearson's correlation of two columns, with an interval over facts within relation; NaN where one is constant."""
     def weighted(w):
         x, y = (values - (w @ values) / w.sum()).T
         size = np.sqrt((w @ x**2) * (w @ y**2))

@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 import pandas as pd
 
-from .neurons import cas_neurons, kn_sets
+from .neurons import active_neurons, cas_neurons, kn_sets, random_neurons
 
 CONTROLS = ("random", "matched", "other")
 UNIT_FACTS = 6
@@ -118,16 +118,10 @@ def _control(control, one, num_neurons, pool, fact, rng) -> set:
     """As many neurons in each layer as `one`, none of them in it; fewer where there are not that many.
 
     "matched" needs the model: `edit_facts` fills it in."""
-    found = set()
     if control == "matched":
-        return found
-    for layer in sorted({layer for layer, _ in one}):
-        inside = {neuron for at, neuron in one if at == layer}
-        free = (sorted({n for f, n in pool.get(layer, ()) if f != fact} - inside) if control == "other"
-                else sorted(set(range(num_neurons)) - inside))
-        drawn = rng.choice(free, min(len(inside), len(free)), replace=False) if free else ()
-        found |= {(layer, int(neuron)) for neuron in drawn}
-    return found
+        return set()
+    others = lambda layer: {neuron for f, neuron in pool.get(layer, ()) if f != fact}  # noqa: E731
+    return random_neurons(one, num_neurons, rng, among=others if control == "other" else None)
 
 
 class _Locality:
@@ -285,8 +279,7 @@ class PlannedFact:
 
 
 def _match_activations(lm, facts) -> None:
-    """Fill in the "matched" controls: in each layer, the neurons outside the set whose |activation| at q_i is
-    nearest to its members', each used once."""
+    """Fill in the "matched" controls: the neurons outside the set that are about as active at q_i."""
     import torch
 
     from .replay import neuron_vectors
@@ -294,17 +287,10 @@ def _match_activations(lm, facts) -> None:
     for fact in facts:
         sets = {edit["neurons"]: edit["set"] for edit in fact.plan["edits"] if edit["control"] == "none"}
         matched = [edit for edit in fact.plan["edits"] if edit["control"] == "matched"]
-        if not matched:
-            continue
-        strength = neuron_vectors(lm, torch.tensor([fact.prompt], device=lm.device))[0]
-        strength = strength.abs().double().cpu().numpy()
+        if matched:
+            active = neuron_vectors(lm, torch.tensor([fact.prompt], device=lm.device))[0].double().cpu().numpy()
         for edit in matched:
-            inside, found = {tuple(pair) for pair in sets[edit["neurons"]]}, set()
-            for layer, neuron in sorted(inside, key=lambda pair: (-strength[pair], pair)):
-                gap = np.abs(strength[layer] - strength[layer, neuron])
-                gap[[n for at, n in inside | found if at == layer]] = np.inf
-                if np.isfinite(gap.min()):
-                    found.add((layer, int(gap.argmin())))
+            found = active_neurons(set(map(tuple, sets[edit["neurons"]])), active)
             edit["set"] = sorted(map(list, found))
 
 

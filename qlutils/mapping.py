@@ -1,5 +1,4 @@
-"""Query-KN mapping (section 3.1): which sets of neurons are scaled for a query, and what that does to its
-answer."""
+"""Query-KN mapping (section 3.1): which sets of neurons are scaled for a query, and what that does to its answer."""
 
 from __future__ import annotations
 
@@ -8,15 +7,14 @@ import pandas as pd
 import torch
 
 from .interventions import scaled_answer_probabilities
-from .neurons import neighbour_sets
+from .neurons import active_neurons, neighbour_sets, random_neurons
 from .replay import neuron_vectors
 
 PAPER_SETS = ("self", "union", "intersection", "refine")
 NEIGHBOURS = PAPER_SETS[1:]
-# Beyond the paper. "_others": without the query's own KNs. "_matched" and "self_as_...": both cut to the
-# smaller of the two sizes, so that sets of one size are compared. "_random": as many neurons in each layer,
-# drawn among all that the set does not hold. "self_active": the neurons of the same layers, not KNs, that
-# are closest to being as active.
+# Beyond the paper. "_others": without the query's own KNs. "_matched" and "self_as_...": both cut to the smaller of the
+# two sizes, so that sets of one size are compared. "_random": as many neurons in each layer, drawn among all that the
+# set does not hold. "self_active": the neurons of the same layers, not KNs, that are closest to being as active.
 CONTROL_SETS = (*(f"{name}_others" for name in NEIGHBOURS), *(f"{name}_matched" for name in NEIGHBOURS),
                 *(f"self_as_{name}" for name in NEIGHBOURS), "self_random", "union_random", "self_active")
 
@@ -24,9 +22,8 @@ CONTROL_SETS = (*(f"{name}_others" for name in NEIGHBOURS), *(f"{name}_matched" 
 def scale_kns(lm, unit: list[dict], *, suppress=0.0, enhance=2.0, answer="all", seed=0) -> pd.DataFrame:
     """Notebook 04. P(answer) of each query of a unit (see `effects.units`) with each of its sets scaled.
 
-    A row a query, set (PAPER_SETS, CONTROL_SETS) and direction: size of the set, probability,
-    probability_before. An empty set changes nothing. Every row is one row of a batch: see
-    `interventions.score_rows`."""
+    A row a query, set (PAPER_SETS, CONTROL_SETS) and direction: size of the set, probability, probability_before. An
+    empty set changes nothing. Every row is one row of a batch: see `interventions.score_rows`."""
     rows, todo = [], []
     for fact in unit:
         if len(fact["prompts"]) < 2:
@@ -62,45 +59,13 @@ def query_sets(kn_sets: list[set], i: int, active: np.ndarray, rng) -> dict[str,
         sets[f"self_as_{name}"] = _subset(own, size, rng)
     sets["self_random"] = random_neurons(own, active.shape[1], rng)
     sets["union_random"] = random_neurons(sets["union"], active.shape[1], rng)
-    sets["self_active"] = as_active(own, np.abs(active))
+    sets["self_active"] = active_neurons(own, active)
     return sets
-
-
-def random_neurons(neurons: set, num_neurons: int, rng) -> set:
-    """As many neurons in each layer, drawn among those of the layer that are not in `neurons` (as far as
-    there are)."""
-    drawn = set()
-    for layer, inside in _by_layer(neurons).items():
-        outside = np.setdiff1d(np.arange(num_neurons), inside)
-        drawn |= {(layer, int(n)) for n in rng.choice(outside, min(len(inside), len(outside)), replace=False)}
-    return drawn
-
-
-def as_active(neurons: set, active: np.ndarray) -> set:
-    """For each neuron another of its layer, outside `neurons`, each used once, whose `active` (L, N) is
-    closest."""
-    matched = set()
-    for layer, inside in _by_layer(neurons).items():
-        free = np.ones(active.shape[1], bool)
-        free[inside] = False
-        for index in inside:
-            if free.any():
-                nearest = int(np.where(free, np.abs(active[layer] - active[layer, index]), np.inf).argmin())
-                matched.add((layer, nearest))
-                free[nearest] = False
-    return matched
 
 
 def _subset(neurons: set, size: int, rng) -> set:
     order = sorted(neurons)
     return set(order) if size == len(order) else {order[k] for k in rng.choice(len(order), size, replace=False)}
-
-
-def _by_layer(neurons) -> dict[int, list[int]]:
-    layers: dict[int, list[int]] = {}
-    for layer, index in sorted(neurons):
-        layers.setdefault(layer, []).append(index)
-    return layers
 
 
 def _activations(lm, prompts) -> list[np.ndarray]:

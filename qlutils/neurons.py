@@ -142,6 +142,32 @@ def neighbour_sets(kn_sets, i) -> dict[str, set]:
             "refine": {n for n, count in counts.items() if count > 1}}
 
 
+# --- other neurons, to compare with ----------------------------------------------------------------------
+
+def random_neurons(neurons, num_neurons, rng, *, among=None, outside=True) -> set:
+    """As many neurons in each layer, drawn from all `num_neurons`, or from `among`(layer), that are not in `neurons`
+    (outside=False: may be in them too); fewer where there are not that many."""
+    drawn = set()
+    for layer in sorted({layer for layer, _ in neurons}):
+        inside = [neuron for at, neuron in neurons if at == layer]
+        pool = list(among(layer)) if among else np.arange(num_neurons)
+        free = np.setdiff1d(pool, inside if outside else [])
+        drawn |= {(layer, int(neuron)) for neuron in rng.choice(free, min(len(inside), len(free)), replace=False)}
+    return drawn
+
+
+def active_neurons(neurons, active) -> set:
+    """For each neuron another of its layer, outside `neurons`, each used once, whose |activation| is nearest; the most
+    active neurons choose first. active: (L, N)."""
+    strength, found = np.abs(np.asarray(active, np.float64)), set()
+    for layer, neuron in sorted(neurons, key=lambda pair: (-strength[pair], pair)):
+        gap = np.abs(strength[layer] - strength[layer, neuron])
+        gap[[other for at, other in neurons | found if at == layer]] = np.inf
+        if np.isfinite(gap.min()):
+            found.add((layer, int(gap.argmin())))
+    return found
+
+
 # --- consistency-aware selection (Eq. 7) -----------------------------------------------------------------
 
 def cas_candidates(scores) -> dict[str, np.ndarray]:

@@ -1,11 +1,13 @@
-"""Figures of the study. Plot functions take a tidy frame and an `ax`, return the `ax` and compute nothing.
+"""Figures of the study. Plot functions take a tidy frame and an `ax`, return the `ax` and compute nothing; `figure_...`
+put them together and return the figure, and the plotted numbers where these are not the frame they got.
 
-One colour per method, class and model everywhere, from palettes that colour-blind readers can tell apart
-(Okabe & Ito for methods and classes, Tol's muted scheme for models).
+One colour per method, class and model everywhere, from palettes that colour-blind readers can tell apart (Okabe & Ito
+for methods and classes, Tol's muted scheme for models).
 """
 
 import io
 import textwrap
+from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,16 +16,21 @@ import pandas as pd
 from matplotlib.colors import Normalize
 from matplotlib.patches import Patch
 
-from qlutils.files import write_bytes
+from .files import write_bytes
 
-NARROW, WIDE = 3.5, 7.0  # inches: one and two columns of a paper
-METHOD_COLORS = {"ig": "#0072B2", "sig": "#E69F00", "amig": "#009E73"}
+WIDE = 7.0  # inches: two columns of a paper
 CLASS_COLORS = {"I": "#56B4E9", "II": "#D55E00"}
+SET_COLORS = {"local": "#CC6677", "global": "#882255", "cas": "#117733"}
 _FAMILY_COLORS = ["#332288", "#44AA99", "#DDCC77"]
 MODEL_COLORS = {name: color for family in (("demo/gpt2", "demo/llama2", "demo/llama3"),
                                            ("gpt2", "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B"))
                 for name, color in zip(family, _FAMILY_COLORS)}
 _OTHER_COLORS = ["#CC6677", "#999933", "#882255", "#88CCEE", "#117733", "#AA4499"]
+LABELS = {"self": "Self", "union": "Union", "intersection": "Inter.", "refine": "Refine", "irrelevant": "Irrelevant",
+          "enhance": "enhanced", "suppress": "suppressed", "average": "average of both",
+          "probability": r"$\Delta$Prob", "value": r"$\Delta$Value", "static": "static threshold",
+          "otsu": "Otsu's threshold", "cs1": "$CS_1$", "cs2": "$CS_2$", "predominance": r"predominance $\mathcal{P}$",
+          "rel": "Rel", "gen": "Gen", "loc": "Loc", "avg": "Avg", "I": "$K_{I}$", "II": "$K_{II}$", "all": "all facts"}
 MAX_PNG = 150_000  # bytes
 FEW = 10  # up to this many values are drawn as lines too: a shape alone would say more than is known
 
@@ -43,71 +50,75 @@ def model_colors(models) -> dict:
     return {name: MODEL_COLORS.get(name) or extra[name] for name in models}
 
 
-def violins_by_relation(frame, ax, *, value="cs2", line=0.3, models=None):
-    """Figures 3, 8, 9: CS2 by relation, models side by side, with the paper's example threshold as a line.
+# --- violins ----------------------------------------------------------------------------------------------
 
-    frame: one row a fact, columns relation, model and `value`; NaNs are not drawn. The number of facts drawn
-    stands below each relation (a range where models differ).
-    """
-    relations = list(dict.fromkeys(frame["relation"]))
-    models = list(models or dict.fromkeys(frame["model"]))
-    colors, width = model_colors(models), 0.8 / len(models)
-    drawn = frame.dropna(subset=[value])
-    groups = {key: part[value].to_numpy(float) for key, part in drawn.groupby(["relation", "model"])}
-    labels = []
-    for x, relation in enumerate(relations):
-        counts = []
-        for place, model in enumerate(models):
-            values = groups.get((relation, model), np.zeros(0))
-            _violin(ax, values, x + (place - (len(models) - 1) / 2) * width, 0.95 * width, colors[model])
-            counts.append(len(values))
-        n = str(max(counts)) if min(counts) == max(counts) else f"{min(counts)}–{max(counts)}"
-        labels.append(f"{relation} ({n})")
-    ax.set_xticks(range(len(relations)), labels, rotation=90)
-    ax.set_xlim(-0.6, len(relations) - 0.4)
-    ax.set_ylim(-0.03, 1.03)
-    ax.set_ylabel(_label(value))
+def violins(frame, ax, *, x, hue, value, colors):
+    """Violins of `value` for each level of column `x`, those of column `hue` side by side in their `colors`.
+
+    frame: one row a fact; NaNs are not drawn. The numbers of facts drawn stand after each level of x, one where all are
+    equal; a group without facts shows as 0."""
+    levels, width, labels = list(dict.fromkeys(frame[x])), 0.8 / len(colors), []
+    groups = {key: part.to_numpy(float) for key, part in frame.dropna(subset=[value]).groupby([x, hue])[value]}
+    for at, level in enumerate(levels):
+        values = [groups.get((level, name), np.zeros(0)) for name in colors]
+        for place, (one, color) in enumerate(zip(values, colors.values())):
+            _violin(ax, one, at + (place - (len(colors) - 1) / 2) * width, 0.95 * width, color)
+        counts = [str(len(one)) for one in values]
+        labels.append(f"{level} ({counts[0] if len(set(counts)) == 1 else ' / '.join(counts)})")
+    ax.set_xticks(range(len(levels)), labels)
+    ax.set(xlim=(-0.6, len(levels) - 0.4), ylim=(-0.03, 1.03), ylabel=_label(value))
+    _legend(ax, colors)
+    return ax
+
+
+def _violin(ax, values, at, width, color):
+    """A violin from the smallest to the largest value; a bar at their value where all are equal."""
+    if len(values) == 0:
+        return
+    if np.ptp(values) > 0:
+        parts = ax.violinplot([values], [at], widths=width, showextrema=False)
+        for body in parts["bodies"]:
+            body.set(facecolor=color, edgecolor=color, alpha=0.8, linewidth=0.3)
+    if len(values) <= FEW or np.ptp(values) == 0:
+        ax.hlines(values, at - width / 3, at + width / 3, color="black", linewidth=0.4)
+    ax.hlines(np.median(values), at - width / 2, at + width / 2, color="black", linewidth=0.9)
+
+
+def figure_cs2(frames, method, line=0.3):
+    """Figure 3, 8 or 9: CS2 of several models' facts (a frame a model, with a column model) by relation, with the
+    paper's example threshold as a line."""
+    frame = pd.concat(frames, ignore_index=True)[["model", "relation", "fact", "cs2"]]
+    fig, ax = plt.subplots(figsize=(WIDE, 2.6))
+    violins(frame, ax, x="relation", hue="model", value="cs2", colors=model_colors(dict.fromkeys(frame["model"])))
+    ax.axhline(line, color="black", linestyle="--", linewidth=0.7)
+    ax.tick_params("x", rotation=90)
     ax.set_xlabel("relation (number of facts)")
-    handles = [Patch(color=colors[model], label=model) for model in models]
-    if line is not None:
-        handles.append(ax.axhline(line, color="black", linestyle="--", linewidth=0.7,
-                                  label=f"threshold {line}"))
-    ax.legend(handles=handles, ncols=len(handles), loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return ax
+    ax.set_title(f"localised by {method}", loc="left")
+    return fig, frame
 
 
-def violins_by_class(frame, ax, *, value="predominance", models=None):
-    """Figure 5: a violin for each model and class, n above it.
-
-    frame: one row a fact, columns model, class ("I", "II") and `value`; NaNs and facts without a class are
-    not drawn, and an empty class shows as n = 0.
-    """
-    models = list(models or dict.fromkeys(frame["model"]))
-    for x, model in enumerate(models):
-        for place, (name, color) in enumerate(CLASS_COLORS.items()):
-            part = frame[(frame["model"] == model) & (frame["class"] == name)][value].dropna().to_numpy(float)
-            at = x + (place - 0.5) * 0.42
-            _violin(ax, part, at, 0.38, color)
-            ax.annotate(f"n = {len(part)}", (at, 1.0), xycoords=("data", "axes fraction"), fontsize=5,
-                        ha="center", va="bottom")
-    ax.set_xticks(range(len(models)), models)
-    ax.set_xlim(-0.6, len(models) - 0.4)
-    ax.set_ylabel(_label(value))
-    handles = [Patch(color=color, label=f"$K_{{{name}}}$") for name, color in CLASS_COLORS.items()]
-    ax.legend(handles=handles, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.04))
-    return ax
+def figure_predominance(facts):
+    """Figure 5: `predominance` and `predominance_rest` by model and class (number of facts), by both thresholds."""
+    fig, axes = plt.subplots(2, 2, figsize=(WIDE, 4.0), sharey=True, squeeze=False)
+    values = {"predominance": "as in the paper", "predominance_rest": "without the first token"}
+    for (row, threshold), (column, value) in product(enumerate(("static", "otsu")), enumerate(values)):
+        ax = violins(facts, axes[row, column], x="model", hue=f"class_{threshold}", value=value, colors=CLASS_COLORS)
+        ax.set_title(values[value] if row == 0 else "", pad=10)
+        ax.set_ylabel(f"{_label('predominance')}\n{_label(threshold)}" if column == 0 else "")
+    _one_legend(fig, axes)
+    return fig, facts[["model", "fact", "relation", "class_static", "class_otsu", *values, "n_queries"]]
 
 
-def bars_with_intervals(frame, ax, *, x, hue, y="mean", colors=None, interval="95 % bootstrap over facts"):
-    """Figures 4 and 6: grouped bars of column `y` with the interval `y`_low to `y`_high, and n where there
-    is one.
+# --- bars -------------------------------------------------------------------------------------------------
 
-    frame: one row a bar, with columns x, hue, y, y_low, y_high and perhaps n. A bar that is undefined is
-    left out and marked "–". What the interval is stands in the legend's title.
-    """
+def bars_with_intervals(frame, ax, *, x, hue, y="mean"):
+    """Figures 4 and 6: grouped bars of column `y` with the interval `y`_low to `y`_high, and n where there is one.
+
+    frame: one row a bar, with columns x, hue, y, y_low, y_high and perhaps n. A bar that is undefined is left out and
+    marked "–". What the interval is stands in the legend's title."""
     groups, hues = list(dict.fromkeys(frame[x])), list(dict.fromkeys(frame[hue]))
-    colors = colors or (CLASS_COLORS if set(hues) <= set(CLASS_COLORS) else
-                        METHOD_COLORS if set(hues) <= set(METHOD_COLORS) else dict(zip(hues, _OTHER_COLORS)))
+    known = [palette for palette in (CLASS_COLORS, SET_COLORS) if set(hues) <= set(palette)]
+    colors = known[0] if known else dict(zip(hues, _OTHER_COLORS))
     width = 0.8 / len(hues)
     for row in frame.to_dict("records"):
         at = groups.index(row[x]) + (hues.index(row[hue]) - (len(hues) - 1) / 2) * width
@@ -125,22 +136,75 @@ def bars_with_intervals(frame, ax, *, x, hue, y="mean", colors=None, interval="9
                         textcoords="offset points", ha="center", va="bottom", rotation=90)
     ax.axhline(0, color="black", linewidth=0.6)
     ax.margins(y=0.2)
-    ax.set_xticks(range(len(groups)), groups)
-    ax.set_xlim(-0.6, len(groups) - 0.4)
-    ax.set_ylabel(_label(y))
-    names = {name: f"$K_{{{name}}}$" for name in CLASS_COLORS}
-    ax.legend(handles=[Patch(color=colors[name], label=names.get(name, name)) for name in hues],
-              title=f"line: {interval}", title_fontsize=5, ncols=len(hues), loc="lower center",
-              bbox_to_anchor=(0.5, 1.0))
+    ax.set_xticks(range(len(groups)), [_label(group) for group in groups])
+    ax.set(xlim=(-0.6, len(groups) - 0.4), ylabel=_label(y))
+    _legend(ax, {name: colors[name] for name in hues}, "line: 95 % bootstrap over facts")
     return ax
 
+
+def figure_bars(frame, *, row, column, x="set", y="mean", ylabel=""):
+    """Figures 4 and 6: bars of a table of `effects.summary` by `x` and class; a row of panels each level of column
+    `row` of the frame, a column each of `column`. `ylabel` stands before the row's level."""
+    tops, sides = (list(dict.fromkeys(frame[name])) for name in (row, column))
+    fig, axes = plt.subplots(len(tops), len(sides), figsize=(WIDE, 0.7 + 1.75 * len(tops)), sharey="row", squeeze=False)
+    for (i, top), (j, side) in product(enumerate(tops), enumerate(sides)):
+        part = frame[(frame[row] == top) & (frame[column] == side)]
+        ax = bars_with_intervals(part, axes[i, j], x=x, hue="class", y=y)
+        ax.set_title(_label(side) if i == 0 else "", pad=8)
+        ax.set_ylabel(f"{ylabel}{_label(top)}" if j == 0 else "")
+    for ax in axes[:, 0]:
+        ax.set_ylim(top=1.15 * ax.get_ylim()[1])  # room for the numbers on the bars
+    _one_legend(fig, axes)
+    return fig
+
+
+def figure_edits(table, threshold, sets):
+    """(figure, plotted numbers) of Table 2 or 3: a row an operation; Rel, Gen, Loc and Avg of each class, then dPPL."""
+    table = table[(table["threshold"] == threshold) & table["neurons"].isin(sets)]
+    keys, parts = ["threshold", "class", "op", "neurons"], []
+    for metric in ("rel", "gen", "loc", "avg", "dppl"):
+        part = table[[*keys, metric, f"{metric}_low", f"{metric}_high", "n"]]
+        parts.append(part.set_axis([*keys, "mean", "mean_low", "mean_high", "n"], axis=1).assign(metric=_label(metric)))
+    plotted = pd.concat(parts, ignore_index=True)
+    classes, ops = list(dict.fromkeys(table["class"])), list(dict.fromkeys(table["op"]))
+    fig, axes = plt.subplots(len(ops), len(classes) + 1, figsize=(WIDE, 2.3 * len(ops)), squeeze=False,
+                             width_ratios=[4] * len(classes) + [len(classes) + 1])
+    for op, (*panels, last) in zip(ops, axes):
+        rates, dppl = (plotted[(plotted["op"] == op) & ((plotted["metric"] == "dppl") == is_dppl)]
+                       for is_dppl in (False, True))
+        for ax, name in zip(panels, classes):
+            bars_with_intervals(rates[rates["class"] == name], ax, x="metric", hue="neurons")
+            ax.set(title=f"{op}, {_label(name)}", ylabel="", ylim=(0, 1.35))
+        bars_with_intervals(dppl, last, x="class", hue="neurons").set(title="dPPL", ylabel="")
+        if dppl["mean"].abs().max() > 1:  # a broken model's perplexity has no bound
+            last.set_yscale("symlog", linthresh=0.1)
+    _one_legend(fig, axes)
+    return fig, plotted
+
+
+def _legend(ax, colors, title=None):
+    handles = [Patch(color=color, label=_label(name)) for name, color in colors.items()]
+    ax.legend(handles=handles, title=title, title_fontsize=5, ncols=len(colors), loc="lower center",
+              bbox_to_anchor=(0.5, 1.0))
+
+
+def _one_legend(fig, axes):
+    """One legend above all panels in place of one a panel."""
+    legend = axes[0, 0].get_legend()
+    labels = [text.get_text() for text in legend.get_texts()]
+    fig.legend(handles=legend.legend_handles, labels=labels, title=legend.get_title().get_text() or None,
+               title_fontsize=6, ncols=len(labels), loc="outside upper center")
+    for ax in axes.flat:
+        ax.get_legend().remove()
+
+
+# --- heatmaps ---------------------------------------------------------------------------------------------
 
 def pool_neurons(values, bins=200) -> pd.DataFrame:
     """(layers, neurons) values as a tidy frame of at most `bins` columns: layer, first, last, value.
 
-    Single neurons among thousands are narrower than a pixel, so each bin keeps its value of largest
-    magnitude, with its sign. `first` and `last` are the neurons a bin covers.
-    """
+    Single neurons among thousands are narrower than a pixel, so each bin keeps its value of largest magnitude, with its
+    sign. `first` and `last` are the neurons a bin covers."""
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 2 or not np.isfinite(values).all():
         raise ValueError(f"values must be finite and of shape (layers, neurons), not {values.shape}")
@@ -148,8 +212,7 @@ def pool_neurons(values, bins=200) -> pd.DataFrame:
     for part in np.array_split(np.arange(values.shape[1]), min(bins, values.shape[1])):
         block = values[:, part]
         strongest = block[np.arange(len(block)), np.abs(block).argmax(1)]
-        rows.append(pd.DataFrame(dict(layer=range(len(block)), first=part[0], last=part[-1],
-                                      value=strongest)))
+        rows.append(pd.DataFrame(dict(layer=range(len(block)), first=part[0], last=part[-1], value=strongest)))
     return pd.concat(rows, ignore_index=True).sort_values(["layer", "first"], ignore_index=True)
 
 
@@ -160,65 +223,94 @@ def shared_norm(*frames) -> Normalize:
     return Normalize(-top if (values < 0).any() else 0.0, top)
 
 
-def heatmap_neurons(frame, ax, *, norm=None, label="attribution", colorbar=True):
-    """Figures 1, 7, 10: layer by neuron, from a frame of `pool_neurons`; darker is larger in magnitude.
+def heatmap_neurons(frame, ax, *, norm=None):
+    """Layer by neuron, from a frame of `pool_neurons`; darker is larger in magnitude.
 
-    norm: from `shared_norm` over all panels that are to be compared; of this frame alone by default.
-    """
+    norm: from `shared_norm` over all panels that are to be compared; of this frame alone by default."""
     norm = norm or shared_norm(frame)
     table = frame.pivot(index="layer", columns="first", values="value")
     edges = [*table.columns, frame["last"].max() + 1]
-    mesh = ax.pcolormesh(edges, np.arange(len(table) + 1) - 0.5, table.to_numpy(), norm=norm, rasterized=True,
-                         cmap="RdBu_r" if norm.vmin < 0 else "magma_r")
-    ax.set_xlabel("neuron")
-    ax.set_ylabel("layer")
+    ax.pcolormesh(edges, np.arange(len(table) + 1) - 0.5, table.to_numpy(), norm=norm, rasterized=True,
+                  cmap="RdBu_r" if norm.vmin < 0 else "magma_r")
+    ax.set(xlabel="neuron", ylabel="layer")
     ax.yaxis.get_major_locator().set_params(integer=True)
-    if colorbar:
-        ax.figure.colorbar(mesh, ax=ax, label=label, pad=0.02)
     return ax
 
 
+def _heatmaps(fig, panels, kind) -> list[pd.DataFrame]:
+    """Panels by row, each a dict of values (L, N), title and label (of its row), on one colour scale; pooled frames."""
+    axes = fig.subplots(len(panels), max(map(len, panels)), squeeze=False, sharex=True, sharey=True)
+    pooled = [[pool_neurons(one["values"], bins=100) for one in row] for row in panels]
+    norm = shared_norm(*(frame for row in pooled for frame in row))
+    for i, row in enumerate(panels):
+        for j, one in enumerate(row):
+            ax = heatmap_neurons(pooled[i][j], axes[i, j], norm=norm)
+            ax.set_title(one["title"], fontsize=5)
+            ax.set_xlabel("neuron" if i == len(panels) - 1 else "")
+            ax.set_ylabel(f"{one['label']}\nlayer" if j == 0 else "", fontsize=6)
+    fig.colorbar(axes[0, 0].collections[0], ax=axes, label=kind, pad=0.02, shrink=0.8)
+    return [frame for row in pooled for frame in row]
+
+
+def _prompt(one, width=34) -> str:
+    return "\n".join(textwrap.wrap(f"{one['prompt']}\xa0…", width)[:3])
+
+
+def _subject(one) -> str:
+    return " | ".join(one["fact"].split("|")[1:])
+
+
 def figure_1(maps, layout=("attribution", "activation")):
-    """Figures 1, 7 and 10: (L, N) maps of two queries of each of two facts, a row a fact.
+    """Figure 1: (L, N) maps of two queries of each of two facts, a row a fact.
 
     maps: dicts with fact, prompt and one (L, N) array for each name in layout; one colour scale a name. Returns the
     figure and the plotted numbers as a tidy frame."""
-    facts = list(dict.fromkeys(one["fact"] for one in maps))
-    columns = max(sum(one["fact"] == fact for one in maps) for fact in facts)
-    fig = plt.figure(figsize=(WIDE, 1.5 * len(facts) + 0.2))
-    frames = []
+    facts = [[one for one in maps if one["fact"] == fact] for fact in dict.fromkeys(one["fact"] for one in maps)]
+    fig, frames = plt.figure(figsize=(WIDE, 1.5 * len(facts) + 0.2)), []
     for part, kind in zip(np.atleast_1d(fig.subfigures(1, len(layout))), layout):
-        axes = part.subplots(len(facts), columns, squeeze=False, sharex=True, sharey=True)
-        pooled = [pool_neurons(one[kind], bins=100) for one in maps]
-        norm = shared_norm(*pooled)
-        for place, (one, frame) in enumerate(zip(maps, pooled)):
-            row, column = facts.index(one["fact"]), sum(other["fact"] == one["fact"] for other in maps[:place])
-            ax = heatmap_neurons(frame, axes[row, column], norm=norm, colorbar=False)
-            ax.set_title("\n".join(textwrap.wrap(f"{one['prompt']} …", 30)[:3]), fontsize=5)
-            ax.set_xlabel("neuron" if row == len(facts) - 1 else "")
-            ax.set_ylabel(f"{' | '.join(one['fact'].split('|')[1:])}\nlayer" if not column else "", fontsize=6)
-            frames.append(frame.assign(fact=one["fact"], prompt=one["prompt"], kind=kind))
-        part.colorbar(axes[0, 0].collections[0], ax=axes, label=kind, shrink=0.8, pad=0.02)
+        pooled = _heatmaps(part, [[dict(values=one[kind], title=_prompt(one, 30), label=_subject(one)) for one in row]
+                                  for row in facts], kind)
+        frames += [frame.assign(fact=one["fact"], prompt=one["prompt"], kind=kind)
+                   for frame, one in zip(pooled, sum(facts, []))]
     return fig, pd.concat(frames, ignore_index=True)
 
 
-def figure_cs2(frames, method, line=0.3):
-    """Figure 3, 8 or 9: `violins_by_relation` of several models' facts (a frame a model, with a column model)."""
-    frame = pd.concat(frames, ignore_index=True)[["model", "relation", "fact", "cs2"]]
-    fig, ax = plt.subplots(figsize=(7, 2.6))
-    violins_by_relation(frame, ax, line=line)
-    ax.set_title(f"localised by {method}", loc="left")
+def figure_conditions(maps, conditions, kind):
+    """Figures 7 and 10: (L, N) maps of queries, a column a query and a row a condition, all on one colour scale.
+
+    maps: from `synapses.scaled_maps`. kind: "attribution" or "activation". Returns the figure and its numbers."""
+    fig = plt.figure(figsize=(WIDE, 0.6 + 1.15 * len(conditions)))
+    panels = [[dict(values=one[name][kind], label=name, title="" if row else f"{_subject(one)}\n{_prompt(one)}")
+               for one in maps] for row, name in enumerate(conditions)]
+    pooled = _heatmaps(fig, panels, kind)
+    return fig, pd.concat([frame.assign(fact=one["fact"], prompt=one["prompt"], condition=name, kind=kind)
+                           for frame, (name, one) in zip(pooled, product(conditions, maps))], ignore_index=True)
+
+
+def figure_places(found, num_heads):
+    """Where synapses sit: mean number in each layer and head, and how likely each column is one in a layer and head."""
+    heads = np.stack(found["by_head"].map(np.asarray).to_list()).reshape(len(found), -1, num_heads).mean(0)
+    columns = pd.DataFrame(found["by_column"].to_list()).to_numpy(float) / heads.size  # NaN beyond a prompt's end
+    shares, counts = np.nanmean(columns, 0), (~np.isnan(columns)).sum(0)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 2.2))
+    mesh = left.pcolormesh(heads, cmap="magma_r", vmin=0)
+    left.set(xlabel="head", ylabel="layer", xticks=np.arange(num_heads) + 0.5, xticklabels=range(num_heads),
+             yticks=np.arange(len(heads)) + 0.5, yticklabels=range(len(heads)))
+    fig.colorbar(mesh, ax=left, label="synapses a query")
+    right.bar(range(len(shares)), shares, color="0.4")
+    right.set(xlabel="column (token of the prompt)", ylabel="share of layers and heads\nin which it is a synapse")
+    frame = pd.DataFrame([dict(layer=l, head=h, synapses=heads[l, h]) for l, h in np.ndindex(heads.shape)]
+                         + [dict(column=c, share=share, n=int(counts[c])) for c, share in enumerate(shares)])
     return fig, frame
 
+
+# --- files ------------------------------------------------------------------------------------------------
 
 def save_figure(fig, stem, folder, data) -> dict[str, Path]:
     """Write `stem`.png (at most 150 KB where 100 dpi can do it), .pdf and the plotted numbers as .csv.
 
-    The same figure gives the same bytes: no dates in the files. Returns {"png": path, "pdf": ..., "csv":
-    ...}.
-    """
-    folder = Path(folder)
-    paths = {kind: folder / f"{stem}.{kind}" for kind in ("png", "pdf", "csv")}
+    The same figure gives the same bytes: no dates in the files. Returns {"png": path, "pdf": ..., "csv": ...}."""
+    paths = {kind: Path(folder) / f"{stem}.{kind}" for kind in ("png", "pdf", "csv")}
     pdf = io.BytesIO()
     fig.savefig(pdf, format="pdf", metadata={"CreationDate": None})
     write_bytes(paths["png"], _small_png(fig))
@@ -242,18 +334,5 @@ def _small_png(fig):
     return buffer.getvalue()
 
 
-def _violin(ax, values, at, width, color):
-    """A violin from the smallest to the largest value; a bar at their value where all are equal."""
-    if len(values) == 0:
-        return
-    if np.ptp(values) > 0:
-        parts = ax.violinplot([values], [at], widths=width, showextrema=False)
-        for body in parts["bodies"]:
-            body.set(facecolor=color, edgecolor=color, alpha=0.8, linewidth=0.3)
-    if len(values) <= FEW or np.ptp(values) == 0:
-        ax.hlines(values, at - width / 3, at + width / 3, color="black", linewidth=0.4)
-    ax.hlines(np.median(values), at - width / 2, at + width / 2, color="black", linewidth=0.9)
-
-
 def _label(name):
-    return {"cs1": "$CS_1$", "cs2": "$CS_2$", "predominance": r"predominance $\mathcal{P}$"}.get(name, name)
+    return LABELS.get(name, name)

@@ -1,8 +1,7 @@
-"""Tests and intervals of the study: Welch's t-test, a bootstrap over facts, a permutation test of the
-classes.
+"""Intervals and tests of the study: a bootstrap over facts, Welch's t-test, a permutation test of the classes.
 
-A fact's queries are not independent, so the unit that is resampled is the fact (the *cluster*), and facts are
-resampled within their relation (the *stratum*). Undefined statistics are NaN beside their n.
+A fact's queries are not independent, so the unit that is resampled is the fact (the *cluster*), and facts are resampled
+within their relation (the *stratum*). Undefined statistics are NaN beside their n.
 """
 
 import warnings
@@ -16,48 +15,32 @@ TRIM = 0.1
 _CHUNK = 1_000_000  # draws x rows worked on at a time: little enough to stay near the processor
 
 
-@dataclass(frozen=True)
-class Welch:
-    """Welch's t-test of two samples (b subtracted from a); d is Cohen's, with the pooled deviation."""
+def welch(a, b) -> dict:
+    """t, df and p of `scipy.stats.ttest_ind(a, b, equal_var=False)` and d, Cohen's with the pooled deviation.
 
-    t: float
-    df: float
-    p: float
-    d: float
-    n1: int
-    n2: int
-    mean1: float
-    mean2: float
-
-
-def welch(a, b) -> Welch:
-    """`scipy.stats.ttest_ind(a, b, equal_var=False)` with Cohen's d; NaNs are left out of a and b.
-
-    t, df, p and d are NaN where a sample has fewer than two values or neither varies.
-    """
+    NaNs are left out of a and b. All four are NaN where a sample has fewer than two values or neither varies."""
     from scipy.stats import ttest_ind
 
     a, b = (np.asarray(values, dtype=np.float64) for values in (a, b))
     a, b = a[~np.isnan(a)], b[~np.isnan(b)]
-    n1, n2 = len(a), len(b)
-    means = (float(a.mean()) if n1 else np.nan, float(b.mean()) if n2 else np.nan)
-    if min(n1, n2) < 2 or (np.ptp(a) == 0 and np.ptp(b) == 0):
-        return Welch(np.nan, np.nan, np.nan, np.nan, n1, n2, *means)
+    if min(len(a), len(b)) < 2 or (np.ptp(a) == 0 and np.ptp(b) == 0):
+        return dict.fromkeys(("t", "df", "p", "d"), np.nan)
     with warnings.catch_warnings():  # one class of equal values is no loss of precision
         warnings.simplefilter("ignore", RuntimeWarning)
         result = ttest_ind(a, b, equal_var=False)
-    pooled = np.sqrt(((n1 - 1) * a.var(ddof=1) + (n2 - 1) * b.var(ddof=1)) / (n1 + n2 - 2))
-    return Welch(float(result.statistic), float(result.df), float(result.pvalue),
-                 float((means[0] - means[1]) / pooled), n1, n2, *means)
+    pooled = ((len(a) - 1) * a.var(ddof=1) + (len(b) - 1) * b.var(ddof=1)) / (len(a) + len(b) - 2)
+    return dict(t=float(result.statistic), df=float(result.df), p=float(result.pvalue),
+                d=float((a.mean() - b.mean()) / np.sqrt(pooled)))
 
+
+# --- bootstrap over facts ---------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Estimate:
     """Mean, median and 10 % trimmed mean, each with its percentile 95 % interval (NaN where undefined).
 
-    n: values used; n_clusters: facts they come from; n_missing: NaNs left out; n_draws: draws behind the
-    interval (draws without a value, as of an empty class, are left out).
-    """
+    n: values used; n_clusters: facts they come from; n_missing: NaNs left out; n_draws: draws behind the interval
+    (draws without a value, as of an empty class, are left out)."""
 
     mean: float
     mean_low: float
@@ -75,117 +58,70 @@ class Estimate:
 
     def row(self, statistic="mean", name=None) -> dict:
         """One statistic as columns for `tables.write_table`: `name`, `name`_low, `name`_high, n."""
-        name = name or statistic
-        values = asdict(self)
-        return {name: values[statistic], f"{name}_low": values[f"{statistic}_low"],
-                f"{name}_high": values[f"{statistic}_high"], "n": self.n}
+        name, values = name or statistic, asdict(self)
+        return {f"{name}{end}": values[f"{statistic}{end}"] for end in ("", "_low", "_high")} | {"n": self.n}
 
 
 def bootstrap_mean(frame, value, cluster="fact", strata="relation", draws=1000, seed=0) -> Estimate:
     """Mean, median and trimmed mean of column `value` over all rows, with intervals over resampled facts.
 
-    Facts are drawn with replacement within their relation, a fact's rows staying together. Of a relation's
-    n facts n - 1 are drawn and weigh n / (n - 1), so that the interval is not too narrow where a relation
-    has few facts (Rao & Wu 1988; drawing n of n understates the variance by (n - 1) / n, which is a half
-    for two facts). Relations with one fact left are pooled into one stratum. With one fact in all, the
-    interval is NaN. strata=None resamples all facts together.
-    """
-    values, clusters, strata_of, missing, _ = _prepare(frame, value, cluster, strata)
-    if not len(values):
-        return _estimate(np.full(3, np.nan), np.full((0, 3), np.nan), 0, 0, missing)
-    weights = _cluster_weights(strata_of, draws, seed)
-    sample = _statistics(values, weights, clusters)
-    return _estimate(_statistics(values, np.ones((1, len(strata_of))), clusters)[0], sample,
-                     len(values), len(strata_of), missing)
+    Facts are drawn with replacement within their relation, a fact's rows staying together. Of a relation's n facts
+    n - 1 are drawn and weigh n / (n - 1), so that the interval is not too narrow where a relation has few facts (Rao &
+    Wu 1988; drawing n of n understates the variance by (n - 1) / n, which is a half for two facts). Relations with one
+    fact left are pooled into one stratum. With one fact in all, the interval is NaN. strata=None resamples all facts
+    together."""
+    return _bootstrap(frame, value, None, [None], cluster, strata, draws, seed)
 
 
-def bootstrap_difference(frame, value, by, levels, cluster="fact", strata="relation", draws=1000,
-                         seed=0) -> Estimate:
+def bootstrap_difference(frame, value, by, levels, cluster="fact", strata="relation", draws=1000, seed=0) -> Estimate:
     """Statistic where `by` is levels[0] minus where it is levels[1], with intervals as in `bootstrap_mean`.
 
-    Facts are resampled once for both sides. So two conditions measured on the same facts are compared
-    paired, and two classes of facts unpaired. n counts the values of both sides. Where a side has no value,
-    all is NaN.
-    """
-    unknown = [column for column in (by,) if column not in frame]
-    if unknown or len(levels) != 2:
+    Facts are resampled once for both sides. So two conditions measured on the same facts are compared paired, and two
+    classes of facts unpaired. n counts the values of both sides. Where a side has no value, all is NaN."""
+    if by not in frame or len(levels) != 2:
         raise ValueError(f"by={by!r} must be a column and levels={levels!r} two of its values")
-    frame = frame[frame[by].isin(list(levels))]
-    values, clusters, strata_of, missing, side = _prepare(frame, value, cluster, strata, by)
-    parts = [side == level for level in levels]
-    if not all(part.any() for part in parts):
-        return _estimate(np.full(3, np.nan), np.full((0, 3), np.nan), len(values), len(strata_of), missing)
-    weights = _cluster_weights(strata_of, draws, seed)
-    once = np.ones((1, len(strata_of)))
-    point, sample = (np.subtract(*(_statistics(values[part], w, clusters[part]) for part in parts))
-                     for w in (once, weights))
-    return _estimate(point[0], sample, len(values), len(strata_of), missing)
+    return _bootstrap(frame[frame[by].isin(list(levels))], value, by, levels, cluster, strata, draws, seed)
 
 
-@dataclass(frozen=True)
-class Permutation:
-    """difference: mean of levels[0] minus mean of levels[1]; within: the same less the relations' means."""
-
-    difference: float
-    within: float
-    p: float
-    n1: int
-    n2: int
+def mean_columns(frame, values, seed=0) -> dict:
+    """The means of several columns side by side, each with its interval, and n (of the last), as one row of a table."""
+    row = {}
+    for value in values:
+        row |= bootstrap_mean(frame, value, seed=seed).row("mean", value)
+    return row
 
 
-def permutation_test(frame, value, label, levels=("I", "II"), cluster="fact", strata="relation", draws=1000,
-                     seed=0) -> Permutation:
-    """Two-sided test that the labels say nothing about `value`, permuting them among the facts of a relation.
-
-    A fact's rows are averaged first. The statistic is the difference of the class means of the values less
-    their relation's mean, whose expectation under the permutation is 0; p = (1 + as extreme) / (1 + draws).
-    NaN where a class is empty or no relation has both.
-    """
-    frame = frame[frame[label].isin(list(levels)) & frame[value].notna()]
-    keys = [cluster, label] + ([strata] if strata else [])
-    facts = frame.groupby(keys, sort=False, as_index=False)[value].mean()
-    if facts[cluster].duplicated().any():
-        raise ValueError(f"{cluster} {facts[cluster][facts[cluster].duplicated()].iloc[0]!r} has two labels")
-    groups = facts[strata] if strata else pd.Series(0, index=facts.index)
-    first = (facts[label] == levels[0]).to_numpy()
-    n1, n2 = int(first.sum()), int((~first).sum())
-    if not n1 or not n2:
-        return Permutation(np.nan, np.nan, np.nan, n1, n2)
-    x = facts[value].to_numpy(np.float64)
-    centred = x - facts[value].groupby(groups.to_numpy()).transform("mean").to_numpy()
-    observed = centred[first].mean() - centred[~first].mean()
-    rng, sums, mixed = np.random.default_rng(seed), np.zeros(draws), False
-    for _, index in sorted(facts.groupby(groups.to_numpy()).indices.items()):
-        labels = first[index]
-        mixed |= bool(labels.any() and not labels.all())
-        sums += rng.permuted(np.tile(labels, (draws, 1)), axis=1) @ centred[index]
-    if not mixed:
-        p = np.nan
-    else:  # the centred values sum to 0, so the second class's sum is minus the first's
-        drawn = sums * (1 / n1 + 1 / n2)
-        p = (1 + np.sum(np.abs(drawn) >= abs(observed) - 1e-12)) / (1 + draws)
-    return Permutation(float(x[first].mean() - x[~first].mean()), float(observed), float(p), n1, n2)
-
-
-def _prepare(frame, value, cluster, strata, by=None):
-    """(values, cluster index of each, stratum of each cluster, number of NaNs, column `by` or None)."""
-    for column in (value, cluster, *([strata] if strata else [])):
+def _bootstrap(frame, value, by, levels, cluster, strata, draws, seed) -> Estimate:
+    """The first level's statistics less the second's, where there is one; `by` None takes all rows."""
+    for column in filter(None, (value, cluster, strata)):
         if column not in frame:
             raise ValueError(f"the frame has no column {column!r}: {', '.join(map(str, frame.columns))}")
     x = frame[value].to_numpy(np.float64, na_value=np.nan)
     if np.isinf(x).any():
         raise ValueError(f"column {value!r} has infinite values; mark undefined ones as NaN")
-    kept = frame[~np.isnan(x)]
+    kept, x = frame[~np.isnan(x)], x[~np.isnan(x)]
     # sorted names, so that the result does not depend on the order of the rows
     clusters, names = pd.factorize(kept[cluster].astype(str), sort=True)
     strata_of = np.zeros(len(names), int)
     if strata:
         strata_of[clusters] = pd.factorize(kept[strata].astype(str), sort=True)[0]
-    return (x[~np.isnan(x)], clusters, strata_of, int(np.isnan(x).sum()),
-            kept[by].to_numpy() if by else None)
+    sides = [np.full(len(x), True) if by is None else (kept[by] == level).to_numpy() for level in levels]
+    point, sample = np.full(3, np.nan), np.full((0, 3), np.nan)
+    if all(side.any() for side in sides):
+        def statistics(weights):
+            first, *second = (_statistics(x[side], weights, clusters[side]) for side in sides)
+            return first - second[0] if second else first
+
+        point = statistics(np.ones((1, len(names))))[0]
+        sample = statistics(resampling_weights(strata_of, draws, seed))
+        sample = sample[~np.isnan(sample).any(axis=1)]
+    tails = (100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2)
+    low, high = np.percentile(sample, tails, axis=0) if len(sample) else np.full((2, 3), np.nan)
+    fields = [float(number) for triple in zip(point, low, high) for number in triple]
+    return Estimate(*fields, n=len(x), n_clusters=len(names), n_missing=len(frame) - len(x), n_draws=len(sample))
 
 
-def _cluster_weights(strata_of, draws, seed):
+def resampling_weights(strata_of, draws, seed):
     """(draws, clusters) weights of a stratified Rao-Wu bootstrap; no rows when there is one cluster only."""
     counts = np.bincount(strata_of)
     strata_of = np.where(counts[strata_of] == 1, -1, strata_of)  # singletons form one stratum
@@ -234,9 +170,33 @@ def _weighted(x, w):
     return np.stack([mean, median, trimmed], axis=1)
 
 
-def _estimate(point, sample, n, n_clusters, missing):
-    sample = sample[~np.isnan(sample).any(axis=1)]
-    tails = (100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2)
-    low, high = np.percentile(sample, tails, axis=0) if len(sample) else np.full((2, 3), np.nan)
-    fields = [float(value) for triple in zip(point, low, high) for value in triple]
-    return Estimate(*fields, n=n, n_clusters=n_clusters, n_missing=missing, n_draws=len(sample))
+# --- permutation of the classes ---------------------------------------------------------------------------
+
+def permutation_test(frame, value, label, levels=("I", "II"), cluster="fact", strata="relation", draws=1000,
+                     seed=0) -> dict:
+    """Two-sided test that the labels say nothing about `value`, permuting them among the facts of a relation.
+
+    A fact's rows are averaged first. Returns within, the difference of the class means of the values less their
+    relation's mean, whose expectation under the permutation is 0; p = (1 + as extreme) / (1 + draws); n1 and n2 facts.
+    NaN where a class is empty or no relation has both."""
+    frame = frame[frame[label].isin(list(levels)) & frame[value].notna()]
+    facts = frame.groupby([*filter(None, (cluster, label, strata))], sort=False, as_index=False)[value].mean()
+    if facts[cluster].duplicated().any():
+        raise ValueError(f"{cluster} {facts[cluster][facts[cluster].duplicated()].iloc[0]!r} has two labels")
+    groups = (facts[strata] if strata else pd.Series(0, index=facts.index)).to_numpy()
+    first = (facts[label] == levels[0]).to_numpy()
+    n1, n2 = int(first.sum()), int((~first).sum())
+    if not n1 or not n2:
+        return dict(within=np.nan, p=np.nan, n1=n1, n2=n2)
+    centred = (facts[value] - facts[value].groupby(groups).transform("mean")).to_numpy(np.float64)
+    observed = centred[first].mean() - centred[~first].mean()
+    rng, sums, mixed = np.random.default_rng(seed), np.zeros(draws), False
+    for _, index in sorted(facts.groupby(groups).indices.items()):
+        labels = first[index]
+        mixed |= bool(labels.any() and not labels.all())
+        sums += rng.permuted(np.tile(labels, (draws, 1)), axis=1) @ centred[index]
+    if not mixed:
+        return dict(within=np.nan, p=np.nan, n1=n1, n2=n2)
+    drawn = sums * (1 / n1 + 1 / n2)  # the centred values sum to 0, so the second class's sum is minus the first's
+    p = (1 + np.sum(np.abs(drawn) >= abs(observed) - 1e-12)) / (1 + draws)
+    return dict(within=float(observed), p=float(p), n1=n1, n2=n2)

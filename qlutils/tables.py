@@ -1,4 +1,4 @@
-"""Tables as CSV (full precision), Markdown and LaTeX, and the paper's own values to stand beside ours."""
+"""Tables as CSV (full precision), Markdown and LaTeX, sentences about their rows, the paper's values beside ours."""
 
 import json
 import re
@@ -8,112 +8,55 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from qlutils.files import write_bytes
+from .files import write_bytes
 
 UNDEFINED = "–"
 PAPER_MODELS = ("gpt2", "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B")
 _ALIASES = {"openai-community/gpt2": "gpt2"}
-_LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
-          "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
-          ">": r"\textgreater{}", "|": r"\textbar{}", "–": "--", "—": "---", "−": "$-$", "Δ": r"$\Delta$",
-          "∩": r"$\cap$", "×": r"$\times$", "±": r"$\pm$", "≥": r"$\geq$", "≤": r"$\leq$",
-          "λ": r"$\lambda$", "β": r"$\beta$", "α": r"$\alpha$", "τ": r"$\tau$", "σ": r"$\sigma$", "μ": r"$\mu$",
-          "→": r"$\rightarrow$", "’": "'", "“": "``", "”": "''", "…": r"\ldots{}", "\n": " "}
+_LATEX = str.maketrans({
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}", "–": "--", "—": "---", "−": "$-$", "Δ": r"$\Delta$", "∩": r"$\cap$", "×": r"$\times$",
+    "±": r"$\pm$", "≥": r"$\geq$", "≤": r"$\leq$", "λ": r"$\lambda$", "β": r"$\beta$", "α": r"$\alpha$",
+    "τ": r"$\tau$", "σ": r"$\sigma$", "μ": r"$\mu$", "→": r"$\rightarrow$", "’": "'", "“": "``", "”": "''",
+    "…": r"\ldots{}", "\n": " "})
 
+
+# --- numbers and sentences --------------------------------------------------------------------------------
 
 def format_value(value, low=None, high=None, n=None, digits=2) -> str:
     """One number for reading: "0.52 [0.47, 0.57] (n = 12)"; the interval and n are optional.
 
-    "–" where undefined; an undefined interval shows as [–, –], since a number without one is not a result.
-    Numbers that would round to zero are written as 1.2e-07, numbers from 10,000 on as 1.2e+04.
-    """
+    "–" where undefined; an undefined interval shows as [–, –], since a number without one is not a result. Numbers that
+    would round to zero are written as 1.2e-07, numbers from 10,000 on as 1.2e+04."""
     text = _number(value, digits)
     if text != UNDEFINED and low is not None and high is not None:
         text += f" [{_number(low, digits)}, {_number(high, digits)}]"
     return text if n is None else f"{text} (n = {_number(n, 0)})"
 
 
-def display_table(frame, headers=None, digits=2) -> pd.DataFrame:
-    """The table as texts: columns x, x_low, x_high become one column "x [95 %]"; headers renames columns."""
-    frame, headers = _flat(frame), headers or {}
-    unknown = [name for name in headers if name not in frame]
-    if unknown:
-        raise ValueError(f"headers names columns that are not in the table: {', '.join(map(str, unknown))}")
-    bounds = _bounds(frame)
-    shown = {}
-    for name in frame:
-        if name in bounds:
-            continue
-        header, values = headers.get(name, name), frame[name].tolist()
-        if f"{name}_low" in bounds:
-            low, high = frame[f"{name}_low"].tolist(), frame[f"{name}_high"].tolist()
-            shown[f"{header} [95 %]"] = [format_value(*row, digits=digits) for row in zip(values, low, high)]
-        else:  # counts may have become floats where one is missing
-            places = 0 if re.fullmatch(r"n|n_.*|.*_n", name) else digits
-            shown[header] = [format_value(value, digits=places) for value in values]
-    return pd.DataFrame(shown, index=frame.index)
+def with_interval(row, name="mean", digits=2) -> str:
+    """A value of a table's row for a sentence: "0.41 [0.35, 0.47] (n = 120)"; "undefined (n = 0)"."""
+    if pd.isna(row[name]):
+        return f"undefined (n = {int(row['n'])})"
+    return format_value(row[name], row[f"{name}_low"], row[f"{name}_high"], row["n"], digits)
 
 
-def write_table(frame, stem, folder, caption="", note="", *, headers=None, digits=2) -> dict[str, Path]:
-    """Write `stem`.csv (every column, full precision), .md and .tex (as `display_table`) into folder.
-
-    A named index becomes columns. caption and note are plain text. Returns {"csv": path, "md": ..., "tex":
-    ...}.
-    """
-    if not re.fullmatch(r"[\w.-]+", stem):
-        raise ValueError(f"stem must be a plain file name without folder, not {stem!r}")
-    flat = _flat(frame)
-    shown = display_table(frame, headers, digits)
-    numeric = [pd.api.types.is_numeric_dtype(flat[name]) for name in flat if name not in _bounds(flat)]
-    texts = {"csv": flat.to_csv(index=False, lineterminator="\n"),
-             "md": _markdown(shown, numeric, caption, note),
-             "tex": _latex(shown, numeric, caption, note, stem)}
-    paths = {}
-    for kind, text in texts.items():
-        paths[kind] = Path(folder) / f"{stem}.{kind}"
-        write_bytes(paths[kind], text.encode("utf-8"))
-    return paths
+def verdict(row, name="mean") -> str:
+    """What the 95 % interval of a value says about 0, in words."""
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    if pd.isna(row[name]) or pd.isna(low):
+        return "cannot be tested here"
+    return "lies above 0" if low > 0 else "lies below 0" if high < 0 else "cannot be told from 0"
 
 
-def paper_value(table, model, column, **keys) -> float:
-    """A value the paper prints, NaN where it has none for this model.
-
-    Table 1: column ratio_I, cs_I, ratio_II, cs_II, t or cap_II; keys threshold ("static", "otsu") and
-    method ("ig", "sig", "amig"). Table 4: column threshold_value, the same keys. Tables 2 and 3 (localised
-    by `ig`): column rel, gen, loc, avg or dppl; keys operation ("erasure", "update"), neurons ("local",
-    "global", in Table 3 also "cas") and class_ ("I", "II"). ValueError for a table, column or key that the
-    paper does not have.
-    """
-    tables = _paper()["tables"]
-    if str(table) not in tables:
-        raise ValueError(f"the paper's values are kept of tables {', '.join(tables)}, not {table!r}")
-    names, columns, rows = (tables[str(table)][part] for part in ("keys", "columns", "rows"))
-    keys = {name.rstrip("_"): value for name, value in keys.items()}
-    if column not in columns or set(keys) != set(names[1:]):
-        raise ValueError(f"Table {table} has the columns {', '.join(columns)} and the keys "
-                         f"{', '.join(names[1:])}; got {column!r} and {', '.join(keys) or 'no key'}")
-    for place, name in enumerate(names[1:], 1):
-        known = sorted({row.split("|")[place] for row in rows})
-        if keys[name] not in known:
-            raise ValueError(f"Table {table} has {name} {', '.join(known)}, not {keys[name]!r}")
-    row = rows.get("|".join([_ALIASES.get(model, model), *(keys[name] for name in names[1:])]))
-    value = row[columns.index(column)] if row else None
-    return np.nan if value is None else float(value)
-
-
-def paper_notes(table, model=None) -> list[str]:
-    """What to know about the paper's printed values of a table (misprints), for a model or for all."""
-    model = _ALIASES.get(model, model)
-    if model is not None and model not in PAPER_MODELS:
-        return []
-    texts = [note["text"] for note in _paper()["notes"]
-             if str(note["table"]) == str(table) and (model is None or note["model"] in ("*", model))]
-    return list(dict.fromkeys(texts))
-
-
-@cache
-def _paper():
-    return json.loads(Path(__file__).with_name("paper_values.json").read_text("utf-8"))
+def pick(table: pd.DataFrame, **keys) -> pd.Series:
+    """The one row of a table with these values; `class_` stands for the column class."""
+    for name, value in keys.items():
+        table = table[table[name.rstrip("_")] == value]
+    if len(table) != 1:
+        raise ValueError(f"{len(table)} rows of the table have {keys}; want one")
+    return table.iloc[0]
 
 
 def _number(value, digits):
@@ -131,10 +74,47 @@ def _number(value, digits):
     return f"{value + 0.0:.{digits}f}"  # + 0.0 turns -0.0 into 0.0
 
 
-def _bounds(frame):
-    """The columns x_low and x_high that belong to a column x."""
-    return {f"{name}{end}" for name in frame for end in ("_low", "_high")
-            if {f"{name}_low", f"{name}_high"} <= set(frame)}
+# --- tables -----------------------------------------------------------------------------------------------
+
+def display_table(frame, headers=None, digits=2) -> pd.DataFrame:
+    """The table as texts: columns x, x_low, x_high become one column "x [95 %]"; headers renames columns."""
+    frame, headers = _flat(frame), headers or {}
+    unknown = [name for name in headers if name not in frame]
+    if unknown:
+        raise ValueError(f"headers names columns that are not in the table: {', '.join(map(str, unknown))}")
+    shown = {}
+    for name in _without_bounds(frame):
+        header, values = headers.get(name, name), frame[name].tolist()
+        if {f"{name}_low", f"{name}_high"} <= set(frame):
+            low, high = frame[f"{name}_low"].tolist(), frame[f"{name}_high"].tolist()
+            shown[f"{header} [95 %]"] = [format_value(*row, digits=digits) for row in zip(values, low, high)]
+        else:  # counts may have become floats where one is missing
+            places = 0 if re.fullmatch(r"n|n_.*|.*_n", name) else digits
+            shown[header] = [format_value(value, digits=places) for value in values]
+    return pd.DataFrame(shown, index=frame.index)
+
+
+def write_table(frame, stem, folder, caption="", note="", *, headers=None, digits=2) -> dict[str, Path]:
+    """Write `stem`.csv (every column, full precision), .md and .tex (as `display_table`) into folder.
+
+    A named index becomes columns. caption and note are plain text. Returns {"csv": path, "md": ..., "tex": ...}."""
+    if not re.fullmatch(r"[\w.-]+", stem):
+        raise ValueError(f"stem must be a plain file name without folder, not {stem!r}")
+    flat, shown = _flat(frame), display_table(frame, headers, digits)
+    numeric = [pd.api.types.is_numeric_dtype(flat[name]) for name in _without_bounds(flat)]
+    texts = {"csv": flat.to_csv(index=False, lineterminator="\n"), "md": _markdown(shown, numeric, caption, note),
+             "tex": _latex(shown, numeric, caption, note, stem)}
+    paths = {kind: Path(folder) / f"{stem}.{kind}" for kind in texts}
+    for kind, text in texts.items():
+        write_bytes(paths[kind], text.encode("utf-8"))
+    return paths
+
+
+def _without_bounds(frame) -> list[str]:
+    """The columns less the x_low and x_high that belong to a column x."""
+    bounds = {f"{name}{end}" for name in frame for end in ("_low", "_high")
+              if {f"{name}_low", f"{name}_high"} <= set(frame)}
+    return [name for name in frame if name not in bounds]
 
 
 def _flat(frame):
@@ -160,19 +140,58 @@ def _markdown(shown, numeric, caption, note):
 
 
 def _latex(shown, numeric, caption, note, stem):
-    def escape(text):
-        return "".join(_LATEX.get(character, character) for character in str(text))
-
     def line(cells):
-        text = " & ".join(map(escape, cells)) + r" \\"
+        text = " & ".join(str(cell).translate(_LATEX) for cell in cells) + r" \\"
         return "{}" + text if text.startswith("[") else text  # else an argument of the row end before it
 
-    lines = [r"% needs \usepackage{booktabs}", r"\begin{table}", r"\centering", r"\small"]
-    lines += [rf"\caption{{{escape(caption)}}}"] if caption else []
     alignment = "".join("r" if right else "l" for right in numeric)
-    lines += [rf"\label{{tab:{stem}}}", rf"\begin{{tabular}}{{{alignment}}}", r"\toprule",
-              line(shown.columns), r"\midrule"]
-    lines += [line(row) for row in shown.itertuples(index=False)]
-    lines += [r"\bottomrule", r"\end{tabular}"]
-    lines += [rf"\par\smallskip{{\footnotesize {escape(note)}}}"] if note else []
-    return "\n".join(lines + [r"\end{table}"]) + "\n"
+    return "\n".join([
+        r"% needs \usepackage{booktabs}", r"\begin{table}", r"\centering", r"\small",
+        *([rf"\caption{{{caption.translate(_LATEX)}}}"] if caption else []),
+        rf"\label{{tab:{stem}}}", rf"\begin{{tabular}}{{{alignment}}}", r"\toprule", line(shown.columns), r"\midrule",
+        *map(line, shown.itertuples(index=False)), r"\bottomrule", r"\end{tabular}",
+        *([rf"\par\smallskip{{\footnotesize {note.translate(_LATEX)}}}"] if note else []), r"\end{table}"]) + "\n"
+
+
+# --- the paper's values -----------------------------------------------------------------------------------
+
+def paper_value(table, model, column, **keys) -> float:
+    """A value the paper prints, NaN where it has none for this model.
+
+    Table 1: column ratio_I, cs_I, ratio_II, cs_II, t or cap_II; keys threshold ("static", "otsu") and method ("ig",
+    "sig", "amig"). Table 4: column threshold_value, the same keys. Tables 2 and 3 (localised by `ig`): column rel, gen,
+    loc, avg or dppl; keys operation ("erasure", "update"), neurons ("local", "global", in Table 3 also "cas") and
+    class_ ("I", "II"). ValueError for a table, column or key that the paper does not have."""
+    tables = _paper()["tables"]
+    if str(table) not in tables:
+        raise ValueError(f"the paper's values are kept of tables {', '.join(tables)}, not {table!r}")
+    names, columns, rows = (tables[str(table)][part] for part in ("keys", "columns", "rows"))
+    keys = {name.rstrip("_"): value for name, value in keys.items()}
+    if column not in columns or set(keys) != set(names[1:]):
+        raise ValueError(f"Table {table} has the columns {', '.join(columns)} and the keys "
+                         f"{', '.join(names[1:])}; got {column!r} and {', '.join(keys) or 'no key'}")
+    wanted, known = "|".join(keys[name] for name in names[1:]), {row.split("|", 1)[1] for row in rows}
+    if wanted not in known:
+        raise ValueError(f"Table {table} has rows for {', '.join(sorted(known))}, not {wanted!r}")
+    row = rows.get(f"{_ALIASES.get(model, model)}|{wanted}")
+    value = row[columns.index(column)] if row else None
+    return np.nan if value is None else float(value)
+
+
+def without_empty_paper_columns(frame: pd.DataFrame) -> pd.DataFrame:
+    """Columns of the paper's values (`..._paper`) are dropped where it has none; ours stay, undefined or not."""
+    return frame.drop(columns=[name for name in frame if name.endswith("_paper") and frame[name].isna().all()])
+
+
+def paper_notes(table, model) -> list[str]:
+    """What to know about the paper's printed values of a table for a model (misprints); nothing for other models."""
+    model = _ALIASES.get(model, model)
+    if model not in PAPER_MODELS:
+        return []
+    return list(dict.fromkeys(note["text"] for note in _paper()["notes"]
+                              if str(note["table"]) == str(table) and note["model"] in ("*", model)))
+
+
+@cache
+def _paper():
+    return json.loads(Path(__file__).with_name("paper_values.json").read_text("utf-8"))

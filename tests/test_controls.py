@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from qlutils import controls
+from qlutils.neurons import random_neurons
 from qlutils.stats import welch
 
 PATTERNS = ("{} lies in the land of", "The capital {} belongs to", "You will find {} in", "It is {} that is ruled by")
@@ -50,9 +51,10 @@ def test_a_null_group_that_cannot_be_made_is_counted_not_invented(pattern_and_ob
 
 def test_random_sets_keep_the_number_in_each_layer():
     neurons = {(0, 1), (0, 2), (3, 7)}
-    drawn = controls._random_like(neurons, 50, np.random.default_rng(0))
-    assert sorted(layer for layer, _ in drawn) == [0, 0, 3]
-    assert controls._random_like(set(), 50, np.random.default_rng(0)) == set()
+    drawn = [random_neurons(neurons, 4, np.random.default_rng(seed), outside=False) for seed in range(20)]
+    assert all(sorted(layer for layer, _ in one) == [0, 0, 3] for one in drawn)
+    assert set().union(*drawn) == {(layer, neuron) for layer in (0, 3) for neuron in range(4)}  # its own, too
+    assert random_neurons(set(), 50, np.random.default_rng(0), outside=False) == set()
 
 
 @pytest.mark.parametrize("prompt, subject, expected", [
@@ -133,7 +135,7 @@ def test_classes_cut_from_noise_do_not_carry_over_though_the_circular_test_is_si
     for seed in range(8):
         queries = facts_with(lambda f, _: 0.4, n=40, k=8, seed=seed)
         facts = classified_facts(queries)
-        assert welch(facts["cs2"][facts["class_otsu"] == "I"], facts["cs2"][facts["class_otsu"] == "II"]).p < 0.005
+        assert welch(facts["cs2"][facts["class_otsu"] == "I"], facts["cs2"][facts["class_otsu"] == "II"])["p"] < 0.005
         row = controls.split_half(queries, seed=seed).set_index(["threshold", "outcome"]).loc[("otsu", "CS2")]
         carried.append(row["I - II_low"] > 0 and row["p"] < 0.05)
     assert sum(carried) <= 1  # of 8; each is an accident with a chance of 2.5 %

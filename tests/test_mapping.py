@@ -6,8 +6,9 @@ import pytest
 import torch
 from test_synapses import Words, make
 
-from qlutils import effects, mapping, synapses
+from qlutils import effects, mapping, synapses, tables
 from qlutils.interventions import answer_probability, scale_neurons
+from qlutils.neurons import active_neurons, random_neurons
 
 UNIT = [dict(fact="R1|a|8 6", relation="R1", object="8 6", prompts=["3 17 8 25", "5 17 8", "9 3 30 2"], prompt_index=[0, 2, 3],
              layer=[[0, 0, 2], [0, 1], []], neuron=[[3, 7, 40], [3, 5], []])]
@@ -39,8 +40,21 @@ def test_every_set_of_a_query_by_hand():
 
 def test_random_and_matched_neurons_end_where_a_layer_is_used_up():
     everything = {(0, n) for n in range(4)}
-    assert mapping.random_neurons(everything, 4, np.random.default_rng(0)) == set()
-    assert mapping.as_active(everything - {(0, 3)}, np.zeros((1, 4))) == {(0, 3)}
+    assert random_neurons(everything, 4, np.random.default_rng(0)) == set()
+    assert active_neurons(everything - {(0, 3)}, np.zeros((1, 4))) == {(0, 3)}
+
+
+def test_neurons_are_drawn_from_a_given_pool_and_never_from_their_own_set():
+    among = {0: {1, 2, 3}, 1: set()}
+    for seed in range(20):
+        drawn = random_neurons({(0, 1), (1, 0)}, 10, np.random.default_rng(seed), among=among.get)
+        assert drawn in ({(0, 2)}, {(0, 3)})  # layer 1 has none to give
+
+
+def test_the_most_active_neuron_is_matched_first():
+    active = np.array([[3.0, -5.0, 4.9, 2.0]])  # neuron 2 is nearest to both; the other is left with what remains
+    assert active_neurons({(0, 0), (0, 1)}, active) == {(0, 2), (0, 3)}
+    assert active_neurons({(0, 0)}, active) == {(0, 3)} and active_neurons({(0, 1)}, active) == {(0, 2)}
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
@@ -113,14 +127,14 @@ def test_summary_counts_empty_sets_undefined_values_and_classes_without_facts():
             for k, (size, before) in enumerate([(2, 0.5), (0, 0.5), (3, 0.0)]) for d in ("enhance", "suppress")]
     frame = with_classes(effects.rates(changes(rows)), dict.fromkeys(["f0", "f1", "f2"], "I"))
     table = effects.summary(frame, ["self"], directions=("average",), populations=("known", "known, not empty"))
-    one = effects.pick(table, threshold="static", queries="known", class_="I")
+    one = tables.pick(table, threshold="static", queries="known", class_="I")
     assert one["n"] == 2 and one["undefined"] == 1 and one["empty"] == pytest.approx(1 / 3)
     assert one["mean"] == pytest.approx((0 + 0.2) / 2)
-    assert effects.pick(table, threshold="static", queries="known, not empty", class_="I")["mean"] == pytest.approx(0)
+    assert tables.pick(table, threshold="static", queries="known, not empty", class_="I")["mean"] == pytest.approx(0)
     for name in ("I", "II"):
-        none = effects.pick(table, threshold="otsu", queries="known", class_=name)
+        none = tables.pick(table, threshold="otsu", queries="known", class_=name)
         assert none["n"] == 0 and np.isnan(none["mean"])
-    assert effects.with_interval(none) == "undefined (n = 0)" and effects.verdict(none) == "cannot be tested here"
+    assert tables.with_interval(none) == "undefined (n = 0)" and tables.verdict(none) == "cannot be tested here"
 
 
 def test_contrast_pairs_queries_and_leaves_out_those_without_both():
@@ -128,21 +142,22 @@ def test_contrast_pairs_queries_and_leaves_out_those_without_both():
     for k in range(6):
         for name, after in (("self", 0.1 + 0.05 * k), ("union", 0.3), ("refine", 0.5)):
             if (k, name) != (5, "refine"):
-                rows += [(f"f{k}", f"R{k % 2}", 0, name, d, 1, after, 0.5) for d in ("enhance", "suppress")]
+                rows += [(f"f{k}", f"R{k % 2}", 0, name, d, 1, value, 0.5)
+                         for d, value in (("enhance", 0.5), ("suppress", after))]
     frame = with_classes(effects.rates(changes(rows)), {f"f{k}": "I" if k < 3 else "II" for k in range(6)})
-    table = effects.contrast(frame, "self", ["union", "refine"], direction="suppress")
-    drop = lambda after: (0.5 - after) / 0.5  # noqa: E731
+    table = effects.contrast(frame, "self", ["union", "refine"])
+    drop = lambda after: (0.5 - after) / 0.5 / 2  # the mean of both directions  # noqa: E731
     gap = [drop(0.1 + 0.05 * k) - (drop(0.3) + drop(0.5)) / 2 for k in range(5)]
-    assert effects.pick(table, class_="I")["mean"] == pytest.approx(np.mean(gap[:3]))
-    two = effects.pick(table, class_="II")
+    assert tables.pick(table, threshold="static", class_="I")["mean"] == pytest.approx(np.mean(gap[:3]))
+    two = tables.pick(table, threshold="static", class_="II")
     assert two["mean"] == pytest.approx(np.mean(gap[3:])) and two["n"] == 2
-    assert effects.pick(table, class_="II - I")["mean"] == pytest.approx(np.mean(gap[3:]) - np.mean(gap[:3]))
+    assert tables.pick(table, threshold="static", class_="II - I")["mean"] == pytest.approx(np.mean(gap[3:]) - np.mean(gap[:3]))
 
 
 def test_verdict_reads_the_interval():
     row = lambda low, high: dict(mean=(low + high) / 2, mean_low=low, mean_high=high)  # noqa: E731
-    assert effects.verdict(row(0.1, 0.2)) == "lies above 0" and effects.verdict(row(-0.2, -0.1)) == "lies below 0"
-    assert effects.verdict(row(-0.1, 0.2)) == "cannot be told from 0"
+    assert tables.verdict(row(0.1, 0.2)) == "lies above 0" and tables.verdict(row(-0.2, -0.1)) == "lies below 0"
+    assert tables.verdict(row(-0.1, 0.2)) == "cannot be told from 0"
 
 
 # --- predominance on hand-made matrices ------------------------------------------------------------------

@@ -21,8 +21,6 @@ MISTAKES = {  # name: (notebook, parameters, what the error says)
     "unknown in 01": ("01_localize", dict(COMMON, stepz=3), "unknown parameter 'stepz'"),
     "unknown in 02": ("02_consistency", dict(COMMON, method="ig"), "unknown parameter 'method'"),
     "another type": ("01_localize", dict(COMMON, facts_per_relation="many"), "facts_per_relation must be .* not 'many'"),
-    "01 has not run": ("02_consistency", dict(COMMON, output="empty"),
-                       "no localisation of demo/gpt2.*run notebook 01 first"),
 }
 
 
@@ -172,6 +170,15 @@ def test_02_names_a_method_that_has_not_run_and_assumes_nothing_about_it(folder,
     for stem in ("fig3", "fig9"):
         assert (where / f"{stem}.pdf").exists() and len(pd.read_csv(where / f"{stem}.csv")) == 3
     assert not list(where.glob("*sig*"))
+
+
+def test_02_localises_by_its_first_method_where_nothing_was_localised(run, folder):
+    parameters = dict(COMMON, methods=["amig", "ig"], facts_per_relation=2, relations=RELATIONS[:1], output="empty")
+    problem, book = run("02_consistency", "02-alone", parameters)
+    assert problem == "" and "ig: not run yet" in printed(book) and "localising with default settings" in printed(book)
+    where = folder / "runs" / "empty" / "results" / "demo--gpt2"
+    assert (where / "amig" / "queries.parquet").exists() and not (where / "ig").exists()
+    assert pd.read_csv(where / "all" / "table1.csv")["method"].unique().tolist() == ["amig"]
 
 
 @pytest.mark.parametrize("name", MISTAKES)

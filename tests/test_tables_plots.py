@@ -146,7 +146,7 @@ def test_models_the_paper_has_not_and_the_cell_it_lost_are_nan():
 @pytest.mark.parametrize("table, column, keys, message", [
     (6, "rel", {}, "tables 1, 2, 3, 4"), (1, "rel", dict(threshold="otsu", method="ig"), "ratio_I"),
     (1, "t", dict(threshold="otsu"), "threshold, method"),
-    (4, "threshold_value", dict(threshold="x", method="ig"), "'x'")])
+    (4, "threshold_value", dict(threshold="x", method="ig"), "not 'x|ig'".replace("|", r"\|"))])
 def test_what_the_paper_does_not_print_is_refused(table, column, keys, message):
     with pytest.raises(ValueError, match=message):
         paper_value(table, "gpt2", column, **keys)
@@ -162,10 +162,11 @@ def cs2_frame():
 
 
 def test_violins_show_every_relation_and_model_with_n_and_the_threshold():
-    ax = plots.violins_by_relation(cs2_frame(), plt.figure().subplots())
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["P17 (12)", "P101 (3)"]
-    legend = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert legend == ["demo/gpt2", "other", "threshold 0.3"]
+    fig, plotted = plots.figure_cs2([cs2_frame()], "ig", line=0.3)
+    [ax] = fig.axes
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["P17 (12)", "P101 (3)"] and len(plotted) == 31
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["demo/gpt2", "other"]
+    assert [line.get_ydata()[0] for line in ax.lines] == [0.3]
     bodies = [body for body in ax.collections if body.get_paths() and len(body.get_paths()[0].vertices) > 20]
     assert len(bodies) == 4
     low, high = bodies[0].get_paths()[0].vertices[:, 1].min(), bodies[0].get_paths()[0].vertices[:, 1].max()
@@ -175,11 +176,12 @@ def test_violins_show_every_relation_and_model_with_n_and_the_threshold():
 
 def test_violins_of_equal_few_or_no_values_do_not_fail():
     frame = pd.DataFrame(dict(relation=["P1", "P1", "P2", "P3"], model="gpt2", cs2=[0.5, 0.5, 1.0, np.nan]))
-    ax = plots.violins_by_relation(frame, plt.figure().subplots(), line=None)
+    ax = plots.violins(frame, plt.figure().subplots(), x="relation", hue="model", value="cs2", colors={"gpt2": "red"})
     assert [label.get_text() for label in ax.get_xticklabels()] == ["P1 (2)", "P2 (1)", "P3 (0)"]
     classes = pd.DataFrame({"model": "gpt2", "predominance": [0.5, 0.6, 0.9], "class": ["I", "I", None]})
-    ax = plots.violins_by_class(classes, plt.figure().subplots())
-    assert [text.get_text() for text in ax.texts] == ["n = 2", "n = 0"]
+    ax = plots.violins(classes, plt.figure().subplots(), x="model", hue="class", value="predominance",
+                       colors=plots.CLASS_COLORS)
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["gpt2 (2 / 0)"]
     ax.figure.canvas.draw()
 
 
@@ -237,8 +239,7 @@ def test_a_figure_is_written_with_its_numbers_small_and_byte_for_byte_the_same(t
     contents = []
     for folder, epoch in (("a", "100000"), ("b", "900000000")):
         monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
-        fig = plt.figure(figsize=(plots.WIDE, 2.5))
-        plots.violins_by_relation(data, fig.subplots())
+        fig, _ = plots.figure_cs2([data], "ig")
         paths = plots.save_figure(fig, "fig3", tmp_path / folder, data)
         contents.append({kind: path.read_bytes() for kind, path in paths.items()})
         plt.close(fig)
