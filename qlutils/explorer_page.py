@@ -378,6 +378,8 @@ class Page(w.VBox):
                           f"t = {self.t.value:.2f})" + ("" if neurons else ": an empty set changes nothing"))
             if synapses != 1:
                 title += f"; synapses of q{place} × {synapses:g}"
+            elif action == "none":
+                title += ", and so are synapses: choose above what happens to them"
             self.page_effects.value = effects_html(self.effects, title)
             self.action = action
             self._show_set()

@@ -367,6 +367,7 @@ def test_buttons_show_before_and_after_beside_controls_and_leave_the_weights(pag
         page.page_effects.value = ""
         button.click()
         assert "control: same relation" in page.page_effects.value, page.status.value
+        assert ("choose above" in page.page_effects.value) == (action == "none")  # synapses are left alone, too
         assert page.effects["role"].str.startswith("control").sum() == 2
         assert ("edit_weights" in page.code.value) == (action in ("erase", "update"))
     assert all(torch.equal(before[name], tensor) for name, tensor in page.view.lm.model.state_dict().items())
@@ -384,6 +385,14 @@ def test_a_neuron_can_be_picked_and_changed(page):
     with scale_neurons(page.view.lm, want, 0.0):
         p = answer_probability(page.view.lm, [page.view.fact.prompts[0]], [page.view.fact.object])
     assert page.effects["after"][0] == pytest.approx(float(p[0]), rel=1e-4)
+
+
+def test_only_stock_widgets_are_used(page):
+    """So that JupyterLab and VS Code show it without an extension."""
+    seen = [page]
+    for one in seen:
+        seen += getattr(one, "children", ())
+    assert len(seen) > 30 and {one._model_module for one in seen} == {"@jupyter-widgets/controls"}
 
 
 def test_the_script_is_that_of_the_controls_and_the_button_pressed_last(page):
