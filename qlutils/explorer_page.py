@@ -49,10 +49,9 @@ def _token(token: str) -> str:
 
 def _bar(value: float, color: str, width: int = 90) -> str:
     """A horizontal bar for a share between 0 and 1."""
-    inside, outside = (f'display:{kind};height:9px;border-radius:2px;background:{fill};width:{length:.1f}px' for
-                       kind, fill, length in (("block", color, width * min(max(value, 0), 1)),
-                                              ("inline-block", "#eee", width)))
-    return f'<span style="{outside}"><span style="{inside}"></span></span>'
+    box, share = "height:9px;border-radius:2px", min(max(value, 0), 1)
+    return (f'<span style="display:inline-block;width:{width}px;background:#eee;{box}"><span style="display:block;'
+            f'width:{share * width:.1f}px;background:{color};{box}"></span></span>')
 
 
 def tokens_html(tokens, shares) -> str:
