@@ -48,6 +48,7 @@ class Architecture:
     layers: list[nn.Module]
     downs: list[nn.Module]
     ups: list[nn.Module]
+    mlps: list[nn.Module | None]  # None where the projections sit in the layer itself (OPT)
     head: nn.Module
     num_neurons: int
     num_heads: int
@@ -75,8 +76,8 @@ def find_architecture(model: nn.Module, name: str) -> Architecture:
     layers = _decoder_layers(model, text.num_hidden_layers, name)
     downs = [_first(layer, DOWN_PROJECTIONS, f"{name}: layer {i} ({type(layer).__name__})", "down-projection")
              for i, layer in enumerate(layers)]
-    ups = [_first(_parent(layer, down), UP_PROJECTIONS, f"{name}: layer {i}", "up-projection")
-           for i, (layer, down) in enumerate(zip(layers, downs))]
+    parents = [_parent(layer, down) for layer, down in zip(layers, downs)]
+    ups = [_first(parent, UP_PROJECTIONS, f"{name}: layer {i}", "up-projection") for i, parent in enumerate(parents)]
     widths = {_in_features(down) for down in downs}
     if len(widths) != 1:
         raise UnsupportedModel(f"{name}: layers have different numbers of neurons {sorted(widths)}")
@@ -84,7 +85,8 @@ def find_architecture(model: nn.Module, name: str) -> Architecture:
     if head is None:
         raise UnsupportedModel(f"{name}: {type(model).__name__} has no unembedding (language-model head)")
     return Architecture(
-        name=name, layers=layers, downs=downs, ups=ups, head=head, num_neurons=widths.pop(),
+        name=name, layers=layers, downs=downs, ups=ups, head=head,
+        mlps=[None if parent is layer else parent for layer, parent in zip(layers, parents)], num_neurons=widths.pop(),
         num_heads=text.num_attention_heads, scale=_logit_scale(model, text),
         softcap=getattr(text, "final_logit_softcapping", None),
         uses_attention_interface=text.model_type not in NO_ATTENTION_INTERFACE,

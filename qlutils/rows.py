@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -140,12 +141,17 @@ def _score_group(lm, queries, members, by_query, prefix, size, out) -> None:
     low = min([change.start for change in _scales(lm)], default=lm.num_layers)
     rows = [(local, change, min(low, change.start if change else lm.num_layers), places)
             for local, q in enumerate(members) for change, places in by_query[q]]
-    rows.sort(key=lambda row: row[2])
+    seen = {id(change): place for place, (_, change, *_) in enumerate(rows)}
+    rows.sort(key=lambda row: (row[2], seen[id(row[1])]))  # by the layer they begin in, a change's rows together
     for start in range(0, len(rows), size):
         part = rows[start:start + size]
-        hidden = _grow(lm, shared, part, [len(queries[members[local]][0]) - 1 - prefix for local, *_ in part])
         scored = [queries[members[local]] for local, *_ in part]
-        _read(lm, hidden, scored, prefix, [places for *_, places in part], out)
+        first = [len(prompt) - 1 - prefix for prompt, _ in scored]
+        who = np.repeat(np.arange(len(part)), [len(target) for _, target in scored])
+        at = np.concatenate([np.arange(begin, begin + len(target)) for begin, (_, target) in zip(first, scored)])
+        who, at = (torch.from_numpy(one).to(lm.device) for one in (who, at))
+        hidden = _grow(lm, shared, part, first, who, at)
+        _read(lm, hidden[who, at], scored, [places for *_, places in part], out)
 
 
 def _clean(lm, ids, prefix, starts) -> _Shared:
@@ -178,9 +184,9 @@ def _clean(lm, ids, prefix, starts) -> _Shared:
     return _Shared(calls, [*inputs, last[0]], neurons, kept if prefix else None)
 
 
-def _grow(lm, shared: _Shared, rows, prompt_ends) -> Tensor:
-    """(R, S, d) output of the last layer for `rows`, sorted by the layer in which they leave the clean pass.
-    """
+def _grow(lm, shared: _Shared, rows, prompt_ends, who, at) -> Tensor:
+    """(R, S, d) output of the last layer for `rows`, sorted by the layer in which they leave the clean pass; of use at
+    the scored places only, tokens `at` of rows `who`, since nothing after the last attention looks elsewhere."""
     index = torch.tensor([local for local, *_ in rows], device=lm.device)
     starts = np.array([start for _, _, start, _ in rows])
     skip = lm.adds_mlp_output and not _scales(lm)  # then a row's first changed layer need not be run
@@ -195,7 +201,9 @@ def _grow(lm, shared: _Shared, rows, prompt_ends) -> Tensor:
                 _write(lm, shared, layer - 1, rows[begun:running], index[begun:running], new)
             hidden = new if hidden is None else torch.cat([hidden, new])
         if hidden is not None and layer < lm.num_layers:
-            with _changed(lm, layer, rows[:running], prompt_ends, hidden.shape[1]):
+            few = layer == lm.num_layers - 1 and 2 * len(who) < hidden.shape[0] * hidden.shape[1]
+            scored = (who, at) if few and lm.arch.mlps[layer] is not None else None
+            with _changed(lm, layer, rows[:running], prompt_ends, scored):
                 hidden = _run_layer(lm, shared, layer, hidden, index[:running])
     return hidden
 
@@ -203,18 +211,18 @@ def _grow(lm, shared: _Shared, rows, prompt_ends) -> Tensor:
 def _write(lm, shared, layer, rows, index, hidden) -> None:
     """Add to the clean output `hidden` (R, S, d) of `layer` what the changes of `rows` make its neurons
     write."""
-    together: dict[int, list[int]] = {}
-    for place, (_, change, start, _) in enumerate(rows):
-        if change is not None and start == layer:
-            together.setdefault(id(change), []).append(place)
-    for places in together.values():
-        change = rows[places[0]][1]
+    first = 0
+    for _, group in groupby(rows, key=lambda row: id(row[1])):
+        count, change = len(group := list(group)), group[0][1]
+        here, first = slice(first, first + count), first + count
+        if change is None or group[0][2] != layer:
+            continue
         neurons = change.by_layer[layer]
-        activation = shared.neurons[layer][index[places]][..., neurons]  # (rows of the change, S, neurons)
+        activation = shared.neurons[layer][..., neurons][index[here]]  # (rows of the change, S, neurons)
         if change.factor != 1.0:
-            hidden[places] += (change.factor - 1) * activation @ lm.value_vectors(layer)[neurons]
+            hidden[here] += (change.factor - 1) * activation @ lm.value_vectors(layer)[neurons]
         if change.vector is not None:
-            hidden[places] += activation.sum(-1, keepdim=True) * change.vector.to(hidden)
+            hidden[here] += activation.sum(-1, keepdim=True) * change.vector.to(hidden)
 
 
 def _run_layer(lm, shared, layer, hidden, index):
@@ -237,29 +245,32 @@ def _run_layer(lm, shared, layer, hidden, index):
 
 
 @contextmanager
-def _changed(lm, layer, rows, prompt_ends, length):
-    """Inside, the down-projection of `layer` sees and gives what each row's change asks for."""
-    place = [(row, index, change) for row, (_, change, *_) in enumerate(rows)
-             if change and (index := change.by_layer.get(layer))]
+def _changed(lm, layer, rows, prompt_ends, scored):
+    """Inside, the down-projection of `layer` sees and gives what each row's change asks for. With `scored` (rows, tokens)
+    the layer's MLP runs at those places only, its output being 0 elsewhere."""
+    handles, owners, length = [], range(len(rows)), -1
+    if scored is not None:  # then what is a row here is one scored token, and all of them come after the prompt's end
+        of, at = (one[scored[0] < len(rows)] for one in scored)
+        handles, owners, length = _only_at(lm.arch.mlps[layer], of, at), of.tolist(), 1
+        prompt_ends = [0] * len(owners)
+    place = [(row, index, change) for row, owner in enumerate(owners)
+             if (change := rows[owner][1]) and (index := change.by_layer.get(layer))]
     scales = [change for change in _scales(lm) if layer in change.by_layer]
-    if not place and not scales:
-        yield
-        return
     as_index = lambda parts: torch.tensor(np.concatenate(parts), device=lm.device)  # noqa: E731
     added = None
 
     def before(_, inputs):
         nonlocal added
-        x = inputs[0].reshape(-1, length, inputs[0].shape[-1])  # OPT flattens batch and sequence
+        x = inputs[0].reshape(len(owners), length, inputs[0].shape[-1])  # OPT flattens batch and sequence
         for change in scales:
-            for row, end in enumerate(prompt_ends[:len(rows)]):
+            for row, end in zip(range(len(owners)), prompt_ends):
                 x[row, end:, change.by_layer[layer]] *= change.factor
         adding = [(row, index, change) for row, index, change in place if change.vector is not None]
         if adding:
             flat = as_index([index for _, index, _ in adding])
             owner = as_index([[k] * len(index) for k, (_, index, _) in enumerate(adding)])
             who = torch.tensor([row for row, *_ in adding], device=lm.device)
-            total = x.new_zeros(len(adding), length).index_add_(0, owner, x[who[owner], :, flat])
+            total = x.new_zeros(len(adding), x.shape[1]).index_add_(0, owner, x[who[owner], :, flat])
             added = who, total[..., None] * torch.stack([c.vector for *_, c in adding]).to(x)[:, None]
         scaled = [(row, index, change) for row, index, change in place if change.factor != 1.0]
         if scaled:
@@ -273,10 +284,10 @@ def _changed(lm, layer, rows, prompt_ends, length):
         if added is None:
             return output
         who, vectors = added
-        return output.reshape(-1, length, output.shape[-1]).index_add(0, who, vectors).reshape(output.shape)
+        return output.reshape(len(owners), -1, output.shape[-1]).index_add(0, who, vectors).reshape(output.shape)
 
-    down = lm.downs[layer]
-    handles = [down.register_forward_pre_hook(before), down.register_forward_hook(after)]
+    if place or scales:
+        handles += [lm.downs[layer].register_forward_pre_hook(before), lm.downs[layer].register_forward_hook(after)]
     try:
         yield
     finally:
@@ -284,13 +295,27 @@ def _changed(lm, layer, rows, prompt_ends, length):
             handle.remove()
 
 
-def _read(lm, hidden, queries, prefix, places, out: Scores) -> None:
-    """Fill `out` from the last layer's output `hidden` (R, S, d) of rows that score `queries`."""
+def _only_at(mlp, who, at) -> list:
+    """Hooks with which `mlp` runs at tokens `at` of rows `who` of its input (R, S, d) and gives 0 elsewhere."""
+    shape = None
+
+    def before(_, inputs):
+        nonlocal shape
+        shape = inputs[0].shape
+        return tuple(one[who, at][None] if isinstance(one, Tensor) and one.shape == shape else one for one in inputs)
+
+    def after(_, __, output):
+        whole = output.new_zeros(*shape[:-1], output.shape[-1])
+        whole[who, at] = output[0]
+        return whole
+
+    return [mlp.register_forward_pre_hook(before), mlp.register_forward_hook(after)]
+
+
+def _read(lm, picked, queries, places, out: Scores) -> None:
+    """Fill `out` from the last layer's output `picked` (scored tokens, d) of rows that score `queries`."""
     counts = [len(target) for _, target in queries]
-    who = np.repeat(np.arange(len(queries)), counts)
-    at = np.concatenate([np.arange(len(target)) + len(prompt) - 1 - prefix for prompt, target in queries])
     target = torch.tensor([token for _, tokens in queries for token in tokens], device=lm.device)
-    picked = hidden[torch.from_numpy(who).to(lm.device), torch.from_numpy(at).to(lm.device)]
     size, log_p, best = max(1, LOGITS // lm.arch.head.weight.shape[0]), [], []
     for part, gold in zip(picked.split(size), target.split(size)):
         logits = lm.arch.head(final_hidden(lm, part)).to(lm.score_dtype)
