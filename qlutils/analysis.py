@@ -9,9 +9,9 @@ import pandas as pd
 
 from .neurons import classify, fact_table, otsu_threshold
 from .stats import bootstrap_mean, mean_columns, welch
+from .study import METHODS
 from .tables import paper_value, without_empty_paper_columns
 
-METHOD_NAMES = {"ig": "Dai et al.", "sig": "Enguehard", "amig": "Chen et al."}
 CLASSES, THRESHOLDS = ("I", "II"), ("static", "otsu")
 
 
@@ -85,7 +85,7 @@ def table_1(facts: dict[str, pd.DataFrame], model: str, seed: int = 0) -> pd.Dat
 
 def common_class_two(facts: dict[str, pd.DataFrame], threshold: str) -> float:
     """cap:II, the share of facts that every one of the three methods puts into K_II; NaN while a method is missing."""
-    if set(facts) != set(METHOD_NAMES):
+    if set(facts) != set(METHODS):
         return np.nan
     classes = pd.concat([frame.set_index("fact")[f"class_{threshold}"] for frame in facts.values()], axis=1).dropna()
     return float((classes == "II").all(axis=1).mean()) if len(classes) else np.nan

@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 from IPython.display import HTML
 
-from .analysis import THRESHOLDS, classified_facts, second_class
+from .analysis import CLASSES, THRESHOLDS, classified_facts, second_class
 from .controls import split_frames
 from .edit_report import PAPER_OP
 from .effects import query_gaps
 from .page import folded, missing_html, table_html
-from .stats import bootstrap_difference, bootstrap_mean
+from .stats import Estimate, bootstrap_difference, bootstrap_mean
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not testable here"
 COMMON, HIGH, MARGIN = 0.25, 0.5, 0.1
@@ -41,31 +41,6 @@ class Claim:
     parts: Callable
     above: float = 0.0
     within: float | None = None  # instead: the whole interval within +- this
-
-
-@dataclass
-class Part:
-    """The mean of column `value`, or with `by` its difference between two of that column's levels."""
-
-    name: str
-    statistic: str
-    frame: pd.DataFrame
-    value: str
-    threshold: str = ""
-    by: str = ""
-    levels: tuple = ()
-
-    def row(self, claim: Claim, seed: int) -> dict:
-        found = (bootstrap_difference(self.frame, self.value, self.by, self.levels, seed=seed) if self.by else
-                 bootstrap_mean(self.frame, self.value, seed=seed))
-        low, high, why = found.mean_low, found.mean_high, ""
-        if np.isnan(found.mean):
-            why = f"a class is empty by the {self.threshold} threshold" if self.threshold else "nothing to compare"
-        elif np.isnan(low):
-            why = "too few facts for an interval"
-        holds = low > claim.above if claim.within is None else -claim.within < low and high < claim.within
-        return dict(part=self.name, threshold=self.threshold, statistic=self.statistic, **found.row("mean", "value"),
-                    n_facts=found.n_clusters, verdict=OPEN if why else HOLDS if holds else FAILS, why=why)
 
 
 @dataclass
@@ -106,21 +81,23 @@ class Case:
         yield "as in the paper", query_gaps(frame, "self", NEIGHBOURS)
         yield "Union, sizes matched", query_gaps(frame, "self_as_union", ("union_matched",))
 
+    def mean(self, frame, value) -> Estimate:
+        return bootstrap_mean(frame, value, seed=self.seed)
+
+    def apart(self, frame, value, by, levels=("II", "I")) -> Estimate:
+        return bootstrap_difference(frame, value, by, levels, seed=self.seed)
+
 
 CLAIMS: dict[int, Claim] = {}
 
 
 def claim(number, notebook, text, **bounds):
-    """The function below decides this claim: it gives the parts of a `Case`."""
+    """The function below decides this claim: of a `Case` it gives parts (name, statistic, threshold, estimate)."""
     def register(parts):
         CLAIMS[number] = Claim(text, notebook, parts, **bounds)
         return parts
 
     return register
-
-
-def _classes_apart(name, statistic, frame, value, threshold, levels=("II", "I")):
-    return Part(name, statistic, frame, value, threshold, f"class_{threshold}", levels)
 
 
 # --- section 2: consistency and edits ---------------------------------------------------------------------
@@ -129,13 +106,14 @@ def _classes_apart(name, statistic, frame, value, threshold, levels=("II", "I"))
 def _common(case):
     facts = case.facts()
     for threshold in THRESHOLDS:
-        yield Part("", "share of K_II", facts.assign(second=second_class(facts, threshold)), "second", threshold)
+        share = facts.assign(second=second_class(facts, threshold))
+        yield "", "share of K_II", threshold, case.mean(share, "second")
 
 
 @claim(2, "02", "the classes' CS differ (classes from one half of the queries, CS2 from the other)")
 def _differ(case):
     for threshold, _, _, frame in split_frames(case.frame("queries"), t=case.t, static=case.static, seed=case.seed):
-        yield Part("", "CS2 of K_I - CS2 of K_II", frame, "value", threshold, "label", ("I", "II"))
+        yield "", "CS2 of K_I - CS2 of K_II", threshold, case.apart(frame, "value", "label", ("I", "II"))
 
 
 @claim(3, "02", "larger models have more K_II and lower CS")
@@ -145,9 +123,9 @@ def _size(case):
     both = pd.concat([case.facts(model).assign(model=model) for model in (case.before, case.model)], ignore_index=True)
     for threshold in THRESHOLDS:
         share = both.assign(second=second_class(both, threshold))
-        yield Part("more K_II", f"share of K_II less that of {case.before}", share, "second", threshold, "model",
-                   (case.model, case.before))
-    yield Part("lower CS", f"CS2 of {case.before} less CS2", both, "cs2", "", "model", (case.before, case.model))
+        yield ("more K_II", f"share of K_II less that of {case.before}", threshold,
+               case.apart(share, "second", "model", (case.model, case.before)))
+    yield "lower CS", f"CS2 of {case.before} less CS2", "", case.apart(both, "cs2", "model", (case.before, case.model))
 
 
 @claim(4, "03", "local edits of K_II generalise less than those of K_I, and their Avg is lower")
@@ -155,8 +133,8 @@ def _local(case):
     edits = case.edits("edits")
     for op, measure, threshold in product(PAPER_OP, ("gen", "avg"), THRESHOLDS):
         part = edits[(edits["op"] == op) & (edits["neurons"] == "local")]
-        yield _classes_apart(f"{PAPER_OP[op]}, {NAMES[measure]}", f"{NAMES[measure]} of K_I - of K_II", part, measure,
-                             threshold, ("I", "II"))
+        yield (f"{PAPER_OP[op]}, {NAMES[measure]}", f"{NAMES[measure]} of K_I - of K_II", threshold,
+               case.apart(part, measure, f"class_{threshold}", ("I", "II")))
 
 
 @claim(5, "03", "global edits of K_II raise perplexity more than those of K_I")
@@ -164,7 +142,7 @@ def _global(case):
     edits = case.edits("edits")
     for op, threshold in product(PAPER_OP, THRESHOLDS):
         part = edits[(edits["op"] == op) & (edits["neurons"] == "global")]
-        yield _classes_apart(PAPER_OP[op], "dPPL of K_II - of K_I", part, "dppl", threshold)
+        yield PAPER_OP[op], "dPPL of K_II - of K_I", threshold, case.apart(part, "dppl", f"class_{threshold}")
 
 
 # --- section 3: expression --------------------------------------------------------------------------------
@@ -172,41 +150,42 @@ def _global(case):
 @claim(6, "04", "a query's own KNs matter, in both classes (more than random neurons)")
 def _own(case):
     gaps = query_gaps(case.frame("query_kn_mapping"), "self", ("self_random",))
-    for name, threshold in product(("I", "II"), THRESHOLDS):
-        yield Part(f"K_{name}", "dProb of own KNs - of random neurons", gaps[gaps[f"class_{threshold}"] == name], "gap",
-                   threshold)
+    for name, threshold in product(CLASSES, THRESHOLDS):
+        part = gaps[gaps[f"class_{threshold}"] == name]
+        yield f"K_{name}", "dProb of own KNs - of random neurons", threshold, case.mean(part, "gap")
 
 
 @claim(7, "04", "for K_II the neighbours' KNs matter less than the query's own")
 def _neighbours(case):
     for (kind, gaps), threshold in product(case.neighbour_gaps(), THRESHOLDS):
-        second = gaps[gaps[f"class_{threshold}"] == "II"]
-        yield Part(kind, "dProb of own - of neighbours' KNs, K_II", second, "gap", threshold)
+        part = gaps[gaps[f"class_{threshold}"] == "II"]
+        yield kind, "dProb of own - of neighbours' KNs, K_II", threshold, case.mean(part, "gap")
 
 
 @claim(8, "04", "this gap is smaller for K_I")
 def _less(case):
     for (kind, gaps), threshold in product(case.neighbour_gaps(), THRESHOLDS):
-        yield _classes_apart(kind, "the gap of K_II - the gap of K_I", gaps, "gap", threshold)
+        yield kind, "the gap of K_II - the gap of K_I", threshold, case.apart(gaps, "gap", f"class_{threshold}")
 
 
 @claim(9, "05", f"predominance is high (here: above {HIGH:g})", above=HIGH)
 def _predominance(case):
     facts = case.frame("attention_predominance")
-    yield Part("all tokens", "mean predominance", facts, "predominance")
-    yield Part("without the first token", "mean predominance", facts, "predominance_rest")
+    yield "all tokens", "mean predominance", "", case.mean(facts, "predominance")
+    yield "without the first token", "mean predominance", "", case.mean(facts, "predominance_rest")
 
 
 @claim(10, "06", "scaling a query's synapses moves KNs and P(answer) more than scaling an irrelevant query's")
 def _synapses(case):
     for name, frame in case.moved():
-        yield Part(name, f"{name} of S - of S_ir", query_gaps(frame, "self", ("irrelevant",)), "gap")
+        yield name, f"{name} of S - of S_ir", "", case.mean(query_gaps(frame, "self", ("irrelevant",)), "gap")
 
 
 @claim(11, "06", "it moves them more for K_II")
 def _synapse_classes(case):
     for (name, frame), threshold in product(case.moved(), THRESHOLDS):
-        yield _classes_apart(name, f"{name} of K_II - of K_I", query_gaps(frame, "self"), "gap", threshold)
+        gaps = query_gaps(frame, "self")
+        yield name, f"{name} of K_II - of K_I", threshold, case.apart(gaps, "gap", f"class_{threshold}")
 
 
 # --- section 3.3: CAS -------------------------------------------------------------------------------------
@@ -219,8 +198,8 @@ def _cas(case):
     for op, (measure, *levels), threshold in product(PAPER_OP, compared, THRESHOLDS):
         part = edits[(edits["op"] == op) & (edits[f"class_{threshold}"] == "II")]
         first, second = (NAMES.get(name, name) for name in levels)
-        yield Part(f"{PAPER_OP[op]}, {NAMES[measure]}", f"{NAMES[measure]} of {first} - of {second}", part, measure,
-                   threshold, "neurons", tuple(levels))
+        yield (f"{PAPER_OP[op]}, {NAMES[measure]}", f"{NAMES[measure]} of {first} - of {second}", threshold,
+               case.apart(part, measure, "neurons", levels))
 
 
 @claim(13, "07", f"for K_I, CAS is comparable to local and global (here: Avg within {MARGIN:g})", within=MARGIN)
@@ -228,8 +207,8 @@ def _comparable(case):
     edits = case.edits("cas_edits")
     for op, other, threshold in product(PAPER_OP, ("local", "global"), THRESHOLDS):
         part = edits[(edits["op"] == op) & (edits[f"class_{threshold}"] == "I")]
-        yield Part(f"{PAPER_OP[op]}, {other}", f"Avg of CAS - of {other}", part, "avg", threshold, "neurons",
-                   ("cas", other))
+        yield (f"{PAPER_OP[op]}, {other}", f"Avg of CAS - of {other}", threshold,
+               case.apart(part, "avg", "neurons", ("cas", other)))
 
 
 # --- the scoreboard ---------------------------------------------------------------------------------------
@@ -246,11 +225,22 @@ def scoreboard(get, models, methods, downstream, *, t=0.2, static=0.1, seed=0) -
             here = dict(claim=number, text=one.text, model=model, method=method)
             try:
                 case = Case(get, model, method, before, t, static, seed)
-                rows += [here | part.row(one, seed) for part in one.parts(case)]
+                rows += [here | _row(one, *part) for part in one.parts(case)]
             except Missing as missing:
                 rows.append(here | dict(part="", threshold="", statistic="", value=np.nan, value_low=np.nan,
                                         value_high=np.nan, n=0, n_facts=0, verdict=OPEN, why=str(missing)))
     return pd.DataFrame(rows)
+
+
+def _row(claim: Claim, part, statistic, threshold, found: Estimate) -> dict:
+    low, high, why = found.mean_low, found.mean_high, ""
+    if np.isnan(found.mean):
+        why = f"a class is empty by the {threshold} threshold" if threshold else "nothing to compare"
+    elif np.isnan(low):
+        why = "too few facts for an interval"
+    holds = low > claim.above if claim.within is None else -claim.within < low and high < claim.within
+    return dict(part=part, threshold=threshold, statistic=statistic, **found.row("mean", "value"),
+                n_facts=found.n_clusters, verdict=OPEN if why else HOLDS if holds else FAILS, why=why)
 
 
 def overall(board: pd.DataFrame) -> pd.DataFrame:

@@ -140,8 +140,10 @@ def _page(body: str) -> str:
     words, links = ["Figure"], []
 
     def described(match):
-        words.append(html.escape(_plain(match[1]), quote=True)) if match[1] is not None else None
-        return match[0] if match[1] is not None else f'alt="{words[-1]}"'
+        if match[1] is None:
+            return f'alt="{words[-1]}"'
+        words.append(html.escape(_plain(match[1]), quote=True))
+        return match[0]
 
     def linked(match):
         links.append(f'<a href="#part-{len(links) + 1}">{match[1].strip()}</a>')

@@ -290,7 +290,7 @@ def figure_conditions(maps, conditions, kind):
 def figure_places(found, num_heads):
     """Where synapses sit: mean number in each layer and head, and how likely each column is one in a layer and head."""
     heads = np.stack(found["by_head"].map(np.asarray).to_list()).reshape(len(found), -1, num_heads).mean(0)
-    columns = pd.DataFrame(found["by_column"].to_list()).to_numpy(float) / heads.size  # NaN beyond a prompt's end
+    columns = np.array(pd.DataFrame(found["by_column"].to_list()), float, order="C") / heads.size  # NaN beyond the end
     shares, counts = np.nanmean(columns, 0), (~np.isnan(columns)).sum(0)
     fig, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 2.2))
     mesh = left.pcolormesh(heads, cmap="magma_r", vmin=0)
@@ -322,16 +322,14 @@ def save_figure(fig, stem, folder, data) -> dict[str, Path]:
 def _small_png(fig):
     from PIL import Image
 
-    for dpi, palette in ((200, False), (150, False), (150, True), (100, True)):
-        buffer = io.BytesIO()
-        fig.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-        if palette:  # 256 colours
-            image = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-            buffer = io.BytesIO()
-            image.save(buffer, format="png", optimize=True, dpi=(dpi, dpi))
-        if buffer.tell() <= MAX_PNG:
+    for dpi in (200, 150, 100):
+        drawn, small = io.BytesIO(), io.BytesIO()
+        fig.savefig(drawn, format="png", dpi=dpi)
+        image = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)  # 256 colours
+        image.save(small, format="png", optimize=True, dpi=(dpi, dpi))
+        if small.tell() <= MAX_PNG:
             break
-    return buffer.getvalue()
+    return small.getvalue()
 
 
 def _label(name):

@@ -22,7 +22,7 @@ from .effects import query_gaps, summary
 from .page import export_html, missing_html, shown
 from .plots import figure_bars
 from .study import Study
-from .tables import paper_notes
+from .tables import paper, paper_notes
 
 NOTEBOOKS = {"01": "01_localize", "02": "02_consistency", "03": "03_kn_modification", "04": "04_query_kn_mapping",
              "05": "05_attention_predominance", "06": "06_knowledge_synapses", "07": "07_cas_editing"}
@@ -34,23 +34,6 @@ COMPARES = "02"  # the notebook that compares methods: its results stand in the 
 # The frames that claims and figures read: {name under which it was saved: notebook}.
 FRAMES = {"queries": "01", "edits": "03", "query_kn_mapping": "04", "attention_predominance": "05",
           "knowledge_synapses": "06", "cas_edits": "07"}
-# The paper counts 13 experimental settings (times 3 models: 39) without listing them; this is our count, in its order:
-# (section, setting, notebook, table or figure, the table's rows that answer it).
-SETTINGS = (
-    ("2.1", "consistency, KNs by Dai et al. (ig)", "02", "Table 1, Fig. 3", "table1", {"method": "ig"}),
-    ("2.1", "consistency, KNs by Enguehard (sig)", "02", "Table 1, Fig. 8", "table1", {"method": "sig"}),
-    ("2.1", "consistency, KNs by Chen et al. (amig)", "02", "Table 1, Fig. 9", "table1", {"method": "amig"}),
-    ("2.2", "erasure of local KNs", "03", "Table 2", "table2", {"op": "erasure", "neurons": "local"}),
-    ("2.2", "update of local KNs", "03", "Table 2", "table2", {"op": "update", "neurons": "local"}),
-    ("2.2", "erasure of global KNs", "03", "Table 2", "table2", {"op": "erasure", "neurons": "global"}),
-    ("2.2", "update of global KNs", "03", "Table 2", "table2", {"op": "update", "neurons": "global"}),
-    ("3.1", "suppressing and enhancing own and neighbours' KNs", "04", "Fig. 4", "fig4", {}),
-    ("3.2.1", "predominance of the most attended token", "05", "Fig. 5", "fig5", {}),
-    ("3.2.2", "synapses: KN activation", "06", "Figs. 6, 7, 10", "fig6", {}),
-    ("3.2.2", "synapses: answer probability", "06", "Fig. 6", "fig6", {}),
-    ("3.3", "erasure with CAS", "07", "Table 3", "table3", {"op": "erasure", "neurons": "cas"}),
-    ("3.3", "update with CAS", "07", "Table 3", "table3", {"op": "update", "neurons": "cas"}),
-)
 
 
 # --- what is there ----------------------------------------------------------------------------------------
@@ -142,9 +125,10 @@ def together(found: dict, methods=True) -> pd.DataFrame:
 
 
 def inventory(run: Run) -> pd.DataFrame:
-    """The paper's 13 settings for every model: number, section, setting, shown in, notebook, file, model, status."""
+    """The paper's 13 experimental settings for every model: number, section, setting, shown in, notebook, file, model,
+    status. The paper counts them (times 3 models: 39) without listing them; `paper_values.json` has our list."""
     rows = []
-    for number, (section, setting, notebook, where, stem, keys) in enumerate(SETTINGS, 1):
+    for number, (section, setting, notebook, where, stem, keys) in enumerate(paper()["settings"], 1):
         for (model, method), table in run.csvs(notebook, stem).items():
             if isinstance(table, Missing):
                 status = f"missing: {table}"

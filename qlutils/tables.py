@@ -162,17 +162,15 @@ def paper_value(table, model, column, **keys) -> float:
     "sig", "amig"). Table 4: column threshold_value, the same keys. Tables 2 and 3 (localised by `ig`): column rel, gen,
     loc, avg or dppl; keys operation ("erasure", "update"), neurons ("local", "global", in Table 3 also "cas") and
     class_ ("I", "II"). ValueError for a table, column or key that the paper does not have."""
-    tables = _paper()["tables"]
+    tables = paper()["tables"]
     if str(table) not in tables:
         raise ValueError(f"the paper's values are kept of tables {', '.join(tables)}, not {table!r}")
     names, columns, rows = (tables[str(table)][part] for part in ("keys", "columns", "rows"))
     keys = {name.rstrip("_"): value for name, value in keys.items()}
-    if column not in columns or set(keys) != set(names[1:]):
-        raise ValueError(f"Table {table} has the columns {', '.join(columns)} and the keys "
-                         f"{', '.join(names[1:])}; got {column!r} and {', '.join(keys) or 'no key'}")
-    wanted, known = "|".join(keys[name] for name in names[1:]), {row.split("|", 1)[1] for row in rows}
-    if wanted not in known:
-        raise ValueError(f"Table {table} has rows for {', '.join(sorted(known))}, not {wanted!r}")
+    wanted, known = "|".join(str(keys.get(name)) for name in names[1:]), {row.split("|", 1)[1] for row in rows}
+    if column not in columns or set(keys) != set(names[1:]) or wanted not in known:
+        raise ValueError(f"Table {table} has the columns {', '.join(columns)} and, by {', '.join(names[1:])}, the rows "
+                         f"{', '.join(sorted(known))}; got {column!r} and {keys}")
     row = rows.get(f"{_ALIASES.get(model, model)}|{wanted}")
     value = row[columns.index(column)] if row else None
     return np.nan if value is None else float(value)
@@ -188,10 +186,11 @@ def paper_notes(table, model) -> list[str]:
     model = _ALIASES.get(model, model)
     if model not in PAPER_MODELS:
         return []
-    return list(dict.fromkeys(note["text"] for note in _paper()["notes"]
+    return list(dict.fromkeys(note["text"] for note in paper()["notes"]
                               if str(note["table"]) == str(table) and note["model"] in ("*", model)))
 
 
 @cache
-def _paper():
+def paper() -> dict:
+    """`paper_values.json`: the values of the paper's tables, notes on misprints, its experimental settings."""
     return json.loads(Path(__file__).with_name("paper_values.json").read_text("utf-8"))

@@ -146,7 +146,7 @@ def test_models_the_paper_has_not_and_the_cell_it_lost_are_nan():
 @pytest.mark.parametrize("table, column, keys, message", [
     (6, "rel", {}, "tables 1, 2, 3, 4"), (1, "rel", dict(threshold="otsu", method="ig"), "ratio_I"),
     (1, "t", dict(threshold="otsu"), "threshold, method"),
-    (4, "threshold_value", dict(threshold="x", method="ig"), "not 'x|ig'".replace("|", r"\|"))])
+    (4, "threshold_value", dict(threshold="x", method="ig"), "'x'")])
 def test_what_the_paper_does_not_print_is_refused(table, column, keys, message):
     with pytest.raises(ValueError, match=message):
         paper_value(table, "gpt2", column, **keys)
