@@ -117,7 +117,8 @@ def _bootstrap(frame, value, by, levels, cluster, strata, draws, seed) -> Estima
         sample = sample[~np.isnan(sample).any(axis=1)]
     tails = (100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2)
     low, high = np.percentile(sample, tails, axis=0) if len(sample) else np.full((2, 3), np.nan)
-    fields = [float(number) for triple in zip(point, low, high) for number in triple]
+    rounding = 1e-13 * np.abs(x).max(initial=0.0)  # of what is exactly 0; it must not decide on which side of 0 it lies
+    fields = [0.0 if abs(number) < rounding else float(number) for triple in zip(point, low, high) for number in triple]
     return Estimate(*fields, n=len(x), n_clusters=len(names), n_missing=len(frame) - len(x), n_draws=len(sample))
 
 

@@ -194,6 +194,15 @@ def test_a_difference_with_an_empty_side_is_nan():
     assert found.n == 36 and found.n_draws == 0
 
 
+def test_rounding_does_not_decide_on_which_side_of_zero_an_interval_lies():
+    frame = pd.DataFrame([dict(fact=f"{kind}{f}", relation=f"P{f % 3}", kind=kind, value=value)
+                          for f in range(12) for kind, value in (("a", 0.1 + 0.2), ("b", 0.3))])  # 5.6e-17 apart
+    found = bootstrap_difference(frame, "value", "kind", ("a", "b"))
+    assert (found.mean, found.mean_low, found.mean_high) == (0, 0, 0)
+    large = frame.assign(value=frame["value"] + np.where(frame["kind"] == "a", 1e-9, 0))
+    assert bootstrap_difference(large, "value", "kind", ("a", "b")).mean_low > 0
+
+
 # --- permutation -----------------------------------------------------------------------------------------
 
 def test_the_permutation_test_is_exact_on_a_small_case():
