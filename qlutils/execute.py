@@ -78,6 +78,8 @@ def _child():
 
 
 def _what_failed(output, log, code):
+    if code < 0:  # not by us; what it wrote last is not why
+        return f"its process was killed by signal {-code}" + " (out of memory?)" * (code == -signal.SIGKILL)
     try:
         cells = json.loads(output.read_text(encoding="utf-8"))["cells"]
         for cell in cells:

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,19 +53,13 @@ def folder_hash(folder, pattern="*"):
 
 
 @cache
-def _versions():
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            pass
-    return found
-
-
 def versions():
     """Installed versions of the libraries results depend on, by name."""
-    return dict(_versions())
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def write_bytes(path, data):
@@ -84,15 +78,24 @@ def write_bytes(path, data):
                          "or choose another output; finished work is kept, the same command resumes"
                          ) from error
     finally:
-        try:
+        with suppress(OSError):  # the folder turned read-only: a later run removes it
             aside.unlink(missing_ok=True)
-        except OSError:
-            pass  # the folder turned read-only: the next run removes it
 
 
 def write_json(path, value):
     """Write a value as indented JSON, whole or not at all."""
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())
+
+
+def sealed(value):
+    """A dict as JSON holds it, with its own SHA-256 as "sha256"; `is_sealed` tells whether it still fits."""
+    value = json.loads(json.dumps(value, default=str))
+    return {**value, "sha256": sha256(value)}
+
+
+def is_sealed(value):
+    """Whether a value read from JSON is what `sealed` made, to the bit."""
+    return isinstance(value, dict) and value.get("sha256") == sha256({k: v for k, v in value.items() if k != "sha256"})
 
 
 def write_table(frame, path, key, **metadata):
@@ -133,50 +136,53 @@ def as_frame(tables):
 def locked(path, patience=3.0):
     """Hold the lock file `path`; StoreError, naming it and its holder, if held for `patience` seconds more.
 
-    The system drops the lock when the holder dies, however it dies. What dead writers left half-written in
-    the lock's folder is removed on entry.
+    The system drops the lock when the holder dies, however it dies, and whoever has its number now. What dead
+    writers of this machine left half-written in the lock's folder and below is removed on entry.
     """
-    path = Path(path)
-    stream = _lock(path, time.monotonic() + patience)
+    path, until = Path(path), time.monotonic() + patience
     try:
-        for aside in path.parent.glob(".*.tmp"):
-            made_by = re.fullmatch(r"\..+\.parquet\.(.+)\.(\d+)\.tmp", aside.name)
-            if made_by and made_by[1] == socket.gethostname() and not _alive(int(made_by[2])):
-                aside.unlink()
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        stream.close()
+        while (stream := _lock(path)) is None and time.monotonic() < until:
+            time.sleep(0.1)  # a killed run takes a moment to go
+    except OSError as error:
+        raise StoreError(f"cannot write results to {path.parent}: {error.strerror}. Choose another "
+                         "output, or move all results with QLUTILS_RUNS") from error
+    if stream is None:
+        try:
+            holder = path.read_text()
+        except OSError:
+            holder = ""
+        raise StoreError(f"another run writes here: {path} is held by {holder or 'another process'}. Wait for it, "
+                         "stop it, or choose another output")
+    with stream:
+        try:
+            left = rf"\..+\.{re.escape(socket.gethostname())}\.(\d+)\.tmp"
+            for aside in path.parent.rglob(".*.tmp"):
+                if (made_by := re.fullmatch(left, aside.name)) and not _alive(int(made_by[1])):
+                    aside.unlink(missing_ok=True)
+            yield
+        finally:
+            with suppress(OSError):  # the folder turned read-only: the file means nothing without a holder
+                path.unlink()
 
 
-def _lock(path, until):
+def _lock(path):
+    """The open lock file `path`, held; None if another process holds it."""
     import fcntl
-    while True:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stream = open(path, "a+")
-        except OSError as error:
-            raise StoreError(f"cannot write results to {path.parent}: {error.strerror}. Choose another "
-                             "output, or move all results with QLUTILS_RUNS") from error
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() < until:  # a killed run takes a moment to go
-                stream.close()
-                time.sleep(0.1)
-                continue
-            stream.seek(0)
-            holder = stream.read().strip() or "another process"
-            stream.close()
-            raise StoreError(f"another run writes here: {path} is held by {holder}. Wait for it, stop it, "
-                             "or choose another output") from None
-        if path.exists() and os.fstat(stream.fileno()).st_ino == path.stat().st_ino:
-            break
-        stream.close()  # its last holder removed it between our open and our lock
-    stream.truncate(0)
-    stream.write(f"process {os.getpid()} on {socket.gethostname()}")
-    stream.flush()
-    return stream
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stream = open(path, "ab+", buffering=0)
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(stream.fileno()).st_ino == path.stat().st_ino:
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return stream
+    except (BlockingIOError, FileNotFoundError):  # or its last holder removed it between our open and our lock
+        pass
+    except OSError:
+        stream.close()
+        raise
+    stream.close()
+    return None
 
 
 def _alive(pid):

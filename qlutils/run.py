@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from . import paths
 from .execute import execute, kernel_environment
-from .files import StoreError, folder_hash, locked, sha256, versions, write_json
+from .files import folder_hash, is_sealed, locked, sealed, sha256, versions, write_json
 from .study import DTYPES, METHODS, check_values, literals, model_content
 
 MODELS = ("demo/gpt2", "demo/llama2", "demo/llama3")
@@ -75,7 +75,7 @@ def main(argv=None, notebooks=None):
             jobs, data_hash = plan_jobs(args, Path(notebooks or paths.NOTEBOOKS))
             with locked(root / ".lock"), _scheduler(args) as address:
                 return _run(jobs, root, data_hash, command, address)
-    except (ValueError, StoreError) as error:
+    except (ValueError, OSError) as error:  # StoreError is one
         print(f"run_all.sh: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:
@@ -251,56 +251,63 @@ def _run(jobs, root, data_hash, command, address):
 
 def _one(job, root, data_hash, source, env, bar):
     """Run one job unless its stamp says that it is done; sets its status, seconds and problem."""
-    start = time.time()
-    name = job_name(job.notebook.stem, job.model, job.method)
+    start, name = time.time(), job_name(job.notebook.stem, job.model, job.method)
     output, stamp = (root / "notebooks" / f"{name}{suffix}" for suffix in (".ipynb", ".json"))
     results = root / "results"
     if job.model:
         results = results / paths.slug(job.model) / (job.method or "all")
-    inputs = {"notebook": sha256(job.notebook.read_bytes()), "parameters": job.parameters, "source": source,
-              "data": data_hash, "model": job.model and model_content(job.model),
-              "needs": {need: _stamp(root, need).get("inputs") for need in job.needs}}
-    if output.exists() and _is_done(_stamp(root, name), inputs, root):
-        job.status, job.seconds = "cached", time.time() - start
-        return
-    stamp.unlink(missing_ok=True)
     progress = Path(env["QLUTILS_PROGRESS"])
-    progress.unlink(missing_ok=True)
 
     def show():
         bar.set_postfix_str(progress.read_text(encoding="utf-8") if progress.exists() else "")
 
-    job.problem = execute(job.notebook, output, job.parameters, env, progress.with_name("log"), show)
-    page = []
-    if job.notebook.stem == LAST and not job.problem:
-        from .report import publish
-        try:
-            page = publish(output, root.name)
-        except ValueError as error:
-            job.problem = str(error)
-    job.seconds = time.time() - start
-    job.status = "failed" if job.problem else "done"
-    if not job.problem:
-        inputs["model"] = job.model and model_content(job.model)  # a first download has a revision only now
-        made = [file for file in results.glob("*") if file.is_file() and file.stat().st_mtime >= start - 1
-                and file.name != "run.json"]  # which the model's other notebooks write, too
-        outputs = {file.relative_to(root).as_posix(): sha256(file.read_bytes()) for file in sorted(made) + page}
-        write_json(stamp, {"inputs": sha256(inputs), "made_from": inputs, "outputs": outputs})
+    try:
+        inputs = {"notebook": sha256(job.notebook.read_bytes()), "parameters": job.parameters, "source": source,
+                  "data": data_hash, "model": job.model and model_content(job.model),
+                  "needs": {need: _stamp(root, need).get("inputs") for need in job.needs}}
+        if _is_done(_stamp(root, name), inputs, root):
+            job.status, job.seconds = "cached", time.time() - start
+            return
+        stamp.unlink(missing_ok=True)
+        progress.unlink(missing_ok=True)
+        job.problem, made = execute(job.notebook, output, job.parameters, env, progress.with_name("log"), show), [output]
+        if job.notebook.stem == LAST and not job.problem:
+            from .report import publish
+            made += publish(output, root.name)
+        if not job.problem:
+            inputs["model"] = job.model and model_content(job.model)  # a first download has a revision only now
+            made += [file for file in sorted(results.glob("[!.]*")) if file.is_file() and file.stat().st_mtime >= start - 1
+                     and file.name != "run.json"]  # which the model's other notebooks write, too
+            write_json(stamp, sealed({
+                "inputs": sha256(inputs), "made_from": inputs,
+                "outputs": {file.relative_to(root).as_posix(): sha256(file.read_bytes()) for file in made}}))
+    except ValueError as error:  # of this job; the others can still run
+        job.problem = str(error)
+    job.status, job.seconds = "failed" if job.problem else "done", time.time() - start
 
 
 def _stamp(root, name):
+    path = root / "notebooks" / f"{name}.json"
     try:
-        return json.loads((root / "notebooks" / f"{name}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if is_sealed(stamp := json.loads(path.read_bytes())):
+            return stamp
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError):
+        pass
+    tqdm.write(f"{path} is damaged: its notebook runs again", file=sys.stderr)
+    return {}
 
 
 def _is_done(known, inputs, root):
-    try:
-        return known.get("inputs") == sha256(inputs) and all(
-            sha256((root / name).read_bytes()) == digest for name, digest in known["outputs"].items())
-    except OSError:
+    if known.get("inputs") != sha256(inputs):
         return False
+    for name, digest in known["outputs"].items():
+        file = root / name
+        if not file.is_file() or sha256(file.read_bytes()) != digest:
+            tqdm.write(f"{file} is gone or was changed: its notebook runs again", file=sys.stderr)
+            return False
+    return True
 
 
 def _summary(jobs, seconds, root):

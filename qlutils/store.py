@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -47,21 +47,27 @@ def run_units(task, model_name, units, config=None, *, desc, device=None, dtype=
     same = {"task": job[0], "fingerprint": who["fingerprint"], "device": who["device"], "dtype": who["dtype"],
             "config": config, "source": source_hash(task)}
     keys = [sha256({**same, "unit": unit}) for unit in units]
-    files = {key: folder / f"{key}.parquet" for key in keys}
-    tables = {key: read_table(file, key)[0] for key, file in files.items() if file.exists()}
-    tables = {key: table for key, table in tables.items() if table is not None}
-    missing = {key: unit for key, unit in zip(keys, units) if key not in tables}
-    if info is not None:
-        info.update(who, units=len(files), computed=len(missing), source=same["source"])
-    if missing:
-        todo = [(*job, unit, config, files[key], key) for key, unit in missing.items()]
+    files, tables = {key: folder / f"{key}.parquet" for key in keys}, {}
+
+    def read(some):
+        found = {key: read_table(files[key], key)[0] for key in some if files[key].exists()}
+        tables.update((key, table) for key, table in found.items() if table is not None)
+        return found
+
+    absent, todo = files.keys() - read(files), []
+    if len(tables) < len(files):
         with locked(folder / ".lock"), _resumable(folder, desc) as done:
+            read(absent)  # what another run has finished since
+            todo = [(*job, unit, config, files[key], key) for key, unit in dict(zip(keys, units)).items()
+                    if key not in tables]
             for key in _progress(_compute(todo, client, who["threads"]), desc, len(files), len(tables)):
                 tables[key], problem = read_table(files[key], key)
                 if tables[key] is None:
                     raise StoreError(f"{files[key]} was just written, but: {problem}. Check the disk, and "
                                      "that every worker sees this folder")
                 done.append(key)
+    if info is not None:
+        info.update(who, units=len(files), computed=len(todo), source=same["source"])
     return as_frame([tables[key] for key in keys])
 
 
@@ -94,6 +100,12 @@ def source_hash(task):
             queue += [found for name in _imports(texts[file]) if name not in _NOT_COMPUTING
                       and (found := paths.PACKAGE.joinpath(*name.split(".")).with_suffix(".py")).is_file()]
     return sha256(sorted([file.name, sha256(text.encode())] for file, text in texts.items()))
+
+
+def package_source():
+    """SHA-256 of the text of every computing qlutils module."""
+    files = sorted(file for file in paths.PACKAGE.glob("*.py") if file.stem not in _NOT_COMPUTING)
+    return sha256([[file.name, sha256(file.read_bytes())] for file in files])
 
 
 def _imports(text):
@@ -163,7 +175,8 @@ def _progress(keys, desc, total, initial):
                delay=0 if sys.stderr.isatty() else 5)  # a short run leaves no bar in a notebook
     for done, key in enumerate(bar, initial + 1):
         if note:
-            Path(note).write_text(f"{desc} {done}/{total}", encoding="utf-8")
+            with suppress(OSError):  # only shown; no reason to stop
+                Path(note).write_text(f"{desc} {done}/{total}", encoding="utf-8")
         yield key
 
 

@@ -7,15 +7,16 @@ Light on purpose: nothing here imports torch, so a notebook that only reads resu
 import ast
 import json
 import os
-import sys
+import platform
 import time
+import warnings
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
 
 from . import paths, store
-from .files import as_frame, folder_hash, read_table, sha256, versions, write_json, write_table
+from .files import as_frame, folder_hash, is_sealed, read_table, sealed, sha256, versions, write_json, write_table
 
 METHODS = ("ig", "sig", "amig")
 NULLABLE = ("relations", "facts_per_relation", "device", "dtype")  # None: all, all, the best, the device's
@@ -75,7 +76,7 @@ class Study:
     def inputs(self):
         """What this run's results are made from, apart from the method; `load` compares it."""
         return {"model": self.model, "content": self.model and model_content(self.model),
-                "device": self.device, "dtype": self.dtype, "seed": self.seed,
+                "device": self.device, "dtype": self.dtype, "seed": self.seed, "source": store.package_source(),
                 "facts": sha256([asdict(fact) for fact in self.facts()])}
 
     # -- work and results ---------------------------------------------------------------------------------
@@ -127,25 +128,36 @@ class Study:
         return display_table(frame, headers, digits)
 
     def figure(self, figure, stem, data):
-        """Write a figure as PNG and PDF and its numbers as CSV under `results`; returns the paths."""
+        """Write a figure as PNG and PDF and its numbers as CSV under `results`."""
         from .plots import save_figure
         save_figure(figure, stem, self.results, data)
 
     def record(self, **extra):
         """Write `<results>/run.json`, one entry a notebook: all that is needed to run it again."""
         path = self.results / "run.json"
-        try:
-            entries = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            entries = {}
-        entries[self.notebook] = {
-            "parameters": self.parameters, "inputs": self.inputs(), "facts": len(self.facts()),
-            "model": {"name": self.model, **self._identity}, "work": self._work,
-            "versions": versions(), "platform": sys.platform,
+        entries = read_record(path)
+        entries[self.notebook] = sealed({
+            "notebook": self.notebook, "parameters": self.parameters, "inputs": self.inputs(), "facts": len(self.facts()),
+            "model": {"name": self.model, "revision": _revision(self.model), **self._identity}, "work": self._work,
+            "versions": versions(), "platform": platform.platform(),
             "command": os.environ.get("QLUTILS_COMMAND", "the notebook alone"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.time() - self._started, 2), **extra}
+            "seconds": round(time.time() - self._started, 2), **extra})
         write_json(path, dict(sorted(entries.items())))
+
+
+def read_record(path):
+    """{notebook: entry} of a run.json that `Study.record` wrote; damaged entries are left out with a warning."""
+    try:
+        found = json.loads(Path(path).read_bytes())
+        good = {name: entry for name, entry in found.items() if is_sealed(entry) and entry["notebook"] == name}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError):
+        found, good = ["all of it"], {}
+    if lost := sorted(set(found) - set(good)):
+        warnings.warn(f"record {path} is damaged: {', '.join(lost)} is left out. Run the notebook again", stacklevel=2)
+    return good
 
 
 def model_content(model):
@@ -159,9 +171,14 @@ def model_content(model):
         bundled = sorted(f"demo/{path.name}" for path in (paths.DEMO / "models").glob("*/"))
         raise ValueError(f"there is no model {model!r}; want a folder, a Hugging Face id, or a bundled one: "
                          f"{', '.join(bundled)}")
+    return sha256([model, _revision(model) or "not downloaded"])
+
+
+def _revision(model):
+    """The downloaded commit of a model of the Hugging Face Hub; None for a local model."""
     from huggingface_hub.constants import HF_HUB_CACHE
-    revision = Path(HF_HUB_CACHE, "models--" + model.replace("/", "--"), "refs", "main")
-    return sha256([model, revision.read_text() if revision.is_file() else "not downloaded"])
+    file = Path(HF_HUB_CACHE, "models--" + str(model).replace("/", "--"), "refs", "main")
+    return file.read_text() if file.is_file() else None
 
 
 def units_of(facts, size):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -141,8 +142,12 @@ def test_a_run_goes_through_models_and_methods_once_and_names_what_failed(
 
     # mended: what failed runs, what was done does not, and 02 sees that there is more to compare
     (books / "fail-sig").unlink()
+    stamp = runs / "default" / "notebooks" / made[-1]
+    stamp.write_bytes(stamp.read_bytes()[:-9])
     assert run.main(options(model), books) == 0
-    assert [status for status, _ in table(capsys.readouterr().out).values()] == ["cached", "done", "done"]
+    said = capsys.readouterr()
+    assert [status for status, _ in table(said.out).values()] == ["cached", "done", "done"]
+    assert f"{stamp} is damaged: its notebook runs again" in said.err
     assert pd.read_parquet(results / "all" / "comparison.parquet").method.tolist() == ["ig", "sig"]
     assert run.main(options(model), books) == 0
     assert [status for status, _ in table(capsys.readouterr().out).values()] == ["cached"] * 3
@@ -153,6 +158,12 @@ def test_a_run_goes_through_models_and_methods_once_and_names_what_failed(
     assert pd.read_parquet(results / "sig" / "queries.parquet").t.tolist() == [0.3]
     summary = json.loads((runs / "default" / "run.json").read_text())
     assert summary["jobs"][0]["parameters"]["t"] == 0.3 and summary["jobs"][0]["status"] == "done"
+    # and the record's command means these very jobs
+    args = run._parser().parse_args(shlex.split(summary["command"])[1:])
+    again, facts = run.plan_jobs(args, books)
+    assert [job.parameters for job in again] == [job["parameters"] for job in summary["jobs"]]
+    assert facts == summary["facts"]
+    assert {"torch", "python", "papermill"} <= set(summary["versions"]) and summary["seconds"] > 0
 
 
 @pytest.mark.parametrize(
@@ -243,6 +254,42 @@ def is_running(pid):
         return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
     except OSError:
         return False
+
+
+def test_a_killed_kernel_and_a_killed_notebook_process_fail_alone(books, model, runs, capsys, tmp_path):
+    """As the system kills them when memory runs out."""
+    pids = tmp_path / "pids"
+    write_localize(
+        books,
+        more=f"\nimport os, signal, time\nopen({str(pids)!r}, 'a').write(f'{{os.getpid()}} ')\n"
+        "if study.method == 'ig':\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if study.method == 'sig':\n    os.kill(os.getppid(), signal.SIGKILL)\n    time.sleep(60)",
+    )
+    assert run.main([*options(model, "--only", "01"), "--methods", "ig", "sig"], books) == 1
+    (_, first), (_, second) = table(capsys.readouterr().out).values()
+    assert "DeadKernelError: Kernel died" in first and second == "its process was killed by signal 9 (out of memory?)"
+    until = time.time() + 5
+    while any(is_running(int(pid)) for pid in pids.read_text().split()) and time.time() < until:
+        time.sleep(0.05)
+    assert not any(is_running(int(pid)) for pid in pids.read_text().split())
+
+
+def test_a_model_that_does_not_load_or_is_gone_ends_its_own_row_only(books, model, runs, capsys):
+    broken, gone = (Path(model).with_name(name) for name in ("broken", "gone"))
+    for folder in (broken, gone):
+        folder.mkdir()
+        (folder / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 8, "n_embd": 8, "n_head": 2}')
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    write_localize(
+        books,
+        more=f"\nif 'broken' in study.model:\n    import shutil\n    shutil.rmtree({str(gone)!r})\n    study.lm()",
+    )
+    chosen = ["--models", str(broken), str(gone), model, "--methods", "ig", "--only", "01"]
+    assert run.main([*options(model), *chosen], books) == 1
+    rows = table(capsys.readouterr().out)
+    assert [status for status, _ in rows.values()] == ["failed", "failed", "done"]
+    assert "ValueError: could not load model" in rows["01_localize broken ig"][1]
+    assert "there is no model" in rows["01_localize gone ig"][1] or "gone" in rows["01_localize gone ig"][1]
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])

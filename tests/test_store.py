@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -209,7 +210,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path, model, m
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_anything_is_computed(tmp_path, model, monkeypatch):
-    def read_only(path, mode="r", *rest):
+    def read_only(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(files, "open", read_only, raising=False)
@@ -347,19 +348,54 @@ def test_workers_write_the_same_bytes_as_a_plain_loop(tmp_path, model):
     assert unit_files(tmp_path / "workers") == unit_files(tmp_path / "plain")
 
 
-def test_two_worker_processes_write_the_same_bytes_as_none(tmp_path, monkeypatch):
+def signed(lm, unit, log="", pause=0.5):
+    """Leaves the number of its process."""
+    with open(log, "a") as stream:
+        stream.write(f"{os.getpid()}\n")
+    time.sleep(pause)
+    return logits(lm, unit) if hasattr(lm, "model") else numbers(lm, unit)
+
+
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "with a model"])
+def test_a_worker_killed_while_it_computes_costs_its_unit_and_changes_no_byte(tmp_path, monkeypatch, real):
     distributed = pytest.importorskip("distributed")
     from qlutils.run import _scheduler
 
+    class WithoutModel(distributed.WorkerPlugin):
+        def setup(self, worker):
+            import test_store
+            test_store.store.cached_model = lambda *_: fake_model()
+
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(paths.PACKAGE.parent)]))
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    options = dict(desc="two workers", device="cpu")
-    plain = store.run_units(logits, checkpoint, UNITS, root=tmp_path / "plain", **options)
+    log, options, killed = tmp_path / "log", dict(desc="two workers", device="cpu"), []
+    checkpoint = tiny_checkpoint(tmp_path / "model") if real else "m"
+    if not real:
+        monkeypatch.setattr(store, "cached_model", lambda *_: fake_model())
+
+    def kill():
+        while not log.exists() or not log.read_text().endswith("\n"):
+            time.sleep(0.02)
+        killed.append(int(log.read_text().splitlines()[0]))
+        os.kill(killed[0], signal.SIGKILL)
+
+    frame = store.run_units(signed, checkpoint, UNITS, dict(log=str(log)), root=tmp_path / "plain", **options)
+    log.unlink()
+    killer = threading.Thread(target=kill, daemon=True)
     with _scheduler(SimpleNamespace(workers=2, scheduler=None)) as address:
         assert address.startswith("tcp://127.0.0.1:")
         with distributed.Client(address) as client:
-            frame = store.run_units(
-                logits, checkpoint, UNITS, root=tmp_path / "workers", client=client, **options
-            )
-    pd.testing.assert_frame_equal(frame, plain)
-    assert unit_files(tmp_path / "workers") == unit_files(tmp_path / "plain") and len(plain) == 8
+            if not real:
+                client.register_plugin(WithoutModel())
+            client.submit(store.identity, checkpoint, "cpu", None, pure=False).result()
+            killer.start()
+            start = time.time()
+            found = store.run_units(signed, checkpoint, UNITS, dict(log=str(log)), root=tmp_path / "workers",
+                                    client=client, **options)
+            took = time.time() - start
+    killer.join(5)
+    workers = log.read_text().split()
+    assert len(killed) == 1 and len(set(workers)) >= 2 and took < 120
+    assert len(workers) == 5, "four units, one of them begun twice"
+    pd.testing.assert_frame_equal(found, frame)
+    assert unit_files(tmp_path / "workers") == unit_files(tmp_path / "plain") and len(found) == 8
+    assert {path.suffix for path in (tmp_path / "workers" / "units").iterdir()} == {".parquet"}

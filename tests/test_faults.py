@@ -1,0 +1,402 @@
+"""Faults on purpose: of the disk at every step, of files, of memory, of numbers, of workers. See FAULTS.md."""
+
+import errno
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+import warnings
+from contextlib import contextmanager
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from test_attribution import watched_rows
+from test_mapping import UNIT
+from test_store import UNITS, fake_model, numbers, run, signed, unit_files
+from test_synapses import make
+from tiny import tiny_lm
+
+from qlutils import attribution, edit_study, files, localize, mapping, paths, store, synapses
+from qlutils.run import main
+from qlutils.study import Study, read_record
+
+
+# -- a small run that leaves every kind of result -----------------------------------------------------------
+@pytest.fixture
+def small(runs, tmp_path, monkeypatch):
+    """Makes the run; `small.kept()` are its results, whole files that anyone could read."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    monkeypatch.setattr(store, "cached_model", lambda *_: fake_model())
+
+    def make_run(root=runs):
+        paths.RUNS = root
+        study = Study("01_localize", model=str(folder), method="ig", relations=["P36"], facts_per_relation=1)
+        frame = study.run(numbers, UNITS[:3], desc="small")
+        study.save(frame, "queries")
+        study.table(frame[["name", "count"]], "table1")
+        study.record()
+        return study, study._work["small"]["computed"]
+
+    make_run.kept = lambda root=runs: {
+        str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*"))
+        if path.is_file() and not path.name.startswith(".") and path.name != "run.json"}
+    yield make_run
+
+
+def in_a_child(work):
+    """Its process number; it ends with status 0, or 1 if `work` fails, and never comes back here."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        work()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+class Disk:
+    """Counts what is asked of the disk; from step `at` on (or at that step alone) it fails with `error`, after half
+    of what is to be written. With `kill` the process is killed there instead."""
+
+    def __init__(self, patch, at, error=errno.ENOSPC, once=False, kill=False):
+        self.at, self.error, self.once, self.kill, self.steps = at, error, once, kill, 0
+        steps = ["fsync", "replace", "mkdir"] + ["unlink"] * (error == errno.EROFS or kill)
+        for name in steps:
+            patch.setattr(os, name, self.failing(getattr(os, name)))
+        patch.setattr(files, "open", self.open, raising=False)
+
+    def step(self, half=lambda: None):
+        self.steps += 1
+        if self.steps == self.at or (self.steps > self.at and not self.once):
+            half()
+            if self.kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(self.error, os.strerror(self.error))
+
+    def failing(self, call):
+        def wrapped(*args, **kwargs):
+            self.step()
+            return call(*args, **kwargs)
+        return wrapped
+
+    def open(self, path, mode="r", **options):
+        if mode != "r":
+            self.step()
+        stream, disk = open(path, mode, **options), self
+
+        class Stream:
+            def __getattr__(self, name):
+                return getattr(stream, name)
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                stream.close()
+
+            def write(self, data):
+                disk.step(lambda: (stream.write(data[:len(data) // 2]), stream.flush()))
+                return stream.write(data)
+
+        return Stream()
+
+
+@pytest.mark.parametrize("kind", ["full from then on", "full for a moment", "read-only from then on"])
+def test_whichever_write_fails_the_folder_is_named_and_a_later_run_gives_the_same_bytes(small, runs, monkeypatch, kind):
+    small()
+    clean, at, failed = small.kept(), 0, 0
+    while True:
+        at += 1
+        shutil.rmtree(runs)
+        with monkeypatch.context() as patch:
+            disk = Disk(patch, at, errno.EROFS if "read-only" in kind else errno.ENOSPC, once="moment" in kind)
+            try:
+                small()
+            except files.StoreError as error:
+                failed += 1
+                said = "Read-only file system" if "read-only" in kind else "No space left on device"
+                assert said in str(error) and str(runs) in str(error), (at, error)
+            else:
+                assert disk.steps < at or kind != "full from then on", f"step {at} failed and nobody heard of it"
+        partial = small.kept()
+        assert partial.items() <= clean.items(), f"step {at} left something half-written"
+        done = sum("/units/" in name for name in partial)
+        assert small()[1] == 3 - done, f"step {at}: finished units are kept"
+        assert small.kept() == clean
+        assert not [path for path in runs.rglob(".*") if path.suffix == ".tmp"]
+        if disk.steps < at:
+            break
+    assert failed >= 30 or "moment" in kind and failed >= 25, failed
+
+
+def test_killed_at_any_step_of_any_write_it_goes_on_with_the_same_bytes(small, runs, monkeypatch):
+    small()
+    clean, at, status, lost = small.kept(), 0, -9, 0
+    while status == -9:
+        at += 1
+        shutil.rmtree(runs)
+        pid = in_a_child(lambda: (Disk(monkeypatch, at, kill=True), small()))
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        partial = small.kept()
+        assert partial.items() <= clean.items(), f"step {at} left something half-written"
+        lost += any(path.suffix == ".tmp" for path in runs.rglob(".*"))
+        assert small()[1] == 3 - sum("/units/" in name for name in partial)
+        with files.locked(runs / "default" / ".lock"):  # the driver sweeps the whole run
+            assert not [path for path in runs.rglob(".*") if path.suffix == ".tmp"]
+        assert small.kept() == clean
+    assert status == 0 and at > 40 and lost > 5, (status, at, lost)
+
+
+@pytest.fixture
+def little_disk(tmp_path):
+    """A disk of 256 kB; skipped where nothing can be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True)
+    if done.returncode:
+        pytest.skip("no disk can be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_is_really_full_is_named_by_run_and_driver(small, runs, little_disk, capsys):
+    small()
+    clean = small.kept()
+    root = little_disk / "runs"
+    root.mkdir()
+    filler = little_disk / "filler"
+    with open(filler, "wb", buffering=0) as stream:
+        while True:
+            try:
+                stream.write(b"x" * 4096)
+            except OSError:
+                break
+    with open(filler, "r+b") as stream:
+        stream.truncate(filler.stat().st_size - 5 * 4096)
+    with pytest.raises(files.StoreError, match="No space left on device"):
+        small(root)
+    partial = small.kept(root)
+    assert 0 < len(partial) < len(clean) and partial.items() <= clean.items()
+    with open(filler, "ab", buffering=0) as stream, pytest.raises(OSError):
+        while True:
+            stream.write(b"x" * 512)
+    assert main(["--models", "demo/gpt2", "--relations", "P36", "--output", "other"]) == 2
+    assert re.search(rf"run_all.sh: cannot write results to {root}.*No space left", capsys.readouterr().err)
+    filler.unlink()
+    small(root)
+    assert small.kept(root) == clean
+
+
+def test_a_full_folder_for_temporary_files_is_one_line_too(small, runs, monkeypatch, capsys):
+    monkeypatch.setattr("tempfile.TemporaryDirectory", lambda **_: Disk(monkeypatch, 1).step())
+    assert main(["--models", "demo/gpt2", "--relations", "P36", "--only", "01"]) == 2
+    assert "run_all.sh: [Errno 28] No space left on device" in capsys.readouterr().err
+
+
+def test_a_file_system_without_locks_is_named(small, runs, monkeypatch):
+    import fcntl
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(files.StoreError, match="No locks available.*another output") as caught:
+        small()
+    assert str(runs) in str(caught.value)
+
+
+# -- damaged and foreign files ------------------------------------------------------------------------------
+def damaged(data, step):
+    """`data` with one bit flipped, at every `step`-th byte, and cut short."""
+    rng = random.Random(0)
+    for at in range(0, len(data), step):
+        yield data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1:]
+    yield from (data[:size] for size in (0, 1, len(data) // 2, len(data) - 2))
+
+
+def test_no_damage_to_a_saved_frame_is_read_as_a_result(small):
+    study, _ = small()
+    path = study.results / "queries.parquet"
+    for bad in damaged(path.read_bytes(), 60):
+        path.write_bytes(bad)
+        with pytest.warns(UserWarning, match="queries.parquet is not read"), pytest.raises(ValueError, match="usable"):
+            study.load("queries")
+    small()
+    assert len(study.load("queries")) == 6
+
+
+def test_no_damage_to_a_record_is_read_as_a_record(small):
+    study, _ = small()
+    path = study.results / "run.json"
+    [entry], whole = read_record(path).values(), path.read_bytes()
+    assert read_record(path.with_name("none")) == {}
+    for bad in damaged(whole, 11):
+        path.write_bytes(bad)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = read_record(path)
+        if found:  # such as 1e-05 for 1E-05
+            assert found == {"01_localize": entry}
+        else:
+            assert bad == b"" or "run.json is damaged" in str(caught[0].message)
+    path.write_bytes(whole.replace(b'"seed": 0', b'"seed": 1'))
+    with pytest.warns(UserWarning, match="01_localize is left out"):
+        small()
+    assert list(read_record(path)) == ["01_localize"]
+
+
+def test_no_damage_to_a_stamp_or_to_what_it_vouches_for_goes_unnoticed(tmp_path, capsys):
+    from qlutils.run import _is_done, _stamp
+
+    notebooks = tmp_path / "notebooks"
+    names = ["notebooks/01.ipynb", "results/table1.csv", "results/fig1.png"]
+    contents = {name: name.encode() * 9 for name in names}
+    for name, content in contents.items():
+        files.write_bytes(tmp_path / name, content)
+    inputs = {"parameters": {"t": 0.2}, "source": "s"}
+    files.write_json(notebooks / "01.json", files.sealed({
+        "inputs": files.sha256(inputs), "made_from": inputs,
+        "outputs": {name: files.sha256(content) for name, content in contents.items()}}))
+    stamp = (notebooks / "01.json").read_bytes()
+    good = _stamp(tmp_path, "01")
+    assert _is_done(good, inputs, tmp_path) and not _is_done(good, {**inputs, "source": "older"}, tmp_path)
+    assert _stamp(tmp_path, "02") == {} and capsys.readouterr().err == ""
+    for bad in damaged(stamp, 3):
+        (notebooks / "01.json").write_bytes(bad)
+        assert _stamp(tmp_path, "01") == {}
+        assert "01.json is damaged" in capsys.readouterr().err
+    for name in names:
+        for bad in damaged(contents[name], 10):
+            (tmp_path / name).write_bytes(bad)
+            assert not _is_done(good, inputs, tmp_path) and f"{name} is gone or was changed" in capsys.readouterr().err
+        (tmp_path / name).unlink()
+        assert not _is_done(good, inputs, tmp_path) and f"{name} is gone or was changed" in capsys.readouterr().err
+        (tmp_path / name).write_bytes(contents[name])
+    assert _is_done(good, inputs, tmp_path)
+
+
+def test_a_frame_of_an_older_code_version_is_refused_by_that_name(small, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "package_source", lambda: "older")
+        study, _ = small()
+    with pytest.raises(ValueError, match="made from other source. Run the notebook that makes it"):
+        study.load("queries")
+    small()
+    study.load("queries")
+
+
+# -- two at once --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("pause, held", [(1.2, True), (0.4, False)], ids=["refused", "let in and finds it done"])
+def test_of_two_runs_started_at_once_the_second_is_refused_or_finds_the_work_done(tmp_path, monkeypatch, pause, held):
+    monkeypatch.setattr(store, "cached_model", lambda *_: fake_model())
+    config = dict(log=str(tmp_path / "log"), pause=pause)
+    first = in_a_child(lambda: run(tmp_path, signed, config))
+    while not (tmp_path / "log").exists():
+        time.sleep(0.01)
+    if held:
+        with pytest.raises(files.StoreError, match=rf"\.lock is held by process {first} on "):
+            run(tmp_path, signed, config)
+    else:
+        assert run(tmp_path, signed, config)[1]["computed"] == 0
+    assert os.waitpid(first, 0)[1] == 0
+    assert run(tmp_path, signed, config)[1]["computed"] == 0
+    assert (tmp_path / "log").read_text().split() == 4 * [str(first)]
+
+
+def test_a_lock_of_a_dead_process_whose_number_another_one_has_now_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "cached_model", lambda *_: fake_model())
+    (tmp_path / "units").mkdir()
+    (tmp_path / "units" / ".lock").write_text(f"process {os.getppid()} on {files.socket.gethostname()}")
+    left = tmp_path / "units" / f".x.parquet.{files.socket.gethostname()}.{os.getppid()}.tmp"
+    left.write_text("half")
+    assert run(tmp_path)[1]["computed"] == 4
+    assert sorted(unit_files(tmp_path)) == sorted(path.name for path in (tmp_path / "units").iterdir() if path != left)
+
+
+# -- memory -------------------------------------------------------------------------------------------------
+FACTS = [dict(relation="P1", subject=f"s{i}", object=f"{i + 30} {i + 50}", prompts=["5 6 7", "8 9 10 11", "5 7 9 11"])
+         for i in range(4)]
+
+
+def test_a_unit_that_runs_out_of_memory_is_computed_in_smaller_batches_with_the_same_scores():
+    lm = tiny_lm("llama3")
+    with watched_rows(lm) as seen:
+        wanted = localize.localise_unit(lm, FACTS, method="ig", steps=4)
+    limit = seen["most"] // 3
+    with watched_rows(lm, limit=limit) as seen:
+        found = localize.localise_unit(lm, FACTS, method="ig", steps=4)
+    assert seen["most"] > limit, "nothing ran out of memory"
+    assert (found["row_budget"] < wanted["row_budget"]).all() and found["row_budget"].nunique() == 1
+    for a, b in zip(found["score"], wanted["score"]):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * max(b))
+    for name in ("layer", "neuron"):
+        assert [list(x) for x in found[name]] == [list(x) for x in wanted[name]]
+
+
+def edit_plans():
+    queries = [dict(prompt=prompt, object=fact["object"], known=True, same=True)
+               for fact in FACTS[1:] for prompt in fact["prompts"]]
+    return [dict(fact=f"P1|{f['subject']}|{f['object']}", relation="P1", subject=f["subject"], object=f["object"],
+                 prompts=f["prompts"], known=[True] * 3, query=0, new_object="33 40", locality=queries[:4], texts=[],
+                 edits=[dict(neurons="local", control="none", set=[[0, 3], [1, 5]])]) for f in FACTS]
+
+
+NOT_YET_IN_ROWS = pytest.mark.xfail(strict=False, reason="rows.score_rows and synapses do not handle it yet")
+TASKS = {"mapping": lambda lm: mapping.scale_kns(lm, UNIT),
+         "synapses": lambda lm: synapses.scale_synapse_columns(lm, [{**UNIT[0], "irrelevant": ["9 8 7 6"] * 3}]),
+         "attention": lambda lm: synapses.attend(lm, UNIT),
+         "edits": lambda lm: edit_study.edit_facts(lm, edit_plans())}
+
+
+def lm_of(task):
+    return tiny_lm("gpt2", torch.float32) if task == "edits" else make("gpt2", torch.float32)
+
+
+@NOT_YET_IN_ROWS
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_that_runs_out_of_memory_goes_on_in_smaller_batches_with_the_same_numbers(task):
+    lm = lm_of(task)
+    TASKS[task](lm)  # the checks of a model's first use are over
+    with watched_rows(lm) as seen:
+        wanted = TASKS[task](lm)
+    limit = seen["most"] // 2
+    with watched_rows(lm, limit=limit) as seen:
+        found = TASKS[task](lm)
+    assert seen["most"] > limit, "nothing ran out of memory"
+    pd.testing.assert_frame_equal(found, wanted, check_exact=False, rtol=1e-5, atol=1e-9)
+    with watched_rows(lm, limit=0), pytest.raises(torch.OutOfMemoryError):
+        TASKS[task](lm)
+
+
+# -- numbers ------------------------------------------------------------------------------------------------
+@contextmanager
+def broken_for(lm, token, value):
+    """The residual stream is `value` wherever `token` is read."""
+    def spoil(_, inputs, output):
+        return torch.where((inputs[0] == token)[..., None], torch.full_like(output, value), output)
+
+    handle = lm.model.get_input_embeddings().register_forward_hook(spoil)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("task", [*(pytest.param(task, marks=NOT_YET_IN_ROWS) for task in TASKS), "localise"])
+def test_numbers_that_are_not_finite_stop_the_unit_and_name_the_query(task, value):
+    lm = lm_of("edits" if task == "localise" else task)
+    work = TASKS.get(task, lambda lm: localize.localise_unit(lm, FACTS, method="ig", steps=3))
+    work(lm)
+    query, token = ("8 9 10 11", 10) if task in ("edits", "localise") else ("9 3 30 2", 30)
+    with broken_for(lm, token, value), pytest.raises(ValueError, match="finite|NaN") as caught:
+        work(lm)
+    assert query in str(caught.value), caught.value

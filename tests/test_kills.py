@@ -1,0 +1,325 @@
+"""The study killed at random moments, and started again: same bytes, at most one unit lost a kill.
+
+One process imports torch and loads the model once; it forks a child for every start, so that a start costs
+milliseconds. All of them compute in one thread, as threads do not survive a fork.
+"""
+
+import json
+import os
+import random
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+
+from qlutils import localize, paths, store
+from qlutils.files import read_table
+from qlutils.study import Study, read_record
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLES = (".csv", ".md", ".tex")
+RELATIONS = ["P36", "P19", "P103"]
+PARAMETERS = dict(model="demo/gpt2", method="ig", relations=RELATIONS, facts_per_relation=1, t=0.2, steps=3,
+                  lambda1=2.0, lambda2=2.0, embedding="input", n_locality=4, controls=["random"], corpus="demo",
+                  ppl_entries=1, ppl_max_tokens=32)
+UNITS = 5 * 3  # five tasks, a unit a fact
+
+
+# -- what is killed ---------------------------------------------------------------------------------------
+def small_study(parameters):
+    """Localisation, edits, query-KN mapping, attention and synapses of three facts, one fact a unit, with tables."""
+    from qlutils import edit_report, edit_study, effects, mapping, synapses
+    from qlutils.analysis import classified_facts
+
+    localize.UNIT_FACTS = edit_study.UNIT_FACTS = 1
+    study, t = Study("small", **parameters), parameters["t"]
+    few = dict(directions=("average",), thresholds=("otsu",))
+    queries = localize.localise(study, steps=parameters["steps"])
+    classes = classified_facts(queries, t, 0.1)
+    edits, _ = edit_study.run_edits(study, queries, ["local", "global"])
+    study.save(edits, "edits")
+    study.table(edit_report.edit_table(edits, classes, study.model, sets=("local",), controls=()), "table2")
+
+    def moved(task, config=None, **more):
+        frame = study.run(task, effects.units(queries, t, size=1, **more), config, desc=task.__name__)
+        return effects.beside_queries(frame, queries, t, 0.1)
+
+    study.table(effects.summary(effects.rates(moved(mapping.scale_kns)), mapping.PAPER_SETS, **few), "fig4")
+    winners = study.run(synapses.attend, effects.units(queries, size=1), desc="attend")
+    study.table(effects.top_tokens(winners), "attended")
+    scaled = moved(synapses.scale_synapse_columns, dict(renormalise=False), irrelevant=0)
+    scaled = effects.rates(scaled[scaled["set"] != "none"])
+    study.table(effects.summary(scaled, ("self", "irrelevant"), **few), "fig6")
+    study.record()
+
+
+def serve():
+    """In the process that loads torch once: fork a child for each line that comes in, and say how it ended."""
+    import torch
+
+    torch.set_num_threads(1)
+    store.cached_model("demo/gpt2", None, None)
+    from qlutils import edit_report, edit_study, effects, mapping, synapses, tables  # noqa: F401 once for all children
+    print("ready", flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        if pid := os.fork():
+            print(pid, flush=True)
+            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        else:
+            child(**order)
+
+
+def child(runs, parameters, threads=1):
+    status = 1
+    try:
+        said = os.open(runs + ".said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(said, 1), os.dup2(said, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        sys.modules["torch"].set_num_threads(threads)
+        paths.RUNS, work = Path(runs), store._work
+
+        def logged(*item):
+            with open(runs + ".log", "a") as log:
+                log.write(f"{item[7]}\n")
+            return work(*item)
+
+        store._work = logged
+        small_study(parameters)
+        status = 0
+    except SystemExit as error:
+        status = error.code
+    except KeyboardInterrupt:
+        status = 130
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+# -- who kills it -----------------------------------------------------------------------------------------
+class Server:
+    """Starts children, one after the other."""
+
+    def __init__(self, hash_seed):
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)]), "OMP_NUM_THREADS": "1",
+               "PYTHONHASHSEED": str(hash_seed)}
+        self.process = subprocess.Popen([sys.executable, "-c", "import test_kills; test_kills.serve()"], env=env,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        assert self.process.stdout.readline() == "ready\n"
+
+    def start(self, runs, parameters=PARAMETERS, **more):
+        self.process.stdin.write(json.dumps(dict(runs=str(runs), parameters=parameters, **more)) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def ended(self, patience):
+        """Whether the child ends within `patience` seconds; its status is then to be read with `status`."""
+        return bool(select.select([self.process.stdout], [], [], patience)[0])
+
+    def status(self):
+        return int(self.process.stdout.readline())
+
+    def run(self, runs, **more):
+        self.start(runs, **more)
+        assert self.status() == 0, said(runs)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = Server(1)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server, tmp_path_factory):
+    """(folder, seconds) of a run that nobody disturbs."""
+    runs, start = tmp_path_factory.mktemp("kills") / "undisturbed", time.time()
+    server.run(runs)
+    assert len(computed(runs)) == len(set(computed(runs))) == UNITS
+    return runs, time.time() - start
+
+
+def said(runs):
+    return Path(f"{runs}.said").read_text()
+
+
+def computed(runs):
+    """The keys of the units whose computing began, in order."""
+    log = Path(f"{runs}.log")
+    return log.read_text().split() if log.exists() else []
+
+
+def results(runs, suffixes=(*TABLES, ".parquet")):
+    """{relative path: bytes} of all result files; records hold times, so they are left out."""
+    return {str(path.relative_to(runs)): path.read_bytes() for path in sorted(Path(runs).rglob("*"))
+            if path.suffix in suffixes}
+
+
+def kill_at_random(server, undisturbed, folder, kills, seed):
+    clean, seconds = results(undisturbed[0]), undisturbed[1]
+    assert len(clean) >= UNITS + 4 * 3 + 3
+    rng, done, rounds, lost = random.Random(seed), 0, 0, 0
+    while done < kills:
+        runs, before, finished = folder / f"round{rounds}", done, False
+        while not finished:
+            pid, fatal = server.start(runs), done < kills and rng.random() * 0.4 * seconds
+            finished = server.ended(fatal) if done < kills else server.ended(60)
+            if not finished:
+                os.kill(pid, signal.SIGKILL)
+            status = server.status()
+            assert status == (0 if finished else -9) or status == 0, said(runs)
+            finished, done = status == 0, done + (status == -9)
+        assert results(runs) == clean
+        assert not [path for path in runs.rglob(".*") if path.suffix == ".tmp" and path.parent.name == "units"]
+        assert UNITS <= len(computed(runs)) <= UNITS + done - before
+        lost, rounds = lost + len(computed(runs)) - UNITS, rounds + 1
+        shutil.rmtree(runs)
+        Path(f"{runs}.log").unlink()
+    assert done == kills
+    assert lost > 0, "no kill hit a unit at work, so nothing was tried"
+
+
+def test_20_kills_cost_one_unit_each_at_most_and_change_no_byte_of_any_result(server, undisturbed, tmp_path):
+    kill_at_random(server, undisturbed, tmp_path, 20, seed=0)
+
+
+@pytest.mark.slow
+def test_100_kills_cost_one_unit_each_at_most_and_change_no_byte_of_any_result(server, undisturbed, tmp_path):
+    kill_at_random(server, undisturbed, tmp_path, 100, seed=1)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_study_that_is_asked_to_stop_does_so_in_seconds_and_resumes(server, undisturbed, tmp_path, number, status):
+    runs = tmp_path / "asked"
+    pid = server.start(runs)
+    while len(computed(runs)) < 4:
+        time.sleep(0.01)
+    asked = time.time()
+    os.kill(pid, number)
+    assert server.status() == status and time.time() - asked < 5
+    assert "the same command resumes" in said(runs) and str(runs / "default" / "units") in said(runs)
+    kept = results(runs, (".parquet",))
+    server.run(runs)
+    assert results(runs) == results(undisturbed[0]) and kept.items() <= results(runs).items()
+    assert len(computed(runs)) <= UNITS + 1
+
+
+# -- reproducible -----------------------------------------------------------------------------------------
+def test_a_fresh_process_makes_the_same_bytes_from_what_the_record_holds(server, undisturbed, tmp_path):
+    """Another process with another hash seed, so that no order of a set can hide in a result."""
+    entry = read_record(undisturbed[0] / "default" / "results" / "demo--gpt2" / "ig" / "run.json")["small"]
+    assert {"torch", "transformers", "numpy", "python", "qlutils"} <= set(entry["versions"])
+    assert entry["model"].keys() == {"name", "revision", "fingerprint", "device", "dtype", "threads"}
+    assert all(len(entry["inputs"][name]) == 64 for name in ("content", "facts", "source"))
+    assert entry["inputs"]["seed"] == 0 and entry["command"] and entry["seconds"] > 0 and entry["platform"]
+    assert sum(work["units"] for work in entry["work"].values()) == UNITS
+    assert all(len(work["source"]) == 64 and work["seconds"] >= 0 for work in entry["work"].values())
+    fresh = Server(2)
+    try:
+        fresh.run(tmp_path / "again", parameters=entry["parameters"])
+    finally:
+        fresh.close()
+    assert results(tmp_path / "again") == results(undisturbed[0])
+
+
+def test_two_threads_find_the_knowledge_neurons_of_one(server, undisturbed, tmp_path):
+    """Float sums depend on the number of threads, so a score may move by 1e-4 of the query's largest; a neuron may
+    then leave or enter the set only if its score is that close to the threshold."""
+    server.run(tmp_path / "two", threads=2)
+    one, two = (read_table(runs / "default" / "results" / "demo--gpt2" / "ig" / "queries.parquet")[0].to_pandas()
+                for runs in (undisturbed[0], tmp_path / "two"))
+    assert (one["prompt"] == two["prompt"]).all() and (one["known"] == two["known"]).all()
+    for a, b in zip(one.itertuples(), two.itertuples()):
+        scores = [dict(zip(zip(row.layer, row.neuron), row.score / row.score.max())) for row in (a, b)]
+        for neuron in scores[0].keys() | scores[1].keys():
+            first, second = (part.get(neuron, 0.05) for part in scores)  # what is stored lies above 0.05
+            assert abs(first - second) < 1e-4, (a.prompt, neuron)
+            assert (first > 0.2) == (second > 0.2) or abs(first - 0.2) < 1e-4
+        assert np.isclose(a.probability, b.probability, rtol=1e-5)
+
+
+# -- through the driver -----------------------------------------------------------------------------------
+OPEN = """
+import os, time
+from qlutils import localize, store
+from qlutils.study import Study
+study = Study.open("{}", In)
+"""
+LOCALISE = """
+localize.UNIT_FACTS, work = 1, store._work
+def slowly(*item):
+    with open({log!r}, "a") as log:
+        log.write(item[7] + "\\n")
+    time.sleep({pause})
+    return work(*item)
+store._work = slowly
+queries = localize.localise(study, steps=steps)
+study.table(queries[["fact", "prompt", "probability"]], "localisation")
+"""
+COMPARE = """
+from qlutils.analysis import consistency_summary, classified_facts
+facts = {{method: classified_facts(study.load("queries", method)) for method in study.methods_done()}}
+study.table(consistency_summary(facts), "table1")
+"""
+HEAD = ("model = 'demo/gpt2'\n{}\ndata = 'demo'\nrelations = None\nfacts_per_relation = None\nseed = 0\n"
+        "output = 'default'\nsteps = 3")
+
+
+def write_books(folder, log, pause):
+    """Notebooks 01 and 02, small; every unit logs its key and first sleeps."""
+    folder.mkdir()
+    for name, method, code in (("01_localize", "method = 'ig'", LOCALISE),
+                               ("02_consistency", "methods = ['ig']", COMPARE)):
+        kernel = {"name": "x", "display_name": "x", "language": "python"}
+        book = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
+        book.cells = [nbformat.v4.new_code_cell(HEAD.format(method), metadata={"tags": ["parameters"]}),
+                      nbformat.v4.new_code_cell(OPEN.format(name) + code.format(log=str(log), pause=pause))]
+        for number, cell in enumerate(book.cells):
+            cell["id"] = f"cell{number}"
+        nbformat.write(book, folder / f"{name}.ipynb")
+    return folder
+
+
+def drive(books, runs):
+    options = ["--models", "demo/gpt2", "--methods", "ig", "--relations", *RELATIONS, "--facts-per-relation", "1"]
+    env = {**os.environ, "QLUTILS_RUNS": str(runs), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    code = f"import sys; from qlutils import run; sys.exit(run.main({options!r}, {str(books)!r}))"
+    return subprocess.Popen([sys.executable, "-c", code], env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+def test_a_driver_killed_and_then_asked_to_stop_while_the_kernel_computes_loses_no_more(undisturbed, tmp_path):
+    books, runs = write_books(tmp_path / "books", tmp_path / "runs.log", 0.4), tmp_path / "runs"
+    for begun, number, status in ((1, signal.SIGKILL, -9), (3, signal.SIGTERM, 143)):
+        driver = drive(books, runs)
+        while len(computed(runs)) < begun:
+            assert driver.poll() is None, driver.communicate()
+            time.sleep(0.02)
+        driver.send_signal(number)
+        asked, output = time.time(), driver.communicate(timeout=15)
+        assert driver.returncode == status and time.time() - asked < 10
+        assert number == signal.SIGKILL or "to go on:\n    ./run_all.sh --models demo/gpt2" in output[1]
+    driver = drive(books, runs)
+    output = driver.communicate(timeout=120)
+    assert driver.returncode == 0, output
+    assert 3 <= len(computed(runs)) <= 3 + 2 and len(set(computed(runs))) == 3
+    # the same units, to the byte, as in a plain process
+    units = {name: data for name, data in results(runs).items() if "/units/" in name}
+    assert len(units) == 3 and units.items() <= results(undisturbed[0]).items()
+    made = runs / "default" / "results" / "demo--gpt2"
+    assert {path.name for path in made.rglob("*.csv")} == {"localisation.csv", "table1.csv"}
+    assert not [path for path in runs.rglob(".*") if path.is_file()]
