@@ -22,6 +22,7 @@ from transformers.masking_utils import eager_mask
 
 NAME = "qlutils_exact"
 _CONTROLS: WeakKeyDictionary[nn.Module, list[tuple[Control, int]]] = WeakKeyDictionary()
+_REPLACED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # contexts of `replaced_methods` a module is in
 
 
 def exact_attention(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
@@ -123,13 +124,17 @@ class Control:
     @contextmanager
     def on(self, model: nn.Module, layers: list[nn.Module]):
         """Active inside, on every forward pass of `model` whose attention is `exact_attention`."""
-        handles = [part.register_forward_pre_hook(
-            lambda module, args, kwargs, forward=part.forward: self.locate(module, args, kwargs, forward),
-            with_kwargs=True) for part in model.modules() if isinstance(part, PreTrainedModel)]
-        inside = [(module, (self, index)) for index, layer in enumerate(layers) for module in layer.modules()]
-        for module, entry in inside:
-            _CONTROLS.setdefault(module, []).append(entry)
+        handles, inside = [], []
         try:
+            for part in model.modules():
+                if isinstance(part, PreTrainedModel):
+                    locate = lambda module, args, kwargs, forward=part.forward: self.locate(  # noqa: E731
+                        module, args, kwargs, forward)
+                    handles.append(part.register_forward_pre_hook(locate, with_kwargs=True))
+            for index, layer in enumerate(layers):
+                for module in layer.modules():
+                    inside.append((module, (self, index)))
+                    _CONTROLS.setdefault(module, []).append(inside[-1][1])
             yield self
         finally:
             for handle in handles:
@@ -146,7 +151,8 @@ def replaced_methods(layers: list[nn.Module], path: str):
     attention with.
 
     `path` is where it sits in a layer ("attn._attn" in GPT-J): a method of (query, key, value,
-    attention_mask) that divides by the attribute `scale_attn` and returns (B, H, R, dh) and the weights."""
+    attention_mask) that divides by the attribute `scale_attn` and returns (B, H, R, dh) and the weights.
+    Contexts nest, and may end in any order: the class's method shows again when the last one does."""
     *where, name = path.split(".")
     owners = [layer.get_submodule(".".join(where)) for layer in layers]
 
@@ -158,10 +164,16 @@ def replaced_methods(layers: list[nn.Module], path: str):
             return out.transpose(1, 2), weights
         return attend
 
+    inside = []
     try:
         for owner in owners:
+            inside.append(owner)
+            _REPLACED[owner] = _REPLACED.get(owner, 0) + 1
             setattr(owner, name, stand_in(owner))
         yield
     finally:
-        for owner in owners:
-            owner.__dict__.pop(name, None)  # the class's method shows again
+        for owner in inside:
+            _REPLACED[owner] -= 1
+            if not _REPLACED[owner]:
+                del _REPLACED[owner]
+                owner.__dict__.pop(name, None)

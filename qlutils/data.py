@@ -9,8 +9,10 @@ loader reads every dataset, because all of them have ParaRel's layout (Elazar et
 No torch or transformers here: tokenisation belongs to `models.py`.
 """
 
+import codecs
 import json
 import logging
+import os
 import re
 import zlib
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ PARAREL_COMMIT = "cb5554678457beb5ac163d888f1ce8cf174b3f0b"
 PARAREL_URL = f"https://raw.githubusercontent.com/yanaiela/pararel/{PARAREL_COMMIT}/data/"
 PARAREL_RETRIES = 2
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet")
+WIKITEXT_COMMIT = "b08601e04326c79dfdd32d625aee71d232d685c3"
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,18 @@ class Fact:
     prompts: tuple[str, ...]
 
     def __post_init__(self):
-        if isinstance(self.prompts, str):
-            raise ValueError(f"fact {self.id}: prompts must be a list of texts, not one text")
+        for name in ("relation", "subject", "object"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"fact {self!r}: {name} must be a text")
+        if not isinstance(self.prompts, (list, tuple)) or not all(isinstance(text, str) for text in self.prompts):
+            raise ValueError(f"fact {self.id}: prompts must be a list of texts, not {self.prompts!r}")
         object.__setattr__(self, "prompts", tuple(self.prompts))  # JSON has lists only
 
     @property
     def id(self) -> str:
-        """For example `P36|France|Paris`."""
-        return f"{self.relation}|{self.subject}|{self.object}"
+        r"""For example `P36|France|Paris`. Results are grouped by it, so no two facts share one: where a name itself
+        holds "|" or a backslash, a backslash stands before it."""
+        return "|".join(re.sub(r"([\\|])", r"\\\1", part) for part in (self.relation, self.subject, self.object))
 
 
 def load_facts(dataset="demo", *, relations=None, facts_per_relation=None, seed=0, min_patterns=3,
@@ -135,20 +142,34 @@ def perplexity_texts(source="demo") -> list[str]:
         cache), or a text file, or a folder with `test.txt`, with one paragraph a line (headings and empty
         lines are dropped).
     """
+    if not isinstance(source, (str, Path)):
+        raise ValueError(f"perplexity text must be 'demo', 'wikitext-2', a file or a folder, not {source!r}")
     if source == "wikitext-2":
         lines = _wikitext_lines()
     else:
         path = DEMO / "heldout.txt" if source == "demo" else Path(source)
-        path = path / "test.txt" if path.is_dir() else path
-        if not path.is_file():
+        path = path / "test.txt" if os.path.isdir(path) else path
+        if not os.path.isfile(path):
             raise ValueError(f"no perplexity text at {str(source)!r}: use 'demo', 'wikitext-2', or a text "
                              "file with one paragraph a line")
-        lines = path.read_text(encoding="utf-8").split("\n")
+        try:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        except ValueError as error:
+            raise ValueError(f"perplexity text {path} is not UTF-8: {error}") from None
     texts = [line.strip() for line in lines]
     texts = [text for text in texts if text and not re.fullmatch(r"=( .* )=", text)]
     if not texts:
         raise ValueError(f"perplexity text {str(source)!r} has no paragraph")
     return texts
+
+
+def check_text(text: str, where: str) -> None:
+    """ValueError for a text that is no Unicode: half of a surrogate pair, which no tokenizer and no file can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: {text[:60]!r} is not valid Unicode: character {error.start} is half of a surrogate "
+                         "pair; repair it where it comes from") from None
 
 
 def _check_count(name, value, optional=False):
@@ -166,18 +187,20 @@ def _open_dataset(dataset):
     if dataset == "pararel":
         names = [Path(file).stem for file in _pararel_registry() if file.startswith(PATTERNS)]
         return _natural(names), _fetch_pararel
-    root = DEMO / "pararel" if dataset == "demo" else Path(dataset).expanduser()
+    root = DEMO / "pararel" if dataset == "demo" else Path(os.path.expanduser(dataset))
     for folder in (root, root / "data"):
-        if (folder / PATTERNS).is_dir():
+        if os.path.isdir(folder / PATTERNS):  # False, where `Path.is_dir` raises, for what cannot be a path
             names = [file.stem for file in (folder / PATTERNS).glob("*.jsonl")]
+            for name in names:
+                check_text(name, f"relation file in {folder / PATTERNS}")
             return _natural(names), lambda kind, relation: folder / kind / f"{relation}.jsonl"
     raise ValueError(f"unknown dataset {str(dataset)!r}: use 'demo', 'pararel', or a folder that holds "
                      f"{PATTERNS} and {FACTS}")
 
 
 def _natural(names):
-    return sorted(names, key=lambda name: [(int(part), "") if part.isdigit() else (-1, part)
-                                           for part in re.split(r"(\d+)", name)])
+    return sorted(sorted(names), key=lambda name: [(int(part), "") if part.isdecimal() else (-1, part)
+                                                   for part in re.split(r"(\d+)", name)])
 
 
 def _choose_relations(relations, known):
@@ -197,14 +220,15 @@ def _read_jsonl(path):
     """Yield ("file:line", object) for the lines of a JSON-lines file; an empty file is an error."""
     if not path.is_file():
         raise ValueError(f"missing data file {path}")
-    lines = path.read_bytes().split(b"\n")  # not splitlines: a label may hold a Unicode line separator
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    lines = lines.split(b"\n")  # not splitlines: a label may hold a Unicode line separator
     empty = True
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line.decode("utf-8"))
-        except ValueError as error:  # bad JSON and bad UTF-8 alike
+        except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a thousand brackets
             raise ValueError(f"{path}:{number}: not a JSON object: {error}") from None
         if not isinstance(record, dict):
             raise ValueError(f"{path}:{number}: not a JSON object: {record!r}")
@@ -218,6 +242,7 @@ def _field(record, name, where):
     value = record.get(name)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where}: field {name!r} must be a text that is not empty, not {value!r}")
+    check_text(value, f"{where}: field {name!r}")
     return value.strip()
 
 
@@ -281,7 +306,7 @@ def _wikitext_lines():
 
     repository, file = WIKITEXT
     try:
-        path = hf_hub_download(repository, file, repo_type="dataset")
+        path = hf_hub_download(repository, file, repo_type="dataset", revision=WIKITEXT_COMMIT)
     except Exception as error:  # the hub has a class for every way of being offline
         raise ValueError(f"WikiText-2 ({repository}, {file}) is neither in the cache nor to be downloaded: "
                          "go online once, or give a text file with one paragraph a line, or 'demo' "

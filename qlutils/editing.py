@@ -8,7 +8,8 @@ and never touches a weight.
 
 from __future__ import annotations
 
-import math
+import os
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from .arch import UnsupportedModel
+from .data import check_text
+from .models import whole_numbers
 from .rows import Change, score_queries
 
 OPERATIONS = ("erase", "update")
@@ -53,8 +56,8 @@ def edit_weights(lm, neurons, op, *, old=None, new=None, lambda1=2.0, lambda2=2.
     `op="erase"` sets them to zero (Eq. 2); `op="update"` adds -lambda1 E(old) + lambda2 E(new) to each (Eq.
     20), E the mean embedding of the object's tokens, which may be ids or text. `embedding`: "input" word
     embedding or "output" (unembedding). Yields an `Edit`. The weights are bit-identical afterwards, whatever
-    happens inside; nested edits undo themselves in reverse order. ValueError: a neuron outside the model, an
-    unknown operation or embedding, an object without an embedding, quantised weights.
+    happens inside; where several edits are active, each can end before the others and they stay. ValueError: a
+    neuron outside the model, an unknown operation or embedding, an object without an embedding, quantised weights.
     """
     neurons = lm.check_neurons(neurons)
     delta = edit_vector(lm, op, old=old, new=new, lambda1=lambda1, lambda2=lambda2, embedding=embedding)
@@ -62,26 +65,55 @@ def edit_weights(lm, neurons, op, *, old=None, new=None, lambda1=2.0, lambda2=2.
     for layer, index in neurons:
         by_layer.setdefault(layer, []).append(index)
     views = {layer: _editable(lm, layer) for layer in by_layer}
-    saved: list[tuple[Tensor, list[int], Tensor]] = []
+    this = _Written(delta, {})
+    active = lm.__dict__.setdefault("edits", [])
     try:
+        active.append(this)
         with torch.no_grad():
             for layer, index in by_layer.items():
-                saved.append((views[layer], index, views[layer][index].clone()))
-            for view, index, before in saved:
-                view[index] = torch.zeros_like(before) if delta is None else before + delta
+                this.before[layer] = index, views[layer][index].clone()
+            for layer, (index, before) in this.before.items():
+                views[layer][index] = this.of(before)
         yield Edit(op, tuple(neurons))
     finally:
         with torch.no_grad():
-            for view, index, before in saved:
-                view[index] = before
+            place = next(i for i, one in enumerate(active) if one is this)
+            for layer, (index, rows) in this.before.items():
+                for later in active[place + 1:]:
+                    later.rebase(layer, index, rows)
+                views[layer][index] = rows
+            del active[place]
+
+
+@dataclass(eq=False)
+class _Written:
+    """An edit that is in the weights: what it adds (None: it erases), and {layer: (neurons, rows before it)}."""
+
+    delta: Tensor | None
+    before: dict[int, tuple[list[int], Tensor]]
+
+    def of(self, rows: Tensor) -> Tensor:
+        return torch.zeros_like(rows) if self.delta is None else rows + self.delta
+
+    def rebase(self, layer: int, index: list[int], rows: Tensor) -> None:
+        """An earlier edit of `index` ends: have `rows` without it as the rows before this one, and put this one's into
+        `rows`."""
+        mine, before = self.before.get(layer, ((), None))
+        shared = [(mine.index(neuron), place) for place, neuron in enumerate(index) if neuron in mine]
+        if shared:
+            own, theirs = map(list, zip(*shared))
+            before[own] = rows[theirs]
+            rows[theirs] = self.of(before[own])
 
 
 def save_edited(lm, folder, neurons, op, **options) -> Path:
     """Write the model as `edit_weights(lm, neurons, op, **options)` makes it, with its tokenizer, as a
     checkpoint that `from_pretrained` loads anywhere. `lm` itself is unchanged. ValueError when `folder`
     already holds a checkpoint."""
-    folder = Path(folder).expanduser()
-    if (folder / "config.json").exists() or folder.is_file():
+    if not isinstance(folder, (str, Path)):
+        raise ValueError(f"folder must be a path, not {folder!r}")
+    folder = Path(os.path.expanduser(folder))
+    if os.path.exists(folder / "config.json") or os.path.isfile(folder):
         raise ValueError(f"{folder} already holds a checkpoint or is a file; name a new folder")
     with edit_weights(lm, neurons, op, **options):
         lm.model.save_pretrained(folder)
@@ -101,20 +133,29 @@ def edit_vector(lm, op, *, old=None, new=None, lambda1=2.0, lambda2=2.0, embeddi
     if op not in OPERATIONS:
         raise ValueError(f"op {op!r} is unknown; use one of {', '.join(OPERATIONS)}")
     for name, value in (("lambda1", lambda1), ("lambda2", lambda2)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{name} is {value!r}; it must be a finite number")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not abs(value) <= torch.finfo(lm.dtype).max:  # not, for NaN
+            raise ValueError(f"{name} is {value!r}; it must be a finite number that {lm.dtype} holds")
     if embedding not in EMBEDDINGS:
         raise ValueError(f"embedding {embedding!r} is unknown; use one of {', '.join(EMBEDDINGS)}")
     if op == "erase":
         return None
     if old is None or new is None:
         raise ValueError("an update needs both objects: old, which the neurons wrote, and new")
-    return lambda2 * object_embedding(lm, new, embedding) - lambda1 * object_embedding(lm, old, embedding)
+    delta = lambda2 * object_embedding(lm, new, embedding) - lambda1 * object_embedding(lm, old, embedding)
+    if not torch.isfinite(delta).all():
+        raise ValueError(f"lambda1 {lambda1} or lambda2 {lambda2} is so large that the edit overflows {lm.dtype}")
+    return delta
 
 
 def object_embedding(lm, words, embedding="input") -> Tensor:
     """(d,) mean embedding of an object's tokens, given as ids or as text (see `object_tokens`); a copy."""
-    ids = object_tokens(lm, words) if isinstance(words, str) else [int(token) for token in words]
+    if isinstance(words, str):
+        ids = object_tokens(lm, words)
+    elif isinstance(words, Iterable) and not isinstance(words, bytes):
+        ids = [token for token, in whole_numbers(([token] for token in words), ("id",), "token")]
+    else:
+        raise ValueError(f"object {words!r} must be text or a list of token ids")
     module = lm.model.get_input_embeddings() if embedding == "input" else lm.model.get_output_embeddings()
     weight = module.weight
     if not ids or not all(0 <= token < weight.shape[0] for token in ids):
@@ -130,6 +171,7 @@ def object_embedding(lm, words, embedding="input") -> Tensor:
 def object_tokens(lm, text: str) -> list[int]:
     """Token ids of `text` as it stands after a word: never with BOS, and without the lone space token that
     SentencePiece puts at the start of a text. ValueError when it does not continue a word."""
+    check_text(text, "object")
     before, ids = (list(lm.tokenizer(words, add_special_tokens=False, split_special_tokens=True).input_ids)
                    for words in (CARRIER, f"{CARRIER} {text.strip()}"))
     if not text.strip() or ids[:len(before)] != before or len(ids) == len(before):
@@ -152,8 +194,9 @@ def perplexity(lm, texts, max_tokens=256) -> float:
 
     A text's first token (BOS, where the tokenizer adds one) is context and not scored. ValueError: no text,
     an empty one or one of a single token, max_tokens below 2."""
-    if isinstance(texts, str):
-        raise ValueError("texts is a list of texts; got a single text")
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        got = "a single text" if isinstance(texts, str) else repr(texts)
+        raise ValueError(f"texts is a list of texts; got {got}")
     entries = encode_entries(lm, list(texts), max_tokens)
     scores = score_queries(lm, entries)
     return float(np.exp(-scores.log_probability.sum() / sum(len(target) for _, target in entries)))

@@ -22,14 +22,9 @@ def answer_probability(lm, prompts, answers, *, answer="all") -> Tensor:
 
     Inside `scale_neurons` or `edit_weights` the changed model answers. ValueError names an unusable prompt.
     """
-    if isinstance(prompts, str) or isinstance(answers, str):
-        raise ValueError("prompts and answers are lists of texts, one answer a prompt; got a single text")
-    prompts, answers = list(prompts), list(answers)
-    if len(prompts) != len(answers):
-        raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers; give one answer a prompt")
     if answer not in ("all", "first"):
         raise ValueError(f"answer {answer!r} is unknown; use all, first")
-    queries = [lm.encode(p, a) for p, a in zip(prompts, answers)]
+    queries = lm.encode_all(prompts, answers)
     scores = score_queries(lm, [(p, a if answer == "all" else a[:1]) for p, a in queries])
     return torch.from_numpy(np.exp(scores.log_probability)).float()
 
@@ -77,14 +72,16 @@ def scale_neurons(lm, neurons, factor):
     used inside.
     """
     change = Change(lm, neurons, factor)
+    if abs(change.factor) > torch.finfo(lm.dtype).max:
+        raise ValueError(f"factor is {factor!r}, more than {lm.dtype} holds; 0 suppresses, 2 doubles")
     watch = _Watch(lm, change)
     active = lm.__dict__.setdefault("scales", [])
-    active.append(change)
     try:
-        watch.__enter__()
+        active.append(change)
+        watch.start()
         yield
     finally:
-        watch.__exit__()
+        watch.stop()
         active.remove(change)
 
 
@@ -97,26 +94,27 @@ class _Watch:
         self.seen = weakref.WeakSet()  # caches that already hold a prompt
         self.prompt_end = None  # inside `generate`: index of the last prompt token
         self.reach: Tensor | None = None  # (B, S) tokens to scale in the forward now running
+        self.generate, self.ended = None, False  # what `generate` of the model's own dict this watch replaced
 
-    def __enter__(self):
+    def start(self):
         first = self.lm.layers[0]  # OPT's outer modules call the decoder past the base model's own forward
         body = next(m for m in self.lm.model.modules()
                     if any(isinstance(c, nn.ModuleList) and len(c) and c[0] is first for c in m.children()))
         self.signature = inspect.signature(body.forward)
-        self.handles = [body.register_forward_pre_hook(self._before, with_kwargs=True),
-                        body.register_forward_hook(self._after, with_kwargs=True, always_call=True)]
+        self.handles.append(body.register_forward_pre_hook(self._before, with_kwargs=True))
+        self.handles.append(body.register_forward_hook(self._after, with_kwargs=True, always_call=True))
         for layer, index in self.change.by_layer.items():
             self.handles.append(self.lm.downs[layer].register_forward_pre_hook(self._scaler(index)))
-        self.generate = self.lm.model.__dict__.get("generate")
         self.lm.model.generate = self._wrap(self.lm.model.generate)
 
-    def __exit__(self):
+    def stop(self):
         for handle in self.handles:
             handle.remove()
-        if "generate" in self.lm.model.__dict__:
-            del self.lm.model.generate
-        if getattr(self, "generate", None) is not None:
-            self.lm.model.generate = self.generate
+        self.ended, methods = True, self.lm.model.__dict__
+        while (top := getattr(methods.get("generate"), "watch", None)) and top.ended:  # contexts may end in any order
+            methods["generate"] = top.generate
+        if methods.get("generate") is None:
+            methods.pop("generate", None)  # the class's method shows again
 
     def _wrap(self, generate):
         def run(inputs=None, *args, **kwargs):
@@ -127,6 +125,8 @@ class _Watch:
                 return generate(inputs, *args, **kwargs)
             finally:
                 self.prompt_end = outer
+
+        self.generate, run.watch = self.lm.model.__dict__.get("generate"), self
         return run
 
     def _before(self, _, args, kwargs):

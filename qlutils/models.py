@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import operator
+import os
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -11,9 +15,11 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
 
 from . import arch, paths
 from .arch import UnsupportedModel
+from .data import check_text
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BUNDLED = ("demo/gpt2", "demo/llama2", "demo/llama3")
@@ -27,10 +33,13 @@ class LanguageModel:
     the fast path and raises `UnsupportedModel` unless the model's own logits come out.
     """
 
+    num_embeddings: float = math.inf  # rows of the embedding matrix; a tokenizer alone has no limit
+
     def __init__(self, model, tokenizer, name: str):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.arch = arch.find_architecture(model, name)
         arch.use_fused_gelu(model)
+        self.num_embeddings = model.get_input_embeddings().weight.shape[0]
         self.layers, self.downs = self.arch.layers, self.arch.downs
         self.num_layers, self.num_neurons, self.num_heads = len(self.layers), self.arch.num_neurons, self.arch.num_heads
         self.layout = "sequence" if self.arch.uses_attention_interface else "batch"
@@ -83,7 +92,7 @@ class LanguageModel:
 
     def check_neurons(self, neurons) -> list[tuple[int, int]]:
         """`neurons` as a sorted list of (layer, index); ValueError for one outside the model."""
-        pairs = sorted({(int(layer), int(index)) for layer, index in neurons})
+        pairs = sorted(set(whole_numbers(neurons, ("layer", "index"), "neuron")))
         for layer, index in pairs:
             if not (0 <= layer < self.num_layers and 0 <= index < self.num_neurons):
                 raise ValueError(
@@ -94,8 +103,14 @@ class LanguageModel:
 
     # -- tokens ---------------------------------------------------------------------------------------------
     def _tokenize(self, text: str) -> list[int]:
+        check_text(text, "text")
         # Text that spells a special token ("<s>") is data here, never the token itself.
         ids = self.tokenizer(text, split_special_tokens=True).input_ids
+        unknown = [token for token in ids if token >= self.num_embeddings]
+        if unknown:  # else an index error on a CPU, and a dead process on a GPU
+            raise ValueError(f"text {text[:60]!r} holds the token {self.tokenizer.convert_ids_to_tokens(unknown[0])!r} "
+                             f"({unknown[0]}), and {self.name} embeds only the tokens 0 to {self.num_embeddings - 1}: "
+                             "the tokenizer is another model's, or the embeddings were not resized for it")
         eos = self.tokenizer.eos_token_id
         if len(ids) > 1 and ids[-1] == eos and not text.endswith(str(self.tokenizer.eos_token)):
             ids = ids[:-1]  # a trailing EOS would end the sentence before the answer
@@ -134,6 +149,37 @@ class LanguageModel:
             raise ValueError(f"{prompt[:60]!r}... with its answer has {len(joint)} tokens; {self.name} reads {self.context}")
         return prompt_ids, joint[len(prompt_ids):]
 
+    def encode_all(self, prompts, answers) -> list[tuple[list[int], list[int]]]:
+        """`encode` of each prompt with its answer, two lists of texts; ValueError where they are anything else."""
+        for name, texts in (("prompts", prompts), ("answers", answers)):
+            if isinstance(texts, str):
+                raise ValueError(f"{name} must be a list of texts, one answer a prompt; got the single text "
+                                 f"{texts[:60]!r}")
+            if not isinstance(texts, Iterable):
+                raise ValueError(f"{name} must be a list of texts, one answer a prompt; got {texts!r}")
+        prompts, answers = list(prompts), list(answers)
+        if len(prompts) != len(answers):
+            raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers; give one answer a prompt")
+        return [self.encode(prompt, answer) for prompt, answer in zip(prompts, answers)]
+
+
+def whole_numbers(groups, names, what) -> list[tuple[int, ...]]:
+    """`groups`, for example of (layer, index), as tuples of ints. ValueError, naming the first that is none: a
+    neuron (0.7, 1) is not neuron (0, 1), and True is not 1."""
+    if isinstance(groups, (str, bytes)) or not isinstance(groups, Iterable):
+        raise ValueError(f"{what}s must be a set of ({', '.join(names)}); got {groups!r}")
+    found = []
+    for group in groups:
+        try:
+            numbers = tuple(operator.index(int(number) if isinstance(number, str) and number.isdecimal() else number)
+                            for number in group if not isinstance(number, bool))
+        except TypeError:
+            numbers = ()
+        if len(numbers) != len(names) or len(numbers) != len(group):
+            raise ValueError(f"{what} {group!r} must be ({', '.join(names)}), whole numbers counted from 0")
+        found.append(numbers)
+    return found
+
 
 def load_model(name_or_path: str, *, device: str | None = None, dtype: str | None = None) -> LanguageModel:
     """Load a bundled model ("demo/gpt2"), a Hugging Face id, or a local folder.
@@ -146,13 +192,14 @@ def load_model(name_or_path: str, *, device: str | None = None, dtype: str | Non
         raise ValueError(f"model must be a name or a folder, got {name_or_path!r}")
     name = str(name_or_path)
     device = _device(device)
-    if dtype is not None and dtype not in DTYPES:
+    if dtype is not None and not (isinstance(dtype, str) and dtype in DTYPES):
         raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     torch_dtype = DTYPES[dtype] if dtype else (torch.float32 if device.type == "cpu" else "auto")
     source = _source(name)
     if name in BUNDLED:  # loaded at once; a progress bar would only be litter in a notebook
         transformers.utils.logging.disable_progress_bar()
     try:
+        _check_shards(source)
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch_dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -164,13 +211,20 @@ def load_model(name_or_path: str, *, device: str | None = None, dtype: str | Non
 
 
 def _device(device) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        found = torch.device(device)
     except (RuntimeError, TypeError):
-        raise ValueError(f"device {device!r} is unknown; use cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {str(device)!r} was asked for, but torch sees no CUDA device; use cpu")
-    return device
+        found = None
+    if found is None or isinstance(device, int) or found.type not in ("cpu", "mps", "cuda"):
+        raise ValueError(f"device {device!r} is unknown; use cpu, cuda or cuda:N")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        there = f"{torch.cuda.device_count()}, counted from 0" if torch.cuda.is_available() else "no CUDA device"
+        raise ValueError(f"device {str(device)!r} was asked for, but torch sees {there}; use cpu or one that is there")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device {str(device)!r} was asked for, but torch sees no Apple GPU; use cpu")
+    return found
 
 
 def _source(name: str) -> str:
@@ -178,8 +232,8 @@ def _source(name: str) -> str:
         if name not in BUNDLED:
             raise ValueError(f"there is no bundled model {name!r}; bundled are {', '.join(BUNDLED)}")
         return str(paths.DEMO / "models" / name.split("/", 1)[1])
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder):  # False, where `Path.is_dir` raises, for what cannot be a path
         if not (folder / "config.json").is_file():
             raise ValueError(f"the folder {name} holds no config.json; a model folder is what save_pretrained writes")
         if not list(folder.glob("*.safetensors")):
@@ -187,8 +241,19 @@ def _source(name: str) -> str:
                              "(pickled weights are never read)")
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"there is no model folder {name}")
+        raise ValueError(f"there is no model folder {name!r}")
     return name
+
+
+def _check_shards(source: str) -> None:
+    """`use_safetensors` binds transformers to the index's name only: a pickle that is listed in it would be opened."""
+    index = cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False,
+                        _raise_exceptions_for_connection_errors=False)
+    if index:
+        for shard in sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())):
+            if not str(shard).endswith(".safetensors") or Path(shard).name != shard:
+                raise ValueError(f"model.safetensors.index.json lists {shard!r}, and only safetensors files of its own "
+                                 "folder are read")
 
 
 def _advice(name: str, error: Exception) -> str:

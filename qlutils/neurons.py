@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import chain, combinations
 from math import comb
+from numbers import Real
 
 import numpy as np
 import pandas as pd
@@ -84,7 +85,10 @@ class Consistency:
 
 def consistency(kn_sets) -> Consistency:
     """CS1, CS2 (Eq. 1) and mean pairwise Jaccard of one fact's KN sets; ValueError with fewer than two."""
-    sets = [frozenset(one) for one in kn_sets]
+    try:
+        sets = [frozenset(one) for one in kn_sets]
+    except TypeError:
+        raise ValueError(f"consistency needs one set of (layer, neuron) a query, not {kn_sets!r}") from None
     if len(sets) < 2:
         raise ValueError(f"consistency needs the KN sets of at least 2 queries of a fact, not {len(sets)}")
     counts = _counts(sets)
@@ -204,10 +208,11 @@ def cas_neurons(candidates, *, b1=0.7, b2=0.3, threshold=0.3, score="raw") -> se
     Only the offered settings, for which enough was kept: (b1, b2) of CAS_BETAS, 0.1 <= threshold < 1; else
     ValueError. An empty set where no CAS is positive.
     """
-    if not any(np.allclose((b1, b2), pair, rtol=0, atol=1e-9) for pair in CAS_BETAS):
-        raise ValueError(f"(b1, b2) = ({b1}, {b2}) is not offered: use one of {CAS_BETAS}")
-    if not CAS_MIN_THRESHOLD <= threshold < 1:
-        raise ValueError(f"CAS threshold {threshold} is not offered: it must be at least "
+    numbers = [isinstance(value, Real) and not isinstance(value, bool) for value in (b1, b2, threshold)]
+    if not all(numbers[:2]) or not any(np.allclose((b1, b2), pair, rtol=0, atol=1e-9) for pair in CAS_BETAS):
+        raise ValueError(f"(b1, b2) = ({b1!r}, {b2!r}) is not offered: use one of {CAS_BETAS}")
+    if not numbers[2] or not CAS_MIN_THRESHOLD <= threshold < 1:
+        raise ValueError(f"CAS threshold {threshold!r} is not offered: it must be at least "
                          f"{CAS_MIN_THRESHOLD} and below 1")
     if score not in CAS_SCORES:
         raise ValueError(f"CAS score {score!r} is unknown: use one of {CAS_SCORES}")
@@ -282,7 +287,7 @@ def fact_table(queries, t=0.2) -> pd.DataFrame:
 # --- helpers ---------------------------------------------------------------------------------------------
 
 def _check_share(name, value):
-    if not 0 < value < 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < 1:
         raise ValueError(f"{name} must lie strictly between 0 and 1, not {value!r}")
 
 
@@ -290,7 +295,12 @@ def _dense(scores):
     if hasattr(scores, "detach"):  # a torch tensor, bfloat16 included
         scores = scores.detach().cpu()
         scores = scores.numpy() if scores.dtype.itemsize >= 4 else scores.float().numpy()
-    scores = np.asarray(scores)
+    try:
+        scores = np.asarray(scores)
+    except ValueError as error:
+        raise ValueError(f"scores must have the shape (queries, layers, neurons): {error}") from None
+    if scores.dtype.kind not in "fiu":
+        raise ValueError(f"scores must be real numbers, not {scores.dtype}")
     if scores.ndim != 3 or 0 in scores.shape[1:]:
         raise ValueError(f"scores must have the shape (queries, layers, neurons), not {scores.shape}")
     return scores

@@ -1,0 +1,422 @@
+"""What a checkpoint, a data set, a parameter or a neighbour on the network cannot do.
+
+Pickled weights, code in a checkpoint and wrong checksums are also in test_models.py and test_data.py; what is here is
+the rest: nothing in the project could unpickle or evaluate, no text is a path out of the run's folder, nothing listens
+beyond this machine.
+"""
+
+import ast
+import ipaddress
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill.parameterize
+import pandas as pd
+import psutil
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from tiny import WORDS, save_checkpoint, save_dataset, word_tokenizer
+
+from qlutils import data, load_model, paths, run
+from qlutils.execute import kernel_environment
+from qlutils.localize import localise
+from qlutils.plots import save_figure
+from qlutils.study import Study, check_parameters, check_values, literals
+from qlutils.tables import write_table
+
+ROOT = Path(__file__).resolve().parents[1]
+FIXED = settings(max_examples=60, deadline=None, derandomize=True, database=None,
+                 suppress_health_check=list(HealthCheck))
+
+
+# --- nothing in the project evaluates, unpickles or trusts -----------------------------------------------
+UNPICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
+CALLS = {"eval", "exec", "compile", "__import__", "input", "breakpoint"}  # as plain names: `model.eval()` is another
+METHODS = {"os.system", "os.popen", "os.execv", "torch.load", "yaml.load", "yaml.unsafe_load", "pd.read_pickle",
+           "pandas.read_pickle", "np.fromfile", "subprocess.getoutput", "pty.spawn", "torch.hub.load", "ctypes.CDLL",
+           "importlib.reload", "runpy.run_path"}
+DYNAMIC = {"qlutils/__init__.py", "qlutils/store.py"}  # import modules by a name that the package itself made
+
+
+def dotted(node):
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join(reversed([*parts, node.id])) if isinstance(node, ast.Name) else ".".join(reversed(parts))
+
+
+def dangers(source, where="<text>"):
+    """What of the above a Python source does, as texts."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            yield from (f"imports {name}" for name in names if name.split(".")[0] in UNPICKLING)
+        if not isinstance(node, ast.Call):
+            continue
+        name, options = dotted(node.func), {one.arg: one.value for one in node.keywords}
+        if name in CALLS or name in METHODS or name.endswith((".to_pickle", ".read_pickle")):
+            yield f"calls {name}"
+        if name.endswith("import_module") and where not in DYNAMIC:
+            yield f"calls {name}"
+        for option in ("shell", "allow_pickle", "trust_remote_code"):
+            if option in options and not (isinstance(options[option], ast.Constant) and options[option].value is False):
+                yield f"{option} is not False in {name}"
+        if name.endswith(".from_pretrained"):
+            if "trust_remote_code" not in options:
+                yield f"{name} without trust_remote_code=False"
+            if "Tokenizer" not in name and not getattr(options.get("use_safetensors"), "value", False):
+                yield f"{name} without use_safetensors=True"
+
+
+def sources():
+    """(name, Python source) of the package, the notebooks' code cells, and the Python inside run_all.sh."""
+    for file in sorted((ROOT / "qlutils").rglob("*.py")):
+        yield file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8")
+    for file in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        for cell in nbformat.read(file, as_version=4).cells:
+            if cell.cell_type == "code":
+                assert not re.search(r"^\s*[%!]", cell.source, re.MULTILINE), f"{file.name} has a magic or a shell line"
+                yield file.name, cell.source
+    for program in re.findall(r"-c '([^']*)'", (ROOT / "run_all.sh").read_text(encoding="utf-8")):
+        yield "run_all.sh", program
+
+
+def test_no_source_unpickles_evaluates_starts_a_shell_or_trusts_remote_code():
+    found = [(name, danger) for name, source in sources() for danger in dangers(source, name)]
+    assert not found
+    assert sum("from_pretrained(" in source for _, source in sources()) >= 1 and len(list(sources())) > 100
+
+
+@pytest.mark.parametrize("line", [
+    "import pickle", "from joblib import load", "import shelve as s", "eval('1')", "exec(code)",
+    "compile('1', '', 'eval')",
+    "__import__('os')", "os.system('ls')", "torch.load(path)", "yaml.load(text)", "np.load(path, allow_pickle=True)",
+    "np.load(path, allow_pickle=flag)", "subprocess.run('ls', shell=True)", "pd.read_pickle(path)",
+    "frame.to_pickle(path)",
+    "AutoModel.from_pretrained(name, use_safetensors=True)", "AutoModel.from_pretrained(name, trust_remote_code=False)",
+    "AutoTokenizer.from_pretrained(name, trust_remote_code=True)",
+    "AutoConfig.from_pretrained(n, trust_remote_code=yes)",
+    "torch.hub.load('a/b', 'c')", "import_module(name)", "importlib.import_module(name)"])
+def test_the_scan_finds_what_it_looks_for(line):
+    assert list(dangers(line))
+
+
+def test_the_scan_passes_what_is_harmless():
+    assert not list(dangers("model.eval()\nast.literal_eval(text)\nre.compile('a')\njson.load(f)\nnp.load(p)\n"
+                            "AutoModel.from_pretrained(n, use_safetensors=True, trust_remote_code=False)\n"
+                            "subprocess.run(['ls'], shell=False)"))
+
+
+def test_the_script_evaluates_and_downloads_nothing_itself():
+    text = (ROOT / "run_all.sh").read_text(encoding="utf-8")
+    code = "\n".join(re.sub(r'"(\\.|[^"\\])*"', '""', line.split(" #")[0]) for line in text.splitlines())
+    assert not re.search(r"\b(eval|source|curl|wget|sudo)\b|\|\s*(ba)?sh\b", code)
+    assert "set -euo pipefail" in text and "--index-url" not in text and "--trusted-host" not in text
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------
+class Sentinel:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.fixture
+def no_unpickling(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("something was unpickled")
+
+    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(module, name, refuse)
+
+
+def test_pickles_beside_the_weights_are_not_opened(tmp_path, no_unpickling):
+    name = save_checkpoint(tmp_path / "model", "gpt2")
+    for file in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth",
+                 "tokenizer.pkl", "model.pkl", "adapter_model.bin", "vocab.bin"):
+        (tmp_path / "model" / file).write_bytes(pickle.dumps(Sentinel(str(tmp_path / "was-unpickled"))))
+    assert load_model(name, device="cpu").num_layers == 3
+    assert not (tmp_path / "was-unpickled").exists()
+
+
+@pytest.mark.parametrize("shard", ["pytorch_model.bin", "../outside.bin", "weights.pt", "model"])
+def test_an_index_cannot_lead_from_safetensors_to_a_pickle(tmp_path, shard, no_unpickling):
+    """The weights in it are good ones: it is refused for being a pickle."""
+    folder = tmp_path / "model"
+    save_checkpoint(folder, "gpt2")
+    from safetensors.torch import load_file
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    torch.save(weights, folder / shard)
+    index = {"metadata": {"total_size": 1}, "weight_map": {name: shard for name in weights}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"model.safetensors.index.json.*{shard}.*only safetensors"):
+        load_model(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("key, value", [
+    ("attn_implementation", "some-one/some-kernel"), ("_attn_implementation", "some-one/some-kernel"),
+    ("quantization_config", {"quant_method": "bitsandbytes", "load_in_8bit": True}),
+    ("architectures", ["os.system"]), ("torch_dtype", "__import__('os')"), ("model_type", "../../evil")])
+def test_a_configuration_cannot_make_the_loader_fetch_or_run_anything(tmp_path, key, value, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    name = save_checkpoint(tmp_path / "model", "llama2")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    import socket
+
+    def refuse(*_, **__):
+        raise AssertionError("the network was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    before = set(sys.modules)
+    try:
+        lm = load_model(name, device="cpu")
+    except ValueError as error:
+        assert "model" in str(error) and "network was tried" not in str(error)
+    else:
+        assert lm.num_layers == 3 and "/" not in lm.model.config._attn_implementation
+    assert not any("kernels" == name.split(".")[0] for name in set(sys.modules) - before)
+
+
+# --- downloads -------------------------------------------------------------------------------------------
+def test_every_file_that_is_downloaded_is_pinned_and_has_a_checksum(monkeypatch):
+    registry = data._pararel_registry()
+    assert registry and all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in registry.values())
+    assert all(re.fullmatch(r"(pattern_data/graphs_json|trex_lms_vocab)/P\d+\.jsonl", name) for name in registry)
+    assert data.PARAREL_URL.startswith("https://") and re.search(r"/[0-9a-f]{40}/", data.PARAREL_URL)
+    import huggingface_hub
+    asked = {}
+
+    def download(*args, **options):
+        asked.update(options, args=args)
+        raise OSError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(ValueError, match="go online once"):
+        data.perplexity_texts("wikitext-2")
+    assert re.fullmatch(r"[0-9a-f]{40}", asked["revision"]) and asked["repo_type"] == "dataset"
+
+
+def test_only_the_packages_data_module_names_addresses_to_download_from():
+    """Others may name a place to read about, never to fetch from."""
+    fetching = {"urlopen", "urlretrieve", "requests.get", "httpx.get", "hf_hub_download", "snapshot_download",
+                "pooch.create", "pooch.retrieve"}
+    found = {name for name, source in sources() for node in ast.walk(ast.parse(source))
+             if isinstance(node, ast.Call) and fetching & {dotted(node.func), dotted(node.func).split(".")[-1]}}
+    assert found == {"qlutils/data.py"}
+
+
+# --- parameters ------------------------------------------------------------------------------------------
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False),
+                    st.text(st.characters(exclude_categories=("Cs",))))
+VALUES = st.recursive(SCALARS, lambda inner: st.one_of(
+    st.lists(inner, max_size=3),
+    st.dictionaries(st.text(st.characters(exclude_categories=("Cs",))), inner, max_size=3)))
+EVIL = "'\"\"\"\n'''\\'\nimport os; os.system('touch was-run')\n#"
+
+
+@FIXED
+@given(value=VALUES)
+@example(value=EVIL)
+@example(value=[EVIL, {EVIL: EVIL}])
+@example(value="\\\" + __import__('os').getcwd() + \\\"")
+@example(value="\r\nexit()\r")
+@example(value="\u2028import os\u2029")
+@example(value="{x}{x.__class__}%(x)s")
+def test_what_is_injected_into_a_notebook_is_the_value_and_no_code(value):
+    kernel = {"name": "python3", "language": "python", "display_name": "x"}
+    book = nbformat.v4.new_notebook(metadata={"kernelspec": kernel, "papermill": {}})
+    book.cells = [nbformat.v4.new_code_cell("t = 0.2", metadata={"tags": ["parameters"]})]
+    made = papermill.parameterize.parameterize_notebook(book, {"t": value})
+    [cell] = [cell for cell in made.cells if "injected-parameters" in cell.metadata.get("tags", [])]
+    found = literals(cell.source)
+    assert found == {"t": value} and check_parameters(["t = None", cell.source])["t"] == value
+
+
+@pytest.mark.parametrize("source", [
+    "t = __import__('os').system('touch was-run')", "t = open('was-run', 'w')",
+    "t = [open('was-run', 'w') for _ in 'a']",
+    "import os\nt = 0.2", "t = 0.2\nopen('was-run', 'w')", "t = (lambda: open('was-run', 'w'))()", "def t(): pass",
+    "t = f'{open(\"was-run\", \"w\")}'", "t = 1 if open('was-run', 'w') else 2", "t: float = open('was-run', 'w')",
+    "t = s = 0.2", "t.x = 1", "t, s = 1, 2", "t = float('nan')", "t = "])
+def test_a_parameter_that_is_code_is_refused_and_never_run(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert literals(source) is None
+    with pytest.raises(ValueError, match="not a literal"):
+        check_parameters(["t = 0.2", f"# Parameters\n{source}"])
+    assert not (tmp_path / "was-run").exists()
+
+
+@pytest.mark.parametrize("name, value", [
+    ("t", "__import__('os').system('touch was-run')"), ("t; import os", "0.2"), ("t\nimport os", "0.2"),
+    ("__class__", "1"),
+    ("t", "[].__class__"), ("t", "open('was-run', 'w')")])
+def test_the_driver_passes_on_no_code(name, value, tmp_path, monkeypatch, runs, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError):
+        check_values({name: run._literal(value)}, {"t": 0.2})
+    assert run.main(["--models", "demo/gpt2", "--relations", "P36", "-p", name, value]) == 2
+    assert "was-run" not in os.listdir(tmp_path) and "run_all.sh: " in capsys.readouterr().err
+
+
+# --- paths -----------------------------------------------------------------------------------------------
+NAMES = st.one_of(st.text(max_size=30), st.text("./\\~\0:* aä\n", max_size=12), st.sampled_from(
+    ["..", ".", "/", "../..", "a/../../b", "/etc/passwd", "~", "~root", "C:\\x", "\\\\host\\share", "..\\..", "a\0b",
+     "con",
+     "\u202e..", "．．／", "..%2f..", "a" * 200]))
+
+
+@FIXED
+@given(name=NAMES)
+def test_no_name_is_a_path_out_of_the_run(name):
+    for make in (lambda: paths.RUNS / "run" / "results" / paths.slug(name), lambda: paths.run_folder(name),
+                 lambda: paths.RUNS / "run" / f"{run.job_name('01_localize', name, 'ig')}.ipynb",
+                 lambda: Study("01", model=name, method="ig", output="run").results):
+        try:
+            place = make()
+        except ValueError as error:
+            assert "model" in str(error) or "output" in str(error)
+            continue
+        inside = paths.RUNS / "run" if "run" in place.parts[len(paths.RUNS.parts):] else paths.RUNS
+        assert Path(os.path.normpath(place)) == place and place.is_relative_to(inside) and place != inside
+        assert "\0" not in str(place) and place.resolve().is_relative_to(paths.RUNS.resolve())
+
+
+@FIXED
+@given(stem=NAMES)
+def test_no_stem_of_a_table_is_a_path_out_of_its_folder(stem, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("outer") / "results"
+    try:
+        written = write_table(pd.DataFrame({"a": [1]}), stem, folder)
+    except (ValueError, OSError) as error:
+        assert stem[:20] in str(error) or repr(stem)[1:15] in str(error) or isinstance(error, OSError)
+    else:
+        assert all(path.resolve().parent == folder.resolve() for path in written.values())
+    assert [path.name for path in folder.parent.iterdir()] in ([], ["results"])
+
+
+@pytest.mark.xfail(reason="plots.save_figure takes any stem")
+@pytest.mark.parametrize("stem", ["../outside", "a/b", "/outside"])
+def test_no_stem_of_a_figure_is_a_path_out_of_its_folder(stem, tmp_path):
+    from matplotlib.figure import Figure
+
+    with pytest.raises(ValueError, match="stem"):
+        save_figure(Figure(), stem, tmp_path / "results", pd.DataFrame({"a": [1]}))
+    assert not (tmp_path / "outside.csv").exists()
+
+
+def everything(folder):
+    return {path.relative_to(folder) for path in folder.rglob("*")}
+
+
+def test_a_run_on_a_data_set_of_hostile_names_writes_in_its_own_folder_only(tmp_path, runs, monkeypatch):
+    evil = {"..": "../../outside", "P1 ; touch was-run": "$(touch was-run)", "~": "/etc/outside",
+            "..P2": "`touch was-run`"}
+    patterns = {name: ["[X] lives in [Y] .", "[X] has a house in [Y] .", "the home of [X] is [Y] ."] for name in evil}
+    facts = {name: [(subject, "rome")] for name, subject in evil.items()}
+    monkeypatch.chdir(tmp_path)
+    folder = save_dataset(tmp_path / "data", patterns, facts)
+    model = save_checkpoint(tmp_path / "model ..", "gpt2", word_tokenizer([*WORDS, *evil.values()]))
+    before = everything(tmp_path)
+    study = Study("01_localize", model=model, method="ig", data=folder, device="cpu", output="safe..name")
+    queries = localise(study, steps=2)
+    study.table(queries[["fact", "prompt"]], "t")
+    study.record()
+    assert set(queries["relation"]) == set(evil)
+    made = everything(tmp_path) - before
+    assert made and all(path.parts[0] == "runs" for path in made)
+    assert all(path.parts[:2] == ("runs", "safe..name") for path in made - {Path("runs")})
+    assert all((tmp_path / path).resolve().is_relative_to(tmp_path) for path in made)
+
+
+# --- the network -----------------------------------------------------------------------------------------
+def listening(*processes):
+    """Addresses on which these processes and their children wait for connections."""
+    found = set()
+    for process in processes:
+        for one in [process, *process.children(recursive=True)]:
+            found |= {connection.laddr.ip for connection in one.net_connections(kind="inet")
+                      if connection.status == psutil.CONN_LISTEN}
+    return found
+
+
+def beyond_this_machine(addresses):
+    return {ip for ip in addresses if not ipaddress.ip_address(ip).is_loopback}
+
+
+def test_the_check_sees_a_socket_that_is_open_to_the_network():
+    import socket
+
+    with socket.socket() as one:
+        one.bind(("0.0.0.0", 0))
+        one.listen()
+        assert beyond_this_machine(listening(psutil.Process())) == {"0.0.0.0"}
+
+
+def test_a_local_cluster_listens_on_this_machine_only(tmp_path):
+    """In a process of its own: scheduler, nanny and worker, with their web servers."""
+    pytest.importorskip("distributed")
+    code = ("import argparse, time, sys\nfrom qlutils import run\nif __name__ == '__main__':\n"
+            " with run._scheduler(argparse.Namespace(workers=1, scheduler=None)) as address:\n"
+            "  from distributed import Client\n"
+            "  with Client(address, set_as_default=False) as client:\n   client.wait_for_workers(1, timeout=60)\n"
+            "   print(address, flush=True)\n   sys.stdin.read()\n")
+    script = tmp_path / "cluster.py"
+    script.write_text(code)
+    child = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                             cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    try:
+        assert child.stdout.readline().startswith("tcp://127.0.0.1:")
+        open_at = listening(psutil.Process(child.pid))
+        assert open_at and not beyond_this_machine(open_at)
+    finally:
+        child.stdin.close()
+        try:
+            child.wait(20)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def test_a_kernel_listens_on_this_machine_only(tmp_path, monkeypatch):
+    from jupyter_client.manager import start_new_kernel
+
+    for name, value in kernel_environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    manager, client = start_new_kernel(kernel_name="qlutils")
+    try:
+        open_at = listening(psutil.Process(manager.provisioner.process.pid))
+        assert open_at and not beyond_this_machine(open_at)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def test_jupyter_is_only_ever_told_to_listen_on_this_machine():
+    from jupyter_server.serverapp import ServerApp
+
+    assert ServerApp.ip.default_value in ("localhost", "127.0.0.1")  # what the README's `jupyter lab` does
+    kinds = ("tests/**/*.py", "qlutils/**/*.py", "*.sh", "*.md", ".ci/*")
+    texts = {file: file.read_text(encoding="utf-8") for kind in kinds
+             for file in ROOT.glob(kind) if file != Path(__file__)}
+    started = 0
+    for file, text in texts.items():
+        for place in re.finditer(r'"jupyter(lab|_server)"|-m jupyter', text):
+            command = text[place.start():place.start() + 300]
+            if "--version" not in command[:40]:
+                started += 1
+                assert "--ip=127.0.0.1" in command, file
+        assert not re.search(r"0\.0\.0\.0|--ip[= ]\*|allow_remote_access", text), file
+    assert started
