@@ -100,11 +100,6 @@ def factors(lm, factor):
     return {layer: torch.full((1, lm.num_heads, 2), factor, dtype=lm.score_dtype) for layer in (0, 2)}
 
 
-def row_changes(lm):
-    change = Change(lm, OTHERS, 0.5, vector=torch.ones(32))
-    return rows._changed(lm, 1, [(0, change, change.start, [0])], [2], IDS.shape[1])
-
-
 # name -> (families, context on a model). Those of `PUBLIC` are in the package's interface; the others are what the
 # notebooks and the attribution are made of.
 CONTEXTS = {
@@ -121,7 +116,6 @@ CONTEXTS = {
     "replaced_methods": (("gptj",), lambda lm: attention.replaced_methods(lm.layers, "attn._attn")),
     "attention_implementation": (INTERFACE, lambda lm: replay.attention_implementation(lm.model, attention.NAME)),
     "replaying": (FAMILIES, replay.replaying),
-    "a change of rows": (FAMILIES, row_changes),
     "scoring": (FAMILIES, rows.scoring),
 }
 PUBLIC = [name for name in CONTEXTS if name.startswith(("scale_", "edit_"))]
