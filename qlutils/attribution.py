@@ -207,10 +207,11 @@ class _Paths:
             neurons = [one.detach().requires_grad_() for one in neurons]
             return cls([down(one) for down, one in zip(lm.downs, neurons)], clean.written, neurons)
 
-    def rows(self, layer: int, index, node: Tensor) -> Tensor:
-        """(Q, P, W) points at `node` (Q or 1, P) of the paths from baselines `index` (P,)."""
-        begin = self.begin[layer].detach()[:, index]
-        return torch.lerp(begin, self.end[layer], node[..., None].to(begin))
+    def rows(self, layer: int, index: Tensor, node: Tensor) -> Tensor:
+        """(Q, P, W) points at `node` (Q or 1, P) of the paths from baselines `index` (Q or 1, P)."""
+        begin = self.begin[layer].detach()
+        query = torch.arange(len(begin), device=begin.device)[:, None]
+        return torch.lerp(begin[query, index.to(begin.device)], self.end[layer], node[..., None].to(begin))
 
     def to_neurons(self, grads: list[Tensor], dtype) -> Tensor:
         """(Q, B, L, N) gradients at the neurons from those at the rows, L x (Q, B, W)."""
@@ -227,19 +228,17 @@ def _integrate(lm, clean: CleanPass, target, starts, p_clean, spec) -> tuple[Ten
     queries, count = starts.shape[:2]
     size = max(1, spec.row_budget // (lm.num_layers * queries))
     if spec.rule == "auto":
-        probabilities = lambda nodes: _path_probabilities(lm, clean, target, paths, nodes, size, spec.site)  # noqa: E731
-        plan, p_start = adaptive_plan(probabilities, p_clean, spec.steps)
-        at_end = None
+        probabilities = lambda plan: _path_probabilities(lm, clean, target, paths, plan, size, spec.site)  # noqa: E731
+        begin = torch.arange(count)[None]
+        p_start = torch.stack(probabilities([(begin, torch.zeros(begin.shape), None)] * lm.num_layers), 2)
+        plan, at_end = adaptive_plan(probabilities, p_start, p_clean, spec.steps), None
     else:
         plan, at_end = fixed_plan(spec.rule, spec.steps, count, lm.num_layers)
     mean = [torch.zeros(one.shape, dtype=lm.score_dtype, device=w.device) for one in paths.begin]  # of the gradients
-    probability = []
-    for start in range(0, max(len(index) for index, _, _ in plan), size):
-        part = [(index[start:start + size], node[:, start:start + size].to(w.device, lm.score_dtype),
-                 weight[:, start:start + size].to(w.device, lm.score_dtype)) for index, node, weight in plan]
-        probability.append(_add_gradients(lm, clean, target, paths, part, mean, at_end if start == 0 else None, spec.site))
+    probability = [_add_gradients(lm, clean, target, paths, part, mean, None if start else at_end, spec.site)
+                   for start, part in _parts(plan, size)]
     if spec.rule != "auto":  # the first points of a fixed plan are the paths' beginnings
-        p_start = torch.cat([p.view(queries, lm.num_layers, -1) for p in probability], -1)[..., :count].transpose(1, 2)
+        p_start = torch.cat([torch.stack(p, 2) for p in probability], 1)[:, :count]
     factor = (w[:, None] - starts).to(lm.score_dtype)
     if spec.method == "amig" and spec.amig_factor == "w":
         factor = w[:, None].to(lm.score_dtype)
@@ -247,28 +246,31 @@ def _integrate(lm, clean: CleanPass, target, starts, p_clean, spec) -> tuple[Ten
     return raw, raw.sum(-1) - (p_clean[:, None, None] - p_start).sum(1)
 
 
+def _parts(plan, size):
+    """(first point, plan) of at most `size` points a layer at a time."""
+    for start in range(0, max(index.shape[1] for index, _, _ in plan), size):
+        yield start, [tuple(one if one is None else one[:, start:start + size] for one in points) for points in plan]
+
+
 @torch.no_grad()
-def _path_probabilities(lm, clean, target, paths, nodes, size, site) -> Tensor:
-    """(Q, B, L, K) answer probabilities at K `nodes` of every path: forward passes only."""
-    queries, count = paths.begin[0].shape[:2]
-    out = torch.empty(queries, count, lm.num_layers, len(nodes), dtype=lm.score_dtype, device=target.device)
-    points = [(b, j) for b in range(count) for j in range(len(nodes))]
-    for start in range(0, len(points), size):
-        b, j = (list(x) for x in zip(*points[start:start + size]))
-        hidden, _, _ = _grow(lm, clean, lambda layer: paths.rows(layer, b, nodes[j][None].to(target.device)), False, site)
+def _path_probabilities(lm, clean, target, paths, plan, size, site) -> list[Tensor]:
+    """L x (Q, P) answer probabilities at the points of a plan: forward passes only."""
+    found = [[target.new_zeros(len(target), 0, dtype=lm.score_dtype)] for _ in plan]
+    for _, part in _parts(plan, size):
+        hidden, leaves, _ = _grow(lm, clean, lambda layer: paths.rows(layer, *part[layer][:2]), False, site)
         p = answer_probabilities(lm, hidden, target, need_grad=False)
-        out[:, b, :, j] = p.view(queries, lm.num_layers, len(b)).permute(2, 0, 1)
-    return out
+        for kept, one in zip(found, p.split([leaf.shape[1] for leaf in leaves], 1)):
+            kept.append(one)
+    return [torch.cat(one, 1) for one in found]
 
 
-def _add_gradients(lm, clean, target, paths, plan, mean, at_end, site) -> Tensor:
-    """Add the weighted gradients of a plan (see `quadrature`) to `mean`, L x (Q, B, W), and return the probabilities
-    (Q, rows) at its points. With `at_end`, the weight of the paths' common end, the first row is the clean one, and the
-    gradients there at every layer count with it."""
+def _add_gradients(lm, clean, target, paths, plan, mean, at_end, site) -> list[Tensor]:
+    """Add the weighted gradients of a plan (see `quadrature`) to `mean`, L x (Q, B, W), and return the probabilities at its
+    points, L x (Q, P). With `at_end`, the weight of the paths' common end, the first row is the clean one, and the gradients
+    there at every layer count with it."""
 
     def rows(layer):
-        index, node, _ = plan[layer]
-        points = paths.rows(layer, index, node)
+        points = paths.rows(layer, *plan[layer][:2])
         return torch.cat([paths.end[layer], points], 1) if at_end is not None and layer == 0 else points
 
     with torch.enable_grad():
@@ -279,12 +281,12 @@ def _add_gradients(lm, clean, target, paths, plan, mean, at_end, site) -> Tensor
         grad = leaf.grad  # None where no row starts in the layer
         if at_end is not None and layer == 0:
             end[0], grad = grad[:, 0], grad[:, 1:]
-        if len(index):
-            baseline = torch.nn.functional.one_hot(index.to(weight.device), mean[layer].shape[1]).to(weight)  # (P, B)
-            mean[layer] += (baseline.T * weight[:, None]) @ grad.to(weight)
+        if index.shape[1]:
+            baseline = torch.nn.functional.one_hot(index, mean[layer].shape[1]) * weight[..., None]  # (Q or 1, P, B)
+            mean[layer] += baseline.mT.to(mean[layer]) @ grad.to(mean[layer])
         if at_end is not None:
             mean[layer] += at_end * end[layer][:, None]
-    return probability.detach()[:, int(at_end is not None):]
+    return list(probability.detach()[:, int(at_end is not None):].split([index.shape[1] for index, _, _ in plan], 1))
 
 
 def _grow(lm, clean, rows, with_clean, site):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -14,15 +15,16 @@ RULES = ("right", "left", "endpoints", "midpoint", "gauss", "auto")
 COMPARED = (("right", 20), ("left", 20), ("endpoints", 20), ("midpoint", 20), ("midpoint", 6), ("gauss", 8), ("gauss", 6),
             ("auto", 6))
 CONVERGED = 100  # Gauss nodes
-PROFILE = 7  # forward passes a path with which "auto" looks where the probability moves
-POWER = 0.75  # of the total variation along a path, in proportion to which a query shares out its evaluations
-UNIFORM = 0.7  # share of "auto"'s nodes that are spread evenly whatever the profile says
+LONG = 8  # evaluations from which on "auto" looks where on a path the probability moves,
+PROFILE = 5  # with so many forward passes,
+UNIFORM = 0.6  # and spreads this share of its nodes evenly whatever they say
 
-# A plan says, for each layer, where gradients are taken: (index (P,), node (Q or 1, P), weight (Q or 1, P)), the
-# baselines of P points, their places on the path and their weights.
+# A plan says, for each layer, where gradients are taken: (index, node, weight), each (Q or 1, P): the baselines of P
+# points, their places on the path, and their weights.
 Plan = list[tuple[Tensor, Tensor, Tensor]]
 
 
+@cache
 def quadrature(rule: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """(nodes, weights) on [0, 1] of a rule with `steps` nodes; the weights sum to 1.
 
@@ -47,52 +49,53 @@ def fixed_plan(rule: str, steps: int, baselines: int, layers: int) -> tuple[Plan
         nodes, weights = nodes[:-1], weights[:-1]
     if nodes[0] != 0:
         nodes, weights = (torch.cat([one.new_zeros(1), one]) for one in (nodes, weights))
-    index = torch.arange(baselines).repeat(len(nodes))
+    index = torch.arange(baselines).repeat(len(nodes))[None]
     return [(index, nodes.repeat_interleave(baselines)[None], weights.repeat_interleave(baselines)[None])] * layers, at_end
 
 
-def adaptive_plan(probabilities, p_clean: Tensor, steps: int) -> tuple[Plan, Tensor]:
-    """The rule "auto": `steps` gradient evaluations a layer and baseline on average, where the probability moves; and P at
-    the paths' beginnings (Q, B, L).
+def adaptive_plan(probabilities, p_start: Tensor, p_clean: Tensor, steps: int) -> Plan:
+    """The rule "auto": `steps` gradient evaluations a layer and baseline on average, where the probability moves.
 
-    `probabilities(nodes)` -> (Q, B, L, K) by forward passes; `p_clean` (Q,) is P at the end. A query's evaluations are
-    shared among its paths in proportion to the total variation of P along them to the power 0.75 (at least 2 each), and
-    placed at Gauss-Legendre nodes of u, a monotone change of variables alpha(u) in which P moves evenly (mixed with an even
-    share). What a query gets depends on that query alone; where the queries of a batch want different numbers the shorter
-    lists are padded with points of weight 0."""
-    inner = (1 - np.cos(np.pi * np.arange(1, PROFILE + 1) / (PROFILE + 1))) / 2
-    found = probabilities(torch.from_numpy(np.concatenate([[0.0], inner])))
-    end = p_clean[:, None, None, None].expand(*found.shape[:-1], 1)
-    profile = torch.cat([found, end], -1).double().cpu().numpy()
-    alpha = np.concatenate([[0.0], inner, [1.0]])
-    moves = np.abs(np.diff(profile, axis=-1))  # (Q, B, L, K - 1)
-    variation = moves.sum(-1)
-    share = (variation + 1e-12) ** POWER
-    share /= share.sum((1, 2), keepdims=True)
-    queries, baselines, layers = variation.shape
-    counts = np.maximum(2, np.floor(steps * baselines * layers * share)).astype(int)
-    spare = counts.sum((1, 2)) - steps * baselines * layers  # what the floor of two took too much
-    top = counts.reshape(queries, -1).argmax(1)
-    counts.reshape(queries, -1)[np.arange(queries), top] -= np.clip(spare, 0, counts.reshape(queries, -1).max(1) - 2)
-    plan = []
+    `p_start` (Q, B, L) and `p_clean` (Q,) are P at the paths' ends; `probabilities(plan)` -> L x (Q, P) by forward passes.
+    Every path gets a quarter of `steps` (at least 1); the rest of a query's evaluations go to its paths in proportion to
+    |P(w) - P(b)|, which is what their attributions sum to: layers that hold no knowledge neurons need few. They sit at
+    Gauss-Legendre nodes; on long paths at those of u, a monotone change of variables alpha(u) in which P moves evenly (mixed
+    with an even share). What a query gets depends on that query alone; shorter lists are padded with points of weight 0."""
+    change = (p_clean[:, None, None] - p_start).abs().double().cpu().numpy()
+    queries, baselines, layers = change.shape
+    share, least = change / np.maximum(change.sum((1, 2), keepdims=True), 1e-300), max(1, steps // 4)
+    counts = least + np.floor(share * (steps - least) * baselines * layers).astype(int)
+    maps, plan = _evenly(probabilities, counts >= LONG, p_start, p_clean), []
     for layer in range(layers):
-        length = counts[:, :, layer].max(0)  # (B,)
-        node, weight = np.full((2, queries, length.sum()), 0.5)
-        weight[:] = 0
-        offset = np.concatenate([[0], np.cumsum(length)])
-        for q in range(queries):
-            for b in range(baselines):
-                n, moved = counts[q, b, layer], moves[q, b, layer]
-                density = (1 - UNIFORM) * moved / max(moved.sum(), 1e-30) + UNIFORM * np.diff(alpha)
-                u = np.concatenate([[0.0], np.cumsum(density)])
-                to_alpha = PchipInterpolator(u / u[-1], alpha)
-                at, w = quadrature("gauss", n)
-                node[q, offset[b]:offset[b] + n] = to_alpha(at)
-                w = w * to_alpha.derivative()(at)
-                weight[q, offset[b]:offset[b] + n] = w / w.sum()  # exact for a constant
-        index = torch.arange(baselines).repeat_interleave(torch.from_numpy(length))
-        plan.append((index, torch.from_numpy(node), torch.from_numpy(weight)))
-    return plan, found[..., 0]
+        index = np.zeros((queries, counts[:, :, layer].sum(1).max()), int)
+        node, weight = np.full(index.shape, 0.5), np.zeros(index.shape)
+        for q, count in enumerate(counts[:, :, layer]):
+            points = [quadrature("gauss", n) for n in count.tolist()]
+            for b, to_alpha in maps.get((q, layer), {}).items():
+                u, w = points[b]
+                w = w * to_alpha.derivative()(u)
+                points[b] = to_alpha(u), w / w.sum()  # exact for a constant
+            index[q, :count.sum()] = np.repeat(np.arange(baselines), count)
+            node[q, :count.sum()], weight[q, :count.sum()] = (np.concatenate(one) for one in zip(*points))
+        plan.append(tuple(torch.from_numpy(one) for one in (index, node, weight)))
+    return plan
+
+
+def _evenly(probabilities, long, p_start, p_clean) -> dict:
+    """{(query, layer): {baseline: alpha(u)}} of the paths that are `long` (Q, B, L), from P at a few points of them."""
+    inner = (1 - np.cos(np.pi * np.arange(1, PROFILE + 1) / (PROFILE + 1))) / 2
+    alpha, used = np.concatenate([[0.0], inner, [1.0]]), [np.flatnonzero(one) for one in long.any(0).T]
+    node = torch.from_numpy(inner)
+    profiles = probabilities([(torch.from_numpy(one).repeat_interleave(PROFILE)[None], node.repeat(len(one))[None], None)
+                              for one in used])
+    maps: dict = {}
+    for q, b, layer in np.argwhere(long):
+        at = PROFILE * int(np.searchsorted(used[layer], b))
+        p = [p_start[q, b, layer], *profiles[layer][q, at:at + PROFILE], p_clean[q]]
+        moved = np.abs(np.diff([float(one) for one in p]))
+        u = np.cumsum([0.0, *(1 - UNIFORM) * moved / max(moved.sum(), 1e-30) + UNIFORM * np.diff(alpha)])
+        maps.setdefault((int(q), int(layer)), {})[int(b)] = PchipInterpolator(u / u[-1], alpha)
+    return maps
 
 
 def compare_rules(lm, queries: pd.DataFrame, spec, *, t: float = 0.2, sample: int = 20, seed: int = 0,
