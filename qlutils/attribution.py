@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .quadrature import RULES, adaptive_plan, fixed_plan
-from .replay import CleanPass, answer_probabilities, clean_pass, neuron_vectors, replaying, run_layer, site_module, start_rows
+from .replay import (CleanPass, answer_probabilities, clean_pass, hooked, neuron_vectors, replaying, run_layer, site_module,
+                     start_rows, within_memory)
 
 METHODS = ("ig", "sig", "amig")
 SITES = ("down_input", "pre_activation")
@@ -44,8 +45,9 @@ class Spec:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 2:
             raise ValueError(f"steps is {self.steps!r}; an integral needs a whole number of at least 2 steps")
-        if self.row_budget is not None and self.row_budget < 1:
-            raise ValueError(f"row_budget is {self.row_budget!r}; use at least 1 row, or None for the default")
+        budget = self.row_budget
+        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
+            raise ValueError(f"row_budget is {budget!r}; use a whole number of at least 1 row, or None for the default")
 
 
 @dataclass
@@ -82,35 +84,17 @@ def attribute(lm, prompts, answers, *, method="ig", steps=20, rule="right", answ
     attribution over the answer's tokens, "first" takes the first. Dense in memory, Q x L x N: for a handful of
     queries (runs stream through `localize`). ValueError names the offending prompt, answer or parameter.
     """
-    if isinstance(prompts, str) or isinstance(answers, str):
-        raise ValueError("prompts and answers are lists of texts, one answer a prompt; got a single text")
-    prompts, answers = list(prompts), list(answers)
-    if len(prompts) != len(answers):
-        raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers; give one answer a prompt")
     spec = Spec(method, steps, rule, answer, site, amig_factor, row_budget)
-    return attribute_encoded(lm, [lm.encode(p, a) for p, a in zip(prompts, answers)], spec, names=prompts)
+    return attribute_encoded(lm, lm.encode_all(prompts, answers), spec)
 
 
 def attribute_encoded(lm, queries: list[tuple[list[int], list[int]]], spec: Spec, names=None) -> Attribution:
     """`attribute` for queries already tokenised into (prompt ids, answer ids). `names` are used in errors."""
     if lm.dtype == torch.float16:
         raise ValueError("float16 gradients of a probability underflow silently; load the model in bfloat16 or float32")
-    names = names or [lm.tokenizer.decode(p) for p, _ in queries]
-    budget = spec.row_budget or default_row_budget(lm)
-    while True:
-        try:
-            return _attribute(lm, queries, replace(spec, row_budget=budget), names)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or budget <= lm.num_layers:
-                raise
-        if lm.device.type == "cuda":
-            torch.cuda.empty_cache()
-        budget = max(lm.num_layers, budget // 2)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a CPU or a GPU ran out of memory."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    names = names or [lm.tokenizer.decode(p, skip_special_tokens=True) for p, _ in queries]
+    return within_memory(lambda budget: _attribute(lm, queries, replace(spec, row_budget=budget), names),
+                         spec.row_budget or default_row_budget(lm), lm.num_layers)
 
 
 def _attribute(lm, queries, spec, names) -> Attribution:
@@ -310,12 +294,9 @@ def _grow(lm, clean, rows, with_clean, site):
                 leaf.requires_grad_()
             leaves.append(leaf)
             if hidden is not None:
-                handle = site_module(lm, layer, site).register_forward_hook(keep(layer)) if with_clean else None
-                try:
+                watched = [site_module(lm, layer, site)] if with_clean else []
+                with hooked(module.register_forward_hook(keep(layer)) for module in watched):
                     hidden = run_layer(lm, clean, layer, hidden)
-                finally:
-                    if handle:
-                        handle.remove()
             if leaf.shape[1]:
                 new = start_rows(lm, clean, layer, leaf, site)
                 hidden = new if hidden is None else torch.cat([hidden, new], 1)

@@ -72,8 +72,6 @@ def scale_neurons(lm, neurons, factor):
     used inside.
     """
     change = Change(lm, neurons, factor)
-    if abs(change.factor) > torch.finfo(lm.dtype).max:
-        raise ValueError(f"factor is {factor!r}, more than {lm.dtype} holds; 0 suppresses, 2 doubles")
     watch = _Watch(lm, change)
     active = lm.__dict__.setdefault("scales", [])
     try:

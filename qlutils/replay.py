@@ -76,19 +76,56 @@ def prefix_attention(module, query, key, value, attention_mask, scaling=None, so
 AttentionInterface.register("qlutils_prefix", prefix_attention)
 
 
+_IMPLEMENTATIONS: dict[int, tuple] = {}  # id of a configuration: its own implementation, {context: the one it runs}
+
+
 @contextmanager
 def attention_implementation(model, name: str):
-    """Run `model` with another attention implementation; the old one is back afterwards, whatever happens."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
-    before = [(config, config._attn_implementation) for config in configs
-              if getattr(config, "_attn_implementation", None)]
+    """Run `model` with another attention implementation; the old one is back afterwards, whatever happens and in whatever
+    order such contexts end."""
+    configs = [config for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+               if getattr(config, "_attn_implementation", None)]
+    context = object()
     try:
-        for config, _ in before:
-            config._attn_implementation_internal = name
+        for config in configs:
+            _, running = _IMPLEMENTATIONS.setdefault(id(config), (config._attn_implementation, {}))
+            running[context] = config._attn_implementation_internal = name
         yield
     finally:
-        for config, old in before:
-            config._attn_implementation_internal = old
+        for config in configs:
+            own, running = _IMPLEMENTATIONS.get(id(config), (config._attn_implementation, {}))
+            running.pop(context, None)
+            config._attn_implementation_internal = [own, *running.values()][-1]
+            if not running:
+                _IMPLEMENTATIONS.pop(id(config), None)
+
+
+@contextmanager
+def hooked(handles):
+    """Inside, the hooks whose registration the iterable `handles` yields are there. They are registered one by one within
+    the `try`, so that an interruption leaves none behind."""
+    held = []
+    try:
+        for handle in handles:
+            held.append(handle)
+        yield
+    finally:
+        for handle in held:
+            handle.remove()
+
+
+def within_memory(compute, size: int, least: int = 1):
+    """compute(size), with `size` halved down to `least` as long as memory runs out."""
+    while True:
+        try:
+            return compute(size)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+            if not full or size <= least:
+                raise
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        size = max(least, size // 2)
 
 
 @dataclass
@@ -112,15 +149,6 @@ def _read(site: str, num_neurons: int, inputs, output) -> Tensor:
     return inputs[0] if site == "down_input" else output[..., :num_neurons]
 
 
-@contextmanager
-def _hooked(handles):
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def neuron_vectors(lm, ids: Tensor, site: str = "down_input", chunk: int = 256) -> Tensor:
     """(R, L, N) neuron vectors at the last position of the sequences `ids` (R, T), no padding."""
@@ -131,7 +159,7 @@ def neuron_vectors(lm, ids: Tensor, site: str = "down_input", chunk: int = 256) 
             _read(site, lm.num_neurons, inputs, output).view(-1, seq, lm.num_neurons)[:, -1])
 
     seq = ids.shape[1]
-    with _hooked([site_module(lm, layer, site).register_forward_hook(keep(layer)) for layer in range(lm.num_layers)]):
+    with hooked(site_module(lm, layer, site).register_forward_hook(keep(layer)) for layer in range(lm.num_layers)):
         for part in ids.split(chunk):
             lm.model.base_model(input_ids=part, use_cache=False)
     return torch.stack([torch.cat(parts) for parts in kept], 1)
@@ -155,14 +183,15 @@ def clean_pass(lm, ids: Tensor, site: str = "down_input") -> CleanPass:
             written[layer] = output.reshape(queries, length, -1)[:, -1:].clone()  # Falcon adds to it in place
         return hook
 
-    handles = []
-    for layer, module in enumerate(lm.layers):
-        handles += [module.register_forward_pre_hook(before(layer), with_kwargs=True),
-                    module.register_forward_hook(lambda _, __, out, layer=layer: outputs.__setitem__(layer, out)),
-                    site_module(lm, layer, site).register_forward_hook(at_site(layer))]
-    with _hooked(handles):
+    def watched():
+        for layer, module in enumerate(lm.layers):
+            yield module.register_forward_pre_hook(before(layer), with_kwargs=True)
+            yield module.register_forward_hook(lambda _, __, out, layer=layer: outputs.__setitem__(layer, out))
+            yield site_module(lm, layer, site).register_forward_hook(at_site(layer))
+
+    with hooked(watched()):
         body = lm.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
-    logits, _ = _to_logits(lm.arch.head(body[0][:, -1]).to(lm.score_dtype), lm.arch.scale, lm.arch.softcap)
+    logits, _ = to_logits(lm.arch.head(body[0][:, -1]).to(lm.score_dtype), lm.arch.scale, lm.arch.softcap)
     cache.crop(-1)
     calls = _calls(lm, ids[:, -1:], cache, outputs)
     last = outputs[-1][0] if isinstance(outputs[-1], tuple) else outputs[-1]
@@ -236,7 +265,7 @@ def start_rows(lm, clean: CleanPass, layer: int, rows: Tensor, site: str = "down
         rest = output[..., rows.shape[-1]:]  # the other half of a fused gate_up_proj
         return torch.cat([new, rest.expand(*new.shape[:-1], -1)], -1) if rest.shape[-1] else new
 
-    with _hooked([site_module(lm, layer, site).register_forward_hook(put)]):
+    with hooked(module.register_forward_hook(put) for module in [site_module(lm, layer, site)]):
         return run_layer(lm, clean, layer, hidden)
 
 
@@ -301,7 +330,7 @@ def _answer_probability(hidden, lm, target, need_grad):
         z = _matmul(hidden, part.T, dtype)
         if bias is not None:
             z += bias[start:start + size]
-        z, slope = _to_logits(z, scale, cap)
+        z, slope = to_logits(z, scale, cap)
         new_top = torch.maximum(top, z.amax(-1, keepdim=True))
         shrink = (top - new_top).exp_()
         z = z.sub_(new_top).exp_()
@@ -314,7 +343,7 @@ def _answer_probability(hidden, lm, target, need_grad):
     z_own = (hidden.to(dtype) * own_weight.to(dtype)).sum(-1, keepdim=True)
     if bias is not None:
         z_own = z_own + bias[target, None]
-    z_own, slope = _to_logits(z_own, scale, cap)
+    z_own, slope = to_logits(z_own, scale, cap)
     p = (z_own - top).exp_() / total
     if not need_grad:
         return p.squeeze(-1), None
@@ -322,7 +351,7 @@ def _answer_probability(hidden, lm, target, need_grad):
     return p.squeeze(-1), (p * (own - mean.div_(total))) * (scale if cap is None else 1.0)
 
 
-def _to_logits(z, scale, cap):
+def to_logits(z, scale, cap):
     """Logits from the unembedding's output, and the slope of the map where it is not the constant `scale`."""
     if scale != 1.0:
         z = z * scale
@@ -381,7 +410,7 @@ def _adds_mlp_output(lm, clean, tolerance) -> bool:
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             return False
         shift = output.std() * torch.linspace(-1, 1, output.shape[-1], device=lm.device, dtype=output.dtype)
-        with _hooked([down.register_forward_hook(lambda _, __, written, shift=shift: written + shift)]):
+        with hooked(m.register_forward_hook(lambda _, __, written, shift=shift: written + shift) for m in [down]):
             moved = run_layer(lm, clean, layer, clean.inputs[layer])
         if not (moved - output - shift).abs().max() <= tolerance * shift.abs().max():
             return False

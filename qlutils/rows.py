@@ -12,7 +12,6 @@ layer.
 
 from __future__ import annotations
 
-import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -24,7 +23,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from .arch import UnsupportedModel, expand_call_argument
-from .replay import _to_logits, final_hidden
+from .replay import final_hidden, hooked, to_logits, within_memory
 
 LOGITS = 2**23  # logits held at once
 CPU_TOKENS = 2048  # tokens of a batch on a CPU; from 1,024 on the time is flat
@@ -37,13 +36,20 @@ class Change:
 
     def __init__(self, lm, neurons, factor: float = 1.0, vector: Tensor | None = None):
         self.neurons, self.vector = lm.check_neurons(neurons), vector
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
-            raise ValueError(f"factor is {factor!r}; it must be a finite number (0 suppresses, 2 doubles)")
-        self.factor = float(factor)
+        self.factor = check_factor(lm, factor)
         self.by_layer: dict[int, list[int]] = {}
         for layer, index in self.neurons:
             self.by_layer.setdefault(layer, []).append(index)
         self.start = min(self.by_layer, default=lm.num_layers)
+
+
+def check_factor(lm, factor) -> float:
+    """`factor` as a float; ValueError for what is no finite number of the model's dtype."""
+    largest = torch.finfo(lm.dtype).max
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not abs(factor) <= largest:
+        raise ValueError(f"factor is {factor!r}; it must be a finite number of at most {largest:.0e} in magnitude, what "
+                         f"{lm.dtype} holds (0 suppresses, 2 doubles)")
+    return float(factor)
 
 
 @dataclass
@@ -91,7 +97,6 @@ def score_rows(lm, queries, rows, *, everywhere=False, tokens=None) -> Scores:
     `tokens` bounds the tokens of a batch. Equal rows (same query, same `Change` object) are computed once."""
     if not lm.__dict__.get("rows_verified"):
         _verify(lm)
-    tokens = tokens or token_budget(lm)
     plan: dict[tuple, list[int]] = {}
     for place, (query, change) in enumerate(rows):
         change = None if change is None or not change.by_layer else change
@@ -106,12 +111,15 @@ def score_rows(lm, queries, rows, *, everywhere=False, tokens=None) -> Scores:
         prefix = len(prompt) - 1 if changed and not everywhere else 0
         groups.setdefault((prefix, len(prompt) + len(target) - 1 - prefix), []).append(query)
     out = Scores(np.zeros(len(rows)), np.zeros(len(rows), bool), np.zeros(len(rows)), [[]] * len(rows))
-    with scoring(lm):
+
+    def score(tokens):
         for (prefix, length), members in sorted(groups.items()):
             size = max(1, tokens // length)
             for start in range(0, len(members), size):
-                part = members[start:start + size]
-                _score_group(lm, queries, part, by_query, prefix, size, out)
+                _score_group(lm, queries, members[start:start + size], by_query, prefix, size, out)
+
+    with scoring(lm):
+        within_memory(score, tokens or token_budget(lm))
     return out
 
 
@@ -172,15 +180,16 @@ def _clean(lm, ids, prefix, starts) -> _Shared:
         inputs.append(args[0] if args else kwargs["hidden_states"])
         calls.append((tuple(args[1:]), {k: v for k, v in kwargs.items() if k != "hidden_states"}))
 
-    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in lm.layers]
-    handles += [lm.downs[layer].register_forward_pre_hook(keep(layer)) for layer in starts]
-    handles.append(lm.layers[-1].register_forward_hook(
-        lambda _, __, output: last.append(output[0] if isinstance(output, tuple) else output)))
-    try:
+    def watched():
+        for layer in lm.layers:
+            yield layer.register_forward_pre_hook(before, with_kwargs=True)
+        for layer in starts:
+            yield lm.downs[layer].register_forward_pre_hook(keep(layer))
+        yield lm.layers[-1].register_forward_hook(
+            lambda _, __, output: last.append(output[0] if isinstance(output, tuple) else output))
+
+    with hooked(watched()):
         lm.model.base_model(input_ids=ids[:, prefix:], past_key_values=cache, use_cache=bool(prefix))
-    finally:
-        for handle in handles:
-            handle.remove()
     return _Shared(calls, [*inputs, last[0]], neurons, kept if prefix else None)
 
 
@@ -248,7 +257,7 @@ def _run_layer(lm, shared, layer, hidden, index):
 def _changed(lm, layer, rows, prompt_ends, scored):
     """Inside, the down-projection of `layer` sees and gives what each row's change asks for. With `scored` (rows, tokens)
     the layer's MLP runs at those places only, its output being 0 elsewhere."""
-    handles, owners, length = [], range(len(rows)), -1
+    handles, owners, length = (), range(len(rows)), -1
     if scored is not None:  # then what is a row here is one scored token, and all of them come after the prompt's end
         of, at = (one[scored[0] < len(rows)] for one in scored)
         handles, owners, length = _only_at(lm.arch.mlps[layer], of, at), of.tolist(), 1
@@ -286,17 +295,18 @@ def _changed(lm, layer, rows, prompt_ends, scored):
         who, vectors = added
         return output.reshape(len(owners), -1, output.shape[-1]).index_add(0, who, vectors).reshape(output.shape)
 
-    if place or scales:
-        handles += [lm.downs[layer].register_forward_pre_hook(before), lm.downs[layer].register_forward_hook(after)]
-    try:
+    def changing():
+        yield from handles
+        if place or scales:
+            yield lm.downs[layer].register_forward_pre_hook(before)
+            yield lm.downs[layer].register_forward_hook(after)
+
+    with hooked(changing()):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _only_at(mlp, who, at) -> list:
-    """Hooks with which `mlp` runs at tokens `at` of rows `who` of its input (R, S, d) and gives 0 elsewhere."""
+def _only_at(mlp, who, at):
+    """Hooks, registered one by one, with which `mlp` runs at tokens `at` of rows `who` of its input (R, S, d) and gives 0 elsewhere."""
     shape = None
 
     def before(_, inputs):
@@ -309,7 +319,8 @@ def _only_at(mlp, who, at) -> list:
         whole[who, at] = output[0]
         return whole
 
-    return [mlp.register_forward_pre_hook(before), mlp.register_forward_hook(after)]
+    yield mlp.register_forward_pre_hook(before)
+    yield mlp.register_forward_hook(after)
 
 
 def _read(lm, picked, queries, places, out: Scores) -> None:
@@ -319,18 +330,25 @@ def _read(lm, picked, queries, places, out: Scores) -> None:
     size, log_p, best = max(1, LOGITS // lm.arch.head.weight.shape[0]), [], []
     for part, gold in zip(picked.split(size), target.split(size)):
         logits = lm.arch.head(final_hidden(lm, part)).to(lm.score_dtype)
-        logits, _ = _to_logits(logits, lm.arch.scale, lm.arch.softcap)
+        logits, _ = to_logits(logits, lm.arch.scale, lm.arch.softcap)
         log_p.append(logits.gather(1, gold[:, None])[:, 0] - torch.logsumexp(logits, -1))
         best.append(logits.argmax(-1))
     log_p, best = torch.cat(log_p).double().cpu().numpy(), torch.cat(best).cpu().numpy()
     if not np.isfinite(log_p).all():
-        raise ValueError(f"{lm.name} gives infinite or NaN logits in {lm.dtype}; load it in float32")
+        prompt, _ = queries[int(np.searchsorted(np.cumsum(counts), np.flatnonzero(~np.isfinite(log_p))[0], "right"))]
+        refuse_numbers(lm, prompt)
     hits = best == target.cpu().numpy()
     for row, (end, count) in enumerate(zip(np.cumsum(counts), counts)):
         part = slice(end - count, end)
         for place in places[row]:
             out.log_probability[place], out.match[place] = log_p[part].sum(), hits[part].mean()
             out.exact[place], out.greedy[place] = hits[part].all(), best[part].tolist()
+
+
+def refuse_numbers(lm, prompt: list[int]):
+    """ValueError for a prompt (token ids) that the model answers with numbers that are not finite."""
+    raise ValueError(f"{lm.name} gives infinite or NaN numbers for {lm.tokenizer.decode(prompt, skip_special_tokens=True)!r} "
+                     f"in {lm.dtype}; try float32")
 
 
 def _verify(lm) -> None:

@@ -9,7 +9,6 @@ Shapes: Q queries, B rows of a batch, L layers, H query heads, T prompt tokens, 
 
 from __future__ import annotations
 
-import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, product
@@ -22,8 +21,9 @@ from torch import Tensor
 from .arch import UnsupportedModel
 from .attention import NAME, Control, replaced_methods
 from .attribution import Spec, attribute_encoded
-from .replay import AnswerProbability, attention_implementation, neuron_vectors
-from .rows import token_budget
+from .models import whole_numbers
+from .replay import AnswerProbability, attention_implementation, hooked, neuron_vectors, within_memory
+from .rows import check_factor, refuse_numbers, token_budget
 
 SCORES = ("sum", "visible_mean")
 # What is scaled for a query, beside its own synapses S and those of an irrelevant query S_ir.
@@ -89,8 +89,7 @@ def scale_synapses(lm, synapses, factor: float, *, renormalise: bool = False):
     Factor 0 suppresses, 2 enhances; `renormalise` divides each row of those heads' layers by its new sum. A
     column that an input does not have changes nothing. ValueError names a synapse outside the model."""
     pairs = _checked(lm, synapses)
-    number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
-    if not number or not math.isfinite(factor) or factor < 0:
+    if check_factor(lm, factor) < 0:
         raise ValueError(f"factor is {factor!r}; use a finite number of at least 0 (0 suppresses, 2 enhances)")
     factors: dict[int, Tensor] = {}
     width = 1 + max((column for column, _, _ in pairs), default=0)
@@ -107,12 +106,12 @@ def scale_synapses(lm, synapses, factor: float, *, renormalise: bool = False):
 
 
 def _checked(lm, synapses) -> list[tuple[int, int, int]]:
-    for synapse in synapses:
-        column, layer, head = synapse
+    found = sorted(set(whole_numbers(synapses, ("column", "layer", "head"), "synapse")))
+    for column, layer, head in found:
         if not (0 <= column < lm.context and 0 <= layer < lm.num_layers and 0 <= head < lm.num_heads):
-            raise ValueError(f"synapse {tuple(synapse)} is outside {lm.name}: (column, layer, head), with "
+            raise ValueError(f"synapse {column, layer, head} is outside {lm.name}: (column, layer, head), with "
                              f"columns from 0, {lm.num_layers} layers and {lm.num_heads} heads, all counted from 0")
-    return sorted({(int(column), int(layer), int(head)) for column, layer, head in synapses})
+    return found
 
 
 # --- finding synapses ------------------------------------------------------------------------------------
@@ -145,25 +144,37 @@ def column_scores(lm, prompts: list[list[int]], score: str = "sum") -> list[tupl
     The score is the sum or T times the mean over the rows that can see the column, so that one threshold
     serves both. Matrices are reduced while the model runs, a batch and layer at a time."""
     out: list = [None] * len(prompts)
-    for index, ids in _batches(lm, prompts):
-        sums: dict[int, Tensor] = {}
-        means: dict[int, Tensor] = {}
 
-        def observe(layer, weights, visible):
-            sums[layer] = weights.sum(-2)  # (B, H, T)
-            means[layer] = sums[layer]
-            if score == "visible_mean":
-                if visible is None:
-                    visible = torch.ones_like(weights[:1, :1], dtype=torch.bool).tril()
-                means[layer] = sums[layer] * weights.shape[-2] / visible.sum(-2)
+    def run(tokens):
+        for index, ids in _batches(lm, prompts, tokens):
+            for query, found in zip(index, _column_scores(lm, ids, score)):
+                if not np.isfinite(found[0]).all():
+                    refuse_numbers(lm, prompts[query])
+                out[query] = found
 
-        with torch.no_grad(), controlled(lm, observe=observe):
-            lm.model.base_model(input_ids=ids, use_cache=False)
-        total, mean = (torch.stack([one[layer] for layer in range(lm.num_layers)], 1).double().cpu().numpy()
-                       for one in (sums, means))
-        for row, query in enumerate(index):
-            out[query] = total[row], mean[row]
+    within_memory(run, token_budget(lm))
     return out
+
+
+@torch.no_grad()
+def _column_scores(lm, ids, score):
+    """`column_scores` of prompts of one length, ids (B, T)."""
+    sums: dict[int, Tensor] = {}
+    means: dict[int, Tensor] = {}
+
+    def observe(layer, weights, visible):
+        sums[layer] = weights.sum(-2)  # (B, H, T)
+        means[layer] = sums[layer]
+        if score == "visible_mean":
+            if visible is None:
+                visible = torch.ones_like(weights[:1, :1], dtype=torch.bool).tril()
+            means[layer] = sums[layer] * weights.shape[-2] / visible.sum(-2)
+
+    with controlled(lm, observe=observe):
+        lm.model.base_model(input_ids=ids, use_cache=False)
+    total, mean = (torch.stack([one[layer] for layer in range(lm.num_layers)], 1).double().cpu().numpy()
+                   for one in (sums, means))
+    return zip(total, mean)
 
 
 def above_threshold(total: np.ndarray, score: np.ndarray, alpha: float) -> np.ndarray:
@@ -172,11 +183,11 @@ def above_threshold(total: np.ndarray, score: np.ndarray, alpha: float) -> np.nd
     return score > alpha * total.sum(-1).mean()
 
 
-def _batches(lm, sequences: list[list[int]]):
-    """(indices, ids (B, S)) of sequences of equal length, at most as many tokens as fit."""
+def _batches(lm, sequences: list[list[int]], tokens: int):
+    """(indices, ids (B, S)) of sequences of equal length, at most so many tokens at a time."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     for length, group in groupby(order, key=lambda i: len(sequences[i])):
-        group, size = list(group), max(1, token_budget(lm) // length)
+        group, size = list(group), max(1, tokens // length)
         for start in range(0, len(group), size):
             part = group[start:start + size]
             yield part, torch.tensor([sequences[i] for i in part], device=lm.device)
@@ -205,11 +216,15 @@ def run_rows(lm, rows: list[Row]) -> np.ndarray:
     out = np.full((len(rows), 3), np.nan)
     keys = [(len(row.prompt), len(row.answer), row.renormalise) for row in rows]
     order = sorted(range(len(rows)), key=keys.__getitem__)
-    for (length, answer, renormalise), group in groupby(order, keys.__getitem__):
-        group, size = list(group), max(1, token_budget(lm) // (length + answer))
-        for start in range(0, len(group), size):
-            part = [rows[i] for i in group[start:start + size]]
-            out[group[start:start + size]] = _run_batch(lm, part, length, answer, renormalise)
+
+    def run(tokens):
+        for (length, answer, renormalise), group in groupby(order, keys.__getitem__):
+            group, size = list(group), max(1, tokens // (length + answer))
+            for start in range(0, len(group), size):
+                part = [rows[i] for i in group[start:start + size]]
+                out[group[start:start + size]] = _run_batch(lm, part, length, answer, renormalise)
+
+    within_memory(run, token_budget(lm))
     return out
 
 
@@ -223,16 +238,15 @@ def _run_batch(lm, rows, length, answer, renormalise) -> np.ndarray:
         return lambda _, inputs, __: values.__setitem__(
             layer, inputs[0].reshape(len(rows), -1, lm.num_neurons)[:, length - 1].to(lm.score_dtype).cpu())
 
-    handles = [down.register_forward_hook(keep(layer)) for layer, down in enumerate(lm.downs)]
-    try:
-        with controlled(lm, _factors(lm, rows), renormalise):
-            hidden = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, length - 1:]
-    finally:
-        for handle in handles:
-            handle.remove()
+    watched = hooked(down.register_forward_hook(keep(layer)) for layer, down in enumerate(lm.downs))
+    with watched, controlled(lm, _factors(lm, rows), renormalise):
+        hidden = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, length - 1:]
     p = AnswerProbability.apply(hidden.reshape(-1, hidden.shape[-1]), lm, target.flatten(), False)
     p = p.view(len(rows), answer).prod(-1).cpu()
     flat = torch.stack(values, 1).flatten(1)  # (B, L * N)
+    finite = torch.isfinite(p) & torch.isfinite(flat).all(1)
+    if not finite.all():
+        refuse_numbers(lm, rows[int((~finite).nonzero()[0])].prompt)
     return np.array([[p[i], flat[i, at].abs().mean(), flat[i, at].mean()] for i, at in enumerate(places)])
 
 

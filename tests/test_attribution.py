@@ -547,8 +547,8 @@ def test_a_parameter_that_is_no_good_is_named_with_what_would_be(gpt2, options, 
     (["5"], ["6"], "prompt '5' is a single token"), (["5 6"], [""], "answer to '5 6' is ''"),
     (["5 6"], ["  "], "answer to '5 6' is '  '"), (["5 6"], [None], "answer to '5 6' is None"),
     ([None], ["6"], "prompt must be text.*None"), ([7], ["6"], "prompt must be text.*int: 7"),
-    (["5 6", "7 8"], ["9"], "2 prompts but 1 answers"), ("5 6", ["7"], "lists of texts.*single text"),
-    (["5 6"], "7", "lists of texts.*single text"), ([" ".join(["5"] * 65)], ["7"], "65 tokens.*at most 64"),
+    (["5 6", "7 8"], ["9"], "2 prompts but 1 answers"), ("5 6", ["7"], "list of texts.*single text"),
+    (["5 6"], "7", "list of texts.*single text"), ([" ".join(["5"] * 65)], ["7"], "65 tokens.*at most 64"),
     ([" ".join(["5"] * 64)], ["7"], "with its answer has 65 tokens.*64")])
 def test_a_prompt_or_answer_that_is_no_good_is_named(gpt2, prompts, answers, named):
     with pytest.raises(ValueError, match=named):

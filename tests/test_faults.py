@@ -349,7 +349,6 @@ def edit_plans():
                  edits=[dict(neurons="local", control="none", set=[[0, 3], [1, 5]])]) for f in FACTS]
 
 
-NOT_YET_IN_ROWS = pytest.mark.xfail(strict=False, reason="rows.score_rows and synapses do not handle it yet")
 TASKS = {"mapping": lambda lm: mapping.scale_kns(lm, UNIT),
          "synapses": lambda lm: synapses.scale_synapse_columns(lm, [{**UNIT[0], "irrelevant": ["9 8 7 6"] * 3}]),
          "attention": lambda lm: synapses.attend(lm, UNIT),
@@ -360,7 +359,6 @@ def lm_of(task):
     return tiny_lm("gpt2", torch.float32) if task == "edits" else make("gpt2", torch.float32)
 
 
-@NOT_YET_IN_ROWS
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_that_runs_out_of_memory_goes_on_in_smaller_batches_with_the_same_numbers(task):
     lm = lm_of(task)
@@ -391,7 +389,7 @@ def broken_for(lm, token, value):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("task", [*(pytest.param(task, marks=NOT_YET_IN_ROWS) for task in TASKS), "localise"])
+@pytest.mark.parametrize("task", [*TASKS, "localise"])
 def test_numbers_that_are_not_finite_stop_the_unit_and_name_the_query(task, value):
     lm = lm_of("edits" if task == "localise" else task)
     work = TASKS.get(task, lambda lm: localize.localise_unit(lm, FACTS, method="ig", steps=3))

@@ -38,7 +38,7 @@ class Words:
     def __call__(self, text, **_):
         return type("Encoding", (), {"input_ids": [int(word) for word in text.split()]})
 
-    def decode(self, ids):
+    def decode(self, ids, **_):
         return " ".join(map(str, ids))
 
 
