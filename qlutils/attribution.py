@@ -161,9 +161,10 @@ def _baselines(lm, ids: Tensor, prompt_lengths: list[int], spec: Spec) -> Tensor
             variants[row, first:prompt_length] = eos
     else:
         candidates = (lm.tokenizer.mask_token_id, lm.tokenizer.pad_token_id, lm.tokenizer.eos_token_id)
-        token = next((c for c in candidates if c is not None), None)
+        embedded = lm.model.get_input_embeddings().weight.shape[0]
+        token = next((c for c in candidates if c is not None and c < embedded), None)
         if token is None:
-            raise ValueError(f"{lm.name}: sig needs a mask, pad or EOS token, and its tokenizer has none")
+            raise ValueError(f"{lm.name}: sig needs a mask, pad or EOS token, and its tokenizer has none that the model embeds")
         places = range(first, prompt_lengths[0])
         variants = ids[:, None].repeat(1, len(places), 1)
         for row, place in enumerate(places):

@@ -88,6 +88,7 @@ def _evenly(probabilities, long, p_start, p_clean) -> dict:
     node = torch.from_numpy(inner)
     profiles = probabilities([(torch.from_numpy(one).repeat_interleave(PROFILE)[None], node.repeat(len(one))[None], None)
                               for one in used])
+    (p_start, p_clean), profiles = (one.cpu() for one in (p_start, p_clean)), [one.cpu() for one in profiles]
     maps: dict = {}
     for q, b, layer in np.argwhere(long):
         at = PROFILE * int(np.searchsorted(used[layer], b))

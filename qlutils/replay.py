@@ -291,7 +291,10 @@ def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.dtype == dtype:
         return a @ b
     if a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype)
+        try:
+            return torch.mm(a, b, out_dtype=dtype)
+        except TypeError:  # torch before 2.8
+            pass
     return a.to(dtype) @ b.to(dtype)
 
 

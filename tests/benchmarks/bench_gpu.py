@@ -1,0 +1,95 @@
+"""Attribution on a GPU at the true shapes of the paper's models: `python tests/benchmarks/bench_gpu.py [--shapes ...]`.
+
+Weights are random and made on the device, nothing is downloaded; plain torch, transformers and this package are enough.
+For each shape and method: milliseconds a query at T tokens, TFLOP/s reached, its share of the device's own matmul rate, and
+peak memory. Prints a table and, with --output, writes it as Markdown. Without a GPU it says so and does nothing, unless
+--device cpu asks for a rehearsal.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from bench_attribution import NoTokenizer
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from qlutils.attribution import METHODS, Spec, attribute_encoded
+from qlutils.models import LanguageModel
+from qlutils.plan import SHAPES, query_flops
+
+CONFIGS = {
+    "gpt2": GPT2Config(),
+    "meta-llama/Llama-2-7b-hf": LlamaConfig(),  # its defaults are LLaMA-2-7B's shape
+    "meta-llama/Meta-Llama-3-8B": LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256, max_position_embeddings=8192, rope_parameters=dict(rope_type="default", rope_theta=500000.0)),
+}
+QUERIES = {"ig": 48, "sig": 6, "amig": 48}
+
+
+def clock(function, device, repeats):
+    """Median seconds of some runs after one that warms up."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[repeats // 2]
+
+
+def matmul_rate(device, dtype, width, inner):
+    a = torch.randn(8192 if device.type == "cuda" else 256, width, device=device, dtype=dtype)
+    b = torch.randn(width, inner, device=device, dtype=dtype)
+    return 20 * a.shape[0] * width * inner / clock(lambda: [a @ b for _ in range(10)], device, 5)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--tokens", type=int, default=10)
+    parser.add_argument("--queries", type=int, help="a batch (default: 48, sig 6)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="a Markdown file to write the table to")
+    args = parser.parse_args()
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        print("no CUDA device here: nothing was measured (--device cpu --shapes gpt2 rehearses)")
+        return
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    lines = [f"{name}, {args.dtype} weights, T = {args.tokens}, m = 20, torch {torch.__version__}, transformers "
+             f"{transformers.__version__}; random weights at the models' shapes", "",
+             "| shape | method | ms a query | TFLOP/s | of the matmul rate | peak memory, GB |", "| --- | --- | --: | --: | --: | --: |"]
+    print("\n".join(lines), flush=True)
+    for shape in args.shapes:
+        torch.manual_seed(0)
+        with device:
+            lm = LanguageModel(AutoModelForCausalLM.from_config(CONFIGS[shape], dtype=dtype), NoTokenizer(), shape)
+        rate = matmul_rate(device, dtype, SHAPES[shape][1], SHAPES[shape][2])
+        for method in args.methods:
+            count = args.queries or QUERIES[method]
+            ids = torch.randint(1, 30000, (count, args.tokens), generator=torch.Generator().manual_seed(0)).tolist()
+            queries, names = [(one, [5]) for one in ids], ["query"] * count
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            seconds = clock(lambda: attribute_encoded(lm, queries, Spec(method), names), device, args.repeats) / count
+            speed = query_flops(SHAPES[shape], method, 20, args.tokens) / seconds
+            peak = f"{torch.cuda.max_memory_allocated() / 1e9:.0f}" if device.type == "cuda" else "–"
+            lines.append(f"| `{shape}` | `{method}` | {1e3 * seconds:,.1f} | {speed / 1e12:,.2f} | {speed / rate:.0%} | {peak} |")
+            print(lines[-1], flush=True)
+        del lm
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
