@@ -30,7 +30,7 @@ def slug(model):
     if not isinstance(model, str) or not model.strip():
         raise ValueError(f"model {model!r}: want a bundled name, a Hugging Face id or a folder")
     name = model
-    if not model.startswith("demo/") and Path(model).is_dir():
+    if not model.startswith("demo/") and os.path.isdir(model):
         where = Path(model).resolve()
-        name = f"{where.name}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:8]}"
+        name = f"{where.name[:40]}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:8]}"
     return re.sub(r"[^\w.-]", "_", name.replace("/", "--")).lstrip(".") or "_"

@@ -7,7 +7,7 @@ for methods and classes, Tol's muted scheme for models).
 
 import io
 import textwrap
-from itertools import product
+from itertools import product, zip_longest
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,6 +17,7 @@ from matplotlib.colors import Normalize
 from matplotlib.patches import Patch
 
 from .files import write_bytes
+from .tables import csv_text, files_of
 
 WIDE = 7.0  # inches: two columns of a paper
 CLASS_COLORS = {"I": "#56B4E9", "II": "#D55E00"}
@@ -178,6 +179,7 @@ def figure_edits(table, threshold, sets):
         bars_with_intervals(dppl, last, x="class", hue="neurons").set(title="dPPL", ylabel="")
         if dppl["mean"].abs().max() > 1:  # a broken model's perplexity has no bound
             last.set_yscale("symlog", linthresh=0.1)
+        last.margins(y=0.4)  # room for the numbers on the bars, on either scale
     _one_legend(fig, axes)
     return fig, plotted
 
@@ -290,7 +292,7 @@ def figure_conditions(maps, conditions, kind):
 def figure_places(found, num_heads):
     """Where synapses sit: mean number in each layer and head, and how likely each column is one in a layer and head."""
     heads = np.stack(found["by_head"].map(np.asarray).to_list()).reshape(len(found), -1, num_heads).mean(0)
-    columns = np.array(pd.DataFrame(found["by_column"].to_list()), float, order="C") / heads.size  # NaN beyond the end
+    columns = np.array([*zip_longest(*found["by_column"], fillvalue=np.nan)], float).T.copy() / heads.size
     shares, counts = np.nanmean(columns, 0), (~np.isnan(columns)).sum(0)
     fig, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 2.2))
     mesh = left.pcolormesh(heads, cmap="magma_r", vmin=0)
@@ -310,12 +312,12 @@ def save_figure(fig, stem, folder, data) -> dict[str, Path]:
     """Write `stem`.png (at most 150 KB where 100 dpi can do it), .pdf and the plotted numbers as .csv.
 
     The same figure gives the same bytes: no dates in the files. Returns {"png": path, "pdf": ..., "csv": ...}."""
-    paths = {kind: Path(folder) / f"{stem}.{kind}" for kind in ("png", "pdf", "csv")}
+    paths = files_of(stem, folder, ("png", "pdf", "csv"))
     pdf = io.BytesIO()
     fig.savefig(pdf, format="pdf", metadata={"CreationDate": None})
     write_bytes(paths["png"], _small_png(fig))
     write_bytes(paths["pdf"], pdf.getvalue())
-    write_bytes(paths["csv"], data.to_csv(index=False, lineterminator="\n").encode("utf-8"))
+    write_bytes(paths["csv"], csv_text(data).encode("utf-8"))
     return paths
 
 

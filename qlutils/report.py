@@ -21,7 +21,7 @@ from .edit_report import METRICS
 from .effects import query_gaps, summary
 from .page import export_html, missing_html, shown
 from .plots import figure_bars
-from .study import Study
+from .study import Study, read_record
 from .tables import paper, paper_notes
 
 NOTEBOOKS = {"01": "01_localize", "02": "02_consistency", "03": "03_kn_modification", "04": "04_query_kn_mapping",
@@ -54,8 +54,8 @@ class Run:
         study, notebook = self.of(model, method), NOTEBOOKS[number]
         try:
             inputs = study.inputs()
-            entry = json.loads((study.results / "run.json").read_text(encoding="utf-8"))[notebook]
-        except (OSError, KeyError):
+            entry = read_record(study.results / "run.json")[notebook]
+        except KeyError:
             raise Missing(f"notebook {number} was not run") from None
         except ValueError as error:
             raise Missing(str(error)) from None

@@ -7,6 +7,7 @@ there is done.
 import argparse
 import ast
 import json
+import os
 import re
 import shlex
 import signal
@@ -207,8 +208,8 @@ def declared_parameters(notebook):
 
 
 def _absolute(name):
-    folder = Path(name).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else name
+    folder = os.path.expanduser(name)
+    return os.path.realpath(folder) if os.path.isdir(folder) else name
 
 
 def _literal(text):

@@ -8,6 +8,7 @@ import ast
 import json
 import os
 import platform
+import re
 import time
 import warnings
 from dataclasses import asdict
@@ -121,11 +122,11 @@ class Study:
         differ = [key for key, ours in self.inputs().items() if meta.get("inputs", {}).get(key) != ours]
         return (None, f"it was made from other {', '.join(differ)}") if differ else (as_frame([table]), None)
 
-    def table(self, frame, stem, caption="", note="", *, headers=None, digits=2):
+    def table(self, frame, stem, caption="", note="", *, digits=2):
         """Write a table as CSV, Markdown and LaTeX under `results`; returns it as shown, for display."""
         from .tables import display_table, write_table as write
-        write(frame, stem, self.results, caption, note, headers=headers, digits=digits)
-        return display_table(frame, headers, digits)
+        write(frame, stem, self.results, caption, note, digits=digits)
+        return display_table(frame, digits)
 
     def figure(self, figure, stem, data):
         """Write a figure as PNG and PDF and its numbers as CSV under `results`."""
@@ -162,12 +163,12 @@ def read_record(path):
 
 def model_content(model):
     """A hash that changes with a local model's files, or with the downloaded revision of a Hub model."""
-    folder = paths.DEMO / "models" / model[5:] if model.startswith("demo/") else Path(model).expanduser()
-    if folder.is_dir():
+    folder = paths.DEMO / "models" / model[5:] if model.startswith("demo/") else Path(os.path.expanduser(model))
+    if os.path.isdir(folder):  # False, where `Path.is_dir` raises, for what cannot be a path
         if not (folder / "config.json").is_file():
             raise ValueError(f"model folder {model} holds no config.json: want what save_pretrained writes")
         return folder_hash(folder)
-    if model.startswith(("demo/", ".", "/", "~")) or model.count("/") > 1:
+    if model.startswith("demo/") or len(model) > 96 or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model, re.ASCII):
         bundled = sorted(f"demo/{path.name}" for path in (paths.DEMO / "models").glob("*/"))
         raise ValueError(f"there is no model {model!r}; want a folder, a Hugging Face id, or a bundled one: "
                          f"{', '.join(bundled)}")
@@ -178,7 +179,7 @@ def _revision(model):
     """The downloaded commit of a model of the Hugging Face Hub; None for a local model."""
     from huggingface_hub.constants import HF_HUB_CACHE
     file = Path(HF_HUB_CACHE, "models--" + str(model).replace("/", "--"), "refs", "main")
-    return file.read_text() if file.is_file() else None
+    return file.read_text() if os.path.isfile(file) else None
 
 
 def units_of(facts, size):

@@ -1,5 +1,6 @@
 """Tables as CSV (full precision), Markdown and LaTeX, sentences about their rows, the paper's values beside ours."""
 
+import csv
 import json
 import re
 from functools import cache
@@ -19,7 +20,7 @@ _LATEX = str.maketrans({
     "|": r"\textbar{}", "–": "--", "—": "---", "−": "$-$", "Δ": r"$\Delta$", "∩": r"$\cap$", "×": r"$\times$",
     "±": r"$\pm$", "≥": r"$\geq$", "≤": r"$\leq$", "λ": r"$\lambda$", "β": r"$\beta$", "α": r"$\alpha$",
     "τ": r"$\tau$", "σ": r"$\sigma$", "μ": r"$\mu$", "→": r"$\rightarrow$", "’": "'", "“": "``", "”": "''",
-    "…": r"\ldots{}", "\n": " "})
+    "…": r"\ldots{}", "\n": " ", "\r": " "})
 
 
 # --- numbers and sentences --------------------------------------------------------------------------------
@@ -76,38 +77,47 @@ def _number(value, digits):
 
 # --- tables -----------------------------------------------------------------------------------------------
 
-def display_table(frame, headers=None, digits=2) -> pd.DataFrame:
-    """The table as texts: columns x, x_low, x_high become one column "x [95 %]"; headers renames columns."""
-    frame, headers = _flat(frame), headers or {}
-    unknown = [name for name in headers if name not in frame]
-    if unknown:
-        raise ValueError(f"headers names columns that are not in the table: {', '.join(map(str, unknown))}")
-    shown = {}
+def display_table(frame, digits=2) -> pd.DataFrame:
+    """The table as texts: columns x, x_low, x_high become one column "x [95 %]"."""
+    frame, shown = _flat(frame), {}
     for name in _without_bounds(frame):
-        header, values = headers.get(name, name), frame[name].tolist()
+        values = frame[name].tolist()
         if {f"{name}_low", f"{name}_high"} <= set(frame):
             low, high = frame[f"{name}_low"].tolist(), frame[f"{name}_high"].tolist()
-            shown[f"{header} [95 %]"] = [format_value(*row, digits=digits) for row in zip(values, low, high)]
+            shown[f"{name} [95 %]"] = [format_value(*row, digits=digits) for row in zip(values, low, high)]
         else:  # counts may have become floats where one is missing
             places = 0 if re.fullmatch(r"n|n_.*|.*_n", name) else digits
-            shown[header] = [format_value(value, digits=places) for value in values]
+            shown[name] = [format_value(value, digits=places) for value in values]
     return pd.DataFrame(shown, index=frame.index)
 
 
-def write_table(frame, stem, folder, caption="", note="", *, headers=None, digits=2) -> dict[str, Path]:
+def write_table(frame, stem, folder, caption="", note="", *, digits=2) -> dict[str, Path]:
     """Write `stem`.csv (every column, full precision), .md and .tex (as `display_table`) into folder.
 
     A named index becomes columns. caption and note are plain text. Returns {"csv": path, "md": ..., "tex": ...}."""
-    if not re.fullmatch(r"[\w.-]+", stem):
-        raise ValueError(f"stem must be a plain file name without folder, not {stem!r}")
-    flat, shown = _flat(frame), display_table(frame, headers, digits)
+    paths = files_of(stem, folder, ("csv", "md", "tex"))
+    flat, shown = _flat(frame), display_table(frame, digits)
     numeric = [pd.api.types.is_numeric_dtype(flat[name]) for name in _without_bounds(flat)]
-    texts = {"csv": flat.to_csv(index=False, lineterminator="\n"), "md": _markdown(shown, numeric, caption, note),
+    texts = {"csv": csv_text(flat), "md": _markdown(shown, numeric, caption, note),
              "tex": _latex(shown, numeric, caption, note, stem)}
-    paths = {kind: Path(folder) / f"{stem}.{kind}" for kind in texts}
     for kind, text in texts.items():
         write_bytes(paths[kind], text.encode("utf-8"))
     return paths
+
+
+def files_of(stem, folder, kinds) -> dict[str, Path]:
+    """{kind: folder/stem.kind}; ValueError for a stem that would lead to another folder."""
+    if not isinstance(stem, str) or not re.fullmatch(r"[\w.-]+", stem):
+        raise ValueError(f"stem must be a plain file name without folder, not {stem!r}")
+    return {kind: Path(folder) / f"{stem}.{kind}" for kind in kinds}
+
+
+def csv_text(frame) -> str:
+    """A frame without its index as CSV, rows ended by a line feed."""
+    text = frame.to_csv(index=False, lineterminator="\n")
+    if "\r" in text:  # which the csv module need not quote, but every reader takes for the end of a row
+        text = frame.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    return text
 
 
 def _without_bounds(frame) -> list[str]:
@@ -131,7 +141,10 @@ def _flat(frame):
 
 def _markdown(shown, numeric, caption, note):
     def line(cells):
-        return "| " + " | ".join(str(cell).replace("|", r"\|").replace("\n", " ") for cell in cells) + " |"
+        return "| " + " | ".join(map(escaped, cells)) + " |"
+
+    def escaped(cell):  # backslashes before a pipe are doubled, else they would escape the one that escapes it
+        return re.sub(r"(\\*)\|", r"\1\1\|", re.sub(r"\r\n|\r|\n", " ", str(cell)))
 
     lines = [f"**{caption}**", ""] if caption else []
     lines += [line(shown.columns), line("--:" if right else ":--" for right in numeric)]

@@ -153,6 +153,17 @@ def test_only_results_of_these_facts_and_settings_are_read(runs, queries):
         the_run(models=["demo/none"]).entry("01", "demo/none", "ig")
 
 
+def test_a_record_that_was_changed_is_not_read(runs, queries):
+    save("demo/gpt2", "01", {"queries": queries})
+    path = study_of("demo/gpt2").results / "run.json"
+    entry = the_run().entry("01", "demo/gpt2", "ig")
+    text = path.read_text()
+    assert text.count(f'"facts": {entry["facts"]}') == 1
+    path.write_text(text.replace(f'"facts": {entry["facts"]}', '"facts": 99999'))
+    with pytest.warns(UserWarning, match="run.json is damaged"), pytest.raises(claims.Missing, match="01 was not run"):
+        the_run().entry("01", "demo/gpt2", "ig")
+
+
 def test_the_inventory_has_13_settings_a_model_and_says_what_is_missing(runs):
     study = study_of("demo/gpt2", None, notebook="02_consistency")
     study.table(pd.DataFrame({"method": ["ig", "sig"], "R_II": [0.5, 0.5]}), "table1")

@@ -174,6 +174,10 @@ def test_a_run_goes_through_models_and_methods_once_and_names_what_failed(
         (["-p", "t", "high"], "t='high'"),
         (["--models", "demo/gpt9"], "demo/gpt9"),
         (["--models", "./nowhere"], "./nowhere"),
+        (["--models", "~nouser/x"], "there is no model '~nouser/x'"),
+        (["--models", "a" * 300], "there is no model 'aaa"),
+        (["--models", "a\0b"], r"there is no model 'a\x00b'"),
+        (["--models", "a b"], "there is no model 'a b'"),
         (["--relations", "P9999"], "P9999"),
         (["--facts-per-relation", "0"], "facts_per_relation"),
         (["--data", "nowhere"], "nowhere"),
@@ -409,10 +413,22 @@ def test_units_hold_whole_facts_of_one_relation():
         ("../../none/x", "--..--none--x"),
         ("a b", "a_b"),
         ("...", "_"),
+        ("~nouser/x", "_nouser--x"),
+        ("a" * 300, "a" * 300),
+        ("a\0b", "a_b"),
     ],
 )
 def test_the_folder_of_a_model_stays_in_the_run(name, folder):
     assert paths.slug(name) == folder
+
+
+def test_a_model_folder_with_a_long_name_keeps_a_short_one(tmp_path):
+    long, other = tmp_path / ("m" * 250), tmp_path / ("m" * 251)
+    long.mkdir()
+    other.mkdir()
+    first, second = paths.slug(str(long)), paths.slug(str(other))
+    assert first != second and len(first) < 60 and first.startswith("mmm")
+    (tmp_path / f"03_kn_modification--{first}--amig.ipynb").touch()
 
 
 def test_a_results_notebook_opens_without_torch(runs):

@@ -44,8 +44,8 @@ def frame():
 
 
 def test_intervals_become_one_column_and_counts_stay_whole():
-    shown = display_table(frame(), headers={"cs2": "CS2"})
-    assert list(shown.columns) == ["class", "CS2 [95 %]", "n", "p"]
+    shown = display_table(frame())
+    assert list(shown.columns) == ["class", "cs2 [95 %]", "n", "p"]
     assert list(shown.iloc[0]) == ["K_I", "0.33 [0.30, 0.40]", "12", "1.0e-12"]
     assert list(shown.iloc[1]) == ["K_II & more", "–", "0", "–"]
 
@@ -92,8 +92,6 @@ def test_an_empty_table_is_written_with_its_header(tmp_path):
 def test_bad_table_names_are_refused(tmp_path):
     with pytest.raises(ValueError, match="stem"):
         write_table(frame(), "../t", tmp_path)
-    with pytest.raises(ValueError, match="CS9"):
-        display_table(frame(), headers={"CS9": "x"})
     with pytest.raises(ValueError, match="two columns named a"):
         write_table(pd.DataFrame([[1, 2]], columns=["a", "a"]), "t", tmp_path)
 
@@ -197,6 +195,42 @@ def test_bars_have_their_values_intervals_and_n():
     assert spans == [(0.4, 0.6), (-0.3, -0.1), (1.05, 1.2)]
     assert [text.get_text() for text in ax.texts] == ["n = 9", "n = 8", "n = 7", "–", "n = 0"]
     assert "bootstrap" in ax.get_legend().get_title().get_text()
+
+
+@pytest.mark.parametrize("dppl", [0.07, 1e5])
+def test_no_legend_or_number_of_a_figure_of_edits_lies_over_a_title(dppl):
+    keys = [dict(threshold="otsu", op=op, neurons=name, n=340) | {"class": kind}
+            for op in ("erasure", "update") for name in ("local", "global") for kind in ("I", "II")]
+    table = pd.DataFrame(keys)
+    for name in ("rel", "gen", "loc", "avg", "dppl"):
+        value = dppl if name == "dppl" else 0.98
+        table = table.assign(**{name: value, f"{name}_low": 0.9 * value, f"{name}_high": 1.02 * value})
+    fig, _ = plots.figure_edits(table, "otsu", ["local", "global"])
+    fig.canvas.draw()
+    [legend] = fig.legends
+    titles = [ax.title.get_window_extent() for ax in fig.axes]
+    assert len(titles) == 6 and not any(ax.get_legend() for ax in fig.axes)
+    drawn = [legend.get_window_extent(), *(text.get_window_extent() for ax in fig.axes for text in ax.texts)]
+    assert len(drawn) == 1 + 2 * (8 + 8 + 4) and not any(box.overlaps(title) for box in drawn for title in titles)
+    plt.close(fig)
+
+
+def test_places_are_averaged_over_prompts_of_different_lengths(recwarn):
+    found = pd.DataFrame({"by_head": [[4, 0], [0, 2]], "by_column": [[2, 2], [0, 1, 1]]})
+    fig, frame = plots.figure_places(found, 2)
+    plt.close(fig)
+    assert frame["synapses"].tolist()[:2] == [2, 1]
+    assert frame["share"].tolist()[2:] == [0.5, 0.75, 0.5] and frame["n"].tolist()[2:] == [2, 2, 1]
+    assert not [one for one in recwarn if issubclass(one.category, (FutureWarning, DeprecationWarning))
+                or "Pandas" in one.category.__name__]
+
+
+@pytest.mark.parametrize("text", ["a\rb", "a\r\nb"], ids=ascii)
+def test_the_numbers_beside_a_figure_keep_their_texts(text, tmp_path):
+    fig, data = plt.figure(), pd.DataFrame({"text": [text, "next"], "x": [0.1, np.nan]})
+    paths = plots.save_figure(fig, "f", tmp_path, data)
+    plt.close(fig)
+    pd.testing.assert_frame_equal(pd.read_csv(paths["csv"]), data)
 
 
 def test_pooling_keeps_single_neurons_and_covers_every_neuron_once():
