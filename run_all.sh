@@ -49,7 +49,7 @@ if [ "${1:-}" = test ]; then
     shift
     install "[test]"
     cd "$here"
-    exec "$python" -m pytest "$@"
+    exec "$python" -m pytest -n 2 --dist loadfile "$@"  # a later -n overrides
 fi
 [ "$managed" = no ] || install ""
 exec "$python" -m qlutils.run "$@"
