@@ -210,7 +210,7 @@ def test_a_study_that_is_asked_to_stop_does_so_in_seconds_and_resumes(server, un
         time.sleep(0.01)
     asked = time.time()
     os.kill(pid, number)
-    assert server.status() == status and time.time() - asked < 5
+    assert server.status() == status and time.time() - asked < 15
     assert "the same command resumes" in said(runs) and str(runs / "default" / "units") in said(runs)
     kept = results(runs, (".parquet",))
     server.run(runs)
@@ -310,8 +310,8 @@ def test_a_driver_killed_and_then_asked_to_stop_while_the_kernel_computes_loses_
             assert driver.poll() is None, driver.communicate()
             time.sleep(0.02)
         driver.send_signal(number)
-        asked, output = time.time(), driver.communicate(timeout=15)
-        assert driver.returncode == status and time.time() - asked < 10
+        asked, output = time.time(), driver.communicate(timeout=30)
+        assert driver.returncode == status and time.time() - asked < 20
         assert number == signal.SIGKILL or "to go on:\n    ./run_all.sh --models demo/gpt2" in output[1]
     driver = drive(books, runs)
     output = driver.communicate(timeout=120)

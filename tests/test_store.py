@@ -324,7 +324,7 @@ def test_a_stopped_run_ends_soon_and_says_how_to_resume(tmp_path, number):
     while len(lines(log)) < 2:
         time.sleep(0.01)
     process.send_signal(number)
-    said = process.communicate(timeout=5)[1]
+    said = process.communicate(timeout=15)[1]
     assert process.returncode in (143, 130, -2)
     assert "resumes" in said and str(tmp_path / "units") in said
     assert {path.suffix for path in (tmp_path / "units").iterdir()} == {".parquet"}
