@@ -85,6 +85,17 @@ def _violin(ax, values, at, width, color):
     ax.hlines(np.median(values), at - width / 2, at + width / 2, color="black", linewidth=0.9)
 
 
+def figure_thresholds(frame):
+    """Share of the facts in K_II by the KN threshold and the static threshold on CS2 (see `threshold_sensitivity`)."""
+    import seaborn as sns
+
+    fig, ax = plt.subplots(figsize=(WIDE / 2, 2.0))
+    sns.heatmap(frame.pivot(index="t", columns="static", values="R_II"), ax=ax, vmin=0, vmax=1, cmap="magma_r", annot=True,
+                fmt=".2f", annot_kws={"fontsize": 6}, cbar_kws={"label": "share of $K_{II}$"})
+    ax.set(xlabel="static threshold on $CS_2$", ylabel="KN threshold $t$")
+    return fig, frame
+
+
 def figure_cs2(frames, method, line=0.3):
     """Figure 3, 8 or 9: CS2 of several models' facts (a frame a model, with a column model) by relation, with the
     paper's example threshold as a line."""
