@@ -182,7 +182,7 @@ def parse_neurons(lm, text: str) -> set:
     pairs = [part.split(":") for part in text.replace(",", " ").split()]
     if not pairs or not all(len(pair) == 2 and all(n.isdecimal() for n in pair) for pair in pairs):
         raise ValueError(f"neurons are written layer:neuron, such as 3:17, 4:2, counted from 0; got {text!r}")
-    return set(lm.check_neurons(pairs))
+    return set(lm.check_neurons([(int(layer), int(index)) for layer, index in pairs]))
 
 
 @torch.no_grad()

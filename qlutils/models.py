@@ -171,8 +171,7 @@ def whole_numbers(groups, names, what) -> list[tuple[int, ...]]:
     found = []
     for group in groups:
         try:
-            numbers = tuple(operator.index(int(number) if isinstance(number, str) and number.isdecimal() else number)
-                            for number in group if not isinstance(number, bool))
+            numbers = tuple(operator.index(number) for number in group if not isinstance(number, bool))
         except TypeError:
             numbers = ()
         if len(numbers) != len(names) or len(numbers) != len(group):

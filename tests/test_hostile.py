@@ -658,10 +658,6 @@ CALLS = [
        "folder|is a file")
       for value in (None, 3, b"x", __file__)),
 ]
-# The package's other half; what is refused there without a name, or not at all, is known.
-KNOWN = pytest.mark.xfail(reason="a raw error, or none: attribution, rows and synapses check less than the rest")
-KNOWN_KINDS = {"attribute: None for prompts", "attribute: a number for answers", "row_budget 1.5", "row_budget 'x'",
-               "row_budget True", "row_budget nan"}
 CALLS += [
     (f"factor {HUGE!r}"[:12], scaled(factor=HUGE), "factor is"),
     *((f"synapses {value!r}", synapses(value), "synapse") for value in (
@@ -669,7 +665,6 @@ CALLS += [
         [("0", 0, 0)], [(None, 0, 0)])),
     *((f"synapse factor {value!r}"[:20], synapses(factor=value), "factor is") for value in (1e39, HUGE)),
 ]
-KNOWN_KINDS |= {kind for kind, *_ in CALLS[-14:]}
 
 
 @contextmanager
@@ -682,7 +677,7 @@ def untouched(lm):
 
 
 @pytest.mark.parametrize("kind, call, outcome", [
-    pytest.param(*case, id=ascii(case[0])[1:-1], marks=[KNOWN] if case[0] in KNOWN_KINDS else []) for case in CALLS])
+    pytest.param(*case, id=ascii(case[0])[1:-1]) for case in CALLS])
 def test_a_call_gives_the_right_result_or_names_what_is_wrong(kind, call, outcome, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with untouched(tiny()):
