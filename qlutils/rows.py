@@ -306,7 +306,8 @@ def _changed(lm, layer, rows, prompt_ends, scored):
 
 
 def _only_at(mlp, who, at):
-    """Hooks, registered one by one, with which `mlp` runs at tokens `at` of rows `who` of its input (R, S, d) and gives 0 elsewhere."""
+    """Hooks, registered one by one, with which `mlp` runs at tokens `at` of rows `who` of its input (R, S, d) and gives 0
+    elsewhere."""
     shape = None
 
     def before(_, inputs):

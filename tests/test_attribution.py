@@ -30,13 +30,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setitem(replay.ROW_CHUNK, "cpu", 7)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These tensors are so small that threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- the naive reference ---------------------------------------------------------------------------------

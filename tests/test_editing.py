@@ -24,12 +24,7 @@ OPTIONS = {"erase": {}, "update": dict(old=[20, 21], new=[30], lambda1=1.5, lamb
 SHARED = paths.ROOT.parent / "shared" / "data"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def value_vector(lm, family, layer, index):

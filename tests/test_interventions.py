@@ -16,12 +16,7 @@ from qlutils.rows import Change, score_queries, score_rows
 ROUNDED = ("gptj", "codegen", "gpt-neo", "bloom", "gemma2")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tolerance(family):

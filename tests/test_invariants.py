@@ -29,12 +29,7 @@ PROMPTS, ANSWERS = ["10 11 12", "20 21 22 23"], ["13 14", "24"]
 IDS = torch.tensor([[10, 11, 12, 13]])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @lru_cache(maxsize=None)
