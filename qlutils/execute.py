@@ -26,11 +26,11 @@ def kernel_environment(folder, **variables):
     return {**os.environ, **{name: str(value) for name, value in variables.items()}}
 
 
-def execute(notebook, output, parameters, env, log, waiting=lambda: None):
+def execute(notebook, output, parameters, env, log, stop=None):
     """Run `notebook` with `parameters` into `output`; returns what failed in one line, or "".
 
-    env: from `kernel_environment`. log: file for what the process says. waiting: called ten times a second.
-    Whatever interrupts this call ends the process and its kernel first.
+    env: from `kernel_environment`. log: file for what the process says. stop: a `threading.Event`, once set, ends the
+    process and its kernel, and this call; so does whatever interrupts it.
     """
     Path(output).unlink(missing_ok=True)
     with open(log, "wb") as stream:
@@ -41,9 +41,8 @@ def execute(notebook, output, parameters, env, log, waiting=lambda: None):
             spec = [str(notebook), str(output), parameters, os.getpid()]
             child.stdin.write(json.dumps(spec).encode())
             child.stdin.close()
-            while child.poll() is None:
+            while child.poll() is None and not (stop and stop.is_set()):
                 time.sleep(0.1)
-                waiting()
         except BrokenPipeError:
             child.wait()
         finally:

@@ -13,8 +13,10 @@ import shlex
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -30,6 +32,7 @@ from .study import DTYPES, METHODS, check_values, literals, model_content
 
 MODELS = ("demo/gpt2", "demo/llama2", "demo/llama3")
 SAMPLE = 2  # facts a relation without --full
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 PER_METHOD, COMPARES, LAST = "01", "02", "report"  # the other notebooks run per model and downstream method
 
 
@@ -48,6 +51,10 @@ class Job:
     status: str = "not run"
     seconds: float = 0.0
     problem: str = ""
+
+    @property
+    def name(self):
+        return job_name(self.notebook.stem, self.model, self.method)
 
     @property
     def label(self):
@@ -75,7 +82,7 @@ def main(argv=None, notebooks=None):
                 return refresh()
             jobs, data_hash = plan_jobs(args, Path(notebooks or paths.NOTEBOOKS))
             with locked(root / ".lock"), _scheduler(args) as address:
-                return _run(jobs, root, data_hash, command, address)
+                return _run(jobs, root, data_hash, command, address, _at_once(args, address))
     except (ValueError, OSError) as error:  # StoreError is one
         print(f"run_all.sh: {error}", file=sys.stderr)
         return 2
@@ -91,7 +98,8 @@ def _parser():
                     "each model and downstream method, then the report. What is done is not run again.",
         epilog="Results: runs/<output>/results; executed notebooks: runs/<output>/notebooks; the report:\n"
                "runs/<output>/report.html. A run with a name has its tables and figures in figures/<output>, too.\n"
-               "QLUTILS_RUNS moves runs; QLUTILS_THREADS sets the threads of each process.\n\n"
+               "QLUTILS_RUNS moves runs; QLUTILS_THREADS sets the threads of each process (default: the cores,\n"
+               "divided by --jobs).\n\n"
                "`./run_all.sh test [pytest options]` runs the tests. Examples:\n"
                "  ./run_all.sh --models demo/gpt2 --only 01 02\n"
                "  ./run_all.sh --models gpt2 meta-llama/Llama-2-7b-hf --data pararel --full --output paper")
@@ -118,6 +126,8 @@ def _parser():
     add("--plan", action="store_true", help="print what the localisation would cost on this device, start nothing")
     add("--refresh", action="store_true",
         help="run the notebooks as they stand and write their outputs into notebooks/ and figures/demo (maintainers)")
+    add("--jobs", type=int, metavar="N",
+        help="notebooks at a time (default: as many as cores, at most 4, for bundled models; else 1)")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--workers", type=int, metavar="N",
                        help="compute in N local processes, one a GPU where there are GPUs (extra `cluster`)")
@@ -220,23 +230,40 @@ def _literal(text):
 
 
 # -- doing it --------------------------------------------------------------------------------------------
-def _run(jobs, root, data_hash, command, address):
+def _at_once(args, address):
+    """How many notebooks run at a time. A notebook of a small model is busy with one core for half of its time."""
+    if args.jobs is not None and args.jobs < 1:
+        raise ValueError(f"--jobs {args.jobs}: want at least 1")
+    small = address is None and all(model.startswith("demo/") for model in args.models)
+    return args.jobs or (min(4, CORES) if small else 1)
+
+
+def _run(jobs, root, data_hash, command, address, at_once):
     source = folder_hash(paths.PACKAGE, "*.py")
-    started, stopped = time.time(), None
+    started, stopped, stop = time.time(), None, threading.Event()
     (root / "notebooks").mkdir(parents=True, exist_ok=True)
-    bar = tqdm(jobs, unit="notebook", disable=None, dynamic_ncols=True)
-    with tempfile.TemporaryDirectory(prefix="qlutils-") as scratch:
-        env = kernel_environment(scratch, QLUTILS_COMMAND=command, QLUTILS_PROGRESS=Path(scratch, "progress"),
-                                 **({"QLUTILS_SCHEDULER": address} if address else {}))
+    variables = {"QLUTILS_COMMAND": command, **({"QLUTILS_SCHEDULER": address} if address else {})}
+    if at_once > 1:
+        variables["QLUTILS_THREADS"] = os.environ.get("QLUTILS_THREADS") or max(1, CORES // at_once)
+    bar = tqdm(total=len(jobs), unit="notebook", disable=None, dynamic_ncols=True)
+    with tempfile.TemporaryDirectory(prefix="qlutils-") as scratch, ThreadPoolExecutor(at_once) as pool:
+        env, running, waiting = kernel_environment(scratch, **variables), {}, list(jobs)
         try:
-            for number, job in enumerate(bar, 1):
-                bar.set_description(job.label)
-                _one(job, root, data_hash, source, env, bar)
-                tqdm.write(f"[{number}/{len(jobs)}] {job.label}: {job.status}, {job.seconds:.1f} s"
-                           + (f": {job.problem}" if job.problem else ""), file=sys.stderr)
+            while running or waiting:
+                while len(running) < at_once and (job := _next(waiting, running.values())):
+                    waiting.remove(job)
+                    running[pool.submit(_one, job, root, data_hash, source, env, Path(scratch), stop)] = job
+                for future in wait(running, 0.2, FIRST_COMPLETED).done:
+                    job = running.pop(future)
+                    future.result()
+                    bar.update()
+                    tqdm.write(f"[{len(jobs) - len(waiting) - len(running)}/{len(jobs)}] {job.label}: {job.status}, "
+                               f"{job.seconds:.1f} s" + (f": {job.problem}" if job.problem else ""), file=sys.stderr)
+                bar.set_description(" | ".join(_progress(job, Path(scratch)) for job in running.values()))
         except Stopped as signal_received:
             stopped = signal_received
         finally:
+            stop.set()
             bar.close()
     write_json(root / "run.json", {
         "command": command, "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -250,17 +277,28 @@ def _run(jobs, root, data_hash, command, address):
     return int(any(job.status == "failed" for job in jobs))
 
 
-def _one(job, root, data_hash, source, env, bar):
-    """Run one job unless its stamp says that it is done; sets its status, seconds and problem."""
-    start, name = time.time(), job_name(job.notebook.stem, job.model, job.method)
+def _next(waiting, running):
+    """The first waiting job that reads nothing that is still to come and writes where no running job does, or None."""
+    coming, busy = {job.name for job in [*waiting, *running]}, {(job.model, job.method) for job in running}
+    return next((job for job in waiting if coming.isdisjoint(job.needs) and (job.model, job.method) not in busy), None)
+
+
+def _progress(job, scratch):
+    """What a running job is at: its label, and the units it has done where it computes some."""
+    try:
+        return f"{job.label} {(scratch / job.name).read_text(encoding='utf-8').rsplit(' ', 1)[-1]}"
+    except OSError:
+        return job.label
+
+
+def _one(job, root, data_hash, source, env, scratch, stop):
+    """Run one job unless its stamp says that it is done; sets its status, seconds and problem. `stop` ends it early."""
+    start, name = time.time(), job.name
     output, stamp = (root / "notebooks" / f"{name}{suffix}" for suffix in (".ipynb", ".json"))
     results = root / "results"
     if job.model:
         results = results / paths.slug(job.model) / (job.method or "all")
-    progress = Path(env["QLUTILS_PROGRESS"])
-
-    def show():
-        bar.set_postfix_str(progress.read_text(encoding="utf-8") if progress.exists() else "")
+    env = {**env, "QLUTILS_PROGRESS": str(scratch / name)}
 
     try:
         inputs = {"notebook": sha256(job.notebook.read_bytes()), "parameters": job.parameters, "source": source,
@@ -270,8 +308,9 @@ def _one(job, root, data_hash, source, env, bar):
             job.status, job.seconds = "cached", time.time() - start
             return
         stamp.unlink(missing_ok=True)
-        progress.unlink(missing_ok=True)
-        job.problem, made = execute(job.notebook, output, job.parameters, env, progress.with_name("log"), show), [output]
+        job.problem, made = execute(job.notebook, output, job.parameters, env, scratch / f"{name}.log", stop), [output]
+        if stop.is_set():
+            return
         if job.notebook.stem == LAST and not job.problem:
             from .report import publish
             made += publish(output, root.name)

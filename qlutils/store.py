@@ -36,7 +36,7 @@ def run_units(task, model_name, units, config=None, *, desc, device=None, dtype=
     root: the run's folder; a unit with a valid file in `<root>/units` is read, not computed.
     info: a dict to fill with the model's identity and the counts.
 
-    StoreError: the folder cannot be written, or another run is writing it. Whatever `task` raises comes
+    StoreError: the folder cannot be written, or another run is computing the same. Whatever `task` raises comes
     through, and finished units stay.
     """
     folder = Path(root or paths.run_folder()) / "units"
@@ -56,7 +56,7 @@ def run_units(task, model_name, units, config=None, *, desc, device=None, dtype=
 
     absent, todo = files.keys() - read(files), []
     if len(tables) < len(files):
-        with locked(folder / ".lock"), _resumable(folder, desc) as done:
+        with locked(folder / f".{sha256(same)[:16]}.lock"), _resumable(folder, desc) as done:
             read(absent)  # what another run has finished since
             todo = [(*job, unit, config, files[key], key) for key, unit in dict(zip(keys, units)).items()
                     if key not in tables]

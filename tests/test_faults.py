@@ -313,8 +313,13 @@ def test_of_two_runs_started_at_once_the_second_is_refused_or_finds_the_work_don
 
 def test_a_lock_of_a_dead_process_whose_number_another_one_has_now_is_free(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "cached_model", lambda *_: fake_model())
-    (tmp_path / "units").mkdir()
-    (tmp_path / "units" / ".lock").write_text(f"process {os.getppid()} on {files.socket.gethostname()}")
+    taken = []
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "locked", lambda path: taken.append(path) or files.locked(path))
+        run(tmp_path)
+    for file in unit_files(tmp_path):
+        (tmp_path / "units" / file).unlink()
+    taken[0].write_text(f"process {os.getppid()} on {files.socket.gethostname()}")
     left = tmp_path / "units" / f".x.parquet.{files.socket.gethostname()}.{os.getppid()}.tmp"
     left.write_text("half")
     assert run(tmp_path)[1]["computed"] == 4

@@ -245,8 +245,8 @@ def test_every_01_comes_before_the_first_02_and_03_takes_the_downstream_methods(
     assert jobs[6].needs == [f"01_localize--{paths.slug(model)}--amig"] and len(jobs[-1].needs) == 8
 
 
-def start(books, model, runs):
-    code = f"import sys; from qlutils import run; sys.exit(run.main({options(model)!r}, {str(books)!r}))"
+def start(books, model, runs, *more):
+    code = f"import sys; from qlutils import run; sys.exit(run.main({options(model, *more)!r}, {str(books)!r}))"
     env = {**os.environ, "QLUTILS_RUNS": str(runs), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -296,33 +296,58 @@ def test_a_model_that_does_not_load_or_is_gone_ends_its_own_row_only(books, mode
     assert "there is no model" in rows["01_localize gone ig"][1] or "gone" in rows["01_localize gone ig"][1]
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_stopping_the_driver_ends_its_kernel_soon_and_the_next_run_goes_on(
-    books, model, runs, tmp_path, number, status
-):
-    pid_file = tmp_path / "pid"
+def test_notebooks_run_side_by_side_but_not_before_what_they_read_nor_into_one_folder(books, model, runs, capsys):
+    """Each 01 waits until the other is there; a 03 and a 04 of one model and method never overlap."""
+    alone = "import os, time\nfor _ in range(20):\n    os.mkdir({0!r}); time.sleep(0.02); os.rmdir({0!r})"
     write_localize(
         books,
-        more=f"\nimport os, time\nif study.method == 'sig' and not os.path.exists({str(pid_file)!r}):\n"
-        f"    open({str(pid_file)!r}, 'w').write(str(os.getpid()))\n    time.sleep(60)",
+        more=f"\nimport os, time\nopen({str(books / 'here-')!r} + study.method, 'w').close()\nuntil = time.time() + 60\n"
+        f"while not all(os.path.exists({str(books / 'here-')!r} + m) for m in ('ig', 'sig')):\n"
+        "    assert time.time() < until\n    time.sleep(0.02)",
     )
-    driver = start(books, model, runs)
-    while not pid_file.exists() or not pid_file.read_text():
+    for stem in ("03_edit", "04_more"):
+        write_notebook(
+            books, stem, PARAMETERS, OPEN.format(stem), 'study.load("queries")\n' + alone.format(str(books / "one"))
+        )
+    assert run.main(options(model, "--only", "01", "02", "03", "04", "--jobs", "3"), books) == 0
+    assert [status for status, _ in table(capsys.readouterr().out).values()] == 5 * ["done"]
+    assert run.main(options(model, "--jobs", "0"), books) == 2 and "--jobs 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "number, status, held", [(signal.SIGINT, 130, ["sig"]), (signal.SIGKILL, -9, ["sig"]), (signal.SIGTERM, 143, ["ig", "sig"])]
+)
+def test_stopping_the_driver_ends_its_kernels_soon_and_the_next_run_goes_on(
+    books, model, runs, tmp_path, number, status, held
+):
+    """`held`: the methods whose notebooks run, asleep, when the driver is stopped."""
+    pid_file = str(tmp_path / "pid-")
+    write_localize(
+        books,
+        more=f"\nimport os, time\nif study.method in {held} and not os.path.exists({pid_file!r} + study.method):\n"
+        f"    open({pid_file!r} + study.method, 'w').write(str(os.getpid()))\n    time.sleep(60)",
+    )
+    driver = start(books, model, runs, "--jobs", str(len(held)))
+    files = [Path(pid_file + method) for method in held]
+    while not all(file.exists() and file.read_text() for file in files):
         assert driver.poll() is None, driver.communicate()
         time.sleep(0.05)
     driver.send_signal(number)
     said = driver.communicate(timeout=30)[1]
     assert driver.returncode == status
-    if status == 130:
+    if status > 0:
         assert "to go on:\n    ./run_all.sh --models" in said
     until = time.time() + 20
-    while is_running(int(pid_file.read_text())) and time.time() < until:
+    while any(is_running(int(file.read_text())) for file in files) and time.time() < until:
         time.sleep(0.05)
-    assert not is_running(int(pid_file.read_text()))
-    if status == 130:
+    assert not any(is_running(int(file.read_text())) for file in files)
+    if status > 0:
+        assert [job["status"] for job in json.loads((runs / "default" / "run.json").read_text())["jobs"]] == [
+            *["not run" if method in held else "done" for method in ("ig", "sig")], "not run"
+        ]
         assert run.main(options(model, "--only", "01"), books) == 0
         summary = json.loads((runs / "default" / "run.json").read_text())
-        assert [job["status"] for job in summary["jobs"]] == ["cached", "done"]
+        assert [job["status"] for job in summary["jobs"]] == ["done" if "ig" in held else "cached", "done"]
 
 
 def test_two_drivers_on_one_output_are_refused(books, model, runs, capsys):

@@ -226,14 +226,27 @@ def test_finished_units_can_be_read_where_nothing_can_be_written(tmp_path, model
     assert run(tmp_path)[1]["computed"] == 0
 
 
-def test_a_second_run_on_the_same_output_is_refused_by_the_name_of_the_lock(tmp_path, model):
-    with files.locked(tmp_path / "units" / ".lock"):
+@pytest.fixture
+def lock(tmp_path, model, monkeypatch):
+    """The lock that `run(tmp_path)` holds while it computes."""
+    taken = []
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "locked", lambda path: taken.append(path) or files.locked(path))
+        run(tmp_path)
+    for file in unit_files(tmp_path):
+        (tmp_path / "units" / file).unlink()
+    return taken[0]
+
+
+def test_the_same_work_twice_at_once_is_refused_by_the_name_of_the_lock_and_other_work_is_not(tmp_path, lock):
+    with files.locked(lock):
         with pytest.raises(files.StoreError, match=rf"\.lock is held by process {os.getpid()} on "):
             run(tmp_path)
+        assert run(tmp_path, config={"scale": 3})[1]["computed"] == 4
     assert run(tmp_path)[1]["computed"] == 4
 
 
-def test_what_a_dead_process_left_is_removed_and_its_lock_is_free(tmp_path, model):
+def test_what_a_dead_process_left_is_removed_and_its_lock_is_free(tmp_path, lock):
     code = (
         "import os, sys; from qlutils import files\n"
         "lock = files.locked(sys.argv[1]); lock.__enter__()\n"
@@ -243,7 +256,7 @@ def test_what_a_dead_process_left_is_removed_and_its_lock_is_free(tmp_path, mode
     host = files.socket.gethostname()
     folder = tmp_path / "units"
     subprocess.run(
-        [sys.executable, "-c", code, folder / ".lock", folder / f".x.parquet.{host}.PID.tmp"],
+        [sys.executable, "-c", code, lock, folder / f".x.parquet.{host}.PID.tmp"],
         env={**os.environ, "PYTHONPATH": str(paths.PACKAGE.parent)},
     )
     assert len(list(folder.iterdir())) == 2
