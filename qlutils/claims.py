@@ -24,6 +24,7 @@ from .stats import Estimate, bootstrap_difference, bootstrap_mean
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not testable here"
 COMMON, HIGH, MARGIN = 0.25, 0.5, 0.1
+LOCALISED = "02"  # the notebook whose claims every method decides
 NEIGHBOURS = ("union", "intersection", "refine")
 NAMES = {"rel": "Rel", "gen": "Gen", "loc": "Loc", "avg": "Avg", "dppl": "dPPL", "cas": "CAS"}
 
@@ -220,7 +221,7 @@ def scoreboard(get, models, methods, downstream, *, t=0.2, static=0.1, seed=0) -
     claims 4-13. models: smallest first, as claim 3 compares neighbours in this order."""
     rows = []
     for number, one in CLAIMS.items():
-        for method, (before, model) in product(methods if one.notebook == "02" else downstream,
+        for method, (before, model) in product(methods if one.notebook == LOCALISED else downstream,
                                                zip([None, *models], models)):
             here = dict(claim=number, text=one.text, model=model, method=method)
             try:
@@ -256,19 +257,24 @@ def overall(board: pd.DataFrame) -> pd.DataFrame:
 
 
 def show_scoreboard(board: pd.DataFrame) -> HTML:
-    """The claims as rows, models (and methods) as columns, verdicts as words on a tint; every part of every claim,
-    folded, below. Models and methods without a single result are named once."""
-    ran = board.groupby(["model", "method"], sort=False)["statistic"].transform(lambda names: (names != "").any())
-    total, several = overall(board[ran]), board["method"].nunique() > 1
-    table = pd.DataFrame({"claim": list(CLAIMS), "what the paper claims": [one.text for one in CLAIMS.values()]})
-    for (model, method), part in total.groupby(["model", "method"], sort=False) if len(total) else ():
-        verdicts = table["claim"].map(part.set_index("claim")["verdict"]).fillna("–")
-        table[f"{model} · {method}" if several else model] = verdicts
+    """The claims as rows, models (and methods) as columns, verdicts as words on a tint, in a table for those that every
+    method decides and one for those of the downstream methods; every part of every claim, folded, below. Models and
+    methods without a single result are named once."""
+    ran, shown = board.groupby(["model", "method"], sort=False)["statistic"].transform(lambda names: (names != "").any()), []
+    for localised, what in ((True, "about where neurons are"), (False, "about what they do")):
+        numbers = [number for number, one in CLAIMS.items() if (one.notebook == LOCALISED) == localised]
+        part = board[ran & board["claim"].isin(numbers)]
+        table = pd.DataFrame({"claim": numbers, f"what the paper claims {what}": [CLAIMS[one].text for one in numbers]})
+        several = part["method"].nunique() > 1
+        for (model, method), one in overall(part).groupby(["model", "method"], sort=False) if len(part) else ():
+            verdicts = table["claim"].map(one.set_index("claim")["verdict"]).fillna("–")
+            table[f"{model} · {method}" if several else model] = verdicts
+        shown.append(table_html(table, tint=_tint))
     absent = board[~ran].groupby("model", sort=False)["method"].unique()
     details = [folded(f"({number}) {CLAIMS[number].text}", part.drop(columns=["claim", "text"])).data
                for number, part in board[ran].groupby("claim", sort=False)]
     not_run = missing_html([f"{model} ({', '.join(names)})" for model, names in absent.items()])
-    return HTML("\n".join([table_html(table, tint=_tint), not_run, *details]))
+    return HTML("\n".join([*shown, not_run, *details]))
 
 
 def _tint(text) -> str:

@@ -29,6 +29,8 @@ def edit_table(frame, classes, model, *, table=2, sets=("local", "global"), cont
               "control": ("none", *controls)}
     for keys, part in cells(frame, levels):
         control, operation, neurons = keys.pop("control"), PAPER_OP[keys["op"]], keys["neurons"]
+        if control != "none" and part.empty:  # a class without a fact is one row, n = 0
+            continue
         row = keys | {"op": operation, "neurons": neurons if control == "none" else f"{neurons} ({control})",
                       "n": len(part), "n_empty": int((part["n_neurons"] == 0).sum()),
                       "neurons_edited": part["n_neurons"].mean()}

@@ -26,7 +26,7 @@ _PAGE = Template("""<!DOCTYPE html>
 <title>$title</title>
 <style>
 :root { color-scheme: light; }
-body { max-width: 70rem; margin: 0 auto; padding: 1.5rem 1.5rem 6rem; color: #1c2024; background: #fff;
+body { max-width: 82rem; margin: 0 auto; padding: 1.5rem 1.5rem 6rem; color: #1c2024; background: #fff;
        font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
 h2 { font-size: 1.4rem; margin: 3rem 0 .8rem; padding-top: .8rem; border-top: 1px solid #d5d9de; }
 p, ul, ol { max-width: 48rem; }

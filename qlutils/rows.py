@@ -227,11 +227,11 @@ def _write(lm, shared, layer, rows, index, hidden) -> None:
         if change is None or group[0][2] != layer:
             continue
         neurons = change.by_layer[layer]
-        activation = shared.neurons[layer][..., neurons][index[here]]  # (rows of the change, S, neurons)
+        activation = shared.neurons[layer][index[here]][..., neurons]  # (rows of the change, S, neurons)
         if change.factor != 1.0:
-            hidden[here] += (change.factor - 1) * activation @ lm.value_vectors(layer)[neurons]
+            hidden[here].add_(activation @ lm.value_vectors(layer)[neurons], alpha=change.factor - 1)
         if change.vector is not None:
-            hidden[here] += activation.sum(-1, keepdim=True) * change.vector.to(hidden)
+            hidden[here].add_(activation.sum(-1, keepdim=True) * change.vector.to(hidden))
 
 
 def _run_layer(lm, shared, layer, hidden, index):

@@ -299,6 +299,8 @@ def _one(job, root, data_hash, source, env, scratch, stop):
     if job.model:
         results = results / paths.slug(job.model) / (job.method or "all")
     env = {**env, "QLUTILS_PROGRESS": str(scratch / name)}
+    if job.notebook.stem == LAST:  # it runs alone
+        env["QLUTILS_THREADS"] = os.environ.get("QLUTILS_THREADS", "")
 
     try:
         inputs = {"notebook": sha256(job.notebook.read_bytes()), "parameters": job.parameters, "source": source,

@@ -28,8 +28,8 @@ _LATEX = str.maketrans({
 def format_value(value, low=None, high=None, n=None, digits=2) -> str:
     """One number for reading: "0.52 [0.47, 0.57] (n = 12)"; the interval and n are optional.
 
-    "–" where undefined; an undefined interval shows as [–, –], since a number without one is not a result. Numbers that
-    would round to zero are written as 1.2e-07, numbers from 10,000 on as 1.2e+04."""
+    "–" where undefined; an undefined interval shows as [–, –], since a number without one is not a result. A number that
+    would round to zero keeps its first digit, 0.004; those below 0.0001 and from 10,000 on are written as 1.2e-07."""
     text = _number(value, digits)
     if text != UNDEFINED and low is not None and high is not None:
         text += f" [{_number(low, digits)}, {_number(high, digits)}]"
@@ -37,10 +37,10 @@ def format_value(value, low=None, high=None, n=None, digits=2) -> str:
 
 
 def with_interval(row, name="mean", digits=2) -> str:
-    """A value of a table's row for a sentence: "0.41 [0.35, 0.47] (n = 120)"; "undefined (n = 0)"."""
+    """A value of a table's row for a sentence: "0.41 [0.35, 0.47] (n = 120)"; "undefined (n = 0)"; without n if it has none."""
     if pd.isna(row[name]):
-        return f"undefined (n = {int(row['n'])})"
-    return format_value(row[name], row[f"{name}_low"], row[f"{name}_high"], row["n"], digits)
+        return "undefined" + (f" (n = {int(row['n'])})" if "n" in row else "")
+    return format_value(row[name], row[f"{name}_low"], row[f"{name}_high"], row.get("n"), digits)
 
 
 def verdict(row, name="mean") -> str:
@@ -69,16 +69,17 @@ def _number(value, digits):
         return str(int(value))
     if not isinstance(value, (float, np.floating)):
         return str(value)
-    vanishes = 0 < abs(value) < 0.5 * 10**-digits
-    if digits and (vanishes or abs(value) >= 1e4):
+    if digits and (0 < abs(value) < 1e-4 or abs(value) >= 1e4):
         return f"{value:.1e}"
+    if digits and 0 < abs(value) < 0.5 * 10**-digits:
+        return f"{value:.1g}"
     return f"{value + 0.0:.{digits}f}"  # + 0.0 turns -0.0 into 0.0
 
 
 # --- tables -----------------------------------------------------------------------------------------------
 
 def display_table(frame, digits=2) -> pd.DataFrame:
-    """The table as texts: columns x, x_low, x_high become one column "x [95 %]"."""
+    """The table as texts, without row numbers: columns x, x_low, x_high become one column "x [95 %]"."""
     frame, shown = _flat(frame), {}
     for name in _without_bounds(frame):
         values = frame[name].tolist()
@@ -88,7 +89,7 @@ def display_table(frame, digits=2) -> pd.DataFrame:
         else:  # counts may have become floats where one is missing
             places = 0 if re.fullmatch(r"n|n_.*|.*_n", name) else digits
             shown[name] = [format_value(value, digits=places) for value in values]
-    return pd.DataFrame(shown, index=frame.index)
+    return pd.DataFrame(shown, index=[""] * len(frame))
 
 
 def write_table(frame, stem, folder, caption="", note="", *, digits=2) -> dict[str, Path]:
