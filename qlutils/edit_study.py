@@ -15,7 +15,7 @@ import pandas as pd
 from .neurons import active_neurons, cas_neurons, kn_sets, random_neurons
 
 CONTROLS = ("random", "matched", "other")
-UNIT_FACTS = 6
+UNIT_FACTS = 24  # batches of equal lengths are full from there on
 
 
 # --- what is drawn ---------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def plain_perplexity(lm, plans, tokens):
     return np.array(found)
 
 
-def main(name="demo/gpt2", count=6, tokens=64):
+def main(name="demo/gpt2", count=24, tokens=64):
     lm, facts = load_model(name, device="cpu"), load_facts("demo", facts_per_relation=3)
     queries = localise_unit(lm, [asdict(fact) for fact in facts[: int(count)]])
     texts = usable_texts(lm, perplexity_texts("demo"))
