@@ -169,7 +169,7 @@ def expand_call_argument(key: str | None, value, batch: int, rows: int, num_head
 
     Queries of a batch have one length and no padding, so every per-query tensor has equal rows and its first row
     broadcasts. ALiBi biases (BLOOM, Falcon) fold the heads into the batch and have to be repeated."""
-    if not isinstance(value, Tensor) or value.dim() == 0:
+    if not isinstance(value, Tensor) or value.dim() < 2:  # positions, equal for all rows
         return value
     if key == "alibi":
         return value[:num_heads].repeat(rows, *[1] * (value.dim() - 1))

@@ -166,7 +166,7 @@ def edit_facts(lm, unit, *, ops=("erase", "update"), lambda1=2.0, lambda2=2.0, e
     """
     book = Book(lm)
     facts = [PlannedFact(book, plan, ops) for plan in unit]
-    before = book.add_locality(facts)
+    book.add_locality(facts)
     _match_activations(lm, facts)
     edits, made = [], {}
     for fact in facts:
@@ -175,13 +175,12 @@ def edit_facts(lm, unit, *, ops=("erase", "update"), lambda1=2.0, lambda2=2.0, e
             for edit in fact.plan["edits"]:
                 if op in fact.targets:
                     edits.append((fact, op, edit, book.change(edit["set"], op, options, made)))
-    after = book.score([(q, change) for fact, op, _, change in edits
-                        for q in fact.targets[op] + fact.locality])
+    scores = book.score([(q, change) for fact, op, _, change in edits for q in fact.targets[op] + fact.locality])
     perplexity = book.perplexities(edits, ppl_max_tokens)
-    rows, start = [], 0
+    rows, start = [], len(book.queries)
     for (fact, op, edit, _), ppl in zip(edits, perplexity):
         stop = start + len(fact.targets[op]) + len(fact.locality)
-        rows.append(_row(fact, op, edit) | _metrics(fact, op, before, after, slice(start, stop)) | ppl)
+        rows.append(_row(fact, op, edit) | _metrics(fact, op, scores, range(start, stop)) | ppl)
         start = stop
     for fact in facts:
         rows += [_row(fact, "update", edit) | {"note": fact.note} for edit in fact.plan["edits"] if fact.note]
@@ -203,21 +202,17 @@ class Book:
         return self.index[key]
 
     def add_locality(self, facts):
-        """Add what must not change: the answers that the unedited model gives. Returns the unedited model's
-        scores of the queries so far, and of the locality queries with their right answers."""
+        """Add what must not change: the answers that the unedited model gives. It gives known queries their objects."""
         from .interventions import greedy_answers
 
-        pairs = {(q["prompt"], q["object"]): None for fact in facts for q in fact.plan["locality"]}
-        index = {pair: self.add(*self.lm.encode(*pair)) for pair in pairs}
-        before = self.score([(q, None) for q in range(len(self.queries))])
-        wrong = [pair for pair in pairs if not before.exact[index[pair]]]  # the others are greedy answers
-        asked = [self.queries[index[pair]] for pair in wrong]
-        given = greedy_answers(self.lm, [p for p, _ in asked], [len(answer) for _, answer in asked])
-        for pair, (prompt, _), answer in zip(wrong, asked, given):
-            index[pair] = self.add(prompt, answer)
+        pairs = {(q["prompt"], q["object"]): q["known"] for fact in facts for q in fact.plan["locality"]}
+        encoded = {pair: self.lm.encode(*pair) for pair in pairs}
+        wrong = [pair for pair, known in pairs.items() if not known]
+        given = greedy_answers(self.lm, *zip(*((encoded[pair][0], len(encoded[pair][1])) for pair in wrong))) if wrong else ()
+        for pair, answer in zip(wrong, given):
+            encoded[pair] = encoded[pair][0], answer
         for fact in facts:
-            fact.locality = [index[q["prompt"], q["object"]] for q in fact.plan["locality"]]
-        return before
+            fact.locality = [self.add(*encoded[q["prompt"], q["object"]]) for q in fact.plan["locality"]]
 
     def change(self, neurons, op, options, made):
         """One `Change` an edit; equal edits share it, so that they are computed once."""
@@ -230,9 +225,10 @@ class Book:
         return made[key]
 
     def score(self, rows):
+        """Scores of all queries unedited, which costs next to nothing beside `rows`, and then of `rows`."""
         from .rows import score_rows
 
-        return score_rows(self.lm, self.queries, rows, everywhere=True)
+        return score_rows(self.lm, self.queries, [(q, None) for q in range(len(self.queries))] + rows, everywhere=True)
 
     def perplexities(self, edits, max_tokens) -> list[dict]:
         """ppl_before, ppl_after, dppl of every edit on its fact's entries."""
@@ -246,9 +242,9 @@ class Book:
         index = {text: i for i, text in enumerate(texts)}
         used = [[index[text] for text in fact.plan["texts"]] for fact, *_ in edits]
         rows = [(i, change) for (*_, change), mine in zip(edits, used) for i in mine]
-        after = iter(score_rows(self.lm, entries, rows, everywhere=True).log_probability)
-        before = score_rows(self.lm, entries, [(i, None) for i in range(len(entries))]).log_probability
-        found = []
+        rows = [(i, None) for i in range(len(entries))] + rows
+        before, after = np.split(score_rows(self.lm, entries, rows, everywhere=True).log_probability, [len(entries)])
+        after, found = iter(after), []
         for mine in used:
             tokens = sum(len(entries[i][1]) for i in mine)
             now, then = np.exp(-sum(next(after) for _ in mine) / tokens), np.exp(-before[mine].sum() / tokens)
@@ -301,15 +297,15 @@ def _row(fact, op, edit) -> dict:
                 neurons=edit["neurons"], control=edit["control"], n_neurons=len(edit["set"]), note=None)
 
 
-def _metrics(fact, op, before, after, rows) -> dict:
+def _metrics(fact, op, scores, rows) -> dict:
+    """Of one edit: `rows`, its scores', are those of the fact's targets and locality queries; query q unedited is row q."""
     known, at, own = np.array(fact.plan["known"]), fact.plan["query"], fact.targets[op]
     n = len(own)
-    exact, match = after.exact[rows].astype(float), after.match[rows]
-    reached = 1 - exact[:n] if op == "erase" else exact[:n]
-    matched = 1 - match[:n] if op == "erase" else match[:n]
-    p_before, p_after = np.exp(before.log_probability[own]), np.exp(after.log_probability[rows][:n])
-    neighbour = np.arange(n) != at
-    locality, kept = fact.plan["locality"], exact[n:]
+    exact, match = scores.exact[rows[:n]].astype(float), scores.match[rows[:n]]
+    reached, matched = (1 - exact, 1 - match) if op == "erase" else (exact, match)
+    p_before, p_after = (np.exp(scores.log_probability[places]) for places in (own, rows[:n]))
+    neighbour, locality = np.arange(n) != at, fact.plan["locality"]
+    kept = np.array([scores.greedy[row] == scores.greedy[q] for row, q in zip(rows[n:], fact.locality)], float)
     same, sure = (np.array([query[key] for query in locality], bool) for key in ("same", "known"))
     found = dict(
         rel=reached[at] if known[at] else np.nan,

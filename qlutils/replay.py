@@ -230,22 +230,25 @@ def run_layer(lm, clean: CleanPass, layer: int, hidden: Tensor) -> Tensor:
     In the "sequence" layout rows lie along the sequence (all at the last position); models whose attention does not
     go through transformers' interface get them along the batch instead."""
     queries, rows, width = hidden.shape
-    batch_layout = lm.layout == "batch"
-    if batch_layout:
+    if lm.layout == "batch":
         hidden = hidden.reshape(queries * rows, 1, width)
-    batch = clean.inputs[0].shape[0]
+    out = call_layer(lm, layer, hidden, clean.calls[layer], clean.inputs[0].shape[0], clean.cache)
+    return out.reshape(queries, -1, out.shape[-1])
 
+
+def call_layer(lm, layer: int, hidden: Tensor, call, batch: int, cache) -> Tensor:
+    """The output of decoder layer `layer` for other hidden states than those of the pass over `batch` queries in which its
+    arguments `call` were captured, with `cache` in place of that pass's."""
     def fit(key, value):
         if isinstance(value, Cache):
-            return clean.cache
+            return cache
         if isinstance(value, tuple):
             return tuple(fit(key, v) for v in value)
         return expand_call_argument(key, value, batch, hidden.shape[0], lm.num_heads)
 
-    args, kwargs = clean.calls[layer]
+    args, kwargs = call
     out = lm.layers[layer](hidden, *[fit(None, a) for a in args], **{k: fit(k, v) for k, v in kwargs.items()})
-    out = out[0] if isinstance(out, tuple) else out
-    return out.reshape(queries, -1, out.shape[-1]) if batch_layout else out
+    return out[0] if isinstance(out, tuple) else out
 
 
 def start_rows(lm, clean: CleanPass, layer: int, rows: Tensor, site: str = "down_input") -> Tensor:

@@ -20,10 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import Cache
 
-from .arch import UnsupportedModel, expand_call_argument
-from .replay import final_hidden, hooked, to_logits, within_memory
+from .arch import UnsupportedModel
+from .replay import call_layer, final_hidden, hooked, to_logits, within_memory
 
 LOGITS = 2**23  # logits held at once
 CPU_TOKENS = 2048  # tokens of a batch on a CPU; from 1,024 on the time is flat
@@ -213,7 +212,9 @@ def _grow(lm, shared: _Shared, rows, prompt_ends, who, at) -> Tensor:
             few = layer == lm.num_layers - 1 and 2 * len(who) < hidden.shape[0] * hidden.shape[1]
             scored = (who, at) if few and lm.arch.mlps[layer] is not None else None
             with _changed(lm, layer, rows[:running], prompt_ends, scored):
-                hidden = _run_layer(lm, shared, layer, hidden, index[:running])
+                if shared.prefix is not None:
+                    shared.prefix.index = index[:running]
+                hidden = call_layer(lm, layer, hidden, shared.calls[layer], len(shared.inputs[0]), shared.prefix)
     return hidden
 
 
@@ -232,25 +233,6 @@ def _write(lm, shared, layer, rows, index, hidden) -> None:
             hidden[here].add_(activation @ lm.value_vectors(layer)[neurons], alpha=change.factor - 1)
         if change.vector is not None:
             hidden[here].add_(activation.sum(-1, keepdim=True) * change.vector.to(hidden))
-
-
-def _run_layer(lm, shared, layer, hidden, index):
-    if shared.prefix is not None:
-        shared.prefix.index = index
-    queries = shared.inputs[0].shape[0]
-
-    def fit(key, value):
-        if isinstance(value, Cache):
-            return shared.prefix
-        if isinstance(value, tuple):
-            return tuple(fit(key, v) for v in value)
-        if isinstance(value, Tensor) and value.dim() == 1:  # positions, equal for all rows
-            return value
-        return expand_call_argument(key, value, queries, hidden.shape[0], lm.num_heads)
-
-    args, kwargs = shared.calls[layer]
-    out = lm.layers[layer](hidden, *[fit(None, a) for a in args], **{k: fit(k, v) for k, v in kwargs.items()})
-    return out[0] if isinstance(out, tuple) else out
 
 
 @contextmanager

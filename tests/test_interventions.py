@@ -312,8 +312,8 @@ def test_attribution_inside_a_scaled_context_is_refused():
 
 
 def test_a_model_whose_layers_cannot_be_run_on_rows_is_refused_by_name(monkeypatch):
-    lm, run = tiny_lm("gpt2"), rows._run_layer
-    monkeypatch.setattr(rows, "_run_layer", lambda *args: 2 * run(*args))
+    lm, run = tiny_lm("gpt2"), rows.call_layer
+    monkeypatch.setattr(rows, "call_layer", lambda *args: 2 * run(*args))
     for _ in range(2):
         with pytest.raises(UnsupportedModel, match="tiny-gpt2"):
             score_queries(lm, [([10, 11], [12])])
