@@ -20,14 +20,15 @@ CLASSES, THRESHOLDS = ("I", "II"), ("static", "otsu")
 def classified_facts(queries: pd.DataFrame, t: float = 0.2, static: float = 0.1) -> pd.DataFrame:
     """`neurons.fact_table` with a class a threshold: `class_static` and `class_otsu`, and the thresholds themselves.
 
-    "I" above the threshold, "II" at or below it, None where CS2 is undefined (no query of the fact has a KN) and for
-    facts of exactly two prompts (`two_prompts`), whose CS2 is CS1: they are counted and shown apart."""
+    "I" above the threshold, "II" at or below it, None where CS2 is `undefined` (no query of the fact has a KN). Facts of
+    exactly two prompts (`two_prompts`), whose CS2 is CS1, are counted apart: here their cs2 is NaN, and so their class."""
     facts = fact_table(queries, t)
     facts["two_prompts"] = facts["n_queries"] == 2
-    usable = facts["cs2"].where(~facts["two_prompts"])
-    facts["threshold_static"], facts["threshold_otsu"] = static, otsu_threshold(usable)
+    facts["undefined"] = facts["cs2"].isna()
+    facts["cs2"] = facts["cs2"].where(~facts["two_prompts"])
+    facts["threshold_static"], facts["threshold_otsu"] = static, otsu_threshold(facts["cs2"])
     for name in THRESHOLDS:
-        facts[f"class_{name}"] = classify(usable, facts[f"threshold_{name}"].iloc[0])
+        facts[f"class_{name}"] = classify(facts["cs2"], facts[f"threshold_{name}"].iloc[0])
     return facts
 
 
@@ -74,8 +75,9 @@ def table_1(facts: dict[str, pd.DataFrame], model: str, seed: int = 0) -> pd.Dat
         row = {"threshold": threshold, "method": method, "at": frame[f"threshold_{threshold}"].iloc[0], "n": n}
         for name in CLASSES:
             part = frame[classes == name]
-            row |= {f"R_{name}": len(part) / n if n else np.nan, f"R_{name}_paper": paper(f"ratio_{name}"),
-                    f"n_{name}": len(part), **bootstrap_mean(part, "cs2", seed=seed).row("mean", f"S_{name}"),
+            share = bootstrap_mean(frame.assign(inside=(classes == name).astype(float).where(classes.notna())), "inside", seed=seed)
+            row |= {**share.row("mean", f"R_{name}"), f"R_{name}_paper": paper(f"ratio_{name}"), f"n_{name}": len(part),
+                    **bootstrap_mean(part, "cs2", seed=seed).row("mean", f"S_{name}"),
                     "n": n, f"S_{name}_paper": paper(f"cs_{name}")}
         test = welch(*(frame["cs2"][classes == name] for name in CLASSES))
         rows.append(row | {"t": test.pop("t"), "t_paper": paper("t"), **test,
@@ -111,7 +113,7 @@ def consistency_summary(facts: dict[str, pd.DataFrame], seed: int = 0) -> pd.Dat
     columns = ("cs1", "cs2", "jaccard", "cs2_3", "mean_size", "union_size", "mean_layer")
     rows = []
     for method, frame in facts.items():
-        counts = {"n": int(frame["cs2"].notna().sum()), "n_undefined": int(frame["cs2"].isna().sum()),
+        counts = {"n": int(frame["cs2"].notna().sum()), "n_undefined": int(frame["undefined"].sum()),
                   "n_two_prompts": int(frame["two_prompts"].sum())}
         rows.append({"method": method, **counts, **mean_columns(frame, columns, seed), **counts})
     return pd.DataFrame(rows)
@@ -122,7 +124,7 @@ def threshold_sensitivity(queries: pd.DataFrame, t_values=(0.1, 0.2, 0.3, 0.4, 0
     """Mean CS2 and the share of K_II over the KN threshold t and the static class threshold, a row a pair."""
     rows = []
     for t in t_values:
-        cs2 = fact_table(queries, t)["cs2"].dropna()
+        cs2 = classified_facts(queries, t)["cs2"].dropna()
         rows += [{"t": t, "static": static, "cs2": cs2.mean(), "R_II": (cs2 <= static).mean() if len(cs2) else np.nan,
                   "n": len(cs2)} for static in static_values]
     return pd.DataFrame(rows)

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .quadrature import RULES, adaptive_plan, fixed_plan
 from .replay import (CleanPass, answer_probabilities, clean_pass, hooked, neuron_vectors, replaying, run_layer, site_module,
                      start_rows, within_memory)
+from .rows import score_queries
 
 METHODS = ("ig", "sig", "amig")
 SITES = ("down_input", "pre_activation")
@@ -118,6 +120,10 @@ def _attribute(lm, queries, spec, names) -> Attribution:
             gap[query] += missing[row] / used
             probability[query] *= p_clean[row]
             known[query] &= hit[row]
+    if spec.answer == "first":
+        whole = score_queries(lm, queries)
+        probability = torch.from_numpy(np.exp(whole.log_probability)).to(lm.score_dtype)
+        known = torch.from_numpy(whole.exact)
     bad = ~(torch.isfinite(raw).flatten(1).all(1) & torch.isfinite(probability))
     if bad.any():
         raise ValueError(f"the scores of {names[int(bad.nonzero()[0])]!r} are not finite: {lm.name} gives infinite or "
@@ -127,7 +133,7 @@ def _attribute(lm, queries, spec, names) -> Attribution:
 
 def _batches(queries, spec, lm):
     """Lists of (query, ids up to the answer token, answer token, prompt length), equal lengths together. With
-    answer="first" only the first token is attributed, and `known` and `probability` refer to it alone."""
+    answer="first" only the first token is attributed."""
     items = []
     for index, (prompt, answer) in enumerate(queries):
         used = answer if spec.answer == "all" else answer[:1]

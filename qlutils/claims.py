@@ -18,9 +18,10 @@ from IPython.display import HTML
 from .analysis import CLASSES, THRESHOLDS, classified_facts, second_class
 from .controls import split_frames
 from .edit_report import PAPER_OP
-from .effects import query_gaps
+from .effects import query_gaps, rates
 from .page import folded, missing_html, table_html
 from .stats import Estimate, bootstrap_difference, bootstrap_mean
+from .tables import display_table
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not testable here"
 COMMON, HIGH, MARGIN = 0.25, 0.5, 0.1
@@ -74,7 +75,7 @@ class Case:
         for name, quantity in (("dValue", "value"), ("dProb", "probability")):
             part = frame[(frame["quantity"] == quantity) & ~frame["renormalise"].astype(bool)]
             yield name, part
-            yield f"|{name}|", part.assign(rate=part["rate"].abs())
+            yield f"|{name}|", rates(part[part["direction"] != "average"].drop(columns="rate"), quantity, size=True)
 
     def neighbour_gaps(self):
         """As the paper counts, empty sets changing nothing; and Union with both sets cut to one size."""
@@ -117,10 +118,10 @@ def _differ(case):
         yield "", "CS2 of K_I - CS2 of K_II", threshold, case.apart(frame, "value", "label", ("I", "II"))
 
 
-@claim(3, "02", "larger models have more K_II and lower CS")
+@claim(3, "02", "larger models (later in the list) have more K_II and lower CS")
 def _size(case):
     if case.before is None:
-        raise Missing("the smallest model of the run")
+        raise Missing("it needs a smaller model, earlier in the list, to compare with")
     both = pd.concat([case.facts(model).assign(model=model) for model in (case.before, case.model)], ignore_index=True)
     for threshold in THRESHOLDS:
         share = both.assign(second=second_class(both, threshold))
@@ -236,7 +237,8 @@ def scoreboard(get, models, methods, downstream, *, t=0.2, static=0.1, seed=0) -
 def _row(claim: Claim, part, statistic, threshold, found: Estimate) -> dict:
     low, high, why = found.mean_low, found.mean_high, ""
     if np.isnan(found.mean):
-        why = f"a class is empty by the {threshold} threshold" if threshold else "nothing to compare"
+        why = "nothing to compare" + (f": a class is empty by the {threshold} threshold, or nothing in it has a value" if
+                                      threshold else ", as no value is defined")
     elif np.isnan(low):
         why = "too few facts for an interval"
     holds = low > claim.above if claim.within is None else -claim.within < low and high < claim.within
@@ -254,6 +256,23 @@ def overall(board: pd.DataFrame) -> pd.DataFrame:
         verdict = f"{word} ({held} of {tested}{rest})" if tested else f"{OPEN}: {part['why'].iloc[0]}"
         rows.append(dict(zip(("claim", "text", "method", "model"), keys)) | dict(verdict=verdict))
     return pd.DataFrame(rows)
+
+
+def tell(study, notebook, methods=None, *, t=0.2, static=0.1) -> HTML:
+    """Print the verdicts on the claims that a notebook's saved results decide, for its model; returns their parts."""
+    def get(model, method, name):
+        try:
+            return study.load(name, method)
+        except ValueError as error:
+            raise Missing(str(error)) from None
+
+    methods = methods or [study.method]
+    board = scoreboard(get, [study.model], methods, methods, t=t, static=static, seed=study.seed)
+    board = board[board["claim"].map(lambda number: CLAIMS[number].notebook == notebook)]
+    for row in overall(board).itertuples():
+        print(f"({row.claim}) {row.text}{f', {row.method}' if len(methods) > 1 else ''}:\n    {row.verdict}")
+    parts = board.drop(columns=["text", "model", "n"] + ["method"] * (len(methods) == 1))
+    return HTML(table_html(display_table(parts, 3), tint=_tint))
 
 
 def show_scoreboard(board: pd.DataFrame) -> HTML:
@@ -280,4 +299,4 @@ def show_scoreboard(board: pd.DataFrame) -> HTML:
 def _tint(text) -> str:
     """The class of a cell with a verdict, for its colour."""
     starts = {f"{HOLDS} (": "holds", "holds in part": "part", FAILS: "not", OPEN: "open", "–": "open"}
-    return next((name for start, name in starts.items() if str(text).startswith(start)), "")
+    return "holds" if text == HOLDS else next((name for start, name in starts.items() if str(text).startswith(start)), "")

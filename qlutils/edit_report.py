@@ -125,9 +125,10 @@ def worked_example(lm, plan, tokens=12, **options):
 
 
 def example_table(answers) -> pd.DataFrame:
-    """The answers of `worked_example`: a row a prompt and operation, "answer (probability of its object)"."""
+    """The answers of `worked_example`, a row a prompt and operation: the answer, and P of the operation's object."""
     def shown(when):
-        return answers[f"answer_{when}"] + answers[f"p_{when}"].map(" ({:.2f})".format)
+        return [f"{answer}; P({goal}) = {p:.2f}" for answer, goal, p in
+                zip(answers[f"answer_{when}"], answers["object"], answers[f"p_{when}"])]
 
     frame = answers.assign(before=shown("before"), after=shown("after"),
                            prompt=answers["prompt"] + np.where(answers["edited_on"], "  ← q_i", ""))

@@ -27,7 +27,7 @@ def plan_edits(queries, facts, *, num_neurons, sets=("local", "global"), control
     queries: a `queries` frame. facts: those whose objects an update may choose from. sets: names, or {name:
     spec} with a spec of None for "local" (N_i) and "global" (union of the N_j), or `cas_neurons` keywords.
     controls: for every set as many neurons in each layer, drawn at random ("random"), as active at q_i
-    ("matched"), or knowledge neurons of other facts ("other"). texts: entries that perplexity is measured on.
+    but no KNs of the fact ("matched"), or knowledge neurons of other facts ("other"). texts: entries that perplexity is measured on.
 
     Each fact draws, with its own seed: q_i among its known queries (among all where none is known), o' among
     the relation's other objects, `n_locality` queries of facts that share neither subject nor object, half
@@ -60,7 +60,7 @@ def plan_edits(queries, facts, *, num_neurons, sets=("local", "global"), control
             for name, one in chosen.items() for control in controls]
         plans.append(dict(
             fact=fact, relation=relation, subject=subject, object=obj, prompts=group["prompt"].tolist(),
-            known=known.tolist(), query=at,
+            known=known.tolist(), query=at, kns=sorted(map(list, set().union(*mine))),
             new_object=str(draw("object").choice(objects)) if objects else None,
             edits=[{**edit, "set": sorted(map(list, edit["set"]))} for edit in edits],
             locality=locality.draw(queries.index.get_loc(group.index[0]), n_locality, draw("locality")),
@@ -275,7 +275,7 @@ class PlannedFact:
 
 
 def _match_activations(lm, facts) -> None:
-    """Fill in the "matched" controls: the neurons outside the set that are about as active at q_i."""
+    """Fill in the "matched" controls: neurons about as active at q_i that are KNs of none of the fact's queries."""
     import torch
 
     from .replay import neuron_vectors
@@ -286,7 +286,7 @@ def _match_activations(lm, facts) -> None:
         if matched:
             active = neuron_vectors(lm, torch.tensor([fact.prompt], device=lm.device))[0].double().cpu().numpy()
         for edit in matched:
-            found = active_neurons(set(map(tuple, sets[edit["neurons"]])), active)
+            found = active_neurons(set(map(tuple, sets[edit["neurons"]])), active, set(map(tuple, fact.plan["kns"])))
             edit["set"] = sorted(map(list, found))
 
 

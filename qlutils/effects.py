@@ -93,14 +93,14 @@ def summary(frame: pd.DataFrame, sets, *, directions=DIRECTIONS, populations=("k
 
 def query_gaps(frame: pd.DataFrame, first: str, second=()) -> pd.DataFrame:
     """A row a query of `rates` rows, both directions averaged: fact, relation, prompt_index, classes, known, and gap,
-    the rate of set `first` less the mean rate of the sets `second`. Known queries, where there is one."""
+    the rate of set `first` less the mean rate of the sets `second`. Known queries only."""
     frame = frame[(frame["direction"] == "average") & frame["set"].isin([first, *second])]
     wide = frame.pivot(index=["fact", "prompt_index"], columns="set", values="rate").reindex(columns=[first, *second])
     gap = wide[first] - (wide[list(second)].mean(axis=1, skipna=False) if second else 0.0)
     about = frame.drop_duplicates(["fact", "prompt_index"])[["fact", "relation", "prompt_index", "class_static",
                                                              "class_otsu", "known"]]
     gaps = about.merge(gap.rename("gap").reset_index(), on=["fact", "prompt_index"])
-    return gaps[gaps["known"]] if gaps["known"].any() else gaps
+    return gaps[gaps["known"].astype(bool)]
 
 
 def contrast(frame: pd.DataFrame, first: str, second, seed: int = 0) -> pd.DataFrame:

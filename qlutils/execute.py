@@ -89,4 +89,5 @@ def _what_failed(output, log, code):
     except (OSError, ValueError, KeyError):
         pass
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:300] if lines else f"its process ended with status {code}"
+    said = lines[-1][:300] if lines else f"its process ended with status {code}"
+    return said + " (out of memory?)" * ("DeadKernelError" in said)

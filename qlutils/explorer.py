@@ -260,7 +260,7 @@ def overlap_figure(view: View, t: float, most: int = 14) -> Figure:
     bars.set(ylabel="neurons", xlim=(-0.6, max(len(shown), 1) - 0.4))
     hidden = len(counts) - len(shown)
     bars.set_title("grey: in one prompt only; blue: shared; orange: in every prompt"
-                   + (f" ({hidden} smaller combinations not shown)" if hidden else ""), loc="left")
+                   + (f" ({hidden} more combinations not shown)" if hidden else ""), loc="left")
     for x, (who, _) in enumerate(shown):
         dots.plot([x] * len(sets), range(len(sets)), "o", color="0.88", markersize=3.5)
         dots.plot([x] * len(who), sorted(who), "o-", color=colors[x], markersize=4, linewidth=1.2)

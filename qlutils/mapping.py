@@ -14,7 +14,8 @@ PAPER_SETS = ("self", "union", "intersection", "refine")
 NEIGHBOURS = PAPER_SETS[1:]
 # Beyond the paper. "_others": without the query's own KNs. "_matched" and "self_as_...": both cut to the smaller of the
 # two sizes, so that sets of one size are compared. "_random": as many neurons in each layer, drawn among all that the
-# set does not hold. "self_active": the neurons of the same layers, not KNs, that are closest to being as active.
+# set does not hold. "self_active": the neurons of the same layers, KNs of none of the fact's queries, that are closest to
+# being as active.
 CONTROL_SETS = (*(f"{name}_others" for name in NEIGHBOURS), *(f"{name}_matched" for name in NEIGHBOURS),
                 *(f"self_as_{name}" for name in NEIGHBOURS), "self_random", "union_random", "self_active")
 
@@ -59,7 +60,7 @@ def query_sets(kn_sets: list[set], i: int, active: np.ndarray, rng) -> dict[str,
         sets[f"self_as_{name}"] = _subset(own, size, rng)
     sets["self_random"] = random_neurons(own, active.shape[1], rng)
     sets["union_random"] = random_neurons(sets["union"], active.shape[1], rng)
-    sets["self_active"] = active_neurons(own, active)
+    sets["self_active"] = active_neurons(own, active, but=sets["union"])
     return sets
 
 

@@ -174,6 +174,8 @@ def whole_numbers(groups, names, what) -> list[tuple[int, ...]]:
             numbers = tuple(operator.index(number) for number in group if not isinstance(number, bool))
         except TypeError:
             numbers = ()
+        if isinstance(group, (set, frozenset)):
+            raise ValueError(f"{what}s must be one set of ({', '.join(names)}); got several sets: pass one of them")
         if len(numbers) != len(names) or len(numbers) != len(group):
             raise ValueError(f"{what} {group!r} must be ({', '.join(names)}), whole numbers counted from 0")
         found.append(numbers)
@@ -191,6 +193,7 @@ def load_model(name_or_path: str, *, device: str | None = None, dtype: str | Non
         raise ValueError(f"model must be a name or a folder, got {name_or_path!r}")
     name = str(name_or_path)
     device = _device(device)
+    dtype = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     if dtype is not None and not (isinstance(dtype, str) and dtype in DTYPES):
         raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     torch_dtype = DTYPES[dtype] if dtype else (torch.float32 if device.type == "cpu" else "auto")

@@ -85,6 +85,9 @@ class Consistency:
 
 def consistency(kn_sets) -> Consistency:
     """CS1, CS2 (Eq. 1) and mean pairwise Jaccard of one fact's KN sets; ValueError with fewer than two."""
+    if isinstance(kn_sets, (set, frozenset)) or hasattr(kn_sets, "shape") or hasattr(kn_sets, "scores"):
+        raise ValueError(f"consistency needs a list of KN sets, one a query, as knowledge_neurons gives it; got one "
+                         f"{type(kn_sets).__name__}")
     try:
         sets = [frozenset(one) for one in kn_sets]
     except TypeError:
@@ -160,13 +163,14 @@ def random_neurons(neurons, num_neurons, rng, *, among=None, outside=True) -> se
     return drawn
 
 
-def active_neurons(neurons, active) -> set:
-    """For each neuron another of its layer, outside `neurons`, each used once, whose |activation| is nearest; the most
-    active neurons choose first. active: (L, N)."""
+def active_neurons(neurons, active, but=()) -> set:
+    """For each neuron another of its layer, neither in `neurons` nor in `but`, each used once, whose |activation| is
+    nearest; the most active neurons choose first. active: (L, N)."""
+    neurons, taken = set(neurons), set(neurons) | set(but)
     strength, found = np.abs(np.asarray(active, np.float64)), set()
     for layer, neuron in sorted(neurons, key=lambda pair: (-strength[pair], pair)):
         gap = np.abs(strength[layer] - strength[layer, neuron])
-        gap[[other for at, other in neurons | found if at == layer]] = np.inf
+        gap[[other for at, other in taken | found if at == layer]] = np.inf
         if np.isfinite(gap.min()):
             found.add((layer, int(gap.argmin())))
     return found
@@ -292,6 +296,8 @@ def _check_share(name, value):
 
 
 def _dense(scores):
+    if hasattr(scores, "scores"):
+        raise ValueError(f"scores must be an array; pass the .scores of this {type(scores).__name__}")
     if hasattr(scores, "detach"):  # a torch tensor, bfloat16 included
         scores = scores.detach().cpu()
         scores = scores.numpy() if scores.dtype.itemsize >= 4 else scores.float().numpy()

@@ -127,11 +127,21 @@ def bars_with_intervals(frame, ax, *, x, hue, y="mean"):
     """Figures 4 and 6: grouped bars of column `y` with the interval `y`_low to `y`_high, and n where there is one.
 
     frame: one row a bar, with columns x, hue, y, y_low, y_high and perhaps n. A bar that is undefined is left out and
-    marked "–". What the interval is stands in the legend's title."""
+    marked "–". What the interval is stands in the legend's title; n once where it depends on one of x and hue, else at
+    every bar."""
     groups, hues = list(dict.fromkeys(frame[x])), list(dict.fromkeys(frame[hue]))
     known = [palette for palette in (CLASS_COLORS, SET_COLORS) if set(hues) <= set(palette)]
     colors = known[0] if known else dict(zip(hues, _OTHER_COLORS))
-    width = 0.8 / len(hues)
+    width, n, ticks = 0.8 / len(hues), {}, [_label(group) for group in groups]
+    for by in (hue, x) if "n" in frame else ():
+        counts = {level: set(part) for level, part in frame.groupby(by, sort=False)["n"]}
+        if not n and all(len(one) == 1 for one in counts.values()):
+            n = {by: [f"{counts[level].pop():.0f}" for level in (hues if by == hue else groups)]}
+    if hue in n:
+        ax.annotate("n = " + " / ".join(n[hue] if len(set(n[hue])) > 1 else n[hue][:1]), (0.99, 0.98),
+                    xycoords="axes fraction", ha="right", va="top", fontsize=5.5)
+    elif n:
+        ticks = [f"{tick}\nn = {count}" for tick, count in zip(ticks, n[x])]
     for row in frame.to_dict("records"):
         at = groups.index(row[x]) + (hues.index(row[hue]) - (len(hues) - 1) / 2) * width
         top = 0.0
@@ -143,12 +153,12 @@ def bars_with_intervals(frame, ax, *, x, hue, y="mean"):
             if not (pd.isna(low) or pd.isna(high)):
                 ax.vlines(at, low, high, color="black", linewidth=0.7)  # the mean may lie outside
             top = np.nanmax([0.0, row[y], high])
-        if "n" in row:
+        if "n" in row and not n:
             ax.annotate(f"n = {row['n']:.0f}", (at, top), xytext=(0, 6 if pd.isna(row[y]) else 2), fontsize=5,
                         textcoords="offset points", ha="center", va="bottom", rotation=90)
     ax.axhline(0, color="black", linewidth=0.6)
     ax.margins(y=0.2)
-    ax.set_xticks(range(len(groups)), [_label(group) for group in groups])
+    ax.set_xticks(range(len(groups)), ticks)
     ax.set(xlim=(-0.6, len(groups) - 0.4), ylabel=_label(y))
     _legend(ax, {name: colors[name] for name in hues}, "line: 95 % bootstrap over facts")
     return ax
@@ -158,13 +168,14 @@ def figure_bars(frame, *, row, column, x="set", y="mean", ylabel=""):
     """Figures 4 and 6: bars of a table of `effects.summary` by `x` and class; a row of panels each level of column
     `row` of the frame, a column each of `column`. `ylabel` stands before the row's level."""
     tops, sides = (list(dict.fromkeys(frame[name])) for name in (row, column))
-    fig, axes = plt.subplots(len(tops), len(sides), figsize=(WIDE, 0.7 + 1.75 * len(tops)), sharey="row", squeeze=False)
+    fig, axes = plt.subplots(len(tops), len(sides), figsize=(WIDE, 0.7 + 1.75 * len(tops)), squeeze=False,
+                             sharey="col" if column == "direction" else "row")  # enhancing does far less
     for (i, top), (j, side) in product(enumerate(tops), enumerate(sides)):
         part = frame[(frame[row] == top) & (frame[column] == side)]
         ax = bars_with_intervals(part, axes[i, j], x=x, hue="class", y=y)
         ax.set_title(_label(side) if i == 0 else "", pad=8)
         ax.set_ylabel(f"{ylabel}{_label(top)}" if j == 0 else "")
-    for ax in axes[:, 0]:
+    for ax in axes[0] if column == "direction" else axes[:, 0]:
         ax.set_ylim(top=1.15 * ax.get_ylim()[1])  # room for the numbers on the bars
     _one_legend(fig, axes)
     return fig
@@ -187,8 +198,10 @@ def figure_edits(table, threshold, sets):
         for ax, name in zip(panels, classes):
             bars_with_intervals(rates[rates["class"] == name], ax, x="metric", hue="neurons")
             ax.set(title=f"{op}, {_label(name)}", ylabel="", ylim=(0, 1.35))
-        bars_with_intervals(dppl, last, x="class", hue="neurons").set(title="dPPL", ylabel="")
-        if dppl["mean"].abs().max() > 1:  # a broken model's perplexity has no bound
+        broken = dppl["mean"].abs().max() > 1  # whose perplexity has no bound
+        bars_with_intervals(dppl, last, x="class", hue="neurons").set(
+            title=f"{op}, dPPL{' (log)' if broken else ''}", ylabel="")
+        if broken:
             last.set_yscale("symlog", linthresh=0.1)
         last.margins(y=0.4)  # room for the numbers on the bars, on either scale
     _one_legend(fig, axes)
@@ -311,6 +324,7 @@ def figure_places(found, num_heads):
              yticks=np.arange(len(heads)) + 0.5, yticklabels=range(len(heads)))
     fig.colorbar(mesh, ax=left, label="synapses a query")
     right.bar(range(len(shares)), shares, color="0.4")
+    right.set_xlim(-0.6, 0.6 + max(np.flatnonzero(shares > 0.002 * shares.max()), default=0))
     right.set(xlabel="column (token of the prompt)", ylabel="share of layers and heads\nin which it is a synapse")
     frame = pd.DataFrame([dict(layer=l, head=h, synapses=heads[l, h]) for l, h in np.ndindex(heads.shape)]
                          + [dict(column=c, share=share, n=int(counts[c])) for c, share in enumerate(shares)])

@@ -30,6 +30,7 @@ PAPER_SETS = ("self", *NEIGHBOURS)
 SET_ORDER = ("self", "self_random", "self_active", "union", "union_others", "union_matched", "self_as_union",
              "union_random", "intersection", "intersection_others", "intersection_matched", "self_as_intersection",
              "refine", "refine_others", "refine_matched", "self_as_refine")
+SETTINGS = ("t", "static_threshold", "middle")  # those of the report, wherever a notebook has them, too
 COMPARES = "02"  # the notebook that compares methods: its results stand in the model's folder `all`
 # The frames that claims and figures read: {name under which it was saved: notebook}.
 FRAMES = {"queries": "01", "edits": "03", "query_kn_mapping": "04", "attention_predominance": "05",
@@ -60,12 +61,15 @@ class Run:
         except ValueError as error:
             raise Missing(str(error)) from None
         differ = [name for name, ours in inputs.items() if entry["inputs"].get(name) != ours]
+        differ += [name for name in SETTINGS if self.study.parameters.get(name) != entry["parameters"].get(
+            name, self.study.parameters.get(name))]
         if differ:
             raise Missing(f"notebook {number} was run with other {', '.join(differ)}")
         return entry
 
     def frame(self, model, method, name) -> pd.DataFrame:
         """A saved frame of FRAMES; `Missing` says why there is none."""
+        self.entry(FRAMES[name], model, method)
         try:
             return self.of(model, method).load(name)
         except ValueError as error:
@@ -157,12 +161,6 @@ def work(run: Run) -> pd.DataFrame:
 
 
 # --- what the controls need beside the queries ------------------------------------------------------------
-
-def localisation_spec(run: Run, model, method) -> dict:
-    """The choices with which a model's neurons were localised, as `attribution.Spec` takes them."""
-    given = run.entry("01", model, method)["parameters"]
-    return {name: given[name] for name in ("steps", "rule", "answer", "site", "amig_factor") if name in given}
-
 
 def query_outcomes(run: Run, model, method) -> dict[str, pd.DataFrame]:
     """{name: frame with fact, prompt_index, value}: what was measured a query beside CS2, as far as it was run."""

@@ -32,6 +32,7 @@ from .study import DTYPES, METHODS, check_values, literals, model_content
 
 MODELS = ("demo/gpt2", "demo/llama2", "demo/llama3")
 SAMPLE = 2  # facts a relation without --full
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 PER_METHOD, COMPARES, LAST = "01", "02", "report"  # the other notebooks run per model and downstream method
 
@@ -75,6 +76,10 @@ def main(argv=None, notebooks=None):
     try:
         with _signals():
             root = paths.run_folder(args.output)
+            for name, number in {"--jobs": args.jobs, "--workers": args.workers,
+                                 "QLUTILS_THREADS": os.environ.get("QLUTILS_THREADS") or None}.items():
+                if number is not None and not re.fullmatch(r"[1-9]\d*", str(number)):
+                    raise ValueError(f"{name} {number}: want a whole number of at least 1")
             if args.plan:
                 return _plan(args)
             if args.refresh:
@@ -98,14 +103,14 @@ def _parser():
                     "each model and downstream method, then the report. What is done is not run again.",
         epilog="Results: runs/<output>/results; executed notebooks: runs/<output>/notebooks; the report:\n"
                "runs/<output>/report.html. A run with a name has its tables and figures in figures/<output>, too.\n"
-               "QLUTILS_RUNS moves runs; QLUTILS_THREADS sets the threads of each process (default: the cores,\n"
+               "QLUTILS_RUNS moves runs, and figures beside it; QLUTILS_THREADS sets the threads of each process (default: the cores,\n"
                "divided by --jobs).\n\n"
                "`./run_all.sh test [pytest options]` runs the tests. Examples:\n"
                "  ./run_all.sh --models demo/gpt2 --only 01 02\n"
                "  ./run_all.sh --models gpt2 meta-llama/Llama-2-7b-hf --data pararel --full --output paper")
     add = parser.add_argument
     add("--models", nargs="+", default=list(MODELS), metavar="MODEL",
-        help="bundled names, Hugging Face ids or folders (default: the three bundled models)")
+        help="bundled names, Hugging Face ids or folders, smallest first (default: the three bundled models)")
     add("--methods", nargs="+", default=list(METHODS), choices=METHODS,
         help="how knowledge neurons are localised, in 01 and 02 (default: all)")
     add("--downstream-methods", nargs="+", default=["ig"], choices=METHODS, metavar="METHOD",
@@ -156,13 +161,14 @@ def plan_jobs(args, folder):
         model_content(model)  # ValueError for a bundled model or a folder that is not there
     if args.device and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", args.device):
         raise ValueError(f"--device {args.device}: want cpu, cuda or cuda:N")
+    methods, downstream = (list(dict.fromkeys(names)) for names in (args.methods, args.downstream_methods))
     models = list(dict.fromkeys(m if m.startswith("demo/") else _absolute(m) for m in args.models))
     data = args.data if args.data in ("demo", "pararel") else _absolute(args.data)
     count = None if args.full else args.facts_per_relation
     facts = load_facts(data, relations=args.relations, facts_per_relation=count, seed=args.seed)
     shared = {"data": data, "relations": args.relations, "facts_per_relation": count, "seed": args.seed,
               "device": args.device, "dtype": args.dtype, "output": args.output, "models": models,
-              "methods": args.methods, "downstream_methods": args.downstream_methods}
+              "methods": methods, "downstream_methods": downstream}
     print(f"{len(facts)} facts of {len({fact.relation for fact in facts})} relations from {args.data}"
           + ("" if args.full else f": a sample of {count} a relation, --full takes all"), file=sys.stderr)
     notebooks = _chosen(folder, args.only)
@@ -173,20 +179,20 @@ def plan_jobs(args, folder):
         if not knowing or name in (*shared, "model", "method"):
             known = sorted({p for known in declared.values() for p in known} - {*shared, "model", "method"})
             raise ValueError(f"-p {name}: " + ("an option of its own sets it, see --help" if knowing else
-                             f"no notebook has this parameter; they have {', '.join(known) or 'none'}"))
+                             f"none of these notebooks has this parameter; they have {', '.join(known) or 'none'}"))
         for defaults in knowing:
             check_values({name: value}, defaults)
     jobs, localised = [], [path.stem for path in _chosen(folder, None) if path.stem.startswith(PER_METHOD)]
 
     def pairs(notebook):
-        methods = {PER_METHOD: args.methods, COMPARES: [None]}.get(notebook.stem[:2], args.downstream_methods)
-        return list(product(models, methods)) if notebook.stem != LAST else [(None, None)]
+        chosen = {PER_METHOD: methods, COMPARES: [None]}.get(notebook.stem[:2], downstream)
+        return list(product(models, chosen)) if notebook.stem != LAST else [(None, None)]
 
     for notebook in notebooks:
         number = notebook.stem[:2]
         for model, method in pairs(notebook):
             wanted = {**shared, "model": model, "method": method, **extra}
-            reads = product(models, args.methods) if number == COMPARES else [(model, method)]
+            reads = product(models, methods) if number == COMPARES else [(model, method)]
             needs = [job_name(stem, *pair) for pair in reads for stem in localised if number != PER_METHOD]
             if notebook.stem == LAST:
                 needs = [job_name(other.stem, *pair) for other in _chosen(folder, None) if other.stem != LAST
@@ -201,7 +207,7 @@ def _chosen(folder, only):
     if not found:
         raise ValueError(f"no notebook in {folder}")
     for prefix in only or ():
-        if not any(path.stem.startswith(prefix) for path in found):
+        if not prefix or not any(path.stem.startswith(prefix) for path in found):
             raise ValueError(f"--only {prefix}: there are {', '.join(path.stem for path in found)}")
     return [path for path in found if not only or path.stem.startswith(tuple(only))]
 
@@ -232,8 +238,6 @@ def _literal(text):
 # -- doing it --------------------------------------------------------------------------------------------
 def _at_once(args, address):
     """How many notebooks run at a time. A notebook of a small model is busy with one core for half of its time."""
-    if args.jobs is not None and args.jobs < 1:
-        raise ValueError(f"--jobs {args.jobs}: want at least 1")
     small = address is None and all(model.startswith("demo/") for model in args.models)
     return args.jobs or (min(4, CORES) if small else 1)
 
@@ -247,22 +251,29 @@ def _run(jobs, root, data_hash, command, address, at_once):
         variables["QLUTILS_THREADS"] = os.environ.get("QLUTILS_THREADS") or max(1, CORES // at_once)
     bar = tqdm(total=len(jobs), unit="notebook", disable=None, dynamic_ncols=True)
     with tempfile.TemporaryDirectory(prefix="qlutils-") as scratch, ThreadPoolExecutor(at_once) as pool:
-        env, running, waiting = kernel_environment(scratch, **variables), {}, list(jobs)
+        env, running, waiting, failed = kernel_environment(scratch, **variables), {}, list(jobs), set()
         try:
             while running or waiting:
-                while len(running) < at_once and (job := _next(waiting, running.values())):
+                for job in [job for job in waiting if job.needs and failed.issuperset(job.needs) and job.notebook.stem != LAST]:
+                    waiting.remove(job)
+                    bar.update()
+                    job.problem = f"{', '.join(job.needs)} failed"
+                while len(running) < at_once and (job := _next(waiting, running.values(), root)):
                     waiting.remove(job)
                     running[pool.submit(_one, job, root, data_hash, source, env, Path(scratch), stop)] = job
                 for future in wait(running, 0.2, FIRST_COMPLETED).done:
                     job = running.pop(future)
                     future.result()
+                    failed |= {job.name} if job.status == "failed" else set()
                     bar.update()
                     tqdm.write(f"[{len(jobs) - len(waiting) - len(running)}/{len(jobs)}] {job.label}: {job.status}, "
                                f"{job.seconds:.1f} s" + (f": {job.problem}" if job.problem else ""), file=sys.stderr)
-                bar.set_description(" | ".join(_progress(job, Path(scratch)) for job in running.values()))
+                bar.set_postfix_str(", ".join(_progress(job, Path(scratch)) for job in running.values()))
         except Stopped as signal_received:
             stopped = signal_received
         finally:
+            for kind in SIGNALS:  # a second one would lose the record of what was done
+                signal.signal(kind, signal.SIG_IGN)
             stop.set()
             bar.close()
     write_json(root / "run.json", {
@@ -277,18 +288,22 @@ def _run(jobs, root, data_hash, command, address, at_once):
     return int(any(job.status == "failed" for job in jobs))
 
 
-def _next(waiting, running):
-    """The first waiting job that reads nothing that is still to come and writes where no running job does, or None."""
+def _next(waiting, running, root):
+    """The first waiting job that reads nothing that is still to come and writes where no running job does, or None. What a
+    job needs and is not there it makes itself, so no other that needs it runs beside it."""
     coming, busy = {job.name for job in [*waiting, *running]}, {(job.model, job.method) for job in running}
-    return next((job for job in waiting if coming.isdisjoint(job.needs) and (job.model, job.method) not in busy), None)
+    making = {need for job in running for need in job.needs if not (root / "notebooks" / f"{need}.json").exists()}
+    return next((job for job in waiting if not (coming | making).intersection(job.needs)
+                 and (job.model, job.method) not in busy), None)
 
 
 def _progress(job, scratch):
-    """What a running job is at: its label, and the units it has done where it computes some."""
+    """What a running job is at, in short: 03 gpt2 ig, and the units it has done where it computes some."""
+    label = " ".join(filter(None, [job.notebook.stem[:2], job.model and Path(job.model).name, job.method]))
     try:
-        return f"{job.label} {(scratch / job.name).read_text(encoding='utf-8').rsplit(' ', 1)[-1]}"
+        return f"{label} {(scratch / job.name).read_text(encoding='utf-8').rsplit(' ', 1)[-1]}"
     except OSError:
-        return job.label
+        return label
 
 
 def _one(job, root, data_hash, source, env, scratch, stop):
@@ -312,6 +327,7 @@ def _one(job, root, data_hash, source, env, scratch, stop):
         stamp.unlink(missing_ok=True)
         job.problem, made = execute(job.notebook, output, job.parameters, env, scratch / f"{name}.log", stop), [output]
         if stop.is_set():
+            job.status, job.seconds, job.problem = "stopped", time.time() - start, ""
             return
         if job.notebook.stem == LAST and not job.problem:
             from .report import publish
@@ -323,7 +339,7 @@ def _one(job, root, data_hash, source, env, scratch, stop):
             write_json(stamp, sealed({
                 "inputs": sha256(inputs), "made_from": inputs,
                 "outputs": {file.relative_to(root).as_posix(): sha256(file.read_bytes()) for file in made}}))
-    except ValueError as error:  # of this job; the others can still run
+    except (ValueError, OSError) as error:  # of this job; the others can still run
         job.problem = str(error)
     job.status, job.seconds = "failed" if job.problem else "done", time.time() - start
 
@@ -366,8 +382,7 @@ def _signals():
     def stop(number, frame):
         raise Stopped(number)
 
-    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {kind: signal.signal(kind, stop) for kind in kinds}
+    before = {kind: signal.signal(kind, stop) for kind in SIGNALS}
     try:
         yield
     finally:

@@ -125,7 +125,7 @@ def _compute(todo, client, threads):
             yield _work(*item)
         return
     from distributed import as_completed
-    for future in as_completed([client.submit(_work, *item, threads, pure=False) for item in todo]):
+    for future in as_completed([client.submit(_work, *item, threads, pure=False) for item in todo], loop=client.loop):
         yield future.result()
 
 

@@ -88,7 +88,9 @@ class Study:
         frame = store.run_units(task, self.model, units, config, desc=desc, device=self.device,
                                 dtype=self.dtype, root=self.root, info=info)
         self._identity = {key: info.pop(key) for key in ("fingerprint", "device", "dtype", "threads")}
-        self._work[desc] = {**info, "seconds": round(time.time() - start, 2)}
+        known = self._work.get(desc, {})  # one notebook may do the same kind of work twice
+        info |= {name: info[name] + known.get(name, 0) for name in ("units", "computed")}
+        self._work[desc] = {**info, "seconds": round(time.time() - start + known.get("seconds", 0), 2)}
         return frame
 
     def save(self, frame, name):
@@ -132,6 +134,11 @@ class Study:
         """Write a figure as PNG and PDF and its numbers as CSV under `results`."""
         from .plots import save_figure
         save_figure(figure, stem, self.results, data)
+
+    def localisation(self):
+        """The choices beside the method with which notebook 01 localised, as `attribution.Spec` takes them."""
+        made = read_record(self.results / "run.json").get("01_localize", {"parameters": {}})["parameters"]
+        return {name: made[name] for name in ("steps", "rule", "answer", "site", "amig_factor") if name in made}
 
     def record(self, **extra):
         """Write `<results>/run.json`, one entry a notebook: all that is needed to run it again."""

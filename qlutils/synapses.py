@@ -267,8 +267,8 @@ def attend(lm, unit: list[dict]) -> pd.DataFrame:
     """Notebook 05. Where each query of a unit (see `effects.units`) attends: one row a query.
 
     fact, prompt_index; tokens (T); column, token, token_id of the most attended token (Eq. 4, with columns)
-    and the share of all attention it gets; the same without the first token (`_rest`); token_id_first and
-    first_share, the first token's."""
+    and the share of all attention it gets, and `at`, the characters before it; the same without the first
+    token (`_rest`); token_id_first and first_share, the first token's."""
     queries = [(fact, place, lm.encode_prompt(prompt)) for fact in unit for place, prompt in
                zip(fact["prompt_index"], fact["prompts"])]
     rows = []
@@ -278,7 +278,8 @@ def attend(lm, unit: list[dict]) -> pd.DataFrame:
                    token_id_first=ids[0], first_share=share[0])
         for name, first in (("", 0), ("_rest", 1)):
             column = first + int(share[first:].argmax())
-            row |= {f"column{name}": column, f"token{name}": lm.tokenizer.decode([ids[column]]),
+            before = lm.tokenizer.decode(ids[lm.bos_offset:column]) if column else ""
+            row |= {f"column{name}": column, f"token{name}": lm.tokenizer.decode([ids[column]]), f"at{name}": len(before),
                     f"token_id{name}": ids[column], f"share{name}": share[column]}
         rows.append(row)
     return pd.DataFrame(rows)

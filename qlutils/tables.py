@@ -28,11 +28,19 @@ _LATEX = str.maketrans({
 def format_value(value, low=None, high=None, n=None, digits=2) -> str:
     """One number for reading: "0.52 [0.47, 0.57] (n = 12)"; the interval and n are optional.
 
-    "–" where undefined; an undefined interval shows as [–, –], since a number without one is not a result. A number that
-    would round to zero keeps its first digit, 0.004; those below 0.0001 and from 10,000 on are written as 1.2e-07."""
-    text = _number(value, digits)
-    if text != UNDEFINED and low is not None and high is not None:
-        text += f" [{_number(low, digits)}, {_number(high, digits)}]"
+    "–" where undefined; an undefined interval shows as [–, –], since a number without one is not a result. A value that
+    would round to zero keeps its first digit, 0.004; below 0.0001 and from 10,000 on numbers are written as 1.2e-07. The
+    bounds are written as the value is; they can ask for more digits, too, as for 0.00001 [-0.003, 0.003]."""
+    if low is None or high is None or _number(value, digits) == UNDEFINED:
+        text = _number(value, digits)
+    else:
+        value, low, high = float(value), float(low), float(high)
+        size = np.nanmax([abs(value), (high - low) / 10])
+        whole = digits == 0 or size == 0 or 1e-4 <= size and np.nanmax(np.abs([value, low, high])) < 1e4
+        places = max(digits, min(4, int(np.ceil(-np.log10(2 * size))))) if whole and size and digits else digits
+        text, low, high = (UNDEFINED if np.isnan(one) else f"{round(one, places) + 0.0:.{places}f}" if whole else f"{one:.1e}"
+                           for one in (value, low, high))
+        text += f" [{low}, {high}]"
     return text if n is None else f"{text} (n = {_number(n, 0)})"
 
 

@@ -281,14 +281,15 @@ def test_facts_without_neurons_or_with_two_prompts_stand_apart():
     queries = pd.concat([facts_of(CS2), hand_made(("P1|empty|x", [1, 1, 1], [set(), set(), set()]),
                                                   ("P1|two|x", [1, 1], [{1}, {1}]))], ignore_index=True)
     frame = analysis.classified_facts(queries).set_index("fact")
-    assert np.isnan(frame.loc["P1|empty|x", "cs2"]) and frame.loc["P1|two|x", "cs2"] == 1
+    assert frame.loc[["P1|empty|x", "P1|two|x"], "cs2"].isna().all() and frame.loc["P1|two|x", "cs1"] == 1
+    assert frame["undefined"].sum() == 1 and frame.loc["P1|empty|x", "undefined"]
     assert frame["two_prompts"].sum() == 1 and frame.loc["P1|two|x", "two_prompts"]
     for name in ("class_static", "class_otsu"):
         assert frame.loc[["P1|empty|x", "P1|two|x"], name].isna().all() and frame[name].notna().sum() == 6
     table = analysis.table_1({"ig": frame.reset_index()}, "demo/gpt2")
     assert table["n"].tolist() == [6, 6]
     summary = analysis.consistency_summary({"ig": frame.reset_index()}).iloc[0]
-    assert (summary["n"], summary["n_undefined"], summary["n_two_prompts"]) == (7, 1, 1)
+    assert (summary["n"], summary["n_undefined"], summary["n_two_prompts"]) == (6, 1, 1)
 
 
 def test_facts_that_all_have_one_cs2_have_no_otsu_threshold():
@@ -335,12 +336,13 @@ def test_queries_are_given_their_facts_class():
 
 
 def test_threshold_sensitivity_by_hand():
-    queries = hand_made(("P1|a|x", [1, 1], [{1, 2}, {1, 2}]), ("P1|b|x", [1, 1], [{1, 2}, {1, 3}]))
-    queries["score"] = [[1.0, 0.15]] * 4  # neuron 2 and 3 are there at t = 0.1 alone
+    queries = hand_made(("P1|a|x", [1, 1, 1], [{1, 2}] * 3), ("P1|b|x", [1, 1, 1], [{1, 2}, {1, 3}, {1, 4}]),
+                        ("P1|two prompts|x", [1, 1], [{1, 2}, {1, 3}]))  # which are left out
+    queries["score"] = [[1.0, 0.15]] * 8  # neurons 2, 3 and 4 are there at t = 0.1 alone
     table = analysis.threshold_sensitivity(queries, (0.1, 0.2), (0.3, 0.5)).set_index(["t", "static"])
-    assert table.loc[0.1, "cs2"].tolist() == pytest.approx([(1 + 1 / 3) / 2] * 2)
+    assert table.loc[0.1, "cs2"].tolist() == pytest.approx([(1 + 1 / 4) / 2] * 2)
     assert table.loc[0.2, "cs2"].tolist() == [1, 1] and (table["n"] == 2).all()
-    assert table["R_II"].tolist() == [0, 0.5, 0, 0]
+    assert table["R_II"].tolist() == [0.5, 0.5, 0, 0]
 
 
 def test_the_tables_agree_with_consistency_of_the_dense_scores(model, data, runs):

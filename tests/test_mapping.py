@@ -170,7 +170,7 @@ def test_predominance_of_hand_made_attention_matrices(monkeypatch):
         (np.broadcast_to(np.array(matrices[tuple(ids)]).sum(0), (2, 4, 3)),) * 2 for ids in prompts])
 
     class Model:
-        tokenizer = Words()
+        tokenizer, bos_offset = Words(), 0
 
         def encode_prompt(self, prompt):
             return [int(word) for word in prompt.split()]

@@ -96,7 +96,7 @@ def options(model, *more):
 def table(text):
     """{job: (status, what failed)} of the summary."""
     rows = [
-        re.fullmatch(r"(.+?) +(done|cached|failed|not run) +[\d.]+ *(.*)", line).groups()
+        re.fullmatch(r"(.+?) +(done|cached|failed|stopped|not run) +[\d.]+ *(.*)", line).groups()
         for line in text.split("what failed\n")[1].splitlines()[:-1]
     ]
     return {job: (status, problem) for job, status, problem in rows}
@@ -169,7 +169,7 @@ def test_a_run_goes_through_models_and_methods_once_and_names_what_failed(
 @pytest.mark.parametrize(
     "bad, said",
     [
-        (["-p", "steps", "20"], "-p steps: no notebook has this parameter; they have t"),
+        (["-p", "steps", "20"], "-p steps: none of these notebooks has this parameter; they have t"),
         (["-p", "seed", "1"], "-p seed: an option"),
         (["-p", "t", "high"], "t='high'"),
         (["--models", "demo/gpt9"], "demo/gpt9"),
@@ -343,7 +343,7 @@ def test_stopping_the_driver_ends_its_kernels_soon_and_the_next_run_goes_on(
     assert not any(is_running(int(file.read_text())) for file in files)
     if status > 0:
         assert [job["status"] for job in json.loads((runs / "default" / "run.json").read_text())["jobs"]] == [
-            *["not run" if method in held else "done" for method in ("ig", "sig")], "not run"
+            *["stopped" if method in held else "done" for method in ("ig", "sig")], "not run"
         ]
         assert run.main(options(model, "--only", "01"), books) == 0
         summary = json.loads((runs / "default" / "run.json").read_text())

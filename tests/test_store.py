@@ -350,7 +350,7 @@ def test_workers_write_the_same_bytes_as_a_plain_loop(tmp_path, model):
         distributed.LocalCluster(
             n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None, silence_logs=50
         ) as cluster,
-        distributed.Client(cluster) as client,
+        distributed.Client(cluster, set_as_default=False) as client,  # as the notebooks' own
     ):
         frame, info, _ = run(tmp_path / "workers", client=client)
         assert info["computed"] == 4
