@@ -173,12 +173,17 @@ def halves(queries: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 def split_frames(queries: pd.DataFrame, outcomes=(), *, t: float = 0.2, static: float = 0.1, seed: int = 0):
     """(threshold, its value, outcome, frame with fact, relation, label and value): labels "I" and "II" by the CS2 of
     half A of each fact's queries, values from half B: its "CS2", and `outcomes`, {name: frame with fact, prompt_index,
-    value}, quantities measured a query. Facts with fewer than 4 queries take no part."""
+    value}, quantities measured a query, and `edited`, the prompt_index of another query of half B where the value hangs on one.
+    Facts with fewer than 4 queries take no part."""
     split = halves(queries, seed)
     first, second = fact_table(split[split["half"] == "A"], t), split[split["half"] == "B"]
     tables = {"CS2": fact_table(second, t)[["fact", "cs2"]].rename(columns={"cs2": "value"})}
     for name, frame in dict(outcomes).items():
-        tables[name] = frame.merge(second[["fact", "prompt_index"]], on=["fact", "prompt_index"])[["fact", "value"]]
+        for place in ("prompt_index", "edited"):
+            if place in frame:
+                inside = second[["fact", "prompt_index"]].set_axis(["fact", place], axis=1)
+                frame = frame.merge(inside, on=["fact", place])
+        tables[name] = frame[["fact", "value"]]
     for threshold, at in zip(THRESHOLDS, (static, otsu_threshold(first["cs2"]))):
         labels = first[["fact", "relation"]].assign(label=classify(first["cs2"], at))
         for name, table in tables.items():

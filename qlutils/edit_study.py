@@ -161,7 +161,7 @@ def edit_facts(lm, unit, *, ops=("erase", "update"), lambda1=2.0, lambda2=2.0, e
     over known queries and rel_all, ... over all; loc_same, loc_other, the halves of Loc; rel_match,
     gen_match, from token-level matches; p_before, p_after of the answer an operation is about (erasure: o,
     update: o') at q_i and gen_p_before, gen_p_after at its neighbours; ppl_before, ppl_after and their
-    relative change dppl; n_gen, n_loc, queries behind Gen and Loc. NaN where undefined. An update whose
+    relative change dppl; n_gen, n_loc, queries behind Gen and Loc; reached, 1 or 0 for each of the fact's queries. NaN where undefined. An update whose
     object cannot follow every prompt is left out, with a `note`.
     """
     book = Book(lm)
@@ -314,7 +314,7 @@ def _metrics(fact, op, scores, rows) -> dict:
         rel_all=reached[at], gen_all=_mean(reached[neighbour]), loc_all=_mean(kept),
         rel_match=matched[at] if known[at] else np.nan, gen_match=_mean(matched[neighbour & known]),
         p_before=p_before[at], p_after=p_after[at], gen_p_before=_mean(p_before[neighbour]),
-        gen_p_after=_mean(p_after[neighbour]), n_gen=int((neighbour & known).sum()), n_loc=int(sure.sum()))
+        gen_p_after=_mean(p_after[neighbour]), reached=reached.tolist(), n_gen=int((neighbour & known).sum()), n_loc=int(sure.sum()))
     for end in ("", "_all"):  # undefined where one of the three is
         found[f"avg{end}"] = float(np.mean([found[f"{name}{end}"] for name in ("rel", "gen", "loc")]))
     return found

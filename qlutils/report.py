@@ -163,19 +163,26 @@ def work(run: Run) -> pd.DataFrame:
 # --- what the controls need beside the queries ------------------------------------------------------------
 
 def query_outcomes(run: Run, model, method) -> dict[str, pd.DataFrame]:
-    """{name: frame with fact, prompt_index, value}: what was measured a query beside CS2, as far as it was run."""
-    found = {}
+    """{name: frame with fact, prompt_index, value}: what was measured a query beside CS2, as far as it was run. Gen has a row
+    a known neighbour of the query that was `edited`."""
+    found, columns = {}, ["fact", "prompt_index", "edited", "value"]
     try:
-        place = run.frame(model, method, "queries").set_index(["fact", "prompt"])["prompt_index"]
+        groups = dict(list(run.frame(model, method, "queries").groupby("fact", sort=False)))
         edits = run.frame(model, method, "edits")
-        edits = edits[(edits["neurons"] == "local") & (edits["control"] == "none")].join(place, on=["fact", "prompt"])
+        edits = edits[(edits["neurons"] == "local") & (edits["control"] == "none") & edits["note"].isna()]
         for name, op in (("Gen of a local erasure", "erase"), ("Gen of a local update", "update")):
-            found[name] = edits[edits["op"] == op].rename(columns={"gen": "value"})
-        gaps = query_gaps(run.frame(model, method, "query_kn_mapping"), "self", NEIGHBOURS)
-        found["dProb, own less neighbours'"] = gaps.rename(columns={"gap": "value"})
+            rows = []
+            for fact, prompt, reached in edits.loc[edits["op"] == op, ["fact", "prompt", "reached"]].itertuples(index=False):
+                known = groups[fact][["prompt_index", "prompt"]].assign(value=reached)[groups[fact]["known"].to_numpy(bool)]
+                own = known["prompt"] == prompt  # nowhere, where the edited query is not known: then it has no Gen
+                rows += [(fact, at, known.loc[own, "prompt_index"].item(), value)
+                         for at, value in known.loc[~own, ["prompt_index", "value"]].itertuples(index=False) if own.any()]
+            found[name] = pd.DataFrame(rows, columns=columns)
+        gaps = query_gaps(run.frame(model, method, "query_kn_mapping"), "self")
+        found["dProb of own KNs"] = gaps.rename(columns={"gap": "value"})[["fact", "prompt_index", "value"]]
     except Missing:
         pass
-    return {name: frame[["fact", "prompt_index", "value"]] for name, frame in found.items()}
+    return found
 
 
 def other_neurons(run: Run, seed=0) -> tuple[pd.DataFrame, list[str]]:

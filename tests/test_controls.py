@@ -152,6 +152,10 @@ def test_the_halves_share_no_query_and_outcomes_come_from_the_second_only():
     second = split[split["half"] == "B"].assign(value=lambda frame: (frame["layer"].map(max) == 0).astype(float))
     row = controls.split_half(queries, {"planted": second}).set_index(["threshold", "outcome"]).loc[("otsu", "planted")]
     assert row["I - II_low"] > 0.5
+    for other, some in ((first, False), (second, True)):  # what hangs on a query of the first half does not count
+        edited = second.assign(edited=second["fact"].map(other.groupby("fact")["prompt_index"].first()))
+        row = controls.split_half(queries, {"planted": edited}).set_index(["threshold", "outcome"]).loc[("otsu", "planted")]
+        assert (row["n"] > 0) == some
 
 
 def test_facts_with_fewer_than_four_queries_take_no_part():

@@ -391,6 +391,7 @@ def test_the_metrics_equal_editing_the_weights_and_generating_one_query_at_a_tim
                 ]
                 after = perplexity(lm, plan["texts"], 7)
             done = [float(s == (row["op"] == "update")) for s in said]
+            assert row["reached"] == done
             at, known = plan["query"], plan["known"]
             near = [k for k in range(len(done)) if k != at]
             sure = [kept[k] for k, q in enumerate(plan["locality"]) if q["known"]]

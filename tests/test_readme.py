@@ -417,6 +417,10 @@ def findings():
            f"{share(everywhere['loc'])} of other facts' answers alone")
     yield f"change nothing ({100 * float(random['rel']):.1f} %, {100 * float(random['gen']):.1f} %)"
     yield f"the same in {share(mean('predominance'))} of a fact's queries, {share(mean('predominance_rest'))} without"
+    own, nulls = "the fact's own queries", {row["kind"]: float(row["cs2"]) for row in committed("control1_null.csv", **one, method="ig")}
+    yield (f"(CS2 {nulls['one pattern, different facts']:.2f}) as three wordings of one fact "
+           f"({nulls[own]:.2f})")
+    yield f"hardly any ({nulls['random neurons, as many in each layer']:.2f})"
 
 
 def test_every_measured_number_is_the_committed_one():

@@ -207,7 +207,7 @@ def edits_frame(queries, lift):
                 one = f % 2 == 0
                 good = 0.4 + lift * one + 2 * lift * (neurons == "cas") + 0.01 * rng.random()
                 rows.append(dict(fact=fact, relation=group["relation"].iloc[0], prompt=group["prompt"].iloc[0], op=op,
-                                 neurons=neurons, control="none", note=None, rel=good, gen=good, loc=good, avg=good,
+                                 neurons=neurons, control="none", note=None, reached=[good] * len(group), rel=good, gen=good, loc=good, avg=good,
                                  dppl=1 - good))
     return pd.DataFrame(rows)
 

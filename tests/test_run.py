@@ -314,6 +314,39 @@ def test_notebooks_run_side_by_side_but_not_before_what_they_read_nor_into_one_f
     assert run.main(options(model, "--jobs", "0"), books) == 2 and "--jobs 0" in capsys.readouterr().err
 
 
+def test_what_needs_a_failed_job_is_not_run_and_a_path_that_cannot_be_written_fails_alone(books, model, runs, capsys):
+    (books / "fail-ig").touch()
+    write_notebook(books, "03_edit", PARAMETERS, OPEN.format("03_edit"))
+    blocked = runs / "default" / "notebooks" / f"{run.job_name('02_consistency', model, None)}.ipynb"
+    blocked.mkdir(parents=True)
+    assert run.main(options(model, "--only", "01", "02", "03", "--jobs", "2"), books) == 1
+    rows = table(capsys.readouterr().out)
+    assert [status for status, _ in rows.values()] == ["failed", "done", "failed", "not run"]
+    problems = [problem for _, problem in rows.values()]
+    assert "Is a directory" in problems[2] and problems[3].endswith("failed")
+    assert json.loads((runs / "default" / "run.json").read_text())["jobs"][3]["problem"].startswith("01_localize--")
+
+
+def test_two_jobs_that_would_both_make_what_they_need_do_not_run_side_by_side(tmp_path):
+    one, two = (run.Job(Path(f"{stem}.ipynb"), "m", method, {}, ["01_localize--m--ig"])
+                for stem, method in (("02_consistency", None), ("03_edit", "ig")))
+    assert run._next([one, two], [], tmp_path) is one and run._next([two], [one], tmp_path) is None
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "01_localize--m--ig.json").touch()
+    assert run._next([two], [one], tmp_path) is two
+
+
+@pytest.mark.parametrize("given", [["--workers", "0"], ["--workers", "-1"], ["--only", ""]])
+def test_numbers_and_names_that_mean_nothing_are_refused_before_anything_starts(books, model, runs, capsys, given):
+    assert run.main(options(model, *given), books) == 2 and given[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("threads", ["0", "abc", "-2", "1.5"])
+def test_a_number_of_threads_that_is_none_is_refused_by_name(books, model, runs, capsys, monkeypatch, threads):
+    monkeypatch.setenv("QLUTILS_THREADS", threads)
+    assert run.main(options(model), books) == 2 and f"QLUTILS_THREADS {threads}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "number, status, held", [(signal.SIGINT, 130, ["sig"]), (signal.SIGKILL, -9, ["sig"]), (signal.SIGTERM, 143, ["ig", "sig"])]
 )
