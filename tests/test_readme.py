@@ -217,6 +217,14 @@ def own_model_and_facts(words, room):
     assert "ig" in table1.read_text()
 
 
+@runs_commands(r"\./run_all\.sh --models demo/gpt2 --methods ig --full --output full")
+def reference_run(words, room):
+    """It plans what the committed notebooks ran: all facts, one model, one method."""
+    jobs, _ = run.plan_jobs(run._parser().parse_args(words[1:]), paths.NOTEBOOKS)
+    assert [job.notebook.stem[:2] for job in jobs] == ["01", "02", "03", "04", "05", "06", "07", "re"]
+    assert {job.parameters.get("facts_per_relation") for job in jobs} == {None}
+
+
 @runs_commands(r"\./run_all\.sh --scheduler \S+")
 def cluster(words, room):
     assert run._parser().parse_args(words[1:]).scheduler
