@@ -278,7 +278,7 @@ def attend(lm, unit: list[dict]) -> pd.DataFrame:
                    token_id_first=ids[0], first_share=share[0])
         for name, first in (("", 0), ("_rest", 1)):
             column = first + int(share[first:].argmax())
-            before = lm.tokenizer.decode(ids[lm.bos_offset:column]) if column else ""
+            before = lm.tokenizer.decode(ids[:column], skip_special_tokens=True)
             row |= {f"column{name}": column, f"token{name}": lm.tokenizer.decode([ids[column]]), f"at{name}": len(before),
                     f"token_id{name}": ids[column], f"share{name}": share[column]}
         rows.append(row)
