@@ -215,13 +215,16 @@ def _comparable(case):
 
 # --- the scoreboard ---------------------------------------------------------------------------------------
 
-def scoreboard(get, models, methods, downstream, *, t=0.2, static=0.1, seed=0) -> pd.DataFrame:
+def scoreboard(get, models, methods, downstream, *, notebook=None, t=0.2, static=0.1, seed=0) -> pd.DataFrame:
     """A row a claim, part, model, method and threshold.
 
     get(model, method, name): a saved frame, or raises `Missing`. `methods` localise (claims 1-3), `downstream` those of
-    claims 4-13. models: smallest first, as claim 3 compares neighbours in this order."""
+    claims 4-13. models: smallest first, as claim 3 compares neighbours in this order. notebook: only the claims that its
+    results decide."""
     rows = []
     for number, one in CLAIMS.items():
+        if notebook not in (None, one.notebook):
+            continue
         for method, (before, model) in product(methods if one.notebook == LOCALISED else downstream,
                                                zip([None, *models], models)):
             here = dict(claim=number, text=one.text, model=model, method=method)
@@ -267,8 +270,7 @@ def tell(study, notebook, methods=None, *, t=0.2, static=0.1) -> HTML:
             raise Missing(str(error)) from None
 
     methods = methods or [study.method]
-    board = scoreboard(get, [study.model], methods, methods, t=t, static=static, seed=study.seed)
-    board = board[board["claim"].map(lambda number: CLAIMS[number].notebook == notebook)]
+    board = scoreboard(get, [study.model], methods, methods, notebook=notebook, t=t, static=static, seed=study.seed)
     for row in overall(board).itertuples():
         print(f"({row.claim}) {row.text}{f', {row.method}' if len(methods) > 1 else ''}:\n    {row.verdict}")
     parts = board.drop(columns=["text", "model", "n"] + ["method"] * (len(methods) == 1))

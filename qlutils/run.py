@@ -103,8 +103,8 @@ def _parser():
                     "each model and downstream method, then the report. What is done is not run again.",
         epilog="Results: runs/<output>/results; executed notebooks: runs/<output>/notebooks; the report:\n"
                "runs/<output>/report.html. A run with a name has its tables and figures in figures/<output>, too.\n"
-               "QLUTILS_RUNS moves runs, and figures beside it; QLUTILS_THREADS sets the threads of each process (default: the cores,\n"
-               "divided by --jobs).\n\n"
+               "QLUTILS_RUNS moves runs, and figures beside it; QLUTILS_THREADS sets the threads of each process\n"
+               "(default: the cores, divided by --jobs).\n\n"
                "`./run_all.sh test [pytest options]` runs the tests. Examples:\n"
                "  ./run_all.sh --models demo/gpt2 --only 01 02\n"
                "  ./run_all.sh --models gpt2 meta-llama/Llama-2-7b-hf --data pararel --full --output paper")

@@ -17,7 +17,7 @@ import pytest
 import torch
 from test_attribution import watched_rows
 from test_mapping import UNIT
-from test_store import UNITS, fake_model, numbers, run, signed, unit_files
+from test_store import UNITS, fake_model, lock_of, numbers, run, signed, unit_files
 from test_synapses import make
 from tiny import tiny_lm
 
@@ -313,13 +313,7 @@ def test_of_two_runs_started_at_once_the_second_is_refused_or_finds_the_work_don
 
 def test_a_lock_of_a_dead_process_whose_number_another_one_has_now_is_free(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "cached_model", lambda *_: fake_model())
-    taken = []
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "locked", lambda path: taken.append(path) or files.locked(path))
-        run(tmp_path)
-    for file in unit_files(tmp_path):
-        (tmp_path / "units" / file).unlink()
-    taken[0].write_text(f"process {os.getppid()} on {files.socket.gethostname()}")
+    lock_of(tmp_path).write_text(f"process {os.getppid()} on {files.socket.gethostname()}")
     left = tmp_path / "units" / f".x.parquet.{files.socket.gethostname()}.{os.getppid()}.tmp"
     left.write_text("half")
     assert run(tmp_path)[1]["computed"] == 4

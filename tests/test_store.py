@@ -226,16 +226,20 @@ def test_finished_units_can_be_read_where_nothing_can_be_written(tmp_path, model
     assert run(tmp_path)[1]["computed"] == 0
 
 
-@pytest.fixture
-def lock(tmp_path, model, monkeypatch):
-    """The lock that `run(tmp_path)` holds while it computes."""
+def lock_of(root):
+    """The lock that `run(root)` holds while it computes."""
     taken = []
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "locked", lambda path: taken.append(path) or files.locked(path))
-        run(tmp_path)
-    for file in unit_files(tmp_path):
-        (tmp_path / "units" / file).unlink()
+        run(root)
+    for file in unit_files(root):
+        (root / "units" / file).unlink()
     return taken[0]
+
+
+@pytest.fixture
+def lock(tmp_path, model):
+    return lock_of(tmp_path)
 
 
 def test_the_same_work_twice_at_once_is_refused_by_the_name_of_the_lock_and_other_work_is_not(tmp_path, lock):
