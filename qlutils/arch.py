@@ -8,6 +8,7 @@ load `models.LanguageModel` replays a row through it and compares the logits wit
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -27,8 +28,6 @@ DOWN_PROJECTIONS = (
 )
 # The projection whose output is the pre-activation, a sibling of the down-projection.
 UP_PROJECTIONS = ("gate_proj", "gate_up_proj", "c_fc", "dense_h_to_4h", "fc_in", "fc1", "up_proj")
-# Families whose attention is written out in their own module instead of going through the interface.
-NO_ATTENTION_INTERFACE = ("gptj", "falcon", "bloom", "codegen", "gpt_neo")
 
 
 class UnsupportedModel(ValueError):
@@ -89,8 +88,9 @@ def find_architecture(model: nn.Module, name: str) -> Architecture:
         mlps=[None if parent is layer else parent for layer, parent in zip(layers, parents)], num_neurons=widths.pop(),
         num_heads=text.num_attention_heads, scale=_logit_scale(model, text),
         softcap=getattr(text, "final_logit_softcapping", None),
-        uses_attention_interface=text.model_type not in NO_ATTENTION_INTERFACE,
-        attention_method="attn._attn" if text.model_type == "gptj" else None,
+        # Falcon, BLOOM and GPT-Neo write attention out in their own module; so did GPT-J and CodeGen before transformers 5.24.
+        uses_attention_interface=hasattr(sys.modules[type(layers[0]).__module__], "ALL_ATTENTION_FUNCTIONS"),
+        attention_method="attn._attn" if text.model_type == "gptj" and _get(layers[0], "attn._attn") else None,
     )
 
 

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.masking_utils import eager_mask
 
 NAME = "qlutils_exact"
@@ -57,6 +58,17 @@ AttentionInterface.register(NAME, exact_attention)
 AttentionMaskInterface.register(NAME, eager_mask)
 
 
+def with_cache(model: nn.Module, cache: Cache) -> dict:
+    """The keyword argument by which `model` takes a key-value cache; transformers 5.24 renamed it."""
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+
+
+def cache_of(given) -> Cache | None:
+    """The key-value cache among the named arguments or outputs `given` of a forward pass, under its new or old name."""
+    cache = given.get("cache")
+    return given.get("past_key_values") if cache is None else cache
+
+
 def controlled_weights(module, weights: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Post-softmax `weights` (B, H, R, K) of `module` after the controls active on it, outermost first."""
     for control, layer in _CONTROLS.get(module, ()):
@@ -87,7 +99,7 @@ class Control:
         tokens = next((call[k] for k in ("input_ids", "inputs_embeds") if call.get(k) is not None), None)
         if tokens is None:
             return
-        cache, mask = call.get("past_key_values"), call.get("attention_mask")
+        cache, mask = cache_of(call), call.get("attention_mask")
         self.total = (cache.get_seq_length() if cache is not None else 0) + tokens.shape[1]
         self.padding = None
         if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -150,7 +162,7 @@ def replaced_methods(layers: list[nn.Module], path: str):
     """Inside, `exact_attention` stands in for the method that a family without the interface computes
     attention with.
 
-    `path` is where it sits in a layer ("attn._attn" in GPT-J): a method of (query, key, value,
+    `path` is where it sits in a layer ("attn._attn" in GPT-J before transformers 5.24): a method of (query, key, value,
     attention_mask) that divides by the attribute `scale_attn` and returns (B, H, R, dh) and the weights.
     Contexts nest, and may end in any order: the class's method shows again when the last one does."""
     *where, name = path.split(".")

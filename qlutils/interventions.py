@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from .attention import cache_of
 from .rows import Change, score_queries, score_rows
 
 
@@ -131,7 +132,7 @@ class _Watch:
         given = self.signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given["inputs_embeds"]
-        mask, cache = given.get("attention_mask"), given.get("past_key_values")
+        mask, cache = given.get("attention_mask"), cache_of(given)
         batch, length = tokens.shape[:2]
         place = torch.arange(length, device=tokens.device).expand(batch, -1)
         past = cache.get_seq_length() if cache is not None else 0
@@ -151,7 +152,7 @@ class _Watch:
         self.reach = place >= first
 
     def _after(self, _, args, kwargs, output):
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_of(output) if isinstance(output, dict) else None
         if isinstance(cache, Cache):
             self.seen.add(cache)
         self.reach = None

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import Cache
 
 from .arch import UnsupportedModel, expand_call_argument, tail_modules
-from .attention import controlled_weights
+from .attention import controlled_weights, with_cache
 
 _LOCAL = threading.local()  # the prefix the layer now running attends to
 VOCAB_CHUNK = {"cpu": 1024, "cuda": 8192}  # of the unembedding at a time; with ROW_CHUNK rows it fits a core's cache
@@ -190,7 +190,7 @@ def clean_pass(lm, ids: Tensor, site: str = "down_input") -> CleanPass:
             yield site_module(lm, layer, site).register_forward_hook(at_site(layer))
 
     with hooked(watched()):
-        body = lm.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+        body = lm.model.base_model(input_ids=ids, use_cache=True, **with_cache(lm.model.base_model, cache))
     logits, _ = to_logits(lm.arch.head(body[0][:, -1]).to(lm.score_dtype), lm.arch.scale, lm.arch.softcap)
     cache.crop(-1)
     calls = _calls(lm, ids[:, -1:], cache, outputs)
@@ -215,7 +215,7 @@ def _calls(lm, ids: Tensor, cache, outputs) -> list[tuple[tuple, dict]]:
     try:
         for layer, output in zip(lm.layers, outputs):
             layer.forward = stand_in(output)
-        lm.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+        lm.model.base_model(input_ids=ids, use_cache=True, **with_cache(lm.model.base_model, cache))
     finally:
         for layer, forward in zip(lm.layers, own):
             layer.__dict__.pop("forward", None)

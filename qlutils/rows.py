@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .arch import UnsupportedModel
+from .attention import with_cache
 from .replay import call_layer, final_hidden, hooked, to_logits, within_memory
 
 LOGITS = 2**23  # logits held at once
@@ -167,7 +168,7 @@ def _clean(lm, ids, prefix, starts) -> _Shared:
     cache = None
     if prefix:
         cache = DynamicCache()
-        lm.model.base_model(input_ids=ids[:, :prefix], past_key_values=cache, use_cache=True)
+        lm.model.base_model(input_ids=ids[:, :prefix], use_cache=True, **with_cache(lm.model.base_model, cache))
         kept = _RowCache([(layer.keys, layer.values) for layer in cache.layers])
     calls, inputs, last, neurons = [], [], [], {}
     length = ids.shape[1] - prefix
@@ -188,7 +189,7 @@ def _clean(lm, ids, prefix, starts) -> _Shared:
             lambda _, __, output: last.append(output[0] if isinstance(output, tuple) else output))
 
     with hooked(watched()):
-        lm.model.base_model(input_ids=ids[:, prefix:], past_key_values=cache, use_cache=bool(prefix))
+        lm.model.base_model(input_ids=ids[:, prefix:], use_cache=bool(prefix), **with_cache(lm.model.base_model, cache))
     return _Shared(calls, [*inputs, last[0]], neurons, kept if prefix else None)
 
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_lm
+from tiny import GPTJ_METHOD, tiny_lm
 from torch import nn
 
 from qlutils import (answer_probability, attention, attribute, edit_weights, find_synapses, perplexity, replay, rows,
@@ -23,7 +23,8 @@ from qlutils.rows import Change
 
 FAMILIES = ("gpt2", "llama3", "opt", "gptj", "neox", "gemma2", "bloom")
 ATTENTION = tuple(family for family in FAMILIES if family != "bloom")  # BLOOM's attention cannot be replaced
-INTERFACE = tuple(family for family in ATTENTION if family != "gptj")  # GPT-J's is replaced by another road
+METHOD = ("gptj",) if GPTJ_METHOD else ()  # attention replaced by another road than the interface
+INTERFACE = tuple(family for family in ATTENTION if family not in METHOD)
 NEURONS, OTHERS = {(0, 3), (1, 7), (1, 9), (2, 0)}, {(1, 7), (1, 9), (0, 5)}  # they overlap
 PROMPTS, ANSWERS = ["10 11 12", "20 21 22 23"], ["13 14", "24"]
 IDS = torch.tensor([[10, 11, 12, 13]])
@@ -108,7 +109,7 @@ CONTEXTS = {
     "controlled, watching": (ATTENTION, lambda lm: synapses.controlled(lm, observe=lambda *_: None)),
     "controlled, changing": (ATTENTION, lambda lm: synapses.controlled(lm, factors(lm, 0.5))),
     "Control.on": (FAMILIES, lambda lm: attention.Control(factors(lm, 0.0)).on(lm.model, lm.layers)),
-    "replaced_methods": (("gptj",), lambda lm: attention.replaced_methods(lm.layers, "attn._attn")),
+    "replaced_methods": (METHOD, lambda lm: attention.replaced_methods(lm.layers, "attn._attn")),
     "attention_implementation": (INTERFACE, lambda lm: replay.attention_implementation(lm.model, attention.NAME)),
     "replaying": (FAMILIES, replay.replaying),
     "scoring": (FAMILIES, rows.scoring),

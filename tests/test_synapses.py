@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from tiny import CACHE, GPTJ_METHOD
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, FalconConfig, Gemma2Config,
                           GPT2Config, GPTJConfig, GPTNeoXConfig, LlamaConfig, MistralConfig)
 from transformers.masking_utils import eager_mask
@@ -47,10 +48,7 @@ def make(name, dtype=torch.float64):
     model = AutoModelForCausalLM.from_config(CONFIGS[name]).to(dtype)
     for parameter in model.parameters():
         parameter.data.mul_(3)  # attention that is not close to uniform
-    lm = LanguageModel(model, Words(), name)
-    if name == "gptj":
-        lm.arch.attention_method = "attn._attn"
-    return lm
+    return LanguageModel(model, Words(), name)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -212,8 +210,8 @@ def edited_eager(lm, ids, chosen, factor, renormalise, shift=0):
 
 @pytest.mark.parametrize("factor,renormalise", [(0.0, False), (2.0, False), (0.0, True), (0.5, True)])
 def test_scaling_a_column_is_editing_the_softmax_matrix(lm, factor, renormalise):
-    if lm.name == "gptj":
-        pytest.skip("GPT-J computes attention in its own method; see the next test")
+    if lm.name == "gptj" and GPTJ_METHOD:
+        pytest.skip("GPT-J computes attention in its own method here; see the next test")
     chosen = {(0, 0, 1), (2, 0, 1), (3, 1, 0), (6, 2, 3)}
     with scale_synapses(lm, chosen, factor, renormalise=renormalise):
         ours = logits(lm, [PROMPT])
@@ -222,6 +220,7 @@ def test_scaling_a_column_is_editing_the_softmax_matrix(lm, factor, renormalise)
     assert not torch.allclose(ours, logits(lm, [PROMPT]), atol=1e-4)
 
 
+@pytest.mark.skipif(not GPTJ_METHOD, reason="GPT-J is on the attention interface since transformers 5.24")
 def test_gptj_is_changed_through_its_own_attention_method():
     lm = make("gptj")
     chosen, factor = {(0, 0, 1), (2, 1, 3)}, 0.0
@@ -254,7 +253,7 @@ def test_columns_count_prompt_tokens_on_either_padding_side_and_with_a_cache(lm)
                 lm, ids, attention_mask=mask)[0, :7]
             assert torch.allclose(alone, padded, atol=1e-10 * float(alone.abs().max()), rtol=0), left
         first = lm.model(input_ids=torch.tensor([PROMPT[:4]]), use_cache=True)
-        rest = [lm.model(input_ids=torch.tensor([[token]]), past_key_values=first.past_key_values).logits[0]
+        rest = [lm.model(input_ids=torch.tensor([[token]]), **{CACHE: first[CACHE]}).logits[0]
                 for token in PROMPT[4:]]
         cached = torch.cat([first.logits[0], *rest])
         assert torch.allclose(alone, cached, atol=1e-10 * float(alone.abs().max()), rtol=0)

@@ -3,6 +3,7 @@
 The place of each family's MLP is written down here, on purpose not taken from `qlutils.arch`.
 """
 
+import inspect
 import json
 from dataclasses import dataclass, field
 
@@ -15,6 +16,9 @@ from qlutils.models import LanguageModel
 
 VOCABULARY = 97
 SPECIAL = ("<eos>", "<bos>", "<unk>", "<mask>")
+# transformers 5.24 renamed the cache and took GPT-J's attention to its interface.
+CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters else "past_key_values"
+GPTJ_METHOD = hasattr(transformers.models.gptj.modeling_gptj.GPTJAttention, "_attn")
 SMALL = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
              max_position_embeddings=64)
 GPT = dict(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64)

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 
 from qlutils import load_facts, load_model, scale_neurons, scale_synapses
+from qlutils.attention import cache_of, with_cache
 from qlutils.effects import units
 from qlutils.interventions import scaled_answer_probabilities
 from qlutils.localize import localise_unit
@@ -34,7 +35,7 @@ def probability(lm, prompt, answer):
     logits = run.logits[0, -1:]
     if len(answer) > 1:
         rest = torch.tensor([answer[:-1]], device=lm.device)
-        logits = torch.cat([logits, lm.model(input_ids=rest, past_key_values=run.past_key_values).logits[0]])
+        logits = torch.cat([logits, lm.model(input_ids=rest, **with_cache(lm.model, cache_of(run))).logits[0]])
     p = torch.softmax(logits.to(lm.score_dtype), -1)
     return float(p.gather(1, torch.tensor(answer, device=lm.device)[:, None]).prod())
 
