@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 import pandas as pd
 
-from .neurons import active_neurons, cas_neurons, kn_sets, random_neurons
+from .neurons import active_neurons, cas_neurons, count_facts, kn_sets, other_neurons, random_neurons
 
 CONTROLS = ("random", "matched", "other")
 UNIT_FACTS = 24  # batches of equal lengths are full from there on
@@ -40,7 +40,7 @@ def plan_edits(queries, facts, *, num_neurons, sets=("local", "global"), control
     if unknown:
         raise ValueError(f"control {unknown[0]!r} is unknown; use {', '.join(CONTROLS)}")
     specs, own = _specs(sets), kn_sets(queries, t)
-    pool, locality, said = _pool_by_fact(queries, own), _Locality(queries), {}
+    counts, locality, said = count_facts(queries["fact"], own), _Locality(queries), {}
     for fact in facts:
         said.setdefault(fact.relation, []).append((fact.subject, fact.object))
     plans, omissions = [], []
@@ -56,7 +56,7 @@ def plan_edits(queries, facts, *, num_neurons, sets=("local", "global"), control
         omissions += [(fact, *one) for one in _omissions(known, relation, objects, chosen)]
         edits = [dict(neurons=name, control="none", set=one) for name, one in chosen.items()]
         edits += [dict(neurons=name, control=control, set=_control(
-            control, one, num_neurons, pool, fact, draw(f"{control} {name}")))
+            control, one, num_neurons, counts, set().union(*mine), draw(f"{control} {name}")))
             for name, one in chosen.items() for control in controls]
         plans.append(dict(
             fact=fact, relation=relation, subject=subject, object=obj, prompts=group["prompt"].tolist(),
@@ -105,23 +105,13 @@ def _select(spec, name, sets, at, first):
     return sets[at] if name == "local" else set().union(*sets)
 
 
-def _pool_by_fact(queries, own):
-    """{layer: [(fact, neuron)]} of all knowledge neurons."""
-    pool: dict[int, set] = {}
-    for fact, one in zip(queries["fact"], own):
-        for layer, neuron in one:
-            pool.setdefault(layer, set()).add((fact, neuron))
-    return {layer: sorted(pairs) for layer, pairs in pool.items()}
-
-
-def _control(control, one, num_neurons, pool, fact, rng) -> set:
+def _control(control, one, num_neurons, counts, own, rng) -> set:
     """As many neurons in each layer as `one`, none of them in it; fewer where there are not that many.
 
     "matched" needs the model: `edit_facts` fills it in."""
     if control == "matched":
         return set()
-    others = lambda layer: {neuron for f, neuron in pool.get(layer, ()) if f != fact}  # noqa: E731
-    return random_neurons(one, num_neurons, rng, among=others if control == "other" else None)
+    return other_neurons(one, counts, own, rng) if control == "other" else random_neurons(one, num_neurons, rng)
 
 
 class _Locality:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from .analysis import CLASSES, THRESHOLDS, cells, with_classes
-from .neurons import kn_sets
+from .neurons import count_facts, kn_sets, other_neurons
 from .stats import bootstrap_difference, bootstrap_mean, mean_columns
 
 DIRECTIONS = ("enhance", "suppress", "average")
@@ -20,18 +20,21 @@ POPULATIONS = {"known": lambda frame: frame[frame["known"]], "all": lambda frame
 
 # --- units of work ----------------------------------------------------------------------------------------
 
-def units(queries: pd.DataFrame, t: float | None = None, *, irrelevant: int | None = None,
+def units(queries: pd.DataFrame, t: float | None = None, *, irrelevant: int | None = None, other: int | None = None,
           size: int = 24) -> list[list[dict]]:
     """Units of at most `size` facts for the tasks of notebooks 04-06, from a `queries` frame.
 
     A fact is a dict: fact, relation, object, and lists over its queries: prompts, prompt_index; with `t` also layer and
     neuron, the KNs at that threshold; with `irrelevant`, a seed, also irrelevant: a random prompt of another relation,
-    of equal length where one exists (null where the run has one relation only)."""
+    of equal length where one exists (null where the run has one relation only); with `t` and `other`, a seed, also other:
+    as many (layer, neuron) in each layer as the query has KNs, drawn among the KNs of other facts."""
     queries, extra = queries.reset_index(drop=True), {}
     if t is not None:
         sets = [sorted(one) for one in kn_sets(queries, t)]
         extra = {name: [[neuron[place] for neuron in one] for one in sets]
                  for place, name in enumerate(("layer", "neuron"))}
+        if other is not None:
+            extra["other"] = _other(queries, sets, other)
     if irrelevant is not None:
         extra["irrelevant"] = [_irrelevant(queries, row, irrelevant) for row in range(len(queries))]
     facts = [dict(fact=fact, relation=group["relation"].iloc[0], object=group["object"].iloc[0],
@@ -48,6 +51,16 @@ def _irrelevant(queries, row, seed):
     pool = (same if len(same) else others)["prompt"].tolist()
     rng = np.random.default_rng([seed, *f"{query['fact']} {query['prompt_index']}".encode()])
     return pool[rng.integers(len(pool))] if pool else None
+
+
+def _other(queries, sets, seed):
+    counts, found = count_facts(queries["fact"], sets), [None] * len(queries)
+    for fact, rows in queries.groupby("fact", sort=False).indices.items():
+        own = set().union(*(sets[row] for row in rows))
+        for row in rows:
+            rng = np.random.default_rng([seed, *f"{fact} {queries['prompt_index'][row]} other".encode()])
+            found[row] = sorted(other_neurons(sets[row], counts, own, rng))
+    return found
 
 
 # --- relative changes -------------------------------------------------------------------------------------

@@ -163,6 +163,25 @@ def random_neurons(neurons, num_neurons, rng, *, among=None, outside=True) -> se
     return drawn
 
 
+def count_facts(facts, sets) -> dict[int, np.ndarray]:
+    """{layer: of how many facts each neuron is a KN}, from the KN set of every query and the fact it belongs to."""
+    found: dict[int, list[int]] = {}
+    for _, layer, neuron in {(fact, *pair) for fact, one in zip(facts, sets) for pair in one}:
+        found.setdefault(layer, []).append(neuron)
+    return {layer: np.bincount(neurons) for layer, neurons in found.items()}
+
+
+def other_neurons(neurons, counts, own, rng) -> set:
+    """As many neurons in each layer as `neurons`, none of them in it, drawn among the KNs of other facts. counts: of
+    `count_facts`; own: the KNs of all queries of the fact at hand."""
+    def among(layer):
+        left = counts.get(layer, np.zeros(0, int)).copy()
+        left[[neuron for at, neuron in own if at == layer]] -= 1
+        return np.flatnonzero(left)
+
+    return random_neurons(neurons, None, rng, among=among)
+
+
 def active_neurons(neurons, active, but=()) -> set:
     """For each neuron another of its layer, neither in `neurons` nor in `but`, each used once, whose |activation| is
     nearest; the most active neurons choose first. active: (L, N)."""

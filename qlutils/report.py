@@ -27,7 +27,7 @@ from .tables import paper, paper_notes
 NOTEBOOKS = {"01": "01_localize", "02": "02_consistency", "03": "03_kn_modification", "04": "04_query_kn_mapping",
              "05": "05_attention_predominance", "06": "06_knowledge_synapses", "07": "07_cas_editing"}
 PAPER_SETS = ("self", *NEIGHBOURS)
-SET_ORDER = ("self", "self_random", "self_active", "union", "union_others", "union_matched", "self_as_union",
+SET_ORDER = ("self", "self_random", "self_other", "self_active", "union", "union_others", "union_matched", "self_as_union",
              "union_random", "intersection", "intersection_others", "intersection_matched", "self_as_intersection",
              "refine", "refine_others", "refine_matched", "self_as_refine")
 SETTINGS = ("t", "static_threshold", "middle")  # those of the report, wherever a notebook has them, too

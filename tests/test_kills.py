@@ -52,7 +52,7 @@ def small_study(parameters):
         frame = study.run(task, effects.units(queries, t, size=1, **more), config, desc=task.__name__)
         return effects.beside_queries(frame, queries, t, 0.1)
 
-    study.table(effects.summary(effects.rates(moved(mapping.scale_kns)), mapping.PAPER_SETS, **few), "fig4")
+    study.table(effects.summary(effects.rates(moved(mapping.scale_kns, other=0)), mapping.PAPER_SETS, **few), "fig4")
     winners = study.run(synapses.attend, effects.units(queries, size=1), desc="attend")
     study.table(effects.top_tokens(winners), "attended")
     scaled = moved(synapses.scale_synapse_columns, dict(renormalise=False), irrelevant=0)

@@ -11,7 +11,7 @@ from qlutils.interventions import answer_probability, scale_neurons
 from qlutils.neurons import active_neurons, random_neurons
 
 UNIT = [dict(fact="R1|a|8 6", relation="R1", object="8 6", prompts=["3 17 8 25", "5 17 8", "9 3 30 2"], prompt_index=[0, 2, 3],
-             layer=[[0, 0, 2], [0, 1], []], neuron=[[3, 7, 40], [3, 5], []])]
+             layer=[[0, 0, 2], [0, 1], []], neuron=[[3, 7, 40], [3, 5], []], other=[[[2, 9]], [], []])]
 QUERIES = pd.DataFrame([
     dict(fact=f"{relation}|{subject}|x", relation=relation, subject=subject, object="x", prompt_index=i,
          prompt=f"{relation} {subject} {i}", prompt_tokens=tokens, probability=0.5, known=i != 2,
@@ -25,12 +25,13 @@ QUERIES = pd.DataFrame([
 def test_every_set_of_a_query_by_hand():
     kns = [{(0, 1), (0, 2), (1, 5)}, {(0, 1), (1, 6)}, {(0, 1), (0, 2), (1, 6), (1, 7)}]
     active = np.array([[0.0, 5.0, 1.0, 1.1, 4.8, 9.0, 9.0, 9.0], [3.0, 0, 0, 0, 0, -2.9, 7.0, 8.0]])
-    sets = mapping.query_sets(kns, 0, active, np.random.default_rng(0))
+    sets = mapping.query_sets(kns, 0, active, {(1, 3)}, np.random.default_rng(0))
     assert sets["self"] == kns[0] and sets["union"] == kns[1] | kns[2]
     assert sets["intersection"] == sets["refine"] == {(0, 1), (1, 6)}
     assert sets["union_others"] == {(1, 6), (1, 7)} and sets["refine_others"] == {(1, 6)}
     assert len(sets["union_matched"]) == 3 and sets["union_matched"] <= sets["union"] and sets["self_as_union"] == kns[0]
     assert sets["intersection_matched"] == sets["intersection"] and len(sets["self_as_intersection"]) == 2
+    assert sets["self_other"] == {(1, 3)}
     assert sets["self_active"] == {(0, 4), (0, 3), (1, 0)}
     for name, like in (("self_random", sets["self"]), ("union_random", sets["union"])):
         drawn = sets[name]
@@ -97,6 +98,23 @@ def test_units_hold_the_neurons_above_the_threshold_and_an_irrelevant_prompt_of_
     assert {fact["fact"] for fact in again[0]} == {a["fact"], b["fact"], c["fact"]}
     [[alone]] = effects.units(QUERIES[QUERIES["relation"] == "R2"], irrelevant=0)
     assert alone["irrelevant"] == [None] * 3 and "layer" not in alone
+
+
+def test_other_facts_neurons_are_as_many_a_layer_and_no_query_s_own():
+    def queries(**facts):
+        return pd.DataFrame([dict(fact=fact, relation="R", object="x", prompt_index=i, prompt=f"{fact} {i}", score=[1.0] * len(kns),
+                                  layer=[layer for layer, _ in kns], neuron=[neuron for _, neuron in kns])
+                             for fact, sets in facts.items() for i, kns in enumerate(sets)])
+
+    frame = queries(a=[[(0, 1), (0, 2), (1, 5)], [(0, 3)]], b=[[(0, 1), (0, 3), (0, 4)], [(1, 5), (2, 8)]],
+                    c=[[(0, 3)], [(0, 3)]])
+    for seed in range(20):
+        [[a, b, c]] = effects.units(frame, 0.2, other=seed)
+        # (0, 3) is a KN of facts b and c as well, (0, 1) and (1, 5) of the query itself, (0, 2) of fact a alone
+        assert a["other"][0] == [(0, 3), (0, 4)] and a["other"][1] in ([(0, 1)], [(0, 4)])
+        assert {layer for layer, _ in b["other"][0]} == {0} and b["other"][0] == [(0, 2)] and b["other"][1] == []
+        assert c["other"][0] in ([(0, 1)], [(0, 2)], [(0, 4)])
+    assert "other" not in effects.units(frame, 0.2)[0][0]
 
 
 # --- relative changes ------------------------------------------------------------------------------------
