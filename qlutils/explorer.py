@@ -77,8 +77,8 @@ def saved_queries(model: str, method: str, data="demo", output="default", **spec
     table, made = read_table(path) if path.exists() else (None, None)
     if table is None or made["inputs"]["content"] != model_content(model):
         return None
-    usual, wanted = (asdict(Spec(method=method, **given)) | {"dtype": None} for given in ({}, spec))
-    same = all(made["parameters"].get(name, usual[name]) == value for name, value in wanted.items())
+    wanted = asdict(Spec(method=method, **spec)).items()
+    same = made["inputs"]["dtype"] is None and dict(wanted) | made["localisation"] == dict(wanted)
     return as_frame([table]) if same else None
 
 

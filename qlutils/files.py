@@ -127,6 +127,14 @@ def read_table(path, key=None):
         return None, str(error)
 
 
+def read_metadata(path):
+    """The metadata of a file of `write_table`, its content not checked; {} where there is no such file."""
+    try:
+        return json.loads(pq.read_metadata(path).metadata[b"metadata"])
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        return {}
+
+
 def as_frame(tables):
     """One DataFrame from tables in order; a column that is empty in one part takes the others' type."""
     return pa.concat_tables(tables, promote_options="permissive").to_pandas() if tables else pd.DataFrame()

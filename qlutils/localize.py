@@ -93,8 +93,9 @@ def localise(study, **spec) -> pd.DataFrame:
     if queries.empty:
         raise ValueError(f"no fact of this run has two usable queries for {study.model}; first reason: "
                          f"{lost['left_out'].iloc[0]}")
+    choices = {name: value for name, value in asdict(Spec(**config)).items() if name not in ("method", "row_budget")}
+    study.save(queries, "queries", localisation=choices)
     study.save(lost[["fact", "prompt", "left_out"]].reset_index(drop=True), "left_out")
-    study.save(queries, "queries")
     return queries
 
 
@@ -122,8 +123,8 @@ def example_facts(queries: pd.DataFrame, t: float = 0.2) -> list[str]:
 def example_maps(lm, queries: pd.DataFrame, facts: list[str], **spec) -> list[dict]:
     """For two neighbour queries of each fact: dense attribution and activation (L, N), for the heatmaps of Figure 1.
 
-    The two are the first and the last of the fact's known prompts (of all its prompts if fewer than two are known). Each dict: fact, prompt, answer, attribution,
-    activation."""
+    The two are the first and the last of the fact's known prompts (of all its prompts if fewer than two are known). Each
+    dict: fact, prompt, answer, attribution, activation."""
     maps = []
     for fact in facts:
         group = queries[queries["fact"] == fact]

@@ -17,7 +17,7 @@ from itertools import groupby
 from pathlib import Path
 
 from . import paths, store
-from .files import as_frame, folder_hash, is_sealed, read_table, sealed, sha256, versions, write_json, write_table
+from .files import as_frame, folder_hash, is_sealed, read_metadata, read_table, sealed, sha256, versions, write_json, write_table
 
 METHODS = ("ig", "sig", "amig")
 NULLABLE = ("relations", "facts_per_relation", "device", "dtype")  # None: all, all, the best, the device's
@@ -74,11 +74,21 @@ class Study:
         """The model, loaded once a process."""
         return store.cached_model(self.model, self.device, self.dtype)
 
-    def inputs(self):
-        """What this run's results are made from, apart from the method; `load` compares it."""
-        return {"model": self.model, "content": self.model and model_content(self.model),
+    def inputs(self, localised=True):
+        """What this run's results are made from, apart from the method; `load` compares it. `localised`: with the choices
+        of the localisation they are about."""
+        made = {"model": self.model, "content": self.model and model_content(self.model),
                 "device": self.device, "dtype": self.dtype, "seed": self.seed, "source": store.package_source(),
                 "facts": sha256([asdict(fact) for fact in self.facts()])}
+        if localised and self.model:
+            specs = {method: self.localisation(method) for method in ([self.method] if self.method else METHODS)}
+            made["localisation"] = {method: spec for method, spec in specs.items() if spec}
+        return made
+
+    def localisation(self, method=None):
+        """The choices beside the method with which the saved "queries" were localised, as `attribution.Spec` takes them; {}
+        where none are saved."""
+        return read_metadata(self._folder(method or self.method) / "queries.parquet").get("localisation", {})
 
     # -- work and results ---------------------------------------------------------------------------------
     def run(self, task, units, config=None, desc=None):
@@ -93,10 +103,10 @@ class Study:
         self._work[desc] = {**info, "seconds": round(time.time() - start + known.get("seconds", 0), 2)}
         return frame
 
-    def save(self, frame, name):
-        """Keep a DataFrame as `<results>/<name>.parquet` for other notebooks, with what it was made from."""
-        write_table(frame, self.results / f"{name}.parquet", sha256(self.inputs()), inputs=self.inputs(),
-                    parameters=self.parameters)
+    def save(self, frame, name, **more):
+        """Keep a DataFrame as `<results>/<name>.parquet` for other notebooks, with what it was made from (and `more`)."""
+        inputs = self.inputs(localised=name != "queries")
+        write_table(frame, self.results / f"{name}.parquet", sha256(inputs), inputs=inputs, parameters=self.parameters, **more)
 
     def load(self, name, method=None):
         """A DataFrame kept with `save`; ValueError if it is missing, damaged, or made from other inputs."""
@@ -121,7 +131,7 @@ class Study:
         table, meta = read_table(path)
         if table is None:
             return None, meta
-        differ = [key for key, ours in self.inputs().items() if meta.get("inputs", {}).get(key) != ours]
+        differ = [key for key, ours in self.inputs(localised=name != "queries").items() if meta.get("inputs", {}).get(key) != ours]
         return (None, f"it was made from other {', '.join(differ)}") if differ else (as_frame([table]), None)
 
     def table(self, frame, stem, caption="", note="", *, digits=2):
@@ -134,11 +144,6 @@ class Study:
         """Write a figure as PNG and PDF and its numbers as CSV under `results`."""
         from .plots import save_figure
         save_figure(figure, stem, self.results, data)
-
-    def localisation(self):
-        """The choices beside the method with which notebook 01 localised, as `attribution.Spec` takes them."""
-        made = read_record(self.results / "run.json").get("01_localize", {"parameters": {}})["parameters"]
-        return {name: made[name] for name in ("steps", "rule", "answer", "site", "amig_factor") if name in made}
 
     def record(self, **extra):
         """Write `<results>/run.json`, one entry a notebook: all that is needed to run it again."""

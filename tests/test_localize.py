@@ -186,6 +186,18 @@ def test_what_a_later_notebook_reads_is_what_was_localised(model, data, runs, ca
         localise(study_of(model, data), steps=1)
 
 
+def test_what_was_made_from_another_localisation_is_not_read(model, data, runs):
+    study = study_of(model, data)
+    queries = localise(study, steps=3)
+    study.save(queries, "made_from_it")
+    assert study.localisation()["steps"] == 3
+    pd.testing.assert_frame_equal(study_of(model, data).load("made_from_it"), study.load("queries"))
+    localise(study_of(model, data), steps=2)
+    study_of(model, data).load("queries")
+    with pytest.raises(ValueError, match="'made_from_it'.*made from other localisation"):
+        study_of(model, data).load("made_from_it")
+
+
 # --- the examples of Figure 1 ----------------------------------------------------------------------------
 def hand_made(*facts):
     """A `queries` frame of (id, known of each query, KN sets): every KN scores 1."""
