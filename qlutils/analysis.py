@@ -121,10 +121,12 @@ def consistency_summary(facts: dict[str, pd.DataFrame], seed: int = 0) -> pd.Dat
 
 def threshold_sensitivity(queries: pd.DataFrame, t_values=(0.1, 0.2, 0.3, 0.4, 0.5),
                           static_values=(0.05, 0.1, 0.2, 0.3, 0.4, 0.5)) -> pd.DataFrame:
-    """Mean CS2 and the share of K_II over the KN threshold t and the static class threshold, a row a pair."""
+    """Mean CS2 and the share of K_II over the KN threshold t and the static class threshold, a row a pair, with 95 %
+    intervals."""
     rows = []
     for t in t_values:
-        cs2 = classified_facts(queries, t)["cs2"].dropna()
-        rows += [{"t": t, "static": static, "cs2": cs2.mean(), "R_II": (cs2 <= static).mean() if len(cs2) else np.nan,
-                  "n": len(cs2)} for static in static_values]
+        facts = classified_facts(queries, t).dropna(subset="cs2")
+        cs2 = mean_columns(facts, ["cs2"])
+        rows += [{"t": t, "static": static, **cs2, **mean_columns(facts.assign(R_II=(facts["cs2"] <= static).astype(float)),
+                                                                  ["R_II"])} for static in static_values]
     return pd.DataFrame(rows)
