@@ -30,14 +30,17 @@ def format_value(value, low=None, high=None, n=None, digits=2) -> str:
 
     "–" where undefined; an undefined interval shows as [–, –], since a number without one is not a result. A value that
     would round to zero keeps its first digit, 0.004; below 0.0001 and from 10,000 on numbers are written as 1.2e-07. The
-    bounds are written as the value is; they can ask for more digits, too, as for 0.00001 [-0.003, 0.003]."""
+    bounds are written as the value is; they can ask for more digits, too, as for 0.00001 [-0.003, 0.003], and so can the one
+    that tells an interval from 0."""
     if low is None or high is None or _number(value, digits) == UNDEFINED:
         text = _number(value, digits)
     else:
         value, low, high = float(value), float(low), float(high)
         size = np.nanmax([abs(value), (high - low) / 10])
         whole = digits == 0 or size == 0 or 1e-4 <= size and np.nanmax(np.abs([value, low, high])) < 1e4
-        places = max(digits, min(4, int(np.ceil(-np.log10(2 * size))))) if whole and size and digits else digits
+        edge = low if low > 0 else -high if high < 0 else size  # a bound that is not 0 is not shown as 0
+        least = min(size, edge if edge >= 5e-5 else size) if whole and size and digits else 1
+        places = max(digits, min(4, int(np.ceil(-np.log10(2 * least)))))
         text, low, high = (UNDEFINED if np.isnan(one) else f"{round(one, places) + 0.0:.{places}f}" if whole else f"{one:.1e}"
                            for one in (value, low, high))
         text += f" [{low}, {high}]"
