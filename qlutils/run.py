@@ -59,7 +59,7 @@ class Job:
 
     @property
     def label(self):
-        model = paths.slug(self.model) if self.model and Path(self.model).is_absolute() else self.model
+        model = Path(self.model).name if self.model and Path(self.model).is_absolute() else self.model
         return " ".join(filter(None, [self.notebook.stem, model, self.method]))
 
 
