@@ -108,19 +108,6 @@ def load_facts(dataset="demo", *, relations=None, facts_per_relation=None, seed=
     return facts
 
 
-def describe(facts) -> pd.DataFrame:
-    """One row a relation: facts, prompts of a fact (mean), queries, and facts with exactly 2 prompts.
-
-    With exactly two prompts CS2 equals CS1 and the Refine set is empty, so such facts are shown apart.
-    """
-    rows = [dict(relation=f.relation, queries=len(f.prompts), two=len(f.prompts) == 2) for f in facts]
-    frame = pd.DataFrame(rows, columns=["relation", "queries", "two"])
-    table = frame.groupby("relation", sort=False).agg(
-        facts=("queries", "size"), prompts=("queries", "mean"), queries=("queries", "sum"),
-        two_prompt_facts=("two", "sum"))
-    return table.reset_index()
-
-
 def prompt_template(pattern: str, middle: str = "cut") -> str | None:
     """The part of a pattern before `[Y]`, with `[X]` still in it; None when the pattern gives no prompt.
 

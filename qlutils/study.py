@@ -13,7 +13,6 @@ import time
 import warnings
 from dataclasses import asdict
 from datetime import UTC, datetime
-from itertools import groupby
 from pathlib import Path
 
 from . import paths, store
@@ -192,14 +191,6 @@ def _revision(model):
     from huggingface_hub.constants import HF_HUB_CACHE
     file = Path(HF_HUB_CACHE, "models--" + str(model).replace("/", "--"), "refs", "main")
     return file.read_text() if os.path.isfile(file) else None
-
-
-def units_of(facts, size):
-    """Units of at most `size` whole facts of one relation, as JSON-able dicts, in order."""
-    if size < 1:
-        raise ValueError(f"a unit holds at least 1 fact, not {size}")
-    groups = [[asdict(fact) for fact in group] for _, group in groupby(facts, key=lambda fact: fact.relation)]
-    return [group[i:i + size] for group in groups for i in range(0, len(group), size)]
 
 
 def check_parameters(cells):

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 from qlutils import paths, run
-from qlutils.study import Study, check_parameters, model_content, units_of
+from qlutils.study import Study, check_parameters, model_content
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = (
@@ -451,16 +451,6 @@ def test_results_from_other_inputs_are_not_read(model, runs):
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.warns(UserWarning, match="queries.parquet"), pytest.raises(ValueError, match="damaged"):
         study.load("queries")
-
-
-def test_units_hold_whole_facts_of_one_relation():
-    from qlutils import Fact
-
-    facts = [Fact(r, s, "o", ("a b", "c d")) for r, s in [("P1", "u"), ("P1", "v"), ("P1", "w"), ("P2", "u")]]
-    assert [[fact["subject"] for fact in unit] for unit in units_of(facts, 2)] == [["u", "v"], ["w"], ["u"]]
-    json.dumps(units_of(facts, 2))
-    with pytest.raises(ValueError, match="0"):
-        units_of(facts, 0)
 
 
 @pytest.mark.parametrize(
