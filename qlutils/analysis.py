@@ -119,6 +119,20 @@ def consistency_summary(facts: dict[str, pd.DataFrame], seed: int = 0) -> pd.Dat
     return pd.DataFrame(rows)
 
 
+def otsu_null(facts: pd.DataFrame, draws: int = 200, seed: int = 0) -> dict:
+    """What `otsu_threshold` makes of nothing: R_II and Welch's t, means over `draws` and 95 % ranges, of as many values
+    from a normal distribution with the mean and deviation of the facts' CS2 (NaN for fewer than two or equal ones)."""
+    cs2 = facts["cs2"].dropna().to_numpy()
+    found = [(np.nan, np.nan)] if len(cs2) < 2 or np.ptp(cs2) == 0 else []
+    for rng in map(np.random.default_rng, range(seed, seed + draws) if not found else ()):
+        noise = rng.normal(cs2.mean(), cs2.std(), len(cs2))
+        at = otsu_threshold(noise)
+        found.append((np.mean(noise <= at), welch(noise[noise > at], noise[noise <= at])["t"]))
+    low, mean, high = np.quantile(found, 0.025, axis=0), np.mean(found, axis=0), np.quantile(found, 0.975, axis=0)
+    return {f"{name}{end}": values[place] for place, name in enumerate(("R_II", "t"))
+            for end, values in (("", mean), ("_low", low), ("_high", high))} | {"n": len(cs2)}
+
+
 def threshold_sensitivity(queries: pd.DataFrame, t_values=(0.1, 0.2, 0.3, 0.4, 0.5),
                           static_values=(0.05, 0.1, 0.2, 0.3, 0.4, 0.5)) -> pd.DataFrame:
     """Mean CS2 and the share of K_II over the KN threshold t and the static class threshold, a row a pair, with 95 %

@@ -1,7 +1,7 @@
 """The paper's claims, each decided by one statistic of a run's saved results and its 95 % interval over facts.
 
 A claim has parts; a part is a mean, or a difference of two, that is claimed to lie above a bound. It *holds* where the
-interval lies above it, *does not hold* where it does not, and is *not testable here* where the statistic or its
+interval lies above it, *does not hold* where it does not (*the opposite holds* where it lies below 0), and is *not testable here* where the statistic or its
 interval is not defined; then `why` says what is missing. Nothing is written by hand for a model, nothing needs torch.
 """
 
@@ -23,7 +23,7 @@ from .page import folded, missing_html, table_html
 from .stats import Estimate, bootstrap_difference, bootstrap_mean
 from .tables import display_table
 
-HOLDS, FAILS, OPEN = "holds", "does not hold", "not testable here"
+HOLDS, FAILS, OPPOSITE, OPEN = "holds", "does not hold", "the opposite holds", "not testable here"
 COMMON, HIGH, MARGIN = 0.25, 0.5, 0.1
 LOCALISED = "02"  # the notebook whose claims every method decides
 NEIGHBOURS = ("union", "intersection", "refine")
@@ -78,9 +78,12 @@ class Case:
             yield f"|{name}|", rates(part[part["direction"] != "average"].drop(columns="rate"), quantity, size=True)
 
     def neighbour_gaps(self):
-        """As the paper counts, empty sets changing nothing; and Union with both sets cut to one size."""
+        """As the paper counts, empty sets changing nothing; without the Intersection, which is nearly empty; and Union with
+        both sets cut to one size."""
         frame = self.frame("query_kn_mapping")
         yield "as in the paper", query_gaps(frame, "self", NEIGHBOURS)
+        yield "Union alone", query_gaps(frame, "self", ("union",))
+        yield "Refine alone", query_gaps(frame, "self", ("refine",))
         yield "Union, sizes matched", query_gaps(frame, "self_as_union", ("union_matched",))
 
     def mean(self, frame, value) -> Estimate:
@@ -245,8 +248,10 @@ def _row(claim: Claim, part, statistic, threshold, found: Estimate) -> dict:
     elif np.isnan(low):
         why = "too few facts for an interval"
     holds = low > claim.above if claim.within is None else -claim.within < low and high < claim.within
+    opposite = claim.within is None and claim.above == 0 and found.mean_high < 0
+    verdict = OPEN if why else HOLDS if holds else OPPOSITE if opposite else FAILS
     return dict(part=part, threshold=threshold, statistic=statistic, **found.row("mean", "value"),
-                n_facts=found.n_clusters, verdict=OPEN if why else HOLDS if holds else FAILS, why=why)
+                n_facts=found.n_clusters, verdict=verdict, why=why)
 
 
 def overall(board: pd.DataFrame) -> pd.DataFrame:
@@ -254,8 +259,11 @@ def overall(board: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for keys, part in board.groupby(["claim", "text", "method", "model"], sort=False):
         tested, held = int((part["verdict"] != OPEN).sum()), int((part["verdict"] == HOLDS).sum())
-        word = HOLDS if held == tested else FAILS if held == 0 else "holds in part"
-        rest = f", {len(part) - tested} untestable" if tested < len(part) else ""
+        reverse = int((part["verdict"] == OPPOSITE).sum())
+        word = HOLDS if held == tested else OPPOSITE if reverse == tested else FAILS if held == 0 else "holds in part"
+        held = reverse if word == OPPOSITE else held
+        rest = f", {reverse} the opposite" if reverse and word != OPPOSITE else ""
+        rest += f", {len(part) - tested} untestable" if tested < len(part) else ""
         verdict = f"{word} ({held} of {tested}{rest})" if tested else f"{OPEN}: {part['why'].iloc[0]}"
         rows.append(dict(zip(("claim", "text", "method", "model"), keys)) | dict(verdict=verdict))
     return pd.DataFrame(rows)
@@ -300,5 +308,5 @@ def show_scoreboard(board: pd.DataFrame) -> HTML:
 
 def _tint(text) -> str:
     """The class of a cell with a verdict, for its colour."""
-    starts = {f"{HOLDS} (": "holds", "holds in part": "part", FAILS: "not", OPEN: "open", "–": "open"}
+    starts = {f"{HOLDS} (": "holds", "holds in part": "part", FAILS: "not", OPPOSITE: "not", OPEN: "open", "–": "open"}
     return "holds" if text == HOLDS else next((name for start, name in starts.items() if str(text).startswith(start)), "")

@@ -13,7 +13,7 @@ from .neurons import count_facts, kn_sets, other_neurons
 from .stats import bootstrap_difference, bootstrap_mean, mean_columns
 
 DIRECTIONS = ("enhance", "suppress", "average")
-INTERVALS = "95 % intervals: bootstrap over facts within relation, 1,000 draws."
+INTERVALS = "95 % intervals: bootstrap over facts within relation, 1,000 draws; for these relations and wordings."
 POPULATIONS = {"known": lambda frame: frame[frame["known"]], "all": lambda frame: frame,
                "known, not empty": lambda frame: frame[frame["known"] & (frame["size"] > 0)]}
 
@@ -167,15 +167,23 @@ def top_tokens(winners: pd.DataFrame, count: int = 8) -> pd.DataFrame:
     return frame.groupby("counted").head(count).reset_index(drop=True)
 
 
+def reach(queries_kns, found: pd.DataFrame) -> float:
+    """Share of the pairs of a synapse and a KN in which the synapse can move the KN: attention reaches the MLPs of its own
+    layer and of later ones. `queries_kns`: KN sets; found: rows with by_layer, synapses a layer."""
+    synapses = np.sum(found["by_layer"].tolist(), axis=0)
+    kns = np.bincount([layer for one in queries_kns for layer, _ in one], minlength=len(synapses))
+    return float((kns * np.cumsum(synapses)).sum() / max(1, kns.sum() * synapses.sum()))
+
+
 # --- synapses (Eq. 5, 6) ----------------------------------------------------------------------------------
 
 def synapse_counts(found: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """How many synapses a query has, and how far S and S_ir coincide: means over queries with 95 % intervals. `_rest`:
-    without column 0. mean layer: over a query's synapses, as a share of the depth (0 first, 1 last layer)."""
+    without column 0. mean depth: of a query's synapses (0 the first layer, 1 the last)."""
     depth = found["by_layer"].map(lambda counts: np.average(np.linspace(0, 1, len(counts)), weights=counts)
                                   if sum(counts) else np.nan)
     first = (1 - found["n_self_rest"] / found["n_self"].where(found["n_self"] > 0)).astype(float)
-    extra = {"share in column 0": first, "mean layer": depth, "no synapse": found["n_self"] == 0,
+    extra = {"share in column 0": first, "mean depth": depth, "no synapse": found["n_self"] == 0,
              "no synapse_rest": found["n_self_rest"] == 0}
     names = ["n_self", "n_self_rest", "n_irrelevant", "n_irrelevant_rest", "jaccard", "jaccard_rest", *extra]
     frame = found.assign(**extra).reindex(columns=["fact", "relation", *names])

@@ -355,9 +355,10 @@ def as_code(view: View, t: float, which="self", action="suppress", controls=(), 
     change = (f"with {', '.join(contexts)}:\n" if contexts else "") + measure("after", "    " if contexts else "")
     used = ["attribute", "answer_probability", "knowledge_neurons", "load_model"] + [
         name for name in ("edit_weights", "find_synapses", "scale_neurons", "scale_synapses") if name in change]
+    inner = [name for name in ("cas_candidates", "cas_neurons", "neighbour_sets") if name in neurons] + ["consistency"]
     lines = "".join(f"    {pair!r},\n" for pair in shown)
     return f"""from qlutils import {', '.join(sorted(used))}
-from qlutils.neurons import cas_candidates, cas_neurons, consistency, neighbour_sets
+from qlutils.neurons import {', '.join(sorted(inner))}
 
 lm = load_model({view.lm.name!r})
 queries = [  # the fact's prompts, then one prompt of each control fact

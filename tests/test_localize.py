@@ -347,6 +347,18 @@ def test_queries_are_given_their_facts_class():
     assert frame["cs2"].tolist() == pytest.approx(np.repeat(CS2, 3))
 
 
+def test_noise_is_cut_near_its_middle_and_its_classes_differ_enormously():
+    facts = pd.DataFrame(dict(cs2=np.linspace(0.3, 0.7, 400)))
+    null = analysis.otsu_null(facts, draws=50)
+    assert 0.4 < null["R_II_low"] < null["R_II"] < null["R_II_high"] < 0.6 and null["n"] == 400
+    # halves of a normal distribution: means 2 sqrt(2 / pi) apart, variance 1 - 2 / pi each
+    assert null["t"] == pytest.approx(2 * np.sqrt(2 / np.pi) / np.sqrt((1 - 2 / np.pi) * 4 / 400), rel=0.05)
+    assert null == analysis.otsu_null(facts, draws=50) and null != analysis.otsu_null(facts, draws=50, seed=1)
+    for few in ([], [0.5], [0.5, 0.5]):
+        empty = analysis.otsu_null(pd.DataFrame(dict(cs2=np.array(few, float))))
+        assert all(np.isnan(value) for name, value in empty.items() if name != "n") and empty["n"] == len(few)
+
+
 def test_threshold_sensitivity_by_hand():
     queries = hand_made(("P1|a|x", [1, 1, 1], [{1, 2}] * 3), ("P1|b|x", [1, 1, 1], [{1, 2}, {1, 3}, {1, 4}]),
                         ("P1|two prompts|x", [1, 1], [{1, 2}, {1, 3}]))  # which are left out

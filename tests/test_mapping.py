@@ -205,6 +205,12 @@ def test_predominance_of_hand_made_attention_matrices(monkeypatch):
     assert top.loc[("all tokens", "'7'"), "queries"] == 2
 
 
+def test_a_synapse_reaches_the_neurons_of_its_layer_and_of_later_ones():
+    found = pd.DataFrame(dict(by_layer=[[1, 0, 2], [0, 1, 0]]))
+    assert effects.reach([{(0, 5), (2, 1)}, {(0, 9)}], found) == pytest.approx((2 * 1 + 4) / (3 * 4))
+    assert effects.reach([set(), set()], found) == 0
+
+
 def test_synapse_counts_by_hand():
     found = pd.DataFrame([dict(fact="f", relation="R", n_self=4, n_self_rest=1, n_irrelevant=2, n_irrelevant_rest=0,
                                jaccard=0.5, jaccard_rest=0.0, by_layer=[3, 0, 1]),
@@ -212,5 +218,5 @@ def test_synapse_counts_by_hand():
                                n_irrelevant_rest=np.nan, jaccard=np.nan, jaccard_rest=np.nan, by_layer=[0, 0, 0])])
     table = effects.synapse_counts(found).set_index("quantity")
     assert table.loc["n_self", "mean"] == 2 and table.loc["n_irrelevant", "n"] == 1
-    assert table.loc["share in column 0", "mean"] == 0.75 and table.loc["mean layer", "mean"] == 0.25
+    assert table.loc["share in column 0", "mean"] == 0.75 and table.loc["mean depth", "mean"] == 0.25
     assert table.loc["no synapse", "mean"] == 0.5

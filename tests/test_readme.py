@@ -415,11 +415,15 @@ def findings():
     mean = lambda name: sum(float(row[name]) for row in facts) / len(facts)  # noqa: E731
     less, low, high = (float(halves[f"I - II{end}"]) for end in ("", "_low", "_high"))
     yield f"all {static['n']} facts"
-    yield f"(mean Jaccard index {float(kns['jaccard']):.2f})"
+    [localised] = committed("demo--gpt2/ig/localisation.csv")
+    [noise] = committed("demo--gpt2/all/otsu_null.csv", method="ig")
+    yield f"{share(localised['share in layer 0'])} of the neurons are in the lowest layer"
+    yield f"both have {share(kns['jaccard'])} (mean Jaccard index)"
+    yield f"of the facts are K_II, as are {share(noise['R_II'])} of normal noise"
     assert int(static["n_II"]) == 0
     yield f"by Otsu's, {share(otsu['R_II'])} of the facts are K_II"
     yield f"anything from {share(min(swept))} to {share(max(swept))}"
-    yield f"they differ by {less:.2f} [{low:.2f}, {high:.2f}]"
+    yield f"they differ by {less:.2f} [{low:.2f}, {high:.2f}], within relations by {float(halves['within']):.2f}"
     yield f"fail that query in {share(local['rel'])} of the cases and the other wordings in {share(local['gen'])}"
     yield (f"does so in {share(everywhere['rel'])} and {share(everywhere['gen'])}, and leaves "
            f"{share(everywhere['loc'])} of other facts' answers alone")
@@ -428,6 +432,9 @@ def findings():
     own, nulls = "the fact's own queries", {row["kind"]: float(row["cs2"]) for row in committed("control1_null.csv", **one, method="ig")}
     yield (f"(CS2 {nulls['one pattern, different facts']:.2f}) as three wordings of one fact "
            f"({nulls[own]:.2f})")
+    [updated] = committed("table2_all.csv", **one, threshold="all", op="update", neurons="local")
+    yield f"reaches {share(updated['gen'])} of the other wordings and changes {share(1 - float(updated['loc']))} of other facts'"
+    yield f"(the least possible is {share(sum(1 / float(row['n_queries']) for row in facts) / len(facts))})"
     yield f"hardly any ({nulls['random neurons, as many in each layer']:.2f})"
 
 

@@ -262,7 +262,10 @@ def test_a_planted_effect_decides_each_claim(boards, number):
     one = holding[holding["claim"] == number]
     assert len(one) and set(one["verdict"]) == {"holds"}, one[["part", "threshold", "value", "verdict", "why"]]
     if number > 3:
-        assert set(failing[failing["claim"] == number]["verdict"]) == {"does not hold"}
+        wanted = "does not hold" if number in (9, 13) else "the opposite holds"  # a bound other than 0 has no opposite
+        assert set(failing[failing["claim"] == number]["verdict"]) == {wanted}
+        [overall] = claims.overall(failing[failing["claim"] == number])["verdict"]
+        assert re.fullmatch(rf"{wanted} \(\d+ of \d+\)", overall) and overall.startswith(f"{wanted} (0") == (number in (9, 13))
     assert (one["value_low"] < one["value"] + 1e-9).all() and (one["value_high"] > one["value"] - 1e-9).all()
     assert one["n"].gt(0).all()
 
@@ -274,7 +277,8 @@ def test_sizes_of_changes_that_cancel_do_not(queries):
     frames["knowledge_synapses"] = changes_frame(queries, sets, ("value", "probability"))
     board = board_of(frames)
     verdicts = board[board["claim"] == 10].set_index("part")["verdict"].to_dict()
-    assert verdicts == {"dValue": "does not hold", "dProb": "does not hold", "|dValue|": "holds", "|dProb|": "holds"}
+    assert verdicts == {"dValue": "the opposite holds", "dProb": "the opposite holds", "|dValue|": "holds", "|dProb|": "holds"}
+    assert claims.overall(board[board["claim"] == 10])["verdict"].item() == "holds in part (2 of 4, 2 the opposite)"
 
 
 def test_unknown_queries_decide_no_claim(queries):
@@ -302,7 +306,7 @@ def test_claim_3_compares_neighbouring_models_in_the_given_order(queries):
     assert three.loc[three["part"] == "lower CS", "verdict"].item() == "holds"
     back = claims.scoreboard(get, ["large", "small"], ["ig"], [], static=0.5)
     back = back[(back["claim"] == 3) & (back["model"] == "small")]
-    assert back.loc[back["part"] == "lower CS", "verdict"].item() == "does not hold"
+    assert back.loc[back["part"] == "lower CS", "verdict"].item() == "the opposite holds"
     first = board[(board["claim"] == 3) & (board["model"] == "small")]
     assert first["verdict"].item() == "not testable here" and "smaller" in first["why"].item()
 
