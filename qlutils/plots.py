@@ -154,7 +154,7 @@ def bars_with_intervals(frame, ax, *, x, hue, y="mean"):
                 ax.vlines(at, low, high, color="black", linewidth=0.7)  # the mean may lie outside
             top = np.nanmax([0.0, row[y], high])
         if "n" in row and not n:
-            ax.annotate(f"n = {row['n']:.0f}", (at, top), xytext=(0, 6 if pd.isna(row[y]) else 2), fontsize=5,
+            ax.annotate(f"n = {row['n']:.0f}", (at, top), xytext=(0, 6 if pd.isna(row[y]) else 2), fontsize=6,
                         textcoords="offset points", ha="center", va="bottom", rotation=90)
     ax.axhline(0, color="black", linewidth=0.6)
     ax.margins(y=0.2)
@@ -263,22 +263,23 @@ def heatmap_neurons(frame, ax, *, norm=None):
     return ax
 
 
-def _heatmaps(fig, panels, kind) -> list[pd.DataFrame]:
-    """Panels by row, each a dict of values (L, N), title and label (of its row), on one colour scale; pooled frames."""
+def _heatmaps(fig, panels, kind, beside=()) -> list[pd.DataFrame]:
+    """Panels by row, each a dict of values (L, N), title and label (of its row), on one colour scale, which the arrays
+    `beside` share; pooled frames."""
     axes = fig.subplots(len(panels), max(map(len, panels)), squeeze=False, sharex=True, sharey=True)
     pooled = [[pool_neurons(one["values"], bins=100) for one in row] for row in panels]
-    norm = shared_norm(*(frame for row in pooled for frame in row))
+    norm = shared_norm(*(frame for row in pooled for frame in row), *(pool_neurons(one, bins=100) for one in beside))
     for i, row in enumerate(panels):
         for j, one in enumerate(row):
             ax = heatmap_neurons(pooled[i][j], axes[i, j], norm=norm)
-            ax.set_title(one["title"], fontsize=5)
+            ax.set_title(one["title"], fontsize=6)
             ax.set_xlabel("neuron" if i == len(panels) - 1 else "")
             ax.set_ylabel(f"{one['label']}\nlayer" if j == 0 else "", fontsize=6)
     fig.colorbar(axes[0, 0].collections[0], ax=axes, label=kind, pad=0.02, shrink=0.8)
     return [frame for row in pooled for frame in row]
 
 
-def _prompt(one, width=34) -> str:
+def _prompt(one, width=30) -> str:
     return "\n".join(textwrap.wrap(f"{one['prompt']}\xa0…", width)[:3])
 
 
@@ -294,7 +295,7 @@ def figure_1(maps, layout=("attribution", "activation")):
     facts = [[one for one in maps if one["fact"] == fact] for fact in dict.fromkeys(one["fact"] for one in maps)]
     fig, frames = plt.figure(figsize=(WIDE, 1.5 * len(facts) + 0.2)), []
     for part, kind in zip(np.atleast_1d(fig.subfigures(1, len(layout))), layout):
-        pooled = _heatmaps(part, [[dict(values=one[kind], title=_prompt(one, 30), label=_subject(one)) for one in row]
+        pooled = _heatmaps(part, [[dict(values=one[kind], title=_prompt(one, 26), label=_subject(one)) for one in row]
                                   for row in facts], kind)
         frames += [frame.assign(fact=one["fact"], prompt=one["prompt"], kind=kind)
                    for frame, one in zip(pooled, sum(facts, []))]
@@ -302,13 +303,14 @@ def figure_1(maps, layout=("attribution", "activation")):
 
 
 def figure_conditions(maps, conditions, kind):
-    """Figures 7 and 10: (L, N) maps of queries, a column a query and a row a condition, all on one colour scale.
+    """Figures 7 and 10: (L, N) maps of queries, a column a query and a row a condition, on the scale of all conditions.
 
     maps: from `synapses.scaled_maps`. kind: "attribution" or "activation". Returns the figure and its numbers."""
     fig = plt.figure(figsize=(WIDE, 0.6 + 1.15 * len(conditions)))
     panels = [[dict(values=one[name][kind], label=name, title="" if row else f"{_subject(one)}\n{_prompt(one)}")
                for one in maps] for row, name in enumerate(conditions)]
-    pooled = _heatmaps(fig, panels, kind)
+    every = [value[kind] for one in maps for value in one.values() if isinstance(value, dict)]
+    pooled = _heatmaps(fig, panels, kind, every)
     return fig, pd.concat([frame.assign(fact=one["fact"], prompt=one["prompt"], condition=name, kind=kind)
                            for frame, (name, one) in zip(pooled, product(conditions, maps))], ignore_index=True)
 
@@ -318,7 +320,7 @@ def figure_places(found, num_heads):
     heads = np.stack(found["by_head"].map(np.asarray).to_list()).reshape(len(found), -1, num_heads).mean(0)
     columns = np.array([*zip_longest(*found["by_column"], fillvalue=np.nan)], float).T.copy() / heads.size
     shares, counts = np.nanmean(columns, 0), (~np.isnan(columns)).sum(0)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 2.2))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 2.2), gridspec_kw=dict(wspace=0.12))
     mesh = left.pcolormesh(heads, cmap="magma_r", vmin=0)
     left.set(xlabel="head", ylabel="layer", xticks=np.arange(num_heads) + 0.5, xticklabels=range(num_heads),
              yticks=np.arange(len(heads)) + 0.5, yticklabels=range(len(heads)))
