@@ -295,7 +295,7 @@ def figure_1(maps, layout=("attribution", "activation")):
     facts = [[one for one in maps if one["fact"] == fact] for fact in dict.fromkeys(one["fact"] for one in maps)]
     fig, frames = plt.figure(figsize=(WIDE, 1.5 * len(facts) + 0.2)), []
     for part, kind in zip(np.atleast_1d(fig.subfigures(1, len(layout))), layout):
-        pooled = _heatmaps(part, [[dict(values=one[kind], title=_prompt(one, 26), label=_subject(one)) for one in row]
+        pooled = _heatmaps(part, [[dict(values=one[kind], title=_prompt(one, 22), label=_subject(one)) for one in row]
                                   for row in facts], kind)
         frames += [frame.assign(fact=one["fact"], prompt=one["prompt"], kind=kind)
                    for frame, one in zip(pooled, sum(facts, []))]
