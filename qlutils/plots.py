@@ -280,7 +280,7 @@ def _heatmaps(fig, panels, kind, beside=()) -> list[pd.DataFrame]:
 
 
 def _prompt(one, width=30) -> str:
-    return "\n".join(textwrap.wrap(f"{one['prompt']}\xa0…", width)[:3])
+    return "\n".join(textwrap.wrap(f"{one['prompt']}\xa0…", width, max_lines=4, placeholder=" …"))
 
 
 def _subject(one) -> str:
