@@ -109,13 +109,14 @@ def table_5(queries: pd.DataFrame) -> pd.DataFrame:
 
 def consistency_summary(facts: dict[str, pd.DataFrame], seed: int = 0) -> pd.DataFrame:
     """What CS2 alone does not show, a row a method: CS1, CS2, mean pairwise Jaccard, CS2 at three prompts, set sizes,
-    mean layer, each a mean over facts with its 95 % interval; and how many facts have no defined CS2."""
+    mean layer, each a mean over facts with its 95 % interval; and how many facts have no defined CS2. Facts of two prompts
+    are counted, and in no mean."""
     columns = ("cs1", "cs2", "jaccard", "cs2_3", "mean_size", "union_size", "mean_layer")
     rows = []
     for method, frame in facts.items():
         counts = {"n": int(frame["cs2"].notna().sum()), "n_undefined": int(frame["undefined"].sum()),
                   "n_two_prompts": int(frame["two_prompts"].sum())}
-        rows.append({"method": method, **counts, **mean_columns(frame, columns, seed), **counts})
+        rows.append({"method": method, **counts, **mean_columns(frame[~frame["two_prompts"]], columns, seed), **counts})
     return pd.DataFrame(rows)
 
 

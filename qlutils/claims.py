@@ -18,7 +18,7 @@ from IPython.display import HTML
 from .analysis import CLASSES, THRESHOLDS, classified_facts, second_class
 from .controls import split_frames
 from .edit_report import PAPER_OP
-from .effects import query_gaps, rates
+from .effects import DIRECTIONS, query_gaps, rates
 from .page import folded, missing_html, table_html
 from .stats import Estimate, bootstrap_difference, bootstrap_mean
 from .tables import display_table
@@ -154,10 +154,11 @@ def _global(case):
 
 @claim(6, "04", "a query's own KNs matter, in both classes (more than random neurons)")
 def _own(case):
-    gaps = query_gaps(case.frame("query_kn_mapping"), "self", ("self_random",))
-    for name, threshold in product(CLASSES, THRESHOLDS):
-        part = gaps[gaps[f"class_{threshold}"] == name]
-        yield f"K_{name}", "dProb of own KNs - of random neurons", threshold, case.mean(part, "gap")
+    for way in DIRECTIONS[:2]:
+        gaps = query_gaps(case.frame("query_kn_mapping"), "self", ("self_random",), way)
+        for name, threshold in product(CLASSES, THRESHOLDS):
+            part = gaps[gaps[f"class_{threshold}"] == name]
+            yield f"K_{name}, {way}", "dProb of own KNs - of random neurons", threshold, case.mean(part, "gap")
 
 
 @claim(7, "04", "for K_II the neighbours' KNs matter less than the query's own")
@@ -182,8 +183,9 @@ def _predominance(case):
 
 @claim(10, "06", "scaling a query's synapses moves KNs and P(answer) more than scaling an irrelevant query's")
 def _synapses(case):
-    for name, frame in case.moved():
-        yield name, f"{name} of S - of S_ir", "", case.mean(query_gaps(frame, "self", ("irrelevant",)), "gap")
+    for (name, frame), way in product(case.moved(), DIRECTIONS[:2]):
+        gaps = query_gaps(frame, "self", ("irrelevant",), way)
+        yield f"{name}, {way}", f"{name} of S - of S_ir", "", case.mean(gaps, "gap")
 
 
 @claim(11, "06", "it moves them more for K_II")

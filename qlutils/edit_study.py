@@ -12,9 +12,9 @@ import zlib
 import numpy as np
 import pandas as pd
 
-from .neurons import active_neurons, cas_neurons, count_facts, kn_sets, other_neurons, random_neurons
+from .neurons import OtherFacts, active_neurons, cas_neurons, kn_sets, random_neurons
 
-CONTROLS = ("random", "matched", "other")
+CONTROLS = ("random", "matched", "same_relation", "other_relation")
 UNIT_FACTS = 24  # batches of equal lengths are full from there on
 
 
@@ -27,7 +27,8 @@ def plan_edits(queries, facts, *, num_neurons, sets=("local", "global"), control
     queries: a `queries` frame. facts: those whose objects an update may choose from. sets: names, or {name:
     spec} with a spec of None for "local" (N_i) and "global" (union of the N_j), or `cas_neurons` keywords.
     controls: for every set as many neurons in each layer, drawn at random ("random"), as active at q_i
-    but no KNs of the fact ("matched"), or knowledge neurons of other facts ("other"). texts: entries that perplexity is measured on.
+    but no KNs of the fact ("matched"), or KNs of one other fact of the same relation ("same_relation") or of another
+    ("other_relation"). texts: entries that perplexity is measured on.
 
     Each fact draws, with its own seed: q_i among its known queries (among all where none is known), o' among
     the relation's other objects, `n_locality` queries of facts that share neither subject nor object, half
@@ -40,7 +41,7 @@ def plan_edits(queries, facts, *, num_neurons, sets=("local", "global"), control
     if unknown:
         raise ValueError(f"control {unknown[0]!r} is unknown; use {', '.join(CONTROLS)}")
     specs, own = _specs(sets), kn_sets(queries, t)
-    counts, locality, said = count_facts(queries["fact"], own), _Locality(queries), {}
+    others, locality, said = OtherFacts(queries, own), _Locality(queries), {}
     for fact in facts:
         said.setdefault(fact.relation, []).append((fact.subject, fact.object))
     plans, omissions = [], []
@@ -56,7 +57,7 @@ def plan_edits(queries, facts, *, num_neurons, sets=("local", "global"), control
         omissions += [(fact, *one) for one in _omissions(known, relation, objects, chosen)]
         edits = [dict(neurons=name, control="none", set=one) for name, one in chosen.items()]
         edits += [dict(neurons=name, control=control, set=_control(
-            control, one, num_neurons, counts, set().union(*mine), draw(f"{control} {name}")))
+            control, one, num_neurons, others, fact, draw(f"{control} {name}")))
             for name, one in chosen.items() for control in controls]
         plans.append(dict(
             fact=fact, relation=relation, subject=subject, object=obj, prompts=group["prompt"].tolist(),
@@ -105,13 +106,15 @@ def _select(spec, name, sets, at, first):
     return sets[at] if name == "local" else set().union(*sets)
 
 
-def _control(control, one, num_neurons, counts, own, rng) -> set:
+def _control(control, one, num_neurons, others, fact, rng) -> set:
     """As many neurons in each layer as `one`, none of them in it; fewer where there are not that many.
 
     "matched" needs the model: `edit_facts` fills it in."""
     if control == "matched":
         return set()
-    return other_neurons(one, counts, own, rng) if control == "other" else random_neurons(one, num_neurons, rng)
+    if control == "random":
+        return random_neurons(one, num_neurons, rng)
+    return others.draw(one, fact, rng, same_relation=control == "same_relation")
 
 
 class _Locality:

@@ -54,7 +54,7 @@ def edit_weights(lm, neurons, op, *, old=None, new=None, lambda1=2.0, lambda2=2.
             text = lm.model.generate(**tokens)
 
     `op="erase"` sets them to zero (Eq. 2); `op="update"` adds -lambda1 E(old) + lambda2 E(new) to each (Eq.
-    20), E the mean embedding of the object's tokens, which may be ids or text. `embedding`: "input" word
+    2), E the mean embedding of the object's tokens, which may be ids or text. `embedding`: "input" word
     embedding or "output" (unembedding). Yields an `Edit`. The weights are bit-identical afterwards, whatever
     happens inside; where several edits are active, each can end before the others and they stay. ValueError: a
     neuron outside the model, an unknown operation or embedding, an object without an embedding, quantised weights.

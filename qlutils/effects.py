@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from .analysis import CLASSES, THRESHOLDS, cells, with_classes
-from .neurons import count_facts, kn_sets, other_neurons
+from .neurons import OtherFacts, kn_sets
 from .stats import bootstrap_difference, bootstrap_mean, mean_columns
 
 DIRECTIONS = ("enhance", "suppress", "average")
@@ -26,15 +26,15 @@ def units(queries: pd.DataFrame, t: float | None = None, *, irrelevant: int | No
 
     A fact is a dict: fact, relation, object, and lists over its queries: prompts, prompt_index; with `t` also layer and
     neuron, the KNs at that threshold; with `irrelevant`, a seed, also irrelevant: a random prompt of another relation,
-    of equal length where one exists (null where the run has one relation only); with `t` and `other`, a seed, also other:
-    as many (layer, neuron) in each layer as the query has KNs, drawn among the KNs of other facts."""
+    of equal length where one exists (null where the run has one relation only); with `t` and `other`, a seed, also
+    same_relation and other_relation: as many (layer, neuron) in each layer as the query has KNs, of one other fact."""
     queries, extra = queries.reset_index(drop=True), {}
     if t is not None:
         sets = [sorted(one) for one in kn_sets(queries, t)]
         extra = {name: [[neuron[place] for neuron in one] for one in sets]
                  for place, name in enumerate(("layer", "neuron"))}
         if other is not None:
-            extra["other"] = _other(queries, sets, other)
+            extra |= {kind: _other(queries, sets, other, kind) for kind in ("same_relation", "other_relation")}
     if irrelevant is not None:
         extra["irrelevant"] = [_irrelevant(queries, row, irrelevant) for row in range(len(queries))]
     facts = [dict(fact=fact, relation=group["relation"].iloc[0], object=group["object"].iloc[0],
@@ -53,14 +53,11 @@ def _irrelevant(queries, row, seed):
     return pool[rng.integers(len(pool))] if pool else None
 
 
-def _other(queries, sets, seed):
-    counts, found = count_facts(queries["fact"], sets), [None] * len(queries)
-    for fact, rows in queries.groupby("fact", sort=False).indices.items():
-        own = set().union(*(sets[row] for row in rows))
-        for row in rows:
-            rng = np.random.default_rng([seed, *f"{fact} {queries['prompt_index'][row]} other".encode()])
-            found[row] = sorted(other_neurons(sets[row], counts, own, rng))
-    return found
+def _other(queries, sets, seed, kind):
+    others = OtherFacts(queries, sets)
+    return [sorted(others.draw(one, fact, np.random.default_rng([seed, *f"{fact} {index} {kind}".encode()]),
+                               same_relation=kind == "same_relation"))
+            for fact, index, one in zip(queries["fact"], queries["prompt_index"], sets)]
 
 
 # --- relative changes -------------------------------------------------------------------------------------
@@ -104,10 +101,10 @@ def summary(frame: pd.DataFrame, sets, *, directions=DIRECTIONS, populations=("k
     return pd.DataFrame(rows)
 
 
-def query_gaps(frame: pd.DataFrame, first: str, second=()) -> pd.DataFrame:
-    """A row a query of `rates` rows, both directions averaged: fact, relation, prompt_index, classes, known, and gap,
+def query_gaps(frame: pd.DataFrame, first: str, second=(), direction="average") -> pd.DataFrame:
+    """A row a query of `rates` rows, one direction or both averaged: fact, relation, prompt_index, classes, known, and gap,
     the rate of set `first` less the mean rate of the sets `second`. Known queries only."""
-    frame = frame[(frame["direction"] == "average") & frame["set"].isin([first, *second])]
+    frame = frame[(frame["direction"] == direction) & frame["set"].isin([first, *second])]
     wide = frame.pivot(index=["fact", "prompt_index"], columns="set", values="rate").reindex(columns=[first, *second])
     gap = wide[first] - (wide[list(second)].mean(axis=1, skipna=False) if second else 0.0)
     about = frame.drop_duplicates(["fact", "prompt_index"])[["fact", "relation", "prompt_index", "class_static",

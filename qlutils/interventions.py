@@ -72,6 +72,7 @@ def scale_neurons(lm, neurons, factor):
     throughout. Nested contexts compose. ValueError names a neuron outside the model. `attribute` cannot be
     used inside.
     """
+    lm.check_ready()
     change = Change(lm, neurons, factor)
     watch = _Watch(lm, change)
     active = lm.__dict__.setdefault("scales", [])

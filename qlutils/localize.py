@@ -115,6 +115,7 @@ def example_facts(queries: pd.DataFrame, t: float = 0.2) -> list[str]:
     if all(key in present for key in PAPER_EXAMPLES):
         return [present[key] for key in PAPER_EXAMPLES]
     facts = fact_table(queries, t).dropna(subset="cs2")
+    facts = facts[facts["n_queries"] > 2] if (facts["n_queries"] > 2).sum() > 1 else facts  # CS2 of two prompts is CS1
     known = facts[facts["known"] == 1]
     facts = (known if len(known) > 1 else facts).sort_values("cs2", kind="stable")
     return [facts["fact"].iloc[-1], facts["fact"].iloc[0]]

@@ -14,10 +14,11 @@ PAPER_SETS = ("self", "union", "intersection", "refine")
 NEIGHBOURS = PAPER_SETS[1:]
 # Beyond the paper. "_others": without the query's own KNs. "_matched" and "self_as_...": both cut to the smaller of the
 # two sizes, so that sets of one size are compared. "_random": as many neurons in each layer, drawn among all that the
-# set does not hold; "self_other": drawn among other facts' KNs. "self_active": the neurons of the same layers, KNs of none
-# of the fact's queries, that are closest to being as active.
+# set does not hold. "self_same_relation", "self_other_relation": as many KNs of one other fact. "self_active": the neurons
+# of the same layers, KNs of none of the fact's queries, that are closest to being as active.
 CONTROL_SETS = (*(f"{name}_others" for name in NEIGHBOURS), *(f"{name}_matched" for name in NEIGHBOURS),
-                *(f"self_as_{name}" for name in NEIGHBOURS), "self_random", "union_random", "self_other", "self_active")
+                *(f"self_as_{name}" for name in NEIGHBOURS), "self_random", "union_random", "self_same_relation",
+                "self_other_relation", "self_active")
 
 
 def scale_kns(lm, unit: list[dict], *, suppress=0.0, enhance=2.0, answer="all", seed=0) -> pd.DataFrame:
@@ -38,8 +39,8 @@ def scale_kns(lm, unit: list[dict], *, suppress=0.0, enhance=2.0, answer="all", 
             key = dict(fact=fact["fact"], relation=fact["relation"], prompt_index=fact["prompt_index"][i],
                        before=len(todo))
             todo.append((*query, frozenset(), 1.0))
-            other = set(map(tuple, fact["other"][i]))
-            for name, neurons in query_sets(sets, i, next(active), other, rng).items():
+            others = {f"self_{kind}": set(map(tuple, fact[kind][i])) for kind in ("same_relation", "other_relation")}
+            for name, neurons in (query_sets(sets, i, next(active), rng) | others).items():
                 for direction, factor in (("suppress", suppress), ("enhance", enhance)):
                     rows.append(key | dict(set=name, direction=direction, size=len(neurons), at=len(todo)))
                     todo.append((*query, frozenset(neurons), factor))
@@ -48,10 +49,10 @@ def scale_kns(lm, unit: list[dict], *, suppress=0.0, enhance=2.0, answer="all", 
     return frame.drop(columns=["at", "before"])
 
 
-def query_sets(kn_sets: list[set], i: int, active: np.ndarray, other: set, rng) -> dict[str, set]:
-    """Every set that is scaled for query `i` of a fact: {name of PAPER_SETS or CONTROL_SETS: neurons}.
+def query_sets(kn_sets: list[set], i: int, active: np.ndarray, rng) -> dict[str, set]:
+    """The sets that are scaled for query `i` of a fact and need no other fact: {name: neurons}.
 
-    kn_sets: the KNs of all the fact's queries. active: (L, N) activations of query i at its last token. other: "self_other"."""
+    kn_sets: the KNs of all the fact's queries. active: (L, N) activations of query i at its last token."""
     sets = neighbour_sets(kn_sets, i)
     own = sets["self"]
     for name in NEIGHBOURS:
@@ -61,7 +62,6 @@ def query_sets(kn_sets: list[set], i: int, active: np.ndarray, other: set, rng) 
         sets[f"self_as_{name}"] = _subset(own, size, rng)
     sets["self_random"] = random_neurons(own, active.shape[1], rng)
     sets["union_random"] = random_neurons(sets["union"], active.shape[1], rng)
-    sets["self_other"] = other
     sets["self_active"] = active_neurons(own, active, but=sets["union"])
     return sets
 

@@ -36,7 +36,10 @@ class LanguageModel:
     num_embeddings: float = math.inf  # rows of the embedding matrix; a tokenizer alone has no limit
 
     def __init__(self, model, tokenizer, name: str):
+        if hasattr(model, "_orig_mod"):
+            raise UnsupportedModel(f"{name}: a compiled model, which leaves out hooks; give the model itself")
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
+        self._fingerprint: tuple = (None, "")
         self.arch = arch.find_architecture(model, name)
         arch.use_fused_gelu(model)
         self.num_embeddings = model.get_input_embeddings().weight.shape[0]
@@ -72,9 +75,16 @@ class LanguageModel:
         """Longest input in tokens (a large number where the configuration states none)."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """SHA-256 over the weights' content, the configuration and the tokenizer: what a result depends on."""
+        """SHA-256 over the weights' content, the configuration and the tokenizer: what a result depends on. Computed anew
+        when a weight was changed in place."""
+        state = tuple((tensor.data_ptr(), tensor._version) for tensor in self.model.state_dict().values())
+        if self._fingerprint[0] != state:
+            self._fingerprint = state, self._digest()
+        return self._fingerprint[1]
+
+    def _digest(self) -> str:
         digest = hashlib.sha256()
         for key, value in sorted(self.model.state_dict().items()):
             digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
@@ -84,7 +94,16 @@ class LanguageModel:
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         digest.update(backend.to_str().encode() if backend is not None else repr(self.tokenizer).encode())
+        special = getattr(self.tokenizer, "special_tokens_map", {})  # which tokens are EOS, pad and mask: baselines
+        digest.update(json.dumps(special, sort_keys=True, default=str).encode())
         return digest.hexdigest()
+
+    def check_ready(self) -> None:
+        """ValueError for a state of the model in which hooks or numbers would be wrong without a word."""
+        if self.model.training:
+            raise ValueError(f"{self.name} is in training mode, where dropout changes every number; call lm.model.eval()")
+        if getattr(self.model, "_compiled_call_impl", None) is not None:
+            raise ValueError(f"{self.name} was compiled after it was loaded, and a compiled model leaves out hooks; load it anew")
 
     def value_vectors(self, layer: int) -> Tensor:
         """(N, d) view of layer `layer`'s down-projection: row p is what neuron p writes."""

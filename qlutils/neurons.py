@@ -163,23 +163,32 @@ def random_neurons(neurons, num_neurons, rng, *, among=None, outside=True) -> se
     return drawn
 
 
-def count_facts(facts, sets) -> dict[int, np.ndarray]:
-    """{layer: of how many facts each neuron is a KN}, from the KN set of every query and the fact it belongs to."""
-    found: dict[int, list[int]] = {}
-    for _, layer, neuron in {(fact, *pair) for fact, one in zip(facts, sets) for pair in one}:
-        found.setdefault(layer, []).append(neuron)
-    return {layer: np.bincount(neurons) for layer, neurons in found.items()}
+class OtherFacts:
+    """The KNs of whole facts, to be drawn from as a control: if a fact's neurons do what only they can, another fact's do
+    not. `queries`: a `queries` frame; `sets`: the KN set of each of its rows."""
 
+    def __init__(self, queries, sets):
+        self.facts, self.of_relation = {}, {}
+        columns = queries[["fact", "relation", "subject", "object"]].itertuples(index=False)
+        for (fact, *about), one in zip(columns, sets):
+            if fact not in self.facts:
+                self.facts[fact] = (*about, set())
+                self.of_relation.setdefault(about[0], []).append(fact)
+            self.facts[fact][-1].update(one)
+        self.names = list(self.facts)
 
-def other_neurons(neurons, counts, own, rng) -> set:
-    """As many neurons in each layer as `neurons`, none of them in it, drawn among the KNs of other facts. counts: of
-    `count_facts`; own: the KNs of all queries of the fact at hand."""
-    def among(layer):
-        left = counts.get(layer, np.zeros(0, int)).copy()
-        left[[neuron for at, neuron in own if at == layer]] -= 1
-        return np.flatnonzero(left)
-
-    return random_neurons(neurons, None, rng, among=among)
+    def draw(self, neurons, fact, rng, *, same_relation: bool) -> set:
+        """As many neurons in each layer as `neurons`, drawn among the KNs of one fact that `rng` chooses, less those of
+        `fact`; fewer where it has fewer. It has another subject and object, and is of the same relation or of another.
+        Empty where no fact is."""
+        relation, subject, obj, own = self.facts[fact]
+        names = self.of_relation[relation] if same_relation else self.names
+        for place in rng.permutation(len(names)):
+            its_relation, its_subject, its_object, its_own = self.facts[names[place]]
+            if (its_relation == relation) == same_relation and its_subject != subject and its_object != obj:
+                pool = its_own - own
+                return random_neurons(neurons, None, rng, among=lambda layer: [n for at, n in pool if at == layer])
+        return set()
 
 
 def active_neurons(neurons, active, but=()) -> set:

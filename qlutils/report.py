@@ -19,6 +19,7 @@ from . import paths
 from .claims import NEIGHBOURS, Missing
 from .edit_report import METRICS
 from .effects import query_gaps, summary
+from .files import write_bytes
 from .page import export_html, missing_html, shown
 from .plots import figure_bars
 from .study import Study, read_record
@@ -27,8 +28,8 @@ from .tables import paper, paper_notes
 NOTEBOOKS = {"01": "01_localize", "02": "02_consistency", "03": "03_kn_modification", "04": "04_query_kn_mapping",
              "05": "05_attention_predominance", "06": "06_knowledge_synapses", "07": "07_cas_editing"}
 PAPER_SETS = ("self", *NEIGHBOURS)
-SET_ORDER = ("self", "self_random", "self_other", "self_active", "union", "union_others", "union_matched", "self_as_union",
-             "union_random", "intersection", "intersection_others", "intersection_matched", "self_as_intersection",
+SET_ORDER = ("self", "self_random", "self_same_relation", "self_other_relation", "self_active", "union", "union_others",
+             "union_matched", "self_as_union", "union_random", "intersection", "intersection_others", "intersection_matched", "self_as_intersection",
              "refine", "refine_others", "refine_matched", "self_as_refine")
 SETTINGS = ("t", "static_threshold", "middle")  # those of the report, wherever a notebook has them, too
 COMPARES = "02"  # the notebook that compares methods: its results stand in the model's folder `all`
@@ -281,13 +282,15 @@ def publish(notebook, output) -> list[Path]:
 
 
 def copy_results(results, folder) -> None:
-    """The tables and figures under `results` as they are, in their folders; copies of what is gone are removed."""
+    """The tables and figures under `results` as they are, in their folders, listed in `published.txt`. Of what the last
+    such list names, that which is gone is removed; nothing else is."""
     results, folder = Path(results), Path(folder)
-    kinds = (".csv", ".md", ".tex", ".png", ".pdf")
-    wanted = {path.relative_to(results) for path in results.rglob("*") if path.suffix in kinds}
-    for old in [path for path in folder.rglob("*") if path.suffix in kinds]:
-        if old.relative_to(folder) not in wanted:
-            old.unlink()
+    kinds, listed = (".csv", ".md", ".tex", ".png", ".pdf"), folder / "published.txt"
+    wanted = {path.relative_to(results).as_posix() for path in results.rglob("*") if path.suffix in kinds}
+    for old in set(listed.read_text("utf-8").splitlines() if listed.is_file() else ()) - wanted:
+        if folder.resolve() in (folder / old).resolve().parents:  # the list may have been written by another hand
+            (folder / old).unlink(missing_ok=True)
+    write_bytes(listed, "".join(f"{name}\n" for name in sorted(wanted)).encode())
     for name in sorted(wanted):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(results / name, folder / name)

@@ -95,6 +95,7 @@ def score_rows(lm, queries, rows, *, everywhere=False, tokens=None) -> Scores:
 
     `everywhere`: changes act at every token (an edited weight); else at the last prompt token and later ones.
     `tokens` bounds the tokens of a batch. Equal rows (same query, same `Change` object) are computed once."""
+    lm.check_ready()
     if not lm.__dict__.get("rows_verified"):
         _verify(lm)
     plan: dict[tuple, list[int]] = {}

@@ -76,6 +76,8 @@ def main(argv=None, notebooks=None):
     try:
         with _signals():
             root = paths.run_folder(args.output)
+            if args.output == "demo":
+                raise ValueError("--output demo: figures/demo holds the reference run's tables and figures; choose another name")
             for name, number in {"--jobs": args.jobs, "--workers": args.workers,
                                  "QLUTILS_THREADS": os.environ.get("QLUTILS_THREADS") or None}.items():
                 if number is not None and not re.fullmatch(r"[1-9]\d*", str(number)):
@@ -165,7 +167,11 @@ def plan_jobs(args, folder):
     models = list(dict.fromkeys(m if m.startswith("demo/") else _absolute(m) for m in args.models))
     data = args.data if args.data in ("demo", "pararel") else _absolute(args.data)
     count = None if args.full else args.facts_per_relation
-    facts = load_facts(data, relations=args.relations, facts_per_relation=count, seed=args.seed)
+    extra = {name: _literal(value) for name, value in args.parameter}
+    if isinstance(extra.get("corpus"), str) and os.path.isfile(extra["corpus"]):
+        extra["corpus"] = os.path.realpath(extra["corpus"])  # notebooks run in their own folder
+    facts = load_facts(data, relations=args.relations, facts_per_relation=count, seed=args.seed,
+                       middle=extra.get("middle", "cut"))
     shared = {"data": data, "relations": args.relations, "facts_per_relation": count, "seed": args.seed,
               "device": args.device, "dtype": args.dtype, "output": args.output, "models": models,
               "methods": methods, "downstream_methods": downstream}
@@ -173,7 +179,6 @@ def plan_jobs(args, folder):
           + ("" if args.full else f": a sample of {count} a relation, --full takes all"), file=sys.stderr)
     notebooks = _chosen(folder, args.only)
     declared = {notebook: declared_parameters(notebook) for notebook in notebooks}
-    extra = {name: _literal(value) for name, value in args.parameter}
     for name, value in extra.items():
         knowing = [known for known in declared.values() if name in known]
         if not knowing or name in (*shared, "model", "method"):
@@ -246,7 +251,7 @@ def _run(jobs, root, data_hash, command, address, at_once):
     source = folder_hash(paths.PACKAGE, "*.py")
     started, stopped, stop = time.time(), None, threading.Event()
     (root / "notebooks").mkdir(parents=True, exist_ok=True)
-    variables = {"QLUTILS_COMMAND": command, **({"QLUTILS_SCHEDULER": address} if address else {})}
+    variables = {"QLUTILS_COMMAND": command, "QLUTILS_RUNS": paths.RUNS, **({"QLUTILS_SCHEDULER": address} if address else {})}
     if at_once > 1:
         variables["QLUTILS_THREADS"] = os.environ.get("QLUTILS_THREADS") or max(1, CORES // at_once)
     bar = tqdm(total=len(jobs), unit="notebook", disable=None, dynamic_ncols=True)
@@ -320,6 +325,7 @@ def _one(job, root, data_hash, source, env, scratch, stop):
     try:
         inputs = {"notebook": sha256(job.notebook.read_bytes()), "parameters": job.parameters, "source": source,
                   "data": data_hash, "model": job.model and model_content(job.model),
+                  "corpus": _content(job.parameters.get("corpus")),
                   "needs": {need: _stamp(root, need).get("inputs") for need in job.needs}}
         if _is_done(_stamp(root, name), inputs, root):
             job.status, job.seconds = "cached", time.time() - start
@@ -329,11 +335,14 @@ def _one(job, root, data_hash, source, env, scratch, stop):
         if stop.is_set():
             job.status, job.seconds, job.problem = "stopped", time.time() - start, ""
             return
+        now = job.model and model_content(job.model)
+        if not job.problem and now != inputs["model"] and os.path.isdir(job.model):
+            job.problem = f"the files of {job.model} changed while it ran: which of them its results are of is not known"
         if job.notebook.stem == LAST and not job.problem:
             from .report import publish
             made += publish(output, root.name)
         if not job.problem:
-            inputs["model"] = job.model and model_content(job.model)  # a first download has a revision only now
+            inputs["model"] = now  # a first download has a revision only now
             made += [file for file in sorted(results.glob("[!.]*")) if file.is_file() and file.stat().st_mtime >= start - 1
                      and file.name != "run.json"]  # which the model's other notebooks write, too
             write_json(stamp, sealed({
@@ -342,6 +351,10 @@ def _one(job, root, data_hash, source, env, scratch, stop):
     except (ValueError, OSError) as error:  # of this job; the others can still run
         job.problem = str(error)
     job.status, job.seconds = "failed" if job.problem else "done", time.time() - start
+
+
+def _content(file):
+    return sha256(Path(file).read_bytes()) if isinstance(file, str) and os.path.isfile(file) else None
 
 
 def _stamp(root, name):

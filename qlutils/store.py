@@ -71,9 +71,17 @@ def run_units(task, model_name, units, config=None, *, desc, device=None, dtype=
     return as_frame([tables[key] for key in keys])
 
 
-@lru_cache(maxsize=1)
 def cached_model(name, device=None, dtype=None):
-    """The process's one loaded model. QLUTILS_THREADS, if set, fixes torch's number of threads."""
+    """The process's one loaded model, loaded anew when the files of a local one have changed."""
+    from .study import model_content
+
+    local = str(name).startswith("demo/") or os.path.isdir(os.path.expanduser(name))
+    return _loaded(name, device, dtype, model_content(name) if local else None)
+
+
+@lru_cache(maxsize=1)
+def _loaded(name, device, dtype, content):
+    """QLUTILS_THREADS, if set, fixes torch's number of threads."""
     from .models import load_model
 
     if os.environ.get("QLUTILS_THREADS"):

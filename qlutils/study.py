@@ -200,8 +200,10 @@ def check_parameters(cells):
     injected cell, which begins with "# Parameters", may set those and no others. ValueError names an unknown
     parameter, a value that is no literal, or one of another type than its default (None takes any type).
     """
-    defaults, values = {}, {}
+    defaults, values, problem = {}, {}, ""
     for source in cells:
+        if all(re.search(rf"(?m)^{name}\s*[:=]", source) for name in ("output", "seed")):  # the parameters, edited or not
+            problem = "" if literals(source) is not None else source
         injected = source.lstrip().startswith("# Parameters")
         cell = literals(source)
         if cell is None:
@@ -213,6 +215,8 @@ def check_parameters(cells):
         else:
             defaults.update(cell)
             values.update(cell)
+    if problem:  # else an older cell's values would be taken for it
+        raise ValueError(f"the parameters cell must hold nothing but lines `name = literal value`; got\n{problem}")
     return values
 
 

@@ -39,6 +39,7 @@ def controlled(lm, factors=None, renormalise=False, observe=None):
     arguments.
 
     `UnsupportedModel`, naming the model, where its attention cannot be replaced."""
+    lm.check_ready()
     _check_replaceable(lm)
     with _exact(lm), Control(factors, renormalise, observe).on(lm.model, lm.layers) as control:
         yield control

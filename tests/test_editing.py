@@ -301,7 +301,7 @@ def planned():
         facts_of(queries),
         num_neurons=lm.num_neurons,
         sets=["local", "global"],
-        controls=["random", "matched", "other"],
+        controls=["random", "matched", "same_relation", "other_relation"],
         n_locality=6,
         texts=texts,
         ppl_entries=2,
@@ -326,12 +326,15 @@ def test_what_is_drawn_is_what_the_study_asks_for(planned):
         assert sets["global", "none"] == set().union(*(own[i] for i in group.index))
         for name in ("local", "global"):
             count = lambda one: sorted(layer for layer, _ in one)  # noqa: E731
-            assert (
-                not sets[name, "random"] & sets[name, "none"] and not sets[name, "other"] & sets[name, "none"]
-            )
+            assert not sets[name, "random"] & sets[name, "none"]
             assert count(sets[name, "random"]) == count(sets[name, "none"])
-            others = set().union(*(own[i] for i in queries.index if i not in group.index))
-            assert sets[name, "other"] <= others
+            for control in ("same_relation", "other_relation"):
+                found = sets[name, control]
+                of = [fact for fact, rows in queries.groupby("fact") if found <= set().union(*(own[i] for i in rows.index))
+                      and (rows["relation"].iloc[0] == plan["relation"]) == (control == "same_relation")]
+                assert of and not found & sets["global", "none"]
+                assert not [layer for layer in range(lm.num_layers)
+                            if count(found).count(layer) > count(sets[name, "none"]).count(layer)]
         assert len(plan["locality"]) == 6 and sum(q["same"] for q in plan["locality"]) == 3
         for q in plan["locality"]:
             row = queries[(queries["prompt"] == q["prompt"]) & (queries["object"] == q["object"])].iloc[0]
@@ -372,7 +375,7 @@ def by_generation(lm, prompt, length):
 def test_the_metrics_equal_editing_the_weights_and_generating_one_query_at_a_time(planned):
     lm, _, plans, _ = planned
     frame = edit_facts(lm, plans, ppl_max_tokens=7)
-    assert len(frame) == 2 * 8 * len(plans) and frame["note"].isna().all()
+    assert len(frame) == 2 * 10 * len(plans) and frame["note"].isna().all()
     for plan in plans:
         rows = frame[(frame["fact"] == plan["fact"]) & frame["control"].isin(["none", "random"])]
         clean = [by_generation(lm, q["prompt"], len(q["object"].split())) for q in plan["locality"]]

@@ -11,7 +11,8 @@ from qlutils.interventions import answer_probability, scale_neurons
 from qlutils.neurons import active_neurons, random_neurons
 
 UNIT = [dict(fact="R1|a|8 6", relation="R1", object="8 6", prompts=["3 17 8 25", "5 17 8", "9 3 30 2"], prompt_index=[0, 2, 3],
-             layer=[[0, 0, 2], [0, 1], []], neuron=[[3, 7, 40], [3, 5], []], other=[[[2, 9]], [], []])]
+             layer=[[0, 0, 2], [0, 1], []], neuron=[[3, 7, 40], [3, 5], []], same_relation=[[[2, 9]], [], []],
+             other_relation=[[[0, 1], [0, 2]], [], []])]
 QUERIES = pd.DataFrame([
     dict(fact=f"{relation}|{subject}|x", relation=relation, subject=subject, object="x", prompt_index=i,
          prompt=f"{relation} {subject} {i}", prompt_tokens=tokens, probability=0.5, known=i != 2,
@@ -25,18 +26,17 @@ QUERIES = pd.DataFrame([
 def test_every_set_of_a_query_by_hand():
     kns = [{(0, 1), (0, 2), (1, 5)}, {(0, 1), (1, 6)}, {(0, 1), (0, 2), (1, 6), (1, 7)}]
     active = np.array([[0.0, 5.0, 1.0, 1.1, 4.8, 9.0, 9.0, 9.0], [3.0, 0, 0, 0, 0, -2.9, 7.0, 8.0]])
-    sets = mapping.query_sets(kns, 0, active, {(1, 3)}, np.random.default_rng(0))
+    sets = mapping.query_sets(kns, 0, active, np.random.default_rng(0))
     assert sets["self"] == kns[0] and sets["union"] == kns[1] | kns[2]
     assert sets["intersection"] == sets["refine"] == {(0, 1), (1, 6)}
     assert sets["union_others"] == {(1, 6), (1, 7)} and sets["refine_others"] == {(1, 6)}
     assert len(sets["union_matched"]) == 3 and sets["union_matched"] <= sets["union"] and sets["self_as_union"] == kns[0]
     assert sets["intersection_matched"] == sets["intersection"] and len(sets["self_as_intersection"]) == 2
-    assert sets["self_other"] == {(1, 3)}
     assert sets["self_active"] == {(0, 4), (0, 3), (1, 0)}
     for name, like in (("self_random", sets["self"]), ("union_random", sets["union"])):
         drawn = sets[name]
         assert not drawn & like and [sum(l == k for l, _ in drawn) for k in (0, 1)] == [sum(l == k for l, _ in like) for k in (0, 1)]
-    assert set(sets) == {*mapping.PAPER_SETS, *mapping.CONTROL_SETS}
+    assert {*sets, "self_same_relation", "self_other_relation"} == {*mapping.PAPER_SETS, *mapping.CONTROL_SETS}
 
 
 def test_random_and_matched_neurons_end_where_a_layer_is_used_up():
@@ -100,21 +100,26 @@ def test_units_hold_the_neurons_above_the_threshold_and_an_irrelevant_prompt_of_
     assert alone["irrelevant"] == [None] * 3 and "layer" not in alone
 
 
-def test_other_facts_neurons_are_as_many_a_layer_and_no_query_s_own():
-    def queries(**facts):
-        return pd.DataFrame([dict(fact=fact, relation="R", object="x", prompt_index=i, prompt=f"{fact} {i}", score=[1.0] * len(kns),
-                                  layer=[layer for layer, _ in kns], neuron=[neuron for _, neuron in kns])
-                             for fact, sets in facts.items() for i, kns in enumerate(sets)])
-
-    frame = queries(a=[[(0, 1), (0, 2), (1, 5)], [(0, 3)]], b=[[(0, 1), (0, 3), (0, 4)], [(1, 5), (2, 8)]],
-                    c=[[(0, 3)], [(0, 3)]])
-    for seed in range(20):
-        [[a, b, c]] = effects.units(frame, 0.2, other=seed)
-        # (0, 3) is a KN of facts b and c as well, (0, 1) and (1, 5) of the query itself, (0, 2) of fact a alone
-        assert a["other"][0] == [(0, 3), (0, 4)] and a["other"][1] in ([(0, 1)], [(0, 4)])
-        assert {layer for layer, _ in b["other"][0]} == {0} and b["other"][0] == [(0, 2)] and b["other"][1] == []
-        assert c["other"][0] in ([(0, 1)], [(0, 2)], [(0, 4)])
-    assert "other" not in effects.units(frame, 0.2)[0][0]
+def test_another_fact_s_neurons_are_of_one_fact_and_none_of_this_one():
+    rows = [("R1", "a", "x", [[(0, 1), (0, 2), (1, 5)], [(0, 3)]]), ("R1", "b", "y", [[(0, 1), (0, 6)], [(1, 7), (2, 8)]]),
+            ("R2", "c", "z", [[(0, 3), (0, 4)], [(0, 5), (1, 6)]]), ("R2", "d", "z", [[(0, 9)], [(1, 9)]]),
+            ("R3", "a", "w", [[(0, 10)], [(0, 10)]]), ("R3", "e", "x", [[(0, 11)], [(0, 11)]])]
+    frame = pd.DataFrame([dict(fact=f"{relation} {subject}", relation=relation, subject=subject, object=object, prompt_index=i,
+                               prompt=f"{subject} {i}", score=[1.0] * len(kns), layer=[layer for layer, _ in kns],
+                               neuron=[neuron for _, neuron in kns])
+                          for relation, subject, object, sets in rows for i, kns in enumerate(sets)])
+    drawn = {}
+    for seed in range(40):
+        for fact in effects.units(frame, 0.2, other=seed)[0]:
+            for kind in ("same_relation", "other_relation"):
+                drawn.setdefault((fact["fact"], kind), set()).add(tuple(map(tuple, fact[kind])))
+    # of b, less (0, 1), which both have; layer 0 has one neuron left for two, and the second query has none in layer 1
+    assert drawn["R1 a", "same_relation"] == {(((0, 6), (1, 7)), ((0, 6),))}
+    # of c (less (0, 3)) or of d; "R3 a" has a's subject and "R3 e" its object. Never of both facts at once
+    first = {one for one, _ in drawn["R1 a", "other_relation"]}
+    assert first == {((0, 4), (0, 5), (1, 6)), ((0, 9), (1, 9))}
+    assert drawn["R2 c", "same_relation"] == {((), ())}  # d has the same object
+    assert "same_relation" not in effects.units(frame, 0.2)[0][0]
 
 
 # --- relative changes ------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from tiny import CACHE, FAMILIES, GPT, GPTJ_METHOD, SMALL, save_checkpoint, tiny
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from qlutils import attribute, load_model
+from qlutils import answer_probability, attribute, edit_weights, find_synapses, load_model, scale_neurons, store
 from qlutils.arch import UnsupportedModel
 from qlutils.models import BUNDLED, LanguageModel
 
@@ -316,6 +316,48 @@ def test_a_fingerprint_changes_with_one_weight_the_dtype_the_config_or_the_token
     found = [changed(c) for c in (lambda lm: None, one_weight, configuration, tokenizer)]
     found.append(load_model(checkpoint, dtype="float64").fingerprint)
     assert len(set(found)) == 5
+
+
+def test_a_fingerprint_follows_a_change_in_place_and_comes_back_with_the_weights(checkpoint):
+    lm = load_model(checkpoint)
+    before = lm.fingerprint
+    with edit_weights(lm, {(0, 3)}, "erase"):
+        assert lm.fingerprint != before
+    assert lm.fingerprint == before
+
+
+def test_a_fingerprint_tells_which_token_is_the_pad_token(checkpoint):
+    lm, other = load_model(checkpoint), load_model(checkpoint)
+    other.tokenizer.pad_token = lm.tokenizer.convert_ids_to_tokens(7)
+    assert other.tokenizer.backend_tokenizer.to_str() == lm.tokenizer.backend_tokenizer.to_str()
+    assert other.fingerprint != lm.fingerprint
+
+
+def test_a_model_saved_again_into_its_folder_is_loaded_anew(tmp_path):
+    folder = save_checkpoint(tmp_path / "m", "gpt2", word_tokenizer())
+    first = store.cached_model(folder, "cpu")
+    assert store.cached_model(folder, "cpu") is first
+    with torch.no_grad():
+        first.downs[0].weight.mul_(2)
+    first.model.save_pretrained(folder)
+    again = store.cached_model(folder, "cpu")
+    assert again is not first and again.fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize("spoil, said", [(lambda lm: lm.model.train(), "training mode"),
+                                         (lambda lm: lm.model.compile(backend="eager"), "compiled")])
+def test_a_model_in_a_state_in_which_numbers_would_be_wrong_is_refused(spoil, said):
+    lm, query = tiny_lm("gpt2", torch.float32), (["10 11 12"], ["13"])
+    spoil(lm)
+    for use in (lambda: attribute(lm, *query), lambda: answer_probability(lm, *query), lambda: find_synapses(lm, *query[0]),
+                lambda: scale_neurons(lm, {(0, 1)}, 0.0).__enter__()):
+        with pytest.raises(ValueError, match=said):
+            use()
+
+
+def test_a_compiled_model_is_refused():
+    with pytest.raises(UnsupportedModel, match="the-model: a compiled model"):
+        LanguageModel(torch.compile(tiny_model("gpt2"), backend="eager"), word_tokenizer(), "the-model")
 
 
 def test_bundled_models_load():

@@ -186,11 +186,17 @@ def test_named_runs_leave_their_tables_and_figures_and_only_those(runs, tmp_path
     book = write_notebook(tmp_path / "r.ipynb", "# T", TEXT)
     folder = paths.figures_folder("made")
     (folder / "old").mkdir(parents=True)
-    (folder / "old" / "gone.csv").write_text("x")
-    (folder / "README").write_text("mine")
+    (folder / "old" / "mine.csv").write_text("mine")  # not of a run: left alone
+    (folder / "demo--gpt2").mkdir()
+    (folder / "demo--gpt2" / "gone.csv").write_text("x")
+    outside = folder.parent / "outside.csv"
+    outside.write_text("x")
+    (folder / "published.txt").write_text("demo--gpt2/gone.csv\nnever/there.csv\n../outside.csv\n")
     assert report.publish(book, "made") == [paths.run_folder("made") / "report.html"]
     left = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-    assert left == ["README", *(f"demo--gpt2/ig/{name}" for name in ("fig4.png", "table2.csv", "table2.tex"))]
+    made = [f"demo--gpt2/ig/{name}" for name in ("fig4.png", "table2.csv", "table2.tex")]
+    assert left == [*made, "old/mine.csv", "published.txt"] and outside.exists()
+    assert (folder / "published.txt").read_text().splitlines() == made
     shutil.rmtree(folder.parent)
     report.publish(book, "default")
     assert not folder.parent.exists() and folder.is_relative_to(tmp_path)
@@ -277,8 +283,9 @@ def test_sizes_of_changes_that_cancel_do_not(queries):
     frames["knowledge_synapses"] = changes_frame(queries, sets, ("value", "probability"))
     board = board_of(frames)
     verdicts = board[board["claim"] == 10].set_index("part")["verdict"].to_dict()
-    assert verdicts == {"dValue": "the opposite holds", "dProb": "the opposite holds", "|dValue|": "holds", "|dProb|": "holds"}
-    assert claims.overall(board[board["claim"] == 10])["verdict"].item() == "holds in part (2 of 4, 2 the opposite)"
+    assert verdicts == {f"{name}, {way}": "the opposite holds" if (name[0], way) == ("d", "suppress") else "holds"
+                        for name in ("dValue", "dProb", "|dValue|", "|dProb|") for way in ("enhance", "suppress")}
+    assert claims.overall(board[board["claim"] == 10])["verdict"].item() == "holds in part (6 of 8, 2 the opposite)"
 
 
 def test_unknown_queries_decide_no_claim(queries):

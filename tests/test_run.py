@@ -207,6 +207,35 @@ def test_an_unknown_option_or_value_is_refused(bad):
     assert caught.value.code == 2
 
 
+def test_the_committed_figures_are_nobody_s_output(capsys):
+    assert run.main(["--only", "report", "--output", "demo"]) == 2
+    assert "figures/demo holds the reference run" in capsys.readouterr().err
+
+
+def test_a_model_whose_files_change_while_a_notebook_runs_gives_no_result(books, model, runs, capsys):
+    config = Path(model, "config.json")
+    write_localize(books, f"\nopen({str(config)!r}, 'a').write(' ')")
+    assert run.main(options(model, "--only", "01"), books) == 1
+    assert all("changed while it ran" in problem for _, problem in table(capsys.readouterr().out).values())
+    write_localize(books)
+    assert run.main(options(model, "--only", "01"), books) == 0
+    assert {status for status, _ in table(capsys.readouterr().out).values()} == {"done"}
+
+
+def test_a_job_runs_again_when_its_corpus_changes_which_may_be_named_from_here(books, model, runs, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("one")
+    write_notebook(books, "01_localize", PARAMETERS + '\ncorpus = "demo"', OPEN.format("01_localize"),
+                   "assert open(corpus).read()")
+    arguments = options(model, "--only", "01", "-p", "corpus", "./text.txt")
+    for wanted in ("done", "cached"):
+        assert run.main(arguments, books) == 0
+        assert {status for status, _ in table(capsys.readouterr().out).values()} == {wanted}
+    Path("text.txt").write_text("two")
+    assert run.main(arguments, books) == 0
+    assert {status for status, _ in table(capsys.readouterr().out).values()} == {"done"}
+
+
 def test_every_01_comes_before_the_first_02_and_03_takes_the_downstream_methods(books, model, runs):
     write_notebook(books, "03_editing", PARAMETERS)
     write_notebook(books, "report", "output = 'default'")
@@ -408,6 +437,16 @@ def test_a_notebook_refuses_parameters_it_does_not_know(injected, said):
     with pytest.raises(ValueError, match=".*") as caught:
         check_parameters(["", PARAMETERS, f"# Parameters\n{injected}\n", "later = f()"])
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("line", ["relations = 'P36 P17'.split()", "t: float = 0.2", "import os", "%time x = 1"])
+def test_a_parameters_cell_that_is_not_literal_is_refused_and_no_older_one_taken_for_it(line):
+    edited = PARAMETERS.replace("demo/gpt2", "demo/llama2") + f"\n{line}\n"
+    with pytest.raises(ValueError, match="parameters cell") as caught:
+        check_parameters([PARAMETERS, "x = f()", edited, "x = f()"])
+    assert line in str(caught.value)
+    mended = PARAMETERS.replace("demo/gpt2", "demo/llama3")
+    assert check_parameters([PARAMETERS, edited, mended])["model"] == "demo/llama3"
 
 
 def test_injected_values_win_and_none_means_all():

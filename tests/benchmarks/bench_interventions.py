@@ -47,8 +47,7 @@ def neuron_rows(lm, facts):
         encoded = [lm.encode(prompt, fact["object"]) for prompt in fact["prompts"]]
         sets = [set(zip(*kns)) for kns in zip(fact["layer"], fact["neuron"])]
         for i, (query, active) in enumerate(zip(encoded, _activations(lm, [prompt for prompt, _ in encoded]))):
-            other = set(map(tuple, fact["other"][i]))
-            rows += [(*query, frozenset(chosen), factor) for chosen in query_sets(sets, i, active, other, rng).values()
+            rows += [(*query, frozenset(chosen), factor) for chosen in query_sets(sets, i, active, rng).values()
                      for factor in (0.0, 2.0)]
     return rows
 
@@ -71,7 +70,7 @@ def main(model="demo/gpt2", count=12):
     unit = [dict(relation=f.relation, subject=f.subject, object=f.object, prompts=list(f.prompts)) for f in facts]
     queries = localise_unit(lm, unit)
     queries = queries[queries["left_out"].isna()]
-    facts = [fact for part in units(queries, 0.2, other=0) for fact in part]
+    facts = [fact for part in units(queries, 0.2) for fact in part]
     rows = neuron_rows(lm, facts)
     synapses = synapse_rows(lm, facts)
 
