@@ -179,10 +179,13 @@ def expand_call_argument(key: str | None, value, batch: int, rows: int, num_head
 def value_vectors(down: nn.Module) -> Tensor:
     """(N, d) view of the down-projection's weight: row p is the value vector of neuron p (what the projection
     multiplies its activation with): a row of GPT-2's Conv1D, a column of a Linear."""
-    weight = down.weight
-    if not weight.is_floating_point() or weight.dim() != 2:
+    weight = getattr(down, "weight", None)
+    if weight is None or not weight.is_floating_point() or weight.dim() != 2:
         raise UnsupportedModel(
-            f"{type(down).__name__}: quantised weights ({weight.dtype}) cannot be edited exactly; "
+            f"{type(down).__name__}: quantised weights ({getattr(weight, 'dtype', None)}) cannot be edited exactly; "
             "load the model in float32 or bfloat16"
         )
+    if not isinstance(down, (nn.Linear, Conv1D)) or type(down).__module__.split(".")[0] not in ("torch", "transformers"):
+        raise UnsupportedModel(f"{type(down).__name__}: a projection that may write more than its weights say (an adapter?) "
+                               "cannot be edited exactly; merge the adapter into the weights first")
     return weight if isinstance(down, Conv1D) else weight.T

@@ -12,14 +12,15 @@ Shapes: Q queries, B baselines a query, P points a layer, L layers, N neurons a 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .quadrature import RULES, adaptive_plan, fixed_plan
-from .replay import (CleanPass, answer_probabilities, clean_pass, hooked, neuron_vectors, replaying, run_layer, site_module,
-                     start_rows, within_memory)
+from .replay import (ONE_AT_A_TIME, CleanPass, answer_probabilities, clean_pass, hooked, neuron_vectors, replaying, run_layer,
+                     site_module, start_rows, within_memory)
 from .rows import score_queries
 
 METHODS = ("ig", "sig", "amig")
@@ -45,10 +46,11 @@ class Spec:
                               ("site", SITES), ("amig_factor", ("w-b", "w"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 2:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, Integral) or self.steps < 2:
             raise ValueError(f"steps is {self.steps!r}; an integral needs a whole number of at least 2 steps")
+        object.__setattr__(self, "steps", int(self.steps))  # a spec is kept as JSON
         budget = self.row_budget
-        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
+        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, Integral) or budget < 1):
             raise ValueError(f"row_budget is {budget!r}; use a whole number of at least 1 row, or None for the default")
 
 
@@ -93,11 +95,13 @@ def attribute(lm, prompts, answers, *, method="ig", steps=20, rule="right", answ
 def attribute_encoded(lm, queries: list[tuple[list[int], list[int]]], spec: Spec, names=None) -> Attribution:
     """`attribute` for queries already tokenised into (prompt ids, answer ids). `names` are used in errors."""
     lm.check_ready()
+    lm.check_replay()
     if lm.dtype == torch.float16:
         raise ValueError("float16 gradients of a probability underflow silently; load the model in bfloat16 or float32")
     names = names or [lm.tokenizer.decode(p, skip_special_tokens=True) for p, _ in queries]
-    return within_memory(lambda budget: _attribute(lm, queries, replace(spec, row_budget=budget), names),
-                         spec.row_budget or default_row_budget(lm), lm.num_layers)
+    with ONE_AT_A_TIME:
+        return within_memory(lambda budget: _attribute(lm, queries, replace(spec, row_budget=budget), names),
+                             spec.row_budget or default_row_budget(lm), lm.num_layers)
 
 
 def _attribute(lm, queries, spec, names) -> Attribution:
@@ -268,9 +272,8 @@ def _add_gradients(lm, clean, target, paths, plan, mean, at_end, site) -> list[T
     with torch.enable_grad():
         hidden, leaves, end = _grow(lm, clean, rows, at_end is not None, site)
         probability = answer_probabilities(lm, hidden, target, need_grad=True)
-        probability.sum().backward()
-    for layer, (leaf, (index, _, weight)) in enumerate(zip(leaves, plan)):
-        grad = leaf.grad  # None where no row starts in the layer
+        grads = torch.autograd.grad(probability.sum(), leaves, allow_unused=True)  # None where no row starts in the layer
+    for layer, (grad, (index, _, weight)) in enumerate(zip(grads, plan)):
         if at_end is not None and layer == 0:
             end[0], grad = grad[:, 0], grad[:, 1:]
         if index.shape[1]:

@@ -76,7 +76,7 @@ def load_facts(dataset="demo", *, relations=None, facts_per_relation=None, seed=
         nothing but punctuation follows it.
 
     Duplicate facts are dropped, and so are duplicate prompts of a fact. Facts left with fewer than two
-    prompts are left out, and a warning counts them. Raises ValueError naming the parameter, or the file and
+    prompts are left out, and so are relations with too few patterns; a warning names them. Raises ValueError naming the parameter, or the file and
     line.
     """
     _check_count("facts_per_relation", facts_per_relation, optional=True)
@@ -86,11 +86,12 @@ def load_facts(dataset="demo", *, relations=None, facts_per_relation=None, seed=
     if middle not in ("cut", "drop"):
         raise ValueError(f"middle must be 'cut' or 'drop', not {middle!r}")
     known, fetch = _open_dataset(dataset)
-    facts, left_out = [], {}
+    facts, left_out, short = [], {}, []
     for relation in _choose_relations(relations, known):
         templates, n_patterns = _read_patterns(fetch(PATTERNS, relation), middle)
         if n_patterns < min_patterns:
             if relations is None:
+                short.append(relation)
                 continue
             raise ValueError(f"relation {relation} has {n_patterns} patterns, fewer than "
                              f"min_patterns={min_patterns}: lower min_patterns or leave the relation out")
@@ -99,6 +100,8 @@ def load_facts(dataset="demo", *, relations=None, facts_per_relation=None, seed=
         if len(usable) < len(every):
             left_out[relation] = len(every) - len(usable)
         facts += _sample(usable, relation, facts_per_relation, seed)
+    if short:
+        log.warning("%d relations left out, having fewer than %d patterns: %s", len(short), min_patterns, ", ".join(short))
     if left_out:
         log.warning("%d facts left out, having fewer than 2 prompts: %s", sum(left_out.values()),
                     ", ".join(f"{relation} {n}" for relation, n in left_out.items()))
@@ -119,7 +122,7 @@ def prompt_template(pattern: str, middle: str = "cut") -> str | None:
         raise ValueError(f"pattern {pattern!r} needs both [X] and [Y]")
     if "[X]" not in left or (middle == "drop" and re.search(r"\w", right)):
         return None
-    return " ".join(left.split())
+    return re.sub(" {2,}", " ", left).strip()
 
 
 def perplexity_texts(source="demo") -> list[str]:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +134,7 @@ def edit_vector(lm, op, *, old=None, new=None, lambda1=2.0, lambda2=2.0, embeddi
     if op not in OPERATIONS:
         raise ValueError(f"op {op!r} is unknown; use one of {', '.join(OPERATIONS)}")
     for name, value in (("lambda1", lambda1), ("lambda2", lambda2)):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        number = isinstance(value, Real) and not isinstance(value, bool)
         if not number or not abs(value) <= torch.finfo(lm.dtype).max:  # not, for NaN
             raise ValueError(f"{name} is {value!r}; it must be a finite number that {lm.dtype} holds")
     if embedding not in EMBEDDINGS:
@@ -204,7 +205,7 @@ def perplexity(lm, texts, max_tokens=256) -> float:
 
 def encode_entries(lm, texts, max_tokens) -> list[tuple[list[int], list[int]]]:
     """([first token], the tokens to score) of each text."""
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 2:
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, Integral) or max_tokens < 2:
         raise ValueError(f"max_tokens is {max_tokens!r}; it must be a whole number of at least 2")
     if not texts:
         raise ValueError("perplexity needs at least one text")

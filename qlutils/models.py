@@ -7,7 +7,7 @@ import json
 import math
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from functools import cached_property
 from pathlib import Path
 
@@ -40,6 +40,7 @@ class LanguageModel:
             raise UnsupportedModel(f"{name}: a compiled model, which leaves out hooks; give the model itself")
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self._fingerprint: tuple = (None, "")
+        self._hooks: list | None = []  # forward hooks of other code with which the replay was verified
         self.arch = arch.find_architecture(model, name)
         arch.use_fused_gelu(model)
         self.num_embeddings = model.get_input_embeddings().weight.shape[0]
@@ -104,6 +105,24 @@ class LanguageModel:
             raise ValueError(f"{self.name} is in training mode, where dropout changes every number; call lm.model.eval()")
         if getattr(self.model, "_compiled_call_impl", None) is not None:
             raise ValueError(f"{self.name} was compiled after it was loaded, and a compiled model leaves out hooks; load it anew")
+        if self.model.get_output_embeddings() is not self.arch.head:
+            raise ValueError(f"{self.name} got another unembedding after it was loaded (its embeddings were resized?); make a "
+                             "LanguageModel of it anew")
+
+    def hooks_of_others(self) -> list:
+        """The forward hooks on the model that are neither this package's nor those of the libraries it runs on."""
+        own = ("qlutils", "transformers", "accelerate", "torch")
+        return [hook for module in self.model.modules() for kind in (module._forward_pre_hooks, module._forward_hooks)
+                for hook in kind.values() if (getattr(hook, "__module__", None) or "").split(".")[0] not in own]
+
+    def check_replay(self) -> None:
+        """ValueError for hooks of other code that do not do to rows, which stand side by side, what they do to tokens."""
+        if (hooks := self.hooks_of_others()) != self._hooks:
+            from .replay import verify_again
+
+            self._hooks = None
+            verify_again(self)
+            self._hooks = hooks
 
     def value_vectors(self, layer: int) -> Tensor:
         """(N, d) view of layer `layer`'s down-projection: row p is what neuron p writes."""
@@ -174,18 +193,25 @@ class LanguageModel:
             if isinstance(texts, str):
                 raise ValueError(f"{name} must be a list of texts, one answer a prompt; got the single text "
                                  f"{texts[:60]!r}")
-            if not isinstance(texts, Iterable):
-                raise ValueError(f"{name} must be a list of texts, one answer a prompt; got {texts!r}")
+            if not is_sequence(texts):
+                raise ValueError(f"{name} must be a list of texts, one answer a prompt; got {type(texts).__name__}: {str(texts)[:60]!r}")
         prompts, answers = list(prompts), list(answers)
         if len(prompts) != len(answers):
             raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers; give one answer a prompt")
         return [self.encode(prompt, answer) for prompt, answer in zip(prompts, answers)]
 
 
+def is_sequence(value) -> bool:
+    """Whether iterating `value` gives its entries in an order that means something: not so for sets, nor for what iterates
+    over its keys (dictionaries, data frames)."""
+    of_keys = hasattr(value, "keys") and not hasattr(value, "to_list")  # a Series has both
+    return isinstance(value, Iterable) and not isinstance(value, Set) and not of_keys
+
+
 def whole_numbers(groups, names, what) -> list[tuple[int, ...]]:
     """`groups`, for example of (layer, index), as tuples of ints. ValueError, naming the first that is none: a
     neuron (0.7, 1) is not neuron (0, 1), and True is not 1."""
-    if isinstance(groups, (str, bytes)) or not isinstance(groups, Iterable):
+    if isinstance(groups, (str, bytes)) or not (isinstance(groups, Set) or is_sequence(groups)):
         raise ValueError(f"{what}s must be a set of ({', '.join(names)}); got {groups!r}")
     found = []
     for group in groups:

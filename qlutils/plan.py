@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
@@ -24,6 +23,8 @@ QUERY_BYTES = 2500  # a stored query: its sparse scores, compressed
 
 def model_shape(name: str) -> tuple:
     """(layers, width, neurons, vocabulary, key-value share, gated) from a local configuration, or the paper's table."""
+    from transformers import AutoConfig
+
     from .models import _source
 
     folder = Path(_source(name) if name.startswith("demo/") else name).expanduser()  # a plan needs no weights
@@ -32,12 +33,15 @@ def model_shape(name: str) -> tuple:
     if not folder.is_dir():
         raise ValueError(f"the shape of {name!r} is not known here: plan with a local folder that holds its config.json, "
                          f"a bundled model, or one of {', '.join(SHAPES)}")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    first = lambda *keys: next((config[k] for k in keys if config.get(k)), None)  # noqa: E731
-    width, heads = first("hidden_size", "n_embd"), first("num_attention_heads", "n_head")
-    gated = first("model_type") not in ("gpt2", "gptj", "gpt_neox", "opt", "bloom", "falcon", "phi")
-    return (first("num_hidden_layers", "n_layer"), width, first("intermediate_size", "n_inner", "ffn_dim") or 4 * width,
-            config["vocab_size"], (first("num_key_value_heads") or heads) / heads, gated)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+        width, heads = config.hidden_size, config.num_attention_heads
+        neurons = next((n for key in ("intermediate_size", "n_inner", "ffn_dim") if (n := getattr(config, key, None))), 4 * width)
+        gated = config.model_type not in ("gpt2", "gpt_neo", "gptj", "codegen", "gpt_neox", "opt", "bloom", "falcon", "phi")
+        return (config.num_hidden_layers, width, neurons, config.vocab_size,
+                (getattr(config, "num_key_value_heads", None) or heads) / heads, gated)
+    except (AttributeError, OSError, ValueError) as error:
+        raise ValueError(f"no shape can be read from {folder / 'config.json'}: {error}") from None
 
 
 def query_flops(shape: tuple, method: str, steps: int, tokens: float) -> float:
@@ -54,7 +58,9 @@ def matmul_rate(device: str | None, dtype: str | None, shape: tuple, seconds: fl
     """(device name, dtype, FLOP/s) of the device's matmul at this model's MLP shape: best of a few seconds."""
     import torch
 
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    from .models import _device
+
+    device = _device(device)
     kind = getattr(torch, dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     rows = 512 if device.type == "cpu" else 8192
     a = torch.randn(rows, shape[1], device=device, dtype=kind)
@@ -72,15 +78,16 @@ def matmul_rate(device: str | None, dtype: str | None, shape: tuple, seconds: fl
 
 
 def plan(models, methods, *, data="demo", relations=None, facts_per_relation=None, seed=0, device=None, dtype=None,
-         steps=20) -> pd.DataFrame:
-    """A row a model and method: queries, answer tokens, rows, FLOPs, hours on this device, memory and disk.
+         steps=20, middle="cut", answer="all") -> pd.DataFrame:
+    """A row a model and method: queries, rows, FLOPs, hours on this device, memory and disk.
 
     The tokens are estimated from the words; the hours from the matmul rate measured now and the fraction of it that
     attribution reaches (`FRACTION`). Nothing is downloaded but the facts."""
-    facts = load_facts(data, relations=relations, facts_per_relation=facts_per_relation, seed=seed)
+    facts = load_facts(data, relations=relations, facts_per_relation=facts_per_relation, seed=seed, middle=middle)
     queries = sum(len(fact.prompts) for fact in facts)
     words = np.mean([len(prompt.split()) for fact in facts for prompt in fact.prompts])
-    answers = np.mean([max(1.0, TOKENS_A_WORD * len(fact.object.split())) for fact in facts for _ in fact.prompts])
+    lengths = [max(1.0, TOKENS_A_WORD * len(fact.object.split())) for fact in facts for _ in fact.prompts]
+    answers = np.mean(lengths) if answer == "all" else 1  # tokens that are attributed
     rows = []
     for model in models:
         shape = model_shape(model)

@@ -29,8 +29,8 @@ NOTEBOOKS = {"01": "01_localize", "02": "02_consistency", "03": "03_kn_modificat
              "05": "05_attention_predominance", "06": "06_knowledge_synapses", "07": "07_cas_editing"}
 PAPER_SETS = ("self", *NEIGHBOURS)
 SET_ORDER = ("self", "self_random", "self_same_relation", "self_other_relation", "self_active", "union", "union_others",
-             "union_matched", "self_as_union", "union_random", "intersection", "intersection_others", "intersection_matched", "self_as_intersection",
-             "refine", "refine_others", "refine_matched", "self_as_refine")
+             "union_matched", "self_as_union", "union_random", "intersection", "intersection_others",
+             "intersection_matched", "self_as_intersection", "refine", "refine_others", "refine_matched", "self_as_refine")
 SETTINGS = ("t", "static_threshold", "middle")  # those of the report, wherever a notebook has them, too
 COMPARES = "02"  # the notebook that compares methods: its results stand in the model's folder `all`
 # The frames that claims and figures read: {name under which it was saved: notebook}.

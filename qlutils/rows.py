@@ -15,6 +15,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from numbers import Real
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from transformers import DynamicCache
 
 from .arch import UnsupportedModel
 from .attention import with_cache
-from .replay import call_layer, final_hidden, hooked, to_logits, within_memory
+from .replay import ONE_AT_A_TIME, call_layer, final_hidden, hooked, to_logits, within_memory
 
 LOGITS = 2**23  # logits held at once
 CPU_TOKENS = 2048  # tokens of a batch on a CPU; from 1,024 on the time is flat
@@ -46,7 +47,7 @@ class Change:
 def check_factor(lm, factor) -> float:
     """`factor` as a float; ValueError for what is no finite number of the model's dtype."""
     largest = torch.finfo(lm.dtype).max
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not abs(factor) <= largest:
+    if isinstance(factor, bool) or not isinstance(factor, Real) or not abs(factor) <= largest:
         raise ValueError(f"factor is {factor!r}; it must be a finite number of at most {largest:.0e} in magnitude, what "
                          f"{lm.dtype} holds (0 suppresses, 2 doubles)")
     return float(factor)
@@ -119,7 +120,7 @@ def score_rows(lm, queries, rows, *, everywhere=False, tokens=None) -> Scores:
             for start in range(0, len(members), size):
                 _score_group(lm, queries, members[start:start + size], by_query, prefix, size, out)
 
-    with scoring(lm):
+    with ONE_AT_A_TIME, scoring(lm):
         within_memory(score, tokens or token_budget(lm))
     return out
 
@@ -199,7 +200,8 @@ def _grow(lm, shared: _Shared, rows, prompt_ends, who, at) -> Tensor:
     the scored places only, tokens `at` of rows `who`, since nothing after the last attention looks elsewhere."""
     index = torch.tensor([local for local, *_ in rows], device=lm.device)
     starts = np.array([start for _, _, start, _ in rows])
-    skip = lm.adds_mlp_output and not _scales(lm)  # then a row's first changed layer need not be run
+    whole = bool(lm.hooks_of_others())  # which may do anything with what they are shown
+    skip = lm.adds_mlp_output and not _scales(lm) and not whole  # then a row's first changed layer need not be run
     entry = np.minimum(starts + skip, lm.num_layers)
     hidden = None
     for layer in range(int(entry[0]), lm.num_layers + 1):
@@ -211,7 +213,7 @@ def _grow(lm, shared: _Shared, rows, prompt_ends, who, at) -> Tensor:
                 _write(lm, shared, layer - 1, rows[begun:running], index[begun:running], new)
             hidden = new if hidden is None else torch.cat([hidden, new])
         if hidden is not None and layer < lm.num_layers:
-            few = layer == lm.num_layers - 1 and 2 * len(who) < hidden.shape[0] * hidden.shape[1]
+            few = layer == lm.num_layers - 1 and not whole and 2 * len(who) < hidden.shape[0] * hidden.shape[1]
             scored = (who, at) if few and lm.arch.mlps[layer] is not None else None
             with _changed(lm, layer, rows[:running], prompt_ends, scored):
                 if shared.prefix is not None:

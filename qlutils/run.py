@@ -82,12 +82,12 @@ def main(argv=None, notebooks=None):
                                  "QLUTILS_THREADS": os.environ.get("QLUTILS_THREADS") or None}.items():
                 if number is not None and not re.fullmatch(r"[1-9]\d*", str(number)):
                     raise ValueError(f"{name} {number}: want a whole number of at least 1")
-            if args.plan:
-                return _plan(args)
             if args.refresh:
                 from .refresh import refresh
                 return refresh()
             jobs, data_hash = plan_jobs(args, Path(notebooks or paths.NOTEBOOKS))
+            if args.plan:
+                return _plan(args, [job for job in jobs if job.notebook.stem.startswith(PER_METHOD)])
             with locked(root / ".lock"), _scheduler(args) as address:
                 return _run(jobs, root, data_hash, command, address, _at_once(args, address))
     except (ValueError, OSError) as error:  # StoreError is one
@@ -142,14 +142,16 @@ def _parser():
     return parser
 
 
-def _plan(args):
+def _plan(args, jobs):
     from .plan import plan
 
-    costs = plan(args.models, args.methods, data=args.data, relations=args.relations, seed=args.seed,
-                 facts_per_relation=None if args.full else args.facts_per_relation, device=args.device,
-                 dtype=args.dtype)
+    if not jobs:
+        raise ValueError("--plan: with these options nothing is localised")
+    matter = ("data", "relations", "facts_per_relation", "seed", "steps", "middle", "answer")
+    costs = plan(list(dict.fromkeys(args.models)), list(dict.fromkeys(args.methods)), device=args.device, dtype=args.dtype,
+                 **{name: value for name, value in jobs[0].parameters.items() if name in matter})
     print(costs.to_string(index=False, float_format=lambda x: f"{x:,.3g}" if x < 1e4 else f"{x:,.0f}"))
-    print(f"Hours in all: {costs['hours'].sum():,.1f} for localisation on one such device; notebooks 03-07 and the report "
+    print(f"Hours in all: {costs['hours'].sum():,.3g} for localisation on one such device; notebooks 03-07 and the report "
           "come on top. Nothing was started.")
     return 0
 

@@ -217,11 +217,21 @@ def check_parameters(cells):
             values.update(cell)
     if problem:  # else an older cell's values would be taken for it
         raise ValueError(f"the parameters cell must hold nothing but lines `name = literal value`; got\n{problem}")
+    check_values(values, values)
     return values
 
 
+RANGES = {  # of parameters whose other values would give numbers without a meaning; the rest is checked where it is used
+    "t": (0.05, 1, "a share of the largest score that results keep, at least 0.05 and below 1"),
+    "static_threshold": (0, 1, "a CS2, at least 0 and below 1"), "example_line": (0, 1, "a CS2, at least 0 and below 1"),
+    "n_locality": (1, 10**6, "a number of queries, at least 1"), "ppl_entries": (0, 10**6, "a number of texts, at least 0"),
+    "ppl_max_tokens": (2, 10**6, "a number of tokens, at least 2"), "seed": (0, 2**63, "at least 0"),
+    "more_controls_facts": (0, 10**6, "a number of facts, at least 0"), "sweep_facts": (0, 10**6, "a number of facts, at least 0"),
+    "control_queries": (1, 10**6, "a number of queries, at least 1")}
+
+
 def check_values(given, defaults):
-    """ValueError unless every given parameter is known and of its default's type."""
+    """ValueError unless every given parameter is known, of its default's type and within its range."""
     for name, value in given.items():
         if name not in defaults:
             raise ValueError(f"unknown parameter {name!r}; this notebook knows {', '.join(defaults)}")
@@ -230,6 +240,10 @@ def check_values(given, defaults):
                 or (isinstance(default, float) and type(value) is int)):
             raise ValueError(f"parameter {name}={value!r}: want a value like its default {default!r}, "
                              f"of type {type(default).__name__}")
+    for name, (least, limit, what) in RANGES.items():
+        value = given.get(name, least)
+        if isinstance(value, (int, float)) and not least <= value < limit:
+            raise ValueError(f"parameter {name}={value!r}: want {what}")
 
 
 def literals(source):

@@ -12,6 +12,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, product
+from numbers import Real
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ from .arch import UnsupportedModel
 from .attention import NAME, Control, replaced_methods
 from .attribution import Spec, attribute_encoded
 from .models import whole_numbers
-from .replay import AnswerProbability, attention_implementation, hooked, neuron_vectors, within_memory
+from .replay import ONE_AT_A_TIME, AnswerProbability, attention_implementation, hooked, neuron_vectors, within_memory
 from .rows import check_factor, refuse_numbers, token_budget
 
 SCORES = ("sum", "visible_mean")
@@ -132,7 +133,7 @@ def find_synapses(lm, prompt: str, alpha: float = 0.3, *, score: str = "sum") ->
 
 
 def _check_alpha(alpha, score):
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha <= 1:
+    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha <= 1:
         raise ValueError(f"alpha is {alpha!r}; use a number above 0 and at most 1 (the paper: 0.3)")
     if score not in SCORES:
         raise ValueError(f"score {score!r} is unknown; use one of {', '.join(SCORES)}")
@@ -153,7 +154,8 @@ def column_scores(lm, prompts: list[list[int]], score: str = "sum") -> list[tupl
                     refuse_numbers(lm, prompts[query])
                 out[query] = found
 
-    within_memory(run, token_budget(lm))
+    with ONE_AT_A_TIME:
+        within_memory(run, token_budget(lm))
     return out
 
 

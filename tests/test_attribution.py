@@ -2,6 +2,7 @@
 completeness; and what must hold whatever the scores are (batches, memory, the model afterwards, refusals)."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -391,6 +392,9 @@ def watched_rows(lm, limit=None):
             raise torch.OutOfMemoryError("pretended")
 
     with hooked(lm.layers[-1].register_forward_pre_hook(look, with_kwargs=True)):
+        if limit is None:
+            lm.check_replay()  # of models with hooks of others; its passes are not what is watched
+            seen.update(most=0, calls=0)
         yield seen
 
 
@@ -444,6 +448,55 @@ def test_out_of_memory_for_the_smallest_batch_and_other_errors_come_through():
     with hooked(lm.downs[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))):
         with pytest.raises(RuntimeError, match="a bug"):
             attribute_encoded(lm, [([5, 6, 7], [8])], Spec(steps=4))
+
+
+# --- what others did to the model since it was loaded ---------------------------------------------------------
+def steered(_, __, output):
+    """A layer's output plus a vector at the last token, as steering code writes it."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    hidden = hidden.clone()
+    hidden[:, -1] += torch.linspace(-1, 1, hidden.shape[-1], dtype=hidden.dtype)
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def doubled(_, __, output):
+    return (2 * output[0], *output[1:]) if isinstance(output, tuple) else 2 * output
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_hooks_of_others_are_part_of_the_model_or_refused(method):
+    lm, query = tiny_lm("gpt2"), ([5, 6, 7, 8], [9])
+    assert lm.adds_mlp_output
+    plain = attribute_encoded(lm, [query], Spec(method, 4)).scores
+    with hooked(lm.layers[1].register_forward_hook(doubled)):  # no longer adds what its MLP writes as it is
+        found = attribute_encoded(lm, [query], Spec(method, 4)).scores
+        wanted, _ = Naive(lm.model, "gpt2").attribute(*query, method, *quadrature("right", 4))
+    assert relative(found[0], wanted) <= 1e-9 and relative(found, plain) > 1e-3
+    with hooked(lm.layers[1].register_forward_hook(steered)):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="tiny.*forward hooks of other code.*remove them"):
+                attribute_encoded(lm, [query], Spec(method, 4))
+    assert torch.equal(attribute_encoded(lm, [query], Spec(method, 4)).scores, plain) and lm.adds_mlp_output
+
+
+def test_weights_that_take_gradients_keep_none():
+    lm, query = tiny_lm("gpt2"), ([5, 6, 7, 8], [9])
+    plain = attribute_encoded(lm, [query], Spec(steps=4)).scores
+    lm.model.requires_grad_(True)
+    try:
+        assert torch.equal(attribute_encoded(lm, [query], Spec(steps=4)).scores, plain)
+        assert all(parameter.grad is None for parameter in lm.model.parameters())
+    finally:
+        lm.model.requires_grad_(False)
+
+
+def test_threads_that_share_a_model_wait_for_one_another():
+    lm, spec = tiny_lm("llama3"), Spec(steps=4)
+    queries = [([5, 6, 7, 8 + i], [9]) for i in range(8)]
+    wanted = [attribute_encoded(lm, [query], spec).scores for query in queries]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda query: attribute_encoded(lm, [query], spec).scores, queries * 4))
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted * 4))
 
 
 # --- bfloat16 --------------------------------------------------------------------------------------------

@@ -548,6 +548,14 @@ CALLS = [
     ("one text for prompts", ask("ann is in", ["x"]), "prompts must be a list.*'ann is in'"),
     ("None for prompts", ask(None, ["x"]), "prompts must be a list.*None"),
     ("a number for answers", ask(["ann is in"], 3), "answers must be a list.*3"),
+    *((f"{kind} for prompts", ask(value, ["x"]), f"prompts must be a list.*{kind}") for kind, value in (
+        ("dict", {"ann is in": "x"}), ("set", {"ann is in"}), ("DataFrame", pd.DataFrame({"prompt": ["ann is in"]})))),
+    *((f"{type(value).__name__} for prompts", ask(value, ["x"]), RIGHT) for value in (
+        ("ann is in",), np.array(["ann is in"]), pd.Series(["ann is in"]))),
+    *((f"{type(value).__name__} for neurons", scaled(value), "neurons must be a set")
+      for value in ({(0, 1): 2.0}, pd.DataFrame([[0, 1]]))),
+    ("steps of NumPy", attributed(steps=np.int64(3)), RIGHT),
+    ("factor of NumPy", scaled(factor=np.float32(0.5)), RIGHT),
     ("more prompts than answers", ask(["a b", "c d"], ["x"]), "2 prompts but 1 answers"),
     ("an unknown kind of answer", ask(["a b"], ["x"], answer="last"), "answer 'last' is unknown"),
     ("a list for the kind of answer", ask(["a b"], ["x"], answer=["all"]), "answer .*'all'.* is unknown"),

@@ -368,6 +368,7 @@ def test_the_model_is_as_before_after_every_call_also_one_that_fails_in_the_midd
                lm.downs[2].register_forward_hook(count_and_fail)]
     try:
         with unchanged(lm):
+            call(lm, tmp_path / "first")  # also looks whether rows go through these hooks as tokens do
             seen.clear()
             call(lm, tmp_path / "whole")
             total = len(seen)

@@ -158,6 +158,32 @@ def test_quantised_value_vectors_are_refused():
         lm.value_vectors(0)
 
 
+class Adapted(nn.Linear):
+    """Writes more than its weights say, as a projection with an adapter does."""
+
+    def forward(self, x):
+        return super().forward(x) + x[..., :1]
+
+
+def test_value_vectors_of_a_projection_with_an_adapter_are_refused():
+    model = tiny_model("llama2")
+    down = model.model.layers[1].mlp.down_proj
+    adapted = Adapted(down.in_features, down.out_features, bias=False).to(down.weight)
+    adapted.load_state_dict(down.state_dict())
+    model.model.layers[1].mlp.down_proj = adapted
+    lm = LanguageModel(model, word_tokenizer(), "adapted")
+    with pytest.raises(UnsupportedModel, match="Adapted.*adapter.*merge"):
+        lm.value_vectors(1)
+    assert lm.value_vectors(0).shape == (lm.num_neurons, 32)
+
+
+def test_an_unembedding_exchanged_after_loading_is_refused():
+    lm = tiny_lm("llama2")
+    lm.model.resize_token_embeddings(lm.num_embeddings + 3)
+    with pytest.raises(ValueError, match="tiny-llama2 got another unembedding after it was loaded"):
+        lm.check_ready()
+
+
 # --- loading ---------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):

@@ -431,12 +431,37 @@ def test_two_drivers_on_one_output_are_refused(books, model, runs, capsys):
         ("model = None", "model=None"),
         ("model = __import__('os').getcwd()", "not a literal"),
         ("relations.x = 1", "not a literal"),
+        ("t = 0.01", "parameter t=0.01: want a share of the largest score that results keep"),
+        ("t = 1", "parameter t=1: want"),
+        ("seed = -1", "parameter seed=-1: want at least 0"),
     ],
 )
 def test_a_notebook_refuses_parameters_it_does_not_know(injected, said):
     with pytest.raises(ValueError, match=".*") as caught:
         check_parameters(["", PARAMETERS, f"# Parameters\n{injected}\n", "later = f()"])
     assert said in str(caught.value)
+
+
+def test_a_value_out_of_range_is_refused_in_the_parameters_cell_too():
+    with pytest.raises(ValueError, match="static_threshold=7: want a CS2"):
+        check_parameters([f"{PARAMETERS}\nstatic_threshold = 7\n"])
+
+
+def test_a_plan_costs_what_the_options_ask_for_and_each_model_and_method_once(books, model, runs, capsys, monkeypatch):
+    write_notebook(books, "01_localize", f"{PARAMETERS}\nsteps = 20\nanswer = 'all'")
+
+    def flops(*more):
+        assert run.main(["--plan", "--models", "demo/gpt2", "demo/gpt2", "--methods", "ig", "ig", *more], books) == 0
+        columns, row, _ = capsys.readouterr().out.splitlines()
+        return float(row.split()[columns.split().index("PFLOP")])
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qlutils.plan.matmul_rate", lambda *_: ("a device", "float32", 1e15))
+        assert flops() == pytest.approx(4 * flops("-p", "steps", "5"), rel=1e-2)
+    for said, more in {"no CUDA device|torch sees": ["--device", "cuda:99"], "none of these notebooks": ["-p", "stepz", "5"]}.items():
+        assert run.main(["--plan", "--models", "demo/gpt2", *more], books) == 2
+        assert re.search(said, capsys.readouterr().err)
+    assert not runs.exists() or not list(runs.glob("*"))
 
 
 @pytest.mark.parametrize("line", ["relations = 'P36 P17'.split()", "t: float = 0.2", "import os", "%time x = 1"])
@@ -451,9 +476,9 @@ def test_a_parameters_cell_that_is_not_literal_is_refused_and_no_older_one_taken
 
 def test_injected_values_win_and_none_means_all():
     values = check_parameters(
-        ["", PARAMETERS, "# Parameters\nfacts_per_relation = None\nt = 1\n", "import qlutils"]
+        ["", f"{PARAMETERS}\nlambda1 = 2.0", "# Parameters\nfacts_per_relation = None\nlambda1 = 1\n", "import qlutils"]
     )
-    assert values["facts_per_relation"] is None and values["t"] == 1 and values["model"] == "demo/gpt2"
+    assert values["facts_per_relation"] is None and values["lambda1"] == 1 and values["model"] == "demo/gpt2"
 
 
 @pytest.mark.parametrize(
