@@ -97,14 +97,13 @@ def sample_queries(queries: pd.DataFrame, n: int = 24, seed: int = 0) -> pd.Data
 
 
 def variants(prompt: str, subject: str) -> list[str]:
-    """At most two wordings as close to the prompt as can be: an article dropped, added before the subject, or the first
-    letter's case changed. The last word, at which attribution is read, stays."""
+    """At most two wordings as close to the prompt as can be: an article dropped, or one added before the subject. The last
+    word, at which attribution is read, stays."""
     found = [prompt[:m.start()] + prompt[m.end():] for m in re.finditer(r"\b(?:the|a|an) ", prompt)]
     place = re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt)
     if place and not re.search(r"\b(?:the|a|an) $", prompt[:place.start()], re.I):
         article = "the " if place.start() else "The "
         found.append(prompt[:place.start()] + article + prompt[place.start():])
-    found.append(prompt[:1].swapcase() + prompt[1:])
     last = prompt.split()[-1:]
     return [one for one in dict.fromkeys(found) if one != prompt and one.split()[-1:] == last][:2]
 
@@ -125,9 +124,11 @@ def _localise_again(study, rows, prompts, what, **spec) -> pd.DataFrame:
 def noise(study, queries: pd.DataFrame, *, t: float = 0.2, n: int = 24, seed: int = 0, **spec) -> pd.DataFrame:
     """How far KN sets that should be one differ: a row a sampled query and kind, with cs2 and jaccard of its 3 sets.
 
-    "quadrature": the query by three rules of the integral; "variants": the query and two near-identical wordings (left
-    out where only one can be made or read); "neighbours": CS2 of 3 of the same facts' queries, to compare."""
-    rows, out = sample_queries(queries, n, seed), []
+    "quadrature": the query by three rules of the integral; "variants": the query and two near-identical wordings;
+    "neighbours": CS2 of 3 of the same facts' queries, to compare. Sampled are queries of which two such wordings can be
+    made; where there are none, others, without that kind."""
+    near = np.array([len(variants(*pair)) == GROUP - 1 for pair in zip(queries["prompt"], queries["subject"])], bool)
+    rows, out = sample_queries(queries[near] if near.any() else queries, n, seed), []
     texts = [[prompt, *variants(prompt, subject)] for prompt, subject in zip(rows["prompt"], rows["subject"])]
     byrule = [_localise_again(study, rows, [one[:1] for one in texts], f"noise {rule}",
                               **spec | {"rule": rule, "steps": steps}) for rule, steps in RULES.items()]

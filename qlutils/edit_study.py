@@ -12,9 +12,9 @@ import zlib
 import numpy as np
 import pandas as pd
 
-from .neurons import OtherFacts, active_neurons, cas_neurons, kn_sets, random_neurons
+from .neurons import OtherFacts, active_neurons, cas_neurons, kn_sets, random_neurons, strongest_neurons
 
-CONTROLS = ("random", "matched", "same_relation", "other_relation")
+CONTROLS = ("random", "matched", "same_relation", "other_relation", "strongest")
 UNIT_FACTS = 24  # batches of equal lengths are full from there on
 
 
@@ -28,7 +28,8 @@ def plan_edits(queries, facts, *, num_neurons, sets=("local", "global"), control
     spec} with a spec of None for "local" (N_i) and "global" (union of the N_j), or `cas_neurons` keywords.
     controls: for every set as many neurons in each layer, drawn at random ("random"), as active at q_i
     but no KNs of the fact ("matched"), or KNs of one other fact of the same relation ("same_relation") or of another
-    ("other_relation"). texts: entries that perplexity is measured on.
+    ("other_relation"); "strongest": as many in all, of the largest mean score over the fact's queries, perhaps in it.
+    texts: entries that perplexity is measured on.
 
     Each fact draws, with its own seed: q_i among its known queries (among all where none is known), o' among
     the relation's other objects, `n_locality` queries of facts that share neither subject nor object, half
@@ -57,7 +58,7 @@ def plan_edits(queries, facts, *, num_neurons, sets=("local", "global"), control
         omissions += [(fact, *one) for one in _omissions(known, relation, objects, chosen)]
         edits = [dict(neurons=name, control="none", set=one) for name, one in chosen.items()]
         edits += [dict(neurons=name, control=control, set=_control(
-            control, one, num_neurons, others, fact, draw(f"{control} {name}")))
+            control, one, num_neurons, others, first, draw(f"{control} {name}")))
             for name, one in chosen.items() for control in controls]
         plans.append(dict(
             fact=fact, relation=relation, subject=subject, object=obj, prompts=group["prompt"].tolist(),
@@ -106,15 +107,17 @@ def _select(spec, name, sets, at, first):
     return sets[at] if name == "local" else set().union(*sets)
 
 
-def _control(control, one, num_neurons, others, fact, rng) -> set:
-    """As many neurons in each layer as `one`, none of them in it; fewer where there are not that many.
+def _control(control, one, num_neurons, others, first, rng) -> set:
+    """As many neurons as `one`, in each layer and none of them in it but for "strongest"; fewer where there are not that many.
 
     "matched" needs the model: `edit_facts` fills it in."""
     if control == "matched":
         return set()
     if control == "random":
         return random_neurons(one, num_neurons, rng)
-    return others.draw(one, fact, rng, same_relation=control == "same_relation")
+    if control == "strongest":
+        return strongest_neurons(first, len(one))
+    return others.draw(one, first["fact"], rng, same_relation=control == "same_relation")
 
 
 class _Locality:
@@ -151,7 +154,8 @@ def edit_facts(lm, unit, *, ops=("erase", "update"), lambda1=2.0, lambda2=2.0, e
     """One row an edit of the facts in `unit` (dicts of `plan_edits`); a task for `store.run_units`.
 
     Columns: fact, relation, subject, object, new_object, op, neurons, control, n_neurons; rel, gen, loc, avg
-    over known queries and rel_all, ... over all; loc_same, loc_other, the halves of Loc; rel_match,
+    over known queries and rel_all, ... over all; loc_same, loc_other, the halves of Loc; loc_new, the share of its queries
+    that an update makes begin their answer with the new object, where they did not before; rel_match,
     gen_match, from token-level matches; p_before, p_after of the answer an operation is about (erasure: o,
     update: o') at q_i and gen_p_before, gen_p_after at its neighbours; ppl_before, ppl_after and their
     relative change dppl; n_gen, n_loc, queries behind Gen and Loc; reached, 1 or 0 for each of the fact's queries. NaN where undefined. An update whose
@@ -300,10 +304,12 @@ def _metrics(fact, op, scores, rows) -> dict:
     neighbour, locality = np.arange(n) != at, fact.plan["locality"]
     kept = np.array([scores.greedy[row] == scores.greedy[q] for row, q in zip(rows[n:], fact.locality)], float)
     same, sure = (np.array([query[key] for query in locality], bool) for key in ("same", "known"))
+    new = [_begins(scores.greedy[row], fact.new) for row, q, asked in zip(rows[n:], fact.locality, locality)
+           if op == "update" and asked["known"] and not _begins(scores.greedy[q], fact.new)]
     found = dict(
         rel=reached[at] if known[at] else np.nan,
         gen=_mean(reached[neighbour & known]) if known[at] else np.nan,
-        loc=_mean(kept[sure]), loc_same=_mean(kept[sure & same]), loc_other=_mean(kept[sure & ~same]),
+        loc=_mean(kept[sure]), loc_same=_mean(kept[sure & same]), loc_other=_mean(kept[sure & ~same]), loc_new=_mean(new),
         rel_all=reached[at], gen_all=_mean(reached[neighbour]), loc_all=_mean(kept),
         rel_match=matched[at] if known[at] else np.nan, gen_match=_mean(matched[neighbour & known]),
         p_before=p_before[at], p_after=p_after[at], gen_p_before=_mean(p_before[neighbour]),
@@ -311,6 +317,11 @@ def _metrics(fact, op, scores, rows) -> dict:
     for end in ("", "_all"):  # undefined where one of the three is
         found[f"avg{end}"] = float(np.mean([found[f"{name}{end}"] for name in ("rel", "gen", "loc")]))
     return found
+
+
+def _begins(answer, tokens) -> bool:
+    """Whether the answer's tokens are those of an object, as far as the shorter of the two goes."""
+    return all(one == other for one, other in zip(answer, tokens))
 
 
 def _mean(values) -> float:

@@ -73,14 +73,19 @@ def violins(frame, ax, *, x, hue, value, colors):
 
 
 def _violin(ax, values, at, width, color):
-    """A violin from the smallest to the largest value; a bar at their value where all are equal."""
+    """A violin from the smallest to the largest value; a bar as wide as its share for each of a few different values,
+    between which a violin would show facts that there are not."""
     if len(values) == 0:
         return
-    if np.ptp(values) > 0:
+    found, counts = np.unique(np.round(values, 9), return_counts=True)
+    if 1 < len(found) <= FEW and len(found) < len(values):
+        reach = width * counts / counts.max()
+        ax.barh(found, reach, 0.6 * np.diff(found).min(), left=at - reach / 2, color=color, alpha=0.8)
+    elif len(found) > 1:
         parts = ax.violinplot([values], [at], widths=width, showextrema=False)
         for body in parts["bodies"]:
             body.set(facecolor=color, edgecolor=color, alpha=0.8, linewidth=0.3)
-    if len(values) <= FEW or np.ptp(values) == 0:
+    if len(values) <= FEW or len(found) == 1:
         ax.hlines(values, at - width / 3, at + width / 3, color="black", linewidth=0.4)
     ax.hlines(np.median(values), at - width / 2, at + width / 2, color="black", linewidth=0.9)
 
@@ -196,8 +201,9 @@ def figure_edits(table, threshold, sets):
         rates, dppl = (plotted[(plotted["op"] == op) & ((plotted["metric"] == "dppl") == is_dppl)]
                        for is_dppl in (False, True))
         for ax, name in zip(panels, classes):
-            bars_with_intervals(rates[rates["class"] == name], ax, x="metric", hue="neurons")
-            ax.set(title=f"{op}, {_label(name)}", ylabel="", ylim=(0, 1.35))
+            part = rates[rates["class"] == name]
+            bars_with_intervals(part.drop(columns="n"), ax, x="metric", hue="neurons")
+            ax.set(title=f"{op}, {_label(name)} (n = {part['n'].max()})", ylabel="", ylim=(0, 1.02))
         broken = dppl["mean"].abs().max() > 1  # whose perplexity has no bound
         bars_with_intervals(dppl, last, x="class", hue="neurons").set(
             title=f"{op}, dPPL{' (log)' if broken else ''}", ylabel="")

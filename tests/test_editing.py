@@ -15,7 +15,7 @@ from qlutils.arch import UnsupportedModel
 from qlutils.edit_report import contrasts, edit_table
 from qlutils.edit_study import cas_spec, cas_sweep, edit_facts, plan_edits
 from qlutils.editing import edit_vector, object_tokens, usable_texts, virtual_edit
-from qlutils.neurons import kn_sets
+from qlutils.neurons import cas_candidates, kn_sets, strongest_neurons
 from qlutils.rows import score_rows
 
 ROUNDED = ("gptj", "codegen", "gpt-neo", "bloom", "gemma2")
@@ -343,6 +343,18 @@ def test_what_is_drawn_is_what_the_study_asks_for(planned):
         assert len(set(plan["texts"])) == 2
 
 
+def test_the_strongest_neurons_are_as_many_as_the_set_and_led_by_their_mean_score():
+    rng = np.random.default_rng(3)
+    scores = rng.normal(size=(4, 3, 20)) + 2 * rng.random((3, 20))
+    mean, candidates = scores.mean(0), cas_candidates(scores)
+    ranked = sorted(np.ndindex(mean.shape), key=lambda pair: -mean[pair])
+    for count in (0, 1, 7):
+        assert strongest_neurons(candidates, count) == set(ranked[:count])
+    above = {pair for pair in ranked if mean[pair] > 0.1 * mean.max()}
+    assert strongest_neurons(candidates, 60) == above and 7 < len(above) < 60
+    assert strongest_neurons(dict(layer=[], neuron=[], mean=[]), 3) == set()
+
+
 def test_draws_are_seeded_fact_by_fact(planned):
     _, queries, plans, _ = planned
     options = dict(num_neurons=48, sets=["local", "global"], controls=["random"], n_locality=6)
@@ -388,16 +400,21 @@ def test_the_metrics_equal_editing_the_weights_and_generating_one_query_at_a_tim
             words = {k: [int(w) for w in plan[k].split()] for k in ("object", "new_object")}
             with edit_weights(lm, edit["set"], row["op"], old=words["object"], new=words["new_object"]):
                 said = [by_generation(lm, prompt, len(goal.split())) == goal for prompt in plan["prompts"]]
-                kept = [
-                    by_generation(lm, q["prompt"], len(q["object"].split())) == answer
-                    for q, answer in zip(plan["locality"], clean)
-                ]
+                others = [by_generation(lm, q["prompt"], len(q["object"].split())) for q in plan["locality"]]
+                kept = [answer == before for answer, before in zip(others, clean)]
                 after = perplexity(lm, plan["texts"], 7)
             done = [float(s == (row["op"] == "update")) for s in said]
             assert row["reached"] == done
             at, known = plan["query"], plan["known"]
             near = [k for k in range(len(done)) if k != at]
             sure = [kept[k] for k, q in enumerate(plan["locality"]) if q["known"]]
+            goal = plan["new_object"].split()
+            begins = [[a.split()[: len(goal)] == goal[: len(a.split())] for a in answers] for answers in (others, clean)]
+            new = [
+                now
+                for now, before_it, q in zip(*begins, plan["locality"])
+                if q["known"] and not before_it and row["op"] == "update"
+            ]
             expected = dict(
                 rel=done[at] if known[at] else np.nan,
                 rel_all=done[at],
@@ -409,6 +426,7 @@ def test_the_metrics_equal_editing_the_weights_and_generating_one_query_at_a_tim
                 ),
                 loc=np.mean(sure) if sure else np.nan,
                 loc_all=np.mean(kept),
+                loc_new=np.mean(new) if new else np.nan,
                 ppl_before=before,
                 ppl_after=after,
                 dppl=(after - before) / before,
@@ -423,6 +441,7 @@ def test_the_metrics_equal_editing_the_weights_and_generating_one_query_at_a_tim
                     name,
                 )
     assert frame["rel"].nunique() > 1 and frame["loc_all"].nunique() > 2  # the edits do something
+    assert frame["loc_new"].nunique() > 1
 
 
 def test_every_fact_alone_gives_the_numbers_it_has_in_a_unit(planned):

@@ -187,6 +187,16 @@ def test_violins_of_equal_few_or_no_values_do_not_fail():
     ax.figure.canvas.draw()
 
 
+def test_a_violin_of_a_few_values_is_a_bar_at_each_as_wide_as_its_share():
+    frame = pd.DataFrame(dict(model="gpt2", share=[1 / 7] * 6 + [2 / 7] * 12 + [4 / 7] * 3, **{"class": "I"}))
+    ax = plots.violins(frame, plt.figure().subplots(), x="model", hue="class", value="share", colors=plots.CLASS_COLORS)
+    bars = [(bar.get_y() + bar.get_height() / 2, bar.get_width(), bar.get_x() + bar.get_width() / 2) for bar in ax.patches]
+    assert [y for y, *_ in bars] == pytest.approx([1 / 7, 2 / 7, 4 / 7])
+    assert [width / bars[1][1] for _, width, _ in bars] == pytest.approx([0.5, 1, 0.25])
+    assert len({round(middle, 9) for *_, middle in bars}) == 1 and ax.patches[0].get_height() < 1 / 7
+    plt.close(ax.figure)
+
+
 def test_bars_have_their_values_intervals_and_n():
     frame = pd.DataFrame({"set": ["Self", "Self", "Union", "Union"], "class": ["I", "II"] * 2,
                           "mean": [0.5, -0.2, 1, np.nan], "mean_low": [0.4, -0.3, 1.05, np.nan],
@@ -212,11 +222,12 @@ def test_no_legend_or_number_of_a_figure_of_edits_lies_over_a_title(dppl):
     fig, _ = plots.figure_edits(table, "otsu", ["local", "global"])
     fig.canvas.draw()
     [legend] = fig.legends
-    assert [[text.get_text() for text in ax.texts] for ax in fig.axes] == [["n = 340"]] * 6  # once a panel
+    shown = [[text.get_text() for text in (ax.title, *ax.texts)] for ax in fig.axes]
+    assert [sum("n = 340" in text for text in texts) for texts in shown] == [1] * 6
     for ax in fig.axes:
         title = ax.title.get_window_extent()
         assert ax.get_legend() is None and not legend.get_window_extent().overlaps(title)
-        assert max(text.get_window_extent().y1 for text in ax.texts) <= title.y0
+        assert all(text.get_window_extent().y1 <= title.y0 for text in ax.texts)
     plt.close(fig)
 
 
