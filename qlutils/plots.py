@@ -78,9 +78,9 @@ def _violin(ax, values, at, width, color):
     if len(values) == 0:
         return
     found, counts = np.unique(np.round(values, 9), return_counts=True)
-    if 1 < len(found) <= FEW and len(found) < len(values):
+    if len(found) <= FEW and len(found) < len(values):
         reach = width * counts / counts.max()
-        ax.barh(found, reach, 0.6 * np.diff(found).min(), left=at - reach / 2, color=color, alpha=0.8)
+        ax.barh(found, reach, 0.6 * np.diff(found).min(initial=0.1), left=at - reach / 2, color=color, alpha=0.8)
     elif len(found) > 1:
         parts = ax.violinplot([values], [at], widths=width, showextrema=False)
         for body in parts["bodies"]:
