@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 
 import numpy as np
 import pandas as pd
 
 from .neurons import classify, fact_table, otsu_threshold
-from .stats import bootstrap_mean, mean_columns, welch
+from .stats import Estimate, bootstrap_mean, bootstrap_statistic, mean_columns, welch
 from .study import METHODS
 from .tables import paper_value, without_empty_paper_columns
 
 CLASSES, THRESHOLDS = ("I", "II"), ("static", "otsu")
+RELATIONS = {  # Wikidata's names of the properties in ParaRel
+    "P17": "country", "P19": "place of birth", "P20": "place of death", "P27": "citizenship", "P30": "continent",
+    "P36": "capital", "P37": "official language", "P39": "position held", "P47": "shares border with", "P101": "field of work",
+    "P103": "native language", "P106": "occupation", "P108": "employer", "P127": "owned by", "P131": "located in",
+    "P136": "genre", "P138": "named after", "P140": "religion", "P159": "headquarters", "P176": "manufacturer",
+    "P178": "developer", "P190": "twinned city", "P264": "record label", "P276": "location", "P279": "subclass of",
+    "P361": "part of", "P364": "original language", "P407": "language of work", "P413": "position played",
+    "P449": "original broadcaster", "P463": "member of", "P495": "country of origin", "P530": "diplomatic relation",
+    "P740": "place founded", "P937": "work location", "P1001": "jurisdiction", "P1303": "instrument", "P1376": "capital of",
+    "P1412": "language spoken"}
 
 
 # --- classes ----------------------------------------------------------------------------------------------
@@ -75,7 +86,7 @@ def table_1(facts: dict[str, pd.DataFrame], model: str, seed: int = 0) -> pd.Dat
         row = {"threshold": threshold, "method": method, "at": frame[f"threshold_{threshold}"].iloc[0], "n": n}
         for name in CLASSES:
             part = frame[classes == name]
-            share = bootstrap_mean(frame.assign(inside=(classes == name).astype(float).where(classes.notna())), "inside", seed=seed)
+            share = share_of_class(frame, threshold, name, seed)
             row |= {**share.row("mean", f"R_{name}"), f"R_{name}_paper": paper(f"ratio_{name}"), f"n_{name}": len(part),
                     **bootstrap_mean(part, "cs2", seed=seed).row("mean", f"S_{name}"),
                     "n": n, f"S_{name}_paper": paper(f"cs_{name}")}
@@ -83,6 +94,34 @@ def table_1(facts: dict[str, pd.DataFrame], model: str, seed: int = 0) -> pd.Dat
         rows.append(row | {"t": test.pop("t"), "t_paper": paper("t"), **test,
                            "cap_II": common_class_two(facts, threshold), "cap_II_paper": paper("cap_II")})
     return without_empty_paper_columns(pd.DataFrame(rows))
+
+
+def share_of_class(facts, threshold, name="II", seed=0) -> Estimate:
+    """Share of the classified facts that are in a class, with its interval. Otsu's threshold is computed anew in each draw:
+    held fixed, it would make the interval half as wide as it is."""
+    classes = facts[f"class_{threshold}"]
+    if threshold == "static":
+        inside = (classes == name).astype(float).where(classes.notna())
+        return bootstrap_mean(facts.assign(inside=inside), "inside", seed=seed, share=True)
+    return bootstrap_statistic([facts.dropna(subset="cs2")], partial(_otsu, name), seed=seed)
+
+
+def difference_of_shares(facts, other, seed=0) -> Estimate:
+    """`share_of_class` II by Otsu's threshold of `facts` less that of `other`, such as another model's."""
+    return bootstrap_statistic([one.dropna(subset="cs2") for one in (facts, other)], partial(_otsu, "II"), seed=seed)
+
+
+def _otsu(what, facts, weights) -> float:
+    """Of facts under weights: Otsu's threshold on CS2 ("at"), or the share that it puts into class "I" or "II"."""
+    from skimage.filters import threshold_otsu
+
+    cs2, weights = facts["cs2"].to_numpy(np.float64), weights.astype(np.float64)
+    if len(np.unique(cs2[weights > 0])) < 2:
+        return np.nan
+    counts, edges = np.histogram(cs2, 256, weights=weights)
+    at = threshold_otsu(hist=(counts, (edges[1:] + edges[:-1]) / 2))
+    share = weights[cs2 <= at].sum() / weights.sum()
+    return float({"at": at, "I": 1 - share, "II": share}[what])
 
 
 def common_class_two(facts: dict[str, pd.DataFrame], threshold: str) -> float:
@@ -93,18 +132,24 @@ def common_class_two(facts: dict[str, pd.DataFrame], threshold: str) -> float:
     return float((classes == "II").all(axis=1).mean()) if len(classes) else np.nan
 
 
-def table_4(facts: dict[str, pd.DataFrame], model: str) -> pd.DataFrame:
-    """Table 4: the thresholds on CS2 behind Table 1, with the paper's."""
-    return without_empty_paper_columns(pd.DataFrame([
-        {"threshold": threshold, "method": method, "value": frame[f"threshold_{threshold}"].iloc[0],
-         "value_paper": paper_value(4, model, "threshold_value", threshold=threshold, method=method)}
-        for threshold in THRESHOLDS for method, frame in facts.items()]))
+def table_4(facts: dict[str, pd.DataFrame], model: str, seed: int = 0) -> pd.DataFrame:
+    """Table 4: the thresholds on CS2 behind Table 1, Otsu's with its 95 % interval, beside the paper's."""
+    rows = []
+    for threshold, (method, frame) in product(THRESHOLDS, facts.items()):
+        row = {"threshold": threshold, "method": method, "value": frame[f"threshold_{threshold}"].iloc[0]}
+        if threshold == "otsu":
+            found = bootstrap_statistic([frame.dropna(subset="cs2")], partial(_otsu, "at"), seed=seed)
+            row |= {"value_low": found.mean_low, "value_high": found.mean_high}
+        rows.append(row | {"value_paper": paper_value(4, model, "threshold_value", threshold=threshold, method=method)})
+    return without_empty_paper_columns(pd.DataFrame(rows, columns=["threshold", "method", "value", "value_low", "value_high",
+                                                                   "value_paper"]))
 
 
 def table_5(queries: pd.DataFrame) -> pd.DataFrame:
-    """Table 5: one example query and answer a relation, the first of the data in use."""
-    first = queries.groupby("relation", sort=False).first().reset_index()[["relation", "prompt", "object"]]
-    return first.rename(columns={"prompt": "example query", "object": "answer"})
+    """Table 5: one example query and answer a relation, the first of the data in use, and what ParaRel's codes mean."""
+    first = queries.groupby("relation", sort=False).first().reset_index()
+    first["meaning"] = first["relation"].map(RELATIONS).fillna("–")
+    return first[["relation", "meaning", "prompt", "object"]].rename(columns={"prompt": "example query", "object": "answer"})
 
 
 def consistency_summary(facts: dict[str, pd.DataFrame], seed: int = 0) -> pd.DataFrame:

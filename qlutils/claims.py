@@ -1,8 +1,9 @@
 """The paper's claims, each decided by one statistic of a run's saved results and its 95 % interval over facts.
 
 A claim has parts; a part is a mean, or a difference of two, that is claimed to lie above a bound. It *holds* where the
-interval lies above it, *does not hold* where it does not (*the opposite holds* where it lies below 0), and is *not testable here* where the statistic or its
-interval is not defined; then `why` says what is missing. Nothing is written by hand for a model, nothing needs torch.
+interval lies above it, *does not hold* where it lies below (*the opposite holds* where the bound is 0), *cannot be told* where
+it holds the bound, and is *not testable here* where the statistic or its interval is not defined or would say nothing; then
+`why` says so. Nothing is written by hand for a model, nothing needs torch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import HTML
 
-from .analysis import CLASSES, THRESHOLDS, classified_facts, second_class
+from .analysis import CLASSES, THRESHOLDS, classified_facts, difference_of_shares, second_class, share_of_class
 from .controls import split_frames
 from .edit_report import PAPER_OP
 from .effects import DIRECTIONS, query_gaps, rates
@@ -23,11 +24,12 @@ from .page import folded, missing_html, table_html
 from .stats import Estimate, bootstrap_difference, bootstrap_mean
 from .tables import display_table
 
-HOLDS, FAILS, OPPOSITE, OPEN = "holds", "does not hold", "the opposite holds", "not testable here"
+HOLDS, FAILS, OPPOSITE = "holds", "does not hold", "the opposite holds"
+UNTOLD, OPEN = "cannot be told", "not testable here"
 COMMON, HIGH, MARGIN = 0.25, 0.5, 0.1
 LOCALISED = "02"  # the notebook whose claims every method decides
 NEIGHBOURS = ("union", "intersection", "refine")
-NAMES = {"rel": "Rel", "gen": "Gen", "loc": "Loc", "avg": "Avg", "dppl": "dPPL", "cas": "CAS"}
+NAMES = {"rel": "Rel", "gen": "Gen", "loc": "Loc", "avg": "Avg", "log_ppl": "log(PPL after / before)", "cas": "CAS"}
 
 
 class Missing(Exception):
@@ -64,9 +66,11 @@ class Case:
         return classified_facts(self.get(model or self.model, self.method, "queries"), self.t, self.static)
 
     def edits(self, name) -> pd.DataFrame:
-        """A notebook's edits of knowledge neurons (not its controls), with the facts' classes."""
+        """A notebook's edits of knowledge neurons (not its controls), with the facts' classes; and the logarithm of what they
+        multiply perplexity by, since a few broken models decide a mean of dPPL."""
         frame = self.frame(name)
         frame = frame[(frame["control"] == "none") & frame["note"].isna()]
+        frame = frame.assign(log_ppl=np.log(frame["ppl_after"] / frame["ppl_before"]))
         return frame.merge(self.facts()[["fact", "class_static", "class_otsu"]], on="fact", how="left")
 
     def moved(self):
@@ -86,8 +90,8 @@ class Case:
         yield "Refine alone", query_gaps(frame, "self", ("refine",))
         yield "Union, sizes matched", query_gaps(frame, "self_as_union", ("union_matched",))
 
-    def mean(self, frame, value) -> Estimate:
-        return bootstrap_mean(frame, value, seed=self.seed)
+    def mean(self, frame, value, share=False) -> Estimate:
+        return bootstrap_mean(frame, value, seed=self.seed, share=share)
 
     def apart(self, frame, value, by, levels=("II", "I")) -> Estimate:
         return bootstrap_difference(frame, value, by, levels, seed=self.seed)
@@ -97,7 +101,8 @@ CLAIMS: dict[int, Claim] = {}
 
 
 def claim(number, notebook, text, **bounds):
-    """The function below decides this claim: of a `Case` it gives parts (name, statistic, threshold, estimate)."""
+    """The function below decides this claim: of a `Case` it gives parts (name, statistic, threshold, estimate), and perhaps
+    why the estimate would say nothing."""
     def register(parts):
         CLAIMS[number] = Claim(text, notebook, parts, **bounds)
         return parts
@@ -109,16 +114,19 @@ def claim(number, notebook, text, **bounds):
 
 @claim(1, "02", f"K_II is common (here: more than {COMMON:.0%} of the facts)", above=COMMON)
 def _common(case):
-    facts = case.facts()
     for threshold in THRESHOLDS:
-        share = facts.assign(second=second_class(facts, threshold))
-        yield "", "share of K_II", threshold, case.mean(share, "second")
+        yield "", "share of K_II", threshold, share_of_class(case.facts(), threshold, seed=case.seed)
 
 
 @claim(2, "02", "the classes' CS differ (classes from one half of the queries, CS2 from the other)")
 def _differ(case):
     for threshold, _, _, frame in split_frames(case.frame("queries"), t=case.t, static=case.static, seed=case.seed):
-        yield "", "CS2 of K_I - CS2 of K_II", threshold, case.apart(frame, "value", "label", ("I", "II"))
+        yield "all facts", "CS2 of K_I - CS2 of K_II", threshold, case.apart(frame, "value", "label", ("I", "II"))
+        frame = frame[frame["label"].notna() & frame["value"].notna()]
+        both = frame[frame.groupby("relation")["label"].transform("nunique") == 2]
+        both = both.assign(value=both["value"] - both.groupby("relation")["value"].transform("mean"))
+        yield ("within relations", "CS2 of K_I - CS2 of K_II, less each relation's mean", threshold,
+               case.apart(both, "value", "label", ("I", "II")))
 
 
 @claim(3, "02", "larger models (later in the list) have more K_II and lower CS")
@@ -126,10 +134,9 @@ def _size(case):
     if case.before is None:
         raise Missing("it needs a smaller model, earlier in the list, to compare with")
     both = pd.concat([case.facts(model).assign(model=model) for model in (case.before, case.model)], ignore_index=True)
-    for threshold in THRESHOLDS:
-        share = both.assign(second=second_class(both, threshold))
-        yield ("more K_II", f"share of K_II less that of {case.before}", threshold,
-               case.apart(share, "second", "model", (case.model, case.before)))
+    second, shares = both.assign(second=second_class(both, "static")), f"share of K_II less that of {case.before}"
+    yield "more K_II", shares, "static", case.apart(second, "second", "model", (case.model, case.before))
+    yield "more K_II", shares, "otsu", difference_of_shares(case.facts(), case.facts(case.before), case.seed)
     yield "lower CS", f"CS2 of {case.before} less CS2", "", case.apart(both, "cs2", "model", (case.before, case.model))
 
 
@@ -139,7 +146,7 @@ def _local(case):
     for op, measure, threshold in product(PAPER_OP, ("gen", "avg"), THRESHOLDS):
         part = edits[(edits["op"] == op) & (edits["neurons"] == "local")]
         yield (f"{PAPER_OP[op]}, {NAMES[measure]}", f"{NAMES[measure]} of K_I - of K_II", threshold,
-               case.apart(part, measure, f"class_{threshold}", ("I", "II")))
+               case.apart(part, measure, f"class_{threshold}", ("I", "II")), _idle(part))
 
 
 @claim(5, "03", "global edits of K_II raise perplexity more than those of K_I")
@@ -147,7 +154,13 @@ def _global(case):
     edits = case.edits("edits")
     for op, threshold in product(PAPER_OP, THRESHOLDS):
         part = edits[(edits["op"] == op) & (edits["neurons"] == "global")]
-        yield PAPER_OP[op], "dPPL of K_II - of K_I", threshold, case.apart(part, "dppl", f"class_{threshold}")
+        yield (PAPER_OP[op], f"{NAMES['log_ppl']} of K_II - of K_I", threshold,
+               case.apart(part, "log_ppl", f"class_{threshold}"), _idle(part))
+
+
+def _idle(edits) -> str:
+    """Why edits prove nothing that are all without effect: sets of neurons that do nothing are alike."""
+    return "no edit changes its own query's answer (Rel is 0)" if len(edits) and not edits["rel"].fillna(0).any() else ""
 
 
 # --- section 3: expression --------------------------------------------------------------------------------
@@ -177,7 +190,9 @@ def _less(case):
 @claim(9, "05", f"predominance is high (here: above {HIGH:g})", above=HIGH)
 def _predominance(case):
     facts = case.frame("attention_predominance")
-    yield "all tokens", "mean predominance", "", case.mean(facts, "predominance")
+    given = (facts["same_first"] == 1).all() and (facts["first"] == 1).all()
+    yield ("all tokens", "mean predominance", "", case.mean(facts, "predominance"),
+           "1 by construction: all prompts begin with the same token, and it always wins" if given else "")
     yield "without the first token", "mean predominance", "", case.mean(facts, "predominance_rest")
 
 
@@ -200,13 +215,13 @@ def _synapse_classes(case):
 @claim(12, "07", "for K_II, CAS beats local on Gen, global on Loc and perplexity, and both on Avg")
 def _cas(case):
     edits = case.edits("cas_edits")
-    compared = (("gen", "cas", "local"), ("loc", "cas", "global"), ("dppl", "global", "cas"), ("avg", "cas", "local"),
+    compared = (("gen", "cas", "local"), ("loc", "cas", "global"), ("log_ppl", "global", "cas"), ("avg", "cas", "local"),
                 ("avg", "cas", "global"))
     for op, (measure, *levels), threshold in product(PAPER_OP, compared, THRESHOLDS):
         part = edits[(edits["op"] == op) & (edits[f"class_{threshold}"] == "II")]
         first, second = (NAMES.get(name, name) for name in levels)
         yield (f"{PAPER_OP[op]}, {NAMES[measure]}", f"{NAMES[measure]} of {first} - of {second}", threshold,
-               case.apart(part, measure, "neurons", levels))
+               case.apart(part, measure, "neurons", levels), _idle(part[part["neurons"].isin(levels)]))
 
 
 @claim(13, "07", f"for K_I, CAS is comparable to local and global (here: Avg within {MARGIN:g})", within=MARGIN)
@@ -215,7 +230,7 @@ def _comparable(case):
     for op, other, threshold in product(PAPER_OP, ("local", "global"), THRESHOLDS):
         part = edits[(edits["op"] == op) & (edits[f"class_{threshold}"] == "I")]
         yield (f"{PAPER_OP[op]}, {other}", f"Avg of CAS - of {other}", threshold,
-               case.apart(part, "avg", "neurons", ("cas", other)))
+               case.apart(part, "avg", "neurons", ("cas", other)), _idle(part[part["neurons"].isin(["cas", other])]))
 
 
 # --- the scoreboard ---------------------------------------------------------------------------------------
@@ -242,16 +257,19 @@ def scoreboard(get, models, methods, downstream, *, notebook=None, t=0.2, static
     return pd.DataFrame(rows)
 
 
-def _row(claim: Claim, part, statistic, threshold, found: Estimate) -> dict:
-    low, high, why = found.mean_low, found.mean_high, ""
+def _row(claim: Claim, part, statistic, threshold, found: Estimate, why="") -> dict:
+    low, high = found.mean_low, found.mean_high
     if np.isnan(found.mean):
         why = "nothing to compare" + (f": a class is empty by the {threshold} threshold, or nothing in it has a value" if
                                       threshold else ", as no value is defined")
     elif np.isnan(low):
         why = "too few facts for an interval"
-    holds = low > claim.above if claim.within is None else -claim.within < low and high < claim.within
-    opposite = claim.within is None and claim.above == 0 and found.mean_high < 0
-    verdict = OPEN if why else HOLDS if holds else OPPOSITE if opposite else FAILS
+    if claim.within is None:
+        holds, fails = low > claim.above, high < claim.above
+    else:
+        holds, fails = -claim.within < low and high < claim.within, low >= claim.within or high <= -claim.within
+    opposite = OPPOSITE if claim.within is None and claim.above == 0 else FAILS
+    verdict = OPEN if why else HOLDS if holds else opposite if fails else UNTOLD
     return dict(part=part, threshold=threshold, statistic=statistic, **found.row("mean", "value"),
                 n_facts=found.n_clusters, verdict=verdict, why=why)
 
@@ -261,10 +279,12 @@ def overall(board: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for keys, part in board.groupby(["claim", "text", "method", "model"], sort=False):
         tested, held = int((part["verdict"] != OPEN).sum()), int((part["verdict"] == HOLDS).sum())
-        reverse = int((part["verdict"] == OPPOSITE).sum())
-        word = HOLDS if held == tested else OPPOSITE if reverse == tested else FAILS if held == 0 else "holds in part"
-        held = reverse if word == OPPOSITE else held
+        reverse, untold = (int((part["verdict"] == one).sum()) for one in (OPPOSITE, UNTOLD))
+        alike = {HOLDS: held, OPPOSITE: reverse, UNTOLD: untold}
+        word = next((one for one, count in alike.items() if count == tested), "holds in part" if held else FAILS)
+        held = alike.get(word, held)
         rest = f", {reverse} the opposite" if reverse and word != OPPOSITE else ""
+        rest += f", {untold} untold" if untold and word != UNTOLD else ""
         rest += f", {len(part) - tested} untestable" if tested < len(part) else ""
         verdict = f"{word} ({held} of {tested}{rest})" if tested else f"{OPEN}: {part['why'].iloc[0]}"
         rows.append(dict(zip(("claim", "text", "method", "model"), keys)) | dict(verdict=verdict))
@@ -310,5 +330,6 @@ def show_scoreboard(board: pd.DataFrame) -> HTML:
 
 def _tint(text) -> str:
     """The class of a cell with a verdict, for its colour."""
-    starts = {f"{HOLDS} (": "holds", "holds in part": "part", FAILS: "not", OPPOSITE: "not", OPEN: "open", "–": "open"}
+    starts = {f"{HOLDS} (": "holds", "holds in part": "part", FAILS: "not", OPPOSITE: "not", UNTOLD: "open", OPEN: "open",
+              "–": "open"}
     return "holds" if text == HOLDS else next((name for start, name in starts.items() if str(text).startswith(start)), "")

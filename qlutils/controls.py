@@ -216,8 +216,10 @@ def knowledge(queries: pd.DataFrame, *, t: float = 0.2, static: float = 0.1, see
     facts["all_known"] = facts["known"] == 1
     ranks = facts[["cs2", "probability"]].rank()
     inside = ranks - ranks.groupby(facts["relation"]).transform("mean")
-    rows = [dict(statistic=name, **_correlation(frame.to_numpy(), facts["relation"], seed), n=len(facts))
-            for name, frame in (("correlation of CS2 and P(answer)", ranks), ("the same, within relations", inside))]
+    relation = pd.factorize(facts["relation"], sort=True)[0]
+    rows = [dict(statistic=name, **_correlation(frame.to_numpy(), *drawn, seed), n=len(facts)) for name, frame, drawn in (
+        ("correlation of CS2 and P(answer)", ranks, (np.arange(len(facts)), relation)),
+        ("the same, within relations", inside, (relation, np.zeros(len(set(relation)), int))))]
     difference = bootstrap_difference(facts, "cs2", "all_known", (True, False), seed=seed)
     rows.append(dict(statistic="CS2 of known facts minus CS2 of others", **difference.row("mean", "value")))
     for threshold in THRESHOLDS:
@@ -227,14 +229,16 @@ def knowledge(queries: pd.DataFrame, *, t: float = 0.2, static: float = 0.1, see
     return pd.DataFrame(rows)
 
 
-def _correlation(values, relation, seed) -> dict:
-    """Pearson's correlation of two columns, with an interval over facts within relation; NaN where one is constant."""
+def _correlation(values, cluster, strata, seed) -> dict:
+    """Pearson's correlation of two columns, with an interval over resampled clusters, `cluster` of each row and `strata` of
+    each cluster; NaN where a column is constant. Ranks less their relation's mean hang together within a relation (of two
+    facts, one is the other's negative), so there the relation is the cluster."""
     def weighted(w):
         x, y = (values - (w @ values) / w.sum()).T
         size = np.sqrt((w @ x**2) * (w @ y**2))
         return (w @ (x * y)) / size if size > 1e-9 else np.nan
 
-    draws = resampling_weights(pd.factorize(relation, sort=True)[0], 1000, seed).astype(float)
+    draws = resampling_weights(strata, 1000, seed).astype(float)[:, cluster]
     sample = [one for one in map(weighted, draws) if not np.isnan(one)]
     value = weighted(np.ones(len(values))) if len(values) else np.nan
     low, high = np.percentile(sample, (2.5, 97.5)) if len(sample) and not np.isnan(value) else (np.nan, np.nan)

@@ -5,7 +5,7 @@ within their relation (the *stratum*). Undefined statistics are NaN beside their
 """
 
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -62,15 +62,22 @@ class Estimate:
         return {f"{name}{end}": values[f"{statistic}{end}"] for end in ("", "_low", "_high")} | {"n": self.n}
 
 
-def bootstrap_mean(frame, value, cluster="fact", strata="relation", draws=1000, seed=0) -> Estimate:
+def bootstrap_mean(frame, value, cluster="fact", strata="relation", draws=1000, seed=0, share=False) -> Estimate:
     """Mean, median and trimmed mean of column `value` over all rows, with intervals over resampled facts.
 
     Facts are drawn with replacement within their relation, a fact's rows staying together. Of a relation's n facts
     n - 1 are drawn and weigh n / (n - 1), so that the interval is not too narrow where a relation has few facts (Rao &
     Wu 1988; drawing n of n understates the variance by (n - 1) / n, which is a half for two facts). Relations with one
     fact left are pooled into one stratum. With one fact in all, the interval is NaN. strata=None resamples all facts
-    together."""
-    return _bootstrap(frame, value, None, [None], cluster, strata, draws, seed)
+    together. share: the values lie between 0 and 1; where all are 0, or all 1, draws cannot say how far from it the mean
+    may be, and its interval is Clopper and Pearson's for as many facts."""
+    found = _bootstrap(frame, value, None, [None], cluster, strata, draws, seed)
+    if share and found.n_clusters > 1 and found.mean_low == found.mean_high and found.mean in (0.0, 1.0):
+        from scipy.stats import binomtest
+
+        low, high = binomtest(int(found.mean) * found.n_clusters, found.n_clusters).proportion_ci(LEVEL)
+        found = replace(found, mean_low=float(low), mean_high=float(high))
+    return found
 
 
 def bootstrap_difference(frame, value, by, levels, cluster="fact", strata="relation", draws=1000, seed=0) -> Estimate:
@@ -83,11 +90,31 @@ def bootstrap_difference(frame, value, by, levels, cluster="fact", strata="relat
     return _bootstrap(frame[frame[by].isin(list(levels))], value, by, levels, cluster, strata, draws, seed)
 
 
-def mean_columns(frame, values, seed=0) -> dict:
+def bootstrap_statistic(frames, statistic, cluster="fact", strata="relation", draws=1000, seed=0) -> Estimate:
+    """statistic(frame, weights) of one frame of facts, or of the first of two less that of the second, computed anew from
+    each draw's weights, as what hangs on a threshold that is itself estimated must be. Facts that both frames have are drawn
+    for both. Only `mean` and its interval are filled."""
+    every = pd.concat([frame[[cluster, strata]] for frame in frames]).drop_duplicates(cluster).sort_values(cluster)
+    place = pd.Series(range(len(every)), every[cluster])
+    weights = resampling_weights(pd.factorize(every[strata], sort=True)[0], draws, seed)
+
+    def value(w):
+        first, *second = (statistic(frame, w[place[frame[cluster]].to_numpy()]) for frame in frames)
+        return first - second[0] if second else first
+
+    point = value(np.ones(len(every))) if all(map(len, frames)) else np.nan
+    sample = [] if np.isnan(point) else [value(w) for w in weights]
+    sample = [one for one in sample if not np.isnan(one)]
+    low, high = np.percentile(sample, (100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2)) if sample else (np.nan, np.nan)
+    return Estimate(float(point), float(low), float(high), *[np.nan] * 6, n=sum(map(len, frames)), n_clusters=len(every),
+                    n_missing=0, n_draws=len(sample))
+
+
+def mean_columns(frame, values, seed=0, share=False) -> dict:
     """The means of several columns side by side, each with its interval, and n (of the last), as one row of a table."""
     row = {}
     for value in values:
-        row |= bootstrap_mean(frame, value, seed=seed).row("mean", value)
+        row |= bootstrap_mean(frame, value, seed=seed, share=share).row("mean", value)
     return row
 
 

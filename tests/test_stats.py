@@ -5,8 +5,10 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from qlutils.stats import (_weighted, bootstrap_difference, bootstrap_mean, mean_columns, permutation_test,
-                           resampling_weights, welch)
+from qlutils import analysis
+from qlutils.neurons import otsu_threshold
+from qlutils.stats import (_weighted, bootstrap_difference, bootstrap_mean, bootstrap_statistic, mean_columns,
+                           permutation_test, resampling_weights, welch)
 
 
 def facts_frame(rng, facts_per_relation, relations=12, queries=1, spread=1.0):
@@ -246,3 +248,41 @@ def test_an_undefined_permutation_test_is_nan():
     assert np.isnan(permutation_test(frame[:2], "value", "kind")["within"])
     with pytest.raises(ValueError, match="two labels"):
         permutation_test(frame.assign(fact=[0, 1, 0, 2], relation="a"), "value", "kind")
+
+
+# --- shares, and statistics that are computed anew from each draw -----------------------------------------------
+
+@pytest.mark.parametrize("value, n", [(0.0, 18), (1.0, 720), (0.0, 2)])
+def test_a_share_that_was_never_or_always_seen_has_clopper_and_pearsons_interval(value, n):
+    frame = pd.DataFrame({"fact": range(n), "relation": [f"P{i % 3}" for i in range(n)], "x": value})
+    found = bootstrap_mean(frame, "x", share=True)
+    bound = 0.025 ** (1 / n)  # the share at which n of n is that unlikely
+    assert found.mean == value
+    assert (found.mean_low, found.mean_high) == pytest.approx((0, 1 - bound) if value == 0 else (bound, 1))
+    assert bootstrap_mean(frame, "x").mean_high == value  # not for what has other bounds
+    mixed = bootstrap_mean(frame.assign(x=[1 - value, *[value] * (n - 1)]), "x", share=True)
+    assert mixed == bootstrap_mean(frame.assign(x=[1 - value, *[value] * (n - 1)]), "x")
+
+
+def test_a_statistic_of_weighted_facts_equals_that_of_repeated_ones_and_of_the_mean():
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"fact": [f"f{i}" for i in range(40)], "relation": [f"P{i % 4}" for i in range(40)],
+                          "cs2": rng.random(40)})
+    mean = bootstrap_statistic([frame], lambda part, w: (part["cs2"] * w).sum() / w.sum(), seed=3)
+    known = bootstrap_mean(frame, "cs2", seed=3)
+    assert (mean.mean, mean.mean_low, mean.mean_high) == pytest.approx((known.mean, known.mean_low, known.mean_high), rel=1e-5)
+    other = frame.assign(cs2=frame["cs2"] - 0.25)
+    both = bootstrap_statistic([frame, other], lambda part, w: (part["cs2"] * w).sum() / w.sum())
+    assert (both.mean, both.mean_low, both.mean_high) == pytest.approx((0.25,) * 3)  # the same facts are drawn for both
+    assert np.isnan(bootstrap_statistic([frame.head(0)], lambda part, w: 1.0).mean)
+    repeats = rng.integers(1, 4, size=40)
+    whole = np.repeat(frame["cs2"].to_numpy(), repeats)
+    for what, wanted in (("at", otsu_threshold(whole)), ("II", np.mean(whole <= otsu_threshold(whole)))):
+        assert analysis._otsu(what, frame, repeats) == pytest.approx(wanted)
+    facts = frame.assign(threshold_otsu=otsu_threshold(frame["cs2"]))
+    facts["class_otsu"] = np.where(facts["cs2"] > facts["threshold_otsu"], "I", "II")
+    one, two = (analysis.share_of_class(facts, "otsu", name) for name in ("I", "II"))
+    assert two.mean == pytest.approx((facts["class_otsu"] == "II").mean()) and one.mean == pytest.approx(1 - two.mean)
+    assert two.mean_low < two.mean < two.mean_high
+    fixed = bootstrap_mean(facts.assign(x=(facts["class_otsu"] == "II").astype(float)), "x")
+    assert two.mean_high - two.mean_low > fixed.mean_high - fixed.mean_low
