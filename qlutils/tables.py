@@ -106,7 +106,7 @@ def display_table(frame, digits=2) -> pd.DataFrame:
 def write_table(frame, stem, folder, caption="", note="", *, digits=2) -> dict[str, Path]:
     """Write `stem`.csv (every column, full precision), .md and .tex (as `display_table`) into folder.
 
-    A named index becomes columns. caption and note are plain text. Returns {"csv": path, "md": ..., "tex": ...}."""
+    caption and note are plain text. Returns {"csv": path, "md": ..., "tex": ...}."""
     paths = files_of(stem, folder, ("csv", "md", "tex"))
     flat, shown = _flat(frame), display_table(frame, digits)
     numeric = [pd.api.types.is_numeric_dtype(flat[name]) for name in _without_bounds(flat)]
@@ -140,11 +140,8 @@ def _without_bounds(frame) -> list[str]:
 
 
 def _flat(frame):
-    """A named index as columns, column levels joined, columns named by texts."""
-    if any(name is not None for name in frame.index.names):
-        frame = frame.reset_index()
-    names = [" ".join(str(part) for part in name if part != "") if isinstance(name, tuple) else str(name)
-             for name in frame.columns]
+    """Columns named by texts, no two alike; rows numbered."""
+    names = [str(name) for name in frame]
     doubled = {name for name in names if names.count(name) > 1}
     if doubled:
         raise ValueError(f"the table has two columns named {', '.join(sorted(doubled))}")
