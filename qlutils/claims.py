@@ -1,8 +1,8 @@
 """The paper's claims, each decided by one statistic of a run's saved results and its 95 % interval over facts.
 
 A claim has parts; a part is a mean, or a difference of two, that is claimed to lie above a bound. It *holds* where the
-interval lies above it, *does not hold* where it does not (*the opposite holds* where it lies below 0), and is *not testable here* where the statistic or its
-interval is not defined; then `why` says what is missing. Nothing is written by hand for a model, nothing needs torch.
+interval lies above it, *does not hold* where it does not (*the opposite holds* where it lies below 0), and is *not
+testable here* where the statistic or its interval is not defined; then `why` says what is missing. Nothing needs torch.
 """
 
 from __future__ import annotations

@@ -180,10 +180,8 @@ def _latex(shown, numeric, caption, note, stem):
 def paper_value(table, model, column, **keys) -> float:
     """A value the paper prints, NaN where it has none for this model.
 
-    Table 1: column ratio_I, cs_I, ratio_II, cs_II, t or cap_II; keys threshold ("static", "otsu") and method ("ig",
-    "sig", "amig"). Table 4: column threshold_value, the same keys. Tables 2 and 3 (localised by `ig`): column rel, gen,
-    loc, avg or dppl; keys operation ("erasure", "update"), neurons ("local", "global", in Table 3 also "cas") and
-    class_ ("I", "II"). ValueError for a table, column or key that the paper does not have."""
+    `paper_values.json` names each table's columns and keys; the key class is written `class_`. ValueError, naming what
+    there is, for a table, column or key that the paper does not have."""
     tables = paper()["tables"]
     if str(table) not in tables:
         raise ValueError(f"the paper's values are kept of tables {', '.join(tables)}, not {table!r}")
