@@ -328,9 +328,8 @@ def figure_places(found, num_heads):
 # --- files ------------------------------------------------------------------------------------------------
 
 def save_figure(fig, stem, folder, data) -> dict[str, Path]:
-    """Write `stem`.png (at most 150 KB where 100 dpi can do it), .pdf and the plotted numbers as .csv.
-
-    The same figure gives the same bytes: no dates in the files. Returns {"png": path, "pdf": ..., "csv": ...}."""
+    """Write `stem`.png (at most 150 KB where 100 dpi can do it), .pdf and the plotted numbers as .csv; their paths.
+    The same figure gives the same bytes: no dates in the files."""
     paths = files_of(stem, folder, ("png", "pdf", "csv"))
     pdf = io.BytesIO()
     fig.savefig(pdf, format="pdf", metadata={"CreationDate": None})

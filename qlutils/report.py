@@ -6,7 +6,6 @@ Reads saved results only; nothing here imports torch. Whatever a run did not mak
 from __future__ import annotations
 
 import html
-import json
 import shutil
 from contextlib import suppress
 from functools import cache

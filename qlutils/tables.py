@@ -104,9 +104,7 @@ def display_table(frame, digits=2) -> pd.DataFrame:
 
 
 def write_table(frame, stem, folder, caption="", note="", *, digits=2) -> dict[str, Path]:
-    """Write `stem`.csv (every column, full precision), .md and .tex (as `display_table`) into folder.
-
-    caption and note are plain text. Returns {"csv": path, "md": ..., "tex": ...}."""
+    """Write `stem`.csv (every column, full precision), .md and .tex (as `display_table`) into folder; their paths."""
     paths = files_of(stem, folder, ("csv", "md", "tex"))
     flat, shown = _flat(frame), display_table(frame, digits)
     numeric = [pd.api.types.is_numeric_dtype(flat[name]) for name in _without_bounds(flat)]
