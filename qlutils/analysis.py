@@ -78,9 +78,7 @@ def table_1(facts: dict[str, pd.DataFrame], model: str, seed: int = 0) -> pd.Dat
     ending in `_paper`, for the paper's models."""
     rows = []
     for threshold, (method, frame) in product(THRESHOLDS, facts.items()):
-        def paper(column):
-            return paper_value(1, model, column, threshold=threshold, method=method)  # noqa: B023
-
+        paper = partial(paper_value, 1, model, threshold=threshold, method=method)
         classes = frame[f"class_{threshold}"]
         n = int(classes.notna().sum())
         row = {"threshold": threshold, "method": method, "at": frame[f"threshold_{threshold}"].iloc[0], "n": n}
@@ -169,14 +167,15 @@ def otsu_null(facts: pd.DataFrame, draws: int = 200, seed: int = 0) -> dict:
     """What `otsu_threshold` makes of nothing: R_II and Welch's t, means over `draws` and 95 % ranges, of as many values
     from a normal distribution with the mean and deviation of the facts' CS2 (NaN for fewer than two or equal ones)."""
     cs2 = facts["cs2"].dropna().to_numpy()
-    found = [(np.nan, np.nan)] if len(cs2) < 2 or np.ptp(cs2) == 0 else []
-    for rng in map(np.random.default_rng, range(seed, seed + draws) if not found else ()):
-        noise = rng.normal(cs2.mean(), cs2.std(), len(cs2))
-        at = otsu_threshold(noise)
-        found.append((np.mean(noise <= at), welch(noise[noise > at], noise[noise <= at])["t"]))
+    found = np.full((draws, 2), np.nan)
+    if len(cs2) > 1 and np.ptp(cs2) > 0:
+        for draw in range(draws):
+            noise = np.random.default_rng(seed + draw).normal(cs2.mean(), cs2.std(), len(cs2))
+            second = noise <= otsu_threshold(noise)
+            found[draw] = second.mean(), welch(noise[~second], noise[second])["t"]
     low, mean, high = np.quantile(found, 0.025, axis=0), np.mean(found, axis=0), np.quantile(found, 0.975, axis=0)
-    return {f"{name}{end}": values[place] for place, name in enumerate(("R_II", "t"))
-            for end, values in (("", mean), ("_low", low), ("_high", high))} | {"n": len(cs2)}
+    return {"R_II": mean[0], "R_II_low": low[0], "R_II_high": high[0],
+            "t": mean[1], "t_low": low[1], "t_high": high[1], "n": len(cs2)}
 
 
 def threshold_sensitivity(queries: pd.DataFrame, t_values=(0.1, 0.2, 0.3, 0.4, 0.5),

@@ -153,15 +153,15 @@ def predominance_table(facts: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
                          for keys, part in cells(facts, {"threshold": THRESHOLDS, "class": CLASSES})])
 
 
-def top_tokens(winners: pd.DataFrame, count: int = 8) -> pd.DataFrame:
-    """The most attended tokens over all queries, with and without the first token: how often each wins, and with what
+def top_tokens(winners: pd.DataFrame) -> pd.DataFrame:
+    """The eight most attended tokens over all queries, with and without the first token: how often each wins, and with what
     mean share of the attention."""
     rows = [dict(counted=kind, token=repr(token), queries=len(group), share_of_queries=len(group) / len(winners),
                  attention=group[f"share{name}"].mean())
             for kind, name in (("all tokens", ""), ("without the first", "_rest"))
             for token, group in winners.groupby(f"token{name}")]
     frame = pd.DataFrame(rows).sort_values(["counted", "queries", "token"], ascending=[True, False, True])
-    return frame.groupby("counted").head(count).reset_index(drop=True)
+    return frame.groupby("counted").head(8).reset_index(drop=True)
 
 
 def reach(queries_kns, found: pd.DataFrame) -> float:

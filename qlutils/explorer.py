@@ -17,8 +17,10 @@ import torch
 from matplotlib.figure import Figure
 
 from . import plots
+from .arch import UnsupportedModel
 from .attribution import Spec
 from .data import Fact
+from .editing import edit_weights
 from .files import as_frame, read_table
 from .interventions import answer_probability, scale_neurons
 from .localize import localise_unit
@@ -27,6 +29,7 @@ from .replay import neuron_vectors
 from .rows import score_queries
 from .store import package_source
 from .study import Study, model_content
+from .synapses import column_scores, find_synapses, scale_synapses
 
 FACTORS = {"suppress": 0.0, "enhance": 2.0}  # section 3.1
 ACTIONS = (*FACTORS, "erase", "update", "none")  # "none" leaves the neurons alone, to see the synapses' effect
@@ -127,9 +130,6 @@ def predictions(lm, prompts, answer: str, top: int = 4) -> pd.DataFrame:
 def attention_received(lm, prompt: str) -> tuple[list[str], np.ndarray | None]:
     """The tokens of a prompt and each one's share of all attention, over layers, heads and attending tokens (sum 1);
     None instead of the shares where this model's attention cannot be read."""
-    from .arch import UnsupportedModel
-    from .synapses import column_scores
-
     ids = lm.encode_prompt(prompt)
     tokens = [lm.tokenizer.decode([i]) for i in ids]
     try:
@@ -274,15 +274,15 @@ def overlap_figure(view: View, t: float, most: int = 14) -> Figure:
 
 # --- changes ---------------------------------------------------------------------------------------------
 
-def control_facts(lm, facts, fact: Fact, seed: int = 0, tries: int = 12) -> list[tuple[str, Fact]]:
+def control_facts(lm, facts, fact: Fact) -> list[tuple[str, Fact]]:
     """Facts to watch beside `fact`: one of the same relation, where there is one, and one of another, of other subject
     and object. Of a seeded sample, the first whose first prompt the model answers, else the first readable."""
-    found, rng = [], np.random.default_rng(seed)
+    found, rng = [], np.random.default_rng(0)
     for name, same in (("same relation", True), ("other relation", False)):
         pool = [f for f in facts if (f.relation == fact.relation) == same
                 and f.subject != fact.subject and f.object.casefold() != fact.object.casefold()]
         readable = []
-        for other in (pool[i] for i in rng.permutation(len(pool))[:tries]):
+        for other in (pool[i] for i in rng.permutation(len(pool))[:12]):
             with suppress(ValueError):
                 readable.append((other, lm.encode(other.prompts[0], other.object)))
         known = score_queries(lm, [encoded for _, encoded in readable]).exact if readable else []
@@ -299,9 +299,6 @@ def change(view: View, neurons, action: str, controls=(), *, new: str = "", syna
     knowledge synapses of prompt `prompt` are multiplied by it (1: left alone). The model is as before afterwards.
     Columns: role, prompt, answer, `before`, `after` (probability of the answer), `change` (relative; NaN where before
     is 0), `top_before`, `top_after` (likeliest next token) and, for an update, `new_before`, `new_after`."""
-    from .editing import edit_weights
-    from .synapses import find_synapses, scale_synapses
-
     lm, fact = view.lm, view.fact
     if action not in ACTIONS:
         raise ValueError(f"action {action!r} is unknown; use one of {', '.join(ACTIONS)}")
@@ -376,13 +373,13 @@ neurons = {neurons}
 """
 
 
-def explore(model="demo/gpt2", method="ig", data="demo", fact=None, output="default", t=0.2, show=None):
+def explore(model="demo/gpt2", method="ig", data="demo", fact=None, output="default", t=0.2):
     """The explorer as a widget, for JupyterLab and VS Code; see `explorer_page.Page`.
 
     fact: id of the first fact, such as "P36|France|Paris" (that one, or the data's first, by default). output: the run
-    whose saved scores are used before any are computed. show: whether there is a front end; told from the environment
-    by default. Without one, as under papermill, nothing is built and a line says so."""
-    if not (has_front_end() if show is None else show):
+    whose saved scores are used before any are computed. Without a front end, as under papermill, nothing is built and a
+    line says so."""
+    if not has_front_end():
         print("The explorer is a widget: run this notebook in JupyterLab or VS Code. A fixed example is below.")
         return None
     from .explorer_page import Page

@@ -99,11 +99,11 @@ def agreement_html(view: ex.View, t: float) -> str:
     return f'<div style="{_STYLE}"><div style="display:flex">{tiles}</div>{note}</div>'
 
 
-def kn_html(view: ex.View, t: float, most: int = 12) -> str:
+def kn_html(view: ex.View, t: float) -> str:
     """The most shared knowledge neurons."""
     table = ex.kn_table(view, t)
     rows = [[_number(r.layer, "d"), _number(r.neuron, "d"), f"{r.n}: {r.prompts}", _number(r.score, ".2f")]
-            for r in table.head(most).itertuples()]
+            for r in table.head(12).itertuples()]
     return table_html(["layer", "neuron", "a KN of", "score"], rows, f"The {len(rows)} most shared of {len(table)}; "
                       "score: largest share of a prompt's top score.")
 
@@ -150,10 +150,10 @@ def effects_html(frame, title: str = "") -> str:
                                             "under the same change.")
 
 
-def png(figure, dpi: int = 130) -> bytes:
+def png(figure) -> bytes:
     """The figure as PNG bytes."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()
 
 
@@ -309,7 +309,7 @@ class Page(w.VBox):
                 fact = next(f for f in self.facts if f.id == self.fact.value)
             key = self.model.value.strip(), self.method.value, fact
             if key not in self.views:
-                lm = store.cached_model(key[0], None, None)  # as Study.lm does
+                lm = store.cached_model(key[0])
                 saved = ex.saved_queries(lm.name, self.method.value, self.data, self.output)
                 view = ex.look(lm, fact, self.method.value, saved)
                 self.views = {k: v for k, v in self.views.items() if v[0].lm is lm}  # one model in memory

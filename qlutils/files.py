@@ -141,13 +141,13 @@ def as_frame(tables):
 
 
 @contextmanager
-def locked(path, patience=3.0):
-    """Hold the lock file `path`; StoreError, naming it and its holder, if held for `patience` seconds more.
+def locked(path):
+    """Hold the lock file `path`; StoreError, naming it and its holder, if that takes more than 3 seconds.
 
     The system drops the lock when the holder dies, however it dies, and whoever has its number now. What dead
     writers of this machine left half-written in the lock's folder and below is removed on entry.
     """
-    path, until = Path(path), time.monotonic() + patience
+    path, until = Path(path), time.monotonic() + 3
     try:
         while (stream := _lock(path)) is None and time.monotonic() < until:
             time.sleep(0.1)  # a killed run takes a moment to go
@@ -155,12 +155,11 @@ def locked(path, patience=3.0):
         raise StoreError(f"cannot write results to {path.parent}: {error.strerror}. Choose another "
                          "output, or move all results with QLUTILS_RUNS") from error
     if stream is None:
-        try:
-            holder = path.read_text()
-        except OSError:
-            holder = ""
-        raise StoreError(f"another run writes here: {path} is held by {holder or 'another process'}. Wait for it, "
-                         "stop it, or choose another output")
+        holder = "another process"
+        with suppress(OSError):
+            holder = path.read_text() or holder
+        raise StoreError(f"another run writes here: {path} is held by {holder}. Wait for it, stop it, or choose another "
+                         "output")
     with stream:
         try:
             left = rf"\..+\.{re.escape(socket.gethostname())}\.(\d+)\.tmp"

@@ -30,16 +30,16 @@ def localise_unit(lm, unit: list[dict], **spec) -> pd.DataFrame:
     """
     spec, rows, encoded, names = Spec(**spec), [], [], []
     for record in unit:
-        fact = Fact(**{**record, "prompts": tuple(record["prompts"])})
+        fact = Fact(**record)
         for index, prompt in enumerate(fact.prompts):
             row = dict(fact=fact.id, relation=fact.relation, subject=fact.subject, object=fact.object,
-                       prompt_index=index, prompt=prompt, left_out=None)
+                       prompt_index=index, prompt=prompt, left_out=None, prompt_tokens=0, answer_tokens=0, at=-1)
             try:
                 encoded.append(lm.encode(prompt, fact.object))
                 names.append(f"{fact.id}: {prompt}")
                 row |= dict(prompt_tokens=len(encoded[-1][0]), answer_tokens=len(encoded[-1][1]), at=len(encoded) - 1)
             except ValueError as error:
-                row |= dict(left_out=str(error), prompt_tokens=0, answer_tokens=0, at=-1)
+                row["left_out"] = str(error)
             rows.append(row)
     frame = pd.DataFrame(rows)
     if encoded:

@@ -22,6 +22,7 @@ from .tables import csv_text, files_of
 WIDE = 7.0  # inches: two columns of a paper
 CLASS_COLORS = {"I": "#56B4E9", "II": "#D55E00"}
 SET_COLORS = {"local": "#CC6677", "global": "#882255", "cas": "#117733"}
+BAR_COLORS = CLASS_COLORS | SET_COLORS
 _FAMILY_COLORS = ["#332288", "#44AA99", "#DDCC77"]
 MODEL_COLORS = {name: color for family in (("demo/gpt2", "demo/llama2", "demo/llama3"),
                                            ("gpt2", "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B"))
@@ -33,15 +34,11 @@ LABELS = {"self": "Self", "union": "Union", "intersection": "Inter.", "refine": 
           "otsu": "Otsu's threshold", "cs1": "$CS_1$", "cs2": "$CS_2$", "predominance": r"predominance $\mathcal{P}$",
           "rel": "Rel", "gen": "Gen", "loc": "Loc", "avg": "Avg", "I": "$K_{I}$", "II": "$K_{II}$", "all": "all facts"}
 MAX_PNG = 150_000  # bytes
+INTERVAL = "line: 95 % bootstrap over facts"
 FEW = 10  # up to this many values are drawn as lines too: a shape alone would say more than is known
 
 
-def use_style():
-    """Use the study's look for every figure from here on; importing this module does it."""
-    plt.style.use(Path(__file__).with_name("study.mplstyle"))
-
-
-use_style()
+plt.style.use(Path(__file__).with_name("study.mplstyle"))  # for every figure from here on
 
 
 def model_colors(models) -> dict:
@@ -68,7 +65,6 @@ def violins(frame, ax, *, x, hue, value, colors):
         labels.append(f"{level} ({counts[0] if len(set(counts)) == 1 else ' / '.join(counts)})")
     ax.set_xticks(range(len(levels)), labels)
     ax.set(xlim=(-0.6, len(levels) - 0.4), ylim=(-0.03, 1.03), ylabel=_label(value))
-    _legend(ax, colors)
     return ax
 
 
@@ -106,7 +102,9 @@ def figure_cs2(frames, method, line=0.3):
     paper's example threshold as a line."""
     frame = pd.concat(frames, ignore_index=True)[["model", "relation", "fact", "cs2"]]
     fig, ax = plt.subplots(figsize=(WIDE, 2.6))
-    violins(frame, ax, x="relation", hue="model", value="cs2", colors=model_colors(dict.fromkeys(frame["model"])))
+    colors = model_colors(dict.fromkeys(frame["model"]))
+    violins(frame, ax, x="relation", hue="model", value="cs2", colors=colors)
+    ax.legend(handles=_patches(colors), ncols=len(colors), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     ax.axhline(line, color="black", linestyle="--", linewidth=0.7)
     ax.tick_params("x", rotation=90)
     ax.set_xlabel("relation (number of facts)")
@@ -122,7 +120,7 @@ def figure_predominance(facts):
         ax = violins(facts, axes[row, column], x="model", hue=f"class_{threshold}", value=value, colors=CLASS_COLORS)
         ax.set_title(values[value] if row == 0 else "", pad=10)
         ax.set_ylabel(f"{_label('predominance')}\n{_label(threshold)}" if column == 0 else "")
-    _one_legend(fig, axes)
+    _legend(fig, CLASS_COLORS)
     return fig, facts[["model", "fact", "relation", "class_static", "class_otsu", *values, "n_queries"]]
 
 
@@ -131,12 +129,9 @@ def figure_predominance(facts):
 def bars_with_intervals(frame, ax, *, x, hue, y="mean"):
     """Figures 4 and 6: grouped bars of column `y` with the interval `y`_low to `y`_high, and n where there is one.
 
-    frame: one row a bar, with columns x, hue, y, y_low, y_high and perhaps n. A bar that is undefined is left out and
-    marked "–". What the interval is stands in the legend's title; n once where it depends on one of x and hue, else at
-    every bar."""
+    frame: one row a bar, with columns x, hue (in BAR_COLORS), y, y_low, y_high and perhaps n. A bar that is undefined is
+    left out and marked "–"; n stands once where it depends on one of x and hue, else at every bar."""
     groups, hues = list(dict.fromkeys(frame[x])), list(dict.fromkeys(frame[hue]))
-    known = [palette for palette in (CLASS_COLORS, SET_COLORS) if set(hues) <= set(palette)]
-    colors = known[0] if known else dict(zip(hues, _OTHER_COLORS))
     width, n, ticks = 0.8 / len(hues), {}, [_label(group) for group in groups]
     for by in (hue, x) if "n" in frame else ():
         counts = {level: set(part) for level, part in frame.groupby(by, sort=False)["n"]}
@@ -154,7 +149,7 @@ def bars_with_intervals(frame, ax, *, x, hue, y="mean"):
             ax.annotate("–", (at, 0), ha="center", va="bottom")
         else:
             low, high = row[f"{y}_low"], row[f"{y}_high"]
-            ax.bar(at, row[y], width * 0.92, color=colors[row[hue]])
+            ax.bar(at, row[y], width * 0.92, color=BAR_COLORS[row[hue]])
             if not (pd.isna(low) or pd.isna(high)):
                 ax.vlines(at, low, high, color="black", linewidth=0.7)  # the mean may lie outside
             top = np.nanmax([0.0, row[y], high])
@@ -165,7 +160,6 @@ def bars_with_intervals(frame, ax, *, x, hue, y="mean"):
     ax.margins(y=0.2)
     ax.set_xticks(range(len(groups)), ticks)
     ax.set(xlim=(-0.6, len(groups) - 0.4), ylabel=_label(y))
-    _legend(ax, {name: colors[name] for name in hues}, "line: 95 % bootstrap over facts")
     return ax
 
 
@@ -182,7 +176,7 @@ def figure_bars(frame, *, row, column, x="set", y="mean", ylabel=""):
         ax.set_ylabel(f"{ylabel}{_label(top)}" if j == 0 else "")
     for ax in axes[0] if column == "direction" else axes[:, 0]:
         ax.set_ylim(top=1.15 * ax.get_ylim()[1])  # room for the numbers on the bars
-    _one_legend(fig, axes)
+    _legend(fig, CLASS_COLORS, INTERVAL)
     return fig
 
 
@@ -210,29 +204,22 @@ def figure_edits(table, threshold, sets):
         if broken:
             last.set_yscale("symlog", linthresh=0.1)
         last.margins(y=0.4)  # room for the numbers on the bars, on either scale
-    _one_legend(fig, axes)
+    _legend(fig, {name: SET_COLORS[name] for name in dict.fromkeys(table["neurons"])}, INTERVAL)
     return fig, plotted
 
 
-def _legend(ax, colors, title=None):
-    handles = [Patch(color=color, label=_label(name)) for name, color in colors.items()]
-    ax.legend(handles=handles, title=title, title_fontsize=5, ncols=len(colors), loc="lower center",
-              bbox_to_anchor=(0.5, 1.0))
+def _legend(fig, colors, title=None):
+    """One legend above all panels."""
+    fig.legend(handles=_patches(colors), title=title, title_fontsize=6, ncols=len(colors), loc="outside upper center")
 
 
-def _one_legend(fig, axes):
-    """One legend above all panels in place of one a panel."""
-    legend = axes[0, 0].get_legend()
-    labels = [text.get_text() for text in legend.get_texts()]
-    fig.legend(handles=legend.legend_handles, labels=labels, title=legend.get_title().get_text() or None,
-               title_fontsize=6, ncols=len(labels), loc="outside upper center")
-    for ax in axes.flat:
-        ax.get_legend().remove()
+def _patches(colors):
+    return [Patch(color=color, label=_label(name)) for name, color in colors.items()]
 
 
 # --- heatmaps ---------------------------------------------------------------------------------------------
 
-def pool_neurons(values, bins=200) -> pd.DataFrame:
+def pool_neurons(values, bins=100) -> pd.DataFrame:
     """(layers, neurons) values as a tidy frame of at most `bins` columns: layer, first, last, value.
 
     Single neurons among thousands are narrower than a pixel, so each bin keeps its value of largest magnitude, with its
@@ -255,11 +242,10 @@ def shared_norm(*frames) -> Normalize:
     return Normalize(-top if (values < 0).any() else 0.0, top)
 
 
-def heatmap_neurons(frame, ax, *, norm=None):
+def heatmap_neurons(frame, ax, norm):
     """Layer by neuron, from a frame of `pool_neurons`; darker is larger in magnitude.
 
-    norm: from `shared_norm` over all panels that are to be compared; of this frame alone by default."""
-    norm = norm or shared_norm(frame)
+    norm: from `shared_norm` over all panels that are to be compared."""
     table = frame.pivot(index="layer", columns="first", values="value")
     edges = [*table.columns, frame["last"].max() + 1]
     ax.pcolormesh(edges, np.arange(len(table) + 1) - 0.5, table.to_numpy(), norm=norm, rasterized=True,
@@ -273,11 +259,11 @@ def _heatmaps(fig, panels, kind, beside=()) -> list[pd.DataFrame]:
     """Panels by row, each a dict of values (L, N), title and label (of its row), on one colour scale, which the arrays
     `beside` share; pooled frames."""
     axes = fig.subplots(len(panels), max(map(len, panels)), squeeze=False, sharex=True, sharey=True)
-    pooled = [[pool_neurons(one["values"], bins=100) for one in row] for row in panels]
-    norm = shared_norm(*(frame for row in pooled for frame in row), *(pool_neurons(one, bins=100) for one in beside))
+    pooled = [[pool_neurons(one["values"]) for one in row] for row in panels]
+    norm = shared_norm(*(frame for row in pooled for frame in row), *map(pool_neurons, beside))
     for i, row in enumerate(panels):
         for j, one in enumerate(row):
-            ax = heatmap_neurons(pooled[i][j], axes[i, j], norm=norm)
+            ax = heatmap_neurons(pooled[i][j], axes[i, j], norm)
             ax.set_title(one["title"], fontsize=6)
             ax.set_xlabel("neuron" if i == len(panels) - 1 else "")
             ax.set_ylabel(f"{one['label']}\nlayer" if j == 0 else "", fontsize=6)
@@ -293,14 +279,14 @@ def _subject(one) -> str:
     return " | ".join(one["fact"].split("|")[1:])
 
 
-def figure_1(maps, layout=("attribution", "activation")):
-    """Figure 1: (L, N) maps of two queries of each of two facts, a row a fact.
+def figure_1(maps):
+    """Figure 1: (L, N) maps of two queries of each of two facts, a row a fact; attribution beside activation, each on a
+    colour scale of its own.
 
-    maps: dicts with fact, prompt and one (L, N) array for each name in layout; one colour scale a name. Returns the
-    figure and the plotted numbers as a tidy frame."""
+    maps: from `localize.example_maps`. Returns the figure and the plotted numbers as a tidy frame."""
     facts = [[one for one in maps if one["fact"] == fact] for fact in dict.fromkeys(one["fact"] for one in maps)]
     fig, frames = plt.figure(figsize=(WIDE, 1.5 * len(facts) + 0.2)), []
-    for part, kind in zip(np.atleast_1d(fig.subfigures(1, len(layout))), layout):
+    for part, kind in zip(fig.subfigures(1, 2), ("attribution", "activation")):
         pooled = _heatmaps(part, [[dict(values=one[kind], title=_prompt(one, 22), label=_subject(one)) for one in row]
                                   for row in facts], kind)
         frames += [frame.assign(fact=one["fact"], prompt=one["prompt"], kind=kind)
@@ -342,9 +328,8 @@ def figure_places(found, num_heads):
 # --- files ------------------------------------------------------------------------------------------------
 
 def save_figure(fig, stem, folder, data) -> dict[str, Path]:
-    """Write `stem`.png (at most 150 KB where 100 dpi can do it), .pdf and the plotted numbers as .csv.
-
-    The same figure gives the same bytes: no dates in the files. Returns {"png": path, "pdf": ..., "csv": ...}."""
+    """Write `stem`.png (at most 150 KB where 100 dpi can do it), .pdf and the plotted numbers as .csv; their paths.
+    The same figure gives the same bytes: no dates in the files."""
     paths = files_of(stem, folder, ("png", "pdf", "csv"))
     pdf = io.BytesIO()
     fig.savefig(pdf, format="pdf", metadata={"CreationDate": None})

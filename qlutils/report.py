@@ -6,8 +6,8 @@ Reads saved results only; nothing here imports torch. Whatever a run did not mak
 from __future__ import annotations
 
 import html
-import json
 import shutil
+from contextlib import suppress
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -150,11 +150,12 @@ def work(run: Run) -> pd.DataFrame:
     """Every notebook that was run: model, method, data, facts, device, dtype, seconds, units of work, when and how."""
     rows = []
     for model, number in product(run.models, NOTEBOOKS):
-        for (name, method), entry in run.read_all(number, lambda *pair: run.entry(number, *pair)).items():  # noqa: B023
-            if name == model and not isinstance(entry, Missing):
-                done = entry.get("work", {}).values()
+        for method in run.methods_of(number):
+            with suppress(Missing):
+                entry = run.entry(number, model, method)
+                done = entry["work"].values()
                 rows.append({"model": model, "notebook": NOTEBOOKS[number], "method": method or "all",
-                             "data": Path(str(entry["parameters"].get("data"))).name, "facts": entry["facts"],
+                             "data": Path(entry["parameters"]["data"]).name, "facts": entry["facts"],
                              "device": entry["model"].get("device", "–"), "dtype": entry["model"].get("dtype", "–"),
                              "seconds": entry["seconds"], "units": sum(one["units"] for one in done),
                              "computed": sum(one["computed"] for one in done), "finished": entry["finished"]})
@@ -167,7 +168,7 @@ def query_outcomes(run: Run, model, method) -> dict[str, pd.DataFrame]:
     """{name: frame with fact, prompt_index, value}: what was measured a query beside CS2, as far as it was run. Gen has a row
     a known neighbour of the query that was `edited`."""
     found, columns = {}, ["fact", "prompt_index", "edited", "value"]
-    try:
+    with suppress(Missing):
         groups = dict(list(run.frame(model, method, "queries").groupby("fact", sort=False)))
         edits = run.frame(model, method, "edits")
         edits = edits[(edits["neurons"] == "local") & (edits["control"] == "none") & edits["note"].isna()]
@@ -181,8 +182,6 @@ def query_outcomes(run: Run, model, method) -> dict[str, pd.DataFrame]:
             found[name] = pd.DataFrame(rows, columns=columns)
         gaps = query_gaps(run.frame(model, method, "query_kn_mapping"), "self")
         found["dProb of own KNs"] = gaps.rename(columns={"gap": "value"})[["fact", "prompt_index", "value"]]
-    except Missing:
-        pass
     return found
 
 
@@ -224,11 +223,11 @@ def notes(table, models) -> HTML:
     return HTML("<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in found) + "</ul>" if found else "")
 
 
-def show_pictures(run: Run, number, stem, width=760) -> None:
+def show_pictures(run: Run, number, stem) -> None:
     """The PNGs of a figure of every model under one another, each named, and what is missing."""
     found, missing = _apart(run.read_all(number, lambda *pair: run.file(number, f"{stem}.png", *pair)))
     for pair, path in found.items():
-        display(HTML(f"<p><b>{html.escape(' '.join(pair))}</b></p>"), Image(data=path.read_bytes(), width=width))
+        display(HTML(f"<p><b>{html.escape(' '.join(pair))}</b></p>"), Image(data=path.read_bytes(), width=760))
     display(HTML(missing_html(missing)))
 
 
@@ -261,9 +260,11 @@ def _bars(parts, row, x, ylabel=""):
 
 def averages(plotted: pd.DataFrame) -> str:
     """Sentences that read Figure 4 or 6: means of both directions, a line a model, quantity and class with facts."""
+    if plotted.empty:
+        return ""
     lines, names = [], [name for name in ("model", "quantity", "class") if name in plotted]
-    plotted = plotted[(plotted["direction"] == "average") & (plotted["n"] > 0)] if names else plotted
-    for keys, rows in plotted.groupby(names, sort=False) if names else ():
+    plotted = plotted[(plotted["direction"] == "average") & (plotted["n"] > 0)]
+    for keys, rows in plotted.groupby(names, sort=False):
         values = ", ".join(f"{name} {mean:.3f}" for name, mean in zip(rows["set"], rows["mean"]))
         lines.append(f"{', '.join(keys[:-1])}, K_{keys[-1]} ({rows['n'].max():.0f} queries): {values}")
     return "\n".join(lines)

@@ -25,7 +25,7 @@ _NOT_COMPUTING = {"__init__", "paths", "files", "store", "study", "run", "plan",
 _BUSY = threading.Lock()  # a model carries hooks: one task at a time in a process
 
 
-def run_units(task, model_name, units, config=None, *, desc, device=None, dtype=None, client=None, root=None,
+def run_units(task, model_name, units, config=None, *, root, desc, device=None, dtype=None, client=None,
               info=None):
     """DataFrame of the rows of `task(lm, unit, **config)` over all units, in order; a unit is computed once.
 
@@ -39,7 +39,7 @@ def run_units(task, model_name, units, config=None, *, desc, device=None, dtype=
     StoreError: the folder cannot be written, or another run is computing the same. Whatever `task` raises comes
     through, and finished units stay.
     """
-    folder = Path(root or paths.run_folder()) / "units"
+    folder = Path(root) / "units"
     units, config = json.loads(canonical(list(units))), json.loads(canonical(config or {}))
     client = client or _client(os.environ.get("QLUTILS_SCHEDULER"))
     job = (f"{task.__module__}:{task.__qualname__}", model_name, device, dtype)

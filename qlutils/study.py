@@ -202,10 +202,10 @@ def check_parameters(cells):
     """
     defaults, values, problem = {}, {}, ""
     for source in cells:
-        if all(re.search(rf"(?m)^{name}\s*[:=]", source) for name in ("output", "seed")):  # the parameters, edited or not
-            problem = "" if literals(source) is not None else source
         injected = source.lstrip().startswith("# Parameters")
         cell = literals(source)
+        if all(re.search(rf"(?m)^{name}\s*[:=]", source) for name in ("output", "seed")):  # the parameters, edited or not
+            problem = source if cell is None else ""
         if cell is None:
             if injected:
                 raise ValueError(f"a parameter is not a literal value in the injected cell:\n{source}")

@@ -104,9 +104,7 @@ def display_table(frame, digits=2) -> pd.DataFrame:
 
 
 def write_table(frame, stem, folder, caption="", note="", *, digits=2) -> dict[str, Path]:
-    """Write `stem`.csv (every column, full precision), .md and .tex (as `display_table`) into folder.
-
-    A named index becomes columns. caption and note are plain text. Returns {"csv": path, "md": ..., "tex": ...}."""
+    """Write `stem`.csv (every column, full precision), .md and .tex (as `display_table`) into folder; their paths."""
     paths = files_of(stem, folder, ("csv", "md", "tex"))
     flat, shown = _flat(frame), display_table(frame, digits)
     numeric = [pd.api.types.is_numeric_dtype(flat[name]) for name in _without_bounds(flat)]
@@ -140,11 +138,8 @@ def _without_bounds(frame) -> list[str]:
 
 
 def _flat(frame):
-    """A named index as columns, column levels joined, columns named by texts."""
-    if any(name is not None for name in frame.index.names):
-        frame = frame.reset_index()
-    names = [" ".join(str(part) for part in name if part != "") if isinstance(name, tuple) else str(name)
-             for name in frame.columns]
+    """Columns named by texts, no two alike; rows numbered."""
+    names = [str(name) for name in frame]
     doubled = {name for name in names if names.count(name) > 1}
     if doubled:
         raise ValueError(f"the table has two columns named {', '.join(sorted(doubled))}")
@@ -183,10 +178,8 @@ def _latex(shown, numeric, caption, note, stem):
 def paper_value(table, model, column, **keys) -> float:
     """A value the paper prints, NaN where it has none for this model.
 
-    Table 1: column ratio_I, cs_I, ratio_II, cs_II, t or cap_II; keys threshold ("static", "otsu") and method ("ig",
-    "sig", "amig"). Table 4: column threshold_value, the same keys. Tables 2 and 3 (localised by `ig`): column rel, gen,
-    loc, avg or dppl; keys operation ("erasure", "update"), neurons ("local", "global", in Table 3 also "cas") and
-    class_ ("I", "II"). ValueError for a table, column or key that the paper does not have."""
+    `paper_values.json` names each table's columns and keys; the key class is written `class_`. ValueError, naming what
+    there is, for a table, column or key that the paper does not have."""
     tables = paper()["tables"]
     if str(table) not in tables:
         raise ValueError(f"the paper's values are kept of tables {', '.join(tables)}, not {table!r}")
