@@ -95,11 +95,11 @@ def attribute(lm, prompts, answers, *, method="ig", steps=20, rule="right", answ
 def attribute_encoded(lm, queries: list[tuple[list[int], list[int]]], spec: Spec, names=None) -> Attribution:
     """`attribute` for queries already tokenised into (prompt ids, answer ids). `names` are used in errors."""
     lm.check_ready()
-    lm.check_replay()
     if lm.dtype == torch.float16:
         raise ValueError("float16 gradients of a probability underflow silently; load the model in bfloat16 or float32")
     names = names or [lm.tokenizer.decode(p, skip_special_tokens=True) for p, _ in queries]
     with ONE_AT_A_TIME:
+        lm.check_hooks()
         return within_memory(lambda budget: _attribute(lm, queries, replace(spec, row_budget=budget), names),
                              spec.row_budget or default_row_budget(lm), lm.num_layers)
 

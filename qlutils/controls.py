@@ -99,9 +99,10 @@ def sample_queries(queries: pd.DataFrame, n: int = 24, seed: int = 0) -> pd.Data
 def variants(prompt: str, subject: str) -> list[str]:
     """At most two wordings as close to the prompt as can be: an article dropped, or one added before the subject. The last
     word, at which attribution is read, stays."""
-    found = [prompt[:m.start()] + prompt[m.end():] for m in re.finditer(r"\b(?:the|a|an) ", prompt)]
     place = re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt)
-    if place and not re.search(r"\b(?:the|a|an) $", prompt[:place.start()], re.I):
+    name = range(place.start(), place.end()) if place else ()
+    found = [prompt[:m.start()] + prompt[m.end():] for m in re.finditer(r"\b(?:the|a|an) ", prompt) if m.start() not in name]
+    if place and not re.search(r"\b(?:the|a|an) $", prompt[:place.start()], re.I) and not re.match(r"(?:the|a|an) ", subject, re.I):
         article = "the " if place.start() else "The "
         found.append(prompt[:place.start()] + article + prompt[place.start():])
     last = prompt.split()[-1:]

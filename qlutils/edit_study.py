@@ -58,7 +58,7 @@ def plan_edits(queries, facts, *, num_neurons, sets=("local", "global"), control
         omissions += [(fact, *one) for one in _omissions(known, relation, objects, chosen)]
         edits = [dict(neurons=name, control="none", set=one) for name, one in chosen.items()]
         edits += [dict(neurons=name, control=control, set=_control(
-            control, one, num_neurons, others, first, draw(f"{control} {name}")))
+            control, one, num_neurons, others, first, specs[name], draw(f"{control} {name}")))
             for name, one in chosen.items() for control in controls]
         plans.append(dict(
             fact=fact, relation=relation, subject=subject, object=obj, prompts=group["prompt"].tolist(),
@@ -107,7 +107,7 @@ def _select(spec, name, sets, at, first):
     return sets[at] if name == "local" else set().union(*sets)
 
 
-def _control(control, one, num_neurons, others, first, rng) -> set:
+def _control(control, one, num_neurons, others, first, spec, rng) -> set:
     """As many neurons as `one`, in each layer and none of them in it but for "strongest"; fewer where there are not that many.
 
     "matched" needs the model: `edit_facts` fills it in."""
@@ -116,7 +116,7 @@ def _control(control, one, num_neurons, others, first, rng) -> set:
     if control == "random":
         return random_neurons(one, num_neurons, rng)
     if control == "strongest":
-        return strongest_neurons(first, len(one))
+        return strongest_neurons(first, len(one), (spec or {}).get("score", "raw"))
     return others.draw(one, first["fact"], rng, same_relation=control == "same_relation")
 
 
@@ -155,7 +155,7 @@ def edit_facts(lm, unit, *, ops=("erase", "update"), lambda1=2.0, lambda2=2.0, e
 
     Columns: fact, relation, subject, object, new_object, op, neurons, control, n_neurons; rel, gen, loc, avg
     over known queries and rel_all, ... over all; loc_same, loc_other, the halves of Loc; loc_new, the share of its queries
-    that an update makes begin their answer with the new object, where they did not before; rel_match,
+    whose object is another and whose answer an update makes the new one; rel_match,
     gen_match, from token-level matches; p_before, p_after of the answer an operation is about (erasure: o,
     update: o') at q_i and gen_p_before, gen_p_after at its neighbours; ppl_before, ppl_after and their
     relative change dppl; n_gen, n_loc, queries behind Gen and Loc; reached, 1 or 0 for each of the fact's queries. NaN where undefined. An update whose
@@ -173,11 +173,11 @@ def edit_facts(lm, unit, *, ops=("erase", "update"), lambda1=2.0, lambda2=2.0, e
                 if op in fact.targets:
                     edits.append((fact, op, edit, book.change(edit["set"], op, options, made)))
     scores = book.score([(q, change) for fact, op, _, change in edits for q in fact.targets[op] + fact.locality])
-    perplexity = book.perplexities(edits, ppl_max_tokens)
+    perplexity, spilt = book.perplexities(edits, ppl_max_tokens), book.spilt(edits, scores)
     rows, start = [], len(book.queries)
-    for (fact, op, edit, _), ppl in zip(edits, perplexity):
+    for (fact, op, edit, _), ppl, new in zip(edits, perplexity, spilt):
         stop = start + len(fact.targets[op]) + len(fact.locality)
-        rows.append(_row(fact, op, edit) | _metrics(fact, op, scores, range(start, stop)) | ppl)
+        rows.append(_row(fact, op, edit) | _metrics(fact, op, scores, range(start, stop)) | {"loc_new": new} | ppl)
         start = stop
     for fact in facts:
         rows += [_row(fact, "update", edit) | {"note": fact.note} for edit in fact.plan["edits"] if fact.note]
@@ -226,6 +226,30 @@ class Book:
         from .rows import score_rows
 
         return score_rows(self.lm, self.queries, [(q, None) for q in range(len(self.queries))] + rows, everywhere=True)
+
+    def spilt(self, edits, scores) -> list[float]:
+        """loc_new of every edit. Greedy decoding gives the new object where it begins as that does and, for one of several
+        tokens, where each of them is the likeliest after those before it; only the latter has to be asked for."""
+        from .rows import score_rows
+
+        found, asked, start = [], [], len(self.queries)
+        for place, (fact, op, _, change) in enumerate(edits):
+            start += len(fact.targets[op])
+            for row, (q, about) in enumerate(zip(fact.locality, fact.plan["locality"]), start):
+                if op == "update" and about["known"] and about["object"] != fact.plan["new_object"]:
+                    begins = scores.greedy[row][0] == fact.new[0]
+                    if begins and len(fact.new) > 1:
+                        asked.append((len(found), (self.queries[q][0], tuple(fact.new)), change))
+                    found.append((place, begins))
+            start += len(fact.locality)
+        if asked:
+            queries = list(dict.fromkeys(query for _, query, _ in asked))
+            index = {query: i for i, query in enumerate(queries)}
+            exact = score_rows(self.lm, queries, [(index[query], change) for _, query, change in asked], everywhere=True).exact
+            for (at, *_), given in zip(asked, exact):
+                found[at] = found[at][0], bool(given)
+        shares = pd.DataFrame(found, columns=["edit", "new"]).groupby("edit")["new"].mean()
+        return shares.reindex(range(len(edits))).tolist()
 
     def perplexities(self, edits, max_tokens) -> list[dict]:
         """ppl_before, ppl_after, dppl of every edit on its fact's entries."""
@@ -304,12 +328,10 @@ def _metrics(fact, op, scores, rows) -> dict:
     neighbour, locality = np.arange(n) != at, fact.plan["locality"]
     kept = np.array([scores.greedy[row] == scores.greedy[q] for row, q in zip(rows[n:], fact.locality)], float)
     same, sure = (np.array([query[key] for query in locality], bool) for key in ("same", "known"))
-    new = [_begins(scores.greedy[row], fact.new) for row, q, asked in zip(rows[n:], fact.locality, locality)
-           if op == "update" and asked["known"] and not _begins(scores.greedy[q], fact.new)]
     found = dict(
         rel=reached[at] if known[at] else np.nan,
         gen=_mean(reached[neighbour & known]) if known[at] else np.nan,
-        loc=_mean(kept[sure]), loc_same=_mean(kept[sure & same]), loc_other=_mean(kept[sure & ~same]), loc_new=_mean(new),
+        loc=_mean(kept[sure]), loc_same=_mean(kept[sure & same]), loc_other=_mean(kept[sure & ~same]),
         rel_all=reached[at], gen_all=_mean(reached[neighbour]), loc_all=_mean(kept),
         rel_match=matched[at] if known[at] else np.nan, gen_match=_mean(matched[neighbour & known]),
         p_before=p_before[at], p_after=p_after[at], gen_p_before=_mean(p_before[neighbour]),
@@ -317,11 +339,6 @@ def _metrics(fact, op, scores, rows) -> dict:
     for end in ("", "_all"):  # undefined where one of the three is
         found[f"avg{end}"] = float(np.mean([found[f"{name}{end}"] for name in ("rel", "gen", "loc")]))
     return found
-
-
-def _begins(answer, tokens) -> bool:
-    """Whether the answer's tokens are those of an object, as far as the shorter of the two goes."""
-    return all(one == other for one, other in zip(answer, tokens))
 
 
 def _mean(values) -> float:

@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.modules import module as _GLOBAL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
 from . import arch, paths
 from .arch import UnsupportedModel
+from .attention import _CONTROLS
 from .data import check_text
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,7 +42,7 @@ class LanguageModel:
             raise UnsupportedModel(f"{name}: a compiled model, which leaves out hooks; give the model itself")
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self._fingerprint: tuple = (None, "")
-        self._hooks: list | None = []  # forward hooks of other code with which the replay was verified
+        self._forwards = self._replaced_forwards()  # some loaders set their own
         self.arch = arch.find_architecture(model, name)
         arch.use_fused_gelu(model)
         self.num_embeddings = model.get_input_embeddings().weight.shape[0]
@@ -101,28 +103,38 @@ class LanguageModel:
 
     def check_ready(self) -> None:
         """ValueError for a state of the model in which hooks or numbers would be wrong without a word."""
-        if self.model.training:
-            raise ValueError(f"{self.name} is in training mode, where dropout changes every number; call lm.model.eval()")
-        if getattr(self.model, "_compiled_call_impl", None) is not None:
-            raise ValueError(f"{self.name} was compiled after it was loaded, and a compiled model leaves out hooks; load it anew")
         if self.model.get_output_embeddings() is not self.arch.head:
             raise ValueError(f"{self.name} got another unembedding after it was loaded (its embeddings were resized?); make a "
                              "LanguageModel of it anew")
+        if any(module.training for module in self.model.modules()):
+            raise ValueError(f"{self.name} is in training mode, where dropout changes every number; call lm.model.eval()")
+        if getattr(self.model, "_compiled_call_impl", None) is not None:
+            raise ValueError(f"{self.name} was compiled after it was loaded, and a compiled model leaves out hooks; load it anew")
 
-    def hooks_of_others(self) -> list:
-        """The forward hooks on the model that are neither this package's nor those of the libraries it runs on."""
-        own = ("qlutils", "transformers", "accelerate", "torch")
-        return [hook for module in self.model.modules() for kind in (module._forward_pre_hooks, module._forward_hooks)
-                for hook in kind.values() if (getattr(hook, "__module__", None) or "").split(".")[0] not in own]
+    def check_hooks(self) -> None:
+        """ValueError for what other code hangs on the model's forward passes: hooks, or a `forward` replaced since loading. Rows
+        stand side by side where a text's tokens would, and much of a pass is left out: what it would do to them is not known."""
+        registered = [(name, hook) for name, module in self.model.named_modules()
+                      for kind in (module._forward_pre_hooks, module._forward_hooks) for hook in kind.values()]
+        registered += [("every module", hook) for kind in (_GLOBAL._global_forward_pre_hooks, _GLOBAL._global_forward_hooks)
+                       for hook in kind.values()]
+        for name, hook in registered:
+            if (getattr(hook, "__module__", None) or "").split(".")[0] not in ("qlutils", "transformers", "accelerate", "torch"):
+                raise ValueError(f"{self.name} has a forward hook of other code on {name or 'the model'}, with which numbers would "
+                                 "be wrong without a word: remove it, or write what it does into the weights")
+        if self._replaced_forwards() != self._forwards:
+            raise ValueError(f"a forward method in {self.name} was replaced since it was loaded, with which numbers would be wrong "
+                             "without a word: put it back, or load the model anew")
 
-    def check_replay(self) -> None:
-        """ValueError for hooks of other code that do not do to rows, which stand side by side, what they do to tokens."""
-        if (hooks := self.hooks_of_others()) != self._hooks:
-            from .replay import verify_again
+    def _replaced_forwards(self) -> dict:
+        return {name: module.__dict__["forward"] for name, module in self.model.named_modules() if "forward" in module.__dict__}
 
-            self._hooks = None
-            verify_again(self)
-            self._hooks = hooks
+    def check_untouched(self) -> None:
+        """ValueError while a context changes the model: what is computed then must not be kept as the model's."""
+        self.check_hooks()
+        if self.__dict__.get("scales") or any(layer in _CONTROLS for layer in self.model.modules()):
+            raise ValueError(f"{self.name} is being changed by scale_neurons or scale_synapses: results are kept for the model as it "
+                             "was loaded; leave the context first")
 
     def value_vectors(self, layer: int) -> Tensor:
         """(N, d) view of layer `layer`'s down-projection: row p is what neuron p writes."""

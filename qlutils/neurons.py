@@ -257,12 +257,12 @@ def cas_neurons(candidates, *, b1=0.7, b2=0.3, threshold=0.3, score="raw") -> se
     return set(zip(layer.tolist(), neuron.tolist()))
 
 
-def strongest_neurons(candidates, count) -> set:
+def strongest_neurons(candidates, count, score="raw") -> set:
     """The `count` neurons of the largest mean score over a fact's queries: of a CAS set's size, without its penalty on
-    spread. Fewer where fewer were kept for certain (see `cas_candidates`; `candidates` as for `cas_neurons`)."""
+    spread. Fewer where fewer were kept for certain (see `cas_candidates`; `candidates` and `score` as for `cas_neurons`)."""
     prefix = "cas_" if "cas_layer" in candidates else ""
     layer, neuron = (_array(candidates[prefix + name], int) for name in ("layer", "neuron"))
-    mean = _array(candidates[f"{prefix}mean"], np.float64)
+    mean = _array(candidates[f"{prefix}mean{'_max' if score == 'max' else ''}"], np.float64)
     order = np.argsort(-mean, kind="stable")[:count]
     keep = [i for i in order if mean[i] > CAS_MIN_THRESHOLD * mean.max()]
     return set(zip(layer[keep].tolist(), neuron[keep].tolist()))

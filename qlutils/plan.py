@@ -37,7 +37,7 @@ def model_shape(name: str) -> tuple:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
         width, heads = config.hidden_size, config.num_attention_heads
         neurons = next((n for key in ("intermediate_size", "n_inner", "ffn_dim") if (n := getattr(config, key, None))), 4 * width)
-        gated = config.model_type not in ("gpt2", "gpt_neo", "gptj", "codegen", "gpt_neox", "opt", "bloom", "falcon", "phi")
+        gated = config.model_type not in ("gpt2", "gpt_neo", "gptj", "codegen", "gpt_neox", "opt", "bloom", "falcon", "phi", "starcoder2")
         return (config.num_hidden_layers, width, neurons, config.vocab_size,
                 (getattr(config, "num_key_value_heads", None) or heads) / heads, gated)
     except (AttributeError, OSError, ValueError) as error:

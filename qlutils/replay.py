@@ -381,7 +381,11 @@ def verify(lm) -> None:
 
     Compared on two random queries: the model's own logits on the full sequence, the replayed clean row in a batch
     with another row, and (causality) an earlier position's logits under another last token."""
-    ids, tolerance = _probe(lm)
+    generator = torch.Generator().manual_seed(0)
+    length = min(6, lm.context)
+    ids = torch.randint(0, lm.arch.head.weight.shape[0], (2, length), generator=generator)
+    ids[0, :2] = ids[1, :2]
+    ids = ids.to(lm.device)
     lm.arch.tail = tail_modules(lm.model, lm.arch, ids)
     own = lm.model(input_ids=ids, use_cache=False).logits.to(lm.score_dtype)
     lm.adds_mlp_output = False
@@ -389,6 +393,7 @@ def verify(lm) -> None:
     other[:, -1] = ids.flip(0)[:, -1]
     if not torch.allclose(own[:, 0], lm.model(input_ids=other, use_cache=False).logits[:, 0].to(own), atol=1e-2, rtol=1e-2):
         raise UnsupportedModel(f"{lm.name}: not causal: a later token changes an earlier position's prediction")
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(lm.dtype, 0.1)
     problem = ""
     for layout in dict.fromkeys((lm.layout, "batch")):
         lm.layout = layout
@@ -402,24 +407,6 @@ def verify(lm) -> None:
         f"{lm.name} ({type(lm.model).__name__}): its last token cannot be replayed exactly, so its neurons would be "
         f"attributed wrongly. {problem}"
     )
-
-
-@torch.no_grad()
-def verify_again(lm) -> None:
-    """`verify` for a model that got or lost forward hooks since; ValueError where rows do not go through them as tokens do."""
-    ids, tolerance = _probe(lm)
-    lm.adds_mlp_output = False
-    problem = _replay_error(lm, ids, lm.model(input_ids=ids, use_cache=False).logits[:, -1].to(lm.score_dtype), tolerance)
-    if problem:
-        raise ValueError(f"{lm.name} has forward hooks of other code, and with them its last token cannot be replayed exactly: "
-                         f"remove them, or write what they do into the weights. {problem}")
-
-
-def _probe(lm):
-    """Two random queries (2, T), alike in their first two tokens, and the relative error that their replay may have."""
-    ids = torch.randint(0, lm.arch.head.weight.shape[0], (2, min(6, lm.context)), generator=torch.Generator().manual_seed(0))
-    ids[0, :2] = ids[1, :2]
-    return ids.to(lm.device), {torch.float64: 1e-6, torch.float32: 1e-3}.get(lm.dtype, 0.1)
 
 
 def _adds_mlp_output(lm, clean, tolerance) -> bool:

@@ -97,6 +97,8 @@ def score_rows(lm, queries, rows, *, everywhere=False, tokens=None) -> Scores:
     `everywhere`: changes act at every token (an edited weight); else at the last prompt token and later ones.
     `tokens` bounds the tokens of a batch. Equal rows (same query, same `Change` object) are computed once."""
     lm.check_ready()
+    with ONE_AT_A_TIME:
+        lm.check_hooks()
     if not lm.__dict__.get("rows_verified"):
         _verify(lm)
     plan: dict[tuple, list[int]] = {}
@@ -200,8 +202,7 @@ def _grow(lm, shared: _Shared, rows, prompt_ends, who, at) -> Tensor:
     the scored places only, tokens `at` of rows `who`, since nothing after the last attention looks elsewhere."""
     index = torch.tensor([local for local, *_ in rows], device=lm.device)
     starts = np.array([start for _, _, start, _ in rows])
-    whole = bool(lm.hooks_of_others())  # which may do anything with what they are shown
-    skip = lm.adds_mlp_output and not _scales(lm) and not whole  # then a row's first changed layer need not be run
+    skip = lm.adds_mlp_output and not _scales(lm)  # then a row's first changed layer need not be run
     entry = np.minimum(starts + skip, lm.num_layers)
     hidden = None
     for layer in range(int(entry[0]), lm.num_layers + 1):
@@ -213,7 +214,7 @@ def _grow(lm, shared: _Shared, rows, prompt_ends, who, at) -> Tensor:
                 _write(lm, shared, layer - 1, rows[begun:running], index[begun:running], new)
             hidden = new if hidden is None else torch.cat([hidden, new])
         if hidden is not None and layer < lm.num_layers:
-            few = layer == lm.num_layers - 1 and not whole and 2 * len(who) < hidden.shape[0] * hidden.shape[1]
+            few = layer == lm.num_layers - 1 and 2 * len(who) < hidden.shape[0] * hidden.shape[1]
             scored = (who, at) if few and lm.arch.mlps[layer] is not None else None
             with _changed(lm, layer, rows[:running], prompt_ends, scored):
                 if shared.prefix is not None:

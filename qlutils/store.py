@@ -93,6 +93,7 @@ def _loaded(name, device, dtype, content):
 def identity(model_name, device=None, dtype=None):
     """What results owe to the model: fingerprint, device kind, dtype; and the process's number of threads."""
     lm = cached_model(model_name, device, dtype)
+    lm.check_untouched()
     torch = sys.modules.get("torch")
     return {"fingerprint": lm.fingerprint, "device": lm.device.type,
             "dtype": str(lm.dtype).removeprefix("torch."), "threads": torch.get_num_threads() if torch else 1}

@@ -155,6 +155,7 @@ def column_scores(lm, prompts: list[list[int]], score: str = "sum") -> list[tupl
                 out[query] = found
 
     with ONE_AT_A_TIME:
+        lm.check_hooks()
         within_memory(run, token_budget(lm))
     return out
 
@@ -227,7 +228,9 @@ def run_rows(lm, rows: list[Row]) -> np.ndarray:
                 part = [rows[i] for i in group[start:start + size]]
                 out[group[start:start + size]] = _run_batch(lm, part, length, answer, renormalise)
 
-    within_memory(run, token_budget(lm))
+    with ONE_AT_A_TIME:
+        lm.check_hooks()
+        within_memory(run, token_budget(lm))
     return out
 
 

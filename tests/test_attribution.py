@@ -8,13 +8,15 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, tiny_lm, tiny_model, word_tokenizer
+from tiny import FAMILIES, tiny_lm, tiny_model, trusted, word_tokenizer
 from torch import nn
 
 from qlutils import attribute, replay
 from qlutils.attribution import METHODS, Spec, attribute_encoded
 from qlutils.models import LanguageModel
 from qlutils.quadrature import RULES, quadrature
+from qlutils.rows import score_queries
+from qlutils.synapses import Row, column_scores, run_rows
 
 EOS, BOS = 0, 1
 # Families whose attention, in transformers' own code, rounds to float32 whatever the model's dtype. Both sides are
@@ -391,10 +393,7 @@ def watched_rows(lm, limit=None):
         if limit is not None and rows > limit:
             raise torch.OutOfMemoryError("pretended")
 
-    with hooked(lm.layers[-1].register_forward_pre_hook(look, with_kwargs=True)):
-        if limit is None:
-            lm.check_replay()  # of models with hooks of others; its passes are not what is watched
-            seen.update(most=0, calls=0)
+    with hooked(lm.layers[-1].register_forward_pre_hook(trusted(look), with_kwargs=True)):
         yield seen
 
 
@@ -445,38 +444,45 @@ def test_out_of_memory_for_the_smallest_batch_and_other_errors_come_through():
     lm = tiny_lm("gpt2")
     with watched_rows(lm, limit=0), pytest.raises(torch.OutOfMemoryError):
         attribute_encoded(lm, [([5, 6, 7], [8])], Spec(steps=4))
-    with hooked(lm.downs[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))):
+    with hooked(lm.downs[1].register_forward_pre_hook(trusted(lambda *_: (_ for _ in ()).throw(RuntimeError("a bug"))))):
         with pytest.raises(RuntimeError, match="a bug"):
             attribute_encoded(lm, [([5, 6, 7], [8])], Spec(steps=4))
 
 
 # --- what others did to the model since it was loaded ---------------------------------------------------------
-def steered(_, __, output):
-    """A layer's output plus a vector at the last token, as steering code writes it."""
-    hidden = output[0] if isinstance(output, tuple) else output
-    hidden = hidden.clone()
-    hidden[:, -1] += torch.linspace(-1, 1, hidden.shape[-1], dtype=hidden.dtype)
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-
 def doubled(_, __, output):
     return (2 * output[0], *output[1:]) if isinstance(output, tuple) else 2 * output
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_hooks_of_others_are_part_of_the_model_or_refused(method):
+@pytest.mark.parametrize("place", ["layer", "head", "every module"])
+def test_hooks_of_others_are_refused_and_gone_with_them(place):
     lm, query = tiny_lm("gpt2"), ([5, 6, 7, 8], [9])
-    assert lm.adds_mlp_output
-    plain = attribute_encoded(lm, [query], Spec(method, 4)).scores
-    with hooked(lm.layers[1].register_forward_hook(doubled)):  # no longer adds what its MLP writes as it is
-        found = attribute_encoded(lm, [query], Spec(method, 4)).scores
-        wanted, _ = Naive(lm.model, "gpt2").attribute(*query, method, *quadrature("right", 4))
-    assert relative(found[0], wanted) <= 1e-9 and relative(found, plain) > 1e-3
-    with hooked(lm.layers[1].register_forward_hook(steered)):
-        for _ in range(2):
-            with pytest.raises(ValueError, match="tiny.*forward hooks of other code.*remove them"):
-                attribute_encoded(lm, [query], Spec(method, 4))
-    assert torch.equal(attribute_encoded(lm, [query], Spec(method, 4)).scores, plain) and lm.adds_mlp_output
+    plain = attribute_encoded(lm, [query], Spec(steps=4)).scores
+    module = {"layer": lm.layers[1], "head": lm.model.lm_head}.get(place)
+    register = nn.modules.module.register_module_forward_hook if module is None else module.register_forward_hook
+    with hooked(register(doubled)):
+        for call in (lambda: attribute_encoded(lm, [query], Spec(steps=4)), lambda: score_queries(lm, [query]),
+                     lambda: column_scores(lm, [query[0]]), lambda: run_rows(lm, [Row(*query)])):
+            with pytest.raises(ValueError, match="tiny-gpt2 has a forward hook of other code.*remove it"):
+                call()
+    assert torch.equal(attribute_encoded(lm, [query], Spec(steps=4)).scores, plain)
+
+
+def test_a_forward_that_was_replaced_since_loading_is_refused(monkeypatch):
+    lm, query = tiny_lm("gpt2"), ([5, 6, 7, 8], [9])
+    own = lm.layers[0].forward
+    monkeypatch.setattr(lm.layers[0], "forward", lambda *args, **kwargs: doubled(None, None, own(*args, **kwargs)))
+    with pytest.raises(ValueError, match="forward method in tiny-gpt2 was replaced"):
+        attribute_encoded(lm, [query], Spec(steps=4))
+    before = LanguageModel(lm.model, lm.tokenizer, "wrapped")  # a loader's own is the model's
+    assert torch.isfinite(attribute_encoded(before, [query], Spec(steps=4)).scores).all()
+
+
+def test_a_part_in_training_mode_is_refused():
+    lm = tiny_lm("gpt2")
+    lm.model.transformer.train()
+    with pytest.raises(ValueError, match="tiny-gpt2 is in training mode"):
+        attribute_encoded(lm, [([5, 6, 7, 8], [9])], Spec(steps=4))
 
 
 def test_weights_that_take_gradients_keep_none():
@@ -552,7 +558,7 @@ def test_the_model_is_the_same_afterwards_also_after_an_exception(family, method
             if len(seen) == stop_at:
                 raise KeyboardInterrupt
 
-        with hooked(lm.layers[1].register_forward_pre_hook(fail)), pytest.raises(KeyboardInterrupt):
+        with hooked(lm.layers[1].register_forward_pre_hook(trusted(fail))), pytest.raises(KeyboardInterrupt):
             attribute_encoded(lm, queries, Spec(method, 3))
         assert len(lm.layers[1]._forward_pre_hooks) == calls
         assert_unchanged(lm, before)

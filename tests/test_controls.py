@@ -61,7 +61,9 @@ def test_random_sets_keep_the_number_in_each_layer():
     ("Paris is the capital of", "Paris", ["Paris is capital of", "The Paris is the capital of"]),
     ("In the city Paris lies in", "Paris", ["In city Paris lies in", "In the city the Paris lies in"]),
     ("the Seine flows through", "Seine", ["Seine flows through"]),
-    ("Who has the wrong place of birth, the", "x", ["Who has wrong place of birth, the"]), ("Rome", "Rome", ["The Rome"])])
+    ("Who has the wrong place of birth, the", "x", ["Who has wrong place of birth, the"]), ("Rome", "Rome", ["The Rome"]),
+    ("Charles the Bald died in", "Charles the Bald", ["The Charles the Bald died in"]),
+    ("the official language of The Gambia is", "The Gambia", ["official language of The Gambia is"])])
 def test_variants_change_an_article_but_not_the_last_word(prompt, subject, expected):
     assert controls.variants(prompt, subject) == expected
 

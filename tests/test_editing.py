@@ -402,19 +402,18 @@ def test_the_metrics_equal_editing_the_weights_and_generating_one_query_at_a_tim
                 said = [by_generation(lm, prompt, len(goal.split())) == goal for prompt in plan["prompts"]]
                 others = [by_generation(lm, q["prompt"], len(q["object"].split())) for q in plan["locality"]]
                 kept = [answer == before for answer, before in zip(others, clean)]
+                spilt = [
+                    by_generation(lm, q["prompt"], len(plan["new_object"].split()))
+                    for q in plan["locality"]
+                    if q["known"] and q["object"] != plan["new_object"]
+                ]
                 after = perplexity(lm, plan["texts"], 7)
             done = [float(s == (row["op"] == "update")) for s in said]
             assert row["reached"] == done
             at, known = plan["query"], plan["known"]
             near = [k for k in range(len(done)) if k != at]
             sure = [kept[k] for k, q in enumerate(plan["locality"]) if q["known"]]
-            goal = plan["new_object"].split()
-            begins = [[a.split()[: len(goal)] == goal[: len(a.split())] for a in answers] for answers in (others, clean)]
-            new = [
-                now
-                for now, before_it, q in zip(*begins, plan["locality"])
-                if q["known"] and not before_it and row["op"] == "update"
-            ]
+            new = [answer == plan["new_object"] for answer in spilt] if row["op"] == "update" else []
             expected = dict(
                 rel=done[at] if known[at] else np.nan,
                 rel_all=done[at],

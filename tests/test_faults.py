@@ -19,7 +19,7 @@ from test_attribution import watched_rows
 from test_mapping import UNIT
 from test_store import UNITS, fake_model, lock_of, numbers, run, signed, unit_files
 from test_synapses import make
-from tiny import tiny_lm
+from tiny import tiny_lm, trusted
 
 from qlutils import attribution, edit_study, files, localize, mapping, paths, store, synapses
 from qlutils.run import main
@@ -380,7 +380,7 @@ def broken_for(lm, token, value):
     def spoil(_, inputs, output):
         return torch.where((inputs[0] == token)[..., None], torch.full_like(output, value), output)
 
-    handle = lm.model.get_input_embeddings().register_forward_hook(spoil)
+    handle = lm.model.get_input_embeddings().register_forward_hook(trusted(spoil))
     try:
         yield
     finally:

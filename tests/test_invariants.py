@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
-from tiny import GPTJ_METHOD, tiny_lm
+from tiny import GPTJ_METHOD, tiny_lm, trusted
 from torch import nn
 
 from qlutils import (answer_probability, attention, attribute, edit_weights, find_synapses, perplexity, replay, rows,
@@ -364,11 +364,11 @@ def test_the_model_is_as_before_after_every_call_also_one_that_fails_in_the_midd
         if len(seen) == stop_at:
             raise KeyboardInterrupt("on purpose")
 
+    trusted(count_and_fail)
     handles = [lm.layers[1].register_forward_pre_hook(count_and_fail),
                lm.downs[2].register_forward_hook(count_and_fail)]
     try:
         with unchanged(lm):
-            call(lm, tmp_path / "first")  # also looks whether rows go through these hooks as tokens do
             seen.clear()
             call(lm, tmp_path / "whole")
             total = len(seen)

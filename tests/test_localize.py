@@ -377,3 +377,17 @@ def test_the_tables_agree_with_consistency_of_the_dense_scores(model, data, runs
         assert facts.loc[fact.id, ["cs1", "cs2", "jaccard"]].tolist() == pytest.approx(
             [wanted.cs1, wanted.cs2, wanted.jaccard])
         assert facts.loc[fact.id, "mean_size"] == pytest.approx(np.mean(wanted.sizes))
+
+
+def test_units_are_not_computed_or_read_while_a_context_changes_the_model(tmp_path, monkeypatch):
+    from qlutils import scale_neurons, scale_synapses, store
+
+    lm = load_model("demo/gpt2")
+    monkeypatch.setattr(store, "cached_model", lambda *_: lm)
+    unit = [[dict(relation="P1", subject="France", object="Paris", prompts=["The capital of France is", "France has the capital"])]]
+    run = lambda: store.run_units(localise_unit, "demo/gpt2", unit, {"steps": 2}, desc="x", root=tmp_path)  # noqa: E731
+    clean = run()
+    for context in (scale_neurons(lm, [(0, 1)], 0.0), scale_synapses(lm, [(0, 1, 2)], 0.0)):
+        with context, pytest.raises(ValueError, match="demo/gpt2 is being changed"):
+            run()
+    pd.testing.assert_frame_equal(run(), clean)

@@ -22,7 +22,7 @@ UNITS = [[{"x": i, "name": f"é{i}"}, {"x": i + 1, "name": "‏עברית 🦉"}
 
 
 def fake_model(fingerprint="abc", dtype="torch.float32"):
-    return SimpleNamespace(fingerprint=fingerprint, device=SimpleNamespace(type="cpu"), dtype=dtype)
+    return SimpleNamespace(fingerprint=fingerprint, device=SimpleNamespace(type="cpu"), dtype=dtype, check_untouched=lambda: None)
 
 
 def numbers(lm, unit, scale=1.0):

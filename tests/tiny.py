@@ -152,3 +152,9 @@ def save_dataset(folder, patterns=None, facts=None):
             text = "".join(json.dumps(dict(zip(names, row))) + "\n" for row in rows)
             (folder / kind / f"{relation}.jsonl").write_text(text, encoding="utf-8")
     return str(folder)
+
+
+def trusted(hook):
+    """A hook of a test that only watches or fails, passed off as one of the package's own: others are refused."""
+    hook.__module__ = "qlutils.tests"
+    return hook
