@@ -43,12 +43,6 @@ def classified_facts(queries: pd.DataFrame, t: float = 0.2, static: float = 0.1)
     return facts
 
 
-def with_classes(queries: pd.DataFrame, t: float = 0.2, static: float = 0.1) -> pd.DataFrame:
-    """`queries` with its fact's cs2, class_static and class_otsu beside every query."""
-    facts = classified_facts(queries, t, static)
-    return queries.merge(facts[["fact", "cs2", "class_static", "class_otsu"]], on="fact", how="left")
-
-
 def second_class(facts: pd.DataFrame, threshold: str) -> pd.Series:
     """1 where a fact is in K_II, 0 where it is in K_I, NaN where it has no class; its mean is the share of K_II."""
     classes = facts[f"class_{threshold}"]

@@ -164,12 +164,12 @@ def precision(study, queries: pd.DataFrame, *, dtypes=("float32", "bfloat16"), t
 
 def halves(queries: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """`queries` of the facts with at least 4, with `half`: "A" or "B", drawn within each fact (A has the odd one)."""
-    parts = [queries.head(0).assign(half="")]
+    parts = []
     for fact, group in queries.groupby("fact", sort=False):
         if len(group) >= 4:
             order = np.random.default_rng([seed, *fact.encode()]).permutation(len(group))
             parts.append(group.assign(half=np.where(order < (len(group) + 1) // 2, "A", "B")))
-    return pd.concat(parts[1:] or parts, ignore_index=True)
+    return pd.concat(parts, ignore_index=True) if parts else queries.head(0).assign(half="")
 
 
 def split_frames(queries: pd.DataFrame, outcomes=(), *, t: float = 0.2, static: float = 0.1, seed: int = 0):

@@ -36,8 +36,9 @@ def edit_table(frame, classes, model, *, table=2, sets=("local", "global"), cont
                       "neurons_edited": part["n_neurons"].mean()}
         for metric in METRICS:
             estimate = bootstrap_mean(part, metric, seed=seed, share=metric != "dppl")
-            row |= estimate.row("mean", metric) | {"n": len(part)}
-            row |= {f"n_{metric}": estimate.n} if metric in ("rel", "gen") else {}
+            row |= estimate.row("mean", metric)
+            if metric in ("rel", "gen"):
+                row[f"n_{metric}"] = estimate.n
         row |= estimate.row("median", "dppl_median") | {"n": len(part)}  # dPPL is the last metric
         if control == "none" and keys["threshold"] == "static" and neurons in PAPER_SETS[table]:
             given = dict(operation=operation, neurons=neurons, class_=keys["class"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from .analysis import CLASSES, THRESHOLDS, cells, with_classes
+from .analysis import CLASSES, THRESHOLDS, cells, classified_facts
 from .neurons import OtherFacts, kn_sets
 from .stats import bootstrap_difference, bootstrap_mean, mean_columns
 
@@ -64,9 +64,9 @@ def _other(queries, sets, seed, kind):
 
 def beside_queries(frame: pd.DataFrame, queries: pd.DataFrame, t: float, static: float) -> pd.DataFrame:
     """`frame` with known, subject, object, cs2, class_static and class_otsu of its query (fact, prompt_index)."""
-    columns = ["fact", "prompt_index", "subject", "object", "prompt", "known", "cs2", "class_static", "class_otsu"]
-    known = with_classes(queries, t, static)[columns]
-    return frame.merge(known, on=["fact", "prompt_index"], how="left", validate="many_to_one")
+    facts = classified_facts(queries, t, static)[["fact", "cs2", "class_static", "class_otsu"]]
+    about = queries[["fact", "prompt_index", "subject", "object", "prompt", "known"]].merge(facts, on="fact", how="left")
+    return frame.merge(about, on=["fact", "prompt_index"], how="left", validate="many_to_one")
 
 
 def rates(frame: pd.DataFrame, quantity: str = "probability", *, size: bool = False) -> pd.DataFrame:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
@@ -53,7 +53,7 @@ class View:
     attention: list
     activations: np.ndarray
     source: str
-    spec: dict = field(default_factory=dict)
+    spec: dict
 
     def sets(self, t: float) -> list[set]:
         """The KN set of each prompt at threshold `t` (0.05 to 1)."""

@@ -33,41 +33,39 @@ def localise_unit(lm, unit: list[dict], **spec) -> pd.DataFrame:
         fact = Fact(**record)
         for index, prompt in enumerate(fact.prompts):
             row = dict(fact=fact.id, relation=fact.relation, subject=fact.subject, object=fact.object,
-                       prompt_index=index, prompt=prompt, left_out=None, prompt_tokens=0, answer_tokens=0, at=-1)
+                       prompt_index=index, prompt=prompt, left_out=None, prompt_tokens=0, answer_tokens=0)
             try:
-                encoded.append(lm.encode(prompt, fact.object))
+                query = lm.encode(prompt, fact.object)
+                row |= dict(prompt_tokens=len(query[0]), answer_tokens=len(query[1]))
+                encoded.append(query)
                 names.append(f"{fact.id}: {prompt}")
-                row |= dict(prompt_tokens=len(encoded[-1][0]), answer_tokens=len(encoded[-1][1]), at=len(encoded) - 1)
             except ValueError as error:
                 row["left_out"] = str(error)
             rows.append(row)
     frame = pd.DataFrame(rows)
     if encoded:
         _add_scores(frame, attribute_encoded(lm, encoded, spec, names))
-    return frame.drop(columns="at")
+    return frame
 
 
 def _add_scores(frame: pd.DataFrame, result: Attribution) -> None:
-    scores = result.scores.numpy()
+    """Fill in what was found of the queries that are not left out; `result` has them in the frame's order."""
+    scores, read = result.scores.numpy(), np.flatnonzero(frame["left_out"].isna())
     cells: dict[str, list] = {name: [None] * len(frame) for name in (
         "gap", "layer", "neuron", "score", "cas_layer", "cas_neuron", "cas_mean", "cas_std", "cas_mean_max",
         "cas_std_max")}
-    used = frame["at"].to_numpy()
-    for row, at in enumerate(used):
-        if at < 0:
-            continue
-        top = scores[at].max()
-        layer, neuron = np.nonzero(scores[at] > STORE_THRESHOLD * top) if top > 0 else (np.zeros(0, int),) * 2
+    for row, score, gap in zip(read, scores, result.completeness_gap):
+        top = score.max()
+        layer, neuron = np.nonzero(score > STORE_THRESHOLD * top) if top > 0 else (np.zeros(0, int),) * 2
         cells["layer"][row], cells["neuron"][row] = layer.astype(np.int32), neuron.astype(np.int32)
-        cells["score"][row] = scores[at][layer, neuron]
-        cells["gap"][row] = result.completeness_gap[at].numpy()
-    for _, group in frame[used >= 0].groupby("fact", sort=False):
-        kept = cas_candidates(scores[group["at"].to_numpy()])
-        for name, values in kept.items():
+        cells["score"][row], cells["gap"][row] = score[layer, neuron], gap.numpy()
+    for _, rows in pd.Series(read).groupby(frame["fact"].to_numpy()[read], sort=False):
+        for name, values in cas_candidates(scores[rows.index]).items():
             kind = np.int32 if name in ("layer", "neuron") else scores.dtype
-            cells[f"cas_{name}"][group.index[0]] = values.astype(kind)
-    frame["probability"] = [float(result.probability[at]) if at >= 0 else np.nan for at in used]
-    frame["known"] = [bool(result.known[at]) if at >= 0 else False for at in used]
+            cells[f"cas_{name}"][rows.iloc[0]] = values.astype(kind)
+    frame["probability"], frame["known"] = np.nan, False
+    frame.loc[read, "probability"] = result.probability.numpy()
+    frame.loc[read, "known"] = result.known.numpy()
     frame["row_budget"] = result.row_budget
     for name, values in cells.items():
         frame[name] = pd.Series(values, dtype=object, index=frame.index)

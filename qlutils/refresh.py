@@ -64,8 +64,7 @@ def refresh() -> int:
             print(f"{name.name}: {problem or 'done'} ({time.time() - started:.0f} s)", file=sys.stderr)
             failed += bool(problem)
             if not problem:
-                notebook = cleaned(nbformat.read(output, as_version=4))
-                nbformat.write(notebook, name)
+                nbformat.write(cleaned(nbformat.read(output, as_version=4)), name)
     if not failed:
         copy_results(runs / "default" / "results", paths.FIGURES / "demo")
     return int(failed > 0)

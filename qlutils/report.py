@@ -74,8 +74,7 @@ class Run:
         try:
             return self.of(model, method).load(name)
         except ValueError as error:
-            not_made = "not made yet" in str(error)
-            raise Missing(f"notebook {FRAMES[name]} was not run" if not_made else str(error)) from None
+            raise Missing(str(error)) from None
 
     def file(self, number, name, model, method=None) -> Path:
         """A table or figure that a notebook wrote."""

@@ -143,10 +143,12 @@ def _parser():
 
 
 def _plan(args, jobs):
+    from .attribution import Spec
     from .plan import plan
 
     if not jobs:
         raise ValueError("--plan: with these options nothing is localised")
+    Spec(**{name: value for name, value in jobs[0].parameters.items() if name in ("steps", "rule", "answer", "site", "amig_factor")})
     matter = ("data", "relations", "facts_per_relation", "seed", "steps", "middle", "answer")
     costs = plan(list(dict.fromkeys(args.models)), list(dict.fromkeys(args.methods)), device=args.device, dtype=args.dtype,
                  **{name: value for name, value in jobs[0].parameters.items() if name in matter})
@@ -170,10 +172,13 @@ def plan_jobs(args, folder):
     data = args.data if args.data in ("demo", "pararel") else _absolute(args.data)
     count = None if args.full else args.facts_per_relation
     extra = {name: _literal(value) for name, value in args.parameter}
-    if isinstance(extra.get("corpus"), str) and os.path.isfile(extra["corpus"]):
+    if "corpus" in extra and extra["corpus"] not in ("demo", "wikitext-2"):
+        if not os.path.exists(str(extra["corpus"])):
+            raise ValueError(f"-p corpus {extra['corpus']}: there is no such file or folder; want demo, wikitext-2, or a text file")
         extra["corpus"] = os.path.realpath(extra["corpus"])  # notebooks run in their own folder
-    facts = load_facts(data, relations=args.relations, facts_per_relation=count, seed=args.seed,
-                       middle=extra.get("middle", "cut"))
+    middle = extra.get("middle", "cut")
+    facts = load_facts(data, relations=args.relations, facts_per_relation=count, seed=args.seed, middle=middle)
+    every = load_facts(data, relations=args.relations, middle=middle) if count else facts  # edits draw new objects from all
     shared = {"data": data, "relations": args.relations, "facts_per_relation": count, "seed": args.seed,
               "device": args.device, "dtype": args.dtype, "output": args.output, "models": models,
               "methods": methods, "downstream_methods": downstream}
@@ -206,7 +211,7 @@ def plan_jobs(args, folder):
                          for pair in pairs(other)]  # also those that --only leaves out
             given = {name: wanted[name] for name in declared[notebook] if name in wanted}
             jobs.append(Job(notebook, model, method, given, needs))
-    return jobs, sha256([asdict(fact) for fact in facts])
+    return jobs, sha256([[asdict(fact) for fact in facts], sorted({(fact.relation, fact.subject, fact.object) for fact in every})])
 
 
 def _chosen(folder, only):
@@ -355,8 +360,12 @@ def _one(job, root, data_hash, source, env, scratch, stop):
     job.status, job.seconds = "failed" if job.problem else "done", time.time() - start
 
 
-def _content(file):
-    return sha256(Path(file).read_bytes()) if isinstance(file, str) and os.path.isfile(file) else None
+def _content(corpus):
+    """A hash of a text of one's own for perplexity; None for those that have a name."""
+    if not isinstance(corpus, str) or not os.path.exists(corpus):
+        return None
+    path = Path(corpus)
+    return sha256((path / "test.txt" if path.is_dir() else path).read_bytes())
 
 
 def _stamp(root, name):

@@ -15,6 +15,8 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pandas as pd
+
 from . import paths, store
 from .files import as_frame, folder_hash, is_sealed, read_metadata, read_table, sealed, sha256, versions, write_json, write_table
 
@@ -49,10 +51,12 @@ class Study:
         self.root = paths.run_folder(output)
         self.results = self._folder(method)
         self._started, self._work, self._facts, self._identity = time.time(), {}, None, {}
+        self._objects = ""
 
     @classmethod
     def open(cls, notebook, cells):
-        """Study of a notebook from its executed cells (`In`); see `check_parameters`."""
+        """Study of a notebook from its executed cells (`In`); see `check_parameters`. Its tables show whole prompts."""
+        pd.set_option("display.max_colwidth", 120)
         return cls(notebook, **check_parameters(cells))
 
     # -- inputs -------------------------------------------------------------------------------------------
@@ -64,6 +68,10 @@ class Study:
                                      facts_per_relation=self.facts_per_relation,
                                      middle=self.parameters.get("middle", "cut"))
         return self._facts
+
+    def _every(self):
+        from .data import load_facts
+        return load_facts(self.data, relations=self.relations, middle=self.parameters.get("middle", "cut"))
 
     def beside(self, model):
         """This study for another model of the same run, to read its results."""
@@ -79,6 +87,9 @@ class Study:
         made = {"model": self.model, "content": self.model and model_content(self.model),
                 "device": self.device, "dtype": self.dtype, "seed": self.seed, "source": store.package_source(),
                 "facts": sha256([asdict(fact) for fact in self.facts()])}
+        if localised and "embedding" in self.parameters:  # edits draw new objects from all facts
+            self._objects = self._objects or sha256(sorted((fact.relation, fact.subject, fact.object) for fact in self._every()))
+            made["objects"] = self._objects
         if localised and self.model:
             specs = {method: self.localisation(method) for method in ([self.method] if self.method else METHODS)}
             made["localisation"] = {method: spec for method, spec in specs.items() if spec}

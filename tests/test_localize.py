@@ -341,12 +341,6 @@ def test_table_5_is_the_first_query_of_each_relation():
     assert table["answer"].tolist() == ["x", "x"]
 
 
-def test_queries_are_given_their_facts_class():
-    frame = analysis.with_classes(facts_of(CS2))
-    assert len(frame) == 18 and frame["class_static"].tolist() == ["II"] * 6 + ["I"] * 12
-    assert frame["cs2"].tolist() == pytest.approx(np.repeat(CS2, 3))
-
-
 def test_noise_is_cut_near_its_middle_and_its_classes_differ_enormously():
     facts = pd.DataFrame(dict(cs2=np.linspace(0.3, 0.7, 400)))
     null = analysis.otsu_null(facts, draws=50)

@@ -458,7 +458,8 @@ def test_a_plan_costs_what_the_options_ask_for_and_each_model_and_method_once(bo
     with monkeypatch.context() as patch:
         patch.setattr("qlutils.plan.matmul_rate", lambda *_: ("a device", "float32", 1e15))
         assert flops() == pytest.approx(4 * flops("-p", "steps", "5"), rel=1e-2)
-    for said, more in {"no CUDA device|torch sees": ["--device", "cuda:99"], "none of these notebooks": ["-p", "stepz", "5"]}.items():
+    for said, more in {"no CUDA device|torch sees": ["--device", "cuda:99"], "none of these notebooks": ["-p", "stepz", "5"],
+                       "steps is 0": ["-p", "steps", "0"], "answer 'lst' is unknown": ["-p", "answer", "lst"]}.items():
         assert run.main(["--plan", "--models", "demo/gpt2", *more], books) == 2
         assert re.search(said, capsys.readouterr().err)
     assert not runs.exists() or not list(runs.glob("*"))
