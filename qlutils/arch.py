@@ -161,7 +161,7 @@ def use_fused_gelu(model: nn.Module) -> None:
     for module in list(model.modules()):
         for child_name, child in module.named_children():
             if type(child).__name__ in ("NewGELUActivation", "FastGELUActivation", "GELUTanh"):
-                setattr(module, child_name, nn.GELU(approximate="tanh").eval())
+                setattr(module, child_name, nn.GELU(approximate="tanh").train(False))
 
 
 def expand_call_argument(key: str | None, value, batch: int, rows: int, num_heads: int):

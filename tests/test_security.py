@@ -73,7 +73,8 @@ def dangers(source, where="<text>"):
         if name.endswith(".from_pretrained"):
             if "trust_remote_code" not in options:
                 yield f"{name} without trust_remote_code=False"
-            if "Tokenizer" not in name and not getattr(options.get("use_safetensors"), "value", False):
+            reads_weights = "Tokenizer" not in name and "AutoConfig" not in name
+            if reads_weights and not getattr(options.get("use_safetensors"), "value", False):
                 yield f"{name} without use_safetensors=True"
 
 
@@ -238,11 +239,11 @@ EVIL = "'\"\"\"\n'''\\'\nimport os; os.system('touch was-run')\n#"
 def test_what_is_injected_into_a_notebook_is_the_value_and_no_code(value):
     kernel = {"name": "python3", "language": "python", "display_name": "x"}
     book = nbformat.v4.new_notebook(metadata={"kernelspec": kernel, "papermill": {}})
-    book.cells = [nbformat.v4.new_code_cell("t = 0.2", metadata={"tags": ["parameters"]})]
-    made = papermill.parameterize.parameterize_notebook(book, {"t": value})
+    book.cells = [nbformat.v4.new_code_cell("x = 0.2", metadata={"tags": ["parameters"]})]
+    made = papermill.parameterize.parameterize_notebook(book, {"x": value})
     [cell] = [cell for cell in made.cells if "injected-parameters" in cell.metadata.get("tags", [])]
     found = literals(cell.source)
-    assert found == {"t": value} and check_parameters(["t = None", cell.source])["t"] == value
+    assert found == {"x": value} and check_parameters(["x = None", cell.source])["x"] == value
 
 
 @pytest.mark.parametrize("source", [
