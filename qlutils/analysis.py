@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -88,14 +89,17 @@ def table_1(facts: dict[str, pd.DataFrame], model: str, seed: int = 0) -> pd.Dat
     return without_empty_paper_columns(pd.DataFrame(rows))
 
 
-def share_of_class(facts, threshold, name="II", seed=0) -> Estimate:
-    """Share of the classified facts that are in a class, with its interval. Otsu's threshold is computed anew in each draw:
-    held fixed, it would make the interval half as wide as it is."""
-    classes = facts[f"class_{threshold}"]
+def share_of_class(facts, threshold, name="II", seed=0, among=None) -> Estimate:
+    """Share of the classified facts (of those for which the column `among` is True) that are in a class, with its interval.
+    Otsu's threshold, which is that of all facts, is computed anew in each draw: held fixed, it would make the interval half
+    as wide as it is."""
+    classified = facts.dropna(subset="cs2")
+    part = classified if among is None else classified[classified[among]]
     if threshold == "static":
-        inside = (classes == name).astype(float).where(classes.notna())
-        return bootstrap_mean(facts.assign(inside=inside), "inside", seed=seed, share=True)
-    return bootstrap_statistic([facts.dropna(subset="cs2")], partial(_otsu, name), seed=seed)
+        inside = (part["class_static"] == name).astype(float)
+        return bootstrap_mean(part.assign(inside=inside), "inside", seed=seed, share=True)
+    found = bootstrap_statistic([classified], partial(_otsu, name, among=among), seed=seed)
+    return replace(found, n=len(part), n_clusters=len(part))
 
 
 def difference_of_shares(facts, other, seed=0) -> Estimate:
@@ -103,16 +107,17 @@ def difference_of_shares(facts, other, seed=0) -> Estimate:
     return bootstrap_statistic([one.dropna(subset="cs2") for one in (facts, other)], partial(_otsu, "II"), seed=seed)
 
 
-def _otsu(what, facts, weights) -> float:
-    """Of facts under weights: Otsu's threshold on CS2 ("at"), or the share that it puts into class "I" or "II"."""
+def _otsu(what, facts, weights, among=None) -> float:
+    """Of facts under weights: Otsu's threshold on CS2 ("at"), or the share (`among` some) that it puts into class "I" or "II"."""
     from skimage.filters import threshold_otsu
 
     cs2, weights = facts["cs2"].to_numpy(np.float64), weights.astype(np.float64)
-    if len(np.unique(cs2[weights > 0])) < 2:
+    if not weights.any() or np.ptp(cs2[weights > 0]) == 0:
         return np.nan
     counts, edges = np.histogram(cs2, 256, weights=weights)
     at = threshold_otsu(hist=(counts, (edges[1:] + edges[:-1]) / 2))
-    share = weights[cs2 <= at].sum() / weights.sum()
+    counted = weights if among is None else weights * facts[among].to_numpy(bool)
+    share = counted[cs2 <= at].sum() / counted.sum() if counted.any() else np.nan
     return float({"at": at, "I": 1 - share, "II": share}[what])
 
 
@@ -181,5 +186,5 @@ def threshold_sensitivity(queries: pd.DataFrame, t_values=(0.1, 0.2, 0.3, 0.4, 0
         facts = classified_facts(queries, t).dropna(subset="cs2")
         cs2 = mean_columns(facts, ["cs2"])
         rows += [{"t": t, "static": static, **cs2, **mean_columns(facts.assign(R_II=(facts["cs2"] <= static).astype(float)),
-                                                                  ["R_II"])} for static in static_values]
+                                                                  ["R_II"], share=True)} for static in static_values]
     return pd.DataFrame(rows)

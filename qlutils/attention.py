@@ -69,6 +69,11 @@ def cache_of(given) -> Cache | None:
     return given.get("past_key_values") if cache is None else cache
 
 
+def is_controlled(model: nn.Module) -> bool:
+    """Whether a `Control` is active on a part of `model`."""
+    return any(module in _CONTROLS for module in model.modules())
+
+
 def controlled_weights(module, weights: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Post-softmax `weights` (B, H, R, K) of `module` after the controls active on it, outermost first."""
     for control, layer in _CONTROLS.get(module, ()):

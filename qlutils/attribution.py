@@ -48,10 +48,11 @@ class Spec:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
         if isinstance(self.steps, bool) or not isinstance(self.steps, Integral) or self.steps < 2:
             raise ValueError(f"steps is {self.steps!r}; an integral needs a whole number of at least 2 steps")
-        object.__setattr__(self, "steps", int(self.steps))  # a spec is kept as JSON
         budget = self.row_budget
         if budget is not None and (isinstance(budget, bool) or not isinstance(budget, Integral) or budget < 1):
             raise ValueError(f"row_budget is {budget!r}; use a whole number of at least 1 row, or None for the default")
+        object.__setattr__(self, "steps", int(self.steps))  # NumPy's whole numbers have no place in the JSON of a run
+        object.__setattr__(self, "row_budget", budget if budget is None else int(budget))
 
 
 @dataclass

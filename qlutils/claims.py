@@ -90,8 +90,8 @@ class Case:
         yield "Refine alone", query_gaps(frame, "self", ("refine",))
         yield "Union, sizes matched", query_gaps(frame, "self_as_union", ("union_matched",))
 
-    def mean(self, frame, value, share=False) -> Estimate:
-        return bootstrap_mean(frame, value, seed=self.seed, share=share)
+    def mean(self, frame, value) -> Estimate:
+        return bootstrap_mean(frame, value, seed=self.seed)
 
     def apart(self, frame, value, by, levels=("II", "I")) -> Estimate:
         return bootstrap_difference(frame, value, by, levels, seed=self.seed)

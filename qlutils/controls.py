@@ -11,7 +11,7 @@ import re
 import numpy as np
 import pandas as pd
 
-from .analysis import THRESHOLDS, classified_facts, second_class
+from .analysis import THRESHOLDS, classified_facts, share_of_class
 from .neurons import classify, consistency, cs2_subsampled, fact_table, kn_sets, otsu_threshold, random_neurons
 from .stats import bootstrap_difference, bootstrap_mean, mean_columns, permutation_test, resampling_weights
 
@@ -224,8 +224,8 @@ def knowledge(queries: pd.DataFrame, *, t: float = 0.2, static: float = 0.1, see
     difference = bootstrap_difference(facts, "cs2", "all_known", (True, False), seed=seed)
     rows.append(dict(statistic="CS2 of known facts minus CS2 of others", **difference.row("mean", "value")))
     for threshold in THRESHOLDS:
-        for which, part in (("all facts", facts), ("known facts", facts[facts["all_known"]])):
-            share = bootstrap_mean(part.assign(second=second_class(part, threshold)), "second", seed=seed)
+        for which, among in (("all facts", None), ("known facts", "all_known")):
+            share = share_of_class(facts, threshold, seed=seed, among=among)
             rows.append(dict(statistic=f"share of K_II, {threshold} threshold, {which}", **share.row("mean", "value")))
     return pd.DataFrame(rows)
 

@@ -76,8 +76,8 @@ def load_facts(dataset="demo", *, relations=None, facts_per_relation=None, seed=
         nothing but punctuation follows it.
 
     Duplicate facts are dropped, and so are duplicate prompts of a fact. Facts left with fewer than two
-    prompts are left out, and so are relations with too few patterns; a warning names them. Raises ValueError naming the parameter, or the file and
-    line.
+    prompts are left out, and so are relations with too few patterns; warnings count or name them. Raises
+    ValueError naming the parameter, or the file and line.
     """
     _check_count("facts_per_relation", facts_per_relation, optional=True)
     _check_count("min_patterns", min_patterns)

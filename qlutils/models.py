@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
-from torch.nn.modules import module as _GLOBAL
+from torch.nn.modules import module as every_module
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
 from . import arch, paths
 from .arch import UnsupportedModel
-from .attention import _CONTROLS
+from .attention import is_controlled
 from .data import check_text
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -116,7 +116,7 @@ class LanguageModel:
         stand side by side where a text's tokens would, and much of a pass is left out: what it would do to them is not known."""
         registered = [(name, hook) for name, module in self.model.named_modules()
                       for kind in (module._forward_pre_hooks, module._forward_hooks) for hook in kind.values()]
-        registered += [("every module", hook) for kind in (_GLOBAL._global_forward_pre_hooks, _GLOBAL._global_forward_hooks)
+        registered += [("every module", hook) for kind in (every_module._global_forward_pre_hooks, every_module._global_forward_hooks)
                        for hook in kind.values()]
         for name, hook in registered:
             if (getattr(hook, "__module__", None) or "").split(".")[0] not in ("qlutils", "transformers", "accelerate", "torch"):
@@ -132,7 +132,7 @@ class LanguageModel:
     def check_untouched(self) -> None:
         """ValueError while a context changes the model: what is computed then must not be kept as the model's."""
         self.check_hooks()
-        if self.__dict__.get("scales") or any(layer in _CONTROLS for layer in self.model.modules()):
+        if self.__dict__.get("scales") or is_controlled(self.model):
             raise ValueError(f"{self.name} is being changed by scale_neurons or scale_synapses: results are kept for the model as it "
                              "was loaded; leave the context first")
 

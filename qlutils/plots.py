@@ -35,7 +35,7 @@ LABELS = {"self": "Self", "union": "Union", "intersection": "Inter.", "refine": 
           "rel": "Rel", "gen": "Gen", "loc": "Loc", "avg": "Avg", "I": "$K_{I}$", "II": "$K_{II}$", "all": "all facts"}
 MAX_PNG = 150_000  # bytes
 INTERVAL = "line: 95 % bootstrap over facts"
-FEW = 10  # up to this many values are drawn as lines too: a shape alone would say more than is known
+FEW = 10  # up to this many values are drawn as such: a shape alone would say more than is known
 
 
 plt.style.use(Path(__file__).with_name("study.mplstyle"))  # for every figure from here on

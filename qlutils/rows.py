@@ -99,8 +99,8 @@ def score_rows(lm, queries, rows, *, everywhere=False, tokens=None) -> Scores:
     lm.check_ready()
     with ONE_AT_A_TIME:
         lm.check_hooks()
-    if not lm.__dict__.get("rows_verified"):
-        _verify(lm)
+        if not lm.__dict__.get("rows_verified"):
+            _verify(lm)
     plan: dict[tuple, list[int]] = {}
     for place, (query, change) in enumerate(rows):
         change = None if change is None or not change.by_layer else change

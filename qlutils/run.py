@@ -148,10 +148,11 @@ def _plan(args, jobs):
 
     if not jobs:
         raise ValueError("--plan: with these options nothing is localised")
-    Spec(**{name: value for name, value in jobs[0].parameters.items() if name in ("steps", "rule", "answer", "site", "amig_factor")})
+    given = jobs[0].parameters
+    Spec(**{name: given[name] for name in ("steps", "rule", "answer", "site", "amig_factor") if name in given})  # or ValueError
     matter = ("data", "relations", "facts_per_relation", "seed", "steps", "middle", "answer")
     costs = plan(list(dict.fromkeys(args.models)), list(dict.fromkeys(args.methods)), device=args.device, dtype=args.dtype,
-                 **{name: value for name, value in jobs[0].parameters.items() if name in matter})
+                 **{name: given[name] for name in matter if name in given})
     print(costs.to_string(index=False, float_format=lambda x: f"{x:,.3g}" if x < 1e4 else f"{x:,.0f}"))
     print(f"Hours in all: {costs['hours'].sum():,.3g} for localisation on one such device; notebooks 03-07 and the report "
           "come on top. Nothing was started.")
@@ -211,7 +212,7 @@ def plan_jobs(args, folder):
                          for pair in pairs(other)]  # also those that --only leaves out
             given = {name: wanted[name] for name in declared[notebook] if name in wanted}
             jobs.append(Job(notebook, model, method, given, needs))
-    return jobs, sha256([[asdict(fact) for fact in facts], sorted({(fact.relation, fact.subject, fact.object) for fact in every})])
+    return jobs, sha256([[asdict(fact) for fact in facts], [[fact.relation, fact.subject, fact.object] for fact in every]])
 
 
 def _chosen(folder, only):

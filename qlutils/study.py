@@ -13,6 +13,7 @@ import time
 import warnings
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -51,7 +52,6 @@ class Study:
         self.root = paths.run_folder(output)
         self.results = self._folder(method)
         self._started, self._work, self._facts, self._identity = time.time(), {}, None, {}
-        self._objects = ""
 
     @classmethod
     def open(cls, notebook, cells):
@@ -69,9 +69,12 @@ class Study:
                                      middle=self.parameters.get("middle", "cut"))
         return self._facts
 
-    def _every(self):
+    @cached_property
+    def _objects(self):
+        """Hash of all facts of these relations, sampled or not: edits draw new objects from them."""
         from .data import load_facts
-        return load_facts(self.data, relations=self.relations, middle=self.parameters.get("middle", "cut"))
+        every = load_facts(self.data, relations=self.relations, middle=self.parameters.get("middle", "cut"))
+        return sha256([[fact.relation, fact.subject, fact.object] for fact in every])
 
     def beside(self, model):
         """This study for another model of the same run, to read its results."""
@@ -87,8 +90,7 @@ class Study:
         made = {"model": self.model, "content": self.model and model_content(self.model),
                 "device": self.device, "dtype": self.dtype, "seed": self.seed, "source": store.package_source(),
                 "facts": sha256([asdict(fact) for fact in self.facts()])}
-        if localised and "embedding" in self.parameters:  # edits draw new objects from all facts
-            self._objects = self._objects or sha256(sorted((fact.relation, fact.subject, fact.object) for fact in self._every()))
+        if localised and "embedding" in self.parameters:
             made["objects"] = self._objects
         if localised and self.model:
             specs = {method: self.localisation(method) for method in ([self.method] if self.method else METHODS)}

@@ -14,8 +14,9 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from tiny import save_dataset
 
-from qlutils import paths, run
+from qlutils import load_facts, paths, run
 from qlutils.study import Study, check_parameters, model_content
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -234,6 +235,37 @@ def test_a_job_runs_again_when_its_corpus_changes_which_may_be_named_from_here(b
     Path("text.txt").write_text("two")
     assert run.main(arguments, books) == 0
     assert {status for status, _ in table(capsys.readouterr().out).values()} == {"done"}
+
+
+def test_a_job_runs_again_when_facts_that_were_not_sampled_or_a_corpus_folder_change(books, model, runs, capsys, tmp_path):
+    """Edits draw new objects from all facts of a relation, and texts from a folder's test.txt."""
+    data, corpus = Path(save_dataset(tmp_path / "facts")), tmp_path / "corpus"
+    corpus.mkdir()
+    write_notebook(books, "01_localize", PARAMETERS + '\ncorpus = "demo"', OPEN.format("01_localize"))
+    relation = sorted((data / "trex_lms_vocab").glob("*.jsonl"))[0]
+    arguments = ["--models", model, "--methods", "ig", "--data", str(data), "--relations", relation.stem,
+                 "--facts-per-relation", "1", "--only", "01", "-p", "corpus", str(corpus)]
+    sampled = load_facts(data, relations=[relation.stem], facts_per_relation=1)
+    (corpus / "test.txt").write_text("one")
+    statuses = []
+
+    def drive():
+        assert run.main(arguments, books) == 0
+        statuses.extend(status for status, _ in table(capsys.readouterr().out).values())
+
+    drive()
+    drive()
+    (corpus / "test.txt").write_text("two")
+    drive()
+    lines = [json.loads(line) for line in relation.read_text().splitlines()]
+    other = next(line for line in lines if line["sub_label"] != sampled[0].subject)
+    other["obj_label"] = "elsewhere"
+    relation.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert load_facts(data, relations=[relation.stem], facts_per_relation=1) == sampled
+    drive()
+    assert statuses == ["done", "cached", "done", "done"]
+    assert run.main([*arguments[:-1], "nowhere"], books) == 2
+    assert "-p corpus nowhere: there is no such file" in capsys.readouterr().err
 
 
 def test_every_01_comes_before_the_first_02_and_03_takes_the_downstream_methods(books, model, runs):

@@ -284,5 +284,11 @@ def test_a_statistic_of_weighted_facts_equals_that_of_repeated_ones_and_of_the_m
     one, two = (analysis.share_of_class(facts, "otsu", name) for name in ("I", "II"))
     assert two.mean == pytest.approx((facts["class_otsu"] == "II").mean()) and one.mean == pytest.approx(1 - two.mean)
     assert two.mean_low < two.mean < two.mean_high
+    facts["some"] = facts["cs2"] > 0.3
+    for threshold in ("otsu", "static"):
+        facts["class_static"] = np.where(facts["cs2"] > 0.5, "I", "II")
+        known = analysis.share_of_class(facts, threshold, among="some")
+        assert known.mean == pytest.approx((facts[facts["some"]][f"class_{threshold}"] == "II").mean())
+        assert known.n == facts["some"].sum()
     fixed = bootstrap_mean(facts.assign(x=(facts["class_otsu"] == "II").astype(float)), "x")
     assert two.mean_high - two.mean_low > fixed.mean_high - fixed.mean_low
