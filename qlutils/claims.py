@@ -284,7 +284,7 @@ def overall(board: pd.DataFrame) -> pd.DataFrame:
         word = next((one for one, count in alike.items() if count == tested), "holds in part" if held else FAILS)
         held = alike.get(word, held)
         rest = f", {reverse} the opposite" if reverse and word != OPPOSITE else ""
-        rest += f", {untold} untold" if untold and word != UNTOLD else ""
+        rest += f", {untold} undecided" if untold and word != UNTOLD else ""
         rest += f", {len(part) - tested} untestable" if tested < len(part) else ""
         verdict = f"{word} ({held} of {tested}{rest})" if tested else f"{OPEN}: {part['why'].iloc[0]}"
         rows.append(dict(zip(("claim", "text", "method", "model"), keys)) | dict(verdict=verdict))

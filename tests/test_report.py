@@ -303,7 +303,7 @@ def test_an_effect_that_cannot_be_told_from_0_is_told_so(queries):
     part = board[(board["claim"] == 4) & (board["threshold"] == "static")]
     told = (part["value_low"] > 0) | (part["value_high"] < 0)
     assert ((part["verdict"] == "cannot be told") == ~told).all() and not told.all()
-    assert re.search(r"cannot be told \(|\d untold", claims.overall(board[board["claim"] == 4])["verdict"].item())
+    assert re.search(r"cannot be told \(|\d undecided", claims.overall(board[board["claim"] == 4])["verdict"].item())
 
 
 def test_a_share_whose_interval_holds_the_bound_cannot_be_told_and_one_below_does_not_hold(queries):
