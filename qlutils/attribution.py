@@ -12,6 +12,7 @@ Shapes: Q queries, B baselines a query, P points a layer, L layers, N neurons a 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import groupby
 from numbers import Integral
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .quadrature import RULES, adaptive_plan, fixed_plan
-from .replay import (ONE_AT_A_TIME, CleanPass, answer_probabilities, clean_pass, hooked, neuron_vectors, replaying, run_layer,
+from .replay import (ONE_AT_A_TIME, CleanPass, answer_probabilities, clean_pass, hooked, neuron_vectors, on_device, replaying, run_layer,
                      site_module, start_rows, within_memory)
 from .rows import score_queries
 
@@ -58,8 +59,8 @@ class Spec:
 @dataclass
 class Attribution:
     """Scores of Q queries: `scores` (Q, L, N), normalised as the method says; `completeness_gap` (Q, L), of the raw
-    scores; `probability` (Q,) of the whole answer; `known` (Q,), whether greedy decoding gives it; `row_budget`,
-    the rows a batch was allowed in the end (halved after running out of memory)."""
+    scores; `probability` (Q,) of the whole answer; `known` (Q,), whether greedy decoding gives it, all of them on the
+    model's device; `row_budget`, the rows a batch was allowed in the end (halved after running out of memory)."""
 
     scores: Tensor
     completeness_gap: Tensor
@@ -67,13 +68,17 @@ class Attribution:
     known: Tensor
     row_budget: int
 
+    def cpu(self) -> Attribution:
+        """The same in main memory."""
+        return replace(self, **{name: getattr(self, name).cpu() for name in ("scores", "completeness_gap", "probability", "known")})
+
 
 def default_row_budget(lm) -> int:
-    """Rows of a batch whose activations fit: half of a GPU's memory beyond the weights, a fixed share on a CPU."""
+    """Rows of a batch whose activations fit: half of a GPU's free memory, a fixed share on a CPU."""
     memory = CPU_MEMORY
     if lm.device.type == "cuda":
-        weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
-        memory = max(2**28, (torch.cuda.get_device_properties(lm.device).total_memory - weights) // 2)
+        unused = torch.cuda.memory_reserved(lm.device) - torch.cuda.memory_allocated(lm.device)  # torch's own, at hand
+        memory = max(2**28, (torch.cuda.mem_get_info(lm.device)[0] + unused) // 2)
     width = lm.arch.head.weight.shape[1]
     per_row = (14 * width + 5 * lm.num_neurons) * lm.dtype.itemsize * (lm.num_layers + 1) / 2
     return max(lm.num_layers, int(memory / per_row))
@@ -90,7 +95,7 @@ def attribute(lm, prompts, answers, *, method="ig", steps=20, rule="right", answ
     queries (runs stream through `localize`). ValueError names the offending prompt, answer or parameter.
     """
     spec = Spec(method, steps, rule, answer, site, amig_factor, row_budget)
-    return attribute_encoded(lm, lm.encode_all(prompts, answers), spec)
+    return attribute_encoded(lm, lm.encode_all(prompts, answers), spec).cpu()
 
 
 def attribute_encoded(lm, queries: list[tuple[list[int], list[int]]], spec: Spec, names=None) -> Attribution:
@@ -106,31 +111,28 @@ def attribute_encoded(lm, queries: list[tuple[list[int], list[int]]], spec: Spec
 
 
 def _attribute(lm, queries, spec, names) -> Attribution:
-    count = len(queries)
-    raw = torch.zeros(count, lm.num_layers, lm.num_neurons, dtype=lm.score_dtype)
-    gap = torch.zeros(count, lm.num_layers, dtype=lm.score_dtype)
-    probability = torch.ones(count, dtype=lm.score_dtype)
-    known = torch.ones(count, dtype=torch.bool)
+    # Everything stays on the device to the end: nothing here waits for it, and the next batch is on its way meanwhile.
+    count, device = len(queries), lm.device
+    raw = torch.zeros(count, lm.num_layers, lm.num_neurons, dtype=lm.score_dtype, device=device)
+    gap = torch.zeros(count, lm.num_layers, dtype=lm.score_dtype, device=device)
+    probability = torch.ones(count, dtype=lm.score_dtype, device=device)
+    known = torch.ones(count, dtype=torch.bool, device=device)
     for batch in _batches(queries, spec, lm):
-        ids = torch.tensor([ids for _, ids, _, _ in batch], device=lm.device)
-        target = torch.tensor([t for _, _, t, _ in batch], device=lm.device)
+        ids, target, query, used = (on_device([item[place] for item in batch], device) for place in range(1, 5))
         clean = clean_pass(lm, ids, spec.site)
         p_clean = torch.softmax(clean.logits, -1).gather(1, target[:, None])[:, 0]
-        starts = _baselines(lm, ids, [length for *_, length in batch], spec)
+        starts = _baselines(lm, ids, [length for length, *_ in batch], spec)
         part, missing = _integrate(lm, clean, target, starts, p_clean, spec)
-        hit = (clean.logits.argmax(-1) == target).cpu()
-        part, missing, p_clean = part.cpu(), missing.cpu(), p_clean.cpu()
-        for row, (query, *_) in enumerate(batch):
-            used = len(queries[query][1]) if spec.answer == "all" else 1
-            raw[query] += part[row] / used
-            gap[query] += missing[row] / used
-            probability[query] *= p_clean[row]
-            known[query] &= hit[row]
+        # no two tokens of one answer share a batch: they have prompts of different lengths
+        raw[query] += part / used[:, None, None]
+        gap[query] += missing / used[:, None]
+        probability[query] *= p_clean
+        known[query] &= clean.logits.argmax(-1) == target
     if spec.answer == "first":
         whole = score_queries(lm, queries)
-        probability = torch.from_numpy(np.exp(whole.log_probability)).to(lm.score_dtype)
-        known = torch.from_numpy(whole.exact)
-    bad = ~(torch.isfinite(raw).flatten(1).all(1) & torch.isfinite(probability))
+        probability = torch.from_numpy(np.exp(whole.log_probability)).to(probability)
+        known = torch.from_numpy(whole.exact).to(device)
+    bad = (~(torch.isfinite(raw).flatten(1).all(1) & torch.isfinite(probability))).cpu()
     if bad.any():
         raise ValueError(f"the scores of {names[int(bad.nonzero()[0])]!r} are not finite: {lm.name} gives infinite or "
                          f"NaN values in {lm.dtype}; try float32")
@@ -138,25 +140,20 @@ def _attribute(lm, queries, spec, names) -> Attribution:
 
 
 def _batches(queries, spec, lm):
-    """Lists of (query, ids up to the answer token, answer token, prompt length), equal lengths together. With
-    answer="first" only the first token is attributed."""
+    """Lists of (prompt length, ids up to the answer token, answer token, query, its answer tokens), equal lengths together.
+    With answer="first" only the first token is attributed."""
     items = []
     for index, (prompt, answer) in enumerate(queries):
         used = answer if spec.answer == "all" else answer[:1]
-        items += [(index, prompt + used[:k], used[k], len(prompt)) for k in range(len(used))]
-    items.sort(key=lambda item: (len(item[1]), item[3]))
-    start = 0
-    while start < len(items):
-        length, prompt_length = len(items[start][1]), items[start][3]
-        baselines = prompt_length - lm.bos_offset if spec.method == "sig" else 1
+        items += [(len(prompt), prompt + used[:k], used[k], index, len(used)) for k in range(len(used))]
+    # one number of baselines a batch: sig has as many as prompt tokens
+    kind = lambda item: (len(item[1]), item[0] if spec.method == "sig" else 0)  # noqa: E731
+    for _, group in groupby(sorted(items, key=lambda item: (len(item[1]), item[0])), kind):
+        group = list(group)
+        baselines = group[0][0] - lm.bos_offset if spec.method == "sig" else 1
         size = max(1, spec.row_budget // (lm.num_layers * spec.steps * baselines))
-        # one number of baselines a batch: sig has as many as prompt tokens
-        same = lambda item: len(item[1]) == length and (spec.method != "sig" or item[3] == prompt_length)  # noqa: E731
-        stop = start
-        while stop < len(items) and stop - start < size and same(items[stop]):
-            stop += 1
-        yield items[start:stop]
-        start = stop
+        size = -(-len(group) // -(-len(group) // size))  # as many batches of even size
+        yield from (group[start:start + size] for start in range(0, len(group), size))
 
 
 def _baselines(lm, ids: Tensor, prompt_lengths: list[int], spec: Spec) -> Tensor | None:
@@ -208,7 +205,7 @@ class _Paths:
         """(Q, P, W) points at `node` (Q or 1, P) of the paths from baselines `index` (Q or 1, P)."""
         begin = self.begin[layer].detach()
         query = torch.arange(len(begin), device=begin.device)[:, None]
-        return torch.lerp(begin[query, index.to(begin.device)], self.end[layer], node[..., None].to(begin))
+        return torch.lerp(begin[query, index], self.end[layer], node[..., None].to(begin))
 
     def to_neurons(self, grads: list[Tensor], dtype) -> Tensor:
         """(Q, B, L, N) gradients at the neurons from those at the rows, L x (Q, B, W)."""
@@ -233,7 +230,7 @@ def _integrate(lm, clean: CleanPass, target, starts, p_clean, spec) -> tuple[Ten
         plan, at_end = fixed_plan(spec.rule, spec.steps, count, lm.num_layers)
     mean = [torch.zeros(one.shape, dtype=lm.score_dtype, device=w.device) for one in paths.begin]  # of the gradients
     probability = [_add_gradients(lm, clean, target, paths, part, mean, None if start else at_end, spec.site)
-                   for start, part in _parts(plan, size)]
+                   for start, part in _parts(plan, size, w.device)]
     if spec.rule != "auto":  # the first points of a fixed plan are the paths' beginnings
         p_start = torch.cat([torch.stack(p, 2) for p in probability], 1)[:, :count]
     factor = (w[:, None] - starts).to(lm.score_dtype)
@@ -243,9 +240,11 @@ def _integrate(lm, clean: CleanPass, target, starts, p_clean, spec) -> tuple[Ten
     return raw, raw.sum(-1) - (p_clean[:, None, None] - p_start).sum(1)
 
 
-def _parts(plan, size):
-    """(first point, plan) of at most `size` points a layer at a time."""
-    for start in range(0, max(index.shape[1] for index, _, _ in plan), size):
+def _parts(plan, size, device):
+    """(first point, plan) of at most `size` points a layer at a time, on `device`."""
+    moved = {id(points): [one if one is None else on_device(one, device) for one in points] for points in plan}
+    plan = [moved[id(points)] for points in plan]  # layers that share their points share the copy
+    for start in range(0, max(index.shape[1] for index, *_ in plan), size):
         yield start, [tuple(one if one is None else one[:, start:start + size] for one in points) for points in plan]
 
 
@@ -253,7 +252,7 @@ def _parts(plan, size):
 def _path_probabilities(lm, clean, target, paths, plan, size, site) -> list[Tensor]:
     """L x (Q, P) answer probabilities at the points of a plan: forward passes only."""
     found = [[target.new_zeros(len(target), 0, dtype=lm.score_dtype)] for _ in plan]
-    for _, part in _parts(plan, size):
+    for _, part in _parts(plan, size, target.device):
         hidden, leaves, _ = _grow(lm, clean, lambda layer: paths.rows(layer, *part[layer][:2]), False, site)
         p = answer_probabilities(lm, hidden, target, need_grad=False)
         for kept, one in zip(found, p.split([leaf.shape[1] for leaf in leaves], 1)):

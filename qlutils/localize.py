@@ -50,22 +50,25 @@ def localise_unit(lm, unit: list[dict], **spec) -> pd.DataFrame:
 
 def _add_scores(frame: pd.DataFrame, result: Attribution) -> None:
     """Fill in what was found of the queries that are not left out; `result` has them in the frame's order."""
-    scores, read = result.scores.numpy(), np.flatnonzero(frame["left_out"].isna())
+    scores, read = result.scores, np.flatnonzero(frame["left_out"].isna())
     cells: dict[str, list] = {name: [None] * len(frame) for name in (
         "gap", "layer", "neuron", "score", "cas_layer", "cas_neuron", "cas_mean", "cas_std", "cas_mean_max",
         "cas_std_max")}
-    for row, score, gap in zip(read, scores, result.completeness_gap):
-        top = score.max()
-        layer, neuron = np.nonzero(score > STORE_THRESHOLD * top) if top > 0 else (np.zeros(0, int),) * 2
-        cells["layer"][row], cells["neuron"][row] = layer.astype(np.int32), neuron.astype(np.int32)
-        cells["score"][row], cells["gap"][row] = score[layer, neuron], gap.numpy()
+    top = scores.amax((1, 2), keepdim=True)
+    found = ((scores > STORE_THRESHOLD * top) & (top > 0)).nonzero(as_tuple=True)
+    query, layer, neuron, score = (one.cpu().numpy() for one in (*found, scores[found]))
+    ends = np.cumsum(np.bincount(query, minlength=len(read)))[:-1]
+    for name, values in (("layer", layer.astype(np.int32)), ("neuron", neuron.astype(np.int32)), ("score", score),
+                         ("gap", result.completeness_gap.cpu().numpy())):
+        for row, one in zip(read, values if name == "gap" else np.split(values, ends)):
+            cells[name][row] = one
     for _, rows in pd.Series(read).groupby(frame["fact"].to_numpy()[read], sort=False):
-        for name, values in cas_candidates(scores[rows.index]).items():
-            kind = np.int32 if name in ("layer", "neuron") else scores.dtype
+        for name, values in cas_candidates(scores[rows.index.tolist()]).items():
+            kind = np.int32 if name in ("layer", "neuron") else score.dtype
             cells[f"cas_{name}"][rows.iloc[0]] = values.astype(kind)
     frame["probability"], frame["known"] = np.nan, False
-    frame.loc[read, "probability"] = result.probability.numpy()
-    frame.loc[read, "known"] = result.known.numpy()
+    frame.loc[read, "probability"] = result.probability.cpu().numpy()
+    frame.loc[read, "known"] = result.known.cpu().numpy()
     frame["row_budget"] = result.row_budget
     for name, values in cells.items():
         frame[name] = pd.Series(values, dtype=object, index=frame.index)
@@ -132,6 +135,6 @@ def example_maps(lm, queries: pd.DataFrame, facts: list[str], **spec) -> list[di
             encoded = lm.encode(row["prompt"], row["object"])
             scores = attribute_encoded(lm, [encoded], Spec(**spec), [row["prompt"]]).scores[0]
             activation = neuron_vectors(lm, torch.tensor([encoded[0]], device=lm.device))[0].float().cpu()
-            maps.append(dict(fact=fact, prompt=row["prompt"], answer=row["object"], attribution=scores.numpy(),
+            maps.append(dict(fact=fact, prompt=row["prompt"], answer=row["object"], attribution=scores.cpu().numpy(),
                              activation=activation.numpy()))
     return maps

@@ -2,7 +2,7 @@
 
 Equations 1, 3, 7 and 19 of the paper. A neuron is (layer, index), zero-based; a *KN set* is a set of them.
 Everything undefined is NaN: the consistency of empty sets, the class of a fact without one.
-Nothing here needs torch; tensors are accepted where scores are.
+Dense scores may be arrays, or tensors on any device; nothing else here needs torch.
 """
 
 from collections import Counter
@@ -30,15 +30,13 @@ def knowledge_neurons(scores, t=0.2) -> list[set]:
     Raises ValueError when t is outside (0, 1), on a wrong shape, or naming the query with a non-finite score.
     """
     _check_share("t", t)
-    scores = _dense(scores)
     sets = []
-    for query, score in enumerate(scores):
-        score = score.astype(np.float64)  # the same comparison as with the stored, sparse scores
-        if not np.isfinite(score).all():
+    for query, score in enumerate(_dense(scores)):
+        score = score.double()  # the same comparison as with the stored, sparse scores
+        if not score.isfinite().all():
             raise ValueError(f"query {query} has non-finite attribution scores")
         top = score.max()
-        layers, neurons = np.nonzero(score > t * top) if top > 0 else ((), ())
-        sets.append(set(zip(map(int, layers), map(int, neurons))))
+        sets.append(set(map(tuple, ((score > t * top) & (top > 0)).nonzero().tolist())))
     return sets
 
 
@@ -216,19 +214,22 @@ def cas_candidates(scores) -> dict[str, np.ndarray]:
     neuron is kept when some pair of CAS_BETAS puts it above CAS_MIN_THRESHOLD of the largest CAS, for
     either kind of score; so the largest is kept too, and any higher threshold selects among the kept.
     """
-    scores = _dense(scores).astype(np.float64)
-    if not np.isfinite(scores).all():
-        bad = [query for query, score in enumerate(scores) if not np.isfinite(score).all()]
+    scores = _dense(scores).double()  # on their device: of a large model they are half a million a query
+    if not scores.isfinite().all():
+        bad = [query for query, score in enumerate(scores) if not score.isfinite().all()]
         raise ValueError(f"query {bad[0]} has non-finite attribution scores")
-    top = scores.max(axis=(1, 2), keepdims=True)
-    scaled = np.divide(scores, top, out=np.zeros_like(scores), where=top > 0)
-    moments = dict(mean=scores.mean(0), std=scores.std(0), mean_max=scaled.mean(0), std_max=scaled.std(0))
-    keep = np.zeros(scores.shape[1:], dtype=bool)
-    for b1, b2 in CAS_BETAS:
-        keep |= _cas_mask(moments["mean"], moments["std"], b1, b2, CAS_MIN_THRESHOLD)
-        keep |= _cas_mask(moments["mean_max"], moments["std_max"], b1, b2, CAS_MIN_THRESHOLD)
-    layer, neuron = np.nonzero(keep)
-    return dict(layer=layer, neuron=neuron, **{name: value[keep] for name, value in moments.items()})
+    top = scores.amax((1, 2), keepdim=True)
+    scaled = (scores / top.clamp_min(np.finfo(float).tiny)).where(top > 0, 0.0)
+    moments = dict(mean=scores.mean(0), std=scores.std(0, correction=0), mean_max=scaled.mean(0),
+                   std_max=scaled.std(0, correction=0))
+    keep = scores.new_zeros(scores.shape[1:], dtype=bool)
+    for suffix in ("", "_max"):
+        for b1, b2 in CAS_BETAS:
+            cas = b1 * moments[f"mean{suffix}"] - b2 * moments[f"std{suffix}"]
+            keep |= (cas > CAS_MIN_THRESHOLD * cas.max()) & (cas > 0)
+    layer, neuron = keep.nonzero(as_tuple=True)
+    found = dict(layer=layer, neuron=neuron, **{name: value[keep] for name, value in moments.items()})
+    return {name: value.cpu().numpy() for name, value in found.items()}
 
 
 def cas_neurons(candidates, *, b1=0.7, b2=0.3, threshold=0.3, score="raw") -> set:
@@ -252,7 +253,8 @@ def cas_neurons(candidates, *, b1=0.7, b2=0.3, threshold=0.3, score="raw") -> se
     suffix = "_max" if score == "max" else ""
     mean = _array(candidates[f"{prefix}mean{suffix}"], np.float64)
     std = _array(candidates[f"{prefix}std{suffix}"], np.float64)
-    keep = _cas_mask(mean, std, b1, b2, threshold)
+    cas = b1 * mean - b2 * std
+    keep = (cas > threshold * cas.max(initial=0.0)) & (cas > 0)
     layer, neuron = (_array(candidates[prefix + name], int)[keep] for name in ("layer", "neuron"))
     return set(zip(layer.tolist(), neuron.tolist()))
 
@@ -266,12 +268,6 @@ def strongest_neurons(candidates, count, score="raw") -> set:
     order = np.argsort(-mean, kind="stable")[:count]
     keep = [i for i in order if mean[i] > CAS_MIN_THRESHOLD * mean.max()]
     return set(zip(layer[keep].tolist(), neuron[keep].tolist()))
-
-
-def _cas_mask(mean, std, b1, b2, threshold):
-    cas = b1 * mean - b2 * std
-    top = cas.max(initial=0.0)
-    return cas > threshold * top if top > 0 else np.zeros(cas.shape, dtype=bool)
 
 
 # --- classes ---------------------------------------------------------------------------------------------
@@ -335,20 +331,24 @@ def _check_share(name, value):
 
 
 def _dense(scores):
+    """`scores` (Q, L, N) as a tensor on the device they are on."""
     if hasattr(scores, "scores"):
         raise ValueError(f"scores must be an array; pass the .scores of this {type(scores).__name__}")
-    if hasattr(scores, "detach"):  # a torch tensor, bfloat16 included
-        scores = scores.detach().cpu()
-        scores = scores.numpy() if scores.dtype.itemsize >= 4 else scores.float().numpy()
-    try:
-        scores = np.asarray(scores)
-    except ValueError as error:
-        raise ValueError(f"scores must have the shape (queries, layers, neurons): {error}") from None
-    if scores.dtype.kind not in "fiu":
+    import torch
+
+    if not isinstance(scores, torch.Tensor):
+        try:
+            scores = np.asarray(scores)
+        except ValueError as error:
+            raise ValueError(f"scores must have the shape (queries, layers, neurons): {error}") from None
+        if scores.dtype.kind not in "fiu":
+            raise ValueError(f"scores must be real numbers, not {scores.dtype}")
+        scores = torch.from_numpy(scores.astype(np.float64))
+    if scores.dtype == torch.bool or scores.is_complex():
         raise ValueError(f"scores must be real numbers, not {scores.dtype}")
     if scores.ndim != 3 or 0 in scores.shape[1:]:
-        raise ValueError(f"scores must have the shape (queries, layers, neurons), not {scores.shape}")
-    return scores
+        raise ValueError(f"scores must have the shape (queries, layers, neurons), not {tuple(scores.shape)}")
+    return scores.detach()
 
 
 def _array(values, dtype):

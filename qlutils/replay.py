@@ -53,13 +53,11 @@ def prefix_attention(module, query, key, value, attention_mask, scaling=None, so
     query (Q, H, P, dh), key and value (Q, Hkv, P, dh) of the rows themselves; the prefix comes from `PrefixCache`.
     Returns (Q, P, H, dh) as transformers' attention interface asks."""
     prefix_key, prefix_value = _LOCAL.prefix
-    groups = query.shape[1] // key.shape[1]
-    queries, heads, rows, width = query.shape
-    query = query.reshape(queries, heads // groups, groups * rows, width)
-    if groups > 1:
-        key, value = key.repeat(1, 1, groups, 1), value.repeat(1, 1, groups, 1)
-    own = (query * key).sum(-1, keepdim=True)
-    scores = torch.cat([query @ prefix_key.transpose(-1, -2), own], -1)
+    (queries, heads, rows, width), groups = query.shape, query.shape[1] // key.shape[1]
+    query = query.reshape(queries, heads // groups, groups, rows, width)
+    key, value = key[:, :, None], value[:, :, None]  # (Q, Hkv, 1, P, dh): one for the heads of its group
+    own = (query * key).sum(-1).flatten(2)
+    scores = torch.cat([query.flatten(2, 3) @ prefix_key.transpose(-1, -2), own[..., None]], -1)
     scores = scores * (width**-0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -70,8 +68,9 @@ def prefix_attention(module, query, key, value, attention_mask, scaling=None, so
             scores = scores + attention_mask
     weights = torch.softmax(scores, -1, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
     weights = controlled_weights(module, weights.view(queries, heads, rows, -1), None).view_as(weights).to(value.dtype)
-    out = weights[..., :-1] @ prefix_value + weights[..., -1:] * value
-    return out.reshape(queries, heads, rows, -1).transpose(1, 2), None
+    own = weights[..., -1].view(queries, heads // groups, groups, rows, 1)
+    out = torch.addcmul((weights[..., :-1] @ prefix_value).view(*own.shape[:-1], -1), own, value)
+    return out.view(queries, heads, rows, -1).transpose(1, 2), None
 
 
 AttentionInterface.register("qlutils_prefix", prefix_attention)
@@ -127,6 +126,13 @@ def within_memory(compute, size: int, least: int = 1):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         size = max(least, size // 2)
+
+
+def on_device(data, device: torch.device) -> Tensor:
+    """`data` as a tensor on `device`, without waiting for what the device is still at."""
+    tensor = torch.as_tensor(data)  # on another device where the caller set a default one
+    pinned = device.type == "cuda" and tensor.device.type == "cpu"
+    return tensor.pin_memory().to(device, non_blocking=True) if pinned else tensor.to(device)
 
 
 @dataclass
@@ -383,7 +389,7 @@ def verify(lm) -> None:
     with another row, and (causality) an earlier position's logits under another last token."""
     generator = torch.Generator().manual_seed(0)
     length = min(6, lm.context)
-    ids = torch.randint(0, lm.arch.head.weight.shape[0], (2, length), generator=generator)
+    ids = torch.randint(0, lm.arch.head.weight.shape[0], (2, length), generator=generator, device="cpu")
     ids[0, :2] = ids[1, :2]
     ids = ids.to(lm.device)
     lm.arch.tail = tail_modules(lm.model, lm.arch, ids)

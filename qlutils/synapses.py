@@ -58,7 +58,7 @@ def _check_replaceable(lm) -> None:
     if getattr(lm, "_attention_checked", False):
         return
     ids = torch.randint(0, lm.arch.head.weight.shape[0], (2, min(6, lm.context)),
-                        generator=torch.Generator().manual_seed(0)).to(lm.device)
+                        generator=torch.Generator().manual_seed(0), device="cpu").to(lm.device)
     own, seen, problem = lm.model(input_ids=ids, use_cache=False).logits.to(lm.score_dtype), set(), ""
     try:
         with _exact(lm), Control(observe=lambda layer, *_: seen.add(layer)).on(lm.model, lm.layers):
@@ -238,7 +238,7 @@ def _run_batch(lm, rows, length, answer, renormalise) -> np.ndarray:
     ids = torch.tensor([row.prompt + row.answer[:-1] for row in rows], device=lm.device)
     target = torch.tensor([row.answer for row in rows], device=lm.device)
     values: list[Tensor] = [None] * lm.num_layers
-    places = [torch.tensor([l * lm.num_neurons + n for l, n in row.neurons], dtype=torch.long) for row in rows]
+    places = [torch.tensor([l * lm.num_neurons + n for l, n in row.neurons], dtype=torch.long, device="cpu") for row in rows]
 
     def keep(layer):
         return lambda _, inputs, __: values.__setitem__(

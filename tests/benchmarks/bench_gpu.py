@@ -1,13 +1,14 @@
 """Attribution on a GPU at the true shapes of the paper's models: `python tests/benchmarks/bench_gpu.py [--shapes ...]`.
 
 Weights are random and made on the device, nothing is downloaded; plain torch, transformers and this package are enough.
-For each shape and method: milliseconds a query at T tokens, TFLOP/s reached, its share of the device's own matmul rate, and
-peak memory. Prints a table and, with --output, writes it as Markdown. Without a GPU it says so and does nothing, unless
+For each shape and method, a unit of a run as `localise` computes it, from text to the frame that is stored: milliseconds a
+query at T tokens, TFLOP/s reached, its share of the device's own matmul rate, and peak memory. Prints a table and, with --output, writes it as Markdown. Without a GPU it says so and does nothing, unless
 --device cpu asks for a rehearsal.
 """
 
 import argparse
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,9 +16,12 @@ import transformers
 from bench_attribution import NoTokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from qlutils.attribution import METHODS, Spec, attribute_encoded
+from qlutils.attribution import METHODS
+from qlutils.data import Fact
+from qlutils.localize import localise_unit
 from qlutils.models import LanguageModel
 from qlutils.plan import SHAPES, query_flops
+from qlutils.quadrature import RULES
 
 CONFIGS = {
     "gpt2": GPT2Config(),
@@ -26,7 +30,20 @@ CONFIGS = {
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
         vocab_size=128256, max_position_embeddings=8192, rope_parameters=dict(rope_type="default", rope_theta=500000.0)),
 }
-QUERIES = {"ig": 48, "sig": 6, "amig": 48}
+FACTS, PROMPTS = {"ig": 20, "sig": 3, "amig": 20}, 7  # a unit of a run
+
+
+class Numbers(NoTokenizer):
+    """Text is token ids: "17 5" is the tokens 17 and 5."""
+
+    def __call__(self, text, **_):
+        return type("Ids", (), {"input_ids": [int(word) for word in text.split() if word.isdigit()]})
+
+
+def facts(count, tokens):
+    """`count` facts of `PROMPTS` prompts of `tokens` tokens and an answer of one, as `localise_unit` takes them."""
+    ids = torch.randint(1, 30000, (count, PROMPTS, tokens), generator=torch.Generator().manual_seed(0)).tolist()
+    return [asdict(Fact("P1", str(i), "5", tuple(" ".join(map(str, one)) for one in prompts))) for i, prompts in enumerate(ids)]
 
 
 def clock(function, device, repeats):
@@ -54,7 +71,10 @@ def main():
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--tokens", type=int, default=10)
-    parser.add_argument("--queries", type=int, help="a batch (default: 48, sig 6)")
+    parser.add_argument("--facts", type=int, help="of seven prompts, a unit (default: 20, sig 3)")
+    parser.add_argument("--rule", default="right", choices=RULES)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--row-budget", type=int)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, help="a Markdown file to write the table to")
     args = parser.parse_args()
@@ -63,27 +83,27 @@ def main():
         return
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    lines = [f"{name}, {args.dtype} weights, T = {args.tokens}, m = 20, torch {torch.__version__}, transformers "
+    lines = [f"{name}, {args.dtype} weights, T = {args.tokens}, rule {args.rule}, m = {args.steps}, torch {torch.__version__}, transformers "
              f"{transformers.__version__}; random weights at the models' shapes", "",
              "| shape | method | ms a query | TFLOP/s | of the matmul rate | peak memory, GB |", "| --- | --- | --: | --: | --: | --: |"]
     print("\n".join(lines), flush=True)
     for shape in args.shapes:
         torch.manual_seed(0)
         with device:
-            lm = LanguageModel(AutoModelForCausalLM.from_config(CONFIGS[shape], dtype=dtype), NoTokenizer(), shape)
+            model = AutoModelForCausalLM.from_config(CONFIGS[shape], dtype=dtype)
+        lm = LanguageModel(model, Numbers(), shape)
         rate = matmul_rate(device, dtype, SHAPES[shape][1], SHAPES[shape][2])
         for method in args.methods:
-            count = args.queries or QUERIES[method]
-            ids = torch.randint(1, 30000, (count, args.tokens), generator=torch.Generator().manual_seed(0)).tolist()
-            queries, names = [(one, [5]) for one in ids], ["query"] * count
+            unit = facts(args.facts or FACTS[method], args.tokens)
+            spec = dict(method=method, rule=args.rule, steps=args.steps, row_budget=args.row_budget)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            seconds = clock(lambda: attribute_encoded(lm, queries, Spec(method), names), device, args.repeats) / count
-            speed = query_flops(SHAPES[shape], method, 20, args.tokens) / seconds
+            seconds = clock(lambda: localise_unit(lm, unit, **spec), device, args.repeats) / (PROMPTS * len(unit))
+            speed = query_flops(SHAPES[shape], method, args.steps, args.tokens) / seconds
             peak = f"{torch.cuda.max_memory_allocated() / 1e9:.0f}" if device.type == "cuda" else "–"
             lines.append(f"| `{shape}` | `{method}` | {1e3 * seconds:,.1f} | {speed / 1e12:,.2f} | {speed / rate:.0%} | {peak} |")
             print(lines[-1], flush=True)
-        del lm
+        del lm, model
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if args.output:

@@ -1,0 +1,160 @@
+"""On a GPU the study computes what it computes on a CPU, waits for nothing within a batch, and survives a full memory.
+
+Skipped where there is no CUDA device; QLUTILS_TEST_DEVICE=cpu rehearses what does not need one."""
+
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny import tiny_lm, tiny_model, word_tokenizer
+
+from qlutils import attribute, attribution, knowledge_neurons, load_model
+from qlutils.attribution import METHODS, SITES, Spec, attribute_encoded
+from qlutils.edit_study import run_edits
+from qlutils.effects import units
+from qlutils.interventions import answer_probability, scale_neurons
+from qlutils.localize import localise
+from qlutils.mapping import scale_kns
+from qlutils.models import LanguageModel
+from qlutils.quadrature import RULES
+from qlutils.study import Study
+from qlutils.synapses import attend, find_synapses, scale_synapse_columns
+
+GPU = os.environ.get("QLUTILS_TEST_DEVICE", "cuda")
+pytestmark = pytest.mark.skipif(GPU == "cuda" and not torch.cuda.is_available(), reason="no CUDA device here")
+needs_cuda = pytest.mark.skipif(GPU != "cuda", reason="about CUDA's memory and streams")
+FAMILIES = ("gpt2", "gptj", "neox", "opt", "llama2", "llama3", "qwen3", "gemma2", "phi3", "bloom", "mistral")
+QUERIES = [([5, 6, 7, 8], [9]), ([9, 5, 4], [10, 11]), ([7, 7, 8, 9, 6], [12]), ([8, 6, 5, 4], [9, 7, 5])]
+
+
+def on_gpu(lm):
+    return LanguageModel(lm.model.to(GPU), lm.tokenizer, lm.name)
+
+
+def relative(found, wanted):
+    return float((found.cpu().double() - wanted.double()).abs().max() / wanted.double().abs().max())
+
+
+def scaled(scores):
+    return scores.cpu().double() / scores.cpu().double().flatten(1).norm(dim=1)[:, None, None]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attribution_is_that_of_the_cpu(family, method):
+    """Most families round to float32 in transformers' own code (norms, rotary angles, attention), and two devices round
+    differently. Scores are compared up to a query's scale: amig divides by a sum in which digits cancel."""
+    exact = 1e-10 if family in ("gpt2", "opt") else 1e-4
+    lm = tiny_lm(family)
+    cases = [Spec(method, 4, rule, site=site) for rule in RULES for site in SITES]
+    wanted = [attribute_encoded(lm, QUERIES, spec) for spec in cases]
+    lm = on_gpu(lm)
+    for spec, one in zip(cases, wanted):
+        found = attribute_encoded(lm, QUERIES, spec)
+        assert found.scores.device.type == GPU
+        assert relative(scaled(found.scores), scaled(one.scores)) <= exact, spec
+        assert relative(found.completeness_gap, one.completeness_gap) <= 10 * exact, spec
+        assert found.probability.tolist() == pytest.approx(one.probability.tolist(), rel=exact)
+        assert found.known.tolist() == one.known.tolist()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["gpt2", "llama3"])
+def test_bfloat16_is_close_to_float64_of_the_same_weights(family, method):
+    rounded, exact = tiny_model(family, torch.bfloat16, scale=2), tiny_model(family)
+    exact.load_state_dict(rounded.state_dict())
+    found, wanted = (attribute_encoded(LanguageModel(model, word_tokenizer(), family), QUERIES, Spec(method, 8)).cpu()
+                     for model in (rounded.to(GPU), exact))
+    assert found.scores.dtype == torch.float32 and bool(torch.isfinite(found.scores).all())
+    assert relative(scaled(found.scores), scaled(wanted.scores)) < 0.1
+    assert found.probability.tolist() == pytest.approx(wanted.probability.tolist(), rel=0.03)
+
+
+def test_the_public_calls_take_and_give_what_they_do_on_a_cpu():
+    here = load_model("demo/gpt2", device="cpu", dtype="float64")
+    prompts, answers = ["Oslo is the capital of", "The capital of Italy is"], ["Norway", "Rome"]
+    wanted = attribute(here, prompts, answers, steps=6)
+    with torch.device(GPU):  # what many set once and for all
+        there = load_model("demo/gpt2", dtype="float64")
+        found = attribute(there, prompts, answers, steps=6)
+    assert found.scores.device.type == "cpu" and relative(found.scores, wanted.scores) <= 1e-10
+    sets = knowledge_neurons(attribute_encoded(there, there.encode_all(prompts, answers), Spec(steps=6)).scores)
+    assert sets == knowledge_neurons(wanted.scores)
+    changed = []
+    for lm in (here, there):
+        with torch.device(lm.device), scale_neurons(lm, sets[0], 0.0):
+            changed.append(answer_probability(lm, prompts, answers).cpu())
+    assert relative(changed[1], changed[0]) <= 1e-10
+    assert find_synapses(here, prompts[0]) == find_synapses(there, prompts[0])
+
+
+def assert_alike(found: pd.DataFrame, wanted: pd.DataFrame, rel, leave=("row_budget", "seconds")):
+    assert list(found) == list(wanted) and len(found) == len(wanted)
+    for name in wanted:
+        if name in leave:
+            continue
+        for one, other in zip(found[name], wanted[name]):
+            if isinstance(other, (list, np.ndarray)):
+                assert np.asarray(one) == pytest.approx(np.asarray(other), rel=rel, abs=rel / 1e3, nan_ok=True), name
+            elif isinstance(other, float):
+                assert one == pytest.approx(other, rel=rel, abs=rel / 1e3, nan_ok=True), name
+            else:
+                assert one is other or one == other or (pd.isna(one) and pd.isna(other)), name
+
+
+@pytest.mark.parametrize("model", ["demo/gpt2", "demo/llama3"])
+def test_the_whole_study_is_that_of_the_cpu(model, runs):
+    frames = []
+    for device in ("cpu", GPU):
+        study = Study("01_localize", model=model, method="ig", relations=["P19", "P36"], facts_per_relation=2, device=device,
+                      dtype="float64", output=f"on-{device}", t=0.2, n_locality=6, corpus="demo", ppl_max_tokens=16, lambda1=2.0,
+                      lambda2=2.0, embedding="input")
+        queries = localise(study, steps=8)
+        edits, _ = run_edits(study, queries, ["local", "global"], controls=["random", "matched"], ppl_entries=2)
+        frames.append([queries, edits, study.run(scale_kns, units(queries, 0.2, other=0), dict(seed=0)),
+                       study.run(attend, units(queries)),
+                       study.run(scale_synapse_columns, units(queries, 0.2, irrelevant=0), dict(seed=0))])
+    for wanted, found in zip(*frames):
+        assert len(wanted) > 3
+        assert_alike(found, wanted, 1e-7 if model == "demo/gpt2" else 1e-2)
+
+
+@needs_cuda
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["gpt2", "llama3"])
+def test_the_host_waits_for_nothing_within_a_batch(family, method, monkeypatch):
+    lm, seen = on_gpu(tiny_lm(family, torch.float32)), []
+    integrate = attribution._integrate
+
+    def watched(*args):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            seen.append(1)
+            return integrate(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(attribution, "_integrate", watched)
+    attribute_encoded(lm, QUERIES, Spec(method, 4))
+    assert seen
+
+
+@needs_cuda
+@pytest.mark.parametrize("method", METHODS)
+def test_a_memory_that_is_really_full_halves_the_batches(method):
+    """The process may have so little of the GPU that the wanted batch does not fit."""
+    lm = on_gpu(tiny_lm("llama3", torch.float32, hidden_size=256, intermediate_size=1024, vocab_size=5000))
+    queries = [([5 + i, 6, 7, 8, 9], [10]) for i in range(64)]
+    wanted = attribute_encoded(lm, queries, Spec(method, 8, row_budget=300))
+    assert wanted.row_budget == 300
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    try:
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 60e6) / total)
+        found = attribute_encoded(lm, queries, Spec(method, 8, row_budget=2**16))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert found.row_budget < 2**16, "it fitted: the test says nothing"
+    assert relative(found.scores, wanted.scores.cpu()) <= 1e-4
