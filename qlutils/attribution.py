@@ -74,11 +74,11 @@ class Attribution:
 
 
 def default_row_budget(lm) -> int:
-    """Rows of a batch whose activations fit: half of a GPU's free memory, a fixed share on a CPU."""
+    """Rows of a batch whose activations fit: of most of a GPU's free memory, of a fixed share on a CPU."""
     memory = CPU_MEMORY
     if lm.device.type == "cuda":
         unused = torch.cuda.memory_reserved(lm.device) - torch.cuda.memory_allocated(lm.device)  # torch's own, at hand
-        memory = max(2**28, (torch.cuda.mem_get_info(lm.device)[0] + unused) // 2)
+        memory = max(2**28, 0.8 * (torch.cuda.mem_get_info(lm.device)[0] + unused))
     width = lm.arch.head.weight.shape[1]
     per_row = (14 * width + 5 * lm.num_neurons) * lm.dtype.itemsize * (lm.num_layers + 1) / 2
     return max(lm.num_layers, int(memory / per_row))

@@ -24,7 +24,7 @@ from .attention import controlled_weights, with_cache
 
 _LOCAL = threading.local()  # the prefix the layer now running attends to
 ONE_AT_A_TIME = threading.RLock()  # hooks are the model's, not a thread's: another thread's pass would run into them
-VOCAB_CHUNK = {"cpu": 1024, "cuda": 8192}  # of the unembedding at a time; with ROW_CHUNK rows it fits a core's cache
+VOCAB_CHUNK = {"cpu": 1024, "cuda": 16384}  # of the unembedding at a time; with ROW_CHUNK rows it fits a core's cache
 ROW_CHUNK = {"cpu": 256, "cuda": 2**20}
 
 

@@ -104,6 +104,7 @@ def assert_alike(found: pd.DataFrame, wanted: pd.DataFrame, rel, leave=("row_bud
                 assert one is other or one == other or (pd.isna(one) and pd.isna(other)), name
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("model", ["demo/gpt2", "demo/llama3"])
 def test_the_whole_study_is_that_of_the_cpu(model, runs):
     frames = []
@@ -145,7 +146,7 @@ def test_the_host_waits_for_nothing_within_a_batch(family, method, monkeypatch):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_memory_that_is_really_full_halves_the_batches(method):
     """The process may have so little of the GPU that the wanted batch does not fit."""
-    lm = on_gpu(tiny_lm("llama3", torch.float32, hidden_size=256, intermediate_size=1024, vocab_size=5000))
+    lm = on_gpu(tiny_lm("gpt2", n_embd=256, vocab_size=5000))
     queries = [([5 + i, 6, 7, 8, 9], [10]) for i in range(64)]
     wanted = attribute_encoded(lm, queries, Spec(method, 8, row_budget=300))
     assert wanted.row_budget == 300
@@ -157,4 +158,4 @@ def test_a_memory_that_is_really_full_halves_the_batches(method):
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert found.row_budget < 2**16, "it fitted: the test says nothing"
-    assert relative(found.scores, wanted.scores.cpu()) <= 1e-4
+    assert relative(found.scores, wanted.scores.cpu()) <= 1e-9
