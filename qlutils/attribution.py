@@ -221,6 +221,8 @@ def _integrate(lm, clean: CleanPass, target, starts, p_clean, spec) -> tuple[Ten
     paths = _Paths.of(lm, clean, starts, spec.site)
     queries, count = starts.shape[:2]
     size = max(1, spec.row_budget // (lm.num_layers * queries))
+    if queries * lm.num_layers * count * spec.steps <= spec.row_budget:  # all rows at once, however many a layer gets
+        size = lm.num_layers * count * spec.steps
     if spec.rule == "auto":
         probabilities = lambda plan: _path_probabilities(lm, clean, target, paths, plan, size, spec.site)  # noqa: E731
         begin = torch.arange(count)[None]
@@ -229,8 +231,8 @@ def _integrate(lm, clean: CleanPass, target, starts, p_clean, spec) -> tuple[Ten
     else:
         plan, at_end = fixed_plan(spec.rule, spec.steps, count, lm.num_layers)
     mean = [torch.zeros(one.shape, dtype=lm.score_dtype, device=w.device) for one in paths.begin]  # of the gradients
-    probability = [_add_gradients(lm, clean, target, paths, part, mean, None if start else at_end, spec.site)
-                   for start, part in _parts(plan, size, w.device)]
+    probability = [_add_gradients(lm, clean, target, paths, part, slots, mean, None if start else at_end, spec.site)
+                   for start, part, slots in _parts(plan, size, w.device)]
     if spec.rule != "auto":  # the first points of a fixed plan are the paths' beginnings
         p_start = torch.cat([torch.stack(p, 2) for p in probability], 1)[:, :count]
     factor = (w[:, None] - starts).to(lm.score_dtype)
@@ -241,26 +243,43 @@ def _integrate(lm, clean: CleanPass, target, starts, p_clean, spec) -> tuple[Ten
 
 
 def _parts(plan, size, device):
-    """(first point, plan) of at most `size` points a layer at a time, on `device`."""
+    """(first point, plan, slots) of at most `size` points a layer at a time, on `device`.
+
+    `slots` is None where all queries have the same points. Else lists are padded with points of weight 0, and it says for
+    each layer which of a query's rows a point is (Q, P), and how many rows there are from there on: a query's points take
+    its next free ones, so that its rows fill up what other queries' longer lists leave empty. Padding goes to row 0."""
     moved = {id(points): [one if one is None else on_device(one, device) for one in points] for points in plan}
-    plan = [moved[id(points)] for points in plan]  # layers that share their points share the copy
     for start in range(0, max(index.shape[1] for index, *_ in plan), size):
-        yield start, [tuple(one if one is None else one[:, start:start + size] for one in points) for points in plan]
+        part, slots, taken = [], [], 0
+        for points in plan:  # layers that share their points share the copy
+            part.append(tuple(one if one is None else one[:, start:start + size] for one in moved[id(points)]))
+            if len(points[0]) > 1:
+                real = points[2][:, start:start + size] > 0
+                row = (taken + real.cumsum(1)).where(real, 0)
+                taken = taken + real.sum(1, keepdim=True)
+                slots.append((on_device(row, device), 1 + int(taken.max())))
+        yield start, part, slots or None
 
 
 @torch.no_grad()
 def _path_probabilities(lm, clean, target, paths, plan, size, site) -> list[Tensor]:
     """L x (Q, P) answer probabilities at the points of a plan: forward passes only."""
     found = [[target.new_zeros(len(target), 0, dtype=lm.score_dtype)] for _ in plan]
-    for _, part in _parts(plan, size, target.device):
-        hidden, leaves, _ = _grow(lm, clean, lambda layer: paths.rows(layer, *part[layer][:2]), False, site)
-        p = answer_probabilities(lm, hidden, target, need_grad=False)
-        for kept, one in zip(found, p.split([leaf.shape[1] for leaf in leaves], 1)):
+    for _, part, slots in _parts(plan, size, target.device):
+        hidden, *_ = _grow(lm, clean, lambda layer: paths.rows(layer, *part[layer][:2]), slots, False, site)
+        for kept, one in zip(found, _by_layer(answer_probabilities(lm, hidden, target, need_grad=False), part, slots)):
             kept.append(one)
     return [torch.cat(one, 1) for one in found]
 
 
-def _add_gradients(lm, clean, target, paths, plan, mean, at_end, site) -> list[Tensor]:
+def _by_layer(rows, plan, slots) -> list[Tensor]:
+    """L x (Q, P) of the points of a plan, from what was found for the rows (Q, R)."""
+    if slots is None:
+        return list(rows.split([index.shape[1] for index, *_ in plan], 1))
+    return [rows.gather(1, row) for row, _ in slots]
+
+
+def _add_gradients(lm, clean, target, paths, plan, slots, mean, at_end, site) -> list[Tensor]:
     """Add the weighted gradients of a plan (see `quadrature`) to `mean`, L x (Q, B, W), and return the probabilities at its
     points, L x (Q, P). With `at_end`, the weight of the paths' common end, the first row is the clean one, and the gradients
     there at every layer count with it."""
@@ -270,7 +289,7 @@ def _add_gradients(lm, clean, target, paths, plan, mean, at_end, site) -> list[T
         return torch.cat([paths.end[layer], points], 1) if at_end is not None and layer == 0 else points
 
     with torch.enable_grad():
-        hidden, leaves, end = _grow(lm, clean, rows, at_end is not None, site)
+        hidden, leaves, end = _grow(lm, clean, rows, slots, at_end is not None, site)
         probability = answer_probabilities(lm, hidden, target, need_grad=True)
         grads = torch.autograd.grad(probability.sum(), leaves, allow_unused=True)  # None where no row starts in the layer
     for layer, (grad, (index, _, weight)) in enumerate(zip(grads, plan)):
@@ -281,12 +300,12 @@ def _add_gradients(lm, clean, target, paths, plan, mean, at_end, site) -> list[T
             mean[layer] += baseline.mT.to(mean[layer]) @ grad.to(mean[layer])
         if at_end is not None:
             mean[layer] += at_end * end[layer][:, None]
-    return list(probability.detach()[:, int(at_end is not None):].split([index.shape[1] for index, _, _ in plan], 1))
+    return _by_layer(probability.detach()[:, int(at_end is not None):], plan, slots)
 
 
-def _grow(lm, clean, rows, with_clean, site):
+def _grow(lm, clean, rows, slots, with_clean, site):
     """Push a growing batch of rows through the layers. `rows(layer)` (Q, P, W) is what the rows that start in `layer` have
-    at its site module's output. Returns the last layer's output (Q, rows, d), the leaves, and a list that a backward
+    at its site module's output; they come last, or where `slots` says (see `_parts`). Returns the last layer's output (Q, rows, d), the leaves, and a list that a backward
     pass fills with the gradients there of row 0, (Q, W) a layer, when that row is the clean one."""
     hidden, leaves, at_end = None, [], [None] * lm.num_layers
     width = lm.num_neurons if site == "pre_activation" else None
@@ -310,7 +329,12 @@ def _grow(lm, clean, rows, with_clean, site):
                     hidden = run_layer(lm, clean, layer, hidden)
             if leaf.shape[1]:
                 new = start_rows(lm, clean, layer, leaf, site)
-                hidden = new if hidden is None else torch.cat([hidden, new], 1)
+                if slots is None:
+                    hidden = new if hidden is None else torch.cat([hidden, new], 1)
+                else:
+                    (row, count), old = slots[layer], [] if hidden is None else [hidden]
+                    empty = new.new_zeros(len(new), count - sum(one.shape[1] for one in old), new.shape[2])
+                    hidden = torch.cat([*old, empty], 1).scatter(1, row[..., None].expand_as(new), new)
     return hidden, leaves, at_end
 
 

@@ -84,16 +84,18 @@ def adaptive_plan(probabilities, p_start: Tensor, p_clean: Tensor, steps: int) -
 def _evenly(probabilities, long, p_start, p_clean) -> dict:
     """{(query, layer): {baseline: alpha(u)}} of the paths that are `long` (Q, B, L), from P at a few points of them."""
     inner = (1 - np.cos(np.pi * np.arange(1, PROFILE + 1) / (PROFILE + 1))) / 2
-    alpha, used = np.concatenate([[0.0], inner, [1.0]]), [np.flatnonzero(one) for one in long.any(0).T]
-    node = torch.from_numpy(inner)
-    profiles = probabilities([(torch.from_numpy(one).repeat_interleave(PROFILE)[None], node.repeat(len(one))[None], None)
-                              for one in used])
-    (p_start, p_clean), profiles = (one.cpu() for one in (p_start, p_clean)), [one.cpu() for one in profiles]
-    maps: dict = {}
+    alpha, plan = np.concatenate([[0.0], inner, [1.0]]), []
+    for one in long.transpose(2, 0, 1):  # (Q, B): each query's long paths, as a list padded with points of weight 0
+        most = one.sum(1).max()
+        path = np.argsort(~one, 1, kind="stable")[:, :most]
+        points = path, np.tile(inner, (len(one), most)), np.take_along_axis(one, path, 1).astype(float)
+        plan.append(tuple(torch.from_numpy(part if part is points[1] else part.repeat(PROFILE, 1)) for part in points))
+    profiles = [one.double().cpu().numpy() for one in probabilities(plan)]
+    p_start, p_clean = (one.double().cpu().numpy() for one in (p_start, p_clean))
+    rank, maps = PROFILE * (long.cumsum(1) - 1), {}
     for q, b, layer in np.argwhere(long):
-        at = PROFILE * int(np.searchsorted(used[layer], b))
-        p = [p_start[q, b, layer], *profiles[layer][q, at:at + PROFILE], p_clean[q]]
-        moved = np.abs(np.diff([float(one) for one in p]))
+        at = rank[q, b, layer]
+        moved = np.abs(np.diff([p_start[q, b, layer], *profiles[layer][q, at:at + PROFILE], p_clean[q]]))
         u = np.cumsum([0.0, *(1 - UNIFORM) * moved / max(moved.sum(), 1e-30) + UNIFORM * np.diff(alpha)])
         maps.setdefault((int(q), int(layer)), {})[int(b)] = PchipInterpolator(u / u[-1], alpha)
     return maps
