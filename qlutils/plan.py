@@ -15,7 +15,8 @@ SHAPES = {"gpt2": (12, 768, 3072, 50257, 1.0, False),
           "meta-llama/Llama-2-7b-hf": (32, 4096, 11008, 32000, 1.0, True),
           "meta-llama/Meta-Llama-3-8B": (32, 4096, 14336, 128256, 0.25, True)}
 TOKENS_A_WORD = 1.35  # where the tokenizer is not at hand; measured on ParaRel: 1.3-1.4 for the paper's models
-FRACTION = 0.7  # of the matmul rate that attribution reaches; tests/benchmarks measures it
+FRACTION = 0.7  # of the matmul rate that attribution reaches, on a CPU and on a GPU; tests/benchmarks measures it
+GPU_SECONDS = 0.25e-3  # a baseline, and twice that a query, for what is no arithmetic: what small models cost on a GPU
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 BATCH_BYTES = 2**29  # activations of a batch (attribution.CPU_MEMORY)
 QUERY_BYTES = 2500  # a stored query: its sparse scores, compressed
@@ -81,8 +82,8 @@ def plan(models, methods, *, data="demo", relations=None, facts_per_relation=Non
          steps=20, middle="cut", answer="all") -> pd.DataFrame:
     """A row a model and method: queries, rows, FLOPs, hours on this device, memory and disk.
 
-    The tokens are estimated from the words; the hours from the matmul rate measured now and the fraction of it that
-    attribution reaches (`FRACTION`). Nothing is downloaded but the facts."""
+    The tokens are estimated from the words; the hours from the matmul rate measured now, the fraction of it that
+    attribution reaches (`FRACTION`) and, on a GPU, `GPU_SECONDS`. Nothing is downloaded but the facts."""
     facts = load_facts(data, relations=relations, facts_per_relation=facts_per_relation, seed=seed, middle=middle)
     queries = sum(len(fact.prompts) for fact in facts)
     words = np.mean([len(prompt.split()) for fact in facts for prompt in fact.prompts])
@@ -97,9 +98,12 @@ def plan(models, methods, *, data="demo", relations=None, facts_per_relation=Non
         for method in methods:
             tokens = words * TOKENS_A_WORD
             flops = query_flops(shape, method, steps, tokens) * queries * answers
+            seconds = flops / (FRACTION * rate)
+            if not name.startswith("cpu"):
+                seconds += GPU_SECONDS * (2 + (tokens if method == "sig" else 1)) * queries * answers
             rows.append({
                 "model": model, "method": method, "facts": len(facts), "queries": queries,
                 "rows": steps * layers * queries * answers * (tokens if method == "sig" else 1), "PFLOP": flops / 1e15,
-                "device": name, "dtype": kind, "TFLOP/s": FRACTION * rate / 1e12, "hours": flops / (FRACTION * rate) / 3600,
+                "device": name, "dtype": kind, "TFLOP/s": FRACTION * rate / 1e12, "hours": seconds / 3600,
                 "memory GB": (weights * DTYPE_BYTES[kind] + BATCH_BYTES) / 1e9, "disk GB": queries * QUERY_BYTES / 1e9})
     return pd.DataFrame(rows)
