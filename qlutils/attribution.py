@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from .quadrature import RULES, adaptive_plan, fixed_plan
-from .replay import (ONE_AT_A_TIME, CleanPass, answer_probabilities, clean_pass, hooked, neuron_vectors, on_device, replaying, run_layer,
-                     site_module, start_rows, within_memory)
+from .replay import (ONE_AT_A_TIME, CleanPass, answer_probabilities, clean_pass, hooked, neuron_vectors, on_device,
+                     replaying, run_layer, site_module, start_rows, within_memory)
 from .rows import score_queries
 
 METHODS = ("ig", "sig", "amig")
@@ -305,8 +305,9 @@ def _add_gradients(lm, clean, target, paths, plan, slots, mean, at_end, site) ->
 
 def _grow(lm, clean, rows, slots, with_clean, site):
     """Push a growing batch of rows through the layers. `rows(layer)` (Q, P, W) is what the rows that start in `layer` have
-    at its site module's output; they come last, or where `slots` says (see `_parts`). Returns the last layer's output (Q, rows, d), the leaves, and a list that a backward
-    pass fills with the gradients there of row 0, (Q, W) a layer, when that row is the clean one."""
+    at its site module's output; they come last, or where `slots` says (see `_parts`). Returns the last layer's output
+    (Q, rows, d), the leaves, and a list that a backward pass fills with the gradients there of row 0, (Q, W) a layer, when
+    that row is the clean one."""
     hidden, leaves, at_end = None, [], [None] * lm.num_layers
     width = lm.num_neurons if site == "pre_activation" else None
 
