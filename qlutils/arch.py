@@ -165,17 +165,18 @@ def use_fused_gelu(model: nn.Module) -> None:
 
 
 def use_fused_norms(model: nn.Module) -> None:
-    """On a GPU, RMSNorm in Python is six memory-bound kernels forward and more backward; torch's is one each, and rounds once
-    instead of twice. Norms of other formulas (Gemma's 1 + w) are told by what they compute and left alone."""
+    """RMSNorm in Python is six memory-bound kernels on a GPU, and more backward; torch's is one each, and rounds once instead
+    of twice. Norms of other formulas (Gemma's 1 + w) are told by what they compute and left alone, and so is what a loader
+    or a hook has changed."""
     for module in list(model.modules()):
         for child_name, child in module.named_children():
             weight, eps = getattr(child, "weight", None), getattr(child, "variance_epsilon", getattr(child, "eps", None))
-            plain = type(child).__name__.endswith("RMSNorm") and "forward" not in child.__dict__  # else: a loader's own, with moves
-            if not plain or weight is None or not weight.is_cuda or eps is None:
+            changed = "forward" in child.__dict__ or child._forward_hooks or child._forward_pre_hooks
+            if not type(child).__name__.endswith("RMSNorm") or changed or weight is None or eps is None:
                 continue
             fused = nn.RMSNorm(weight.shape, eps=eps, device="meta").train(False)
             fused.weight = child.weight
-            x = torch.linspace(-2, 2, weight.numel(), device=weight.device, dtype=weight.dtype)[None]
+            x = torch.linspace(-1, 3, weight.numel(), device=weight.device, dtype=weight.dtype)[None]
             with torch.no_grad():
                 if torch.allclose(fused(x), child(x), rtol=4 * torch.finfo(weight.dtype).eps, atol=1e-6):
                     setattr(module, child_name, fused)

@@ -45,7 +45,8 @@ class LanguageModel:
         self._forwards = self._replaced_forwards()  # some loaders set their own
         self.arch = arch.find_architecture(model, name)
         arch.use_fused_gelu(model)
-        arch.use_fused_norms(model)
+        if self.device.type == "cuda":
+            arch.use_fused_norms(model)
         self.num_embeddings = model.get_input_embeddings().weight.shape[0]
         self.layers, self.downs = self.arch.layers, self.arch.downs
         self.num_layers, self.num_neurons, self.num_heads = len(self.layers), self.arch.num_neurons, self.arch.num_heads

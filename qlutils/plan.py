@@ -16,7 +16,7 @@ SHAPES = {"gpt2": (12, 768, 3072, 50257, 1.0, False),
           "meta-llama/Meta-Llama-3-8B": (32, 4096, 14336, 128256, 0.25, True)}
 TOKENS_A_WORD = 1.35  # where the tokenizer is not at hand; measured on ParaRel: 1.3-1.4 for the paper's models
 FRACTION = 0.7  # of the matmul rate that attribution reaches, on a CPU and on a GPU; tests/benchmarks measures it
-GPU_SECONDS = 0.25e-3  # a baseline, and twice that a query, for what is no arithmetic: what small models cost on a GPU
+GPU_SECONDS = 0.25e-3  # a baseline, and twice that a query, beside the arithmetic: most of what a small model costs a GPU
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 BATCH_BYTES = 2**29  # activations of a batch (attribution.CPU_MEMORY)
 QUERY_BYTES = 2500  # a stored query: its sparse scores, compressed
@@ -53,6 +53,12 @@ def query_flops(shape: tuple, method: str, steps: int, tokens: float) -> float:
     baselines = tokens if method == "sig" else 1
     rows = steps * baselines
     return 4 * layer * rows * layers * (layers + 1) / 2 + 4 * rows * layers * width * vocabulary
+
+
+def query_seconds(shape: tuple, method: str, steps: int, tokens: float, rate: float, gpu: bool) -> float:
+    """Seconds of one answer token's attribution on a device of `rate` FLOP/s."""
+    rest = GPU_SECONDS * (2 + (tokens if method == "sig" else 1)) if gpu else 0.0
+    return query_flops(shape, method, steps, tokens) / (FRACTION * rate) + rest
 
 
 def matmul_rate(device: str | None, dtype: str | None, shape: tuple, seconds: float = 2.0) -> tuple[str, str, float]:
@@ -98,9 +104,7 @@ def plan(models, methods, *, data="demo", relations=None, facts_per_relation=Non
         for method in methods:
             tokens = words * TOKENS_A_WORD
             flops = query_flops(shape, method, steps, tokens) * queries * answers
-            seconds = flops / (FRACTION * rate)
-            if not name.startswith("cpu"):
-                seconds += GPU_SECONDS * (2 + (tokens if method == "sig" else 1)) * queries * answers
+            seconds = query_seconds(shape, method, steps, tokens, rate, gpu=not name.startswith("cpu")) * queries * answers
             rows.append({
                 "model": model, "method": method, "facts": len(facts), "queries": queries,
                 "rows": steps * layers * queries * answers * (tokens if method == "sig" else 1), "PFLOP": flops / 1e15,

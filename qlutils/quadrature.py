@@ -20,7 +20,7 @@ PROFILE = 5  # with so many forward passes,
 UNIFORM = 0.6  # and spreads this share of its nodes evenly whatever they say
 
 # A plan says, for each layer, where gradients are taken: (index, node, weight), each (Q or 1, P): the baselines of P
-# points, their places on the path, and their weights.
+# points, their places on the path, and their weights. Lists of a query's own are padded with points of weight 0.
 Plan = list[tuple[Tensor, Tensor, Tensor]]
 
 

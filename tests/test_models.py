@@ -13,7 +13,7 @@ from tiny import CACHE, FAMILIES, GPT, GPTJ_METHOD, SMALL, save_checkpoint, tiny
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from qlutils import answer_probability, attribute, edit_weights, find_synapses, load_model, scale_neurons, store
+from qlutils import answer_probability, arch, attribute, edit_weights, find_synapses, load_model, scale_neurons, store
 from qlutils.arch import UnsupportedModel
 from qlutils.models import BUNDLED, LanguageModel
 
@@ -397,3 +397,51 @@ def test_bundled_models_load():
 def test_a_gpt_big_code_model_is_supported_by_the_same_mechanism():
     lm = LanguageModel(random_model("GPTBigCodeConfig", **GPT), word_tokenizer(), "bigcode")
     assert (lm.num_layers, lm.num_neurons) == (3, 128)
+
+
+# --- faster modules in place of the model's own --------------------------------------------------------------
+class CentredRMSNorm(nn.Module):
+    """Looks like the others, and takes the mean off first."""
+
+    def __init__(self, like):
+        super().__init__()
+        self.weight, self.eps = like.weight, like.variance_epsilon
+
+    def forward(self, x):
+        x = x - x.mean(-1, keepdim=True)
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+def norms(model):
+    return {name: module for name, module in model.named_modules() if type(module).__name__.endswith("RMSNorm")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family, fused", [("llama3", True), ("qwen3", True), ("olmo2", True), ("phi3", True), ("mistral", True),
+                                           ("gemma", False), ("gemma2", False), ("gemma3", False)])
+def test_torch_s_rms_norm_stands_in_for_norms_that_compute_the_same_and_for_no_other(family, fused, dtype):
+    """And the logits are as near to those of float64 as the model's own are, which round once more."""
+    model, exact = tiny_model(family, dtype), tiny_model(family)
+    exact.load_state_dict(model.state_dict())
+    ids, own, weights = torch.arange(5, 45).reshape(8, 5), norms(model), {k: v.data_ptr() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        wanted, before = exact(ids).logits, model(ids).logits
+        arch.use_fused_norms(model)
+        after = model(ids).logits
+    assert own and list(norms(model)) == list(own)
+    assert {isinstance(module, nn.RMSNorm) for module in norms(model).values()} == {fused}
+    assert {k: v.data_ptr() for k, v in model.state_dict().items()} == weights
+    assert (after - wanted).norm() <= 1.2 * (before - wanted).norm()
+    assert fused or torch.equal(after, before)
+
+
+def test_norms_that_others_changed_stay():
+    model = tiny_model("llama3", torch.float32)
+    first, second, third = model.model.layers
+    first.input_layernorm.register_forward_hook(lambda *_: None)
+    second.input_layernorm.forward = second.input_layernorm.forward
+    third.input_layernorm = CentredRMSNorm(third.input_layernorm)
+    kept = [layer.input_layernorm for layer in model.model.layers]
+    arch.use_fused_norms(model)
+    assert [layer.input_layernorm for layer in model.model.layers] == kept
+    assert isinstance(first.post_attention_layernorm, nn.RMSNorm)

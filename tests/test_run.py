@@ -642,3 +642,16 @@ def test_the_script_says_in_one_line_what_to_install(checkout, tmp_path):
         and "apt-get install python3-venv" in said.stderr
     )
     assert not (checkout / ".venv").exists()
+
+
+def test_the_plan_of_a_gpu_is_what_was_measured_on_one():
+    """Every row of the H200's table by the paper's rule, from the matmul rate that was measured beside it."""
+    from qlutils.plan import SHAPES, query_seconds
+
+    text = (ROOT / "tests/benchmarks/results/h200.md").read_text(encoding="utf-8").split("Rule auto")[0]
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    assert {(shape, method) for shape, method, *_ in rows} == {(shape, method) for shape in SHAPES for method in ("ig", "sig", "amig")}
+    for shape, method, milliseconds, speed, share, _ in rows:
+        rate = float(speed) * 1e12 / (float(share.rstrip("%")) / 100)
+        planned = 1e3 * query_seconds(SHAPES[shape], method, 20, 10, rate, gpu=True)
+        assert planned == pytest.approx(float(milliseconds), rel=0.2), (shape, method)

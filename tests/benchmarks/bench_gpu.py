@@ -2,8 +2,9 @@
 
 Weights are random and made on the device, nothing is downloaded; plain torch, transformers and this package are enough.
 For each shape and method, a unit of a run as `localise` computes it, from text to the frame that is stored: milliseconds a
-query at T tokens, TFLOP/s reached, its share of the device's own matmul rate, and peak memory. Prints a table and, with --output, writes it as Markdown. Without a GPU it says so and does nothing, unless
---device cpu asks for a rehearsal.
+query at T tokens, TFLOP/s reached, its share of the device's own matmul rate (8,192 rows through the MLP's first matrix),
+and peak memory. Prints a table and, with --output, writes it as Markdown. Without a GPU it says so and does nothing,
+unless --device cpu asks for a rehearsal.
 """
 
 import argparse
@@ -83,8 +84,8 @@ def main():
         return
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    lines = [f"{name}, {args.dtype} weights, T = {args.tokens}, rule {args.rule}, m = {args.steps}, torch {torch.__version__}, transformers "
-             f"{transformers.__version__}; random weights at the models' shapes", "",
+    lines = [f"{name}, {args.dtype} weights, T = {args.tokens}, rule {args.rule}, m = {args.steps}, "
+             f"torch {torch.__version__}, transformers {transformers.__version__}; random weights at the models' shapes", "",
              "| shape | method | ms a query | TFLOP/s | of the matmul rate | peak memory, GB |", "| --- | --- | --: | --: | --: | --: |"]
     print("\n".join(lines), flush=True)
     for shape in args.shapes:
