@@ -54,6 +54,7 @@ class Architecture:
     scale: float = 1.0
     softcap: float | None = None
     tail: list[nn.Module] = field(default_factory=list)
+    norm_epsilons: list[float | None] = field(default_factory=list)  # see the function of that name
     uses_attention_interface: bool = True
     attention_method: str | None = None  # where a layer computes attention itself, if it can be replaced there
 
@@ -155,6 +156,36 @@ def tail_modules(model: nn.Module, arch: Architecture, input_ids: Tensor) -> lis
     return called[called.index(arch.layers[-1]) + 1:]
 
 
+def norm_epsilons(model: nn.Module, arch: Architecture, input_ids: Tensor) -> list[float | None]:
+    """For each layer, the epsilon of the norm that what its MLP writes goes through (Gemma 2 and 3,
+    OLMo 2, GLM 4), None where it goes to the residual stream as it is. The norm is found by watching
+    one forward pass: it is the module that is given the very tensor the down-projection made."""
+    written: dict[int, Tensor] = {}
+    found: list[float | None] = [None] * len(arch.layers)
+
+    def keep(layer):
+        return lambda _, __, output: written.__setitem__(layer, output)
+
+    def compare(layer):
+        def hook(module, inputs):
+            epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+            if epsilon is not None and inputs and inputs[0] is written.get(layer):
+                found[layer] = float(epsilon)
+        return hook
+
+    handles = []
+    try:
+        for layer, (module, down) in enumerate(zip(arch.layers, arch.downs)):
+            handles.append(down.register_forward_hook(keep(layer)))
+            handles += [child.register_forward_pre_hook(compare(layer)) for child in module.children()]
+        with torch.no_grad():
+            model(input_ids=input_ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
 def use_fused_gelu(model: nn.Module) -> None:
     """GPT-2's `gelu_new` in Python is eight memory-bound kernels; torch's tanh GELU is the same function in one.
     (Differences are of the order of rounding; BLOOM's own GELU has its own backward and is left alone.)"""
@@ -192,6 +223,17 @@ def expand_call_argument(key: str | None, value, batch: int, rows: int, num_head
     if key == "alibi":
         return value[:num_heads].repeat(rows, *[1] * (value.dim() - 1))
     return value[:1] if value.shape[0] == batch else value
+
+
+def pick_call_argument(key: str | None, value, batch: int, queries: Tensor, num_heads: int):
+    """One captured argument of a decoder layer for some `queries` of the `batch` it was captured for."""
+    if isinstance(value, tuple):
+        return tuple(pick_call_argument(key, one, batch, queries, num_heads) for one in value)
+    if not isinstance(value, Tensor) or value.dim() < 2:  # positions, equal for all queries
+        return value
+    if key == "alibi":
+        return value.unflatten(0, (batch, num_heads))[queries].flatten(0, 1)
+    return value[queries] if value.shape[0] == batch else value
 
 
 def value_vectors(down: nn.Module) -> Tensor:

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import groupby
-from numbers import Integral
+from numbers import Integral, Real
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .quadrature import RULES, adaptive_plan, fixed_plan
-from .replay import (ONE_AT_A_TIME, CleanPass, answer_probabilities, clean_pass, hooked, neuron_vectors, on_device,
-                     replaying, run_layer, site_module, start_rows, within_memory)
+from .integrate import integrate
+from .quadrature import RULES
+from .replay import ONE_AT_A_TIME, clean_pass, neuron_vectors, on_device, within_memory
 from .rows import score_queries
 
 METHODS = ("ig", "sig", "amig")
@@ -31,8 +31,9 @@ CPU_MEMORY = 2**29  # bytes of activations a batch may keep on a CPU; fixed, so 
 
 @dataclass(frozen=True)
 class Spec:
-    """How to attribute; every field is a notebook parameter. `row_budget` bounds the rows of a batch
-    (None: from the device's memory)."""
+    """How to attribute; every field is a notebook parameter. `steps` is for all rules but
+    "converged", which takes as many gradients as it needs, and `tolerance` for that one alone.
+    `row_budget` bounds the rows of a batch (None: from the device's memory)."""
 
     method: str = "ig"
     steps: int = 20
@@ -40,6 +41,7 @@ class Spec:
     answer: str = "all"
     site: str = "down_input"
     amig_factor: str = "w-b"
+    tolerance: float = 0.05
     row_budget: int | None = None
 
     def __post_init__(self):
@@ -49,6 +51,15 @@ class Spec:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
         if isinstance(self.steps, bool) or not isinstance(self.steps, Integral) or self.steps < 2:
             raise ValueError(f"steps is {self.steps!r}; an integral needs a whole number of at least 2 steps")
+        if self.rule == "clenshaw" and self.steps < 3:
+            raise ValueError(f"steps is {self.steps}; the rule clenshaw needs at least 3")
+        tolerance = self.tolerance
+        if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not 0 < tolerance < 1:
+            raise ValueError(
+                f"tolerance is {tolerance!r}; it is the share of a query's largest score up to which "
+                "the rule converged leaves its scores uncertain, above 0 and below 1"
+            )
+        object.__setattr__(self, "tolerance", float(tolerance))
         budget = self.row_budget
         if budget is not None and (isinstance(budget, bool) or not isinstance(budget, Integral) or budget < 1):
             raise ValueError(f"row_budget is {budget!r}; use a whole number of at least 1 row, or None for the default")
@@ -59,18 +70,23 @@ class Spec:
 @dataclass
 class Attribution:
     """Scores of Q queries: `scores` (Q, L, N), normalised as the method says; `completeness_gap` (Q, L), of the raw
-    scores; `probability` (Q,) of the whole answer; `known` (Q,), whether greedy decoding gives it, all of them on the
+    scores; `probability` (Q,) of the whole answer; `known` (Q,), whether greedy decoding gives it; `converged` (Q,),
+    whether the rule "converged" got all integrals below its tolerance (None for the other rules, which cannot tell);
+    `evaluations` (Q,), gradients taken a layer and baseline, mean over layers and answer tokens; all of them on the
     model's device; `row_budget`, the rows a batch was allowed in the end (halved after running out of memory)."""
 
     scores: Tensor
     completeness_gap: Tensor
     probability: Tensor
     known: Tensor
+    converged: Tensor | None
+    evaluations: Tensor
     row_budget: int
 
     def cpu(self) -> Attribution:
         """The same in main memory."""
-        return replace(self, **{name: getattr(self, name).cpu() for name in ("scores", "completeness_gap", "probability", "known")})
+        moved = {k: v.cpu() for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 def default_row_budget(lm) -> int:
@@ -85,16 +101,16 @@ def default_row_budget(lm) -> int:
 
 
 def attribute(lm, prompts, answers, *, method="ig", steps=20, rule="right", answer="all", site="down_input",
-              amig_factor="w-b", row_budget=None) -> Attribution:
+              amig_factor="w-b", tolerance=0.05, row_budget=None) -> Attribution:
     """Attribution scores of every neuron for each query (prompt, answer).
 
     `prompts`, `answers`: Q texts each. `method`: "ig" (Eq. 10), "sig" (Eq. 13, 14) or "amig" (Eq. 16, 18).
-    `rule`: quadrature over the path, "right" being the paper's Riemann sum; "auto" places `steps` gradient
-    evaluations a layer on average where they count (6 are enough). `answer`: "all" averages the raw
+    `rule`: quadrature over the path, "right" being the paper's Riemann sum; "converged" takes gradients where the
+    integral has not settled until no score moves by more than `tolerance` of the query's largest. `answer`: "all" averages the raw
     attribution over the answer's tokens, "first" takes the first. Dense in memory, Q x L x N: for a handful of
     queries (runs stream through `localize`). ValueError names the offending prompt, answer or parameter.
     """
-    spec = Spec(method, steps, rule, answer, site, amig_factor, row_budget)
+    spec = Spec(method, steps, rule, answer, site, amig_factor, tolerance, row_budget)
     return attribute_encoded(lm, lm.encode_all(prompts, answers), spec).cpu()
 
 
@@ -117,15 +133,20 @@ def _attribute(lm, queries, spec, names) -> Attribution:
     gap = torch.zeros(count, lm.num_layers, dtype=lm.score_dtype, device=device)
     probability = torch.ones(count, dtype=lm.score_dtype, device=device)
     known = torch.ones(count, dtype=torch.bool, device=device)
+    converged = known.clone() if spec.rule == "converged" else None
+    evaluations = torch.zeros(count, dtype=torch.float64)
     for batch in _batches(queries, spec, lm):
         ids, target, query, used = (on_device([item[place] for item in batch], device) for place in range(1, 5))
         clean = clean_pass(lm, ids, spec.site)
         p_clean = torch.softmax(clean.logits, -1).gather(1, target[:, None])[:, 0]
         starts = _baselines(lm, ids, [length for length, *_ in batch], spec)
-        part, missing = _integrate(lm, clean, target, starts, p_clean, spec)
+        found = integrate(lm, clean, target, starts, p_clean, spec)
         # no two tokens of one answer share a batch: they have prompts of different lengths
-        raw[query] += part / used[:, None, None]
-        gap[query] += missing / used[:, None]
+        raw[query] += found.scores / used[:, None, None]
+        gap[query] += found.gap / used[:, None]
+        evaluations[query.cpu()] += found.evaluations.double() / used.cpu()
+        if converged is not None:
+            converged[query] &= found.converged.to(device)
         probability[query] *= p_clean
         known[query] &= clean.logits.argmax(-1) == target
     if spec.answer == "first":
@@ -136,7 +157,8 @@ def _attribute(lm, queries, spec, names) -> Attribution:
     if bad.any():
         raise ValueError(f"the scores of {names[int(bad.nonzero()[0])]!r} are not finite: {lm.name} gives infinite or "
                          f"NaN values in {lm.dtype}; try float32")
-    return Attribution(_normalise(raw, spec.method, names), gap.abs(), probability, known, spec.row_budget)
+    return Attribution(_normalise(raw, spec.method, names), gap.abs(), probability, known,
+                       converged, evaluations, spec.row_budget)
 
 
 def _batches(queries, spec, lm):
@@ -151,7 +173,8 @@ def _batches(queries, spec, lm):
     for _, group in groupby(sorted(items, key=lambda item: (len(item[1]), item[0])), kind):
         group = list(group)
         baselines = group[0][0] - lm.bos_offset if spec.method == "sig" else 1
-        size = max(1, spec.row_budget // (lm.num_layers * spec.steps * baselines))
+        points = 2 if spec.rule == "converged" else spec.steps  # of the first round
+        size = max(1, spec.row_budget // (lm.num_layers * points * baselines))
         size = -(-len(group) // -(-len(group) // size))  # as many batches of even size
         yield from (group[start:start + size] for start in range(0, len(group), size))
 
@@ -180,163 +203,6 @@ def _baselines(lm, ids: Tensor, prompt_lengths: list[int], spec: Spec) -> Tensor
             variants[:, row, place] = token
     vectors = neuron_vectors(lm, variants.reshape(-1, length), spec.site, chunk=max(1, spec.row_budget // length))
     return vectors.view(queries, -1, lm.num_layers, lm.num_neurons)
-
-
-@dataclass
-class _Paths:
-    """The paths of Q queries as what their rows put at the site module's output: from `begin[l]` (Q, B, W) to the clean
-    `end[l]` (Q, 1, W). The down-projection is affine, so a straight line of neurons is one of outputs, where a row is
-    narrower (W = d, not N) and needs no product of its own; at pre-activations W = N."""
-
-    begin: list[Tensor]
-    end: list[Tensor]
-    neurons: list[Tensor] | None  # (Q, B, N), leaves of which `begin` is a differentiable function; None: the same
-
-    @classmethod
-    def of(cls, lm, clean: CleanPass, starts: Tensor, site: str) -> _Paths:
-        neurons = [starts[:, :, layer] for layer in range(lm.num_layers)]
-        if site == "pre_activation":
-            return cls(neurons, [w[:, None] for w in clean.neurons], None)
-        with torch.enable_grad():
-            neurons = [one.detach().requires_grad_() for one in neurons]
-            return cls([down(one) for down, one in zip(lm.downs, neurons)], clean.written, neurons)
-
-    def rows(self, layer: int, index: Tensor, node: Tensor) -> Tensor:
-        """(Q, P, W) points at `node` (Q or 1, P) of the paths from baselines `index` (Q or 1, P)."""
-        begin = self.begin[layer].detach()
-        query = torch.arange(len(begin), device=begin.device)[:, None]
-        return torch.lerp(begin[query, index], self.end[layer], node[..., None].to(begin))
-
-    def to_neurons(self, grads: list[Tensor], dtype) -> Tensor:
-        """(Q, B, L, N) gradients at the neurons from those at the rows, L x (Q, B, W)."""
-        if self.neurons is not None:
-            grads = torch.autograd.grad(self.begin, self.neurons, [g.to(b) for g, b in zip(grads, self.begin)])
-        return torch.stack(grads, 2).to(dtype)
-
-
-def _integrate(lm, clean: CleanPass, target, starts, p_clean, spec) -> tuple[Tensor, Tensor]:
-    """Raw attribution (Q, L, N), summed over baselines, and what its sum lacks to completeness (Q, L), signed."""
-    w = torch.stack(clean.neurons, 1)  # (Q, L, N)
-    starts = torch.zeros_like(w)[:, None] if starts is None else starts
-    paths = _Paths.of(lm, clean, starts, spec.site)
-    queries, count = starts.shape[:2]
-    size = max(1, spec.row_budget // (lm.num_layers * queries))
-    if queries * lm.num_layers * count * spec.steps <= spec.row_budget:  # all rows at once, however many a layer gets
-        size = lm.num_layers * count * spec.steps
-    if spec.rule == "auto":
-        probabilities = lambda plan: _path_probabilities(lm, clean, target, paths, plan, size, spec.site)  # noqa: E731
-        begin = torch.arange(count)[None]
-        p_start = torch.stack(probabilities([(begin, torch.zeros(begin.shape), None)] * lm.num_layers), 2)
-        plan, at_end = adaptive_plan(probabilities, p_start, p_clean, spec.steps), None
-    else:
-        plan, at_end = fixed_plan(spec.rule, spec.steps, count, lm.num_layers)
-    mean = [torch.zeros(one.shape, dtype=lm.score_dtype, device=w.device) for one in paths.begin]  # of the gradients
-    probability = [_add_gradients(lm, clean, target, paths, part, slots, mean, None if start else at_end, spec.site)
-                   for start, part, slots in _parts(plan, size, w.device)]
-    if spec.rule != "auto":  # the first points of a fixed plan are the paths' beginnings
-        p_start = torch.cat([torch.stack(p, 2) for p in probability], 1)[:, :count]
-    factor = (w[:, None] - starts).to(lm.score_dtype)
-    if spec.method == "amig" and spec.amig_factor == "w":
-        factor = w[:, None].to(lm.score_dtype)
-    raw = (factor * paths.to_neurons(mean, lm.score_dtype)).sum(1)
-    return raw, raw.sum(-1) - (p_clean[:, None, None] - p_start).sum(1)
-
-
-def _parts(plan, size, device):
-    """(first point, plan, slots) of at most `size` points a layer at a time, on `device`.
-
-    `slots` is None where all queries have the same points. Else lists are padded with points of weight 0, and it says for
-    each layer which of a query's rows a point is (Q, P), and how many rows there are from there on: a query's points take
-    its next free ones, so that its rows fill up what other queries' longer lists leave empty. Padding goes to row 0."""
-    moved = {id(points): [one if one is None else on_device(one, device) for one in points] for points in plan}
-    for start in range(0, max(index.shape[1] for index, *_ in plan), size):
-        part, slots, taken = [], [], 0
-        for points in plan:  # layers that share their points share the copy
-            part.append(tuple(one if one is None else one[:, start:start + size] for one in moved[id(points)]))
-            if len(points[0]) > 1:
-                real = points[2][:, start:start + size] > 0
-                row = (taken + real.cumsum(1)).where(real, 0)
-                taken = taken + real.sum(1, keepdim=True)
-                slots.append((on_device(row, device), 1 + int(taken.max())))
-        yield start, part, slots or None
-
-
-@torch.no_grad()
-def _path_probabilities(lm, clean, target, paths, plan, size, site) -> list[Tensor]:
-    """L x (Q, P) answer probabilities at the points of a plan: forward passes only."""
-    found = [[target.new_zeros(len(target), 0, dtype=lm.score_dtype)] for _ in plan]
-    for _, part, slots in _parts(plan, size, target.device):
-        hidden, *_ = _grow(lm, clean, lambda layer: paths.rows(layer, *part[layer][:2]), slots, False, site)
-        for kept, one in zip(found, _by_layer(answer_probabilities(lm, hidden, target, need_grad=False), part, slots)):
-            kept.append(one)
-    return [torch.cat(one, 1) for one in found]
-
-
-def _by_layer(rows, plan, slots) -> list[Tensor]:
-    """L x (Q, P) of the points of a plan, from what was found for the rows (Q, R)."""
-    if slots is None:
-        return list(rows.split([index.shape[1] for index, *_ in plan], 1))
-    return [rows.gather(1, row) for row, _ in slots]
-
-
-def _add_gradients(lm, clean, target, paths, plan, slots, mean, at_end, site) -> list[Tensor]:
-    """Add the weighted gradients of a plan (see `quadrature`) to `mean`, L x (Q, B, W), and return the probabilities at its
-    points, L x (Q, P). With `at_end`, the weight of the paths' common end, the first row is the clean one, and the gradients
-    there at every layer count with it."""
-
-    def rows(layer):
-        points = paths.rows(layer, *plan[layer][:2])
-        return torch.cat([paths.end[layer], points], 1) if at_end is not None and layer == 0 else points
-
-    with torch.enable_grad():
-        hidden, leaves, end = _grow(lm, clean, rows, slots, at_end is not None, site)
-        probability = answer_probabilities(lm, hidden, target, need_grad=True)
-        grads = torch.autograd.grad(probability.sum(), leaves, allow_unused=True)  # None where no row starts in the layer
-    for layer, (grad, (index, _, weight)) in enumerate(zip(grads, plan)):
-        if at_end is not None and layer == 0:
-            end[0], grad = grad[:, 0], grad[:, 1:]
-        if index.shape[1]:
-            baseline = torch.nn.functional.one_hot(index, mean[layer].shape[1]) * weight[..., None]  # (Q or 1, P, B)
-            mean[layer] += baseline.mT.to(mean[layer]) @ grad.to(mean[layer])
-        if at_end is not None:
-            mean[layer] += at_end * end[layer][:, None]
-    return _by_layer(probability.detach()[:, int(at_end is not None):], plan, slots)
-
-
-def _grow(lm, clean, rows, slots, with_clean, site):
-    """Push a growing batch of rows through the layers. `rows(layer)` (Q, P, W) is what the rows that start in `layer` have
-    at its site module's output; they come last, or where `slots` says (see `_parts`). Returns the last layer's output
-    (Q, rows, d), the leaves, and a list that a backward pass fills with the gradients there of row 0, (Q, W) a layer, when
-    that row is the clean one."""
-    hidden, leaves, at_end = None, [], [None] * lm.num_layers
-    width = lm.num_neurons if site == "pre_activation" else None
-
-    def keep(layer):
-        def hook(_, __, output):
-            queries = hidden.shape[0]
-            output.register_hook(lambda g: at_end.__setitem__(
-                layer, g.reshape(queries, -1, g.shape[-1])[:, 0, :width].to(lm.score_dtype)))
-        return hook
-
-    with replaying(lm):
-        for layer in range(lm.num_layers):
-            leaf = rows(layer)
-            if torch.is_grad_enabled():
-                leaf.requires_grad_()
-            leaves.append(leaf)
-            if hidden is not None:
-                watched = [site_module(lm, layer, site)] if with_clean else []
-                with hooked(module.register_forward_hook(keep(layer)) for module in watched):
-                    hidden = run_layer(lm, clean, layer, hidden)
-            if leaf.shape[1]:
-                new = start_rows(lm, clean, layer, leaf, site)
-                if slots is None:
-                    hidden = new if hidden is None else torch.cat([hidden, new], 1)
-                else:
-                    (row, count), old = slots[layer], [] if hidden is None else [hidden]
-                    empty = new.new_zeros(len(new), count - sum(one.shape[1] for one in old), new.shape[2])
-                    hidden = torch.cat([*old, empty], 1).scatter(1, row[..., None].expand_as(new), new)
-    return hidden, leaves, at_end
 
 
 def _normalise(raw: Tensor, method: str, names) -> Tensor:

@@ -23,7 +23,8 @@ def localise_unit(lm, unit: list[dict], **spec) -> pd.DataFrame:
     """Attribute all queries of a unit of facts; the task behind `localise`. One row a query:
 
     fact, relation, subject, object, prompt_index, prompt; probability of the whole answer and whether it is known
-    (greedy decoding gives it); prompt_tokens, answer_tokens; gap (L,), the completeness gap; layer, neuron, score:
+    (greedy decoding gives it); prompt_tokens, answer_tokens; converged (None for a rule that cannot tell) and evaluations
+    (see `attribution.Attribution`); gap (L,), the completeness gap; layer, neuron, score:
     the neurons above 0.05 of the query's largest score. The first row of a fact carries cas_*, mean and deviation over
     the fact's queries of every neuron that an offered CAS setting can select. A query that cannot be tokenised or read
     has its reason in `left_out` and no numbers.
@@ -70,6 +71,10 @@ def _add_scores(frame: pd.DataFrame, result: Attribution) -> None:
     frame.loc[read, "probability"] = result.probability.cpu().numpy()
     frame.loc[read, "known"] = result.known.cpu().numpy()
     frame["row_budget"] = result.row_budget
+    frame["converged"], frame["evaluations"] = None, np.nan
+    frame.loc[read, "evaluations"] = result.evaluations.numpy()
+    if result.converged is not None:
+        frame.loc[read, "converged"] = result.converged.cpu().numpy()
     for name, values in cells.items():
         frame[name] = pd.Series(values, dtype=object, index=frame.index)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import Cache
 
-from .arch import UnsupportedModel, expand_call_argument, tail_modules
+from .arch import UnsupportedModel, expand_call_argument, norm_epsilons, pick_call_argument, tail_modules
 from .attention import controlled_weights, with_cache
 
 _LOCAL = threading.local()  # the prefix the layer now running attends to
@@ -145,6 +145,22 @@ class CleanPass:
     written: list[Tensor]  # L x (Q, 1, W): the output of each layer's site module at the last token
     logits: Tensor  # (Q, V), at least float32
     cache: PrefixCache
+
+    def pick(self, queries: Tensor, lm) -> CleanPass:
+        """What the pass leaves behind for some of its queries."""
+        batch = len(self.logits)
+        calls = []
+        for args, kwargs in self.calls:
+            some = [(None, value) for value in args] + list(kwargs.items())
+            some = [pick_call_argument(k, v, batch, queries, lm.num_heads) for k, v in some]
+            calls.append((tuple(some[:len(args)]), dict(zip(kwargs, some[len(args):]))))
+        inputs, neurons, written = (
+            [one[queries] for one in tensors]
+            for tensors in (self.inputs, self.neurons, self.written)
+        )
+        prefix = [(key[queries], value[queries]) for key, value in self.cache.prefix]
+        cache = PrefixCache(prefix, self.cache.layout)
+        return CleanPass(calls, inputs, neurons, written, self.logits[queries], cache)
 
 
 def site_module(lm, layer: int, site: str):
@@ -393,6 +409,7 @@ def verify(lm) -> None:
     ids[0, :2] = ids[1, :2]
     ids = ids.to(lm.device)
     lm.arch.tail = tail_modules(lm.model, lm.arch, ids)
+    lm.arch.norm_epsilons = norm_epsilons(lm.model, lm.arch, ids)
     own = lm.model(input_ids=ids, use_cache=False).logits.to(lm.score_dtype)
     lm.adds_mlp_output = False
     other = ids.clone()

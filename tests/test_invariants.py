@@ -341,7 +341,7 @@ def edited_rows(lm, _):
 
 CALLS = {
     "attribute, ig": attributing("ig"), "attribute, sig": attributing("sig"), "attribute, amig": attributing("amig"),
-    "attribute, auto": attributing("ig", rule="auto"),
+    "attribute, converged": attributing("ig", rule="converged"),
     "attribute, pre-activation": attributing("ig", site="pre_activation"),
     "answer_probability": (FAMILIES, lambda lm, _: answer_probability(lm, PROMPTS, ANSWERS)),
     "scaled answers": (FAMILIES, lambda lm, _: scaled_answer_probabilities(
