@@ -237,23 +237,47 @@ def run_rows(lm, rows: list[Row]) -> np.ndarray:
 def _run_batch(lm, rows, length, answer, renormalise) -> np.ndarray:
     ids = torch.tensor([row.prompt + row.answer[:-1] for row in rows], device=lm.device)
     target = torch.tensor([row.answer for row in rows], device=lm.device)
-    values: list[Tensor] = [None] * lm.num_layers
-    places = [torch.tensor([l * lm.num_neurons + n for l, n in row.neurons], dtype=torch.long, device="cpu") for row in rows]
+    kns = _KnActivations(lm, [row.neurons for row in rows], length - 1)
+    with hooked(kns.hooks()), controlled(lm, _factors(lm, rows), renormalise):
+        hidden = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = hidden[:, length - 1:].flatten(0, 1)  # (B * A, d)
+    p = AnswerProbability.apply(hidden, lm, target.flatten(), False)
+    p = p.view(len(rows), answer).prod(-1).double().cpu().numpy()
+    size, signed = kns.means()
+    usable = np.isfinite(p) & ~np.isinf(size)  # what is not finite at the last prompt token reaches P
+    if not usable.all():
+        refuse_numbers(lm, rows[int(usable.argmin())].prompt)
+    return np.stack([p, size, signed], 1)
 
-    def keep(layer):
-        return lambda _, inputs, __: values.__setitem__(
-            layer, inputs[0].reshape(len(rows), -1, lm.num_neurons)[:, length - 1].to(lm.score_dtype).cpu())
 
-    watched = hooked(down.register_forward_hook(keep(layer)) for layer, down in enumerate(lm.downs))
-    with watched, controlled(lm, _factors(lm, rows), renormalise):
-        hidden = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, length - 1:]
-    p = AnswerProbability.apply(hidden.reshape(-1, hidden.shape[-1]), lm, target.flatten(), False)
-    p = p.view(len(rows), answer).prod(-1).cpu()
-    flat = torch.stack(values, 1).flatten(1)  # (B, L * N)
-    finite = torch.isfinite(p) & torch.isfinite(flat).all(1)
-    if not finite.all():
-        refuse_numbers(lm, rows[int((~finite).nonzero()[0])].prompt)
-    return np.array([[p[i], flat[i, at].abs().mean(), flat[i, at].mean()] for i, at in enumerate(places)])
+class _KnActivations:
+    """Reads, while the model runs, the activations of each row's KNs at one token, and no others."""
+
+    def __init__(self, lm, kns: list[tuple], token: int):
+        self.lm, self.token, self.rows = lm, token, len(kns)
+        places = [(row, *neuron) for row, one in enumerate(kns) for neuron in one]
+        self.row, self.layer, self.index = np.array(places, int).reshape(-1, 3).T
+        self.value = np.full(len(places), np.nan)
+
+    def hooks(self):
+        for layer in np.unique(self.layer):
+            yield self.lm.downs[layer].register_forward_pre_hook(self._reader(layer))
+
+    def _reader(self, layer):
+        places = np.flatnonzero(self.layer == layer)
+        row, index = (torch.from_numpy(one[places]).to(self.lm.device) for one in (self.row, self.index))
+
+        def read(_, inputs):
+            at_token = inputs[0].reshape(self.rows, -1, self.lm.num_neurons)[:, self.token]
+            self.value[places] = at_token[row, index].double().cpu().numpy()
+        return read
+
+    def means(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean |activation| and mean activation of each row's KNs; NaN for a row without."""
+        count = np.bincount(self.row, minlength=self.rows)
+        with np.errstate(invalid="ignore"):
+            return tuple(np.bincount(self.row, values, self.rows) / count
+                         for values in (np.abs(self.value), self.value))
 
 
 def _factors(lm, rows) -> dict[int, Tensor]:
