@@ -22,6 +22,7 @@ from torch import Tensor
 from .arch import UnsupportedModel
 from .attention import NAME, Control, replaced_methods
 from .attribution import Spec, attribute_encoded
+from .data import prompt_tokens
 from .models import whole_numbers
 from .replay import ONE_AT_A_TIME, AnswerProbability, attention_implementation, hooked, neuron_vectors, within_memory
 from .rows import check_factor, refuse_numbers, token_budget
@@ -315,6 +316,10 @@ def attend(lm, unit: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+attend.VERSION = 1
+attend.passes = lambda lm, fact, config: sum(map(prompt_tokens, fact["prompts"]))
+
+
 def scale_synapse_columns(lm, unit: list[dict], *, alpha=0.3, score="sum", suppress=0.0, enhance=2.0,
                           renormalise=True, seed=0) -> pd.DataFrame:
     """Notebook 06. What scaling S, S_ir and control sets does to each query of a unit (see
@@ -355,6 +360,16 @@ def scale_synapse_columns(lm, unit: list[dict], *, alpha=0.3, score="sum", suppr
     for place, name in enumerate(("probability", "value", "signed_value")):
         frame[name], frame[f"{name}_before"] = result[frame["at"], place], result[frame["before"], place]
     return frame.drop(columns=["at", "before"])
+
+
+def _passes(lm, fact: dict, config: dict) -> float:
+    """A query once, its irrelevant one, and with each set scaled either way, two of them also renormalised."""
+    rows = 2 + 2 * (len(SETS) + 2 * config.get("renormalise", True))
+    return sum(rows * (prompt_tokens(prompt) + prompt_tokens(fact["object"])) for prompt in fact["prompts"])
+
+
+scale_synapse_columns.VERSION = 1
+scale_synapse_columns.passes = _passes
 
 
 def scaled_maps(lm, maps: list[dict], *, alpha=0.3, score="sum", suppress=0.0, enhance=2.0,

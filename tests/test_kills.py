@@ -39,7 +39,7 @@ def small_study(parameters):
     from qlutils import edit_report, edit_study, effects, mapping, synapses
     from qlutils.analysis import classified_facts
 
-    localize.UNIT_FACTS = edit_study.UNIT_FACTS = 1
+    store.UNIT_FACTS = 1
     study, t = Study("small", **parameters), parameters["t"]
     few = dict(directions=("average",), thresholds=("otsu",))
     queries = localize.localise(study, steps=parameters["steps"])
@@ -49,11 +49,11 @@ def small_study(parameters):
     study.table(edit_report.edit_table(edits, classes, study.model, sets=("local",), controls=()), "table2")
 
     def moved(task, config=None, **more):
-        frame = study.run(task, effects.units(queries, t, size=1, **more), config, desc=task.__name__)
+        frame = study.run(task, effects.units(queries, t, **more), config, desc=task.__name__)
         return effects.beside_queries(frame, queries, t, 0.1)
 
     study.table(effects.summary(effects.rates(moved(mapping.scale_kns, other=0)), mapping.PAPER_SETS, **few), "fig4")
-    winners = study.run(synapses.attend, effects.units(queries, size=1), desc="attend")
+    winners = study.run(synapses.attend, effects.units(queries), desc="attend")
     study.table(effects.top_tokens(winners), "attended")
     scaled = moved(synapses.scale_synapse_columns, dict(renormalise=False), irrelevant=0)
     scaled = effects.rates(scaled[scaled["set"] != "none"])
@@ -224,10 +224,11 @@ def test_a_fresh_process_makes_the_same_bytes_from_what_the_record_holds(server,
     entry = read_record(undisturbed[0] / "default" / "results" / "demo--gpt2" / "ig" / "run.json")["small"]
     assert {"torch", "transformers", "numpy", "python", "qlutils"} <= set(entry["versions"])
     assert entry["model"].keys() == {"name", "revision", "fingerprint", "device", "dtype", "threads"}
-    assert all(len(entry["inputs"][name]) == 64 for name in ("content", "facts", "source"))
+    assert all(len(entry["inputs"][name]) == 64 for name in ("content", "facts"))
+    assert entry["inputs"]["code"] == store.code_versions()
     assert entry["inputs"]["seed"] == 0 and entry["command"] and entry["seconds"] > 0 and entry["platform"]
     assert sum(work["units"] for work in entry["work"].values()) == UNITS
-    assert all(len(work["source"]) == 64 and work["seconds"] >= 0 for work in entry["work"].values())
+    assert all(work["version"] >= 1 and work["seconds"] >= 0 for work in entry["work"].values())
     fresh = Server(2)
     try:
         fresh.run(tmp_path / "again", parameters=entry["parameters"])
@@ -260,7 +261,7 @@ from qlutils.study import Study
 study = Study.open("{}", In)
 """
 LOCALISE = """
-localize.UNIT_FACTS, work = 1, store._work
+store.UNIT_FACTS, work = 1, store._work
 def slowly(*item):
     with open({log!r}, "a") as log:
         log.write(item[7] + "\\n")
