@@ -20,7 +20,7 @@ import nbformat
 import numpy as np
 import pytest
 
-from qlutils import localize, paths, store
+from qlutils import localize, paths, run, store
 from qlutils.files import read_table
 from qlutils.study import Study, read_record
 
@@ -295,10 +295,10 @@ def write_books(folder, log, pause):
     return folder
 
 
-def drive(books, runs):
+def drive(books, runs, log_seconds=60):
     options = ["--models", "demo/gpt2", "--methods", "ig", "--relations", *RELATIONS, "--facts-per-relation", "1"]
     env = {**os.environ, "QLUTILS_RUNS": str(runs), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    code = f"import sys; from qlutils import run; sys.exit(run.main({options!r}, {str(books)!r}))"
+    code = f"import sys; from qlutils import run; run.LOG_SECONDS = {log_seconds}; sys.exit(run.main({options!r}, {str(books)!r}))"
     return subprocess.Popen([sys.executable, "-c", code], env=env, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)
 
@@ -324,3 +324,28 @@ def test_a_driver_killed_and_then_asked_to_stop_while_the_kernel_computes_loses_
     made = runs / "default" / "results" / "demo--gpt2"
     assert {path.name for path in made.rglob("*.csv")} == {"localisation.csv", "table1.csv"}
     assert not [path for path in runs.rglob(".*") if path.is_file()]
+
+
+def test_a_log_says_again_and_again_what_runs_how_far_it_is_and_for_how_long(tmp_path):
+    """On a terminal a bar does; a log gets a line a minute, here every 0.1 seconds."""
+    books, runs = write_books(tmp_path / "books", tmp_path / "runs.log", 0.5), tmp_path / "runs"
+    driver = drive(books, runs, log_seconds=0.1)
+    said = driver.communicate(timeout=120)[1]
+    assert driver.returncode == 0, said
+    lines = [line for line in said.splitlines() if "notebooks done; at work: " in line]
+    assert len(lines) > 5 and "0 min, 0 of 2 notebooks done; at work: 01 gpt2 ig" in lines
+    at_work = [line.split("at work: ")[1] for line in lines]
+    for done, left in ((0, ""), (1, ", less than a minute left"), (2, ", less than a minute left")):
+        assert f"01 gpt2 ig {done}/3 units{left}" in at_work
+    assert "0 min, 1 of 2 notebooks done; at work: 02 gpt2" in lines
+
+
+@pytest.mark.parametrize("seconds, said", [
+    (None, "4/9 units"), (0.0, "4/9 units"), (30.0, "4/9 units, less than a minute left"),
+    (61.0, "4/9 units, about 1 min left"), (3600.0, "4/9 units, about 60 min left")])
+def test_the_time_left_is_told_in_minutes(tmp_path, seconds, said):
+    job = run.Job(Path("01_localize.ipynb"), "demo/gpt2", "ig", {}, [])
+    (tmp_path / job.name).write_text(json.dumps({"done": 4, "units": 9, "seconds_left": seconds}))
+    assert run._progress(job, tmp_path) == f"01 gpt2 ig {said}"
+    (tmp_path / job.name).write_text('{"done": 4, "un')  # half-written
+    assert run._progress(job, tmp_path) == "01 gpt2 ig"
