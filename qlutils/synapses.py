@@ -334,10 +334,12 @@ def scale_synapse_columns(lm, unit: list[dict], *, alpha=0.3, score="sum", suppr
     queries = [(fact, i, *lm.encode(prompt, fact["object"])) for fact in unit
                for i, prompt in enumerate(fact["prompts"])]
     others = [fact["irrelevant"][i] and lm.encode_prompt(fact["irrelevant"][i]) for fact, i, *_ in queries]
-    prompts = [prompt for _, _, prompt, _ in queries] + [other for other in others if other]
-    masks = iter([above_threshold(*scores, alpha) for scores in column_scores(lm, prompts, score)])
-    own = [next(masks) for _ in queries]
-    foreign = [_fit(next(masks), mine.shape[-1]) if other else None for mine, other in zip(own, others)]
+    prompts = [tuple(prompt) for _, _, prompt, _ in queries] + [tuple(other) for other in others if other]
+    prompts = list(dict.fromkeys(prompts))  # an irrelevant query may be another's own, or irrelevant to several
+    found = {prompt: above_threshold(*scores, alpha)
+             for prompt, scores in zip(prompts, column_scores(lm, prompts, score))}
+    own = [found[tuple(prompt)] for _, _, prompt, _ in queries]
+    foreign = [_fit(found[tuple(other)], mine.shape[-1]) if other else None for mine, other in zip(own, others)]
     todo, rows = [], []
     for (fact, i, prompt, answer), mine, other in zip(queries, own, foreign):
         rng = np.random.default_rng([seed, *f"{fact['fact']} {fact['prompt_index'][i]}".encode()])
