@@ -30,7 +30,8 @@ PATTERNS, FACTS = "pattern_data/graphs_json", "trex_lms_vocab"
 PARAREL_COMMIT = "cb5554678457beb5ac163d888f1ce8cf174b3f0b"
 PARAREL_URL = f"https://raw.githubusercontent.com/yanaiela/pararel/{PARAREL_COMMIT}/data/"
 PARAREL_RETRIES = 2
-TOKENS_A_WORD = 1.35  # where the tokenizer is not at hand; measured on ParaRel: 1.3-1.4 for the paper's models
+# Where the tokenizer is not at hand; measured on ParaRel: 1.3-1.4 for the paper's models.
+TOKENS_A_WORD = 1.35
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet")
 WIKITEXT_COMMIT = "b08601e04326c79dfdd32d625aee71d232d685c3"
 

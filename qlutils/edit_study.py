@@ -185,10 +185,11 @@ def edit_facts(lm, unit, *, ops=("erase", "update"), lambda1=2.0, lambda2=2.0, e
 
 
 def _passes(lm, plan: dict, config: dict) -> float:
-    """An edit's rows leave the clean pass at the edited layer, on average in the middle of the model."""
+    """An edit's rows leave the clean pass at the edited layer, on average in the middle."""
     from .data import prompt_tokens
 
-    asked = sum(map(prompt_tokens, plan["prompts"] + [query["prompt"] for query in plan["locality"]]))
+    asked = sum(map(prompt_tokens, plan["prompts"]))
+    asked += sum(prompt_tokens(query["prompt"]) for query in plan["locality"])
     read = sum(min(prompt_tokens(text), config["ppl_max_tokens"]) for text in plan["texts"])
     return len(plan["edits"]) * len(config["ops"]) * (asked + read) / 2
 
@@ -369,7 +370,8 @@ def run_edits(study, queries, sets, *, controls=None, facts=None, ops=("erase", 
     entries = p["ppl_entries"] if ppl_entries is None else ppl_entries
     shortest = min(MIN_TOKENS, p["ppl_max_tokens"])
     texts = usable_texts(lm, perplexity_texts(p["corpus"]), shortest) if entries else []
-    objects = load_facts(study.data, relations=study.relations, middle=p.get("middle", "cut"), warn=False)
+    objects = load_facts(study.data, relations=study.relations, middle=p.get("middle", "cut"),
+                         warn=False)
     plans, omissions = plan_edits(
         queries, objects, num_neurons=lm.num_neurons, sets=sets, t=p["t"], n_locality=p["n_locality"],
         texts=texts, controls=p["controls"] if controls is None else controls, ppl_entries=entries,
@@ -378,7 +380,8 @@ def run_edits(study, queries, sets, *, controls=None, facts=None, ops=("erase", 
     config = dict(ops=list(ops), lambda1=p["lambda1"], lambda2=p["lambda2"], embedding=p["embedding"],
                   ppl_max_tokens=p["ppl_max_tokens"])
     what = ", ".join(sets) if len(sets) < 4 else f"{len(sets)} sets"
-    frame = study.run(edit_facts, [plans], config, desc=f"{study.model} {study.method} edits, {what}")
+    name = f"{study.model} {study.method} edits, {what}"
+    frame = study.run(edit_facts, [plans], config, desc=name)
     return frame, omissions
 
 

@@ -47,9 +47,11 @@ def localise_unit(lm, unit: list[dict], **spec) -> pd.DataFrame:
 
 
 def _passes(lm, fact: dict, config: dict) -> float:
-    """A step of a layer runs the layers above it forwards and backwards, on average half of them each."""
-    baselines = sum(map(prompt_tokens, fact["prompts"])) if config["method"] == "sig" else len(fact["prompts"])
-    return Spec(**config).steps * lm.num_layers * baselines
+    """A step of a layer runs the layers above it, on average half of them, there and back."""
+    spec, baselines = Spec(**config), len(fact["prompts"])
+    if spec.method == "sig":
+        baselines = sum(map(prompt_tokens, fact["prompts"]))
+    return spec.steps * lm.num_layers * baselines
 
 
 localise_unit.VERSION = 1
@@ -89,7 +91,8 @@ def localise(study, **spec) -> pd.DataFrame:
     saved as "left_out" with the reason, and so is a fact that keeps fewer than two queries.
     """
     config = {"method": study.method, **spec}
-    frame = study.run(localise_unit, [[asdict(fact) for fact in study.facts()]], config, desc=f"{study.model} {study.method}")
+    facts, name = [asdict(fact) for fact in study.facts()], f"{study.model} {study.method}"
+    frame = study.run(localise_unit, [facts], config, desc=name)
     single = frame["left_out"].isna() & (frame[frame["left_out"].isna()].groupby("fact")["fact"].transform("size")
                                          .reindex(frame.index) < 2)
     frame.loc[single, "left_out"] = "the only usable query of its fact; consistency needs two"

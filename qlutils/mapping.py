@@ -53,7 +53,8 @@ def scale_kns(lm, unit: list[dict], *, suppress=0.0, enhance=2.0, answer="all", 
 def _passes(lm, fact: dict, config: dict) -> float:
     """A query's prompt once, and its last token and the answer's with each set scaled, each way."""
     sets = len(PAPER_SETS) + len(CONTROL_SETS)
-    return sum(prompt_tokens(prompt) + 2 * sets * prompt_tokens(fact["object"]) for prompt in fact["prompts"])
+    scaled = 2 * sets * prompt_tokens(fact["object"])
+    return sum(prompt_tokens(prompt) + scaled for prompt in fact["prompts"])
 
 
 scale_kns.VERSION = 1

@@ -181,7 +181,9 @@ def plan_jobs(args, folder):
         extra["corpus"] = os.path.realpath(extra["corpus"])  # notebooks run in their own folder
     middle = extra.get("middle", "cut")
     facts = load_facts(data, relations=args.relations, facts_per_relation=count, seed=args.seed, middle=middle)
-    every = load_facts(data, relations=args.relations, middle=middle, warn=False) if count else facts  # edits draw objects from all
+    every = facts  # edits draw new objects from all
+    if count:
+        every = load_facts(data, relations=args.relations, middle=middle, warn=False)
     shared = {"data": data, "relations": args.relations, "facts_per_relation": count, "seed": args.seed,
               "device": args.device, "dtype": args.dtype, "output": args.output, "models": models,
               "methods": methods, "downstream_methods": downstream}
@@ -286,9 +288,9 @@ def _run(jobs, root, data_hash, command, address, at_once):
                 at_work = [_progress(job, Path(scratch)) for job in running.values()]
                 bar.set_postfix_str(", ".join(at_work))
                 if bar.disable and running and time.time() - said >= LOG_SECONDS:
-                    said = time.time()
-                    print(f"{(said - started) / 60:.0f} min, {len(jobs) - len(waiting) - len(running)} of {len(jobs)} "
-                          f"notebooks done; at work: {', '.join(at_work)}", file=sys.stderr, flush=True)
+                    said, done = time.time(), len(jobs) - len(waiting) - len(running)
+                    print(f"{(said - started) / 60:.0f} min, {done} of {len(jobs)} notebooks done; "
+                          f"at work: {', '.join(at_work)}", file=sys.stderr, flush=True)
         except Stopped as signal_received:
             stopped = signal_received
         finally:
@@ -318,16 +320,16 @@ def _next(waiting, running, root):
 
 
 def _progress(job, scratch):
-    """What a running job is at, in short: 03 gpt2 ig; where it computes units, how many are done, and how long the others
-    take."""
+    """What a running job is at, in short: 03 gpt2 ig; where it computes units, how many are done, and
+    how long the others take."""
     label = " ".join(filter(None, [job.notebook.stem[:2], job.model and Path(job.model).name, job.method]))
     try:
         now = json.loads((scratch / job.name).read_bytes())
     except (OSError, ValueError):  # none yet, or half of one
         return label
     left = now["seconds_left"]
-    soon = "" if not left else f", about {left / 60:.0f} min left" if left >= 60 else ", less than a minute left"
-    return f"{label} {now['done']}/{now['units']} units{soon}"
+    soon = f", about {left / 60:.0f} min left" if left and left >= 60 else ", less than a minute left"
+    return f"{label} {now['done']}/{now['units']} units{soon if left else ''}"
 
 
 def _one(job, root, data_hash, env, scratch, stop):
@@ -342,7 +344,8 @@ def _one(job, root, data_hash, env, scratch, stop):
         env["QLUTILS_THREADS"] = os.environ.get("QLUTILS_THREADS", "")
 
     try:
-        inputs = {"notebook": _cells(job.notebook), "parameters": job.parameters, "code": code_versions(),
+        inputs = {"notebook": _cells(job.notebook), "parameters": job.parameters,
+                  "code": code_versions(),
                   "data": data_hash, "model": job.model and model_content(job.model),
                   "corpus": _content(job.parameters.get("corpus")),
                   "needs": {need: _stamp(root, need).get("inputs") for need in job.needs}}
@@ -375,7 +378,8 @@ def _one(job, root, data_hash, env, scratch, stop):
 def _cells(notebook):
     """A hash of a notebook's cells; of its outputs nothing depends."""
     cells = json.loads(notebook.read_bytes())["cells"]
-    return sha256([[cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", [])] for cell in cells])
+    return sha256([[cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", [])]
+                   for cell in cells])
 
 
 def _content(corpus):

@@ -21,7 +21,7 @@ from .files import StoreError, as_frame, canonical, locked, read_table, sha256, 
 
 UNIT_FACTS = 24  # batches of equal lengths are full from there on
 UNIT_FLOPS = {"cpu": 1e13, "cuda": 1e15}  # a unit: about a minute, on two cores and on a GPU
-# Of what notebooks make of the units: statistics, tables, claims. Raise it when their numbers change.
+# Of what notebooks make of the units: statistics, tables, claims. Raise it when those numbers move.
 RESULTS_VERSION = 1
 _BUSY = threading.Lock()  # a model carries hooks: one task at a time in a process
 
@@ -30,7 +30,7 @@ def run_units(task, model_name, units, config=None, *, root, desc, device=None, 
               info=None):
     """DataFrame of the rows of `task(lm, unit, **config)` over all units, in order; a unit is computed once.
 
-    task: a top-level function returning a DataFrame (columns of numbers, text, lists of numbers), whose
+    task: a top-level function returning a DataFrame (columns of numbers, text, lists of numbers). Its
         `VERSION` stands for its code: units of another version are computed again.
     units: lists of JSON-able dicts. config: JSON-able keyword arguments of `task`.
     client: a dask.distributed client whose workers compute; default: the scheduler that QLUTILS_SCHEDULER
@@ -105,7 +105,7 @@ def identity(model_name, device=None, dtype=None):
 def code_versions():
     """{module.task: its VERSION, ..., "results": RESULTS_VERSION}: what results owe to the code.
 
-    Read from the text of the package, so that a notebook that only reads results need not import torch.
+    Read from the package's text, so that a notebook that only reads results need not import torch.
     """
     found = {"results": RESULTS_VERSION}
     for file in sorted(paths.PACKAGE.rglob("*.py")):
@@ -116,22 +116,23 @@ def code_versions():
 
 
 def task_version(task):
-    """The integer that stands for the code of `task` in the key of a unit; ValueError where it has none."""
+    """The integer that stands for the code of `task` in a unit's key; ValueError where it has none."""
     version = getattr(task, "VERSION", None)
     if type(version) is not int:
-        raise ValueError(f"task {task.__qualname__} has no VERSION, so results of an older code could be taken for "
-                         f"its own: write {task.__qualname__}.VERSION = 1 below it, and raise it with each change of "
-                         "its numbers")
+        name = task.__qualname__
+        raise ValueError(f"task {name} has no VERSION, so results of an older code could be taken for its "
+                         f"own: write {name}.VERSION = 1 below it, and raise it when its numbers change")
     return version
 
 
 def packed(task, lm, facts, config):
-    """Units of work: the facts in order, each unit of about `UNIT_FLOPS`, but of 1 to `UNIT_FACTS` facts.
+    """Units of work: the facts in order, about `UNIT_FLOPS` a unit, but 1 to `UNIT_FACTS` facts.
 
-    `task.passes(lm, fact, config)` says how many tokens a fact sends through the model; a pass of a token
-    costs two operations a parameter. Equal for every machine of one kind, since a unit's content names it.
+    `task.passes(lm, fact, config)` says how many tokens a fact sends through the model; a pass of a
+    token costs two operations a parameter. No machine is timed: a unit's facts are part of its key.
     """
-    parameters = lm.arch.head.weight.numel() + sum(p.numel() for layer in lm.layers for p in layer.parameters())
+    parameters = lm.arch.head.weight.numel()
+    parameters += sum(p.numel() for layer in lm.layers for p in layer.parameters())
     most = UNIT_FLOPS.get(lm.device.type, UNIT_FLOPS["cpu"]) / (2 * parameters)
     units, room = [], 0
     for fact in facts:
@@ -195,15 +196,18 @@ def _resumable(folder, desc):
 
 
 def _progress(keys, desc, total, initial):
-    """A bar on a terminal and in JupyterLab; under the driver, its progress file says what a bar would."""
+    """A bar on a terminal and in JupyterLab; under the driver, a file says what a bar would."""
     note, started = os.environ.get("QLUTILS_PROGRESS"), time.time()
     bar = tqdm(keys, desc=desc, total=total, initial=initial, unit="unit", disable=bool(note), mininterval=1,
                delay=0 if sys.stderr.isatty() else 5)  # a short run leaves no bar in a notebook
 
     def say(done):
-        left = (time.time() - started) / (done - initial) * (total - done) if done > initial else None
+        left = None
+        if done > initial:
+            left = (time.time() - started) / (done - initial) * (total - done)
+        now = json.dumps({"done": done, "units": total, "seconds_left": left})
         with suppress(OSError):  # only shown; no reason to stop
-            Path(note).write_text(json.dumps({"done": done, "units": total, "seconds_left": left}), encoding="utf-8")
+            Path(note).write_text(now, encoding="utf-8")
 
     if note:
         say(initial)

@@ -266,7 +266,8 @@ class _KnActivations:
 
     def _reader(self, layer):
         places = np.flatnonzero(self.layer == layer)
-        row, index = (torch.from_numpy(one[places]).to(self.lm.device) for one in (self.row, self.index))
+        row, index = (torch.from_numpy(one[places]).to(self.lm.device)
+                      for one in (self.row, self.index))
 
         def read(_, inputs):
             at_token = inputs[0].reshape(self.rows, -1, self.lm.num_neurons)[:, self.token]
@@ -334,12 +335,13 @@ def scale_synapse_columns(lm, unit: list[dict], *, alpha=0.3, score="sum", suppr
     queries = [(fact, i, *lm.encode(prompt, fact["object"])) for fact in unit
                for i, prompt in enumerate(fact["prompts"])]
     others = [fact["irrelevant"][i] and lm.encode_prompt(fact["irrelevant"][i]) for fact, i, *_ in queries]
-    prompts = [tuple(prompt) for _, _, prompt, _ in queries] + [tuple(other) for other in others if other]
-    prompts = list(dict.fromkeys(prompts))  # an irrelevant query may be another's own, or irrelevant to several
+    both = [prompt for _, _, prompt, _ in queries] + [other for other in others if other]
+    prompts = list(dict.fromkeys(map(tuple, both)))  # one query may be irrelevant to several others
     found = {prompt: above_threshold(*scores, alpha)
              for prompt, scores in zip(prompts, column_scores(lm, prompts, score))}
     own = [found[tuple(prompt)] for _, _, prompt, _ in queries]
-    foreign = [_fit(found[tuple(other)], mine.shape[-1]) if other else None for mine, other in zip(own, others)]
+    foreign = [_fit(found[tuple(other)], mine.shape[-1]) if other else None
+               for mine, other in zip(own, others)]
     todo, rows = [], []
     for (fact, i, prompt, answer), mine, other in zip(queries, own, foreign):
         rng = np.random.default_rng([seed, *f"{fact['fact']} {fact['prompt_index'][i]}".encode()])
@@ -365,9 +367,10 @@ def scale_synapse_columns(lm, unit: list[dict], *, alpha=0.3, score="sum", suppr
 
 
 def _passes(lm, fact: dict, config: dict) -> float:
-    """A query once, its irrelevant one, and with each set scaled either way, two of them also renormalised."""
+    """A query and its irrelevant one once; each set scaled either way, two also renormalised."""
     rows = 2 + 2 * (len(SETS) + 2 * config.get("renormalise", True))
-    return sum(rows * (prompt_tokens(prompt) + prompt_tokens(fact["object"])) for prompt in fact["prompts"])
+    answer = prompt_tokens(fact["object"])
+    return sum(rows * (prompt_tokens(prompt) + answer) for prompt in fact["prompts"])
 
 
 scale_synapse_columns.VERSION = 1

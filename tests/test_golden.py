@@ -20,11 +20,16 @@ from qlutils.data import load_facts
 
 FILE = Path(__file__).with_name("golden.json")
 TOLERANCE = 1e-6  # relative; the model computes in float64, so that machines agree
-TASKS = {"localize.localise_unit": localize.localise_unit, "edit_study.edit_facts": edit_study.edit_facts,
-         "mapping.scale_kns": mapping.scale_kns, "synapses.attend": synapses.attend,
-         "synapses.scale_synapse_columns": synapses.scale_synapse_columns}
+TASKS = {
+    "localize.localise_unit": localize.localise_unit,
+    "edit_study.edit_facts": edit_study.edit_facts,
+    "mapping.scale_kns": mapping.scale_kns,
+    "synapses.attend": synapses.attend,
+    "synapses.scale_synapse_columns": synapses.scale_synapse_columns,
+}
 WHERE = {"results": "RESULTS_VERSION in qlutils/store.py"} | {
-    name: f"{name.split('.')[1]}.VERSION in qlutils/{name.split('.')[0]}.py" for name in TASKS}
+    name: f"{name.split('.')[1]}.VERSION in qlutils/{name.split('.')[0]}.py" for name in TASKS
+}
 
 
 @cache
@@ -50,8 +55,14 @@ def frames(name):
         return [localised(method).head(3) for method in ("ig", "sig", "amig")]
     if name == "edit_study.edit_facts":
         plans, _ = edit_study.plan_edits(
-            queries, load_facts("demo", relations=["P36", "P103"]), num_neurons=lm.num_neurons, n_locality=4,
-            controls=("random", "matched"), texts=["The river runs to the sea and the sea is wide."], ppl_entries=1)
+            queries,
+            load_facts("demo", relations=["P36", "P103"]),
+            num_neurons=lm.num_neurons,
+            n_locality=4,
+            controls=("random", "matched"),
+            texts=["The river runs to the sea and the sea is wide."],
+            ppl_entries=1,
+        )
         return [edit_study.edit_facts(lm, plans)]
     if name == "mapping.scale_kns":
         [unit] = effects.units(queries, 0.2, other=0)
@@ -69,16 +80,21 @@ def derived():
     [edits], [scaled] = frames("edit_study.edit_facts"), frames("mapping.scale_kns")
     [winners], [found] = frames("synapses.attend"), frames("synapses.scale_synapse_columns")
     moved = effects.rates(effects.beside_queries(scaled, queries, t, 0.1))
-    changed = effects.rates(effects.beside_queries(found[found["set"] != "none"], queries, t, 0.1), "value")
+    changed = effects.rates(
+        effects.beside_queries(found[found["set"] != "none"], queries, t, 0.1), "value"
+    )
     few = dict(directions=("average",), populations=("all",))
     classes = facts[["fact", "class_static", "class_otsu"]]
     return [
-        facts, consistency_summary({"ig": facts}), controls.null_consistency(queries, model().num_neurons),
+        facts,
+        consistency_summary({"ig": facts}),
+        controls.null_consistency(queries, model().num_neurons),
         edit_report.edit_table(edits, facts, "demo/gpt2", sets=("local",), controls=()),
         effects.summary(moved, mapping.PAPER_SETS, **few),
         effects.summary(changed[~changed["renormalise"]], ("self", "irrelevant"), **few),
         effects.synapse_counts(found[found["set"] == "none"]),
-        effects.predominance_table(effects.predominance(winners).merge(classes, on="fact"))]
+        effects.predominance_table(effects.predominance(winners).merge(classes, on="fact")),
+    ]
 
 
 def columns(tables) -> dict:
@@ -108,13 +124,15 @@ def first_difference(stored: dict, now: dict) -> str:
             return f"column {name!r}: {before and len(before)} values were stored, now {after and len(after)}"
         rounding = 1e-9 * max((abs(one) for one in before if one is not None), default=0)
         for one, other in zip(before, after):
-            if one != other and (None in (one, other) or abs(one - other) > TOLERANCE * abs(one) + rounding):
+            if one != other and (
+                None in (one, other) or abs(one - other) > TOLERANCE * abs(one) + rounding
+            ):
                 return f"column {name!r}: {one!r} was stored, now {other!r}"
     return ""
 
 
 def version_of(name):
-    """"results" are made of the tasks' frames, so they may move with any version."""
+    """ "results" are made of the tasks' frames, so they may move with any version."""
     return store.code_versions() if name == "results" else store.code_versions()[name]
 
 
@@ -124,15 +142,18 @@ def test_numbers_move_only_with_their_version(name):
     problem = first_difference(stored["columns"], columns(frames(name)))
     assert not problem or stored["version"] != version, (
         f"the numbers of {name} moved ({problem}). If they are meant to: raise {WHERE[name]}, so that stored "
-        "results are computed again, and run python tests/test_golden.py")
+        "results are computed again, and run python tests/test_golden.py"
+    )
     assert not problem and stored["version"] == version, (
-        f"{name} has version {version}, the stored numbers {stored['version']}: run python tests/test_golden.py")
+        f"{name} has version {version}, the stored numbers {stored['version']}: run python tests/test_golden.py"
+    )
 
 
 def test_every_task_has_a_version_a_cost_and_golden_numbers():
     """`code_versions` reads the package's text; this compares it with what is imported."""
     assert store.code_versions() == {"results": store.RESULTS_VERSION} | {
-        name: task.VERSION for name, task in TASKS.items()}
+        name: task.VERSION for name, task in TASKS.items()
+    }
     for task in TASKS.values():
         assert callable(task.passes)
 
@@ -154,7 +175,11 @@ def write():
     for name in WHERE:
         version, now = version_of(name), columns(frames(name))
         known = stored.get(name)
-        if known and known["version"] == version and (problem := first_difference(known["columns"], now)):
+        if (
+            known
+            and known["version"] == version
+            and (problem := first_difference(known["columns"], now))
+        ):
             sys.exit(f"{name}: {problem}. Raise {WHERE[name]} first; nothing was written")
         values = ",\n".join(f"  {json.dumps(one)}: {json.dumps(now[one])}" for one in now)
         lines.append(f' "{name}": {{"version": {json.dumps(version)}, "columns": {{\n{values}}}}}')

@@ -298,7 +298,8 @@ def write_books(folder, log, pause):
 def drive(books, runs, log_seconds=60):
     options = ["--models", "demo/gpt2", "--methods", "ig", "--relations", *RELATIONS, "--facts-per-relation", "1"]
     env = {**os.environ, "QLUTILS_RUNS": str(runs), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    code = f"import sys; from qlutils import run; run.LOG_SECONDS = {log_seconds}; sys.exit(run.main({options!r}, {str(books)!r}))"
+    code = (f"import sys; from qlutils import run; run.LOG_SECONDS = {log_seconds}; "
+            f"sys.exit(run.main({options!r}, {str(books)!r}))")
     return subprocess.Popen([sys.executable, "-c", code], env=env, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)
 
