@@ -15,7 +15,6 @@ import pandas as pd
 from .neurons import OtherFacts, active_neurons, cas_neurons, kn_sets, random_neurons, strongest_neurons
 
 CONTROLS = ("random", "matched", "same_relation", "other_relation", "strongest")
-UNIT_FACTS = 24  # batches of equal lengths are full from there on
 
 
 # --- what is drawn ---------------------------------------------------------------------------------------
@@ -183,6 +182,20 @@ def edit_facts(lm, unit, *, ops=("erase", "update"), lambda1=2.0, lambda2=2.0, e
         rows += [_row(fact, "update", edit) | {"note": fact.note} for edit in fact.plan["edits"] if fact.note]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     return pd.DataFrame(rows, columns=columns).astype({"note": object})
+
+
+def _passes(lm, plan: dict, config: dict) -> float:
+    """An edit's rows leave the clean pass at the edited layer, on average in the middle."""
+    from .data import prompt_tokens
+
+    asked = sum(map(prompt_tokens, plan["prompts"]))
+    asked += sum(prompt_tokens(query["prompt"]) for query in plan["locality"])
+    read = sum(min(prompt_tokens(text), config["ppl_max_tokens"]) for text in plan["texts"])
+    return len(plan["edits"]) * len(config["ops"]) * (asked + read) / 2
+
+
+edit_facts.VERSION = 1
+edit_facts.passes = _passes
 
 
 class Book:
@@ -357,7 +370,8 @@ def run_edits(study, queries, sets, *, controls=None, facts=None, ops=("erase", 
     entries = p["ppl_entries"] if ppl_entries is None else ppl_entries
     shortest = min(MIN_TOKENS, p["ppl_max_tokens"])
     texts = usable_texts(lm, perplexity_texts(p["corpus"]), shortest) if entries else []
-    objects = load_facts(study.data, relations=study.relations, middle=p.get("middle", "cut"))
+    objects = load_facts(study.data, relations=study.relations, middle=p.get("middle", "cut"),
+                         warn=False)
     plans, omissions = plan_edits(
         queries, objects, num_neurons=lm.num_neurons, sets=sets, t=p["t"], n_locality=p["n_locality"],
         texts=texts, controls=p["controls"] if controls is None else controls, ppl_entries=entries,
@@ -365,9 +379,9 @@ def run_edits(study, queries, sets, *, controls=None, facts=None, ops=("erase", 
     plans = [plan for plan in plans if facts is None or plan["fact"] in facts]
     config = dict(ops=list(ops), lambda1=p["lambda1"], lambda2=p["lambda2"], embedding=p["embedding"],
                   ppl_max_tokens=p["ppl_max_tokens"])
-    units = [plans[i:i + UNIT_FACTS] for i in range(0, len(plans), UNIT_FACTS)]
     what = ", ".join(sets) if len(sets) < 4 else f"{len(sets)} sets"
-    frame = study.run(edit_facts, units, config, desc=f"{study.model} {study.method} edits, {what}")
+    name = f"{study.model} {study.method} edits, {what}"
+    frame = study.run(edit_facts, [plans], config, desc=name)
     return frame, omissions
 
 

@@ -27,7 +27,7 @@ from .localize import localise_unit
 from .neurons import cas_neurons, consistency, kn_sets, neighbour_sets
 from .replay import neuron_vectors
 from .rows import score_queries
-from .store import package_source
+from .store import code_versions
 from .study import Study, model_content
 from .synapses import column_scores, find_synapses, scale_synapses
 
@@ -79,7 +79,9 @@ def saved_queries(model: str, method: str, data="demo", output="default", **spec
     """What notebook 01 saved in run `output` for this very model, method and `attribution.Spec`, or None."""
     path = Study("explore_fact", model=model, method=method, data=data, output=output).results / "queries.parquet"
     table, made = read_table(path) if path.exists() else (None, None)
-    if table is None or (made["inputs"]["content"], made["inputs"]["source"]) != (model_content(model), package_source()):
+    if table is None or made["inputs"]["content"] != model_content(model):
+        return None
+    if made["inputs"].get("code") != code_versions():
         return None
     wanted = asdict(Spec(method=method, **spec)).items()
     same = made["inputs"]["dtype"] is None and dict(wanted) | made["localisation"] == dict(wanted)

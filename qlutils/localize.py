@@ -9,12 +9,10 @@ import pandas as pd
 import torch
 
 from .attribution import Attribution, Spec, attribute_encoded
-from .data import Fact
+from .data import Fact, prompt_tokens
 from .neurons import STORE_THRESHOLD, cas_candidates, fact_table
 from .replay import neuron_vectors
 
-UNIT_BYTES = 2**28  # dense scores a unit may hold while it is computed
-UNIT_FACTS = 24
 # The facts of the paper's Figure 1.
 PAPER_EXAMPLES = (("P39", "Suleiman I", "Shah"), ("P39", "Christoph Ahlhaus", "mayor"))
 
@@ -47,6 +45,18 @@ def localise_unit(lm, unit: list[dict], **spec) -> pd.DataFrame:
     if encoded:
         _add_scores(frame, attribute_encoded(lm, encoded, spec, names))
     return frame
+
+
+def _passes(lm, fact: dict, config: dict) -> float:
+    """A step of a layer runs the layers above it, on average half of them, there and back."""
+    spec, baselines = Spec(**config), len(fact["prompts"])
+    if spec.method == "sig":
+        baselines = sum(map(prompt_tokens, fact["prompts"]))
+    return spec.steps * lm.num_layers * baselines
+
+
+localise_unit.VERSION = 1
+localise_unit.passes = _passes
 
 
 def _add_scores(frame: pd.DataFrame, result: Attribution) -> None:
@@ -85,12 +95,9 @@ def localise(study, **spec) -> pd.DataFrame:
     `spec`: fields of `attribution.Spec` other than the method. Queries that had to be left out are not in it; they are
     saved as "left_out" with the reason, and so is a fact that keeps fewer than two queries.
     """
-    lm, facts = study.lm(), study.facts()
-    prompts = max(len(fact.prompts) for fact in facts)
-    size = int(np.clip(UNIT_BYTES // (prompts * lm.num_layers * lm.num_neurons * 4), 1, UNIT_FACTS))
-    units = [[asdict(fact) for fact in facts[i:i + size]] for i in range(0, len(facts), size)]
     config = {"method": study.method, **spec}
-    frame = study.run(localise_unit, units, config, desc=f"{study.model} {study.method}")
+    facts, name = [asdict(fact) for fact in study.facts()], f"{study.model} {study.method}"
+    frame = study.run(localise_unit, [facts], config, desc=name)
     single = frame["left_out"].isna() & (frame[frame["left_out"].isna()].groupby("fact")["fact"].transform("size")
                                          .reindex(frame.index) < 2)
     frame.loc[single, "left_out"] = "the only usable query of its fact; consistency needs two"

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from .data import prompt_tokens
 from .interventions import scaled_answer_probabilities
 from .neurons import active_neurons, neighbour_sets, random_neurons
 from .replay import neuron_vectors
@@ -47,6 +48,17 @@ def scale_kns(lm, unit: list[dict], *, suppress=0.0, enhance=2.0, answer="all", 
     probability, frame = scaled_answer_probabilities(lm, todo, answer=answer), pd.DataFrame(rows)
     frame["probability"], frame["probability_before"] = probability[frame["at"]], probability[frame["before"]]
     return frame.drop(columns=["at", "before"])
+
+
+def _passes(lm, fact: dict, config: dict) -> float:
+    """A query's prompt once, and its last token and the answer's with each set scaled, each way."""
+    sets = len(PAPER_SETS) + len(CONTROL_SETS)
+    scaled = 2 * sets * prompt_tokens(fact["object"])
+    return sum(prompt_tokens(prompt) + scaled for prompt in fact["prompts"])
+
+
+scale_kns.VERSION = 1
+scale_kns.passes = _passes
 
 
 def query_sets(kn_sets: list[set], i: int, active: np.ndarray, rng) -> dict[str, set]:

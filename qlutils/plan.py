@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .data import load_facts
+from .data import TOKENS_A_WORD, load_facts
 
 # Shapes of the paper's models: layers, width, neurons, vocabulary, key-value width / width, gated MLP.
 SHAPES = {"gpt2": (12, 768, 3072, 50257, 1.0, False),
           "meta-llama/Llama-2-7b-hf": (32, 4096, 11008, 32000, 1.0, True),
           "meta-llama/Meta-Llama-3-8B": (32, 4096, 14336, 128256, 0.25, True)}
-TOKENS_A_WORD = 1.35  # where the tokenizer is not at hand; measured on ParaRel: 1.3-1.4 for the paper's models
 FRACTION = 0.7  # of the matmul rate that attribution reaches, on a CPU and on a GPU; tests/benchmarks measures it
 GPU_SECONDS = 0.25e-3  # a baseline, and twice that a query, beside the arithmetic: most of what a small model costs a GPU
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}

@@ -27,11 +27,13 @@ from tqdm import tqdm
 
 from . import paths
 from .execute import execute, kernel_environment
-from .files import folder_hash, is_sealed, locked, sealed, sha256, versions, write_json
+from .files import is_sealed, locked, sealed, sha256, versions, write_json
+from .store import code_versions
 from .study import DTYPES, METHODS, check_values, literals, model_content
 
 MODELS = ("demo/gpt2", "demo/llama2", "demo/llama3")
 SAMPLE = 2  # facts a relation without --full
+LOG_SECONDS = 60  # on a log, a line this often says what runs; a terminal has a bar
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 PER_METHOD, COMPARES, LAST = "01", "02", "report"  # the other notebooks run per model and downstream method
@@ -179,7 +181,9 @@ def plan_jobs(args, folder):
         extra["corpus"] = os.path.realpath(extra["corpus"])  # notebooks run in their own folder
     middle = extra.get("middle", "cut")
     facts = load_facts(data, relations=args.relations, facts_per_relation=count, seed=args.seed, middle=middle)
-    every = load_facts(data, relations=args.relations, middle=middle) if count else facts  # edits draw new objects from all
+    every = facts  # edits draw new objects from all
+    if count:
+        every = load_facts(data, relations=args.relations, middle=middle, warn=False)
     shared = {"data": data, "relations": args.relations, "facts_per_relation": count, "seed": args.seed,
               "device": args.device, "dtype": args.dtype, "output": args.output, "models": models,
               "methods": methods, "downstream_methods": downstream}
@@ -256,12 +260,12 @@ def _at_once(args, address):
 
 
 def _run(jobs, root, data_hash, command, address, at_once):
-    source = folder_hash(paths.PACKAGE, "*.py")
     started, stopped, stop = time.time(), None, threading.Event()
     (root / "notebooks").mkdir(parents=True, exist_ok=True)
     variables = {"QLUTILS_COMMAND": command, "QLUTILS_RUNS": paths.RUNS, **({"QLUTILS_SCHEDULER": address} if address else {})}
     if at_once > 1:
         variables["QLUTILS_THREADS"] = os.environ.get("QLUTILS_THREADS") or max(1, CORES // at_once)
+    said = started
     bar = tqdm(total=len(jobs), unit="notebook", disable=None, dynamic_ncols=True)
     with tempfile.TemporaryDirectory(prefix="qlutils-") as scratch, ThreadPoolExecutor(at_once) as pool:
         env, running, waiting, failed = kernel_environment(scratch, **variables), {}, list(jobs), set()
@@ -273,7 +277,7 @@ def _run(jobs, root, data_hash, command, address, at_once):
                     job.problem = f"{', '.join(job.needs)} failed"
                 while len(running) < at_once and (job := _next(waiting, running.values(), root)):
                     waiting.remove(job)
-                    running[pool.submit(_one, job, root, data_hash, source, env, Path(scratch), stop)] = job
+                    running[pool.submit(_one, job, root, data_hash, env, Path(scratch), stop)] = job
                 for future in wait(running, 0.2, FIRST_COMPLETED).done:
                     job = running.pop(future)
                     future.result()
@@ -281,7 +285,12 @@ def _run(jobs, root, data_hash, command, address, at_once):
                     bar.update()
                     tqdm.write(f"[{len(jobs) - len(waiting) - len(running)}/{len(jobs)}] {job.label}: {job.status}, "
                                f"{job.seconds:.1f} s" + (f": {job.problem}" if job.problem else ""), file=sys.stderr)
-                bar.set_postfix_str(", ".join(_progress(job, Path(scratch)) for job in running.values()))
+                at_work = [_progress(job, Path(scratch)) for job in running.values()]
+                bar.set_postfix_str(", ".join(at_work))
+                if bar.disable and running and time.time() - said >= LOG_SECONDS:
+                    said, done = time.time(), len(jobs) - len(waiting) - len(running)
+                    print(f"{(said - started) / 60:.0f} min, {done} of {len(jobs)} notebooks done; "
+                          f"at work: {', '.join(at_work)}", file=sys.stderr, flush=True)
         except Stopped as signal_received:
             stopped = signal_received
         finally:
@@ -291,7 +300,7 @@ def _run(jobs, root, data_hash, command, address, at_once):
             bar.close()
     write_json(root / "run.json", {
         "command": command, "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(time.time() - started, 1), "versions": versions(), "source": source,
+        "seconds": round(time.time() - started, 1), "versions": versions(), "code": code_versions(),
         "facts": data_hash,
         "jobs": [{"notebook": job.notebook.stem, "status": job.status, "seconds": round(job.seconds, 1),
                   "problem": job.problem, "parameters": job.parameters} for job in jobs]})
@@ -311,15 +320,19 @@ def _next(waiting, running, root):
 
 
 def _progress(job, scratch):
-    """What a running job is at, in short: 03 gpt2 ig, and the units it has done where it computes some."""
+    """What a running job is at, in short: 03 gpt2 ig; where it computes units, how many are done, and
+    how long the others take."""
     label = " ".join(filter(None, [job.notebook.stem[:2], job.model and Path(job.model).name, job.method]))
     try:
-        return f"{label} {(scratch / job.name).read_text(encoding='utf-8').rsplit(' ', 1)[-1]}"
-    except OSError:
+        now = json.loads((scratch / job.name).read_bytes())
+    except (OSError, ValueError):  # none yet, or half of one
         return label
+    left = now["seconds_left"]
+    soon = f", about {left / 60:.0f} min left" if left and left >= 60 else ", less than a minute left"
+    return f"{label} {now['done']}/{now['units']} units{soon if left else ''}"
 
 
-def _one(job, root, data_hash, source, env, scratch, stop):
+def _one(job, root, data_hash, env, scratch, stop):
     """Run one job unless its stamp says that it is done; sets its status, seconds and problem. `stop` ends it early."""
     start, name = time.time(), job.name
     output, stamp = (root / "notebooks" / f"{name}{suffix}" for suffix in (".ipynb", ".json"))
@@ -331,7 +344,8 @@ def _one(job, root, data_hash, source, env, scratch, stop):
         env["QLUTILS_THREADS"] = os.environ.get("QLUTILS_THREADS", "")
 
     try:
-        inputs = {"notebook": sha256(job.notebook.read_bytes()), "parameters": job.parameters, "source": source,
+        inputs = {"notebook": _cells(job.notebook), "parameters": job.parameters,
+                  "code": code_versions(),
                   "data": data_hash, "model": job.model and model_content(job.model),
                   "corpus": _content(job.parameters.get("corpus")),
                   "needs": {need: _stamp(root, need).get("inputs") for need in job.needs}}
@@ -359,6 +373,13 @@ def _one(job, root, data_hash, source, env, scratch, stop):
     except (ValueError, OSError) as error:  # of this job; the others can still run
         job.problem = str(error)
     job.status, job.seconds = "failed" if job.problem else "done", time.time() - start
+
+
+def _cells(notebook):
+    """A hash of a notebook's cells; of its outputs nothing depends."""
+    cells = json.loads(notebook.read_bytes())["cells"]
+    return sha256([[cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", [])]
+                   for cell in cells])
 
 
 def _content(corpus):

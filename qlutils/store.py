@@ -2,26 +2,27 @@
 
 Present and valid means done, so a run that was stopped at any moment goes on where it was.
 """
-import ast
 import importlib
-import inspect
 import json
 import os
+import re
 import signal
 import sys
 import threading
+import time
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from . import _HOME, paths
+from . import paths
 from .files import StoreError, as_frame, canonical, locked, read_table, sha256, write_table
 
-# These modules move, name and show results; no number depends on their text.
-_NOT_COMPUTING = {"__init__", "paths", "files", "store", "study", "run", "plan", "refresh", "execute", "plots", "tables",
-                  "report", "page", "schematic", "claims", "edit_report", "explorer", "explorer_page"}
+UNIT_FACTS = 24  # batches of equal lengths are full from there on
+UNIT_FLOPS = {"cpu": 1e13, "cuda": 1e15}  # a unit: about a minute, on two cores and on a GPU
+# Of what notebooks make of the units: statistics, tables, claims. Raise it when those numbers move.
+RESULTS_VERSION = 1
 _BUSY = threading.Lock()  # a model carries hooks: one task at a time in a process
 
 
@@ -29,7 +30,8 @@ def run_units(task, model_name, units, config=None, *, root, desc, device=None, 
               info=None):
     """DataFrame of the rows of `task(lm, unit, **config)` over all units, in order; a unit is computed once.
 
-    task: a top-level function returning a DataFrame (columns of numbers, text, lists of numbers).
+    task: a top-level function returning a DataFrame (columns of numbers, text, lists of numbers). Its
+        `VERSION` stands for its code: units of another version are computed again.
     units: lists of JSON-able dicts. config: JSON-able keyword arguments of `task`.
     client: a dask.distributed client whose workers compute; default: the scheduler that QLUTILS_SCHEDULER
         names; without one, units are computed here, one after the other.
@@ -45,7 +47,7 @@ def run_units(task, model_name, units, config=None, *, root, desc, device=None, 
     job = (f"{task.__module__}:{task.__qualname__}", model_name, device, dtype)
     who = client.submit(identity, *job[1:], pure=False).result() if client else identity(*job[1:])
     same = {"task": job[0], "fingerprint": who["fingerprint"], "device": who["device"], "dtype": who["dtype"],
-            "config": config, "source": source_hash(task)}
+            "config": config, "version": task_version(task)}
     keys = [sha256({**same, "unit": unit}) for unit in units]
     files, tables = {key: folder / f"{key}.parquet" for key in keys}, {}
 
@@ -67,7 +69,7 @@ def run_units(task, model_name, units, config=None, *, root, desc, device=None, 
                                      "that every worker sees this folder")
                 done.append(key)
     if info is not None:
-        info.update(who, units=len(files), computed=len(todo), source=same["source"])
+        info.update(who, units=len(files), computed=len(todo), version=same["version"])
     return as_frame([tables[key] for key in keys])
 
 
@@ -99,32 +101,48 @@ def identity(model_name, device=None, dtype=None):
             "dtype": str(lm.dtype).removeprefix("torch."), "threads": torch.get_num_threads() if torch else 1}
 
 
-def source_hash(task):
-    """SHA-256 of the text of the task's module and of every computing qlutils module behind it."""
-    texts, queue = {}, [Path(inspect.getsourcefile(task))]
-    while queue:
-        file = queue.pop()
-        if file not in texts:
-            texts[file] = file.read_text(encoding="utf-8")
-            queue += [found for name in _imports(texts[file]) if name not in _NOT_COMPUTING
-                      and (found := paths.PACKAGE.joinpath(*name.split(".")).with_suffix(".py")).is_file()]
-    return sha256(sorted([file.name, sha256(text.encode())] for file, text in texts.items()))
+@cache
+def code_versions():
+    """{module.task: its VERSION, ..., "results": RESULTS_VERSION}: what results owe to the code.
+
+    Read from the package's text, so that a notebook that only reads results need not import torch.
+    """
+    found = {"results": RESULTS_VERSION}
+    for file in sorted(paths.PACKAGE.rglob("*.py")):
+        text = file.read_text(encoding="utf-8")
+        for task, number in re.findall(r"(?m)^(\w+)\.VERSION = (\d+)\b", text):
+            found[f"{file.stem}.{task}"] = int(number)
+    return found
 
 
-def package_source():
-    """SHA-256 of the text of every computing qlutils module."""
-    files = sorted(file for file in paths.PACKAGE.glob("*.py") if file.stem not in _NOT_COMPUTING)
-    return sha256([[file.name, sha256(file.read_bytes())] for file in files])
+def task_version(task):
+    """The integer that stands for the code of `task` in a unit's key; ValueError where it has none."""
+    version = getattr(task, "VERSION", None)
+    if type(version) is not int:
+        name = task.__qualname__
+        raise ValueError(f"task {name} has no VERSION, so results of an older code could be taken for its "
+                         f"own: write {name}.VERSION = 1 below it, and raise it when its numbers change")
+    return version
 
 
-def _imports(text):
-    """Names of qlutils modules that a module's text imports, at the top or inside functions."""
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            yield from (a.name.removeprefix("qlutils.") for a in node.names if a.name.startswith("qlutils."))
-        elif isinstance(node, ast.ImportFrom) and (node.level or f"{node.module}.".startswith("qlutils.")):
-            module = (node.module or "").removeprefix("qlutils").lstrip(".")
-            yield from [module] if module else [_HOME.get(a.name, a.name) for a in node.names]
+def packed(task, lm, facts, config):
+    """Units of work: the facts in order, about `UNIT_FLOPS` a unit, but 1 to `UNIT_FACTS` facts.
+
+    `task.passes(lm, fact, config)` says how many tokens a fact sends through the model; a pass of a
+    token costs two operations a parameter. No machine is timed: a unit's facts are part of its key.
+    """
+    parameters = lm.arch.head.weight.numel()
+    parameters += sum(p.numel() for layer in lm.layers for p in layer.parameters())
+    most = UNIT_FLOPS.get(lm.device.type, UNIT_FLOPS["cpu"]) / (2 * parameters)
+    units, room = [], 0
+    for fact in facts:
+        passes = task.passes(lm, fact, config)
+        if not units or len(units[-1]) == UNIT_FACTS or passes > room:
+            units.append([])
+            room = most
+        units[-1].append(fact)
+        room -= passes
+    return units
 
 
 def _compute(todo, client, threads):
@@ -178,14 +196,24 @@ def _resumable(folder, desc):
 
 
 def _progress(keys, desc, total, initial):
-    """A bar on a terminal and in JupyterLab; under the driver, one line in its progress file instead."""
-    note = os.environ.get("QLUTILS_PROGRESS")
+    """A bar on a terminal and in JupyterLab; under the driver, a file says what a bar would."""
+    note, started = os.environ.get("QLUTILS_PROGRESS"), time.time()
     bar = tqdm(keys, desc=desc, total=total, initial=initial, unit="unit", disable=bool(note), mininterval=1,
                delay=0 if sys.stderr.isatty() else 5)  # a short run leaves no bar in a notebook
+
+    def say(done):
+        left = None
+        if done > initial:
+            left = (time.time() - started) / (done - initial) * (total - done)
+        now = json.dumps({"done": done, "units": total, "seconds_left": left})
+        with suppress(OSError):  # only shown; no reason to stop
+            Path(note).write_text(now, encoding="utf-8")
+
+    if note:
+        say(initial)
     for done, key in enumerate(bar, initial + 1):
         if note:
-            with suppress(OSError):  # only shown; no reason to stop
-                Path(note).write_text(f"{desc} {done}/{total}", encoding="utf-8")
+            say(done)
         yield key
 
 

@@ -73,7 +73,8 @@ class Study:
     def _objects(self):
         """Hash of all facts of these relations, sampled or not: edits draw new objects from them."""
         from .data import load_facts
-        every = load_facts(self.data, relations=self.relations, middle=self.parameters.get("middle", "cut"))
+        every = load_facts(self.data, relations=self.relations, warn=False,
+                           middle=self.parameters.get("middle", "cut"))
         return sha256([[fact.relation, fact.subject, fact.object] for fact in every])
 
     def beside(self, model):
@@ -88,7 +89,8 @@ class Study:
         """What this run's results are made from, apart from the method; `load` compares it. `localised`: with the choices
         of the localisation they are about."""
         made = {"model": self.model, "content": self.model and model_content(self.model),
-                "device": self.device, "dtype": self.dtype, "seed": self.seed, "source": store.package_source(),
+                "device": self.device, "dtype": self.dtype, "seed": self.seed,
+                "code": store.code_versions(),
                 "facts": sha256([asdict(fact) for fact in self.facts()])}
         if localised and "embedding" in self.parameters:
             made["objects"] = self._objects
@@ -104,8 +106,12 @@ class Study:
 
     # -- work and results ---------------------------------------------------------------------------------
     def run(self, task, units, config=None, desc=None):
-        """`run_units` with this run's model, device, dtype and folder; the record gets counts and seconds."""
+        """`run_units` with this run's model, device, dtype and folder; the record gets counts and seconds.
+        The facts of a task that says what a fact costs are packed into units by `store.packed`."""
         start, info = time.time(), {}
+        if hasattr(task, "passes"):
+            facts = [fact for unit in units for fact in unit]
+            units = store.packed(task, self.lm(), facts, config or {})
         desc = desc or f"{self.notebook} {self.model} {self.method or ''}".strip()
         frame = store.run_units(task, self.model, units, config, desc=desc, device=self.device,
                                 dtype=self.dtype, root=self.root, info=info)

@@ -22,6 +22,7 @@ from torch import Tensor
 from .arch import UnsupportedModel
 from .attention import NAME, Control, replaced_methods
 from .attribution import Spec, attribute_encoded
+from .data import prompt_tokens
 from .models import whole_numbers
 from .replay import ONE_AT_A_TIME, AnswerProbability, attention_implementation, hooked, neuron_vectors, within_memory
 from .rows import check_factor, refuse_numbers, token_budget
@@ -237,23 +238,48 @@ def run_rows(lm, rows: list[Row]) -> np.ndarray:
 def _run_batch(lm, rows, length, answer, renormalise) -> np.ndarray:
     ids = torch.tensor([row.prompt + row.answer[:-1] for row in rows], device=lm.device)
     target = torch.tensor([row.answer for row in rows], device=lm.device)
-    values: list[Tensor] = [None] * lm.num_layers
-    places = [torch.tensor([l * lm.num_neurons + n for l, n in row.neurons], dtype=torch.long, device="cpu") for row in rows]
+    kns = _KnActivations(lm, [row.neurons for row in rows], length - 1)
+    with hooked(kns.hooks()), controlled(lm, _factors(lm, rows), renormalise):
+        hidden = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = hidden[:, length - 1:].flatten(0, 1)  # (B * A, d)
+    p = AnswerProbability.apply(hidden, lm, target.flatten(), False)
+    p = p.view(len(rows), answer).prod(-1).double().cpu().numpy()
+    size, signed = kns.means()
+    usable = np.isfinite(p) & ~np.isinf(size)  # what is not finite at the last prompt token reaches P
+    if not usable.all():
+        refuse_numbers(lm, rows[int(usable.argmin())].prompt)
+    return np.stack([p, size, signed], 1)
 
-    def keep(layer):
-        return lambda _, inputs, __: values.__setitem__(
-            layer, inputs[0].reshape(len(rows), -1, lm.num_neurons)[:, length - 1].to(lm.score_dtype).cpu())
 
-    watched = hooked(down.register_forward_hook(keep(layer)) for layer, down in enumerate(lm.downs))
-    with watched, controlled(lm, _factors(lm, rows), renormalise):
-        hidden = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, length - 1:]
-    p = AnswerProbability.apply(hidden.reshape(-1, hidden.shape[-1]), lm, target.flatten(), False)
-    p = p.view(len(rows), answer).prod(-1).cpu()
-    flat = torch.stack(values, 1).flatten(1)  # (B, L * N)
-    finite = torch.isfinite(p) & torch.isfinite(flat).all(1)
-    if not finite.all():
-        refuse_numbers(lm, rows[int((~finite).nonzero()[0])].prompt)
-    return np.array([[p[i], flat[i, at].abs().mean(), flat[i, at].mean()] for i, at in enumerate(places)])
+class _KnActivations:
+    """Reads, while the model runs, the activations of each row's KNs at one token, and no others."""
+
+    def __init__(self, lm, kns: list[tuple], token: int):
+        self.lm, self.token, self.rows = lm, token, len(kns)
+        places = [(row, *neuron) for row, one in enumerate(kns) for neuron in one]
+        self.row, self.layer, self.index = np.array(places, int).reshape(-1, 3).T
+        self.value = np.full(len(places), np.nan)
+
+    def hooks(self):
+        for layer in np.unique(self.layer):
+            yield self.lm.downs[layer].register_forward_pre_hook(self._reader(layer))
+
+    def _reader(self, layer):
+        places = np.flatnonzero(self.layer == layer)
+        row, index = (torch.from_numpy(one[places]).to(self.lm.device)
+                      for one in (self.row, self.index))
+
+        def read(_, inputs):
+            at_token = inputs[0].reshape(self.rows, -1, self.lm.num_neurons)[:, self.token]
+            self.value[places] = at_token[row, index].double().cpu().numpy()
+        return read
+
+    def means(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean |activation| and mean activation of each row's KNs; NaN for a row without."""
+        count = np.bincount(self.row, minlength=self.rows)
+        with np.errstate(invalid="ignore"):
+            return tuple(np.bincount(self.row, values, self.rows) / count
+                         for values in (np.abs(self.value), self.value))
 
 
 def _factors(lm, rows) -> dict[int, Tensor]:
@@ -291,6 +317,10 @@ def attend(lm, unit: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+attend.VERSION = 1
+attend.passes = lambda lm, fact, config: sum(map(prompt_tokens, fact["prompts"]))
+
+
 def scale_synapse_columns(lm, unit: list[dict], *, alpha=0.3, score="sum", suppress=0.0, enhance=2.0,
                           renormalise=True, seed=0) -> pd.DataFrame:
     """Notebook 06. What scaling S, S_ir and control sets does to each query of a unit (see
@@ -305,10 +335,13 @@ def scale_synapse_columns(lm, unit: list[dict], *, alpha=0.3, score="sum", suppr
     queries = [(fact, i, *lm.encode(prompt, fact["object"])) for fact in unit
                for i, prompt in enumerate(fact["prompts"])]
     others = [fact["irrelevant"][i] and lm.encode_prompt(fact["irrelevant"][i]) for fact, i, *_ in queries]
-    prompts = [prompt for _, _, prompt, _ in queries] + [other for other in others if other]
-    masks = iter([above_threshold(*scores, alpha) for scores in column_scores(lm, prompts, score)])
-    own = [next(masks) for _ in queries]
-    foreign = [_fit(next(masks), mine.shape[-1]) if other else None for mine, other in zip(own, others)]
+    both = [prompt for _, _, prompt, _ in queries] + [other for other in others if other]
+    prompts = list(dict.fromkeys(map(tuple, both)))  # one query may be irrelevant to several others
+    found = {prompt: above_threshold(*scores, alpha)
+             for prompt, scores in zip(prompts, column_scores(lm, prompts, score))}
+    own = [found[tuple(prompt)] for _, _, prompt, _ in queries]
+    foreign = [_fit(found[tuple(other)], mine.shape[-1]) if other else None
+               for mine, other in zip(own, others)]
     todo, rows = [], []
     for (fact, i, prompt, answer), mine, other in zip(queries, own, foreign):
         rng = np.random.default_rng([seed, *f"{fact['fact']} {fact['prompt_index'][i]}".encode()])
@@ -331,6 +364,17 @@ def scale_synapse_columns(lm, unit: list[dict], *, alpha=0.3, score="sum", suppr
     for place, name in enumerate(("probability", "value", "signed_value")):
         frame[name], frame[f"{name}_before"] = result[frame["at"], place], result[frame["before"], place]
     return frame.drop(columns=["at", "before"])
+
+
+def _passes(lm, fact: dict, config: dict) -> float:
+    """A query and its irrelevant one once; each set scaled either way, two also renormalised."""
+    rows = 2 + 2 * (len(SETS) + 2 * config.get("renormalise", True))
+    answer = prompt_tokens(fact["object"])
+    return sum(rows * (prompt_tokens(prompt) + answer) for prompt in fact["prompts"])
+
+
+scale_synapse_columns.VERSION = 1
+scale_synapse_columns.passes = _passes
 
 
 def scaled_maps(lm, maps: list[dict], *, alpha=0.3, score="sum", suppress=0.0, enhance=2.0,

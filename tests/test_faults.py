@@ -261,13 +261,13 @@ def test_no_damage_to_a_stamp_or_to_what_it_vouches_for_goes_unnoticed(tmp_path,
     contents = {name: name.encode() * 9 for name in names}
     for name, content in contents.items():
         files.write_bytes(tmp_path / name, content)
-    inputs = {"parameters": {"t": 0.2}, "source": "s"}
+    inputs = {"parameters": {"t": 0.2}, "code": {"results": 1}}
     files.write_json(notebooks / "01.json", files.sealed({
         "inputs": files.sha256(inputs), "made_from": inputs,
         "outputs": {name: files.sha256(content) for name, content in contents.items()}}))
     stamp = (notebooks / "01.json").read_bytes()
     good = _stamp(tmp_path, "01")
-    assert _is_done(good, inputs, tmp_path) and not _is_done(good, {**inputs, "source": "older"}, tmp_path)
+    assert _is_done(good, inputs, tmp_path) and not _is_done(good, {**inputs, "code": {"results": 0}}, tmp_path)
     assert _stamp(tmp_path, "02") == {} and capsys.readouterr().err == ""
     for bad in damaged(stamp, 3):
         (notebooks / "01.json").write_bytes(bad)
@@ -284,10 +284,11 @@ def test_no_damage_to_a_stamp_or_to_what_it_vouches_for_goes_unnoticed(tmp_path,
 
 
 def test_a_frame_of_an_older_code_version_is_refused_by_that_name(small, monkeypatch):
+    versions = store.code_versions()
     with monkeypatch.context() as patch:
-        patch.setattr(store, "package_source", lambda: "older")
+        patch.setattr(store, "code_versions", lambda: {**versions, "localize.localise_unit": 0})
         study, _ = small()
-    with pytest.raises(ValueError, match="made from other source. Run the notebook that makes it"):
+    with pytest.raises(ValueError, match="made from other code. Run the notebook that makes it"):
         study.load("queries")
     small()
     study.load("queries")

@@ -7,6 +7,7 @@ milliseconds. All of them compute in one thread, as threads do not survive a for
 import json
 import os
 import random
+import re
 import select
 import shutil
 import signal
@@ -20,7 +21,7 @@ import nbformat
 import numpy as np
 import pytest
 
-from qlutils import localize, paths, store
+from qlutils import localize, paths, run, store
 from qlutils.files import read_table
 from qlutils.study import Study, read_record
 
@@ -39,7 +40,7 @@ def small_study(parameters):
     from qlutils import edit_report, edit_study, effects, mapping, synapses
     from qlutils.analysis import classified_facts
 
-    localize.UNIT_FACTS = edit_study.UNIT_FACTS = 1
+    store.UNIT_FACTS = 1
     study, t = Study("small", **parameters), parameters["t"]
     few = dict(directions=("average",), thresholds=("otsu",))
     queries = localize.localise(study, steps=parameters["steps"])
@@ -49,11 +50,11 @@ def small_study(parameters):
     study.table(edit_report.edit_table(edits, classes, study.model, sets=("local",), controls=()), "table2")
 
     def moved(task, config=None, **more):
-        frame = study.run(task, effects.units(queries, t, size=1, **more), config, desc=task.__name__)
+        frame = study.run(task, effects.units(queries, t, **more), config, desc=task.__name__)
         return effects.beside_queries(frame, queries, t, 0.1)
 
     study.table(effects.summary(effects.rates(moved(mapping.scale_kns, other=0)), mapping.PAPER_SETS, **few), "fig4")
-    winners = study.run(synapses.attend, effects.units(queries, size=1), desc="attend")
+    winners = study.run(synapses.attend, effects.units(queries), desc="attend")
     study.table(effects.top_tokens(winners), "attended")
     scaled = moved(synapses.scale_synapse_columns, dict(renormalise=False), irrelevant=0)
     scaled = effects.rates(scaled[scaled["set"] != "none"])
@@ -224,10 +225,11 @@ def test_a_fresh_process_makes_the_same_bytes_from_what_the_record_holds(server,
     entry = read_record(undisturbed[0] / "default" / "results" / "demo--gpt2" / "ig" / "run.json")["small"]
     assert {"torch", "transformers", "numpy", "python", "qlutils"} <= set(entry["versions"])
     assert entry["model"].keys() == {"name", "revision", "fingerprint", "device", "dtype", "threads"}
-    assert all(len(entry["inputs"][name]) == 64 for name in ("content", "facts", "source"))
+    assert all(len(entry["inputs"][name]) == 64 for name in ("content", "facts"))
+    assert entry["inputs"]["code"] == store.code_versions()
     assert entry["inputs"]["seed"] == 0 and entry["command"] and entry["seconds"] > 0 and entry["platform"]
     assert sum(work["units"] for work in entry["work"].values()) == UNITS
-    assert all(len(work["source"]) == 64 and work["seconds"] >= 0 for work in entry["work"].values())
+    assert all(work["version"] >= 1 and work["seconds"] >= 0 for work in entry["work"].values())
     fresh = Server(2)
     try:
         fresh.run(tmp_path / "again", parameters=entry["parameters"])
@@ -260,7 +262,7 @@ from qlutils.study import Study
 study = Study.open("{}", In)
 """
 LOCALISE = """
-localize.UNIT_FACTS, work = 1, store._work
+store.UNIT_FACTS, work = 1, store._work
 def slowly(*item):
     with open({log!r}, "a") as log:
         log.write(item[7] + "\\n")
@@ -294,10 +296,11 @@ def write_books(folder, log, pause):
     return folder
 
 
-def drive(books, runs):
+def drive(books, runs, log_seconds=60):
     options = ["--models", "demo/gpt2", "--methods", "ig", "--relations", *RELATIONS, "--facts-per-relation", "1"]
     env = {**os.environ, "QLUTILS_RUNS": str(runs), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    code = f"import sys; from qlutils import run; sys.exit(run.main({options!r}, {str(books)!r}))"
+    code = (f"import sys; from qlutils import run; run.LOG_SECONDS = {log_seconds}; "
+            f"sys.exit(run.main({options!r}, {str(books)!r}))")
     return subprocess.Popen([sys.executable, "-c", code], env=env, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)
 
@@ -323,3 +326,28 @@ def test_a_driver_killed_and_then_asked_to_stop_while_the_kernel_computes_loses_
     made = runs / "default" / "results" / "demo--gpt2"
     assert {path.name for path in made.rglob("*.csv")} == {"localisation.csv", "table1.csv"}
     assert not [path for path in runs.rglob(".*") if path.is_file()]
+
+
+def test_a_log_says_again_and_again_what_runs_how_far_it_is_and_for_how_long(tmp_path):
+    """On a terminal a bar does; a log gets a line a minute, here every 0.1 seconds."""
+    books, runs = write_books(tmp_path / "books", tmp_path / "runs.log", 0.5), tmp_path / "runs"
+    driver = drive(books, runs, log_seconds=0.1)
+    said = driver.communicate(timeout=120)[1]
+    assert driver.returncode == 0, said
+    lines = [line for line in said.splitlines() if "notebooks done; at work: " in line]
+    told = "\n".join(re.sub(r"^\d+ min, ", "", line) for line in lines)
+    first, left = "0 of 2 notebooks done; at work: 01 gpt2 ig", r", (less than a|about \d+) min(ute)? left"
+    for state in (first, f"{first} 0/3 units", f"{first} 1/3 units{left}", f"{first} 2/3 units{left}",
+                  "1 of 2 notebooks done; at work: 02 gpt2"):
+        assert re.search(f"^{state}$", told, re.M), (state, told)
+
+
+@pytest.mark.parametrize("seconds, said", [
+    (None, "4/9 units"), (0.0, "4/9 units"), (30.0, "4/9 units, less than a minute left"),
+    (61.0, "4/9 units, about 1 min left"), (3600.0, "4/9 units, about 60 min left")])
+def test_the_time_left_is_told_in_minutes(tmp_path, seconds, said):
+    job = run.Job(Path("01_localize.ipynb"), "demo/gpt2", "ig", {}, [])
+    (tmp_path / job.name).write_text(json.dumps({"done": 4, "units": 9, "seconds_left": seconds}))
+    assert run._progress(job, tmp_path) == f"01 gpt2 ig {said}"
+    (tmp_path / job.name).write_text('{"done": 4, "un')  # half-written
+    assert run._progress(job, tmp_path) == "01 gpt2 ig"

@@ -14,7 +14,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-from tiny import save_dataset
+from tiny import FACTS, PATTERNS, save_dataset
 
 from qlutils import load_facts, paths, run
 from qlutils.study import Study, check_parameters, model_content
@@ -165,6 +165,41 @@ def test_a_run_goes_through_models_and_methods_once_and_names_what_failed(
     assert [job.parameters for job in again] == [job["parameters"] for job in summary["jobs"]]
     assert facts == summary["facts"]
     assert {"torch", "python", "papermill"} <= set(summary["versions"]) and summary["seconds"] > 0
+
+
+def test_what_the_data_leaves_out_is_said_once(books, model, runs, caplog, tmp_path):
+    """A sample's facts and all facts are loaded, the latter because edits draw new objects from them."""
+    patterns = {**PATTERNS, "P3": ["[X] is near [Y] .", "[X] is by [Y] ."]}
+    data = save_dataset(tmp_path / "facts", patterns, {**FACTS, "P3": [("ann", "rome")]})
+    args = run._parser().parse_args(["--models", model, "--data", data, "--facts-per-relation", "1"])
+    run.plan_jobs(args, books)
+    study = Study("01_localize", model=model, method="ig", data=data, facts_per_relation=1, embedding="input")
+    assert caplog.text.count("1 relations left out") == 1
+    caplog.clear()
+    study.facts(), study.inputs()
+    assert caplog.text.count("1 relations left out") == 1
+
+
+def test_a_job_is_done_while_its_cells_and_the_versions_of_the_code_stay(books, model, runs, capsys, monkeypatch):
+    """Whatever else changes in the package or in a notebook's outputs, nothing is run again."""
+    arguments, statuses = options(model, "--only", "01", "--methods", "ig"), []
+
+    def drive():
+        assert run.main(arguments, books) == 0
+        statuses.extend(status for status, _ in table(capsys.readouterr().out).values())
+
+    drive()
+    book = nbformat.read(books / "01_localize.ipynb", 4)
+    book.cells[1].outputs = [nbformat.v4.new_output("stream", text="said")]
+    nbformat.write(book, books / "01_localize.ipynb")
+    drive()
+    book.cells[1].source += "\n"
+    nbformat.write(book, books / "01_localize.ipynb")
+    drive()
+    versions = run.code_versions()
+    monkeypatch.setattr(run, "code_versions", lambda: {**versions, "mapping.scale_kns": 0})
+    drive()
+    assert statuses == ["done", "cached", "done", "done"]
 
 
 @pytest.mark.parametrize(

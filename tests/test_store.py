@@ -42,11 +42,17 @@ def numbers(lm, unit, scale=1.0):
     )
 
 
+numbers.VERSION = 1
+
+
 def counted(lm, unit, log="", pause=0.0):
     with open(log, "a") as stream:
         stream.write(f"{unit[0]['x']}\n")
     time.sleep(pause)
     return numbers(lm, unit)
+
+
+counted.VERSION = 1
 
 
 def breaks_at_two(lm, unit):
@@ -55,12 +61,18 @@ def breaks_at_two(lm, unit):
     return numbers(lm, unit)
 
 
+breaks_at_two.VERSION = 1
+
+
 def logits(lm, unit):
     import torch
 
     ids = torch.tensor([[fact["x"] + 3, 5, 7, 11] for fact in unit])
     with torch.no_grad():
         return pd.DataFrame({"score": list(lm.model(ids).logits[:, -1].numpy())})
+
+
+logits.VERSION = 1
 
 
 def tiny_checkpoint(folder):
@@ -143,22 +155,69 @@ def test_another_input_gives_another_file(tmp_path, model, monkeypatch, change):
     assert run(tmp_path, **options)[1]["computed"] == len(options.get("units", UNITS))
 
 
-def test_the_source_of_every_computing_module_counts_and_of_showing_modules_does_not(tmp_path, monkeypatch):
-    package = tmp_path / "qlutils"
-    package.mkdir()
-    (package / "attribution.py").write_text("from . import arch\nfrom .plots import save_figure\n")
-    (package / "arch.py").write_text("def f():\n    from qlutils.neurons import g\n")
-    (package / "neurons.py").write_text("x = 1\n")
-    (package / "plots.py").write_text("x = 1\n")
-    task = tmp_path / "task.py"
-    task.write_text("from qlutils import attribute\nimport os\n")
-    monkeypatch.setattr(paths, "PACKAGE", package)
-    monkeypatch.setattr(store.inspect, "getsourcefile", lambda _: str(task))
-    before = store.source_hash(numbers)
-    (package / "plots.py").write_text("x = 2\n")
-    assert store.source_hash(numbers) == before
-    (package / "neurons.py").write_text("x = 2\n")  # two imports away
-    assert store.source_hash(numbers) != before
+def test_a_unit_is_computed_again_when_its_tasks_version_is_raised_and_for_no_other_change_of_the_code(
+    tmp_path, model, monkeypatch
+):
+    first, info, _ = run(tmp_path)
+    assert info["version"] == 1
+
+    def numbers(lm, unit, scale=1.0):
+        """The task with another docstring."""
+        return first
+
+    numbers.__module__, numbers.__qualname__, numbers.VERSION = __name__, "numbers", 1
+    again, info, _ = run(tmp_path, task=numbers)
+    assert info["computed"] == 0
+    pd.testing.assert_frame_equal(first, again)
+    numbers.VERSION = 2
+    assert run(tmp_path, task=numbers)[1]["computed"] == len(UNITS)
+
+
+@pytest.mark.parametrize("version", [None, "1", True, 1.5])
+def test_a_task_without_a_version_is_refused_before_it_computes(tmp_path, model, version):
+    def numbers(lm, unit):
+        raise AssertionError("it ran")
+
+    if version is not None:
+        numbers.VERSION = version
+    with pytest.raises(ValueError, match=r"task .*numbers has no VERSION.*numbers.VERSION = 1 below it"):
+        run(tmp_path, task=numbers)
+    assert not (tmp_path / "units").exists()
+
+
+def sized_model(layers=2, width=10, device="cpu"):
+    """Of `layers` layers of width**2 parameters and as many in the unembedding."""
+    import torch
+
+    head = torch.nn.Linear(width, width, bias=False)
+    return SimpleNamespace(
+        arch=SimpleNamespace(head=head),
+        layers=[torch.nn.Linear(width, width, bias=False) for _ in range(layers)],
+        device=SimpleNamespace(type=device),
+    )
+
+
+def test_a_unit_holds_as_many_facts_as_cost_about_a_minute_and_between_1_and_24():
+    def task(lm, unit):
+        """Never called."""
+
+    task.passes = lambda lm, fact, config: fact["passes"] * config["times"]
+    a_pass = 2 * 300  # operations: two a parameter
+    facts = lambda *passes: [{"passes": n} for n in passes]  # noqa: E731
+
+    def sizes(passes, times=1, lm=None):
+        units = store.packed(task, lm or sized_model(), facts(*passes), {"times": times})
+        assert [fact for unit in units for fact in unit] == facts(*passes)
+        return [len(unit) for unit in units]
+
+    minute = 1e13 / a_pass
+    assert sizes([1] * 50) == [24, 24, 2]  # small models: as many as fill batches
+    assert sizes([minute / 4] * 9) == [4, 4, 1]
+    assert sizes([minute / 4] * 4, times=2) == [2, 2]
+    assert sizes([minute * 3, minute / 2, minute / 2, minute / 2]) == [1, 2, 1]  # at least one
+    assert sizes([minute / 4] * 4, lm=sized_model(layers=23)) == [1, 1, 1, 1]  # eight times the parameters
+    assert sizes([minute * 3] * 30, lm=sized_model(device="cuda")) == [24, 6]
+    assert sizes([]) == []
 
 
 def test_no_flipped_bit_and_no_truncation_goes_unnoticed(tmp_path):
@@ -371,6 +430,9 @@ def signed(lm, unit, log="", pause=0.5):
         stream.write(f"{os.getpid()}\n")
     time.sleep(pause)
     return logits(lm, unit) if hasattr(lm, "model") else numbers(lm, unit)
+
+
+signed.VERSION = 1
 
 
 @pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "with a model"])

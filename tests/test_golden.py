@@ -1,0 +1,190 @@
+"""The numbers of every task and of what notebooks make of them, kept in golden.json.
+
+They may move only together with the version that stands for them in the names of stored units. After raising
+it, `python tests/test_golden.py` writes them anew; it refuses to where the version was not raised.
+"""
+
+import json
+import sys
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from qlutils import controls, edit_report, edit_study, effects, localize, mapping, store, synapses
+from qlutils.analysis import classified_facts, consistency_summary
+from qlutils.data import load_facts
+
+FILE = Path(__file__).with_name("golden.json")
+TOLERANCE = 1e-6  # relative; the model computes in float64, so that machines agree
+TASKS = {
+    "localize.localise_unit": localize.localise_unit,
+    "edit_study.edit_facts": edit_study.edit_facts,
+    "mapping.scale_kns": mapping.scale_kns,
+    "synapses.attend": synapses.attend,
+    "synapses.scale_synapse_columns": synapses.scale_synapse_columns,
+}
+WHERE = {"results": "RESULTS_VERSION in qlutils/store.py"} | {
+    name: f"{name.split('.')[1]}.VERSION in qlutils/{name.split('.')[0]}.py" for name in TASKS
+}
+
+
+@cache
+def model():
+    from qlutils.models import load_model
+
+    return load_model("demo/gpt2", device="cpu", dtype="float64")
+
+
+@cache
+def localised(method="ig"):
+    facts = load_facts("demo", relations=["P36", "P103"], facts_per_relation=2)
+    unit = [asdict(replace(fact, prompts=fact.prompts[:3])) for fact in facts]
+    unit = unit if method == "ig" else unit[:1]
+    return localize.localise_unit(model(), unit, method=method, steps=3)
+
+
+@cache
+def frames(name):
+    """The frames of one task, or "results", of the same four facts of the bundled model."""
+    queries, lm = localised(), model()
+    if name == "localize.localise_unit":
+        return [localised(method).head(3) for method in ("ig", "sig", "amig")]
+    if name == "edit_study.edit_facts":
+        plans, _ = edit_study.plan_edits(
+            queries,
+            load_facts("demo", relations=["P36", "P103"]),
+            num_neurons=lm.num_neurons,
+            n_locality=4,
+            controls=("random", "matched"),
+            texts=["The river runs to the sea and the sea is wide."],
+            ppl_entries=1,
+        )
+        return [edit_study.edit_facts(lm, plans)]
+    if name == "mapping.scale_kns":
+        [unit] = effects.units(queries, 0.2, other=0)
+        return [mapping.scale_kns(lm, unit)]
+    if name == "results":
+        return derived()
+    [unit] = effects.units(queries, 0.2, irrelevant=0)
+    return [TASKS[name](lm, unit)]
+
+
+def derived():
+    """What notebooks 02 to 06 make of the tasks' frames."""
+    queries, t = localised(), 0.2
+    facts = classified_facts(queries, t, 0.1)
+    [edits], [scaled] = frames("edit_study.edit_facts"), frames("mapping.scale_kns")
+    [winners], [found] = frames("synapses.attend"), frames("synapses.scale_synapse_columns")
+    moved = effects.rates(effects.beside_queries(scaled, queries, t, 0.1))
+    changed = effects.rates(
+        effects.beside_queries(found[found["set"] != "none"], queries, t, 0.1), "value"
+    )
+    few = dict(directions=("average",), populations=("all",))
+    classes = facts[["fact", "class_static", "class_otsu"]]
+    return [
+        facts,
+        consistency_summary({"ig": facts}),
+        controls.null_consistency(queries, model().num_neurons),
+        edit_report.edit_table(edits, facts, "demo/gpt2", sets=("local",), controls=()),
+        effects.summary(moved, mapping.PAPER_SETS, **few),
+        effects.summary(changed[~changed["renormalise"]], ("self", "irrelevant"), **few),
+        effects.synapse_counts(found[found["set"] == "none"]),
+        effects.predominance_table(effects.predominance(winners).merge(classes, on="fact")),
+    ]
+
+
+def columns(tables) -> dict:
+    """{"table column": its values, those of lists one after the other}, of the columns that hold numbers."""
+    found = {}
+    for place, table in enumerate(tables):
+        for name in table.columns:
+            values = [one for value in table[name] for one in _values(value)]
+            if not any(isinstance(one, str) for one in values) and name != "row_budget":
+                found[f"{place} {name}"] = values
+    return found
+
+
+def _values(value):
+    if isinstance(value, (list, np.ndarray)):
+        return [one for part in value for one in _values(part)]
+    if isinstance(value, str):
+        return [value]
+    return [None if pd.isna(value) else float(f"{float(value):.8g}")]
+
+
+def first_difference(stored: dict, now: dict) -> str:
+    """Where two `columns` differ by more than rounding, in words; "" if nowhere."""
+    for name in [*stored, *now]:
+        before, after = stored.get(name), now.get(name)
+        if before is None or after is None or len(before) != len(after):
+            return f"column {name!r}: {before and len(before)} values were stored, now {after and len(after)}"
+        rounding = 1e-9 * max((abs(one) for one in before if one is not None), default=0)
+        for one, other in zip(before, after):
+            if one != other and (
+                None in (one, other) or abs(one - other) > TOLERANCE * abs(one) + rounding
+            ):
+                return f"column {name!r}: {one!r} was stored, now {other!r}"
+    return ""
+
+
+def version_of(name):
+    """ "results" are made of the tasks' frames, so they may move with any version."""
+    return store.code_versions() if name == "results" else store.code_versions()[name]
+
+
+@pytest.mark.parametrize("name", WHERE)
+def test_numbers_move_only_with_their_version(name):
+    stored, version = json.loads(FILE.read_text(encoding="utf-8"))[name], version_of(name)
+    problem = first_difference(stored["columns"], columns(frames(name)))
+    assert not problem or stored["version"] != version, (
+        f"the numbers of {name} moved ({problem}). If they are meant to: raise {WHERE[name]}, so that stored "
+        "results are computed again, and run python tests/test_golden.py"
+    )
+    assert not problem and stored["version"] == version, (
+        f"{name} has version {version}, the stored numbers {stored['version']}: run python tests/test_golden.py"
+    )
+
+
+def test_every_task_has_a_version_a_cost_and_golden_numbers():
+    """`code_versions` reads the package's text; this compares it with what is imported."""
+    assert store.code_versions() == {"results": store.RESULTS_VERSION} | {
+        name: task.VERSION for name, task in TASKS.items()
+    }
+    for task in TASKS.values():
+        assert callable(task.passes)
+
+
+@pytest.mark.parametrize("change", [1 + 1e-5, -1])
+def test_a_number_that_moves_is_noticed_and_rounding_is_not(change):
+    now = columns(frames("synapses.attend"))
+    name = next(name for name in now if name.endswith("share"))
+    assert first_difference(now, {**now, name: [one * (1 + 1e-8) for one in now[name]]}) == ""
+    moved = {**now, name: [*now[name][:-1], now[name][-1] * change]}
+    assert repr(name) in first_difference(now, moved)
+    assert "values were stored" in first_difference(now, {**now, name: now[name][1:]})
+
+
+def write():
+    """Write golden.json; refuses numbers that moved under an unchanged version."""
+    stored = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+    lines = []
+    for name in WHERE:
+        version, now = version_of(name), columns(frames(name))
+        known = stored.get(name)
+        if (
+            known
+            and known["version"] == version
+            and (problem := first_difference(known["columns"], now))
+        ):
+            sys.exit(f"{name}: {problem}. Raise {WHERE[name]} first; nothing was written")
+        values = ",\n".join(f"  {json.dumps(one)}: {json.dumps(now[one])}" for one in now)
+        lines.append(f' "{name}": {{"version": {json.dumps(version)}, "columns": {{\n{values}}}}}')
+    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()
