@@ -170,11 +170,13 @@ def bootstrap_statistic(frames, statistic, cluster="fact", strata="relation", dr
 
 
 def mean_columns(frame, values, seed=0, share=False) -> dict:
-    """The means of several columns side by side, each with its interval, and n (of the last), as one row of a table."""
-    row = {}
+    """The means of several columns side by side, each with its interval, and n, as one row of a table. n is that of the last
+    column; one with another n has its own, n_<column>."""
+    row, counts = {}, {}
     for value in values:
         row |= bootstrap_mean(frame, value, seed=seed, share=share).row("mean", value)
-    return row
+        counts[f"n_{value}"] = row["n"]
+    return row | {name: count for name, count in counts.items() if count != row["n"]}
 
 
 def _bootstrap(frame, value, by, levels, cluster, strata, draws, seed) -> Estimate:
@@ -296,7 +298,7 @@ def permutation_test(frame, value, label, levels=("I", "II"), cluster="fact", st
                      seed=0) -> dict:
     """Two-sided test that the labels say nothing about `value`, permuting them among the facts of a relation.
 
-    A fact's rows are averaged first. Returns within, the difference of the class means of the values less their
+    A fact's rows are averaged first. The test is exact for any number of facts, so it needs no least one. Returns within, the difference of the class means of the values less their
     relation's mean, whose expectation under the permutation is 0; p = (1 + as extreme) / (1 + draws); n1 and n2 facts.
     NaN where a class is empty or no relation has both."""
     frame = frame[frame[label].isin(list(levels)) & frame[value].notna()]
