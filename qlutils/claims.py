@@ -86,6 +86,8 @@ class Case:
     def edits(self, name) -> pd.DataFrame:
         """A notebook's edits of knowledge neurons (not its controls), with the facts' classes."""
         frame = self.frame(name)
+        if "broken" not in frame:
+            raise Missing("its edits were made by an earlier version, which did not count broken texts: run it again")
         frame = frame[(frame["control"] == "none") & frame["note"].isna()]
         return frame.merge(self.facts()[["fact", "class_static", "class_otsu"]], on="fact", how="left")
 
