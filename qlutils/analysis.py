@@ -167,8 +167,8 @@ def consistency_summary(facts: dict[str, pd.DataFrame], seed: int = 0) -> pd.Dat
 
 def otsu_null(facts: pd.DataFrame, draws: int = 200, seed: int = 0) -> dict:
     """What `otsu_threshold` makes of nothing: R_II and Welch's t, means over `draws` and 95 % ranges, of as many values
-    from a normal distribution with the mean and deviation of the facts' CS2 (NaN for fewer than `LEAST` facts or equal
-    ones; of t, over the draws whose classes have as many)."""
+    from a normal distribution with the mean and deviation of the facts' CS2 (NaN for fewer than
+    `LEAST` facts or equal ones; of t, over the draws whose classes have as many)."""
     cs2 = facts["cs2"].dropna().to_numpy()
     found = np.full((draws, 2), np.nan)
     if len(cs2) >= LEAST and np.ptp(cs2) > 0:

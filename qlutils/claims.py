@@ -2,11 +2,11 @@
 
 A claim has parts; a part is a mean, or a difference of two, that is claimed to lie above a bound. It *holds* where the
 interval lies above it, *does not hold* where it lies below (*the opposite holds* where the bound is 0), *cannot be told* where
-it holds the bound, and is *not testable here* where the statistic or its interval is not defined (fewer than `stats.LEAST`
-facts on a side) or would say nothing; then `why` says so. Claims 6-8, 10 and 11, about changes of P(answer), are decided by
-the 10 % trimmed mean over all queries, as the paper counts them; the same over the known ones stands beside and decides
-nothing. Nothing is written by hand for a model, nothing needs torch.
-"""
+it holds the bound, and is *not testable here* where the statistic or its interval is not defined
+(fewer than `stats.LEAST` facts on a side) or would say nothing; then `why` says so. Claims 6-8, 10
+and 11, about changes of P(answer), are decided by the 10 % trimmed mean over all queries, as the
+paper counts them; the same over the known ones stands beside and decides nothing. Nothing is
+written by hand for a model, nothing needs torch. """
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Claim:
 
 @dataclass
 class Part:
-    """A statistic of a claim; `measure` is that of the estimate which decides it, `queries` those counted where that is a
-    choice, and `why` says why the estimate would say nothing."""
+    """A statistic of a claim; `measure` is that of the estimate which decides it, `queries` those
+    counted where that is a choice, and `why` says why the estimate would say nothing."""
 
     name: str
     statistic: str
@@ -115,13 +115,15 @@ class Case:
         return bootstrap_difference(frame, value, by, levels, seed=self.seed, share=share)
 
     def counted(self, gaps, name, statistic, threshold, estimate):
-        """Parts about `query_gaps`, one for the queries that decide and one for those beside: `estimate` of their rows."""
+        """Parts about `query_gaps`, one for the queries that decide and one for those beside:
+        `estimate` of their rows."""
         for queries in COUNTED:
             found = estimate(POPULATIONS[queries](gaps))
             yield Part(name, statistic, threshold, found, measure="trimmed", queries=queries)
 
     def edited(self, part, name, measure, sides, by, levels, threshold):
-        """The part about a measure of edits; dPPL, which a few broken texts decide, by its median."""
+        """The part about a measure of edits; dPPL, which a few broken texts decide, by its
+        median."""
         found = self.apart(part, measure, by, levels, share=measure != "dppl")
         why = _idle(part)
         if measure == "broken" and not part["broken"].fillna(0).any():
@@ -320,8 +322,9 @@ def _row(claim: Claim, part: Part) -> dict:
 
 
 def overall(board: pd.DataFrame) -> pd.DataFrame:
-    """One verdict a claim, model and method: of its parts that could be tested, do all, some or none hold? `known`: the same
-    of the parts over known queries, which decide nothing; "" where a claim has none."""
+    """One verdict a claim, model and method: of its parts that could be tested, do all, some or
+    none hold? `known`: the same of the parts over known queries, which decide nothing; "" where a
+    claim has none."""
     rows = []
     for keys, part in board.groupby(["claim", "text", "method", "model"], sort=False):
         beside = part["queries"] == COUNTED[1]

@@ -194,8 +194,9 @@ def split_frames(queries: pd.DataFrame, outcomes=(), *, t: float = 0.2, static: 
 
 def split_half(queries: pd.DataFrame, outcomes=(), *, seed: int = 0, **thresholds) -> pd.DataFrame:
     """Class I minus class II by `split_frames`, a row an outcome and threshold: the difference with its 95 % interval
-    (bootstrap over facts within relation; NaN below `stats.LEAST` facts of a class), the difference less the relations'
-    means and its permutation p (exact for any number), n_I and n_II facts."""
+    (bootstrap over facts within relation; NaN below `stats.LEAST` facts of a class), the
+    difference less the relations' means and its permutation p (exact for any number), n_I and n_II
+    facts."""
     rows = []
     for threshold, at, name, frame in split_frames(queries, outcomes, seed=seed, **thresholds):
         estimate = bootstrap_difference(frame, "value", "label", ("I", "II"), seed=seed)
@@ -209,7 +210,8 @@ def split_half(queries: pd.DataFrame, outcomes=(), *, seed: int = 0, **threshold
 # --- 7: is K_II only ignorance? ---------------------------------------------------------------------------
 
 def knowledge(queries: pd.DataFrame, *, t: float = 0.2, static: float = 0.1, seed: int = 0) -> pd.DataFrame:
-    """CS2 against knowledge, a row a statistic: value with its 95 % interval, n facts (of a difference, and n_other).
+    """CS2 against knowledge, a row a statistic: value with its 95 % interval, n facts (of a
+    difference, and n_other).
 
     Spearman's correlation of CS2 with mean P(answer), over all facts and within relations (ranks less their relation's
     mean), the mean CS2 of facts known in every wording less that of the others, and the share of K_II over all facts
@@ -233,8 +235,9 @@ def knowledge(queries: pd.DataFrame, *, t: float = 0.2, static: float = 0.1, see
 
 def _correlation(values, cluster, strata, seed) -> dict:
     """Pearson's correlation of two columns, with an interval over resampled clusters, `cluster` of each row and `strata` of
-    each cluster; NaN where a column is constant, and the interval with fewer than `LEAST` clusters. Ranks less their relation's mean hang together within a relation (of two
-    facts, one is the other's negative), so there the relation is the cluster."""
+    each cluster; NaN where a column is constant, and the interval with fewer than `LEAST`
+    clusters. Ranks less their relation's mean hang together within a relation (of two facts, one
+    is the other's negative), so there the relation is the cluster."""
     def weighted(w):
         x, y = (values - (w @ values) / w.sum()).T
         size = np.sqrt((w @ x**2) * (w @ y**2))

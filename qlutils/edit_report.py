@@ -24,11 +24,12 @@ PAPER_OP = {"erase": "erasure", "update": "update"}
 def edit_table(frame, classes, model, *, table=2, sets=("local", "global"), controls=("random",), seed=0):
     """Table 2 or 3: a row a split of the facts, operation and neuron set; its random control right below it.
 
-    classes: a frame with fact, class_static, class_otsu. Rel, Gen, Loc and Avg are means over edits with 95 %
-    intervals (facts resampled within relations), and so is broken; dppl is the median, dppl_mean the mean where no text is
-    broken. n edits, of which n_rel, n_gen, n_loc and n_avg have a defined Rel, Gen, Loc and Avg (see AVG_NOTE); n_empty had
-    no neurons to edit. Classes without a fact show n = 0. Columns ending in _paper hold the paper's values, for its models
-    and methods; they are left out for others."""
+    classes: a frame with fact, class_static, class_otsu. Rel, Gen, Loc and Avg are means over
+    edits with 95 % intervals (facts resampled within relations), and so is broken; dppl is the
+    median, dppl_mean the mean where no text is broken. n edits, of which n_rel, n_gen, n_loc and
+    n_avg have a defined Rel, Gen, Loc and Avg (see AVG_NOTE); n_empty had no neurons to edit.
+    Classes without a fact show n = 0. Columns ending in _paper hold the paper's values, for its
+    models and methods; they are left out for others."""
     classes = classes[["fact", "class_static", "class_otsu"]]
     frame, rows = frame[frame["note"].isna()].merge(classes, on="fact", how="left"), []
     levels = {"threshold": ("all", "static", "otsu"), "class": ("all", "I", "II"), "op": PAPER_OP, "neurons": sets,
@@ -55,8 +56,9 @@ def edit_table(frame, classes, model, *, table=2, sets=("local", "global"), cont
 
 
 def contrasts(frame, by, levels, metrics=METRICS, within=("op", "neurons"), seed=0) -> pd.DataFrame:
-    """Mean (of dPPL: median) where `by` is levels[0] less that where it is levels[1], for every metric within every group:
-    columns of `within`, metric, difference with its 95 % interval, n facts of the first and n_other of the second."""
+    """Mean (of dPPL: median) where `by` is levels[0] less that where it is levels[1], for every
+    metric within every group: columns of `within`, metric, difference with its 95 % interval, n
+    facts of the first and n_other of the second."""
     rows = []
     for keys, part in frame[frame["note"].isna()].groupby(list(within), sort=False):
         for metric in metrics:
@@ -68,7 +70,8 @@ def contrasts(frame, by, levels, metrics=METRICS, within=("op", "neurons"), seed
 
 
 def tell(frame, what) -> None:
-    """Print the rows of `contrasts` as sentences; `what` says which difference it is, n counts the facts of both sides."""
+    """Print the rows of `contrasts` as sentences; `what` says which difference it is, n counts the
+    facts of both sides."""
     for row in frame.to_dict("records"):
         metric = "median dPPL" if row["metric"] == "dppl" else row["metric"]
         subject = ", ".join(filter(None, [PAPER_OP[row["op"]], row.get("neurons"), metric]))

@@ -16,9 +16,9 @@ from .neurons import OtherFacts, active_neurons, cas_neurons, kn_sets, random_ne
 
 CONTROLS = ("random", "matched", "same_relation", "other_relation", "strongest")
 UNIT_FACTS = 24  # batches of equal lengths are full from there on
-# A text is broken where an edit multiplies its perplexity by more than this: each of its tokens is then, on average, less
-# than a tenth as likely as before. The paper's largest mean dPPL, 2.02, is a factor of 3; a few texts beyond 10 (factors of
-# 1e10 occur) would decide a mean alone.
+# A text is broken where an edit multiplies its perplexity by more than this: each of its tokens is
+# then, on average, less than a tenth as likely as before. The paper's largest mean dPPL, 2.02, is
+# a factor of 3; a few texts beyond 10 (factors of 1e10 occur) would decide a mean alone.
 BROKEN = 10.0
 
 
@@ -162,8 +162,9 @@ def edit_facts(lm, unit, *, ops=("erase", "update"), lambda1=2.0, lambda2=2.0, e
     whose object is another and whose answer an update makes the new one; rel_match,
     gen_match, from token-level matches; p_before, p_after of the answer an operation is about (erasure: o,
     update: o') at q_i and gen_p_before, gen_p_after at its neighbours; ppl_before, ppl_after and their
-    relative change dppl; broken, the share of the texts that the edit breaks (BROKEN); n_gen, n_loc, queries behind Gen and Loc; reached, 1 or 0 for each of the fact's queries. NaN where undefined. An update whose
-    object cannot follow every prompt is left out, with a `note`.
+    relative change dppl; broken, the share of the texts that the edit breaks (BROKEN); n_gen,
+    n_loc, queries behind Gen and Loc; reached, 1 or 0 for each of the fact's queries. NaN where
+    undefined. An update whose object cannot follow every prompt is left out, with a `note`.
     """
     book = Book(lm)
     facts = [PlannedFact(book, plan, ops) for plan in unit]

@@ -92,8 +92,9 @@ def rates(frame: pd.DataFrame, quantity: str = "probability", *, size: bool = Fa
 def summary(frame: pd.DataFrame, sets, *, directions=DIRECTIONS, populations=COUNTED, thresholds=THRESHOLDS,
             seed: int = 0) -> pd.DataFrame:
     """Mean, median and 10 % trimmed mean of `rate`, each with its 95 % interval, for every threshold, population of
-    queries (of POPULATIONS), set, direction and class; n values of n_facts facts, the share of `empty` sets and their mean size, and how
-    many values are `undefined` (0 before the change). A class without facts has n = 0 and NaN."""
+    queries (of POPULATIONS), set, direction and class; n values of n_facts facts, the share of
+    `empty` sets and their mean size, and how many values are `undefined` (0 before the change). A
+    class without facts has n = 0 and NaN."""
     rows = []
     for population in populations:
         levels = {"threshold": thresholds, "set": sets, "direction": directions, "class": CLASSES}
@@ -117,9 +118,10 @@ def query_gaps(frame: pd.DataFrame, first: str, second=(), direction="average") 
 
 
 def contrast(frame: pd.DataFrame, first: str, second, seed: int = 0) -> pd.DataFrame:
-    """Mean, median and trimmed mean of `query_gaps` by threshold, queries counted and class, and their differences of the
-    classes, "II - I", with 95 % intervals; n queries and n_facts, of II - I with those of I as n_other and n_facts_other.
-    Queries where a rate is undefined are left out."""
+    """Mean, median and trimmed mean of `query_gaps` by threshold, queries counted and class, and
+    their differences of the classes, "II - I", with 95 % intervals; n queries and n_facts, of II -
+    I with those of I as n_other and n_facts_other. Queries where a rate is undefined are left
+    out."""
     gaps, rows = query_gaps(frame, first, second), []
     for threshold, queries in product(THRESHOLDS, COUNTED):
         label, counted = f"class_{threshold}", POPULATIONS[queries](gaps)
@@ -131,7 +133,8 @@ def contrast(frame: pd.DataFrame, first: str, second, seed: int = 0) -> pd.DataF
 
 
 def all_statistics(estimate) -> dict:
-    """Mean, median and trimmed mean as columns, each with its interval; n values and facts, of both sides of a difference."""
+    """Mean, median and trimmed mean as columns, each with its interval; n values and facts, of
+    both sides of a difference."""
     return {**estimate.row("mean"), **estimate.row("median"), **estimate.row("trimmed"), **estimate.facts()}
 
 

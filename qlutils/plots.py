@@ -134,8 +134,9 @@ def figure_predominance(facts):
 def bars_with_intervals(frame, ax, *, x, hue, y="mean"):
     """Figures 4 and 6: grouped bars of column `y` with the interval `y`_low to `y`_high, and n where there is one.
 
-    frame: one row a bar, with columns x, hue (in BAR_COLORS), y, y_low, y_high and perhaps n. A bar that is undefined, or
-    whose interval is, is left out and marked "–"; n stands once where it depends on one of x and hue, else at every bar."""
+    frame: one row a bar, with columns x, hue (in BAR_COLORS), y, y_low, y_high and perhaps n. A
+    bar that is undefined, or whose interval is, is left out and marked "–"; n stands once where it
+    depends on one of x and hue, else at every bar."""
     groups, hues = list(dict.fromkeys(frame[x])), list(dict.fromkeys(frame[hue]))
     width, n, ticks = 0.8 / len(hues), {}, [_label(group) for group in groups]
     for by in (hue, x) if "n" in frame else ():
@@ -168,7 +169,8 @@ def bars_with_intervals(frame, ax, *, x, hue, y="mean"):
 
 
 def _beside_known(frame) -> pd.DataFrame:
-    """A table of `effects.summary` with `bar`: the class, and after each the same of known queries ("I, known"), if any."""
+    """A table of `effects.summary` with `bar`: the class, and after each the same of known queries
+    ("I, known"), if any."""
     known = frame["queries"] == "known"
     frame = frame.assign(bar=frame["class"] + np.where(known, ", known", ""))
     if not (known & (frame["n"] > 0)).any():
@@ -177,9 +179,9 @@ def _beside_known(frame) -> pd.DataFrame:
 
 
 def figure_bars(frame, *, row, column, x="set", y="trimmed", ylabel=""):
-    """Figures 4 and 6: bars of a table of `effects.summary` by `x` and class, those of known queries beside where there are
-    any; a row of panels each level of column `row` of the frame, a column each of `column`. `ylabel` stands before the
-    row's level."""
+    """Figures 4 and 6: bars of a table of `effects.summary` by `x` and class, those of known
+    queries beside where there are any; a row of panels each level of column `row` of the frame, a
+    column each of `column`. `ylabel` stands before the row's level."""
     tops, sides = (list(dict.fromkeys(frame[name])) for name in (row, column))
     bars = _beside_known(frame)
     fig, axes = plt.subplots(len(tops), len(sides), figsize=(WIDE, 0.7 + 1.75 * len(tops)), squeeze=False,
@@ -197,8 +199,8 @@ def figure_bars(frame, *, row, column, x="set", y="trimmed", ylabel=""):
 
 
 def figure_edits(table, threshold, sets):
-    """(figure, plotted numbers) of Table 2 or 3: a row an operation; Rel, Gen, Loc and Avg of each class, each with the n
-    edits for which it is defined, then the median dPPL."""
+    """(figure, plotted numbers) of Table 2 or 3: a row an operation; Rel, Gen, Loc and Avg of each
+    class, each with the n edits for which it is defined, then the median dPPL."""
     table = table[(table["threshold"] == threshold) & table["neurons"].isin(sets)]
     keys, parts = ["threshold", "class", "op", "neurons"], []
     for metric in ("rel", "gen", "loc", "avg", "dppl"):
@@ -274,8 +276,8 @@ def heatmap_neurons(frame, ax, norm):
 
 
 def _heatmaps(fig, panels, kind, beside=()) -> list[pd.DataFrame]:
-    """Panels by row, each a dict of values (L, N), title, label (of its row) and scale; those of one scale, and the (scale,
-    array) pairs `beside`, share a colour scale; pooled frames."""
+    """Panels by row, each a dict of values (L, N), title, label (of its row) and scale; those of
+    one scale, and the (scale, array) pairs `beside`, share a colour scale; pooled frames."""
     axes = fig.subplots(len(panels), max(map(len, panels)), squeeze=False, sharex=True, sharey=True)
     groups: dict = {}
     for i, row in enumerate(panels):
@@ -296,7 +298,8 @@ def _heatmaps(fig, panels, kind, beside=()) -> list[pd.DataFrame]:
 
 
 def _colorbar(fig, axes, kind, alone):
-    """The scale of the panels `axes`: beside all of them where there is no other, beside a single one, below a column."""
+    """The scale of the panels `axes`: beside all of them where there is no other, beside a single
+    one, below a column."""
     if alone:
         fig.colorbar(axes[0].collections[0], ax=axes, label=kind, pad=0.02, shrink=0.8)
         return
@@ -312,7 +315,8 @@ def _prompt(one, width=30) -> str:
 
 
 def _scale(one, kind):
-    """What shares a colour scale with a map: all of the same query for the attribution, every other for the activation."""
+    """What shares a colour scale with a map: all of the same query for the attribution, every
+    other for the activation."""
     return (one["fact"], one["prompt"]) if kind == "attribution" else None
 
 
@@ -321,8 +325,9 @@ def _subject(one) -> str:
 
 
 def figure_1(maps):
-    """Figure 1: (L, N) maps of two queries of each of two facts, a row a fact; attribution on a colour scale for each query,
-    since a confident query's is a thousand times an unsure one's; beside it activation, on one scale.
+    """Figure 1: (L, N) maps of two queries of each of two facts, a row a fact; attribution on a
+    colour scale for each query, since a confident query's is a thousand times an unsure one's;
+    beside it activation, on one scale.
 
     maps: from `localize.example_maps`. Returns the figure and the plotted numbers as a tidy frame."""
     facts = [[one for one in maps if one["fact"] == fact] for fact in dict.fromkeys(one["fact"] for one in maps)]
@@ -330,14 +335,15 @@ def figure_1(maps):
     for part, kind in zip(fig.subfigures(1, 2), ("attribution", "activation")):
         pooled = _heatmaps(part, [[dict(values=one[kind], title=_prompt(one, 22), label=_subject(one),
                                         scale=_scale(one, kind)) for one in row] for row in facts], kind)
+        part.suptitle("attribution, each query on a scale of its own" if kind == "attribution" else kind, fontsize=7)
         frames += [frame.assign(fact=one["fact"], prompt=one["prompt"], kind=kind)
                    for frame, one in zip(pooled, sum(facts, []))]
     return fig, pd.concat(frames, ignore_index=True)
 
 
 def figure_conditions(maps, conditions, kind):
-    """Figures 7 and 10: (L, N) maps of queries, a column a query and a row a condition, on the scale of all conditions: of
-    the query, for the attribution; of all queries, for the activation.
+    """Figures 7 and 10: (L, N) maps of queries, a column a query and a row a condition, on the
+    scale of all conditions: of the query, for the attribution; of all queries, for the activation.
 
     maps: from `synapses.scaled_maps`. kind: "attribution" or "activation". Returns the figure and its numbers."""
     fig = plt.figure(figsize=(WIDE, 0.9 + 1.15 * len(conditions)))

@@ -185,7 +185,8 @@ def query_outcomes(run: Run, model, method) -> dict[str, pd.DataFrame]:
 
 
 def other_neurons(run: Run, seed=0) -> tuple[pd.DataFrame, list[str]]:
-    """Trimmed mean dProb (both directions averaged) of every set that notebook 04 scales, by class; all queries."""
+    """Trimmed mean dProb (both directions averaged) of every set that notebook 04 scales, by
+    class; all queries."""
     found, missing = run.frames("query_kn_mapping")
     for pair, frame in found.items():
         table, columns = summary(frame, SET_ORDER, directions=("average",), populations=("all",), seed=seed), {}
@@ -233,8 +234,8 @@ def show_pictures(run: Run, number, stem) -> None:
 
 
 def figure_4(run: Run, threshold="static", seed=0):
-    """dProb of a query's own and its neighbours' KNs (trimmed mean), a row of panels a direction, a column a model; all
-    queries, and beside them the known ones.
+    """dProb of a query's own and its neighbours' KNs (trimmed mean), a row of panels a direction,
+    a column a model; all queries, and beside them the known ones.
 
     Returns the figure (None where nothing was run), the plotted numbers and what is missing."""
     found, missing = run.frames("query_kn_mapping")
@@ -261,8 +262,9 @@ def _bars(parts, row, x, ylabel=""):
 
 
 def averages(plotted: pd.DataFrame) -> str:
-    """Sentences that read Figure 4 or 6: trimmed means of both directions, a line a model, quantity, class and queries
-    counted (all or known) with facts; "–" where there are too few for an interval."""
+    """Sentences that read Figure 4 or 6: trimmed means of both directions, a line a model,
+    quantity, class and queries counted (all or known) with facts; "–" where there are too few for
+    an interval."""
     if plotted.empty:
         return ""
     lines, names = [], [name for name in ("model", "quantity", "class", "queries") if name in plotted]

@@ -1,8 +1,8 @@
 """Intervals and tests of the study: a bootstrap over facts, Welch's t-test, a permutation test of the classes.
 
 A fact's queries are not independent, so the unit that is resampled is the fact (the *cluster*), and facts are resampled
-within their relation (the *stratum*). Undefined statistics are NaN beside their n; no interval rests on fewer than `LEAST`
-facts on a side.
+within their relation (the *stratum*). Undefined statistics are NaN beside their n; no interval
+rests on fewer than `LEAST` facts on a side.
 """
 
 import warnings
@@ -14,10 +14,11 @@ import pandas as pd
 LEVEL = 0.95
 TAILS = (100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2)  # percentiles
 TRIM = 0.1
-# The least number of resampled clusters (facts, or relations where these are resampled) on each side of an interval or test.
-# A side of one fact has no spread, which a bootstrap takes for certainty. By simulation (tests/test_stats.py), intervals of
-# 10 facts cover what they estimate in at least 93 % of samples for means of symmetric values, medians, trimmed means and
-# shares, alone or as a difference of classes, and in 90 % for means of skewed values; with 4, in as few as 80 %.
+# The least number of resampled clusters (facts, or relations where these are resampled) on each
+# side of an interval or test. A side of one fact has no spread, which a bootstrap takes for
+# certainty. By simulation (tests/test_stats.py), intervals of 10 facts cover what they estimate in
+# at least 93 % of samples for means of symmetric values, medians, trimmed means and shares, alone
+# or as a difference of classes, and in 90 % for means of skewed values; with 4, in as few as 80 %.
 LEAST = 10
 _CHUNK = 1_000_000  # draws x rows worked on at a time: little enough to stay near the processor
 
@@ -25,7 +26,8 @@ _CHUNK = 1_000_000  # draws x rows worked on at a time: little enough to stay ne
 def welch(a, b) -> dict:
     """t, df and p of `scipy.stats.ttest_ind(a, b, equal_var=False)` and d, Cohen's with the pooled deviation.
 
-    NaNs are left out of a and b. All four are NaN where a sample has fewer than `LEAST` values or neither varies."""
+    NaNs are left out of a and b. All four are NaN where a sample has fewer than `LEAST` values or
+    neither varies."""
     from scipy.stats import ttest_ind
 
     a, b = (np.asarray(values, dtype=np.float64) for values in (a, b))
@@ -46,9 +48,9 @@ def welch(a, b) -> dict:
 class Estimate:
     """Mean, median and 10 % trimmed mean, each with its 95 % interval (NaN where undefined).
 
-    n: values used; n_clusters: facts they come from; n_other, n_clusters_other: those of the second side of a difference,
-    None where there is none. n_missing: NaNs left out; n_draws: draws behind the interval (draws without a value, as of an
-    empty class, are left out)."""
+    n: values used; n_clusters: facts they come from; n_other, n_clusters_other: those of the
+    second side of a difference, None where there is none. n_missing: NaNs left out; n_draws: draws
+    behind the interval (draws without a value, as of an empty class, are left out)."""
 
     mean: float
     mean_low: float
@@ -67,8 +69,8 @@ class Estimate:
     n_clusters_other: int | None = None
 
     def row(self, statistic="mean", name=None) -> dict:
-        """One statistic as columns for `tables.write_table`: `name`, `name`_low, `name`_high, n and, of a difference,
-        n_other."""
+        """One statistic as columns for `tables.write_table`: `name`, `name`_low, `name`_high, n
+        and, of a difference, n_other."""
         name, values = name or statistic, asdict(self)
         row = {f"{name}{end}": values[f"{statistic}{end}"] for end in ("", "_low", "_high")} | {"n": self.n}
         return row if self.n_other is None else row | {"n_other": self.n_other}
@@ -85,13 +87,15 @@ def bootstrap_mean(frame, value, cluster="fact", strata="relation", draws=1000, 
     Facts are drawn with replacement within their relation, a fact's rows staying together. Of a relation's n facts
     n - 1 are drawn and weigh n / (n - 1), so that the interval is not too narrow where a relation has few facts (Rao &
     Wu 1988; drawing n of n understates the variance by (n - 1) / n, which is a half for two facts). Relations with one
-    fact left are pooled into one stratum; where facts less relations are fewer than `LEAST` - 1, all are (wider, since what
-    sets relations apart counts, too). strata=None resamples all facts together. The percentile interval is stretched by the
-    ratio of Student's to the normal quantile, of facts less relations, but never beyond the values there are. With fewer
-    than `LEAST` facts it is NaN.
+    fact left are pooled into one stratum; where facts less relations are fewer than `LEAST` - 1,
+    all are (wider, since what sets relations apart counts, too). strata=None resamples all facts
+    together. The percentile interval is stretched by the ratio of Student's to the normal
+    quantile, of facts less relations, but never beyond the values there are. With fewer than
+    `LEAST` facts it is NaN.
 
-    share: the values lie between 0 and 1. Where every fact's is 0 or 1, the interval of the mean is Clopper and Pearson's
-    for as many facts: draws of rare or sure events cannot say how far from 0 or 1 their share may be."""
+    share: the values lie between 0 and 1. Where every fact's is 0 or 1, the interval of the mean
+    is Clopper and Pearson's for as many facts: draws of rare or sure events cannot say how far
+    from 0 or 1 their share may be."""
     found = _bootstrap(frame, value, None, [None], cluster, strata, draws, seed)
     if share and found.n_clusters >= LEAST and _all_or_nothing(frame, value, cluster):
         from scipy.stats import binomtest
@@ -106,9 +110,10 @@ def bootstrap_difference(frame, value, by, levels, cluster="fact", strata="relat
     """Statistic where `by` is levels[0] minus where it is levels[1], with intervals as in `bootstrap_mean`.
 
     Facts are resampled once for both sides. So two conditions measured on the same facts are compared paired, and two
-    classes of facts unpaired. Where a side has no value, all is NaN; where it has fewer than `LEAST` facts, the intervals.
-    share: as in `bootstrap_mean`; where a side's facts are all 0 or 1, the interval is put together from the sides' own
-    (Newcombe 1998), paired by their correlation where the facts are the same."""
+    classes of facts unpaired. Where a side has no value, all is NaN; where it has fewer than
+    `LEAST` facts, the intervals. share: as in `bootstrap_mean`; where a side's facts are all 0 or
+    1, the interval is put together from the sides' own (Newcombe 1998), paired by their
+    correlation where the facts are the same."""
     if by not in frame or len(levels) != 2:
         raise ValueError(f"by={by!r} must be a column and levels={levels!r} two of its values")
     frame = frame[frame[by].isin(list(levels))]
@@ -128,7 +133,8 @@ def _all_or_nothing(frame, value, cluster) -> bool:
 
 
 def _newcombe(one: Estimate, two: Estimate, correlation) -> tuple[float, float]:
-    """Interval of a difference of means from the intervals of both (Newcombe 1998, method 10; Zou 2007)."""
+    """Interval of a difference of means from the intervals of both (Newcombe 1998, method 10; Zou
+    2007)."""
     def reach(first, second):
         return float(np.sqrt(max(0.0, first**2 + second**2 - 2 * correlation * first * second)))
 
@@ -138,7 +144,8 @@ def _newcombe(one: Estimate, two: Estimate, correlation) -> tuple[float, float]:
 
 
 def _correlation(one, two, value, cluster) -> float:
-    """Correlation of two sides over the facts that both have; 0 without such facts or where a side is constant."""
+    """Correlation of two sides over the facts that both have; 0 without such facts or where a side
+    is constant."""
     both = [side.groupby(cluster)[value].mean() for side in (one, two)]
     first, second = both[0].align(both[1], join="inner")
     if len(first) < 2 or first.nunique() < 2 or second.nunique() < 2:
@@ -149,7 +156,8 @@ def _correlation(one, two, value, cluster) -> float:
 def bootstrap_statistic(frames, statistic, cluster="fact", strata="relation", draws=1000, seed=0) -> Estimate:
     """statistic(frame, weights) of one frame of facts, or of the first of two less that of the second, computed anew from
     each draw's weights, as what hangs on a threshold that is itself estimated must be. Facts that both frames have are drawn
-    for both. Only `mean` and its interval are filled; the interval is NaN with fewer than `LEAST` facts in a frame."""
+    for both. Only `mean` and its interval are filled; the interval is NaN with fewer than `LEAST`
+    facts in a frame."""
     every = pd.concat([frame[[cluster, strata]] for frame in frames]).drop_duplicates(cluster).sort_values(cluster)
     place = pd.Series(range(len(every)), every[cluster])
     members = [place[frame[cluster]].to_numpy() for frame in frames]
@@ -170,8 +178,8 @@ def bootstrap_statistic(frames, statistic, cluster="fact", strata="relation", dr
 
 
 def mean_columns(frame, values, seed=0, share=False) -> dict:
-    """The means of several columns side by side, each with its interval, and n, as one row of a table. n is that of the last
-    column; one with another n has its own, n_<column>."""
+    """The means of several columns side by side, each with its interval, and n, as one row of a
+    table. n is that of the last column; one with another n has its own, n_<column>."""
     row, counts = {}, {}
     for value in values:
         row |= bootstrap_mean(frame, value, seed=seed, share=share).row("mean", value)
@@ -219,16 +227,18 @@ def _bootstrap(frame, value, by, levels, cluster, strata, draws, seed) -> Estima
 
 
 def _reach(sides) -> tuple[float, float]:
-    """Between what the mean of one side, or the difference of the means of two, must lie, given the values there are."""
+    """Between what the mean of one side, or the difference of the means of two, must lie, given
+    the values there are."""
     (low, high), *second = [(side.min(), side.max()) for side in sides]
     return (low - second[0][1], high - second[0][0]) if second else (low, high)
 
 
 def _strata(strata_of, members) -> tuple[np.ndarray, float]:
-    """The strata to draw in, and by what the interval is stretched, for sides of these clusters (their positions).
+    """The strata to draw in, and by what the interval is stretched, for sides of these clusters
+    (their positions).
 
-    The side with the fewest degrees of freedom decides (clusters less strata; singletons form one); where it has too few,
-    all clusters are one stratum."""
+    The side with the fewest degrees of freedom decides (clusters less strata; singletons form
+    one); where it has too few, all clusters are one stratum."""
     from scipy.stats import norm, t
 
     def freedom(strata):
@@ -298,9 +308,10 @@ def permutation_test(frame, value, label, levels=("I", "II"), cluster="fact", st
                      seed=0) -> dict:
     """Two-sided test that the labels say nothing about `value`, permuting them among the facts of a relation.
 
-    A fact's rows are averaged first. The test is exact for any number of facts, so it needs no least one. Returns within, the difference of the class means of the values less their
-    relation's mean, whose expectation under the permutation is 0; p = (1 + as extreme) / (1 + draws); n1 and n2 facts.
-    NaN where a class is empty or no relation has both."""
+    A fact's rows are averaged first. The test is exact for any number of facts, so it needs no
+    least one. Returns within, the difference of the class means of the values less their
+    relation's mean, whose expectation under the permutation is 0; p = (1 + as extreme) / (1 +
+    draws); n1 and n2 facts. NaN where a class is empty or no relation has both."""
     frame = frame[frame[label].isin(list(levels)) & frame[value].notna()]
     facts = frame.groupby([*filter(None, (cluster, label, strata))], sort=False, as_index=False)[value].mean()
     if facts[cluster].duplicated().any():

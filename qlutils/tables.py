@@ -49,8 +49,8 @@ def format_value(value, low=None, high=None, n=None, digits=2) -> str:
 
 
 def with_interval(row, name="mean", digits=2) -> str:
-    """A value of a table's row for a sentence: "0.41 [0.35, 0.47] (n = 120)", of a difference "(n = 90 and 30)"; "undefined
-    (n = 0)"; without n if it has none."""
+    """A value of a table's row for a sentence: "0.41 [0.35, 0.47] (n = 120)", of a difference "(n
+    = 90 and 30)"; "undefined (n = 0)"; without n if it has none."""
     n = counted(row)
     if pd.isna(row[name]):
         return "undefined" + (f" (n = {n})" if n else "")
@@ -58,7 +58,8 @@ def with_interval(row, name="mean", digits=2) -> str:
 
 
 def counted(row, name="n") -> str:
-    """The n of a table's row for a sentence, of both sides of a difference; "" where it has none."""
+    """The n of a table's row for a sentence, of both sides of a difference; "" where it has
+    none."""
     sides = [row.get(name), row.get(f"{name}_other")]
     return " and ".join(f"{count:.0f}" for count in sides if count is not None and not pd.isna(count))
 

@@ -322,7 +322,8 @@ def test_unknown_queries_leave_nothing_to_say_of_the_known_ones(queries):
 
 
 def test_a_class_of_one_fact_decides_nothing_and_its_n_is_shown(queries):
-    """As seen on a pretrained model: 4 facts known in class I, 1 in class II, and "holds in part"."""
+    """As seen on a pretrained model: 4 facts known in class I, 1 in class II, and "holds in
+    part"."""
     frames, names = frames_where_all_holds(queries), list(dict.fromkeys(queries["fact"]))
     few = [*names[:8:2], names[1]]  # of even number: class I
     frames["query_kn_mapping"] = frames["query_kn_mapping"].loc[lambda frame: frame["fact"].isin(few)]
@@ -339,7 +340,8 @@ def test_a_class_of_one_fact_decides_nothing_and_its_n_is_shown(queries):
 
 
 def test_a_perplexity_that_explodes_is_judged_by_its_median_and_by_broken_texts(queries):
-    """One broken model in class I lifts that class's mean above all; the median and the share do not follow it."""
+    """One broken model in class I lifts that class's mean above all; the median and the share do
+    not follow it."""
     frames = frames_where_all_holds(queries)
     edits = frames["edits"]
     first = (edits["fact"] == queries["fact"].iloc[0]) & (edits["neurons"] == "global")

@@ -305,7 +305,8 @@ def test_a_statistic_of_weighted_facts_equals_that_of_repeated_ones_and_of_the_m
     assert two.mean_high - two.mean_low > fixed.mean_high - fixed.mean_low
 
 
-# --- few facts ---------------------------------------------------------------------------------------------------
+# --- few facts -----------------------------------------------------------------------------------
+# ----------------
 
 def lopsided(small, large, rng=None, spread=1.0):
     """Facts of class II (`small` of them) and I, two a relation, drawn together."""
@@ -372,8 +373,8 @@ DRAWN = {  # (random values, their mean, median and trimmed mean)
 
 
 def coverage(kind, facts, per_relation, other=0, samples=200):
-    """Share of samples whose interval (of the mean, median and trimmed mean) holds the truth: of one class, or of its
-    difference from another of `other` facts."""
+    """Share of samples whose interval (of the mean, median and trimmed mean) holds the truth: of
+    one class, or of its difference from another of `other` facts."""
     rng, (drawn, truth) = np.random.default_rng(facts), DRAWN[kind]
     n, share = facts + other, kind in ("rare", "even")
     frame = pd.DataFrame(dict(fact=np.arange(n).astype(str), kind=np.where(np.arange(n) < facts, "II", "I"),
@@ -390,8 +391,9 @@ def coverage(kind, facts, per_relation, other=0, samples=200):
     return np.round(100 * hits / samples)
 
 
-# % of the samples covered with `LEAST` facts on the smaller side, two of a relation: mean, median, trimmed mean. 95 is
-# promised. A mean of skewed values falls short, and one of heavy tails by far: tables show its median and trimmed mean, too.
+# % of the samples covered with `LEAST` facts on the smaller side, two of a relation: mean, median,
+# trimmed mean. 95 is promised. A mean of skewed values falls short, and one of heavy tails by far:
+# tables show its median and trimmed mean, too.
 COVERED = {  # one class, and its difference from a class of 60 facts
     "normal": ((94, 94, 94), (94, 94, 94)),
     "skewed": ((90, 92, 94), (92, 94, 94)),
