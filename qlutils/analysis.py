@@ -180,7 +180,11 @@ def otsu_null(facts: pd.DataFrame, draws: int = 200, seed: int = 0) -> dict:
     for name, values in zip(("R_II", "t"), found.T):
         values = values[~np.isnan(values)]
         low, high = np.quantile(values, (0.025, 0.975)) if len(values) else (np.nan, np.nan)
-        row |= {name: values.mean() if len(values) else np.nan, f"{name}_low": low, f"{name}_high": high}
+        row |= {
+            name: values.mean() if len(values) else np.nan,
+            f"{name}_low": low,
+            f"{name}_high": high,
+        }
     return row | {"n": len(cs2)}
 
 

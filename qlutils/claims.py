@@ -6,7 +6,8 @@ it holds the bound, and is *not testable here* where the statistic or its interv
 (fewer than `stats.LEAST` facts on a side) or would say nothing; then `why` says so. Claims 6-8, 10
 and 11, about changes of P(answer), are decided by the 10 % trimmed mean over all queries, as the
 paper counts them; the same over the known ones stands beside and decides nothing. Nothing is
-written by hand for a model, nothing needs torch. """
+written by hand for a model, nothing needs torch.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +32,17 @@ UNTOLD, OPEN = "cannot be told", "not testable here"
 COMMON, HIGH, MARGIN = 0.25, 0.5, 0.1
 LOCALISED = "02"  # the notebook whose claims every method decides
 NEIGHBOURS = ("union", "intersection", "refine")
-NAMES = {"rel": "Rel", "gen": "Gen", "loc": "Loc", "avg": "Avg", "dppl": "median dPPL", "cas": "CAS",
-         "broken": "share of broken texts"}
-QUERIES = "of all queries, trimmed mean"  # how the claims about changes count; with the known ones beside
+NAMES = {
+    "rel": "Rel",
+    "gen": "Gen",
+    "loc": "Loc",
+    "avg": "Avg",
+    "dppl": "median dPPL",
+    "cas": "CAS",
+    "broken": "share of broken texts",
+}
+# How the claims about changes count; the known queries stand beside.
+QUERIES = "of all queries, trimmed mean"
 
 
 class Missing(Exception):
@@ -87,7 +96,10 @@ class Case:
         """A notebook's edits of knowledge neurons (not its controls), with the facts' classes."""
         frame = self.frame(name)
         if "broken" not in frame:
-            raise Missing("its edits were made by an earlier version, which did not count broken texts: run it again")
+            raise Missing(
+                "its edits were made by an earlier version, which did not count broken texts: "
+                "run it again"
+            )
         frame = frame[(frame["control"] == "none") & frame["note"].isna()]
         return frame.merge(self.facts()[["fact", "class_static", "class_otsu"]], on="fact", how="left")
 
@@ -128,8 +140,14 @@ class Case:
         why = _idle(part)
         if measure == "broken" and not part["broken"].fillna(0).any():
             why = why or "no edit breaks a text"
-        return Part(f"{name}, {NAMES[measure]}", f"{NAMES[measure]} of {sides[0]} - of {sides[1]}", threshold, found, why,
-                    "median" if measure == "dppl" else "mean")
+        return Part(
+            f"{name}, {NAMES[measure]}",
+            f"{NAMES[measure]} of {sides[0]} - of {sides[1]}",
+            threshold,
+            found,
+            why,
+            "median" if measure == "dppl" else "mean",
+        )
 
 
 CLAIMS: dict[int, Claim] = {}
@@ -149,7 +167,9 @@ def claim(number, notebook, text, **bounds):
 @claim(1, "02", f"K_II is common (here: more than {COMMON:.0%} of the facts)", above=COMMON)
 def _common(case):
     for threshold in THRESHOLDS:
-        yield Part("", "share of K_II", threshold, share_of_class(case.facts(), threshold, seed=case.seed))
+        yield Part(
+            "", "share of K_II", threshold, share_of_class(case.facts(), threshold, seed=case.seed)
+        )
 
 
 @claim(2, "02", "the classes' CS differ (classes from one half of the queries, CS2 from the other)")
@@ -163,10 +183,16 @@ def _differ(case):
         # relations are resampled, not facts: less its mean, one of two facts is the other's negative
         within = bootstrap_difference(both, "value", "label", ("I", "II"), cluster="relation", strata=None, seed=case.seed)
         relations = both["relation"].nunique()
-        why = f"{relations} relations have facts of both classes; an interval over relations needs {LEAST}"
+        why = (f"{relations} relations have facts of both classes; an interval over relations "
+               f"needs {LEAST}")
         one, two = (int((both["label"] == name).sum()) for name in CLASSES)
-        yield Part("within relations", "CS2 of K_I - CS2 of K_II, less each relation's mean", threshold,
-                   replace(within, n_clusters=one, n_clusters_other=two), why if relations < LEAST else "")
+        yield Part(
+            "within relations",
+            "CS2 of K_I - CS2 of K_II, less each relation's mean",
+            threshold,
+            replace(within, n_clusters=one, n_clusters_other=two),
+            why if relations < LEAST else "",
+        )
 
 
 @claim(3, "02", "larger models (later in the list) have more K_II and lower CS")
@@ -177,7 +203,12 @@ def _size(case):
     second, shares = both.assign(second=second_class(both, "static")), f"share of K_II less that of {case.before}"
     found = case.apart(second, "second", "model", (case.model, case.before), share=True)
     yield Part("more K_II", shares, "static", found)
-    yield Part("more K_II", shares, "otsu", difference_of_shares(case.facts(), case.facts(case.before), case.seed))
+    yield Part(
+        "more K_II",
+        shares,
+        "otsu",
+        difference_of_shares(case.facts(), case.facts(case.before), case.seed),
+    )
     found = case.apart(both, "cs2", "model", (case.before, case.model))
     yield Part("lower CS", f"CS2 of {case.before} less CS2", "", found)
 
@@ -187,15 +218,36 @@ def _local(case):
     edits = case.edits("edits")
     for op, measure, threshold in product(PAPER_OP, ("gen", "avg"), THRESHOLDS):
         part = edits[(edits["op"] == op) & (edits["neurons"] == "local")]
-        yield case.edited(part, PAPER_OP[op], measure, ("K_I", "K_II"), f"class_{threshold}", ("I", "II"), threshold)
+        yield case.edited(
+            part,
+            PAPER_OP[op],
+            measure,
+            ("K_I", "K_II"),
+            f"class_{threshold}",
+            ("I", "II"),
+            threshold,
+        )
 
 
-@claim(5, "03", "global edits of K_II raise perplexity more than those of K_I (by its median, and in broken texts)")
+@claim(
+    5,
+    "03",
+    "global edits of K_II raise perplexity more than those of K_I (by its median, and in broken "
+    "texts)",
+)
 def _global(case):
     edits = case.edits("edits")
     for op, measure, threshold in product(PAPER_OP, ("dppl", "broken"), THRESHOLDS):
         part = edits[(edits["op"] == op) & (edits["neurons"] == "global")]
-        yield case.edited(part, PAPER_OP[op], measure, ("K_II", "K_I"), f"class_{threshold}", ("II", "I"), threshold)
+        yield case.edited(
+            part,
+            PAPER_OP[op],
+            measure,
+            ("K_II", "K_I"),
+            f"class_{threshold}",
+            ("II", "I"),
+            threshold,
+        )
 
 
 def _idle(edits) -> str:
@@ -211,8 +263,13 @@ def _own(case):
         gaps = query_gaps(case.frame("query_kn_mapping"), "self", ("self_random",), way)
         for name, threshold in product(CLASSES, THRESHOLDS):
             part = gaps[gaps[f"class_{threshold}"] == name]
-            yield from case.counted(part, f"K_{name}, {way}", "dProb of own KNs - of random neurons", threshold,
-                                    lambda rows: case.mean(rows, "gap"))
+            yield from case.counted(
+                part,
+                f"K_{name}, {way}",
+                "dProb of own KNs - of random neurons",
+                threshold,
+                lambda rows: case.mean(rows, "gap"),
+            )
 
 
 @claim(7, "04", f"for K_II the neighbours' KNs matter less than the query's own ({QUERIES})")
@@ -235,16 +292,33 @@ def _less(case):
 def _predominance(case):
     facts = case.frame("attention_predominance")
     given = (facts["same_first"] == 1).all() and (facts["first"] == 1).all()
-    why = "1 by construction: all prompts begin with the same token, and it always wins" if given else ""
+    why = (
+        "1 by construction: all prompts begin with the same token, and it always wins"
+        if given
+        else ""
+    )
     yield Part("all tokens", "mean predominance", "", case.mean(facts, "predominance"), why)
-    yield Part("without the first token", "mean predominance", "", case.mean(facts, "predominance_rest"))
+    yield Part(
+        "without the first token", "mean predominance", "", case.mean(facts, "predominance_rest")
+    )
 
 
-@claim(10, "06", f"scaling a query's synapses moves KNs and P(answer) more than scaling an irrelevant query's ({QUERIES})")
+@claim(
+    10,
+    "06",
+    "scaling a query's synapses moves KNs and P(answer) more than scaling an irrelevant query's "
+    f"({QUERIES})",
+)
 def _synapses(case):
     for (name, frame), way in product(case.moved(), DIRECTIONS[:2]):
         gaps = query_gaps(frame, "self", ("irrelevant",), way)
-        yield from case.counted(gaps, f"{name}, {way}", f"{name} of S - of S_ir", "", lambda rows: case.mean(rows, "gap"))
+        yield from case.counted(
+            gaps,
+            f"{name}, {way}",
+            f"{name} of S - of S_ir",
+            "",
+            lambda rows: case.mean(rows, "gap"),
+        )
 
 
 @claim(11, "06", f"it moves them more for K_II ({QUERIES})")
@@ -260,10 +334,20 @@ def _synapse_classes(case):
 @claim(12, "07", "for K_II, CAS beats local on Gen, global on Loc and perplexity, and both on Avg")
 def _cas(case):
     edits = case.edits("cas_edits")
-    compared = (("gen", "cas", "local"), ("loc", "cas", "global"), ("dppl", "global", "cas"), ("broken", "global", "cas"),
-                ("avg", "cas", "local"), ("avg", "cas", "global"))
+    compared = (
+        ("gen", "cas", "local"),
+        ("loc", "cas", "global"),
+        ("dppl", "global", "cas"),
+        ("broken", "global", "cas"),
+        ("avg", "cas", "local"),
+        ("avg", "cas", "global"),
+    )
     for op, (measure, *levels), threshold in product(PAPER_OP, compared, THRESHOLDS):
-        part = edits[(edits["op"] == op) & (edits[f"class_{threshold}"] == "II") & edits["neurons"].isin(levels)]
+        part = edits[
+            (edits["op"] == op)
+            & (edits[f"class_{threshold}"] == "II")
+            & edits["neurons"].isin(levels)
+        ]
         sides = [NAMES.get(name, name) for name in levels]
         yield case.edited(part, PAPER_OP[op], measure, sides, "neurons", levels, threshold)
 
@@ -272,8 +356,20 @@ def _cas(case):
 def _comparable(case):
     edits = case.edits("cas_edits")
     for op, other, threshold in product(PAPER_OP, ("local", "global"), THRESHOLDS):
-        part = edits[(edits["op"] == op) & (edits[f"class_{threshold}"] == "I") & edits["neurons"].isin(["cas", other])]
-        yield case.edited(part, f"{PAPER_OP[op]}, {other}", "avg", ("CAS", other), "neurons", ("cas", other), threshold)
+        part = edits[
+            (edits["op"] == op)
+            & (edits[f"class_{threshold}"] == "I")
+            & edits["neurons"].isin(["cas", other])
+        ]
+        yield case.edited(
+            part,
+            f"{PAPER_OP[op]}, {other}",
+            "avg",
+            ("CAS", other),
+            "neurons",
+            ("cas", other),
+            threshold,
+        )
 
 
 # --- the scoreboard ---------------------------------------------------------------------------------------
@@ -295,8 +391,22 @@ def scoreboard(get, models, methods, downstream, *, notebook=None, t=0.2, static
                 case = Case(get, model, method, before, t, static, seed)
                 rows += [here | _row(one, part) for part in one.parts(case)]
             except Missing as missing:
-                rows.append(here | dict(part="", threshold="", queries="", statistic="", value=np.nan, value_low=np.nan,
-                                        value_high=np.nan, n_facts=0, n_facts_other=np.nan, verdict=OPEN, why=str(missing)))
+                rows.append(
+                    here
+                    | dict(
+                        part="",
+                        threshold="",
+                        queries="",
+                        statistic="",
+                        value=np.nan,
+                        value_low=np.nan,
+                        value_high=np.nan,
+                        n_facts=0,
+                        n_facts_other=np.nan,
+                        verdict=OPEN,
+                        why=str(missing),
+                    )
+                )
     return pd.DataFrame(rows)
 
 
@@ -306,8 +416,15 @@ def _row(claim: Claim, part: Part) -> dict:
     facts = {"n_facts_other": np.nan} | part.found.facts()
     why = part.why
     if np.isnan(value):
-        why = "nothing to compare" + (f": a class is empty by the {part.threshold} threshold, or nothing in it has a value" if
-                                      part.threshold else ", as no value is defined") + f" ({too_few(facts)})"
+        why = (
+            "nothing to compare"
+            + (
+                f": a class is empty by the {part.threshold} threshold, or nothing in it has a value"
+                if part.threshold
+                else ", as no value is defined"
+            )
+            + f" ({too_few(facts)})"
+        )
     elif np.isnan(low):
         why = why or too_few(facts)
     if claim.within is None:
@@ -316,9 +433,19 @@ def _row(claim: Claim, part: Part) -> dict:
         holds, fails = -claim.within < low and high < claim.within, low >= claim.within or high <= -claim.within
     opposite = OPPOSITE if claim.within is None and claim.above == 0 else FAILS
     verdict = OPEN if why else HOLDS if holds else opposite if fails else UNTOLD
-    return dict(part=part.name, threshold=part.threshold, queries=part.queries, statistic=part.statistic, value=value,
-                value_low=low, value_high=high, n_facts=facts["n_facts"], n_facts_other=facts["n_facts_other"],
-                verdict=verdict, why=why)
+    return dict(
+        part=part.name,
+        threshold=part.threshold,
+        queries=part.queries,
+        statistic=part.statistic,
+        value=value,
+        value_low=low,
+        value_high=high,
+        n_facts=facts["n_facts"],
+        n_facts_other=facts["n_facts_other"],
+        verdict=verdict,
+        why=why,
+    )
 
 
 def overall(board: pd.DataFrame) -> pd.DataFrame:
@@ -328,8 +455,13 @@ def overall(board: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for keys, part in board.groupby(["claim", "text", "method", "model"], sort=False):
         beside = part["queries"] == COUNTED[1]
-        rows.append(dict(zip(("claim", "text", "method", "model"), keys))
-                    | dict(verdict=_together(part[~beside]), known=_together(part[beside]) if beside.any() else ""))
+        rows.append(
+            dict(zip(("claim", "text", "method", "model"), keys))
+            | dict(
+                verdict=_together(part[~beside]),
+                known=_together(part[beside]) if beside.any() else "",
+            )
+        )
     return pd.DataFrame(rows)
 
 
@@ -338,7 +470,9 @@ def _together(part) -> str:
     tested, held = int((part["verdict"] != OPEN).sum()), int((part["verdict"] == HOLDS).sum())
     reverse, untold = (int((part["verdict"] == one).sum()) for one in (OPPOSITE, UNTOLD))
     alike = {HOLDS: held, OPPOSITE: reverse, UNTOLD: untold}
-    word = next((one for one, count in alike.items() if count == tested), "holds in part" if held else FAILS)
+    word = next(
+        (one for one, count in alike.items() if count == tested), "holds in part" if held else FAILS
+    )
     held = alike.get(word, held)
     rest = f", {reverse} the opposite" if reverse and word != OPPOSITE else ""
     rest += f", {untold} undecided" if untold and word != UNTOLD else ""
@@ -357,8 +491,10 @@ def tell(study, notebook, methods=None, *, t=0.2, static=0.1) -> HTML:
     methods = methods or [study.method]
     board = scoreboard(get, [study.model], methods, methods, notebook=notebook, t=t, static=static, seed=study.seed)
     for row in overall(board).itertuples():
-        print(f"({row.claim}) {row.text}{f', {row.method}' if len(methods) > 1 else ''}:\n    {row.verdict}"
-              + (f"\n    known queries alone: {row.known}" if row.known else ""))
+        print(
+            f"({row.claim}) {row.text}{f', {row.method}' if len(methods) > 1 else ''}:\n    {row.verdict}"
+            + (f"\n    known queries alone: {row.known}" if row.known else "")
+        )
     parts = board.drop(columns=["text", "model"] + ["method"] * (len(methods) == 1))
     return HTML(table_html(display_table(parts, 3), tint=_tint))
 

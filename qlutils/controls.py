@@ -202,8 +202,18 @@ def split_half(queries: pd.DataFrame, outcomes=(), *, seed: int = 0, **threshold
         estimate = bootstrap_difference(frame, "value", "label", ("I", "II"), seed=seed)
         test = permutation_test(frame, "value", "label", seed=seed)
         found = estimate.row("mean", "I - II")
-        rows.append(dict(threshold=threshold, at=at, outcome=name, **{end: found[end] for end in found if end[0] != "n"},
-                         within=test["within"], p=test["p"], n_I=test["n1"], n_II=test["n2"]))
+        rows.append(
+            dict(
+                threshold=threshold,
+                at=at,
+                outcome=name,
+                **{end: found[end] for end in found if end[0] != "n"},
+                within=test["within"],
+                p=test["p"],
+                n_I=test["n1"],
+                n_II=test["n2"],
+            )
+        )
     return pd.DataFrame(rows)
 
 

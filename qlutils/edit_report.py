@@ -14,10 +14,13 @@ from .tables import paper_value, verdict, with_interval, without_empty_paper_col
 PAPER_SETS = {2: ("local", "global"), 3: ("local", "global", "cas")}  # those for which a table of the paper has values
 METRICS = ("rel", "gen", "loc", "avg", "dppl", "broken")
 MEDIANS = ("dppl",)  # a few broken texts decide its mean
-AVG_NOTE = ("Rel, Gen, Loc and Avg are means over the edits for which each is defined (n_rel, n_gen, n_loc, n_avg). Avg is that "
-            "of the edits with all three: where n_avg is less than the others, it is not the mean of the columns beside it. "
-            "dPPL is the median; broken, the share of texts whose perplexity an edit multiplies by more than ten; dppl_mean, "
-            "the mean, where no text is.")
+AVG_NOTE = (
+    "Rel, Gen, Loc and Avg are means over the edits for which each is defined (n_rel, n_gen, "
+    "n_loc, n_avg). Avg is that of the edits with all three: where n_avg is less than the others, "
+    "it is not the mean of the columns beside it. dPPL is the median; broken, the share of texts "
+    "whose perplexity an edit multiplies by more than ten; dppl_mean, "
+    "the mean, where no text is."
+)
 PAPER_OP = {"erase": "erasure", "update": "update"}
 
 
@@ -50,7 +53,11 @@ def edit_table(frame, classes, model, *, table=2, sets=("local", "global"), cont
         row |= {"dppl_mean": np.nan if broken else part["dppl"].mean(), "n": len(part)}
         if control == "none" and keys["threshold"] == "static" and neurons in PAPER_SETS[table]:
             given = dict(operation=operation, neurons=neurons, class_=keys["class"])
-            row |= {f"{name}_paper": paper_value(table, model, name, **given) for name in METRICS if name != "broken"}
+            row |= {
+                f"{name}_paper": paper_value(table, model, name, **given)
+                for name in METRICS
+                if name != "broken"
+            }
         rows.append(row)
     return without_empty_paper_columns(pd.DataFrame(rows))
 
@@ -62,7 +69,9 @@ def contrasts(frame, by, levels, metrics=METRICS, within=("op", "neurons"), seed
     rows = []
     for keys, part in frame[frame["note"].isna()].groupby(list(within), sort=False):
         for metric in metrics:
-            estimate = bootstrap_difference(part, metric, by, levels, seed=seed, share=metric not in MEDIANS)
+            estimate = bootstrap_difference(
+                part, metric, by, levels, seed=seed, share=metric not in MEDIANS
+            )
             rows.append({**dict(zip(within, keys)), "metric": metric,
                          **estimate.row("median" if metric in MEDIANS else "mean", "difference"),
                          "n": estimate.n_clusters, "n_other": estimate.n_clusters_other})
@@ -85,8 +94,18 @@ def sweep_table(frame, sweep, classes, seed=0) -> pd.DataFrame:
         rows = edit_table(frame, classes, "", sets=list(part["name"]), controls=[], seed=seed)
         parts.append(rows[rows["threshold"] == "all"].assign(varied=kind))
     columns = [f"{metric}{end}" for metric in METRICS[:4] for end in ("", "_low", "_high")]
-    return pd.concat(parts, ignore_index=True)[["varied", "op", "neurons", "n", *(f"n_{metric}" for metric in METRICS[:4]),
-                                                   "n_empty", "neurons_edited", *columns]]
+    return pd.concat(parts, ignore_index=True)[
+        [
+            "varied",
+            "op",
+            "neurons",
+            "n",
+            *(f"n_{metric}" for metric in METRICS[:4]),
+            "n_empty",
+            "neurons_edited",
+            *columns,
+        ]
+    ]
 
 
 def tell_sweep(table) -> None:

@@ -263,7 +263,9 @@ class Book:
 
         texts = list(dict.fromkeys(text for fact, *_ in edits for text in fact.plan["texts"]))
         if not texts:
-            return [dict.fromkeys(("ppl_before", "ppl_after", "dppl", "broken"), np.nan)] * len(edits)
+            return [dict.fromkeys(("ppl_before", "ppl_after", "dppl", "broken"), np.nan)] * len(
+                edits
+            )
         entries = encode_entries(self.lm, texts, max_tokens)
         index = {text: i for i, text in enumerate(texts)}
         used = [[index[text] for text in fact.plan["texts"]] for fact, *_ in edits]
@@ -276,7 +278,9 @@ class Book:
             tokens = lengths[mine].sum()
             now, then = np.exp(-edited.sum() / tokens), np.exp(-before[mine].sum() / tokens)
             broken = (before[mine] - edited) / lengths[mine] > np.log(BROKEN)
-            found.append(dict(ppl_before=then, ppl_after=now, dppl=(now - then) / then, broken=broken.mean()))
+            found.append(
+                dict(ppl_before=then, ppl_after=now, dppl=(now - then) / then, broken=broken.mean())
+            )
         return found
 
 

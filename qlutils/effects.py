@@ -15,11 +15,20 @@ from .neurons import OtherFacts, kn_sets
 from .stats import LEAST, bootstrap_difference, bootstrap_mean, mean_columns
 
 DIRECTIONS = ("enhance", "suppress", "average")
-INTERVALS = ("95 % intervals: bootstrap over facts within relation, 1,000 draws; for these relations and wordings; none below "
-             f"{LEAST} facts on a side.")
-POPULATIONS = {"all": lambda frame: frame, "known": lambda frame: frame[frame["known"].astype(bool)],
-               "known, not empty": lambda frame: frame[frame["known"].astype(bool) & (frame["size"] > 0)]}
-COUNTED = ("all", "known")  # all queries, as in the paper, which decide; the known ones stand beside
+INTERVALS = (
+    "95 % intervals: bootstrap over facts within relation, 1,000 draws; for these relations and "
+    "wordings; none below "
+    f"{LEAST} facts on a side."
+)
+POPULATIONS = {
+    "all": lambda frame: frame,
+    "known": lambda frame: frame[frame["known"].astype(bool)],
+    "known, not empty": lambda frame: frame[frame["known"].astype(bool) & (frame["size"] > 0)],
+}
+COUNTED = (
+    "all",
+    "known",
+)  # all queries, as in the paper, which decide; the known ones stand beside
 STATISTICS = {"trimmed": "10 % trimmed mean", "mean": "mean", "median": "median"}
 
 
@@ -89,8 +98,15 @@ def rates(frame: pd.DataFrame, quantity: str = "probability", *, size: bool = Fa
     return pd.concat([frame, first.assign(direction="average")], ignore_index=True)
 
 
-def summary(frame: pd.DataFrame, sets, *, directions=DIRECTIONS, populations=COUNTED, thresholds=THRESHOLDS,
-            seed: int = 0) -> pd.DataFrame:
+def summary(
+    frame: pd.DataFrame,
+    sets,
+    *,
+    directions=DIRECTIONS,
+    populations=COUNTED,
+    thresholds=THRESHOLDS,
+    seed: int = 0,
+) -> pd.DataFrame:
     """Mean, median and 10 % trimmed mean of `rate`, each with its 95 % interval, for every threshold, population of
     queries (of POPULATIONS), set, direction and class; n values of n_facts facts, the share of
     `empty` sets and their mean size, and how many values are `undefined` (0 before the change). A
@@ -100,9 +116,17 @@ def summary(frame: pd.DataFrame, sets, *, directions=DIRECTIONS, populations=COU
         levels = {"threshold": thresholds, "set": sets, "direction": directions, "class": CLASSES}
         for keys, part in cells(POPULATIONS[population](frame), levels):
             estimate = bootstrap_mean(part, "rate", seed=seed)
-            rows.append({"threshold": keys["threshold"], "queries": population, **keys, **all_statistics(estimate),
-                         "undefined": estimate.n_missing, "empty": (part["size"] == 0).mean(),
-                         "size": part["size"].mean()})
+            rows.append(
+                {
+                    "threshold": keys["threshold"],
+                    "queries": population,
+                    **keys,
+                    **all_statistics(estimate),
+                    "undefined": estimate.n_missing,
+                    "empty": (part["size"] == 0).mean(),
+                    "size": part["size"].mean(),
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -125,7 +149,10 @@ def contrast(frame: pd.DataFrame, first: str, second, seed: int = 0) -> pd.DataF
     gaps, rows = query_gaps(frame, first, second), []
     for threshold, queries in product(THRESHOLDS, COUNTED):
         label, counted = f"class_{threshold}", POPULATIONS[queries](gaps)
-        found = {name: bootstrap_mean(counted[counted[label] == name], "gap", seed=seed) for name in CLASSES}
+        found = {
+            name: bootstrap_mean(counted[counted[label] == name], "gap", seed=seed)
+            for name in CLASSES
+        }
         found["II - I"] = bootstrap_difference(counted, "gap", label, ("II", "I"), seed=seed)
         rows += [{"threshold": threshold, "queries": queries, "class": name, **all_statistics(one)}
                  for name, one in found.items()]
@@ -135,7 +162,12 @@ def contrast(frame: pd.DataFrame, first: str, second, seed: int = 0) -> pd.DataF
 def all_statistics(estimate) -> dict:
     """Mean, median and trimmed mean as columns, each with its interval; n values and facts, of
     both sides of a difference."""
-    return {**estimate.row("mean"), **estimate.row("median"), **estimate.row("trimmed"), **estimate.facts()}
+    return {
+        **estimate.row("mean"),
+        **estimate.row("median"),
+        **estimate.row("trimmed"),
+        **estimate.facts(),
+    }
 
 
 # --- predominance (Eq. 4) ---------------------------------------------------------------------------------

@@ -32,12 +32,33 @@ MODEL_COLORS = {name: color for family in (("demo/gpt2", "demo/llama2", "demo/ll
                                            ("gpt2", "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B"))
                 for name, color in zip(family, _FAMILY_COLORS)}
 _OTHER_COLORS = ["#CC6677", "#999933", "#882255", "#88CCEE", "#117733", "#AA4499"]
-LABELS = {"self": "Self", "union": "Union", "intersection": "Inter.", "refine": "Refine", "irrelevant": "Irrelevant",
-          "enhance": "enhanced", "suppress": "suppressed", "average": "average of both",
-          "probability": r"$\Delta$Prob", "value": r"$\Delta$Value", "static": "static threshold",
-          "otsu": "Otsu's threshold", "cs1": "$CS_1$", "cs2": "$CS_2$", "predominance": r"predominance $\mathcal{P}$",
-          "rel": "Rel", "gen": "Gen", "loc": "Loc", "avg": "Avg", "I": "$K_{I}$", "II": "$K_{II}$", "all": "all facts",
-          "I, known": "$K_{I}$, known queries", "II, known": "$K_{II}$, known queries", "broken": "broken texts"}
+LABELS = {
+    "self": "Self",
+    "union": "Union",
+    "intersection": "Inter.",
+    "refine": "Refine",
+    "irrelevant": "Irrelevant",
+    "enhance": "enhanced",
+    "suppress": "suppressed",
+    "average": "average of both",
+    "probability": r"$\Delta$Prob",
+    "value": r"$\Delta$Value",
+    "static": "static threshold",
+    "otsu": "Otsu's threshold",
+    "cs1": "$CS_1$",
+    "cs2": "$CS_2$",
+    "predominance": r"predominance $\mathcal{P}$",
+    "rel": "Rel",
+    "gen": "Gen",
+    "loc": "Loc",
+    "avg": "Avg",
+    "I": "$K_{I}$",
+    "II": "$K_{II}$",
+    "all": "all facts",
+    "I, known": "$K_{I}$, known queries",
+    "II, known": "$K_{II}$, known queries",
+    "broken": "broken texts",
+}
 MAX_PNG = 150_000  # bytes
 INTERVAL = f"line: 95 % bootstrap over facts; –: fewer than {LEAST} facts"
 FEW = 10  # up to this many values are drawn as such: a shape alone would say more than is known
@@ -159,8 +180,16 @@ def bars_with_intervals(frame, ax, *, x, hue, y="mean"):
             ax.vlines(at, low, high, color="black", linewidth=0.7)  # the mean may lie outside
             top = max(0.0, row[y], high)
         if "n" in row and not n:
-            ax.annotate(f"n = {row['n']:.0f}", (at, top), xytext=(0, 6 if undefined else 2), fontsize=6,
-                        textcoords="offset points", ha="center", va="bottom", rotation=90)
+            ax.annotate(
+                f"n = {row['n']:.0f}",
+                (at, top),
+                xytext=(0, 6 if undefined else 2),
+                fontsize=6,
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                rotation=90,
+            )
     ax.axhline(0, color="black", linewidth=0.6)
     ax.margins(y=0.2)
     ax.set_xticks(range(len(groups)), ticks)
@@ -175,7 +204,9 @@ def _beside_known(frame) -> pd.DataFrame:
     frame = frame.assign(bar=frame["class"] + np.where(known, ", known", ""))
     if not (known & (frame["n"] > 0)).any():
         frame = frame[~known]
-    return frame.sort_values("bar", key=lambda bars: bars.map(list(BAR_COLORS).index), kind="stable")
+    return frame.sort_values(
+        "bar", key=lambda bars: bars.map(list(BAR_COLORS).index), kind="stable"
+    )
 
 
 def figure_bars(frame, *, row, column, x="set", y="trimmed", ylabel=""):
@@ -282,7 +313,9 @@ def _heatmaps(fig, panels, kind, beside=()) -> list[pd.DataFrame]:
     groups: dict = {}
     for i, row in enumerate(panels):
         for j, one in enumerate(row):
-            groups.setdefault(one["scale"], []).append((axes[i, j], one, pool_neurons(one["values"])))
+            groups.setdefault(one["scale"], []).append(
+                (axes[i, j], one, pool_neurons(one["values"]))
+            )
     for scale, group in groups.items():
         others = (pool_neurons(values) for name, values in beside if name == scale)
         norm = shared_norm(*(frame for *_, frame in group), *others)
@@ -303,8 +336,14 @@ def _colorbar(fig, axes, kind, alone):
     if alone:
         fig.colorbar(axes[0].collections[0], ax=axes, label=kind, pad=0.02, shrink=0.8)
         return
-    bar = fig.colorbar(axes[0].collections[0], ax=axes, location="right" if len(axes) == 1 else "bottom", pad=0.03,
-                       shrink=0.9, label="" if len(axes) == 1 else kind)
+    bar = fig.colorbar(
+        axes[0].collections[0],
+        ax=axes,
+        location="right" if len(axes) == 1 else "bottom",
+        pad=0.03,
+        shrink=0.9,
+        label="" if len(axes) == 1 else kind,
+    )
     bar.ax.tick_params(labelsize=5)
     bar.locator = MaxNLocator(3)
     bar.update_ticks()
@@ -333,9 +372,26 @@ def figure_1(maps):
     facts = [[one for one in maps if one["fact"] == fact] for fact in dict.fromkeys(one["fact"] for one in maps)]
     fig, frames = plt.figure(figsize=(WIDE, 1.5 * len(facts) + 0.2)), []
     for part, kind in zip(fig.subfigures(1, 2), ("attribution", "activation")):
-        pooled = _heatmaps(part, [[dict(values=one[kind], title=_prompt(one, 22), label=_subject(one),
-                                        scale=_scale(one, kind)) for one in row] for row in facts], kind)
-        part.suptitle("attribution, each query on a scale of its own" if kind == "attribution" else kind, fontsize=7)
+        pooled = _heatmaps(
+            part,
+            [
+                [
+                    dict(
+                        values=one[kind],
+                        title=_prompt(one, 22),
+                        label=_subject(one),
+                        scale=_scale(one, kind),
+                    )
+                    for one in row
+                ]
+                for row in facts
+            ],
+            kind,
+        )
+        part.suptitle(
+            "attribution, each query on a scale of its own" if kind == "attribution" else kind,
+            fontsize=7,
+        )
         frames += [frame.assign(fact=one["fact"], prompt=one["prompt"], kind=kind)
                    for frame, one in zip(pooled, sum(facts, []))]
     return fig, pd.concat(frames, ignore_index=True)
@@ -347,9 +403,24 @@ def figure_conditions(maps, conditions, kind):
 
     maps: from `synapses.scaled_maps`. kind: "attribution" or "activation". Returns the figure and its numbers."""
     fig = plt.figure(figsize=(WIDE, 0.9 + 1.15 * len(conditions)))
-    panels = [[dict(values=one[name][kind], label=name, title="" if row else f"{_subject(one)}\n{_prompt(one)}",
-                    scale=_scale(one, kind)) for one in maps] for row, name in enumerate(conditions)]
-    every = [(_scale(one, kind), value[kind]) for one in maps for value in one.values() if isinstance(value, dict)]
+    panels = [
+        [
+            dict(
+                values=one[name][kind],
+                label=name,
+                title="" if row else f"{_subject(one)}\n{_prompt(one)}",
+                scale=_scale(one, kind),
+            )
+            for one in maps
+        ]
+        for row, name in enumerate(conditions)
+    ]
+    every = [
+        (_scale(one, kind), value[kind])
+        for one in maps
+        for value in one.values()
+        if isinstance(value, dict)
+    ]
     pooled = _heatmaps(fig, panels, kind, every)
     return fig, pd.concat([frame.assign(fact=one["fact"], prompt=one["prompt"], condition=name, kind=kind)
                            for frame, (name, one) in zip(pooled, product(conditions, maps))], ignore_index=True)

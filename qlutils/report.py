@@ -189,7 +189,10 @@ def other_neurons(run: Run, seed=0) -> tuple[pd.DataFrame, list[str]]:
     class; all queries."""
     found, missing = run.frames("query_kn_mapping")
     for pair, frame in found.items():
-        table, columns = summary(frame, SET_ORDER, directions=("average",), populations=("all",), seed=seed), {}
+        table, columns = (
+            summary(frame, SET_ORDER, directions=("average",), populations=("all",), seed=seed),
+            {},
+        )
         for (threshold, name), part in table.groupby(["threshold", "class"], sort=False):
             part, label = part.set_index("set"), f"K_{name}, {threshold}"
             columns |= {f"{label}{end}": part[f"trimmed{end}"] for end in ("", "_low", "_high")}
@@ -267,11 +270,16 @@ def averages(plotted: pd.DataFrame) -> str:
     an interval."""
     if plotted.empty:
         return ""
-    lines, names = [], [name for name in ("model", "quantity", "class", "queries") if name in plotted]
+    lines, names = (
+        [],
+        [name for name in ("model", "quantity", "class", "queries") if name in plotted],
+    )
     plotted = plotted[(plotted["direction"] == "average") & (plotted["n"] > 0)]
     for keys, rows in plotted.groupby(names, sort=False):
         told = rows["trimmed"].where(rows["trimmed_low"].notna())
-        values = ", ".join(f"{name} {format_value(value, digits=3)}" for name, value in zip(rows["set"], told))
+        values = ", ".join(
+            f"{name} {format_value(value, digits=3)}" for name, value in zip(rows["set"], told)
+        )
         counts = f"{rows['n'].max():.0f} {keys[-1]} queries of {rows['n_facts'].max():.0f} facts"
         lines.append(f"{', '.join(keys[:-2])}, K_{keys[-2]} ({counts}): {values}")
     return "\n".join([f"{STATISTICS['trimmed']}:", *lines])

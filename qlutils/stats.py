@@ -72,7 +72,9 @@ class Estimate:
         """One statistic as columns for `tables.write_table`: `name`, `name`_low, `name`_high, n
         and, of a difference, n_other."""
         name, values = name or statistic, asdict(self)
-        row = {f"{name}{end}": values[f"{statistic}{end}"] for end in ("", "_low", "_high")} | {"n": self.n}
+        row = {f"{name}{end}": values[f"{statistic}{end}"] for end in ("", "_low", "_high")} | {
+            "n": self.n
+        }
         return row if self.n_other is None else row | {"n_other": self.n_other}
 
     def facts(self) -> dict:
@@ -105,8 +107,9 @@ def bootstrap_mean(frame, value, cluster="fact", strata="relation", draws=1000, 
     return found
 
 
-def bootstrap_difference(frame, value, by, levels, cluster="fact", strata="relation", draws=1000, seed=0,
-                         share=False) -> Estimate:
+def bootstrap_difference(
+    frame, value, by, levels, cluster="fact", strata="relation", draws=1000, seed=0, share=False
+) -> Estimate:
     """Statistic where `by` is levels[0] minus where it is levels[1], with intervals as in `bootstrap_mean`.
 
     Facts are resampled once for both sides. So two conditions measured on the same facts are compared paired, and two
@@ -119,8 +122,14 @@ def bootstrap_difference(frame, value, by, levels, cluster="fact", strata="relat
     frame = frame[frame[by].isin(list(levels))]
     found = _bootstrap(frame, value, by, levels, cluster, strata, draws, seed)
     sides = [frame[frame[by] == level] for level in levels]
-    if share and not np.isnan(found.mean_low) and any(_all_or_nothing(side, value, cluster) for side in sides):
-        each = [bootstrap_mean(side, value, cluster, strata, draws, seed, share=True) for side in sides]
+    if (
+        share
+        and not np.isnan(found.mean_low)
+        and any(_all_or_nothing(side, value, cluster) for side in sides)
+    ):
+        each = [
+            bootstrap_mean(side, value, cluster, strata, draws, seed, share=True) for side in sides
+        ]
         low, high = _newcombe(*each, _correlation(*sides, value, cluster))
         found = replace(found, mean_low=low, mean_high=high)
     return found
@@ -129,7 +138,9 @@ def bootstrap_difference(frame, value, by, levels, cluster="fact", strata="relat
 def _all_or_nothing(frame, value, cluster) -> bool:
     """Whether each fact has one value, 0 or 1."""
     kept = frame.dropna(subset=value)
-    return bool(len(kept) and kept[value].isin([0, 1]).all() and not kept[cluster].duplicated().any())
+    return bool(
+        len(kept) and kept[value].isin([0, 1]).all() and not kept[cluster].duplicated().any()
+    )
 
 
 def _newcombe(one: Estimate, two: Estimate, correlation) -> tuple[float, float]:
@@ -173,8 +184,18 @@ def bootstrap_statistic(frames, statistic, cluster="fact", strata="relation", dr
     sample = [one for one in sample if not np.isnan(one)]
     low, high = np.percentile(sample, TAILS) if sample else (np.nan, np.nan)
     (n, *other) = map(len, frames)
-    return Estimate(float(point), float(low), float(high), *[np.nan] * 6, n=n, n_clusters=n, n_missing=0,
-                    n_draws=len(sample), n_other=other[0] if other else None, n_clusters_other=other[0] if other else None)
+    return Estimate(
+        float(point),
+        float(low),
+        float(high),
+        *[np.nan] * 6,
+        n=n,
+        n_clusters=n,
+        n_missing=0,
+        n_draws=len(sample),
+        n_other=other[0] if other else None,
+        n_clusters_other=other[0] if other else None,
+    )
 
 
 def mean_columns(frame, values, seed=0, share=False) -> dict:
@@ -216,14 +237,23 @@ def _bootstrap(frame, value, by, levels, cluster, strata, draws, seed) -> Estima
             sample = sample[~np.isnan(sample).any(axis=1)]
     low, high = np.full((2, 3), np.nan)
     if len(sample):
-        low, high = (point + stretch * (bound - point) for bound in np.percentile(sample, TAILS, axis=0))
+        low, high = (
+            point + stretch * (bound - point) for bound in np.percentile(sample, TAILS, axis=0)
+        )
         low, high = np.clip((low, high), *_reach([x[side] for side in sides]))
     rounding = 1e-13 * np.abs(x).max(initial=0.0)  # of what is exactly 0; it must not decide on which side of 0 it lies
     fields = [0.0 if abs(number) < rounding else float(number) for triple in zip(point, low, high) for number in triple]
     (n, facts), *other = [(int(side.sum()), len(inside)) for side, inside in zip(sides, members)]
     n_other, facts_other = other[0] if other else (None, None)
-    return Estimate(*fields, n=n, n_clusters=facts, n_missing=len(frame) - len(x), n_draws=len(sample), n_other=n_other,
-                    n_clusters_other=facts_other)
+    return Estimate(
+        *fields,
+        n=n,
+        n_clusters=facts,
+        n_missing=len(frame) - len(x),
+        n_draws=len(sample),
+        n_other=n_other,
+        n_clusters_other=facts_other,
+    )
 
 
 def _reach(sides) -> tuple[float, float]:

@@ -61,13 +61,17 @@ def counted(row, name="n") -> str:
     """The n of a table's row for a sentence, of both sides of a difference; "" where it has
     none."""
     sides = [row.get(name), row.get(f"{name}_other")]
-    return " and ".join(f"{count:.0f}" for count in sides if count is not None and not pd.isna(count))
+    return " and ".join(
+        f"{count:.0f}" for count in sides if count is not None and not pd.isna(count)
+    )
 
 
 def too_few(row) -> str:
     """Why a row has no interval: how many facts are on each side, and how many it takes."""
     n = counted(row, "n_facts" if "n_facts" in row else "n")
-    return f"{n or 'too few'} facts; an interval needs {LEAST}{' on each side' if 'and' in n else ''}"
+    return (
+        f"{n or 'too few'} facts; an interval needs {LEAST}{' on each side' if 'and' in n else ''}"
+    )
 
 
 def verdict(row, name="mean") -> str:

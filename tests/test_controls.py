@@ -173,14 +173,18 @@ def test_a_small_class_has_no_interval_and_shows_its_number():
     row = controls.split_half(queries).set_index(["threshold", "outcome"]).loc[("static", "CS2")]
     assert 0 < row["n_II"] < LEAST < row["n_I"] and row["I - II"] > 0.5
     assert np.isnan([row["I - II_low"], row["I - II_high"]]).all()
-    known = controls.knowledge(queries.assign(known=queries["fact"].isin(queries["fact"].unique()[:4])))
+    known = controls.knowledge(
+        queries.assign(known=queries["fact"].isin(queries["fact"].unique()[:4]))
+    )
     known = known.set_index("statistic")
     difference = known.loc["CS2 of known facts minus CS2 of others"]
     assert (difference["n"], difference["n_other"]) == (4, 26) and np.isnan(difference["value_low"])
     for threshold in ("static", "otsu"):
         share = known.loc[f"share of K_II, {threshold} threshold, known facts"]
         assert share["n"] == 4 and share["value"] >= 0.5 and np.isnan(share["value_low"])
-    within = known.loc["the same, within relations"]  # of two relations, which are what is drawn there
+    within = known.loc[
+        "the same, within relations"
+    ]  # of two relations, which are what is drawn there
     assert np.isnan([within["value_low"], within["value_high"]]).all()
 
 

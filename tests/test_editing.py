@@ -385,7 +385,9 @@ def by_generation(lm, prompt, length):
     return " ".join(map(str, out[0, ids.shape[1] :].tolist()))
 
 
-def test_the_metrics_equal_editing_the_weights_and_generating_one_query_at_a_time(planned, monkeypatch):
+def test_the_metrics_equal_editing_the_weights_and_generating_one_query_at_a_time(
+    planned, monkeypatch
+):
     lm, _, plans, _ = planned
     monkeypatch.setattr(edit_study, "BROKEN", 1.1)  # random weights break at no factor of ten
     frame = edit_facts(lm, plans, ppl_max_tokens=7)
@@ -554,7 +556,14 @@ def test_the_paper_s_values_stand_beside_ours_for_its_models_only(planned):
 def edited(n, **changed):
     """Rows as of `edit_facts`, one erasure of each of n facts of three relations, in one class."""
     rows = [
-        dict(fact=f"f{i}", relation=f"P{i % 3}", op="erase", neurons="local", control="none", note=None)
+        dict(
+            fact=f"f{i}",
+            relation=f"P{i % 3}",
+            op="erase",
+            neurons="local",
+            control="none",
+            note=None,
+        )
         | dict(n_neurons=1, rel=1.0, gen=0.5, loc=0.9, avg=0.8, dppl=0.1 * i / n, broken=0.0)
         for i in range(n)
     ]
@@ -575,7 +584,9 @@ def test_a_perplexity_that_explodes_is_told_by_its_median_and_its_share_of_broke
     row = table_of(edited(20, dppl=np.where(last, 4e10, 0.1), broken=np.where(last, 0.6, 0.0)))
     assert row["dppl"] == row["dppl_high"] == 0.1 and row["broken"] == pytest.approx(0.03)
     assert np.isnan(row["dppl_mean"])  # 2e9, of one edit
-    both = pd.concat([edited(20, neurons="global", dppl=np.where(last, 4e10, 0.3)), edited(20, dppl=0.1)])
+    both = pd.concat(
+        [edited(20, neurons="global", dppl=np.where(last, 4e10, 0.3)), edited(20, dppl=0.1)]
+    )
     gap = contrasts(both, "neurons", ("global", "local"), ["dppl"], ["op"]).iloc[0]
     assert gap["difference"] == pytest.approx(0.2) and gap["difference_high"] < 1
 
@@ -585,9 +596,21 @@ def test_avg_says_of_how_many_edits_it_is_where_its_parts_are_of_more():
     0."""
     none = np.arange(30) % 3 == 0
     avg = np.where(none, np.nan, 0.8)
-    row = table_of(edited(30, rel=np.where(none, 0.0, 1.0), gen=np.where(none, np.nan, 0.5), avg=avg))
-    assert (row["n"], row["n_rel"], row["n_gen"], row["n_loc"], row["n_avg"]) == (30, 30, 20, 30, 20)
-    assert row["avg"] == pytest.approx(0.8) != pytest.approx((row["rel"] + row["gen"] + row["loc"]) / 3)
+    row = table_of(
+        edited(30, rel=np.where(none, 0.0, 1.0), gen=np.where(none, np.nan, 0.5), avg=avg)
+    )
+    assert (row["n"], row["n_rel"], row["n_gen"], row["n_loc"], row["n_avg"]) == (
+        30,
+        30,
+        20,
+        30,
+        20,
+    )
+    assert (
+        row["avg"]
+        == pytest.approx(0.8)
+        != pytest.approx((row["rel"] + row["gen"] + row["loc"]) / 3)
+    )
     assert "not the mean of the columns beside it" in AVG_NOTE
 
 

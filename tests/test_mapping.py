@@ -181,19 +181,35 @@ def test_contrast_pairs_queries_and_leaves_out_those_without_both():
     apart = tables.pick(table, **which, class_="II - I")
     assert apart["mean"] == pytest.approx(np.mean(gap[3:]) - np.mean(gap[:3]))
     assert tables.with_interval(apart).endswith("[–, –] (n = 2 and 3)")
-    assert tables.verdict(apart) == "not testable here (2 and 3 facts; an interval needs 10 on each side)"
+    assert (
+        tables.verdict(apart)
+        == "not testable here (2 and 3 facts; an interval needs 10 on each side)"
+    )
     some = effects.contrast(frame.assign(known=frame["fact"] == "f0"), "self", ["union", "refine"])
     assert tables.pick(some, threshold="static", queries="known", class_="I")["n"] == 1
     assert tables.pick(some, **which, class_="I")["n"] == 3
 
 
 def test_all_queries_are_counted_first_and_the_known_ones_beside():
-    rows = [(f"f{k}", "R", 0, "self", d, 1, 0.5 + 0.1 * k, 0.5) for k in range(4) for d in ("enhance", "suppress")]
-    frame = with_classes(effects.rates(changes(rows)), dict.fromkeys([f"f{k}" for k in range(4)], "I"))
-    table = effects.summary(frame.assign(known=frame["fact"] == "f3"), ["self"], directions=("enhance",))
+    rows = [
+        (f"f{k}", "R", 0, "self", d, 1, 0.5 + 0.1 * k, 0.5)
+        for k in range(4)
+        for d in ("enhance", "suppress")
+    ]
+    frame = with_classes(
+        effects.rates(changes(rows)), dict.fromkeys([f"f{k}" for k in range(4)], "I")
+    )
+    table = effects.summary(
+        frame.assign(known=frame["fact"] == "f3"), ["self"], directions=("enhance",)
+    )
     assert list(dict.fromkeys(table["queries"])) == ["all", "known"]
-    every, known = (tables.pick(table, threshold="static", queries=one, class_="I") for one in ("all", "known"))
-    assert (every["n"], known["n"]) == (4, 1) and (every["trimmed"], known["trimmed"]) == pytest.approx((0.3, 0.6))
+    every, known = (
+        tables.pick(table, threshold="static", queries=one, class_="I") for one in ("all", "known")
+    )
+    assert (every["n"], known["n"]) == (4, 1) and (
+        every["trimmed"],
+        known["trimmed"],
+    ) == pytest.approx((0.3, 0.6))
 
 
 def test_verdict_reads_the_interval():

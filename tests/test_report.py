@@ -212,10 +212,26 @@ def edits_frame(queries, lift):
             for neurons in ("local", "global", "cas"):
                 one = f % 2 == 0
                 good = 0.4 + lift * one + 2 * lift * (neurons == "cas") + 0.01 * rng.random()
-                rows.append(dict(fact=fact, relation=group["relation"].iloc[0], prompt=group["prompt"].iloc[0], op=op,
-                                 neurons=neurons, control="none", note=None, reached=[good] * len(group), rel=good, gen=good, loc=good, avg=good,
-                                 dppl=np.exp(1 - good) - 1,
-                                 broken=float(one or neurons == "cas") if lift < 0 else float(not one and neurons != "cas")))
+                rows.append(
+                    dict(
+                        fact=fact,
+                        relation=group["relation"].iloc[0],
+                        prompt=group["prompt"].iloc[0],
+                        op=op,
+                        neurons=neurons,
+                        control="none",
+                        note=None,
+                        reached=[good] * len(group),
+                        rel=good,
+                        gen=good,
+                        loc=good,
+                        avg=good,
+                        dppl=np.exp(1 - good) - 1,
+                        broken=float(one or neurons == "cas")
+                        if lift < 0
+                        else float(not one and neurons != "cas"),
+                    )
+                )
     return pd.DataFrame(rows)
 
 
@@ -255,7 +271,9 @@ def frames_where_all_holds(queries, sign=1.0):
 
 
 def board_of(frames, models=("a",)):
-    return claims.scoreboard(lambda model, method, name: frames[name], list(models), ["ig"], ["ig"], static=0.2)
+    return claims.scoreboard(
+        lambda model, method, name: frames[name], list(models), ["ig"], ["ig"], static=0.2
+    )
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +287,11 @@ def test_a_planted_effect_decides_each_claim(boards, number):
     one = holding[holding["claim"] == number]
     if number == 2:  # these are facts of two relations
         within = one["part"] == "within relations"
-        assert one.loc[within, "why"].str.contains("2 relations have facts of both classes.* needs 10", regex=True).all()
+        assert (
+            one.loc[within, "why"]
+            .str.contains("2 relations have facts of both classes.* needs 10", regex=True)
+            .all()
+        )
         one = one[~within]
     assert len(one) and set(one["verdict"]) == {"holds"}, one[["part", "threshold", "value", "verdict", "why"]]
     if number > 3:
@@ -287,7 +309,11 @@ def test_sizes_of_changes_that_cancel_do_not(queries):
     sets = {"self": lambda second: (0.5, -0.5), "irrelevant": lambda second: (0.1, 0.1)}
     frames["knowledge_synapses"] = changes_frame(queries, sets, ("value", "probability"))
     board = board_of(frames)
-    verdicts = board[(board["claim"] == 10) & (board["queries"] == "all")].set_index("part")["verdict"].to_dict()
+    verdicts = (
+        board[(board["claim"] == 10) & (board["queries"] == "all")]
+        .set_index("part")["verdict"]
+        .to_dict()
+    )
     assert verdicts == {f"{name}, {way}": "the opposite holds" if (name[0], way) == ("d", "suppress") else "holds"
                         for name in ("dValue", "dProb", "|dValue|", "|dProb|") for way in ("enhance", "suppress")}
     assert claims.overall(board[board["claim"] == 10])["verdict"].item() == "holds in part (6 of 8, 2 the opposite)"
@@ -300,14 +326,18 @@ def test_all_queries_decide_as_in_the_paper_and_the_known_ones_stand_beside(quer
     numbers = dict(query_kn_mapping=[6, 7, 8], knowledge_synapses=[10, 11])
     for name in numbers:
         known = frames[name]["prompt_index"] < 2
-        frames[name] = frames[name].assign(known=known).where(~known, other[name].assign(known=True))
+        frames[name] = (
+            frames[name].assign(known=known).where(~known, other[name].assign(known=True))
+        )
     board = board_of(frames)
     for claim in sum(numbers.values(), []):
         part = board[board["claim"] == claim]
         assert set(part.loc[part["queries"] == "all", "verdict"]) == {"holds"}
         assert set(part.loc[part["queries"] == "known", "verdict"]) == {"the opposite holds"}
         [row] = claims.overall(part).to_dict("records")
-        assert row["verdict"].startswith("holds (") and row["known"].startswith("the opposite holds (")
+        assert row["verdict"].startswith("holds (") and row["known"].startswith(
+            "the opposite holds ("
+        )
         assert "all queries" in part["text"].iloc[0]
     assert claims.overall(board[board["claim"] == 4])["known"].item() == ""
 
@@ -326,7 +356,9 @@ def test_a_class_of_one_fact_decides_nothing_and_its_n_is_shown(queries):
     part"."""
     frames, names = frames_where_all_holds(queries), list(dict.fromkeys(queries["fact"]))
     few = [*names[:8:2], names[1]]  # of even number: class I
-    frames["query_kn_mapping"] = frames["query_kn_mapping"].loc[lambda frame: frame["fact"].isin(few)]
+    frames["query_kn_mapping"] = frames["query_kn_mapping"].loc[
+        lambda frame: frame["fact"].isin(few)
+    ]
     frames["edits"] = frames["edits"].loc[lambda frame: frame["fact"].isin(few)]
     board = board_of(frames)
     for claim in (4, 5, 8):
@@ -336,7 +368,10 @@ def test_a_class_of_one_fact_decides_nothing_and_its_n_is_shown(queries):
     eight = board[board["claim"] == 8]
     assert set(eight["why"]) == {"1 and 4 facts; an interval needs 10 on each side"}
     assert (eight["n_facts"].tolist()[0], eight["n_facts_other"].tolist()[0]) == (1, 4)
-    assert claims.overall(eight)["verdict"].item() == "not testable here: 1 and 4 facts; an interval needs 10 on each side"
+    assert (
+        claims.overall(eight)["verdict"].item()
+        == "not testable here: 1 and 4 facts; an interval needs 10 on each side"
+    )
 
 
 def test_a_perplexity_that_explodes_is_judged_by_its_median_and_by_broken_texts(queries):
@@ -345,13 +380,17 @@ def test_a_perplexity_that_explodes_is_judged_by_its_median_and_by_broken_texts(
     frames = frames_where_all_holds(queries)
     edits = frames["edits"]
     first = (edits["fact"] == queries["fact"].iloc[0]) & (edits["neurons"] == "global")
-    frames["edits"] = edits.assign(dppl=edits["dppl"].mask(first, 4e10), broken=edits["broken"].mask(first, 1.0))
+    frames["edits"] = edits.assign(
+        dppl=edits["dppl"].mask(first, 4e10), broken=edits["broken"].mask(first, 1.0)
+    )
     five = board_of(frames).loc[lambda board: board["claim"] == 5]
     assert set(five["verdict"]) == {"holds"} and five["value"].between(0, 1).all()
     assert set(five["part"]) == {f"{op}, {what}" for op in ("erasure", "update")
                                  for what in ("median dPPL", "share of broken texts")}
     none = frames["edits"].assign(broken=0.0)
-    five = board_of(frames | {"edits": none}).loc[lambda board: board["claim"] == 5].set_index("part")
+    five = (
+        board_of(frames | {"edits": none}).loc[lambda board: board["claim"] == 5].set_index("part")
+    )
     assert set(five.loc["update, share of broken texts", "why"]) == {"no edit breaks a text"}
 
 
@@ -409,8 +448,18 @@ def test_classes_of_noise_do_not_differ_within_relations_of_two_facts(queries, m
 def test_classes_that_differ_between_relations_only_do_not_differ_within(queries, monkeypatch):
     """Relation r has CS2 about r / 10, and the more of it the more facts of class I: within a relation, nothing differs."""
     rng = np.random.default_rng(0)
-    frame = pd.DataFrame([dict(fact=f"{r} {f}", relation=f"P{r}", label="I" if f < 2 * r + 2 else "II",
-                               value=r / 10 + 0.05 * rng.normal()) for r in range(12) for f in range(26)])
+    frame = pd.DataFrame(
+        [
+            dict(
+                fact=f"{r} {f}",
+                relation=f"P{r}",
+                label="I" if f < 2 * r + 2 else "II",
+                value=r / 10 + 0.05 * rng.normal(),
+            )
+            for r in range(12)
+            for f in range(26)
+        ]
+    )
     for shift, within in ((0.0, "cannot be told"), (0.1, "holds")):
         shifted = frame.assign(value=frame["value"] + shift * (frame["label"] == "I"))
         monkeypatch.setattr(claims, "split_frames", lambda *_, shifted=shifted, **__: [("static", 0.1, "CS2", shifted)])
@@ -481,9 +530,26 @@ def executed(tmp_path_factory, queries):
         patch.setattr(paths, "RUNS", folder / "runs")
         patch.setenv("QLUTILS_RUNS", str(folder / "runs"))
         save("demo/gpt2", "01", {"queries": queries, "left_out": queries[["fact", "prompt"]].head(0).assign(left_out="")})
-        status = run.main(["--models", "demo/gpt2", "demo/llama2", "--relations", *SAMPLE["relations"],
-                           "--facts-per-relation", "12", "--methods", "ig", "--output", "made", "--only", "report",
-                           "-p", "control_models", "False"])
+        status = run.main(
+            [
+                "--models",
+                "demo/gpt2",
+                "demo/llama2",
+                "--relations",
+                *SAMPLE["relations"],
+                "--facts-per-relation",
+                "12",
+                "--methods",
+                "ig",
+                "--output",
+                "made",
+                "--only",
+                "report",
+                "-p",
+                "control_models",
+                "False",
+            ]
+        )
         yield status, folder / "runs" / "made"
 
 

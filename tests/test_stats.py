@@ -8,8 +8,17 @@ from scipy import stats as scipy_stats
 from qlutils import analysis
 from qlutils.neurons import otsu_threshold
 from qlutils import stats
-from qlutils.stats import (LEAST, _weighted, bootstrap_difference, bootstrap_mean, bootstrap_statistic, mean_columns,
-                           permutation_test, resampling_weights, welch)
+from qlutils.stats import (
+    LEAST,
+    _weighted,
+    bootstrap_difference,
+    bootstrap_mean,
+    bootstrap_statistic,
+    mean_columns,
+    permutation_test,
+    resampling_weights,
+    welch,
+)
 
 
 def facts_frame(rng, facts_per_relation, relations=12, queries=1, spread=1.0):
@@ -44,8 +53,16 @@ def test_cohens_d_of_a_hand_made_case():
     assert four_times["d"] == pytest.approx(-3 / np.sqrt(8 / 11))
 
 
-@pytest.mark.parametrize("a, b", [([], []), ([1.0], [2.0, 3.0]), ([1.0] * 12, [2.0] * 12), ([np.nan] * 3, [1.0, 2.0]),
-                                  (np.arange(LEAST - 1.0), np.arange(60.0))])
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        ([], []),
+        ([1.0], [2.0, 3.0]),
+        ([1.0] * 12, [2.0] * 12),
+        ([np.nan] * 3, [1.0, 2.0]),
+        (np.arange(LEAST - 1.0), np.arange(60.0)),
+    ],
+)
 def test_an_undefined_t_test_is_nan(a, b, recwarn):
     result = welch(a, b)
     assert set(result) == {"t", "df", "p", "d"} and np.isnan(list(result.values())).all()
@@ -151,7 +168,16 @@ def test_one_statistic_becomes_columns_of_a_table():
 def test_several_means_stand_side_by_side_each_with_its_n():
     frame = facts_frame(np.random.default_rng(8), 4).assign(half=lambda f: f["value"].where(f.index % 2 == 0))
     row = mean_columns(frame, ["value", "half"])
-    assert list(row) == ["value", "value_low", "value_high", "n", "half", "half_low", "half_high", "n_value"]
+    assert list(row) == [
+        "value",
+        "value_low",
+        "value_high",
+        "n",
+        "half",
+        "half_low",
+        "half_high",
+        "n_value",
+    ]
     assert (row["n"], row["n_value"]) == (24, 48)
     assert row["value"] == pytest.approx(frame["value"].mean()) and row["half"] == pytest.approx(frame["half"].mean())
 
@@ -277,14 +303,22 @@ def test_a_statistic_of_weighted_facts_equals_that_of_repeated_ones_and_of_the_m
                           "cs2": rng.random(40)})
     mean = bootstrap_statistic([frame], lambda part, w: (part["cs2"] * w).sum() / w.sum(), seed=3)
     known = bootstrap_mean(frame, "cs2", seed=3)
-    stretch = scipy_stats.t.ppf(0.975, 36) / scipy_stats.norm.ppf(0.975)  # 40 facts of 4 relations; of a mean only
-    low, high = (mean.mean + stretch * (bound - mean.mean) for bound in (mean.mean_low, mean.mean_high))
-    assert (mean.mean, low, high) == pytest.approx((known.mean, known.mean_low, known.mean_high), rel=1e-5)
+    stretch = scipy_stats.t.ppf(0.975, 36) / scipy_stats.norm.ppf(
+        0.975
+    )  # 40 facts of 4 relations; of a mean only
+    low, high = (
+        mean.mean + stretch * (bound - mean.mean) for bound in (mean.mean_low, mean.mean_high)
+    )
+    assert (mean.mean, low, high) == pytest.approx(
+        (known.mean, known.mean_low, known.mean_high), rel=1e-5
+    )
     other = frame.assign(cs2=frame["cs2"] - 0.25)
     both = bootstrap_statistic([frame, other], lambda part, w: (part["cs2"] * w).sum() / w.sum())
     assert (both.mean, both.mean_low, both.mean_high) == pytest.approx((0.25,) * 3)  # the same facts are drawn for both
     assert np.isnan(bootstrap_statistic([frame.head(0)], lambda part, w: 1.0).mean)
-    few = bootstrap_statistic([frame, frame.head(LEAST - 1)], lambda part, w: (part["cs2"] * w).sum() / w.sum())
+    few = bootstrap_statistic(
+        [frame, frame.head(LEAST - 1)], lambda part, w: (part["cs2"] * w).sum() / w.sum()
+    )
     assert np.isnan(few.mean_low) and few.mean != 0 and (few.n, few.n_other) == (40, LEAST - 1)
     repeats = rng.integers(1, 4, size=40)
     whole = np.repeat(frame["cs2"].to_numpy(), repeats)
@@ -312,8 +346,14 @@ def lopsided(small, large, rng=None, spread=1.0):
     """Facts of class II (`small` of them) and I, two a relation, drawn together."""
     n, rng = small + large, rng or np.random.default_rng(0)
     order = rng.permutation(n)
-    return pd.DataFrame(dict(fact=[f"f{i}" for i in range(n)], relation=[f"P{i // 2}" for i in order],
-                             kind=np.where(np.arange(n) < small, "II", "I"), value=spread * rng.normal(size=n)))
+    return pd.DataFrame(
+        dict(
+            fact=[f"f{i}" for i in range(n)],
+            relation=[f"P{i // 2}" for i in order],
+            kind=np.where(np.arange(n) < small, "II", "I"),
+            value=spread * rng.normal(size=n),
+        )
+    )
 
 
 @pytest.mark.parametrize("small", [1, LEAST - 1, LEAST])
@@ -333,10 +373,18 @@ def test_no_interval_rests_on_fewer_facts_on_a_side_than_the_least(small):
 def test_the_two_sides_of_a_difference_are_counted_apart():
     frame = lopsided(12, 30).loc[lambda f: f.index.repeat(3)]
     found = bootstrap_difference(frame, "value", "kind", ("II", "I"))
-    assert found.row("mean", "gap") == {"gap": found.mean, "gap_low": found.mean_low, "gap_high": found.mean_high,
-                                        "n": 36, "n_other": 90}
+    assert found.row("mean", "gap") == {
+        "gap": found.mean,
+        "gap_low": found.mean_low,
+        "gap_high": found.mean_high,
+        "n": 36,
+        "n_other": 90,
+    }
     assert found.facts() == {"n_facts": 12, "n_facts_other": 30}
-    assert bootstrap_mean(frame, "value").facts() == {"n_facts": 42} and "n_other" not in bootstrap_mean(frame, "value").row()
+    assert (
+        bootstrap_mean(frame, "value").facts() == {"n_facts": 42}
+        and "n_other" not in bootstrap_mean(frame, "value").row()
+    )
 
 
 @pytest.mark.parametrize("hits, n", [((0, 4), (12, 40)), ((12, 0), (12, 12)), ((0, 0), (10, 50))])
@@ -353,8 +401,11 @@ def test_a_difference_from_a_class_that_never_or_always_does_is_not_certain(hits
 
 
 def test_a_difference_of_shares_of_the_same_facts_is_narrower_where_they_go_together():
-    facts = [dict(fact=f"f{i}", relation=f"P{i % 5}", kind=kind, value=float(i < 20 + (kind == "a")))
-             for i in range(40) for kind in "ab"]
+    facts = [
+        dict(fact=f"f{i}", relation=f"P{i % 5}", kind=kind, value=float(i < 20 + (kind == "a")))
+        for i in range(40)
+        for kind in "ab"
+    ]
     together = bootstrap_difference(pd.DataFrame(facts), "value", "kind", ("a", "b"), share=True)
     apart = pd.DataFrame(facts).assign(fact=lambda f: f["fact"] + f["kind"])
     apart = bootstrap_difference(apart, "value", "kind", ("a", "b"), share=True)
@@ -377,12 +428,20 @@ def coverage(kind, facts, per_relation, other=0, samples=200):
     one class, or of its difference from another of `other` facts."""
     rng, (drawn, truth) = np.random.default_rng(facts), DRAWN[kind]
     n, share = facts + other, kind in ("rare", "even")
-    frame = pd.DataFrame(dict(fact=np.arange(n).astype(str), kind=np.where(np.arange(n) < facts, "II", "I"),
-                              relation=rng.permutation(n) // per_relation))
+    samples = samples // 2 if share else samples  # exact intervals, which cover more
+    frame = pd.DataFrame(
+        dict(
+            fact=np.arange(n).astype(str),
+            kind=np.where(np.arange(n) < facts, "II", "I"),
+            relation=rng.permutation(n) // per_relation,
+        )
+    )
     hits = np.zeros(3)
     for sample in range(samples):
         frame["value"] = drawn(rng, n)
-        options = dict(draws=20 if share else 150, seed=sample, share=share)  # shares of facts hang on no draw
+        options = dict(
+            draws=20 if share else 150, seed=sample, share=share
+        )  # shares of facts hang on no draw
         found = (bootstrap_difference(frame, "value", "kind", ("II", "I"), **options) if other else
                  bootstrap_mean(frame, "value", **options))
         for at, name in enumerate(("mean", "median", "trimmed")):
@@ -408,7 +467,12 @@ def test_intervals_of_the_least_number_of_facts_cover_what_they_promise(kind):
     for other, wanted in zip((0, 60), COVERED[kind]):
         found = coverage(kind, LEAST, per_relation=2, other=other)
         for name, share, least in zip(("mean", "median", "trimmed"), found, wanted):
-            assert least is None or share >= least - 3, (kind, other, name, share)  # 3: two errors of 200 samples
+            assert least is None or share >= least - 3, (
+                kind,
+                other,
+                name,
+                share,
+            )  # 3: two errors of 200 samples
 
 
 def test_fewer_facts_than_the_least_would_cover_less(monkeypatch):
