@@ -270,10 +270,12 @@ def frames_where_all_holds(queries, sign=1.0):
             "knowledge_synapses": changes_frame(queries, synapses, ("value", "probability"))}
 
 
-def board_of(frames, models=("a",)):
-    return claims.scoreboard(
-        lambda model, method, name: frames[name], list(models), ["ig"], ["ig"], static=0.2
-    )
+def board_of(frames, notebook=None):
+    """The scoreboard of these frames, or of the claims that one notebook's results decide."""
+    def get(model, method, name):
+        return frames[name]
+
+    return claims.scoreboard(get, ["a"], ["ig"], ["ig"], static=0.2, notebook=notebook)
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +310,7 @@ def test_sizes_of_changes_that_cancel_do_not(queries):
     frames = frames_where_all_holds(queries)
     sets = {"self": lambda second: (0.5, -0.5), "irrelevant": lambda second: (0.1, 0.1)}
     frames["knowledge_synapses"] = changes_frame(queries, sets, ("value", "probability"))
-    board = board_of(frames)
+    board = board_of(frames, "06")
     verdicts = (
         board[(board["claim"] == 10) & (board["queries"] == "all")]
         .set_index("part")["verdict"]
@@ -329,7 +331,7 @@ def test_all_queries_decide_as_in_the_paper_and_the_known_ones_stand_beside(quer
         frames[name] = (
             frames[name].assign(known=known).where(~known, other[name].assign(known=True))
         )
-    board = board_of(frames)
+    board = pd.concat([board_of(frames, name) for name in ("03", "04", "06")])
     for claim in sum(numbers.values(), []):
         part = board[board["claim"] == claim]
         assert set(part.loc[part["queries"] == "all", "verdict"]) == {"holds"}
@@ -345,7 +347,7 @@ def test_all_queries_decide_as_in_the_paper_and_the_known_ones_stand_beside(quer
 def test_unknown_queries_leave_nothing_to_say_of_the_known_ones(queries):
     frames = frames_where_all_holds(queries)
     frames["query_kn_mapping"] = frames["query_kn_mapping"].assign(known=False)
-    board = board_of(frames)
+    board = board_of(frames, "04")
     board = board[board["claim"].isin([6, 7, 8])]
     assert set(board.loc[board["queries"] == "known", "verdict"]) == {"not testable here"}
     assert set(board.loc[board["queries"] == "all", "verdict"]) == {"holds"}
@@ -360,7 +362,7 @@ def test_a_class_of_one_fact_decides_nothing_and_its_n_is_shown(queries):
         lambda frame: frame["fact"].isin(few)
     ]
     frames["edits"] = frames["edits"].loc[lambda frame: frame["fact"].isin(few)]
-    board = board_of(frames)
+    board = pd.concat([board_of(frames, name) for name in ("03", "04")])
     for claim in (4, 5, 8):
         part = board[board["claim"] == claim]
         assert set(part["verdict"]) == {"not testable here"} and part["value"].notna().any()
@@ -383,13 +385,13 @@ def test_a_perplexity_that_explodes_is_judged_by_its_median_and_by_broken_texts(
     frames["edits"] = edits.assign(
         dppl=edits["dppl"].mask(first, 4e10), broken=edits["broken"].mask(first, 1.0)
     )
-    five = board_of(frames).loc[lambda board: board["claim"] == 5]
+    five = board_of(frames, "03").loc[lambda board: board["claim"] == 5]
     assert set(five["verdict"]) == {"holds"} and five["value"].between(0, 1).all()
     assert set(five["part"]) == {f"{op}, {what}" for op in ("erasure", "update")
                                  for what in ("median dPPL", "share of broken texts")}
     none = frames["edits"].assign(broken=0.0)
     five = (
-        board_of(frames | {"edits": none}).loc[lambda board: board["claim"] == 5].set_index("part")
+        board_of(frames | {"edits": none}, "03").loc[lambda board: board["claim"] == 5].set_index("part")
     )
     assert set(five.loc["update, share of broken texts", "why"]) == {"no edit breaks a text"}
 
@@ -398,7 +400,7 @@ def test_an_effect_that_cannot_be_told_from_0_is_told_so(queries):
     frames = frames_where_all_holds(queries)
     noise = np.random.default_rng(1).normal(size=len(frames["edits"]))
     frames["edits"] = frames["edits"].assign(gen=noise, avg=noise)
-    board = board_of(frames)
+    board = board_of(frames, "03")
     part = board[(board["claim"] == 4) & (board["threshold"] == "static")]
     told = (part["value_low"] > 0) | (part["value_high"] < 0)
     assert ((part["verdict"] == "cannot be told") == ~told).all() and not told.all()
@@ -411,7 +413,7 @@ def test_a_share_whose_interval_holds_the_bound_cannot_be_told_and_one_below_doe
         rng = np.random.default_rng(2)
         facts = frames["attention_predominance"]
         frames["attention_predominance"] = facts.assign(predominance=share + 0.05 * rng.normal(size=len(facts)))
-        board = board_of(frames)
+        board = board_of(frames, "05")
         assert board.loc[(board["claim"] == 9) & (board["part"] == "all tokens"), "verdict"].item() == verdict
 
 
@@ -463,7 +465,7 @@ def test_classes_that_differ_between_relations_only_do_not_differ_within(queries
     for shift, within in ((0.0, "cannot be told"), (0.1, "holds")):
         shifted = frame.assign(value=frame["value"] + shift * (frame["label"] == "I"))
         monkeypatch.setattr(claims, "split_frames", lambda *_, shifted=shifted, **__: [("static", 0.1, "CS2", shifted)])
-        board = board_of(frames_where_all_holds(queries))
+        board = board_of(frames_where_all_holds(queries), "02")
         two = board[board["claim"] == 2].set_index("part")
         assert two["verdict"].to_dict() == {"all facts": "holds", "within relations": within}
     oracle = [shifted[(shifted["relation"] == f"P{r}")].assign(value=lambda one: one["value"] - one["value"].mean())
