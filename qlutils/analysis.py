@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from .neurons import classify, fact_table, otsu_threshold
-from .stats import Estimate, bootstrap_mean, bootstrap_statistic, mean_columns, welch
+from .stats import LEAST, Estimate, bootstrap_mean, bootstrap_statistic, mean_columns, welch
 from .study import METHODS
 from .tables import paper_value, without_empty_paper_columns
 
@@ -99,6 +99,8 @@ def share_of_class(facts, threshold, name="II", seed=0, among=None) -> Estimate:
         inside = (part["class_static"] == name).astype(float)
         return bootstrap_mean(part.assign(inside=inside), "inside", seed=seed, share=True)
     found = bootstrap_statistic([classified], partial(_otsu, name, among=among), seed=seed)
+    if len(part) < LEAST:  # however many facts the threshold comes from
+        found = replace(found, mean_low=np.nan, mean_high=np.nan)
     return replace(found, n=len(part), n_clusters=len(part))
 
 
@@ -165,17 +167,25 @@ def consistency_summary(facts: dict[str, pd.DataFrame], seed: int = 0) -> pd.Dat
 
 def otsu_null(facts: pd.DataFrame, draws: int = 200, seed: int = 0) -> dict:
     """What `otsu_threshold` makes of nothing: R_II and Welch's t, means over `draws` and 95 % ranges, of as many values
-    from a normal distribution with the mean and deviation of the facts' CS2 (NaN for fewer than two or equal ones)."""
+    from a normal distribution with the mean and deviation of the facts' CS2 (NaN for fewer than
+    `LEAST` facts or equal ones; of t, over the draws whose classes have as many)."""
     cs2 = facts["cs2"].dropna().to_numpy()
     found = np.full((draws, 2), np.nan)
-    if len(cs2) > 1 and np.ptp(cs2) > 0:
+    if len(cs2) >= LEAST and np.ptp(cs2) > 0:
         for draw in range(draws):
             noise = np.random.default_rng(seed + draw).normal(cs2.mean(), cs2.std(), len(cs2))
             second = noise <= otsu_threshold(noise)
             found[draw] = second.mean(), welch(noise[~second], noise[second])["t"]
-    low, mean, high = np.quantile(found, 0.025, axis=0), np.mean(found, axis=0), np.quantile(found, 0.975, axis=0)
-    return {"R_II": mean[0], "R_II_low": low[0], "R_II_high": high[0],
-            "t": mean[1], "t_low": low[1], "t_high": high[1], "n": len(cs2)}
+    row: dict = {}
+    for name, values in zip(("R_II", "t"), found.T):
+        values = values[~np.isnan(values)]
+        low, high = np.quantile(values, (0.025, 0.975)) if len(values) else (np.nan, np.nan)
+        row |= {
+            name: values.mean() if len(values) else np.nan,
+            f"{name}_low": low,
+            f"{name}_high": high,
+        }
+    return row | {"n": len(cs2)}
 
 
 def threshold_sensitivity(queries: pd.DataFrame, t_values=(0.1, 0.2, 0.3, 0.4, 0.5),

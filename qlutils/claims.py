@@ -2,8 +2,11 @@
 
 A claim has parts; a part is a mean, or a difference of two, that is claimed to lie above a bound. It *holds* where the
 interval lies above it, *does not hold* where it lies below (*the opposite holds* where the bound is 0), *cannot be told* where
-it holds the bound, and is *not testable here* where the statistic or its interval is not defined or would say nothing; then
-`why` says so. Nothing is written by hand for a model, nothing needs torch.
+it holds the bound, and is *not testable here* where the statistic or its interval is not defined
+(fewer than `stats.LEAST` facts on a side) or would say nothing; then `why` says so. Claims 6-8, 10
+and 11, about changes of P(answer), are decided by the 10 % trimmed mean over all queries, as the
+paper counts them; the same over the known ones stands beside and decides nothing. Nothing is
+written by hand for a model, nothing needs torch.
 """
 
 from __future__ import annotations
@@ -19,17 +22,27 @@ from IPython.display import HTML
 from .analysis import CLASSES, THRESHOLDS, classified_facts, difference_of_shares, second_class, share_of_class
 from .controls import split_frames
 from .edit_report import PAPER_OP
-from .effects import DIRECTIONS, query_gaps, rates
+from .effects import COUNTED, DIRECTIONS, POPULATIONS, query_gaps, rates
 from .page import folded, missing_html, table_html
-from .stats import Estimate, bootstrap_difference, bootstrap_mean
-from .tables import display_table
+from .stats import LEAST, Estimate, bootstrap_difference, bootstrap_mean
+from .tables import display_table, too_few
 
 HOLDS, FAILS, OPPOSITE = "holds", "does not hold", "the opposite holds"
 UNTOLD, OPEN = "cannot be told", "not testable here"
 COMMON, HIGH, MARGIN = 0.25, 0.5, 0.1
 LOCALISED = "02"  # the notebook whose claims every method decides
 NEIGHBOURS = ("union", "intersection", "refine")
-NAMES = {"rel": "Rel", "gen": "Gen", "loc": "Loc", "avg": "Avg", "log_ppl": "log(PPL after / before)", "cas": "CAS"}
+NAMES = {
+    "rel": "Rel",
+    "gen": "Gen",
+    "loc": "Loc",
+    "avg": "Avg",
+    "dppl": "median dPPL",
+    "cas": "CAS",
+    "broken": "share of broken texts",
+}
+# How the claims about changes count; the known queries stand beside.
+QUERIES = "of all queries, trimmed mean"
 
 
 class Missing(Exception):
@@ -45,6 +58,20 @@ class Claim:
     parts: Callable
     above: float = 0.0
     within: float | None = None  # instead: the whole interval within +- this
+
+
+@dataclass
+class Part:
+    """A statistic of a claim; `measure` is that of the estimate which decides it, `queries` those
+    counted where that is a choice, and `why` says why the estimate would say nothing."""
+
+    name: str
+    statistic: str
+    threshold: str
+    found: Estimate
+    why: str = ""
+    measure: str = "mean"
+    queries: str = ""
 
 
 @dataclass
@@ -66,11 +93,14 @@ class Case:
         return classified_facts(self.get(model or self.model, self.method, "queries"), self.t, self.static)
 
     def edits(self, name) -> pd.DataFrame:
-        """A notebook's edits of knowledge neurons (not its controls), with the facts' classes; and the logarithm of what they
-        multiply perplexity by, since a few broken models decide a mean of dPPL."""
+        """A notebook's edits of knowledge neurons (not its controls), with the facts' classes."""
         frame = self.frame(name)
+        if "broken" not in frame:
+            raise Missing(
+                "its edits were made by an earlier version, which did not count broken texts: "
+                "run it again"
+            )
         frame = frame[(frame["control"] == "none") & frame["note"].isna()]
-        frame = frame.assign(log_ppl=np.log(frame["ppl_after"] / frame["ppl_before"]))
         return frame.merge(self.facts()[["fact", "class_static", "class_otsu"]], on="fact", how="left")
 
     def moved(self):
@@ -93,16 +123,38 @@ class Case:
     def mean(self, frame, value) -> Estimate:
         return bootstrap_mean(frame, value, seed=self.seed)
 
-    def apart(self, frame, value, by, levels=("II", "I")) -> Estimate:
-        return bootstrap_difference(frame, value, by, levels, seed=self.seed)
+    def apart(self, frame, value, by, levels=("II", "I"), share=False) -> Estimate:
+        return bootstrap_difference(frame, value, by, levels, seed=self.seed, share=share)
+
+    def counted(self, gaps, name, statistic, threshold, estimate):
+        """Parts about `query_gaps`, one for the queries that decide and one for those beside:
+        `estimate` of their rows."""
+        for queries in COUNTED:
+            found = estimate(POPULATIONS[queries](gaps))
+            yield Part(name, statistic, threshold, found, measure="trimmed", queries=queries)
+
+    def edited(self, part, name, measure, sides, by, levels, threshold):
+        """The part about a measure of edits; dPPL, which a few broken texts decide, by its
+        median."""
+        found = self.apart(part, measure, by, levels, share=measure != "dppl")
+        why = _idle(part)
+        if measure == "broken" and not part["broken"].fillna(0).any():
+            why = why or "no edit breaks a text"
+        return Part(
+            f"{name}, {NAMES[measure]}",
+            f"{NAMES[measure]} of {sides[0]} - of {sides[1]}",
+            threshold,
+            found,
+            why,
+            "median" if measure == "dppl" else "mean",
+        )
 
 
 CLAIMS: dict[int, Claim] = {}
 
 
 def claim(number, notebook, text, **bounds):
-    """The function below decides this claim: of a `Case` it gives parts (name, statistic, threshold, estimate), and perhaps
-    why the estimate would say nothing."""
+    """The function below decides this claim: of a `Case` it gives the parts."""
     def register(parts):
         CLAIMS[number] = Claim(text, notebook, parts, **bounds)
         return parts
@@ -115,20 +167,32 @@ def claim(number, notebook, text, **bounds):
 @claim(1, "02", f"K_II is common (here: more than {COMMON:.0%} of the facts)", above=COMMON)
 def _common(case):
     for threshold in THRESHOLDS:
-        yield "", "share of K_II", threshold, share_of_class(case.facts(), threshold, seed=case.seed)
+        yield Part(
+            "", "share of K_II", threshold, share_of_class(case.facts(), threshold, seed=case.seed)
+        )
 
 
 @claim(2, "02", "the classes' CS differ (classes from one half of the queries, CS2 from the other)")
 def _differ(case):
     for threshold, _, _, frame in split_frames(case.frame("queries"), t=case.t, static=case.static, seed=case.seed):
-        yield "all facts", "CS2 of K_I - CS2 of K_II", threshold, case.apart(frame, "value", "label", ("I", "II"))
+        found = case.apart(frame, "value", "label", ("I", "II"))
+        yield Part("all facts", "CS2 of K_I - CS2 of K_II", threshold, found)
         frame = frame[frame["label"].notna() & frame["value"].notna()]
         both = frame[frame.groupby("relation")["label"].transform("nunique") == 2]
         both = both.assign(value=both["value"] - both.groupby("relation")["value"].transform("mean"))
         # relations are resampled, not facts: less its mean, one of two facts is the other's negative
         within = bootstrap_difference(both, "value", "label", ("I", "II"), cluster="relation", strata=None, seed=case.seed)
-        yield ("within relations", "CS2 of K_I - CS2 of K_II, less each relation's mean", threshold,
-               replace(within, n_clusters=both["fact"].nunique()))
+        relations = both["relation"].nunique()
+        why = (f"{relations} relations have facts of both classes; an interval over relations "
+               f"needs {LEAST}")
+        one, two = (int((both["label"] == name).sum()) for name in CLASSES)
+        yield Part(
+            "within relations",
+            "CS2 of K_I - CS2 of K_II, less each relation's mean",
+            threshold,
+            replace(within, n_clusters=one, n_clusters_other=two),
+            why if relations < LEAST else "",
+        )
 
 
 @claim(3, "02", "larger models (later in the list) have more K_II and lower CS")
@@ -137,9 +201,16 @@ def _size(case):
         raise Missing("it needs a smaller model, earlier in the list, to compare with")
     both = pd.concat([case.facts(model).assign(model=model) for model in (case.before, case.model)], ignore_index=True)
     second, shares = both.assign(second=second_class(both, "static")), f"share of K_II less that of {case.before}"
-    yield "more K_II", shares, "static", case.apart(second, "second", "model", (case.model, case.before))
-    yield "more K_II", shares, "otsu", difference_of_shares(case.facts(), case.facts(case.before), case.seed)
-    yield "lower CS", f"CS2 of {case.before} less CS2", "", case.apart(both, "cs2", "model", (case.before, case.model))
+    found = case.apart(second, "second", "model", (case.model, case.before), share=True)
+    yield Part("more K_II", shares, "static", found)
+    yield Part(
+        "more K_II",
+        shares,
+        "otsu",
+        difference_of_shares(case.facts(), case.facts(case.before), case.seed),
+    )
+    found = case.apart(both, "cs2", "model", (case.before, case.model))
+    yield Part("lower CS", f"CS2 of {case.before} less CS2", "", found)
 
 
 @claim(4, "03", "local edits of K_II generalise less than those of K_I, and their Avg is lower")
@@ -147,17 +218,36 @@ def _local(case):
     edits = case.edits("edits")
     for op, measure, threshold in product(PAPER_OP, ("gen", "avg"), THRESHOLDS):
         part = edits[(edits["op"] == op) & (edits["neurons"] == "local")]
-        yield (f"{PAPER_OP[op]}, {NAMES[measure]}", f"{NAMES[measure]} of K_I - of K_II", threshold,
-               case.apart(part, measure, f"class_{threshold}", ("I", "II")), _idle(part))
+        yield case.edited(
+            part,
+            PAPER_OP[op],
+            measure,
+            ("K_I", "K_II"),
+            f"class_{threshold}",
+            ("I", "II"),
+            threshold,
+        )
 
 
-@claim(5, "03", "global edits of K_II raise perplexity more than those of K_I")
+@claim(
+    5,
+    "03",
+    "global edits of K_II raise perplexity more than those of K_I (by its median, and in broken "
+    "texts)",
+)
 def _global(case):
     edits = case.edits("edits")
-    for op, threshold in product(PAPER_OP, THRESHOLDS):
+    for op, measure, threshold in product(PAPER_OP, ("dppl", "broken"), THRESHOLDS):
         part = edits[(edits["op"] == op) & (edits["neurons"] == "global")]
-        yield (PAPER_OP[op], f"{NAMES['log_ppl']} of K_II - of K_I", threshold,
-               case.apart(part, "log_ppl", f"class_{threshold}"), _idle(part))
+        yield case.edited(
+            part,
+            PAPER_OP[op],
+            measure,
+            ("K_II", "K_I"),
+            f"class_{threshold}",
+            ("II", "I"),
+            threshold,
+        )
 
 
 def _idle(edits) -> str:
@@ -167,49 +257,76 @@ def _idle(edits) -> str:
 
 # --- section 3: expression --------------------------------------------------------------------------------
 
-@claim(6, "04", "a query's own KNs matter, in both classes (more than random neurons)")
+@claim(6, "04", f"a query's own KNs matter, in both classes (more than random neurons; {QUERIES})")
 def _own(case):
     for way in DIRECTIONS[:2]:
         gaps = query_gaps(case.frame("query_kn_mapping"), "self", ("self_random",), way)
         for name, threshold in product(CLASSES, THRESHOLDS):
             part = gaps[gaps[f"class_{threshold}"] == name]
-            yield f"K_{name}, {way}", "dProb of own KNs - of random neurons", threshold, case.mean(part, "gap")
+            yield from case.counted(
+                part,
+                f"K_{name}, {way}",
+                "dProb of own KNs - of random neurons",
+                threshold,
+                lambda rows: case.mean(rows, "gap"),
+            )
 
 
-@claim(7, "04", "for K_II the neighbours' KNs matter less than the query's own")
+@claim(7, "04", f"for K_II the neighbours' KNs matter less than the query's own ({QUERIES})")
 def _neighbours(case):
     for (kind, gaps), threshold in product(case.neighbour_gaps(), THRESHOLDS):
         part = gaps[gaps[f"class_{threshold}"] == "II"]
-        yield kind, "dProb of own - of neighbours' KNs, K_II", threshold, case.mean(part, "gap")
+        yield from case.counted(part, kind, "dProb of own - of neighbours' KNs, K_II", threshold,
+                                lambda rows: case.mean(rows, "gap"))
 
 
-@claim(8, "04", "this gap is smaller for K_I")
+@claim(8, "04", f"this gap is smaller for K_I ({QUERIES})")
 def _less(case):
     for (kind, gaps), threshold in product(case.neighbour_gaps(), THRESHOLDS):
-        yield kind, "the gap of K_II - the gap of K_I", threshold, case.apart(gaps, "gap", f"class_{threshold}")
+        label = f"class_{threshold}"
+        yield from case.counted(gaps, kind, "the gap of K_II - the gap of K_I", threshold,
+                                lambda rows, label=label: case.apart(rows, "gap", label))
 
 
 @claim(9, "05", f"predominance is high (here: above {HIGH:g})", above=HIGH)
 def _predominance(case):
     facts = case.frame("attention_predominance")
     given = (facts["same_first"] == 1).all() and (facts["first"] == 1).all()
-    yield ("all tokens", "mean predominance", "", case.mean(facts, "predominance"),
-           "1 by construction: all prompts begin with the same token, and it always wins" if given else "")
-    yield "without the first token", "mean predominance", "", case.mean(facts, "predominance_rest")
+    why = (
+        "1 by construction: all prompts begin with the same token, and it always wins"
+        if given
+        else ""
+    )
+    yield Part("all tokens", "mean predominance", "", case.mean(facts, "predominance"), why)
+    yield Part(
+        "without the first token", "mean predominance", "", case.mean(facts, "predominance_rest")
+    )
 
 
-@claim(10, "06", "scaling a query's synapses moves KNs and P(answer) more than scaling an irrelevant query's")
+@claim(
+    10,
+    "06",
+    "scaling a query's synapses moves KNs and P(answer) more than scaling an irrelevant query's "
+    f"({QUERIES})",
+)
 def _synapses(case):
     for (name, frame), way in product(case.moved(), DIRECTIONS[:2]):
         gaps = query_gaps(frame, "self", ("irrelevant",), way)
-        yield f"{name}, {way}", f"{name} of S - of S_ir", "", case.mean(gaps, "gap")
+        yield from case.counted(
+            gaps,
+            f"{name}, {way}",
+            f"{name} of S - of S_ir",
+            "",
+            lambda rows: case.mean(rows, "gap"),
+        )
 
 
-@claim(11, "06", "it moves them more for K_II")
+@claim(11, "06", f"it moves them more for K_II ({QUERIES})")
 def _synapse_classes(case):
     for (name, frame), threshold in product(case.moved(), THRESHOLDS):
-        gaps = query_gaps(frame, "self")
-        yield name, f"{name} of K_II - of K_I", threshold, case.apart(gaps, "gap", f"class_{threshold}")
+        gaps, label = query_gaps(frame, "self"), f"class_{threshold}"
+        yield from case.counted(gaps, name, f"{name} of K_II - of K_I", threshold,
+                                lambda rows, label=label: case.apart(rows, "gap", label))
 
 
 # --- section 3.3: CAS -------------------------------------------------------------------------------------
@@ -217,22 +334,42 @@ def _synapse_classes(case):
 @claim(12, "07", "for K_II, CAS beats local on Gen, global on Loc and perplexity, and both on Avg")
 def _cas(case):
     edits = case.edits("cas_edits")
-    compared = (("gen", "cas", "local"), ("loc", "cas", "global"), ("log_ppl", "global", "cas"), ("avg", "cas", "local"),
-                ("avg", "cas", "global"))
+    compared = (
+        ("gen", "cas", "local"),
+        ("loc", "cas", "global"),
+        ("dppl", "global", "cas"),
+        ("broken", "global", "cas"),
+        ("avg", "cas", "local"),
+        ("avg", "cas", "global"),
+    )
     for op, (measure, *levels), threshold in product(PAPER_OP, compared, THRESHOLDS):
-        part = edits[(edits["op"] == op) & (edits[f"class_{threshold}"] == "II")]
-        first, second = (NAMES.get(name, name) for name in levels)
-        yield (f"{PAPER_OP[op]}, {NAMES[measure]}", f"{NAMES[measure]} of {first} - of {second}", threshold,
-               case.apart(part, measure, "neurons", levels), _idle(part[part["neurons"].isin(levels)]))
+        part = edits[
+            (edits["op"] == op)
+            & (edits[f"class_{threshold}"] == "II")
+            & edits["neurons"].isin(levels)
+        ]
+        sides = [NAMES.get(name, name) for name in levels]
+        yield case.edited(part, PAPER_OP[op], measure, sides, "neurons", levels, threshold)
 
 
 @claim(13, "07", f"for K_I, CAS is comparable to local and global (here: Avg within {MARGIN:g})", within=MARGIN)
 def _comparable(case):
     edits = case.edits("cas_edits")
     for op, other, threshold in product(PAPER_OP, ("local", "global"), THRESHOLDS):
-        part = edits[(edits["op"] == op) & (edits[f"class_{threshold}"] == "I")]
-        yield (f"{PAPER_OP[op]}, {other}", f"Avg of CAS - of {other}", threshold,
-               case.apart(part, "avg", "neurons", ("cas", other)), _idle(part[part["neurons"].isin(["cas", other])]))
+        part = edits[
+            (edits["op"] == op)
+            & (edits[f"class_{threshold}"] == "I")
+            & edits["neurons"].isin(["cas", other])
+        ]
+        yield case.edited(
+            part,
+            f"{PAPER_OP[op]}, {other}",
+            "avg",
+            ("CAS", other),
+            "neurons",
+            ("cas", other),
+            threshold,
+        )
 
 
 # --- the scoreboard ---------------------------------------------------------------------------------------
@@ -252,45 +389,95 @@ def scoreboard(get, models, methods, downstream, *, notebook=None, t=0.2, static
             here = dict(claim=number, text=one.text, model=model, method=method)
             try:
                 case = Case(get, model, method, before, t, static, seed)
-                rows += [here | _row(one, *part) for part in one.parts(case)]
+                rows += [here | _row(one, part) for part in one.parts(case)]
             except Missing as missing:
-                rows.append(here | dict(part="", threshold="", statistic="", value=np.nan, value_low=np.nan,
-                                        value_high=np.nan, n=0, n_facts=0, verdict=OPEN, why=str(missing)))
+                rows.append(
+                    here
+                    | dict(
+                        part="",
+                        threshold="",
+                        queries="",
+                        statistic="",
+                        value=np.nan,
+                        value_low=np.nan,
+                        value_high=np.nan,
+                        n_facts=0,
+                        n_facts_other=np.nan,
+                        verdict=OPEN,
+                        why=str(missing),
+                    )
+                )
     return pd.DataFrame(rows)
 
 
-def _row(claim: Claim, part, statistic, threshold, found: Estimate, why="") -> dict:
-    low, high = found.mean_low, found.mean_high
-    if np.isnan(found.mean):
-        why = "nothing to compare" + (f": a class is empty by the {threshold} threshold, or nothing in it has a value" if
-                                      threshold else ", as no value is defined")
+def _row(claim: Claim, part: Part) -> dict:
+    found = part.found.row(part.measure, "value")
+    value, low, high = (found[f"value{end}"] for end in ("", "_low", "_high"))
+    facts = {"n_facts_other": np.nan} | part.found.facts()
+    why = part.why
+    if np.isnan(value):
+        why = (
+            "nothing to compare"
+            + (
+                f": a class is empty by the {part.threshold} threshold, or nothing in it has a value"
+                if part.threshold
+                else ", as no value is defined"
+            )
+            + f" ({too_few(facts)})"
+        )
     elif np.isnan(low):
-        why = "too few facts for an interval"
+        why = why or too_few(facts)
     if claim.within is None:
         holds, fails = low > claim.above, high < claim.above
     else:
         holds, fails = -claim.within < low and high < claim.within, low >= claim.within or high <= -claim.within
     opposite = OPPOSITE if claim.within is None and claim.above == 0 else FAILS
     verdict = OPEN if why else HOLDS if holds else opposite if fails else UNTOLD
-    return dict(part=part, threshold=threshold, statistic=statistic, **found.row("mean", "value"),
-                n_facts=found.n_clusters, verdict=verdict, why=why)
+    return dict(
+        part=part.name,
+        threshold=part.threshold,
+        queries=part.queries,
+        statistic=part.statistic,
+        value=value,
+        value_low=low,
+        value_high=high,
+        n_facts=facts["n_facts"],
+        n_facts_other=facts["n_facts_other"],
+        verdict=verdict,
+        why=why,
+    )
 
 
 def overall(board: pd.DataFrame) -> pd.DataFrame:
-    """One verdict a claim, model and method: of its parts that could be tested, do all, some or none hold?"""
+    """One verdict a claim, model and method: of its parts that could be tested, do all, some or
+    none hold? `known`: the same of the parts over known queries, which decide nothing; "" where a
+    claim has none."""
     rows = []
     for keys, part in board.groupby(["claim", "text", "method", "model"], sort=False):
-        tested, held = int((part["verdict"] != OPEN).sum()), int((part["verdict"] == HOLDS).sum())
-        reverse, untold = (int((part["verdict"] == one).sum()) for one in (OPPOSITE, UNTOLD))
-        alike = {HOLDS: held, OPPOSITE: reverse, UNTOLD: untold}
-        word = next((one for one, count in alike.items() if count == tested), "holds in part" if held else FAILS)
-        held = alike.get(word, held)
-        rest = f", {reverse} the opposite" if reverse and word != OPPOSITE else ""
-        rest += f", {untold} undecided" if untold and word != UNTOLD else ""
-        rest += f", {len(part) - tested} untestable" if tested < len(part) else ""
-        verdict = f"{word} ({held} of {tested}{rest})" if tested else f"{OPEN}: {part['why'].iloc[0]}"
-        rows.append(dict(zip(("claim", "text", "method", "model"), keys)) | dict(verdict=verdict))
+        beside = part["queries"] == COUNTED[1]
+        rows.append(
+            dict(zip(("claim", "text", "method", "model"), keys))
+            | dict(
+                verdict=_together(part[~beside]),
+                known=_together(part[beside]) if beside.any() else "",
+            )
+        )
     return pd.DataFrame(rows)
+
+
+def _together(part) -> str:
+    """One verdict of several parts of a claim."""
+    tested, held = int((part["verdict"] != OPEN).sum()), int((part["verdict"] == HOLDS).sum())
+    reverse, untold = (int((part["verdict"] == one).sum()) for one in (OPPOSITE, UNTOLD))
+    alike = {HOLDS: held, OPPOSITE: reverse, UNTOLD: untold}
+    word = next(
+        (one for one, count in alike.items() if count == tested), "holds in part" if held else FAILS
+    )
+    held = alike.get(word, held)
+    rest = f", {reverse} the opposite" if reverse and word != OPPOSITE else ""
+    rest += f", {untold} undecided" if untold and word != UNTOLD else ""
+    rest += f", {len(part) - tested} untestable" if tested < len(part) else ""
+    return f"{word} ({held} of {tested}{rest})" if tested else f"{OPEN}: {part['why'].iloc[0]}"
 
 
 def tell(study, notebook, methods=None, *, t=0.2, static=0.1) -> HTML:
@@ -304,8 +491,11 @@ def tell(study, notebook, methods=None, *, t=0.2, static=0.1) -> HTML:
     methods = methods or [study.method]
     board = scoreboard(get, [study.model], methods, methods, notebook=notebook, t=t, static=static, seed=study.seed)
     for row in overall(board).itertuples():
-        print(f"({row.claim}) {row.text}{f', {row.method}' if len(methods) > 1 else ''}:\n    {row.verdict}")
-    parts = board.drop(columns=["text", "model", "n"] + ["method"] * (len(methods) == 1))
+        print(
+            f"({row.claim}) {row.text}{f', {row.method}' if len(methods) > 1 else ''}:\n    {row.verdict}"
+            + (f"\n    known queries alone: {row.known}" if row.known else "")
+        )
+    parts = board.drop(columns=["text", "model"] + ["method"] * (len(methods) == 1))
     return HTML(table_html(display_table(parts, 3), tint=_tint))
 
 

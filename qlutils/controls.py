@@ -13,7 +13,7 @@ import pandas as pd
 
 from .analysis import THRESHOLDS, classified_facts, share_of_class
 from .neurons import classify, consistency, cs2_subsampled, fact_table, kn_sets, otsu_threshold, random_neurons
-from .stats import bootstrap_difference, bootstrap_mean, mean_columns, permutation_test, resampling_weights
+from .stats import LEAST, bootstrap_difference, mean_columns, permutation_test, resampling_weights
 
 GROUP = 3  # queries a group: CS2 grows with their number, so every control has as many
 # Kind of a group: what it is; for those drawn among queries, the columns where members are equal and where they differ.
@@ -194,21 +194,34 @@ def split_frames(queries: pd.DataFrame, outcomes=(), *, t: float = 0.2, static: 
 
 def split_half(queries: pd.DataFrame, outcomes=(), *, seed: int = 0, **thresholds) -> pd.DataFrame:
     """Class I minus class II by `split_frames`, a row an outcome and threshold: the difference with its 95 % interval
-    (bootstrap over facts within relation), the difference less the relations' means and its permutation p, n_I and n_II
+    (bootstrap over facts within relation; NaN below `stats.LEAST` facts of a class), the
+    difference less the relations' means and its permutation p (exact for any number), n_I and n_II
     facts."""
     rows = []
     for threshold, at, name, frame in split_frames(queries, outcomes, seed=seed, **thresholds):
         estimate = bootstrap_difference(frame, "value", "label", ("I", "II"), seed=seed)
         test = permutation_test(frame, "value", "label", seed=seed)
-        rows.append(dict(threshold=threshold, at=at, outcome=name, **estimate.row("mean", "I - II"),
-                         within=test["within"], p=test["p"], n_I=test["n1"], n_II=test["n2"]))
+        found = estimate.row("mean", "I - II")
+        rows.append(
+            dict(
+                threshold=threshold,
+                at=at,
+                outcome=name,
+                **{end: found[end] for end in found if end[0] != "n"},
+                within=test["within"],
+                p=test["p"],
+                n_I=test["n1"],
+                n_II=test["n2"],
+            )
+        )
     return pd.DataFrame(rows)
 
 
 # --- 7: is K_II only ignorance? ---------------------------------------------------------------------------
 
 def knowledge(queries: pd.DataFrame, *, t: float = 0.2, static: float = 0.1, seed: int = 0) -> pd.DataFrame:
-    """CS2 against knowledge, a row a statistic: value with its 95 % interval, n facts.
+    """CS2 against knowledge, a row a statistic: value with its 95 % interval, n facts (of a
+    difference, and n_other).
 
     Spearman's correlation of CS2 with mean P(answer), over all facts and within relations (ranks less their relation's
     mean), the mean CS2 of facts known in every wording less that of the others, and the share of K_II over all facts
@@ -232,14 +245,16 @@ def knowledge(queries: pd.DataFrame, *, t: float = 0.2, static: float = 0.1, see
 
 def _correlation(values, cluster, strata, seed) -> dict:
     """Pearson's correlation of two columns, with an interval over resampled clusters, `cluster` of each row and `strata` of
-    each cluster; NaN where a column is constant. Ranks less their relation's mean hang together within a relation (of two
-    facts, one is the other's negative), so there the relation is the cluster."""
+    each cluster; NaN where a column is constant, and the interval with fewer than `LEAST`
+    clusters. Ranks less their relation's mean hang together within a relation (of two facts, one
+    is the other's negative), so there the relation is the cluster."""
     def weighted(w):
         x, y = (values - (w @ values) / w.sum()).T
         size = np.sqrt((w @ x**2) * (w @ y**2))
         return (w @ (x * y)) / size if size > 1e-9 else np.nan
 
-    draws = resampling_weights(strata, 1000, seed).astype(float)[:, cluster]
+    enough = len(strata) >= LEAST
+    draws = resampling_weights(strata, 1000, seed).astype(float)[:, cluster] if enough else ()
     sample = [one for one in map(weighted, draws) if not np.isnan(one)]
     value = weighted(np.ones(len(values))) if len(values) else np.nan
     low, high = np.percentile(sample, (2.5, 97.5)) if len(sample) and not np.isnan(value) else (np.nan, np.nan)

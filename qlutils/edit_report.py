@@ -12,17 +12,27 @@ from .stats import bootstrap_difference, bootstrap_mean
 from .tables import paper_value, verdict, with_interval, without_empty_paper_columns
 
 PAPER_SETS = {2: ("local", "global"), 3: ("local", "global", "cas")}  # those for which a table of the paper has values
-METRICS = ("rel", "gen", "loc", "avg", "dppl")
+METRICS = ("rel", "gen", "loc", "avg", "dppl", "broken")
+MEDIANS = ("dppl",)  # a few broken texts decide its mean
+AVG_NOTE = (
+    "Rel, Gen, Loc and Avg are means over the edits for which each is defined (n_rel, n_gen, "
+    "n_loc, n_avg). Avg is that of the edits with all three: where n_avg is less than the others, "
+    "it is not the mean of the columns beside it. dPPL is the median; broken, the share of texts "
+    "whose perplexity an edit multiplies by more than ten; dppl_mean, "
+    "the mean, where no text is."
+)
 PAPER_OP = {"erase": "erasure", "update": "update"}
 
 
 def edit_table(frame, classes, model, *, table=2, sets=("local", "global"), controls=("random",), seed=0):
     """Table 2 or 3: a row a split of the facts, operation and neuron set; its random control right below it.
 
-    classes: a frame with fact, class_static, class_otsu. Rel, Gen, Loc, Avg and dPPL are means over edits with 95 %
-    intervals (facts resampled within relations); dppl_median beside the mean; n edits, of which n_rel and n_gen have a
-    defined Rel and Gen; n_empty had no neurons to edit. Classes without a fact show n = 0. Columns ending in _paper
-    hold the paper's values, for its models and methods; they are left out for others."""
+    classes: a frame with fact, class_static, class_otsu. Rel, Gen, Loc and Avg are means over
+    edits with 95 % intervals (facts resampled within relations), and so is broken; dppl is the
+    median, dppl_mean the mean where no text is broken. n edits, of which n_rel, n_gen, n_loc and
+    n_avg have a defined Rel, Gen, Loc and Avg (see AVG_NOTE); n_empty had no neurons to edit.
+    Classes without a fact show n = 0. Columns ending in _paper hold the paper's values, for its
+    models and methods; they are left out for others."""
     classes = classes[["fact", "class_static", "class_otsu"]]
     frame, rows = frame[frame["note"].isna()].merge(classes, on="fact", how="left"), []
     levels = {"threshold": ("all", "static", "otsu"), "class": ("all", "I", "II"), "op": PAPER_OP, "neurons": sets,
@@ -35,34 +45,45 @@ def edit_table(frame, classes, model, *, table=2, sets=("local", "global"), cont
                       "n": len(part), "n_empty": int((part["n_neurons"] == 0).sum()),
                       "neurons_edited": part["n_neurons"].mean()}
         for metric in METRICS:
-            estimate = bootstrap_mean(part, metric, seed=seed, share=metric != "dppl")
-            row |= estimate.row("mean", metric)
-            if metric in ("rel", "gen"):
+            estimate = bootstrap_mean(part, metric, seed=seed, share=metric not in MEDIANS)
+            row |= estimate.row("median" if metric in MEDIANS else "mean", metric)
+            if metric in ("rel", "gen", "loc", "avg"):
                 row[f"n_{metric}"] = estimate.n
-        row |= estimate.row("median", "dppl_median") | {"n": len(part)}  # dPPL is the last metric
+        broken = part["broken"].fillna(0).any()
+        row |= {"dppl_mean": np.nan if broken else part["dppl"].mean(), "n": len(part)}
         if control == "none" and keys["threshold"] == "static" and neurons in PAPER_SETS[table]:
             given = dict(operation=operation, neurons=neurons, class_=keys["class"])
-            row |= {f"{name}_paper": paper_value(table, model, name, **given) for name in METRICS}
+            row |= {
+                f"{name}_paper": paper_value(table, model, name, **given)
+                for name in METRICS
+                if name != "broken"
+            }
         rows.append(row)
     return without_empty_paper_columns(pd.DataFrame(rows))
 
 
 def contrasts(frame, by, levels, metrics=METRICS, within=("op", "neurons"), seed=0) -> pd.DataFrame:
-    """Mean where `by` is levels[0] less the mean where it is levels[1], for every metric within every group: columns of
-    `within`, metric, difference with its 95 % interval, n facts."""
+    """Mean (of dPPL: median) where `by` is levels[0] less that where it is levels[1], for every
+    metric within every group: columns of `within`, metric, difference with its 95 % interval, n
+    facts of the first and n_other of the second."""
     rows = []
     for keys, part in frame[frame["note"].isna()].groupby(list(within), sort=False):
         for metric in metrics:
-            estimate = bootstrap_difference(part, metric, by, levels, seed=seed)
-            rows.append({**dict(zip(within, keys)), "metric": metric, **estimate.row("mean", "difference"),
-                         "n": estimate.n_clusters})
+            estimate = bootstrap_difference(
+                part, metric, by, levels, seed=seed, share=metric not in MEDIANS
+            )
+            rows.append({**dict(zip(within, keys)), "metric": metric,
+                         **estimate.row("median" if metric in MEDIANS else "mean", "difference"),
+                         "n": estimate.n_clusters, "n_other": estimate.n_clusters_other})
     return pd.DataFrame(rows)
 
 
 def tell(frame, what) -> None:
-    """Print the rows of `contrasts` as sentences; `what` says which difference it is, n counts facts."""
+    """Print the rows of `contrasts` as sentences; `what` says which difference it is, n counts the
+    facts of both sides."""
     for row in frame.to_dict("records"):
-        subject = ", ".join(filter(None, [PAPER_OP[row["op"]], row.get("neurons"), row["metric"]]))
+        metric = "median dPPL" if row["metric"] == "dppl" else row["metric"]
+        subject = ", ".join(filter(None, [PAPER_OP[row["op"]], row.get("neurons"), metric]))
         print(f"{subject}: {what} {with_interval(row, 'difference')}, {verdict(row, 'difference')}")
 
 
@@ -73,7 +94,18 @@ def sweep_table(frame, sweep, classes, seed=0) -> pd.DataFrame:
         rows = edit_table(frame, classes, "", sets=list(part["name"]), controls=[], seed=seed)
         parts.append(rows[rows["threshold"] == "all"].assign(varied=kind))
     columns = [f"{metric}{end}" for metric in METRICS[:4] for end in ("", "_low", "_high")]
-    return pd.concat(parts, ignore_index=True)[["varied", "op", "neurons", "n", "n_empty", "neurons_edited", *columns]]
+    return pd.concat(parts, ignore_index=True)[
+        [
+            "varied",
+            "op",
+            "neurons",
+            "n",
+            *(f"n_{metric}" for metric in METRICS[:4]),
+            "n_empty",
+            "neurons_edited",
+            *columns,
+        ]
+    ]
 
 
 def tell_sweep(table) -> None:

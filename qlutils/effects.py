@@ -5,17 +5,31 @@ Reads results only; nothing here needs torch.
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pandas as pd
 
 from .analysis import CLASSES, THRESHOLDS, cells, classified_facts
 from .neurons import OtherFacts, kn_sets
-from .stats import bootstrap_difference, bootstrap_mean, mean_columns
+from .stats import LEAST, bootstrap_difference, bootstrap_mean, mean_columns
 
 DIRECTIONS = ("enhance", "suppress", "average")
-INTERVALS = "95 % intervals: bootstrap over facts within relation, 1,000 draws; for these relations and wordings."
-POPULATIONS = {"known": lambda frame: frame[frame["known"]], "all": lambda frame: frame,
-               "known, not empty": lambda frame: frame[frame["known"] & (frame["size"] > 0)]}
+INTERVALS = (
+    "95 % intervals: bootstrap over facts within relation, 1,000 draws; for these relations and "
+    "wordings; none below "
+    f"{LEAST} facts on a side."
+)
+POPULATIONS = {
+    "all": lambda frame: frame,
+    "known": lambda frame: frame[frame["known"].astype(bool)],
+    "known, not empty": lambda frame: frame[frame["known"].astype(bool) & (frame["size"] > 0)],
+}
+COUNTED = (
+    "all",
+    "known",
+)  # all queries, as in the paper, which decide; the known ones stand beside
+STATISTICS = {"trimmed": "10 % trimmed mean", "mean": "mean", "median": "median"}
 
 
 # --- units of work ----------------------------------------------------------------------------------------
@@ -84,46 +98,76 @@ def rates(frame: pd.DataFrame, quantity: str = "probability", *, size: bool = Fa
     return pd.concat([frame, first.assign(direction="average")], ignore_index=True)
 
 
-def summary(frame: pd.DataFrame, sets, *, directions=DIRECTIONS, populations=("known",), thresholds=THRESHOLDS,
-            seed: int = 0) -> pd.DataFrame:
+def summary(
+    frame: pd.DataFrame,
+    sets,
+    *,
+    directions=DIRECTIONS,
+    populations=COUNTED,
+    thresholds=THRESHOLDS,
+    seed: int = 0,
+) -> pd.DataFrame:
     """Mean, median and 10 % trimmed mean of `rate`, each with its 95 % interval, for every threshold, population of
-    queries, set, direction and class; n values of n_facts facts, the share of `empty` sets and their mean size, and how
-    many values are `undefined` (0 before the change). A class without facts has n = 0 and NaN."""
+    queries (of POPULATIONS), set, direction and class; n values of n_facts facts, the share of
+    `empty` sets and their mean size, and how many values are `undefined` (0 before the change). A
+    class without facts has n = 0 and NaN."""
     rows = []
     for population in populations:
         levels = {"threshold": thresholds, "set": sets, "direction": directions, "class": CLASSES}
         for keys, part in cells(POPULATIONS[population](frame), levels):
             estimate = bootstrap_mean(part, "rate", seed=seed)
-            rows.append({"threshold": keys["threshold"], "queries": population, **keys, **estimate.row("mean"),
-                         **estimate.row("median"), **estimate.row("trimmed"), "n_facts": estimate.n_clusters,
-                         "undefined": estimate.n_missing, "empty": (part["size"] == 0).mean(),
-                         "size": part["size"].mean()})
+            rows.append(
+                {
+                    "threshold": keys["threshold"],
+                    "queries": population,
+                    **keys,
+                    **all_statistics(estimate),
+                    "undefined": estimate.n_missing,
+                    "empty": (part["size"] == 0).mean(),
+                    "size": part["size"].mean(),
+                }
+            )
     return pd.DataFrame(rows)
 
 
 def query_gaps(frame: pd.DataFrame, first: str, second=(), direction="average") -> pd.DataFrame:
     """A row a query of `rates` rows, one direction or both averaged: fact, relation, prompt_index, classes, known, and gap,
-    the rate of set `first` less the mean rate of the sets `second`. Known queries only."""
+    the rate of set `first` less the mean rate of the sets `second`."""
     frame = frame[(frame["direction"] == direction) & frame["set"].isin([first, *second])]
     wide = frame.pivot(index=["fact", "prompt_index"], columns="set", values="rate").reindex(columns=[first, *second])
     gap = wide[first] - (wide[list(second)].mean(axis=1, skipna=False) if second else 0.0)
     about = frame.drop_duplicates(["fact", "prompt_index"])[["fact", "relation", "prompt_index", "class_static",
                                                              "class_otsu", "known"]]
-    gaps = about.merge(gap.rename("gap").reset_index(), on=["fact", "prompt_index"])
-    return gaps[gaps["known"].astype(bool)]
+    return about.merge(gap.rename("gap").reset_index(), on=["fact", "prompt_index"])
 
 
 def contrast(frame: pd.DataFrame, first: str, second, seed: int = 0) -> pd.DataFrame:
-    """Mean of `query_gaps` by threshold and class, and its difference of the classes, "II - I", with 95 % intervals, n
-    queries and n_facts. Queries where a rate is undefined are left out."""
+    """Mean, median and trimmed mean of `query_gaps` by threshold, queries counted and class, and
+    their differences of the classes, "II - I", with 95 % intervals; n queries and n_facts, of II -
+    I with those of I as n_other and n_facts_other. Queries where a rate is undefined are left
+    out."""
     gaps, rows = query_gaps(frame, first, second), []
-    for threshold in THRESHOLDS:
-        label = f"class_{threshold}"
-        found = {name: bootstrap_mean(gaps[gaps[label] == name], "gap", seed=seed) for name in CLASSES}
-        found["II - I"] = bootstrap_difference(gaps, "gap", label, ("II", "I"), seed=seed)
-        rows += [{"threshold": threshold, "class": name, **one.row("mean"), "n_facts": one.n_clusters}
+    for threshold, queries in product(THRESHOLDS, COUNTED):
+        label, counted = f"class_{threshold}", POPULATIONS[queries](gaps)
+        found = {
+            name: bootstrap_mean(counted[counted[label] == name], "gap", seed=seed)
+            for name in CLASSES
+        }
+        found["II - I"] = bootstrap_difference(counted, "gap", label, ("II", "I"), seed=seed)
+        rows += [{"threshold": threshold, "queries": queries, "class": name, **all_statistics(one)}
                  for name, one in found.items()]
     return pd.DataFrame(rows)
+
+
+def all_statistics(estimate) -> dict:
+    """Mean, median and trimmed mean as columns, each with its interval; n values and facts, of
+    both sides of a difference."""
+    return {
+        **estimate.row("mean"),
+        **estimate.row("median"),
+        **estimate.row("trimmed"),
+        **estimate.facts(),
+    }
 
 
 # --- predominance (Eq. 4) ---------------------------------------------------------------------------------

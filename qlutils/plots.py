@@ -15,26 +15,52 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import Normalize
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
+from .effects import STATISTICS
 from .files import write_bytes
+from .stats import LEAST
 from .tables import csv_text, files_of
 
 WIDE = 7.0  # inches: two columns of a paper
 CLASS_COLORS = {"I": "#56B4E9", "II": "#D55E00"}
 SET_COLORS = {"local": "#CC6677", "global": "#882255", "cas": "#117733"}
-BAR_COLORS = CLASS_COLORS | SET_COLORS
+KNOWN_COLORS = {"I, known": "#BBDFF6", "II, known": "#EFBF99"}  # the classes' colours, lighter
+BAR_COLORS = CLASS_COLORS | KNOWN_COLORS | SET_COLORS
 _FAMILY_COLORS = ["#332288", "#44AA99", "#DDCC77"]
 MODEL_COLORS = {name: color for family in (("demo/gpt2", "demo/llama2", "demo/llama3"),
                                            ("gpt2", "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B"))
                 for name, color in zip(family, _FAMILY_COLORS)}
 _OTHER_COLORS = ["#CC6677", "#999933", "#882255", "#88CCEE", "#117733", "#AA4499"]
-LABELS = {"self": "Self", "union": "Union", "intersection": "Inter.", "refine": "Refine", "irrelevant": "Irrelevant",
-          "enhance": "enhanced", "suppress": "suppressed", "average": "average of both",
-          "probability": r"$\Delta$Prob", "value": r"$\Delta$Value", "static": "static threshold",
-          "otsu": "Otsu's threshold", "cs1": "$CS_1$", "cs2": "$CS_2$", "predominance": r"predominance $\mathcal{P}$",
-          "rel": "Rel", "gen": "Gen", "loc": "Loc", "avg": "Avg", "I": "$K_{I}$", "II": "$K_{II}$", "all": "all facts"}
+LABELS = {
+    "self": "Self",
+    "union": "Union",
+    "intersection": "Inter.",
+    "refine": "Refine",
+    "irrelevant": "Irrelevant",
+    "enhance": "enhanced",
+    "suppress": "suppressed",
+    "average": "average of both",
+    "probability": r"$\Delta$Prob",
+    "value": r"$\Delta$Value",
+    "static": "static threshold",
+    "otsu": "Otsu's threshold",
+    "cs1": "$CS_1$",
+    "cs2": "$CS_2$",
+    "predominance": r"predominance $\mathcal{P}$",
+    "rel": "Rel",
+    "gen": "Gen",
+    "loc": "Loc",
+    "avg": "Avg",
+    "I": "$K_{I}$",
+    "II": "$K_{II}$",
+    "all": "all facts",
+    "I, known": "$K_{I}$, known queries",
+    "II, known": "$K_{II}$, known queries",
+    "broken": "broken texts",
+}
 MAX_PNG = 150_000  # bytes
-INTERVAL = "line: 95 % bootstrap over facts"
+INTERVAL = f"line: 95 % bootstrap over facts; –: fewer than {LEAST} facts"
 FEW = 10  # up to this many values are drawn as such: a shape alone would say more than is known
 
 
@@ -129,8 +155,9 @@ def figure_predominance(facts):
 def bars_with_intervals(frame, ax, *, x, hue, y="mean"):
     """Figures 4 and 6: grouped bars of column `y` with the interval `y`_low to `y`_high, and n where there is one.
 
-    frame: one row a bar, with columns x, hue (in BAR_COLORS), y, y_low, y_high and perhaps n. A bar that is undefined is
-    left out and marked "–"; n stands once where it depends on one of x and hue, else at every bar."""
+    frame: one row a bar, with columns x, hue (in BAR_COLORS), y, y_low, y_high and perhaps n. A
+    bar that is undefined, or whose interval is, is left out and marked "–"; n stands once where it
+    depends on one of x and hue, else at every bar."""
     groups, hues = list(dict.fromkeys(frame[x])), list(dict.fromkeys(frame[hue]))
     width, n, ticks = 0.8 / len(hues), {}, [_label(group) for group in groups]
     for by in (hue, x) if "n" in frame else ():
@@ -144,18 +171,25 @@ def bars_with_intervals(frame, ax, *, x, hue, y="mean"):
         ticks = [f"{tick}\nn = {count}" for tick, count in zip(ticks, n[x])]
     for row in frame.to_dict("records"):
         at = groups.index(row[x]) + (hues.index(row[hue]) - (len(hues) - 1) / 2) * width
-        top = 0.0
-        if pd.isna(row[y]):
+        top, low, high = 0.0, row[f"{y}_low"], row[f"{y}_high"]
+        undefined = pd.isna([row[y], low, high]).any()
+        if undefined:
             ax.annotate("–", (at, 0), ha="center", va="bottom")
         else:
-            low, high = row[f"{y}_low"], row[f"{y}_high"]
             ax.bar(at, row[y], width * 0.92, color=BAR_COLORS[row[hue]])
-            if not (pd.isna(low) or pd.isna(high)):
-                ax.vlines(at, low, high, color="black", linewidth=0.7)  # the mean may lie outside
-            top = np.nanmax([0.0, row[y], high])
+            ax.vlines(at, low, high, color="black", linewidth=0.7)  # the mean may lie outside
+            top = max(0.0, row[y], high)
         if "n" in row and not n:
-            ax.annotate(f"n = {row['n']:.0f}", (at, top), xytext=(0, 6 if pd.isna(row[y]) else 2), fontsize=6,
-                        textcoords="offset points", ha="center", va="bottom", rotation=90)
+            ax.annotate(
+                f"n = {row['n']:.0f}",
+                (at, top),
+                xytext=(0, 6 if undefined else 2),
+                fontsize=6,
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                rotation=90,
+            )
     ax.axhline(0, color="black", linewidth=0.6)
     ax.margins(y=0.2)
     ax.set_xticks(range(len(groups)), ticks)
@@ -163,29 +197,46 @@ def bars_with_intervals(frame, ax, *, x, hue, y="mean"):
     return ax
 
 
-def figure_bars(frame, *, row, column, x="set", y="mean", ylabel=""):
-    """Figures 4 and 6: bars of a table of `effects.summary` by `x` and class; a row of panels each level of column
-    `row` of the frame, a column each of `column`. `ylabel` stands before the row's level."""
+def _beside_known(frame) -> pd.DataFrame:
+    """A table of `effects.summary` with `bar`: the class, and after each the same of known queries
+    ("I, known"), if any."""
+    known = frame["queries"] == "known"
+    frame = frame.assign(bar=frame["class"] + np.where(known, ", known", ""))
+    if not (known & (frame["n"] > 0)).any():
+        frame = frame[~known]
+    return frame.sort_values(
+        "bar", key=lambda bars: bars.map(list(BAR_COLORS).index), kind="stable"
+    )
+
+
+def figure_bars(frame, *, row, column, x="set", y="trimmed", ylabel=""):
+    """Figures 4 and 6: bars of a table of `effects.summary` by `x` and class, those of known
+    queries beside where there are any; a row of panels each level of column `row` of the frame, a
+    column each of `column`. `ylabel` stands before the row's level."""
     tops, sides = (list(dict.fromkeys(frame[name])) for name in (row, column))
+    bars = _beside_known(frame)
     fig, axes = plt.subplots(len(tops), len(sides), figsize=(WIDE, 0.7 + 1.75 * len(tops)), squeeze=False,
                              sharey="col" if column == "direction" else "row")  # enhancing does far less
     for (i, top), (j, side) in product(enumerate(tops), enumerate(sides)):
-        part = frame[(frame[row] == top) & (frame[column] == side)]
-        ax = bars_with_intervals(part, axes[i, j], x=x, hue="class", y=y)
+        part = bars[(bars[row] == top) & (bars[column] == side)]
+        ax = bars_with_intervals(part, axes[i, j], x=x, hue="bar", y=y)
         ax.set_title(_label(side) if i == 0 else "", pad=8)
         ax.set_ylabel(f"{ylabel}{_label(top)}" if j == 0 else "")
     for ax in axes[0] if column == "direction" else axes[:, 0]:
         ax.set_ylim(top=1.15 * ax.get_ylim()[1])  # room for the numbers on the bars
-    _legend(fig, CLASS_COLORS, INTERVAL)
+    shown = {name: BAR_COLORS[name] for name in BAR_COLORS if (bars["bar"] == name).any()}
+    _legend(fig, shown, f"{STATISTICS[y]} over queries (n); {INTERVAL}")
     return fig
 
 
 def figure_edits(table, threshold, sets):
-    """(figure, plotted numbers) of Table 2 or 3: a row an operation; Rel, Gen, Loc and Avg of each class, then dPPL."""
+    """(figure, plotted numbers) of Table 2 or 3: a row an operation; Rel, Gen, Loc and Avg of each
+    class, each with the n edits for which it is defined, then the median dPPL."""
     table = table[(table["threshold"] == threshold) & table["neurons"].isin(sets)]
     keys, parts = ["threshold", "class", "op", "neurons"], []
     for metric in ("rel", "gen", "loc", "avg", "dppl"):
-        part = table[[*keys, metric, f"{metric}_low", f"{metric}_high", "n"]]
+        n = f"n_{metric}" if f"n_{metric}" in table else "n"
+        part = table[[*keys, metric, f"{metric}_low", f"{metric}_high", n]]
         parts.append(part.set_axis([*keys, "mean", "mean_low", "mean_high", "n"], axis=1).assign(metric=_label(metric)))
     plotted = pd.concat(parts, ignore_index=True)
     classes, ops = list(dict.fromkeys(table["class"])), list(dict.fromkeys(table["op"]))
@@ -196,11 +247,11 @@ def figure_edits(table, threshold, sets):
                        for is_dppl in (False, True))
         for ax, name in zip(panels, classes):
             part = rates[rates["class"] == name]
-            bars_with_intervals(part.drop(columns="n"), ax, x="metric", hue="neurons")
-            ax.set(title=f"{op}, {_label(name)} (n = {part['n'].max()})", ylabel="", ylim=(0, 1.02))
+            bars_with_intervals(part, ax, x="metric", hue="neurons")
+            ax.set(title=f"{op}, {_label(name)}", ylabel="", ylim=(0, 1.02))
         broken = dppl["mean"].abs().max() > 1  # whose perplexity has no bound
         bars_with_intervals(dppl, last, x="class", hue="neurons").set(
-            title=f"{op}, dPPL{' (log)' if broken else ''}", ylabel="")
+            title=f"{op}, median dPPL{' (log)' if broken else ''}", ylabel="")
         if broken:
             last.set_yscale("symlog", linthresh=0.1)
         last.margins(y=0.4)  # room for the numbers on the bars, on either scale
@@ -256,23 +307,56 @@ def heatmap_neurons(frame, ax, norm):
 
 
 def _heatmaps(fig, panels, kind, beside=()) -> list[pd.DataFrame]:
-    """Panels by row, each a dict of values (L, N), title and label (of its row), on one colour scale, which the arrays
-    `beside` share; pooled frames."""
+    """Panels by row, each a dict of values (L, N), title, label (of its row) and scale; those of
+    one scale, and the (scale, array) pairs `beside`, share a colour scale; pooled frames."""
     axes = fig.subplots(len(panels), max(map(len, panels)), squeeze=False, sharex=True, sharey=True)
-    pooled = [[pool_neurons(one["values"]) for one in row] for row in panels]
-    norm = shared_norm(*(frame for row in pooled for frame in row), *map(pool_neurons, beside))
+    groups: dict = {}
     for i, row in enumerate(panels):
         for j, one in enumerate(row):
-            ax = heatmap_neurons(pooled[i][j], axes[i, j], norm)
+            groups.setdefault(one["scale"], []).append(
+                (axes[i, j], one, pool_neurons(one["values"]))
+            )
+    for scale, group in groups.items():
+        others = (pool_neurons(values) for name, values in beside if name == scale)
+        norm = shared_norm(*(frame for *_, frame in group), *others)
+        for ax, one, frame in group:
+            heatmap_neurons(frame, ax, norm)
             ax.set_title(one["title"], fontsize=6)
-            ax.set_xlabel("neuron" if i == len(panels) - 1 else "")
-            ax.set_ylabel(f"{one['label']}\nlayer" if j == 0 else "", fontsize=6)
-    fig.colorbar(axes[0, 0].collections[0], ax=axes, label=kind, pad=0.02, shrink=0.8)
-    return [frame for row in pooled for frame in row]
+            last, first = ax in axes[-1], ax in axes[:, 0]
+            ax.set_xlabel("neuron" if last else "")
+            ax.set_ylabel(f"{one['label']}\nlayer" if first else "", fontsize=6)
+        _colorbar(fig, [ax for ax, *_ in group], kind, alone=len(groups) == 1)
+    found = {id(one): frame for group in groups.values() for _, one, frame in group}
+    return [found[id(one)] for row in panels for one in row]
+
+
+def _colorbar(fig, axes, kind, alone):
+    """The scale of the panels `axes`: beside all of them where there is no other, beside a single
+    one, below a column."""
+    if alone:
+        fig.colorbar(axes[0].collections[0], ax=axes, label=kind, pad=0.02, shrink=0.8)
+        return
+    bar = fig.colorbar(
+        axes[0].collections[0],
+        ax=axes,
+        location="right" if len(axes) == 1 else "bottom",
+        pad=0.03,
+        shrink=0.9,
+        label="" if len(axes) == 1 else kind,
+    )
+    bar.ax.tick_params(labelsize=5)
+    bar.locator = MaxNLocator(3)
+    bar.update_ticks()
 
 
 def _prompt(one, width=30) -> str:
     return "\n".join(textwrap.wrap(f"{one['prompt']}\xa0…", width, max_lines=4, placeholder=" …"))
+
+
+def _scale(one, kind):
+    """What shares a colour scale with a map: all of the same query for the attribution, every
+    other for the activation."""
+    return (one["fact"], one["prompt"]) if kind == "attribution" else None
 
 
 def _subject(one) -> str:
@@ -280,28 +364,63 @@ def _subject(one) -> str:
 
 
 def figure_1(maps):
-    """Figure 1: (L, N) maps of two queries of each of two facts, a row a fact; attribution beside activation, each on a
-    colour scale of its own.
+    """Figure 1: (L, N) maps of two queries of each of two facts, a row a fact; attribution on a
+    colour scale for each query, since a confident query's is a thousand times an unsure one's;
+    beside it activation, on one scale.
 
     maps: from `localize.example_maps`. Returns the figure and the plotted numbers as a tidy frame."""
     facts = [[one for one in maps if one["fact"] == fact] for fact in dict.fromkeys(one["fact"] for one in maps)]
     fig, frames = plt.figure(figsize=(WIDE, 1.5 * len(facts) + 0.2)), []
     for part, kind in zip(fig.subfigures(1, 2), ("attribution", "activation")):
-        pooled = _heatmaps(part, [[dict(values=one[kind], title=_prompt(one, 22), label=_subject(one)) for one in row]
-                                  for row in facts], kind)
+        pooled = _heatmaps(
+            part,
+            [
+                [
+                    dict(
+                        values=one[kind],
+                        title=_prompt(one, 22),
+                        label=_subject(one),
+                        scale=_scale(one, kind),
+                    )
+                    for one in row
+                ]
+                for row in facts
+            ],
+            kind,
+        )
+        part.suptitle(
+            "attribution, each query on a scale of its own" if kind == "attribution" else kind,
+            fontsize=7,
+        )
         frames += [frame.assign(fact=one["fact"], prompt=one["prompt"], kind=kind)
                    for frame, one in zip(pooled, sum(facts, []))]
     return fig, pd.concat(frames, ignore_index=True)
 
 
 def figure_conditions(maps, conditions, kind):
-    """Figures 7 and 10: (L, N) maps of queries, a column a query and a row a condition, on the scale of all conditions.
+    """Figures 7 and 10: (L, N) maps of queries, a column a query and a row a condition, on the
+    scale of all conditions: of the query, for the attribution; of all queries, for the activation.
 
     maps: from `synapses.scaled_maps`. kind: "attribution" or "activation". Returns the figure and its numbers."""
-    fig = plt.figure(figsize=(WIDE, 0.6 + 1.15 * len(conditions)))
-    panels = [[dict(values=one[name][kind], label=name, title="" if row else f"{_subject(one)}\n{_prompt(one)}")
-               for one in maps] for row, name in enumerate(conditions)]
-    every = [value[kind] for one in maps for value in one.values() if isinstance(value, dict)]
+    fig = plt.figure(figsize=(WIDE, 0.9 + 1.15 * len(conditions)))
+    panels = [
+        [
+            dict(
+                values=one[name][kind],
+                label=name,
+                title="" if row else f"{_subject(one)}\n{_prompt(one)}",
+                scale=_scale(one, kind),
+            )
+            for one in maps
+        ]
+        for row, name in enumerate(conditions)
+    ]
+    every = [
+        (_scale(one, kind), value[kind])
+        for one in maps
+        for value in one.values()
+        if isinstance(value, dict)
+    ]
     pooled = _heatmaps(fig, panels, kind, every)
     return fig, pd.concat([frame.assign(fact=one["fact"], prompt=one["prompt"], condition=name, kind=kind)
                            for frame, (name, one) in zip(pooled, product(conditions, maps))], ignore_index=True)

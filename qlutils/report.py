@@ -18,12 +18,12 @@ from IPython.display import HTML, Image, display
 from . import paths
 from .claims import NEIGHBOURS, Missing
 from .edit_report import METRICS
-from .effects import query_gaps, summary
+from .effects import STATISTICS, query_gaps, summary
 from .files import write_bytes
 from .page import export_html, missing_html, shown
 from .plots import figure_bars
 from .study import Study, read_record
-from .tables import paper, paper_notes
+from .tables import format_value, paper, paper_notes
 
 NOTEBOOKS = {"01": "01_localize", "02": "02_consistency", "03": "03_kn_modification", "04": "04_query_kn_mapping",
              "05": "05_attention_predominance", "06": "06_knowledge_synapses", "07": "07_cas_editing"}
@@ -185,14 +185,18 @@ def query_outcomes(run: Run, model, method) -> dict[str, pd.DataFrame]:
 
 
 def other_neurons(run: Run, seed=0) -> tuple[pd.DataFrame, list[str]]:
-    """Mean dProb (both directions averaged) of every set that notebook 04 scales, by class; known queries."""
+    """Trimmed mean dProb (both directions averaged) of every set that notebook 04 scales, by
+    class; all queries."""
     found, missing = run.frames("query_kn_mapping")
     for pair, frame in found.items():
-        table, columns = summary(frame, SET_ORDER, directions=("average",), seed=seed), {}
+        table, columns = (
+            summary(frame, SET_ORDER, directions=("average",), populations=("all",), seed=seed),
+            {},
+        )
         for (threshold, name), part in table.groupby(["threshold", "class"], sort=False):
             part, label = part.set_index("set"), f"K_{name}, {threshold}"
-            columns |= {f"{label}{end}": part[f"mean{end}"] for end in ("", "_low", "_high")}
-            columns[f"n_{label}"] = part["n"]
+            columns |= {f"{label}{end}": part[f"trimmed{end}"] for end in ("", "_low", "_high")}
+            columns |= {f"n_{label}": part["n"], f"n_facts_{label}": part["n_facts"]}
         found[pair] = pd.DataFrame(columns).reset_index()
     return together(found), missing
 
@@ -210,7 +214,9 @@ def edit_table(frame: pd.DataFrame, threshold: str, missing=()) -> HTML:
     """The rows of Table 2 or 3 of one split of the facts, without the controls, and the columns to read first."""
     if len(frame):
         frame = frame[(frame["threshold"] == threshold) & ~frame["neurons"].str.contains("(", regex=False)]
-        first = [name for name in ("model", "method", "op", "neurons", "class", "n", "neurons_edited") if name in frame]
+        counts = [f"n_{metric}" for metric in ("rel", "gen", "loc", "avg")]
+        first = ("model", "method", "op", "neurons", "class", "n", *counts, "neurons_edited")
+        first = [name for name in first if name in frame]
         numbers = [f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high", "_paper")]
         frame = frame.sort_values("op", kind="stable")[first + [name for name in numbers if name in frame]]
     return shown(frame, missing, f"{threshold.title()} threshold")
@@ -231,7 +237,8 @@ def show_pictures(run: Run, number, stem) -> None:
 
 
 def figure_4(run: Run, threshold="static", seed=0):
-    """dProb of a query's own and its neighbours' KNs, a row of panels a direction, a column a model; known queries.
+    """dProb of a query's own and its neighbours' KNs (trimmed mean), a row of panels a direction,
+    a column a model; all queries, and beside them the known ones.
 
     Returns the figure (None where nothing was run), the plotted numbers and what is missing."""
     found, missing = run.frames("query_kn_mapping")
@@ -258,15 +265,24 @@ def _bars(parts, row, x, ylabel=""):
 
 
 def averages(plotted: pd.DataFrame) -> str:
-    """Sentences that read Figure 4 or 6: means of both directions, a line a model, quantity and class with facts."""
+    """Sentences that read Figure 4 or 6: trimmed means of both directions, a line a model,
+    quantity, class and queries counted (all or known) with facts; "–" where there are too few for
+    an interval."""
     if plotted.empty:
         return ""
-    lines, names = [], [name for name in ("model", "quantity", "class") if name in plotted]
+    lines, names = (
+        [],
+        [name for name in ("model", "quantity", "class", "queries") if name in plotted],
+    )
     plotted = plotted[(plotted["direction"] == "average") & (plotted["n"] > 0)]
     for keys, rows in plotted.groupby(names, sort=False):
-        values = ", ".join(f"{name} {mean:.3f}" for name, mean in zip(rows["set"], rows["mean"]))
-        lines.append(f"{', '.join(keys[:-1])}, K_{keys[-1]} ({rows['n'].max():.0f} queries): {values}")
-    return "\n".join(lines)
+        told = rows["trimmed"].where(rows["trimmed_low"].notna())
+        values = ", ".join(
+            f"{name} {format_value(value, digits=3)}" for name, value in zip(rows["set"], told)
+        )
+        counts = f"{rows['n'].max():.0f} {keys[-1]} queries of {rows['n_facts'].max():.0f} facts"
+        lines.append(f"{', '.join(keys[:-2])}, K_{keys[-2]} ({counts}): {values}")
+    return "\n".join([f"{STATISTICS['trimmed']}:", *lines])
 
 
 # --- the page and the figures folder ----------------------------------------------------------------------

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from .files import write_bytes
+from .stats import LEAST
 
 UNDEFINED = "–"
 PAPER_MODELS = ("gpt2", "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B")
@@ -48,17 +49,36 @@ def format_value(value, low=None, high=None, n=None, digits=2) -> str:
 
 
 def with_interval(row, name="mean", digits=2) -> str:
-    """A value of a table's row for a sentence: "0.41 [0.35, 0.47] (n = 120)"; "undefined (n = 0)"; without n if it has none."""
+    """A value of a table's row for a sentence: "0.41 [0.35, 0.47] (n = 120)", of a difference "(n
+    = 90 and 30)"; "undefined (n = 0)"; without n if it has none."""
+    n = counted(row)
     if pd.isna(row[name]):
-        return "undefined" + (f" (n = {int(row['n'])})" if "n" in row else "")
-    return format_value(row[name], row[f"{name}_low"], row[f"{name}_high"], row.get("n"), digits)
+        return "undefined" + (f" (n = {n})" if n else "")
+    return format_value(row[name], row[f"{name}_low"], row[f"{name}_high"], n or None, digits)
+
+
+def counted(row, name="n") -> str:
+    """The n of a table's row for a sentence, of both sides of a difference; "" where it has
+    none."""
+    sides = [row.get(name), row.get(f"{name}_other")]
+    return " and ".join(
+        f"{count:.0f}" for count in sides if count is not None and not pd.isna(count)
+    )
+
+
+def too_few(row) -> str:
+    """Why a row has no interval: how many facts are on each side, and how many it takes."""
+    n = counted(row, "n_facts" if "n_facts" in row else "n")
+    return (
+        f"{n or 'too few'} facts; an interval needs {LEAST}{' on each side' if 'and' in n else ''}"
+    )
 
 
 def verdict(row, name="mean") -> str:
     """What the 95 % interval of a value says about 0, in words."""
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     if pd.isna(row[name]) or pd.isna(low):
-        return "cannot be tested here"
+        return f"not testable here ({too_few(row)})"
     return "lies above 0" if low > 0 else "lies below 0" if high < 0 else "cannot be told from 0"
 
 

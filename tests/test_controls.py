@@ -6,7 +6,7 @@ import pytest
 
 from qlutils import controls
 from qlutils.neurons import random_neurons
-from qlutils.stats import welch
+from qlutils.stats import LEAST, welch
 
 PATTERNS = ("{} lies in the land of", "The capital {} belongs to", "You will find {} in", "It is {} that is ruled by")
 
@@ -133,13 +133,16 @@ def test_classes_that_are_real_carry_over_to_the_other_half():
 def test_classes_cut_from_noise_do_not_carry_over_though_the_circular_test_is_significant():
     from qlutils.analysis import classified_facts
 
-    carried = []
+    carried, circular = [], []
     for seed in range(8):
-        queries = facts_with(lambda f, _: 0.4, n=40, k=8, seed=seed)
+        queries = facts_with(lambda f, _: 0.4, n=80, k=8, seed=seed)
         facts = classified_facts(queries)
-        assert welch(facts["cs2"][facts["class_otsu"] == "I"], facts["cs2"][facts["class_otsu"] == "II"])["p"] < 0.005
+        classes = [facts["cs2"][facts["class_otsu"] == name] for name in ("I", "II")]
+        if min(map(len, classes)) >= LEAST:
+            circular.append(welch(*classes)["p"])
         row = controls.split_half(queries, seed=seed).set_index(["threshold", "outcome"]).loc[("otsu", "CS2")]
         carried.append(row["I - II_low"] > 0 and row["p"] < 0.05)
+    assert len(circular) > 4 and max(circular) < 0.005
     assert sum(carried) <= 1  # of 8; each is an accident with a chance of 2.5 %
 
 
@@ -150,19 +153,39 @@ def test_the_halves_share_no_query_and_outcomes_come_from_the_second_only():
     first = split[split["half"] == "A"]
     tainted = {"planted": first[["fact", "prompt_index"]].assign(value=1.0)}
     row = controls.split_half(queries, tainted).set_index(["threshold", "outcome"]).loc[("otsu", "planted")]
-    assert row["n"] == 0 and np.isnan(row["I - II"])
+    assert row["n_I"] + row["n_II"] == 0 and np.isnan(row["I - II"])
     second = split[split["half"] == "B"].assign(value=lambda frame: (frame["layer"].map(max) == 0).astype(float))
     row = controls.split_half(queries, {"planted": second}).set_index(["threshold", "outcome"]).loc[("otsu", "planted")]
     assert row["I - II_low"] > 0.5
     for other, some in ((first, False), (second, True)):  # what hangs on a query of the first half does not count
         edited = second.assign(edited=second["fact"].map(other.groupby("fact")["prompt_index"].first()))
         row = controls.split_half(queries, {"planted": edited}).set_index(["threshold", "outcome"]).loc[("otsu", "planted")]
-        assert (row["n"] > 0) == some
+        assert (row["n_I"] + row["n_II"] > 0) == some
 
 
 def test_facts_with_fewer_than_four_queries_take_no_part():
     row = controls.split_half(facts_with(lambda f, _: 0.5, k=3)).iloc[0]
-    assert row["n"] == 0 and np.isnan(row["I - II"]) and np.isnan(row["p"])
+    assert row["n_I"] + row["n_II"] == 0 and np.isnan(row["I - II"]) and np.isnan(row["p"])
+
+
+def test_a_small_class_has_no_interval_and_shows_its_number():
+    queries = facts_with(lambda f, _: 0.05 if f < 3 else 0.95, n=30)
+    row = controls.split_half(queries).set_index(["threshold", "outcome"]).loc[("static", "CS2")]
+    assert 0 < row["n_II"] < LEAST < row["n_I"] and row["I - II"] > 0.5
+    assert np.isnan([row["I - II_low"], row["I - II_high"]]).all()
+    known = controls.knowledge(
+        queries.assign(known=queries["fact"].isin(queries["fact"].unique()[:4]))
+    )
+    known = known.set_index("statistic")
+    difference = known.loc["CS2 of known facts minus CS2 of others"]
+    assert (difference["n"], difference["n_other"]) == (4, 26) and np.isnan(difference["value_low"])
+    for threshold in ("static", "otsu"):
+        share = known.loc[f"share of K_II, {threshold} threshold, known facts"]
+        assert share["n"] == 4 and share["value"] >= 0.5 and np.isnan(share["value_low"])
+    within = known.loc[
+        "the same, within relations"
+    ]  # of two relations, which are what is drawn there
+    assert np.isnan([within["value_low"], within["value_high"]]).all()
 
 
 # --- knowledge --------------------------------------------------------------------------------------------

@@ -150,6 +150,7 @@ def test_summary_counts_empty_sets_undefined_values_and_classes_without_facts():
             for k, (size, before) in enumerate([(2, 0.5), (0, 0.5), (3, 0.0)]) for d in ("enhance", "suppress")]
     frame = with_classes(effects.rates(changes(rows)), dict.fromkeys(["f0", "f1", "f2"], "I"))
     table = effects.summary(frame, ["self"], directions=("average",), populations=("known", "known, not empty"))
+    assert np.isnan(table[["mean_low", "median_high", "trimmed_low"]]).all(axis=None)  # three facts
     one = tables.pick(table, threshold="static", queries="known", class_="I")
     assert one["n"] == 2 and one["undefined"] == 1 and one["empty"] == pytest.approx(1 / 3)
     assert one["mean"] == pytest.approx((0 + 0.2) / 2)
@@ -157,7 +158,8 @@ def test_summary_counts_empty_sets_undefined_values_and_classes_without_facts():
     for name in ("I", "II"):
         none = tables.pick(table, threshold="otsu", queries="known", class_=name)
         assert none["n"] == 0 and np.isnan(none["mean"])
-    assert tables.with_interval(none) == "undefined (n = 0)" and tables.verdict(none) == "cannot be tested here"
+    assert tables.with_interval(none) == "undefined (n = 0)" and tables.verdict(none) == (
+        "not testable here (0 facts; an interval needs 10)")
 
 
 def test_contrast_pairs_queries_and_leaves_out_those_without_both():
@@ -171,10 +173,43 @@ def test_contrast_pairs_queries_and_leaves_out_those_without_both():
     table = effects.contrast(frame, "self", ["union", "refine"])
     drop = lambda after: (0.5 - after) / 0.5 / 2  # the mean of both directions  # noqa: E731
     gap = [drop(0.1 + 0.05 * k) - (drop(0.3) + drop(0.5)) / 2 for k in range(5)]
-    assert tables.pick(table, threshold="static", class_="I")["mean"] == pytest.approx(np.mean(gap[:3]))
-    two = tables.pick(table, threshold="static", class_="II")
+    which = dict(threshold="static", queries="all")
+    assert tables.pick(table, **which, class_="I")["mean"] == pytest.approx(np.mean(gap[:3]))
+    assert tables.pick(table, **which, class_="I")["median"] == pytest.approx(np.median(gap[:3]))
+    two = tables.pick(table, **which, class_="II")
     assert two["mean"] == pytest.approx(np.mean(gap[3:])) and two["n"] == 2
-    assert tables.pick(table, threshold="static", class_="II - I")["mean"] == pytest.approx(np.mean(gap[3:]) - np.mean(gap[:3]))
+    apart = tables.pick(table, **which, class_="II - I")
+    assert apart["mean"] == pytest.approx(np.mean(gap[3:]) - np.mean(gap[:3]))
+    assert tables.with_interval(apart).endswith("[–, –] (n = 2 and 3)")
+    assert (
+        tables.verdict(apart)
+        == "not testable here (2 and 3 facts; an interval needs 10 on each side)"
+    )
+    some = effects.contrast(frame.assign(known=frame["fact"] == "f0"), "self", ["union", "refine"])
+    assert tables.pick(some, threshold="static", queries="known", class_="I")["n"] == 1
+    assert tables.pick(some, **which, class_="I")["n"] == 3
+
+
+def test_all_queries_are_counted_first_and_the_known_ones_beside():
+    rows = [
+        (f"f{k}", "R", 0, "self", d, 1, 0.5 + 0.1 * k, 0.5)
+        for k in range(4)
+        for d in ("enhance", "suppress")
+    ]
+    frame = with_classes(
+        effects.rates(changes(rows)), dict.fromkeys([f"f{k}" for k in range(4)], "I")
+    )
+    table = effects.summary(
+        frame.assign(known=frame["fact"] == "f3"), ["self"], directions=("enhance",)
+    )
+    assert list(dict.fromkeys(table["queries"])) == ["all", "known"]
+    every, known = (
+        tables.pick(table, threshold="static", queries=one, class_="I") for one in ("all", "known")
+    )
+    assert (every["n"], known["n"]) == (4, 1) and (
+        every["trimmed"],
+        known["trimmed"],
+    ) == pytest.approx((0.3, 0.6))
 
 
 def test_verdict_reads_the_interval():

@@ -7,8 +7,18 @@ from scipy import stats as scipy_stats
 
 from qlutils import analysis
 from qlutils.neurons import otsu_threshold
-from qlutils.stats import (_weighted, bootstrap_difference, bootstrap_mean, bootstrap_statistic, mean_columns,
-                           permutation_test, resampling_weights, welch)
+from qlutils import stats
+from qlutils.stats import (
+    LEAST,
+    _weighted,
+    bootstrap_difference,
+    bootstrap_mean,
+    bootstrap_statistic,
+    mean_columns,
+    permutation_test,
+    resampling_weights,
+    welch,
+)
 
 
 def facts_frame(rng, facts_per_relation, relations=12, queries=1, spread=1.0):
@@ -39,10 +49,20 @@ def test_welch_is_scipys_with_missing_values_left_out():
 
 
 def test_cohens_d_of_a_hand_made_case():
-    assert welch([1, 2, 3], [4, 5, 6])["d"] == pytest.approx(-3.0)  # pooled deviation 1
+    four_times = welch([1, 2, 3] * 4, [4, 5, 6] * 4)  # pooled variance 8 / 11
+    assert four_times["d"] == pytest.approx(-3 / np.sqrt(8 / 11))
 
 
-@pytest.mark.parametrize("a, b", [([], []), ([1.0], [2.0, 3.0]), ([1.0, 1.0], [2.0, 2.0]), ([np.nan] * 3, [1.0, 2.0])])
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        ([], []),
+        ([1.0], [2.0, 3.0]),
+        ([1.0] * 12, [2.0] * 12),
+        ([np.nan] * 3, [1.0, 2.0]),
+        (np.arange(LEAST - 1.0), np.arange(60.0)),
+    ],
+)
 def test_an_undefined_t_test_is_nan(a, b, recwarn):
     result = welch(a, b)
     assert set(result) == {"t", "df", "p", "d"} and np.isnan(list(result.values())).all()
@@ -145,10 +165,20 @@ def test_one_statistic_becomes_columns_of_a_table():
                                           "CS2_high": found.median_high, "n": found.n}
 
 
-def test_several_means_stand_side_by_side_with_the_last_ones_n():
+def test_several_means_stand_side_by_side_each_with_its_n():
     frame = facts_frame(np.random.default_rng(8), 4).assign(half=lambda f: f["value"].where(f.index % 2 == 0))
     row = mean_columns(frame, ["value", "half"])
-    assert list(row) == ["value", "value_low", "value_high", "n", "half", "half_low", "half_high"] and row["n"] == 24
+    assert list(row) == [
+        "value",
+        "value_low",
+        "value_high",
+        "n",
+        "half",
+        "half_low",
+        "half_high",
+        "n_value",
+    ]
+    assert (row["n"], row["n_value"]) == (24, 48)
     assert row["value"] == pytest.approx(frame["value"].mean()) and row["half"] == pytest.approx(frame["half"].mean())
 
 
@@ -193,7 +223,7 @@ def test_a_difference_with_an_empty_side_is_nan():
     frame = facts_frame(np.random.default_rng(12), 3).assign(kind="I")
     found = bootstrap_difference(frame, "value", "kind", ("I", "II"))
     assert np.isnan([found.mean, found.mean_low, found.median_high]).all()
-    assert found.n == 36 and found.n_draws == 0
+    assert (found.n, found.n_other, found.n_draws) == (36, 0, 0)
 
 
 def test_rounding_does_not_decide_on_which_side_of_zero_an_interval_lies():
@@ -252,7 +282,7 @@ def test_an_undefined_permutation_test_is_nan():
 
 # --- shares, and statistics that are computed anew from each draw -----------------------------------------------
 
-@pytest.mark.parametrize("value, n", [(0.0, 18), (1.0, 720), (0.0, 2)])
+@pytest.mark.parametrize("value, n", [(0.0, 18), (1.0, 720), (0.0, LEAST)])
 def test_a_share_that_was_never_or_always_seen_has_clopper_and_pearsons_interval(value, n):
     frame = pd.DataFrame({"fact": range(n), "relation": [f"P{i % 3}" for i in range(n)], "x": value})
     found = bootstrap_mean(frame, "x", share=True)
@@ -261,7 +291,10 @@ def test_a_share_that_was_never_or_always_seen_has_clopper_and_pearsons_interval
     assert (found.mean_low, found.mean_high) == pytest.approx((0, 1 - bound) if value == 0 else (bound, 1))
     assert bootstrap_mean(frame, "x").mean_high == value  # not for what has other bounds
     mixed = bootstrap_mean(frame.assign(x=[1 - value, *[value] * (n - 1)]), "x", share=True)
-    assert mixed == bootstrap_mean(frame.assign(x=[1 - value, *[value] * (n - 1)]), "x")
+    exact = scipy_stats.binomtest(1 if value == 0 else n - 1, n).proportion_ci()
+    assert (mixed.mean_low, mixed.mean_high) == pytest.approx((exact.low, exact.high))
+    between = frame.assign(x=[0.5, *[value] * (n - 1)])  # no share of facts
+    assert bootstrap_mean(between, "x", share=True) == bootstrap_mean(between, "x")
 
 
 def test_a_statistic_of_weighted_facts_equals_that_of_repeated_ones_and_of_the_mean():
@@ -270,11 +303,23 @@ def test_a_statistic_of_weighted_facts_equals_that_of_repeated_ones_and_of_the_m
                           "cs2": rng.random(40)})
     mean = bootstrap_statistic([frame], lambda part, w: (part["cs2"] * w).sum() / w.sum(), seed=3)
     known = bootstrap_mean(frame, "cs2", seed=3)
-    assert (mean.mean, mean.mean_low, mean.mean_high) == pytest.approx((known.mean, known.mean_low, known.mean_high), rel=1e-5)
+    stretch = scipy_stats.t.ppf(0.975, 36) / scipy_stats.norm.ppf(
+        0.975
+    )  # 40 facts of 4 relations; of a mean only
+    low, high = (
+        mean.mean + stretch * (bound - mean.mean) for bound in (mean.mean_low, mean.mean_high)
+    )
+    assert (mean.mean, low, high) == pytest.approx(
+        (known.mean, known.mean_low, known.mean_high), rel=1e-5
+    )
     other = frame.assign(cs2=frame["cs2"] - 0.25)
     both = bootstrap_statistic([frame, other], lambda part, w: (part["cs2"] * w).sum() / w.sum())
     assert (both.mean, both.mean_low, both.mean_high) == pytest.approx((0.25,) * 3)  # the same facts are drawn for both
     assert np.isnan(bootstrap_statistic([frame.head(0)], lambda part, w: 1.0).mean)
+    few = bootstrap_statistic(
+        [frame, frame.head(LEAST - 1)], lambda part, w: (part["cs2"] * w).sum() / w.sum()
+    )
+    assert np.isnan(few.mean_low) and few.mean != 0 and (few.n, few.n_other) == (40, LEAST - 1)
     repeats = rng.integers(1, 4, size=40)
     whole = np.repeat(frame["cs2"].to_numpy(), repeats)
     for what, wanted in (("at", otsu_threshold(whole)), ("II", np.mean(whole <= otsu_threshold(whole)))):
@@ -292,3 +337,146 @@ def test_a_statistic_of_weighted_facts_equals_that_of_repeated_ones_and_of_the_m
         assert known.n == facts["some"].sum()
     fixed = bootstrap_mean(facts.assign(x=(facts["class_otsu"] == "II").astype(float)), "x")
     assert two.mean_high - two.mean_low > fixed.mean_high - fixed.mean_low
+
+
+# --- few facts -----------------------------------------------------------------------------------
+# ----------------
+
+def lopsided(small, large, rng=None, spread=1.0):
+    """Facts of class II (`small` of them) and I, two a relation, drawn together."""
+    n, rng = small + large, rng or np.random.default_rng(0)
+    order = rng.permutation(n)
+    return pd.DataFrame(
+        dict(
+            fact=[f"f{i}" for i in range(n)],
+            relation=[f"P{i // 2}" for i in order],
+            kind=np.where(np.arange(n) < small, "II", "I"),
+            value=spread * rng.normal(size=n),
+        )
+    )
+
+
+@pytest.mark.parametrize("small", [1, LEAST - 1, LEAST])
+def test_no_interval_rests_on_fewer_facts_on_a_side_than_the_least(small):
+    frame = lopsided(small, 60)
+    of_class = bootstrap_mean(frame[frame["kind"] == "II"], "value")
+    between = bootstrap_difference(frame, "value", "kind", ("II", "I"))
+    shares = bootstrap_mean(frame.assign(value=0.0).head(small), "value", share=True)
+    assert not np.isnan([of_class.mean, between.mean]).any()
+    assert (of_class.n, between.n, between.n_other) == (small, small, 60)
+    for found in (of_class, between):
+        bounds = [found.mean_low, found.median_high, found.trimmed_low]
+        assert np.isnan(bounds).all() if small < LEAST else not np.isnan(bounds).any()
+    assert np.isnan(shares.mean_high) == (small < LEAST)
+
+
+def test_the_two_sides_of_a_difference_are_counted_apart():
+    frame = lopsided(12, 30).loc[lambda f: f.index.repeat(3)]
+    found = bootstrap_difference(frame, "value", "kind", ("II", "I"))
+    assert found.row("mean", "gap") == {
+        "gap": found.mean,
+        "gap_low": found.mean_low,
+        "gap_high": found.mean_high,
+        "n": 36,
+        "n_other": 90,
+    }
+    assert found.facts() == {"n_facts": 12, "n_facts_other": 30}
+    assert (
+        bootstrap_mean(frame, "value").facts() == {"n_facts": 42}
+        and "n_other" not in bootstrap_mean(frame, "value").row()
+    )
+
+
+@pytest.mark.parametrize("hits, n", [((0, 4), (12, 40)), ((12, 0), (12, 12)), ((0, 0), (10, 50))])
+def test_a_difference_from_a_class_that_never_or_always_does_is_not_certain(hits, n):
+    """By hand: Newcombe's interval from Clopper and Pearson's of the classes."""
+    rows = [dict(fact=f"{side} {i}", relation=f"P{i % 5}", kind=side, value=float(i < hits[side]))
+            for side in (0, 1) for i in range(n[side])]
+    found = bootstrap_difference(pd.DataFrame(rows), "value", "kind", (0, 1), share=True)
+    one, two = (scipy_stats.binomtest(k, size).proportion_ci() for k, size in zip(hits, n))
+    p, q = (k / size for k, size in zip(hits, n))
+    assert found.mean == pytest.approx(p - q)
+    assert found.mean_low == pytest.approx(p - q - np.hypot(p - one.low, two.high - q))
+    assert found.mean_high == pytest.approx(p - q + np.hypot(one.high - p, q - two.low))
+
+
+def test_a_difference_of_shares_of_the_same_facts_is_narrower_where_they_go_together():
+    facts = [
+        dict(fact=f"f{i}", relation=f"P{i % 5}", kind=kind, value=float(i < 20 + (kind == "a")))
+        for i in range(40)
+        for kind in "ab"
+    ]
+    together = bootstrap_difference(pd.DataFrame(facts), "value", "kind", ("a", "b"), share=True)
+    apart = pd.DataFrame(facts).assign(fact=lambda f: f["fact"] + f["kind"])
+    apart = bootstrap_difference(apart, "value", "kind", ("a", "b"), share=True)
+    assert together.mean == apart.mean == pytest.approx(1 / 40)
+    assert together.mean_high - together.mean_low < 0.5 * (apart.mean_high - apart.mean_low)
+
+
+# Samples of which 95 % intervals should hold the truth (seeded; 200 samples of 150 draws each).
+DRAWN = {  # (random values, their mean, median and trimmed mean)
+    "normal": (lambda rng, n: rng.normal(size=n), (0.0, 0.0, 0.0)),
+    "skewed": (lambda rng, n: rng.exponential(size=n), (1.0, np.log(2), 0.8301)),
+    "tailed": (lambda rng, n: np.exp(rng.normal(size=n)), (np.exp(0.5), 1.0, 1.2345)),
+    "rare": (lambda rng, n: (rng.random(n) < 0.1).astype(float), (0.1,) * 3),
+    "even": (lambda rng, n: (rng.random(n) < 0.5).astype(float), (0.5,) * 3),
+}
+
+
+def coverage(kind, facts, per_relation, other=0, samples=200):
+    """Share of samples whose interval (of the mean, median and trimmed mean) holds the truth: of
+    one class, or of its difference from another of `other` facts."""
+    rng, (drawn, truth) = np.random.default_rng(facts), DRAWN[kind]
+    n, share = facts + other, kind in ("rare", "even")
+    samples = samples // 2 if share else samples  # exact intervals, which cover more
+    frame = pd.DataFrame(
+        dict(
+            fact=np.arange(n).astype(str),
+            kind=np.where(np.arange(n) < facts, "II", "I"),
+            relation=rng.permutation(n) // per_relation,
+        )
+    )
+    hits = np.zeros(3)
+    for sample in range(samples):
+        frame["value"] = drawn(rng, n)
+        options = dict(
+            draws=20 if share else 150, seed=sample, share=share
+        )  # shares of facts hang on no draw
+        found = (bootstrap_difference(frame, "value", "kind", ("II", "I"), **options) if other else
+                 bootstrap_mean(frame, "value", **options))
+        for at, name in enumerate(("mean", "median", "trimmed")):
+            low, high = getattr(found, f"{name}_low"), getattr(found, f"{name}_high")
+            hits[at] += low <= (0.0 if other else truth[at]) <= high
+    return np.round(100 * hits / samples)
+
+
+# % of the samples covered with `LEAST` facts on the smaller side, two of a relation: mean, median,
+# trimmed mean. 95 is promised. A mean of skewed values falls short, and one of heavy tails by far:
+# tables show its median and trimmed mean, too.
+COVERED = {  # one class, and its difference from a class of 60 facts
+    "normal": ((94, 94, 94), (94, 94, 94)),
+    "skewed": ((90, 92, 94), (92, 94, 94)),
+    "tailed": ((84, 94, 94), (88, 94, 94)),
+    "rare": ((95, None, None), (95, None, None)),  # shares have no other statistic
+    "even": ((95, None, None), (95, None, None)),
+}
+
+
+@pytest.mark.parametrize("kind", COVERED)
+def test_intervals_of_the_least_number_of_facts_cover_what_they_promise(kind):
+    for other, wanted in zip((0, 60), COVERED[kind]):
+        found = coverage(kind, LEAST, per_relation=2, other=other)
+        for name, share, least in zip(("mean", "median", "trimmed"), found, wanted):
+            assert least is None or share >= least - 3, (
+                kind,
+                other,
+                name,
+                share,
+            )  # 3: two errors of 200 samples
+
+
+def test_fewer_facts_than_the_least_would_cover_less(monkeypatch):
+    monkeypatch.setattr(stats, "LEAST", 4)
+    for kind in ("normal", "skewed", "tailed"):
+        (mean, median, trimmed), promised = coverage(kind, 4, per_relation=2), COVERED[kind][0]
+        assert mean < promised[0] - 3 and trimmed < promised[2] - 3, (kind, mean, median, trimmed)

@@ -199,6 +199,66 @@ def test_bars_have_their_values_intervals_and_n():
     spans = [tuple(line.get_segments()[0][:, 1]) for line in ax.collections]
     assert spans == [(0.4, 0.6), (-0.3, -0.1), (1.05, 1.2)]
     assert [text.get_text() for text in ax.texts] == ["n = 9", "n = 8", "n = 7", "–", "n = 0"]
+    few = frame.assign(
+        mean_low=[0.4, np.nan, np.nan, np.nan], mean_high=[0.6, np.nan, np.nan, np.nan]
+    )
+    ax = plots.bars_with_intervals(few, plt.figure().subplots(), x="set", hue="class")
+    assert [bar.get_height() for bar in ax.patches] == [
+        0.5
+    ]  # a value without an interval is no bar
+    assert [text.get_text() for text in ax.texts] == [
+        "n = 9",
+        "–",
+        "n = 8",
+        "–",
+        "n = 7",
+        "–",
+        "n = 0",
+    ]
+
+
+def summarised(known):
+    """A table as of `effects.summary`: one set and direction, both classes, and the known queries
+    if there are `known`."""
+    rows = [
+        dict(panel="p", direction="average", set="self", queries=queries, n=n)
+        | {"class": name}
+        | {
+            f"{statistic}{end}": value + place + shift
+            for place, statistic in enumerate(("mean", "trimmed"))
+            for end, shift in (("", 0), ("_low", -0.1), ("_high", 0.1))
+        }
+        for queries, value, counts in (
+            ("all", 0.2, (90, 40)),
+            ("known", 0.6, (30, 12) if known else (0, 0)),
+        )
+        for name, n in zip(("I", "II"), counts)
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_figures_4_and_6_show_all_queries_and_the_known_ones_beside_where_there_are_any(known):
+    fig = plots.figure_bars(summarised(known), row="panel", column="direction")
+    [ax], [legend] = fig.axes, fig.legends
+    heights = [bar.get_height() for bar in ax.patches]
+    assert heights == pytest.approx(
+        [1.2, 1.2, 1.6, 1.6] if known else [1.2, 1.2]
+    )  # the trimmed means
+    colors = [matplotlib.colors.to_hex(bar.get_facecolor()).upper() for bar in ax.patches]
+    assert len(set(colors)) == len(colors) and colors[:2] == list(plots.CLASS_COLORS.values())
+    assert [text.get_text() for text in ax.texts] == [
+        "n = 90 / 40 / 30 / 12" if known else "n = 90 / 40"
+    ]
+    names = [text.get_text() for text in legend.get_texts()]
+    assert (
+        names[:2] == ["$K_{I}$", "$K_{II}$"]
+        and [("known" in name) for name in names[2:]] == [True] * 2 * known
+    )
+    assert (
+        "10 % trimmed mean" in legend.get_title().get_text()
+        and "fewer than 10 facts" in legend.get_title().get_text()
+    )
 
 
 @pytest.mark.parametrize("dppl", [0.07, 1e5])
@@ -213,8 +273,14 @@ def test_no_legend_or_number_of_a_figure_of_edits_lies_over_a_title(dppl):
     fig.canvas.draw()
     [legend] = fig.legends
     assert "bootstrap" in legend.get_title().get_text()
-    shown = [[text.get_text() for text in (ax.title, *ax.texts)] for ax in fig.axes]
+    shown = [[text.get_text() for text in ax.texts] for ax in fig.axes]
     assert [sum("n = 340" in text for text in texts) for texts in shown] == [1] * 6
+    few = plots.figure_edits(table.assign(n_gen=12, n_avg=12), "otsu", ["local", "global"])[
+        0
+    ]  # fewer have Gen, and so Avg
+    ticks = [label.get_text() for label in few.axes[0].get_xticklabels()]
+    assert [tick.split("\n")[-1] for tick in ticks] == ["n = 340", "n = 12", "n = 340", "n = 12"]
+    assert "median dPPL" in few.axes[2].get_title()
     for ax in fig.axes:
         title = ax.title.get_window_extent()
         assert ax.get_legend() is None and not legend.get_window_extent().overlaps(title)
@@ -267,6 +333,50 @@ def test_heatmaps_are_centred_on_zero_when_signed_and_share_a_scale():
     mesh = ax.collections[0]
     assert list(mesh.get_array().ravel()) == [0, -1, 0.5] and mesh.get_clim() == (-3, 3)
     assert plots.shared_norm(plots.pool_neurons(np.zeros((2, 2)))).vmax == 1
+
+
+def example_maps():
+    return [
+        dict(
+            fact=f"P|{fact}|o",
+            prompt=f"{fact} {p}",
+            attribution=np.full((2, 4), scale * (p + 1)),
+            activation=np.full((2, 4), float(scale > 0.1) + p),
+        )
+        for fact, scale in (("sure", 0.4), ("unsure", 1e-4))
+        for p in (0, 1)
+    ]
+
+
+def test_attributions_have_a_colour_scale_a_query_and_activations_one_for_all():
+    fig, plotted = plots.figure_1(example_maps())
+    attribution, activation = (
+        [
+            ax.collections[0].get_clim()[1]
+            for ax in part.axes
+            if ax.get_title() or ax.get_xlabel() == "neuron"
+        ]
+        for part in fig.subfigs
+    )
+    assert attribution == pytest.approx([0.4, 0.8, 1e-4, 2e-4]) and activation == [2.0] * 4
+    assert "scale of its own" in fig.subfigs[0].get_suptitle() and set(plotted["kind"]) == {
+        "attribution",
+        "activation",
+    }
+    changed = {"unmodified": 1.0, "suppressed": 0.5, "enhanced": 3.0}
+    maps = [one | {name: dict(attribution=one["attribution"] * factor, activation=one["activation"])
+                   for name, factor in changed.items()} for one in example_maps()]
+    for names in (
+        list(changed)[:2],
+        list(changed),
+    ):  # Figure 7 has two conditions, on Figure 10's scale
+        fig, _ = plots.figure_conditions(maps, names, "attribution")
+        limits = [ax.collections[0].get_clim()[1] for ax in fig.axes[:4 * len(names)]]
+        assert limits == pytest.approx([1.2, 2.4, 3e-4, 6e-4] * len(names))
+        fig, _ = plots.figure_conditions(maps, names, "activation")
+        assert [ax.collections[0].get_clim()[1] for ax in fig.axes[: 4 * len(names)]] == [
+            2.0
+        ] * 4 * len(names)
 
 
 def test_models_get_fixed_and_different_colours():
