@@ -34,6 +34,8 @@ UP_PROJECTIONS = ("gate_proj", "gate_up_proj", "c_fc", "dense_h_to_4h", "fc_in",
 # Kinds of layers, in transformers' names, that keep a state which a key-value cache does not hold.
 RECURRENT = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
 
+CROSS_ATTENTION = ("encoder_attn", "crossattention", "cross_attn")  # BART and XGLM; BERT and GPT-2; Mllama
+
 
 class UnsupportedModel(ValueError):
     """The model cannot be studied exactly; the message names it and says why."""
@@ -83,6 +85,10 @@ def find_architecture(model: nn.Module, name: str) -> Architecture:
         # Gemma 2 caps its attention scores; transformers' default fused attention silently leaves the cap out.
         model.set_attn_implementation(attention.NAME)
     layers = _decoder_layers(model, text.num_hidden_layers, name)
+    cross = next((path for layer in layers for path in CROSS_ATTENTION if _get(layer, path) is not None), None)
+    if cross:
+        raise UnsupportedModel(f"{name}: the decoder of an encoder-decoder model ({type(model).__name__}; {cross}), whose "
+                               "layers attend to an encoder that a text alone does not have; this study needs a causal one")
     downs = [_first(layer, DOWN_PROJECTIONS, f"{name}: layer {i} ({type(layer).__name__})", "down-projection")
              for i, layer in enumerate(layers)]
     parents = [_parent(layer, down) for layer, down in zip(layers, downs)]
