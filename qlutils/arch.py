@@ -34,7 +34,8 @@ UP_PROJECTIONS = ("gate_proj", "gate_up_proj", "c_fc", "dense_h_to_4h", "fc_in",
 # Kinds of layers, in transformers' names, that keep a state which a key-value cache does not hold.
 RECURRENT = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
 
-CROSS_ATTENTION = ("encoder_attn", "crossattention", "cross_attn")  # BART and XGLM; BERT and GPT-2; Mllama
+# Attention to an encoder, as BART and XGLM, BERT and GPT-2, and Mllama name it.
+CROSS_ATTENTION = ("encoder_attn", "crossattention", "cross_attn")
 
 
 class UnsupportedModel(ValueError):
@@ -68,27 +69,12 @@ class Architecture:
 def find_architecture(model: nn.Module, name: str) -> Architecture:
     """Locate the parts of `model`; `UnsupportedModel` names what is missing."""
     config = model.config
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModel(f"{name}: an encoder-decoder model; this study needs a causal (decoder-only) one")
-    experts = [n for n, _ in model.named_modules() if n.rsplit(".", 1)[-1] in ("experts", "router")]
-    if experts:
-        raise UnsupportedModel(
-            f"{name}: a mixture-of-experts model ({experts[0]}); its MLP has no single set of neurons a layer"
-        )
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    recurrent = [kind for kind in getattr(text, "layer_types", None) or () if kind in RECURRENT]
-    if recurrent:
-        raise UnsupportedModel(
-            f"{name}: has recurrent or convolutional layers ({recurrent[0]}); its last token depends on earlier ones "
-            "through more than keys and values, so it cannot be replayed")
+    _check_kind(model, config, text, name)
     if getattr(text, "attn_logit_softcapping", None):
         # Gemma 2 caps its attention scores; transformers' default fused attention silently leaves the cap out.
         model.set_attn_implementation(attention.NAME)
     layers = _decoder_layers(model, text.num_hidden_layers, name)
-    cross = next((path for layer in layers for path in CROSS_ATTENTION if _get(layer, path) is not None), None)
-    if cross:
-        raise UnsupportedModel(f"{name}: the decoder of an encoder-decoder model ({type(model).__name__}; {cross}), whose "
-                               "layers attend to an encoder that a text alone does not have; this study needs a causal one")
     downs = [_first(layer, DOWN_PROJECTIONS, f"{name}: layer {i} ({type(layer).__name__})", "down-projection")
              for i, layer in enumerate(layers)]
     parents = [_parent(layer, down) for layer, down in zip(layers, downs)]
@@ -110,8 +96,27 @@ def find_architecture(model: nn.Module, name: str) -> Architecture:
     )
 
 
+def _check_kind(model, config, text, name) -> None:
+    """`UnsupportedModel` for a kind of model that has no neurons of its own a layer, or no last
+    token that could be replayed."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{name}: an encoder-decoder model; this study needs a causal "
+                               "(decoder-only) one")
+    experts = [n for n, _ in model.named_modules() if n.rsplit(".", 1)[-1] in ("experts", "router")]
+    if experts:
+        raise UnsupportedModel(
+            f"{name}: a mixture-of-experts model ({experts[0]}); its MLP has no single set of "
+            "neurons a layer")
+    recurrent = [kind for kind in getattr(text, "layer_types", None) or () if kind in RECURRENT]
+    if recurrent:
+        raise UnsupportedModel(
+            f"{name}: has recurrent or convolutional layers ({recurrent[0]}); its last token depends "
+            "on earlier ones through more than keys and values, so it cannot be replayed")
+
+
 def _decoder_layers(model, depth, name):
-    found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth
+    found = [module for module in model.modules()
+             if isinstance(module, nn.ModuleList) and len(module) == depth
              and any(_get(module[0], path) is not None for path in DOWN_PROJECTIONS)]
     if len(found) > 1:  # a vision tower as deep as the decoder
         found = [layers for layers in found if _runs_on_text(model, layers)]
@@ -120,7 +125,14 @@ def _decoder_layers(model, depth, name):
             f"{name}: found no list of {depth} decoder layers with a down-projection named one of "
             f"{', '.join(DOWN_PROJECTIONS)} ({type(model).__name__})"
         )
-    return list(found[0])
+    layers = list(found[0])
+    for path in CROSS_ATTENTION:
+        if any(_get(layer, path) is not None for layer in layers):
+            raise UnsupportedModel(
+                f"{name}: the decoder of an encoder-decoder model ({type(model).__name__}; {path}), "
+                "whose layers attend to an encoder that a text alone does not have; this study needs "
+                "a causal one")
+    return layers
 
 
 @torch.no_grad()
@@ -224,13 +236,16 @@ def expand_call_argument(key: str | None, value, batch: int, rows: int, num_head
         return value
     if value.shape[0] != batch:
         return value
-    return value[:1].expand(rows, -1, -1, -1) if value.dim() == 4 else value[:1]  # XGLM counts its mask's rows
+    if value.dim() == 4:  # a mask, whose rows XGLM counts
+        return value[:1].expand(rows, -1, -1, -1)
+    return value[:1]
 
 
 def context_length(config) -> int:
     """Longest input in tokens (a large number where the configuration states none)."""
     text = config.get_text_config()
-    stated = (getattr(text, key, None) for key in ("max_position_embeddings", "max_seq_len"))  # the latter MPT's
+    keys = ("max_position_embeddings", "max_seq_len")  # the latter MPT's
+    stated = (getattr(text, key, None) for key in keys)
     return next((length for length in stated if length), 10**9)
 
 

@@ -193,8 +193,8 @@ def perplexity(lm, texts, max_tokens=256) -> float:
     """exp(sum of NLL / number of scored tokens) over all `texts` together, each cut to its first `max_tokens`
     tokens.
 
-    What the tokenizer puts before a text (BOS), or its first token, is context and not scored. ValueError: no
-    text, an empty one or one of a single token, max_tokens that leave none to score."""
+    What the tokenizer puts before a text (BOS), or its first token, is context and not scored.
+    ValueError: no text, an empty one or one of a single token, max_tokens that leave none."""
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         got = "a single text" if isinstance(texts, str) else repr(texts)
         raise ValueError(f"texts is a list of texts; got {got}")
@@ -207,7 +207,8 @@ def encode_entries(lm, texts, max_tokens) -> list[tuple[list[int], list[int]]]:
     """(what precedes the text, or its first token; the tokens to score) of each text."""
     first = max(1, lm.bos_offset)
     if isinstance(max_tokens, bool) or not isinstance(max_tokens, Integral) or max_tokens <= first:
-        raise ValueError(f"max_tokens is {max_tokens!r}; it must be a whole number of at least {first + 1}")
+        raise ValueError(f"max_tokens is {max_tokens!r}; it must be a whole number of at least "
+                         f"{first + 1}")
     if not texts:
         raise ValueError("perplexity needs at least one text")
     entries = []

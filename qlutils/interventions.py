@@ -85,8 +85,8 @@ def scale_neurons(lm, neurons, factor):
 
 
 class _Watch:
-    """The hooks of one `scale_neurons`: on the model's forward passes, to learn which tokens are the prompt's,
-    and on the down-projections, to scale."""
+    """The hooks of one `scale_neurons`: on the model's forward passes, to learn which tokens are
+    the prompt's, and on the down-projections, to scale."""
 
     def __init__(self, lm, change):
         self.lm, self.change, self.handles = lm, change, []
@@ -147,8 +147,10 @@ class _Watch:
         self.reach = place >= first
 
     def _after(self, output):
-        parts = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
-        self.seen.update(part for part in parts if isinstance(part, Cache))
+        if isinstance(output, dict):
+            output = tuple(output.values())
+        if isinstance(output, tuple):
+            self.seen.update(part for part in output if isinstance(part, Cache))
         self.reach = None
 
     def _scaler(self, index):
@@ -160,8 +162,6 @@ class _Watch:
             x = inputs[0]
             factors = x.new_ones(x.shape[-1])
             factors[index] = self.change.factor
-            # layers that share others' keys (Gemma 4) may be given the last tokens alone; OPT flattens batch and tokens
-            reach = self.reach[:, -(x[..., 0].numel() // len(self.reach)):]
-            reach = reach.to(x.device).reshape(*x.shape[:-1], 1)
+            reach = self.reach.to(x.device).reshape(*x.shape[:-1], 1)
             return (torch.where(reach, x * factors, x), *inputs[1:])
         return hook

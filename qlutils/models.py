@@ -70,14 +70,16 @@ class LanguageModel:
 
     @cached_property
     def bos_offset(self) -> int:
-        """How many tokens the tokenizer puts in front of every prompt: 1 for BOS (XGLM: </s>), 2 for GLM's [gMASK]<sop>."""
-        ids, bare = (list(self.tokenizer("1", add_special_tokens=special).input_ids) for special in (True, False))
-        places = (place for place in range(len(ids)) if ids[place:place + len(bare)] == bare)
-        place = next(places, None)
-        if place is None:
-            raise ValueError(f"{self.name}: what its tokenizer puts in front of a prompt cannot be told from the prompt: '1' is "
-                             f"{ids} with it and {bare} without; no baseline can keep it")
-        return place
+        """How many tokens the tokenizer puts in front of every prompt: 1 for BOS (XGLM: </s>), 2 for
+        GLM's [gMASK]<sop>."""
+        ids, bare = (list(self.tokenizer("1", add_special_tokens=special).input_ids)
+                     for special in (True, False))
+        for place in range(len(ids)):
+            if ids[place:place + len(bare)] == bare:
+                return place
+        raise ValueError(f"{self.name}: what its tokenizer puts in front of a prompt cannot be told "
+                         f"from the prompt, so that baselines could keep it: '1' is {ids} with it and "
+                         f"{bare} without")
 
     @cached_property
     def context(self) -> int:

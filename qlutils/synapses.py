@@ -292,8 +292,9 @@ def attend(lm, unit: list[dict]) -> pd.DataFrame:
 
 
 def first_tokens(lm) -> int:
-    """How many tokens "without the first" leaves out: all that the tokenizer puts before every prompt (BOS, GLM's
-    [gMASK]<sop>), which draw attention whatever is asked, or the first word."""
+    """How many tokens "without the first" leaves out: all that the tokenizer puts before every
+    prompt (BOS, GLM's [gMASK]<sop>), or one where it puts none. They draw attention whatever is
+    asked."""
     return max(1, lm.bos_offset)
 
 
@@ -306,7 +307,8 @@ def scale_synapse_columns(lm, unit: list[dict], *, alpha=0.3, score="sum", suppr
     size of the set; probability, value (mean |activation| of the query's KNs at the last prompt token) and
     signed_value, and each with `_before`. Sets that could not be made (no query of another relation) are
     left out; an empty set changes nothing. The row of set "none" says where S sits: n_self, n_irrelevant,
-    jaccard (`_rest`: without the `first_tokens`), and counts by layer (L,), head (L * H,) and column (T,)."""
+    jaccard (`_rest`: without the `first_tokens`), and counts by layer (L,), head (L * H,) and
+    column (T,)."""
     _check_alpha(alpha, score)
     queries = [(fact, i, *lm.encode(prompt, fact["object"])) for fact in unit
                for i, prompt in enumerate(fact["prompts"])]
@@ -361,9 +363,10 @@ def scaled_maps(lm, maps: list[dict], *, alpha=0.3, score="sum", suppress=0.0, e
     return out
 
 
-def synapse_sets(own: np.ndarray, other: np.ndarray | None, rng, first: int = 1) -> dict[str, np.ndarray]:
-    """{name of SETS: (L, H, T) booleans}; `other` None leaves out what needs S_ir, and "without first" the
-    `first` columns.
+def synapse_sets(own: np.ndarray, other: np.ndarray | None, rng,
+                 first: int = 1) -> dict[str, np.ndarray]:
+    """{name of SETS: (L, H, T) booleans}; `other` None leaves out what needs S_ir, and "without
+    first" the `first` columns.
 
     random: in each layer and head as many columns as S has, drawn from those outside S as far as there
     are."""

@@ -117,8 +117,8 @@ def tiny_lm(family: str, dtype=torch.float64, bos=False, seed=0, **changes):
 def word_tokenizer(words=None, bos=False, eos_after=False, before=(), **special):
     """A tokenizer of whole words, by default the numbers from 4 on, each its own id: "17" is token 17.
 
-    `bos`, `eos_after`: what it puts around a text; `before`: tokens of SPECIAL that it puts in front instead of BOS.
-    `special`: mask_token="<mask>" and the like."""
+    `bos`, `eos_after`: what it puts around a text; `before`: tokens of SPECIAL that it puts in
+    front instead of BOS. `special`: mask_token="<mask>" and the like."""
     words = [str(i) for i in range(len(SPECIAL), VOCABULARY)] if words is None else words
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *words])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
