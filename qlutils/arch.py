@@ -110,8 +110,9 @@ def _check_kind(model, config, text, name) -> None:
     recurrent = [kind for kind in getattr(text, "layer_types", None) or () if kind in RECURRENT]
     if recurrent:
         raise UnsupportedModel(
-            f"{name}: has recurrent or convolutional layers ({recurrent[0]}); its last token depends "
-            "on earlier ones through more than keys and values, so it cannot be replayed")
+            f"{name}: has recurrent or convolutional layers ({recurrent[0]}); its last token "
+            "depends on earlier ones through more than keys and values, so it cannot be replayed"
+        )
 
 
 def _decoder_layers(model, depth, name):
@@ -129,9 +130,9 @@ def _decoder_layers(model, depth, name):
     for path in CROSS_ATTENTION:
         if any(_get(layer, path) is not None for layer in layers):
             raise UnsupportedModel(
-                f"{name}: the decoder of an encoder-decoder model ({type(model).__name__}; {path}), "
-                "whose layers attend to an encoder that a text alone does not have; this study needs "
-                "a causal one")
+                f"{name}: the decoder of an encoder-decoder model ({type(model).__name__}; "
+                f"{path}), whose layers attend to an encoder that a text alone does not have; this "
+                "study needs a causal one")
     return layers
 
 

@@ -71,8 +71,8 @@ def cache_of(given) -> Cache | None:
 
 def forward_passes(model: nn.Module, layer: nn.Module, before: Callable, after: Callable):
     """Register hooks on `model`, yielded one by one, that call `before(call)` with the named
-    arguments of each forward pass that may reach `layer`, and `after(output)` at its end (None after
-    an error).
+    arguments of each forward pass that may reach `layer`, and `after(output)` at its end (None
+    after an error).
 
     A pass is that of the outermost part that is called: the masks that parts inside get are what
     those around them made of the caller's (Gemma 3's text model gets a dict), and some parts are

@@ -70,16 +70,16 @@ class LanguageModel:
 
     @cached_property
     def bos_offset(self) -> int:
-        """How many tokens the tokenizer puts in front of every prompt: 1 for BOS (XGLM: </s>), 2 for
-        GLM's [gMASK]<sop>."""
+        """How many tokens the tokenizer puts in front of every prompt: 1 for BOS (XGLM: </s>), 2
+        for GLM's [gMASK]<sop>."""
         ids, bare = (list(self.tokenizer("1", add_special_tokens=special).input_ids)
                      for special in (True, False))
         for place in range(len(ids)):
             if ids[place:place + len(bare)] == bare:
                 return place
-        raise ValueError(f"{self.name}: what its tokenizer puts in front of a prompt cannot be told "
-                         f"from the prompt, so that baselines could keep it: '1' is {ids} with it and "
-                         f"{bare} without")
+        raise ValueError(f"{self.name}: what its tokenizer puts in front of a prompt cannot be "
+                         f"told from the prompt, so no baseline can keep it: '1' is {ids} with it "
+                         f"and {bare} without")
 
     @cached_property
     def context(self) -> int:

@@ -42,8 +42,8 @@ SCALE = {
     "persimmon": 1.0,
     "qwen3": 1.0,
 }
-# transformers' own arithmetic: DeepSeek-V2 rotates in complex numbers of float32, and XGLM's softmax
-# does not run in float64
+# transformers' own arithmetic: DeepSeek-V2 rotates in complex numbers of float32, and XGLM's
+# softmax does not run in float64
 TOLERANCE = {("deepseek_v2 without experts", "float64"): 1e-7}
 NOT_IN_FLOAT64 = ("xglm",)
 
@@ -65,8 +65,8 @@ def exact(family):
 
 @lru_cache(None)
 def model_of(family, dtype):
-    """The same weights in every dtype: they have bfloat16's 8 bits. Rotary frequencies stay float32,
-    as they do when a checkpoint is loaded."""
+    """The same weights in every dtype: they have bfloat16's 8 bits. Rotary frequencies stay
+    float32, as they do when a checkpoint is loaded."""
     model = tiny_model(SUPPORTED[family], torch.float32, scale=SCALE.get(family, 2.0))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -113,6 +113,19 @@ def test_scores_are_the_naive_references_alone_and_in_a_batch(family, dtype):
         alone = [attribute_encoded(lm, [QUERIES[i]], SPEC).scores[0] for i in COMPARED]
     for i, scores, single in zip(COMPARED, wanted, alone):
         assert apart(together[i], scores) <= tolerance and apart(single, scores) <= tolerance
+
+
+@pytest.mark.parametrize("family", MORE)
+def test_pre_activations_are_those_of_the_naive_reference(family):
+    dtype = torch.float32 if family in NOT_IN_FLOAT64 else torch.float64
+    with exact(family):
+        naive = Naive(model_of(family, torch.float64), SUPPORTED[family], "pre_activation")
+        wanted, _ = naive.attribute(*QUERIES[0], "ig", *quadrature("right", 2))
+    with keeping_float64():
+        spec = Spec("ig", 2, site="pre_activation")
+        found = attribute_encoded(lm_of(family, dtype), QUERIES[:1], spec).scores[0]
+    tolerance = DTYPES["float32"] if family in NOT_IN_FLOAT64 else 1e-7
+    assert apart(found, wanted) <= tolerance
 
 
 # --- changed neurons ---------------------------------------------------------------------------
@@ -214,8 +227,8 @@ def test_a_tower_as_deep_as_the_text_model_is_not_taken_for_it(twins):
 
 
 def test_scaled_neurons_find_the_prompt_through_the_parts_around_the_text_model(twins):
-    """Padding on the left, a cache that goes on, and `generate`: the inner text model is handed masks
-    that were made of the caller's, not the caller's."""
+    """Padding on the left, a cache that goes on, and `generate`: the inner text model is handed
+    masks that were made of the caller's, not the caller's."""
     whole, text = twins
     ids, mask = (
         torch.tensor([[0, 0, 5, 6, 7], [9, 8, 7, 6, 5]]),
