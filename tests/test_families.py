@@ -118,8 +118,8 @@ def test_scores_are_the_naive_references_alone_and_in_a_batch(family, dtype):
 @pytest.mark.parametrize("family", MORE)
 def test_pre_activations_are_those_of_the_naive_reference(family):
     dtype = torch.float32 if family in NOT_IN_FLOAT64 else torch.float64
+    naive = Naive(model_of(family, torch.float64), SUPPORTED[family], "pre_activation")
     with exact(family):
-        naive = Naive(model_of(family, torch.float64), SUPPORTED[family], "pre_activation")
         wanted, _ = naive.attribute(*QUERIES[0], "ig", *quadrature("right", 2))
     with keeping_float64():
         spec = Spec("ig", 2, site="pre_activation")
