@@ -33,6 +33,7 @@ COMPARED = (0, 3, 4)
 DTYPES = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 0.1}
 # Smaller weights where the model itself, naive or not, is far from float64 in bfloat16.
 SCALE = {
+    "gemma4": 0.5,
     "gemma4_text": 0.5,
     "gemma4_unified_text": 0.5,
     "gemma4 with a vision tower": 0.7,
