@@ -24,10 +24,18 @@ DOWN_PROJECTIONS = (
     "mlp.dense_4h_to_h",  # GPT-NeoX, BLOOM, Falcon
     "mlp.fc_out",  # GPT-J, CodeGen
     "mlp.fc2",  # Phi
-    "fc2",  # OPT
+    "fc2",  # OPT, XGLM
+    "ffn.down_proj",  # MPT
+    "shared_mlp.output_linear",  # Granite 4 without experts
 )
 # The projection whose output is the pre-activation, a sibling of the down-projection.
-UP_PROJECTIONS = ("gate_proj", "gate_up_proj", "c_fc", "dense_h_to_4h", "fc_in", "fc1", "up_proj")
+UP_PROJECTIONS = ("gate_proj", "gate_up_proj", "c_fc", "dense_h_to_4h", "fc_in", "fc1", "up_proj",
+                  "input_linear")
+# Kinds of layers, in transformers' names, that keep a state which a key-value cache does not hold.
+RECURRENT = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
+
+# Attention to an encoder, as BART and XGLM, BERT and GPT-2, and Mllama name it.
+CROSS_ATTENTION = ("encoder_attn", "crossattention", "cross_attn")
 
 
 class UnsupportedModel(ValueError):
@@ -62,14 +70,8 @@ class Architecture:
 def find_architecture(model: nn.Module, name: str) -> Architecture:
     """Locate the parts of `model`; `UnsupportedModel` names what is missing."""
     config = model.config
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModel(f"{name}: an encoder-decoder model; this study needs a causal (decoder-only) one")
-    experts = [n for n, _ in model.named_modules() if n.rsplit(".", 1)[-1] in ("experts", "router")]
-    if experts:
-        raise UnsupportedModel(
-            f"{name}: a mixture-of-experts model ({experts[0]}); its MLP has no single set of neurons a layer"
-        )
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    _check_kind(model, config, text, name)
     if getattr(text, "attn_logit_softcapping", None):
         # Gemma 2 caps its attention scores; transformers' default fused attention silently leaves the cap out.
         model.set_attn_implementation(attention.NAME)
@@ -95,16 +97,56 @@ def find_architecture(model: nn.Module, name: str) -> Architecture:
     )
 
 
+def _check_kind(model, config, text, name) -> None:
+    """`UnsupportedModel` for a kind of model that has no neurons of its own a layer, or no last
+    token that could be replayed."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{name}: an encoder-decoder model; this study needs a causal "
+                               "(decoder-only) one")
+    experts = [n for n, _ in model.named_modules() if n.rsplit(".", 1)[-1] in ("experts", "router")]
+    if experts:
+        raise UnsupportedModel(
+            f"{name}: a mixture-of-experts model ({experts[0]}); its MLP has no single set of "
+            "neurons a layer")
+    recurrent = [kind for kind in getattr(text, "layer_types", None) or () if kind in RECURRENT]
+    if recurrent:
+        raise UnsupportedModel(
+            f"{name}: has recurrent or convolutional layers ({recurrent[0]}); its last token "
+            "depends on earlier ones through more than keys and values, so it cannot be replayed"
+        )
+
+
 def _decoder_layers(model, depth, name):
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth and any(
-            _get(module[0], path) is not None for path in DOWN_PROJECTIONS
-        ):
-            return list(module)
-    raise UnsupportedModel(
-        f"{name}: found no list of {depth} decoder layers with a down-projection named one of "
-        f"{', '.join(DOWN_PROJECTIONS)} ({type(model).__name__})"
-    )
+    found = [module for module in model.modules()
+             if isinstance(module, nn.ModuleList) and len(module) == depth
+             and any(_get(module[0], path) is not None for path in DOWN_PROJECTIONS)]
+    if len(found) > 1:  # a vision tower as deep as the decoder
+        found = [layers for layers in found if _runs_on_text(model, layers)]
+    if not found:
+        raise UnsupportedModel(
+            f"{name}: found no list of {depth} decoder layers with a down-projection named one of "
+            f"{', '.join(DOWN_PROJECTIONS)} ({type(model).__name__})"
+        )
+    layers = list(found[0])
+    for path in CROSS_ATTENTION:
+        if any(_get(layer, path) is not None for layer in layers):
+            raise UnsupportedModel(
+                f"{name}: the decoder of an encoder-decoder model ({type(model).__name__}; "
+                f"{path}), whose layers attend to an encoder that a text alone does not have; this "
+                "study needs a causal one")
+    return layers
+
+
+@torch.no_grad()
+def _runs_on_text(model, layers) -> bool:
+    """Whether `model` runs `layers` when it is given nothing but tokens."""
+    called: list[nn.Module] = []
+    handle = layers[0].register_forward_hook(lambda module, *_: called.append(module))
+    try:
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        handle.remove()
+    return bool(called)
 
 
 def _logit_scale(model, config) -> float:
@@ -222,7 +264,21 @@ def expand_call_argument(key: str | None, value, batch: int, rows: int, num_head
         return value
     if key == "alibi":
         return value[:num_heads].repeat(rows, *[1] * (value.dim() - 1))
-    return value[:1] if value.shape[0] == batch else value
+    if key == "position_bias":  # MPT's ALiBi, one a head: equal for all rows
+        return value
+    if value.shape[0] != batch:
+        return value
+    if value.dim() == 4:  # a mask, whose rows XGLM counts
+        return value[:1].expand(rows, -1, -1, -1)
+    return value[:1]
+
+
+def context_length(config) -> int:
+    """Longest input in tokens (a large number where the configuration states none)."""
+    text = config.get_text_config()
+    keys = ("max_position_embeddings", "max_seq_len")  # the latter MPT's
+    stated = (getattr(text, key, None) for key in keys)
+    return next((length for length in stated if length), 10**9)
 
 
 def pick_call_argument(key: str | None, value, batch: int, queries: Tensor, num_heads: int):

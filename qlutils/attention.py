@@ -69,6 +69,41 @@ def cache_of(given) -> Cache | None:
     return given.get("past_key_values") if cache is None else cache
 
 
+def forward_passes(model: nn.Module, layer: nn.Module, before: Callable, after: Callable):
+    """Register hooks on `model`, yielded one by one, that call `before(call)` with the named
+    arguments of each forward pass that may reach `layer`, and `after(output)` at its end (None
+    after an error).
+
+    A pass is that of the outermost part that is called: the masks that parts inside get are what
+    those around them made of the caller's (Gemma 3's text model gets a dict), and some parts are
+    passed by (OPT's base model)."""
+    running: list[nn.Module] = []
+
+    def enter(forward):
+        def hook(module, args, kwargs):
+            if running and running[0] is not module:
+                return
+            running[:] = [module]
+            call = inspect.signature(forward).bind_partial(*args, **kwargs).arguments
+            before({**call, **call.get("kwargs", {})})
+        return hook
+
+    def leave(module, _, output):
+        if running and running[0] is module:
+            running.clear()
+            after(output)
+
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and any(inner is layer for inner in part.modules()):
+            yield part.register_forward_pre_hook(enter(part.forward), with_kwargs=True)
+            yield part.register_forward_hook(leave, always_call=True)
+
+
+def tokens_of(call: dict) -> Tensor | None:
+    """The token ids or embeddings (B, S, ...) among the named arguments of a forward pass."""
+    return next((call[k] for k in ("input_ids", "inputs_embeds") if call.get(k) is not None), None)
+
+
 def is_controlled(model: nn.Module) -> bool:
     """Whether a `Control` is active on a part of `model`."""
     return any(module in _CONTROLS for module in model.modules())
@@ -96,12 +131,10 @@ class Control:
         self.factors, self.renormalise, self.observe = factors or {}, renormalise, observe
         self.total, self.padding = 0, None  # positions so far, padding included; (B,) padding on the left
 
-    def locate(self, _, args, kwargs, forward) -> None:
+    def locate(self, call: dict) -> None:
         """Before a forward pass: how many positions it brings the cache to, and where each row's tokens
         begin."""
-        call = inspect.signature(forward).bind_partial(*args, **kwargs).arguments
-        call = {**call, **call.get("kwargs", {})}
-        tokens = next((call[k] for k in ("input_ids", "inputs_embeds") if call.get(k) is not None), None)
+        tokens = tokens_of(call)
         if tokens is None:
             return
         cache, mask = cache_of(call), call.get("attention_mask")
@@ -143,11 +176,8 @@ class Control:
         """Active inside, on every forward pass of `model` whose attention is `exact_attention`."""
         handles, inside = [], []
         try:
-            for part in model.modules():
-                if isinstance(part, PreTrainedModel):
-                    locate = lambda module, args, kwargs, forward=part.forward: self.locate(  # noqa: E731
-                        module, args, kwargs, forward)
-                    handles.append(part.register_forward_pre_hook(locate, with_kwargs=True))
+            for handle in forward_passes(model, layers[0], self.locate, lambda output: None):
+                handles.append(handle)
             for index, layer in enumerate(layers):
                 for module in layer.modules():
                     inside.append((module, (self, index)))

@@ -193,8 +193,8 @@ def perplexity(lm, texts, max_tokens=256) -> float:
     """exp(sum of NLL / number of scored tokens) over all `texts` together, each cut to its first `max_tokens`
     tokens.
 
-    A text's first token (BOS, where the tokenizer adds one) is context and not scored. ValueError: no text,
-    an empty one or one of a single token, max_tokens below 2."""
+    What the tokenizer puts before a text (BOS), or its first token, is context and not scored.
+    ValueError: no text, an empty one or one of a single token, max_tokens that leave none."""
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         got = "a single text" if isinstance(texts, str) else repr(texts)
         raise ValueError(f"texts is a list of texts; got {got}")
@@ -204,9 +204,11 @@ def perplexity(lm, texts, max_tokens=256) -> float:
 
 
 def encode_entries(lm, texts, max_tokens) -> list[tuple[list[int], list[int]]]:
-    """([first token], the tokens to score) of each text."""
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, Integral) or max_tokens < 2:
-        raise ValueError(f"max_tokens is {max_tokens!r}; it must be a whole number of at least 2")
+    """(what precedes the text, or its first token; the tokens to score) of each text."""
+    first = max(1, lm.bos_offset)
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, Integral) or max_tokens <= first:
+        raise ValueError(f"max_tokens is {max_tokens!r}; it must be a whole number of at least "
+                         f"{first + 1}")
     if not texts:
         raise ValueError("perplexity needs at least one text")
     entries = []
@@ -214,13 +216,13 @@ def encode_entries(lm, texts, max_tokens) -> list[tuple[list[int], list[int]]]:
         if not isinstance(text, str):
             raise ValueError(f"a text must be a string, got {type(text).__name__}: {text!r}")
         ids = lm._tokenize(text)[:max_tokens]
-        if len(ids) < 2:
+        if len(ids) <= first:
             raise ValueError(f"text {text[:60]!r} has fewer than two tokens, so nothing of it can be scored; "
                              "leave it out")
         if len(ids) > lm.context:
             raise ValueError(f"text {text[:60]!r}... has {len(ids)} tokens of {max_tokens} allowed; "
                              f"{lm.name} reads at most {lm.context}: lower max_tokens")
-        entries.append((ids[:1], ids[1:]))
+        entries.append((ids[:first], ids[first:]))
     return entries
 
 

@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .attention import cache_of
+from .attention import cache_of, forward_passes, tokens_of
 from .rows import Change, score_queries, score_rows
 
 
@@ -86,8 +85,8 @@ def scale_neurons(lm, neurons, factor):
 
 
 class _Watch:
-    """The hooks of one `scale_neurons`: on the body of the model, to learn which tokens are the prompt's, and
-    on the down-projections, to scale."""
+    """The hooks of one `scale_neurons`: on the model's forward passes, to learn which tokens are
+    the prompt's, and on the down-projections, to scale."""
 
     def __init__(self, lm, change):
         self.lm, self.change, self.handles = lm, change, []
@@ -97,12 +96,8 @@ class _Watch:
         self.generate, self.ended = None, False  # what `generate` of the model's own dict this watch replaced
 
     def start(self):
-        first = self.lm.layers[0]  # OPT's outer modules call the decoder past the base model's own forward
-        body = next(m for m in self.lm.model.modules()
-                    if any(isinstance(c, nn.ModuleList) and len(c) and c[0] is first for c in m.children()))
-        self.signature = inspect.signature(body.forward)
-        self.handles.append(body.register_forward_pre_hook(self._before, with_kwargs=True))
-        self.handles.append(body.register_forward_hook(self._after, with_kwargs=True, always_call=True))
+        for handle in forward_passes(self.lm.model, self.lm.layers[0], self._before, self._after):
+            self.handles.append(handle)
         for layer, index in self.change.by_layer.items():
             self.handles.append(self.lm.downs[layer].register_forward_pre_hook(self._scaler(index)))
         self.lm.model.generate = self._wrap(self.lm.model.generate)
@@ -129,11 +124,10 @@ class _Watch:
         self.generate, run.watch = self.lm.model.__dict__.get("generate"), self
         return run
 
-    def _before(self, _, args, kwargs):
-        given = self.signature.bind_partial(*args, **kwargs).arguments
-        given = {**given, **given.get("kwargs", {})}
-        tokens = given.get("input_ids") if given.get("input_ids") is not None else given["inputs_embeds"]
-        mask, cache = given.get("attention_mask"), cache_of(given)
+    def _before(self, call):
+        tokens, mask, cache = tokens_of(call), call.get("attention_mask"), cache_of(call)
+        if tokens is None:  # the model says so itself
+            return
         batch, length = tokens.shape[:2]
         place = torch.arange(length, device=tokens.device).expand(batch, -1)
         past = cache.get_seq_length() if cache is not None else 0
@@ -152,10 +146,11 @@ class _Watch:
             self.seen.add(cache)
         self.reach = place >= first
 
-    def _after(self, _, args, kwargs, output):
-        cache = cache_of(output) if isinstance(output, dict) else None
-        if isinstance(cache, Cache):
-            self.seen.add(cache)
+    def _after(self, output):
+        if isinstance(output, dict):
+            output = tuple(output.values())
+        if isinstance(output, tuple):
+            self.seen.update(part for part in output if isinstance(part, Cache))
         self.reach = None
 
     def _scaler(self, index):

@@ -70,15 +70,21 @@ class LanguageModel:
 
     @cached_property
     def bos_offset(self) -> int:
-        """1 where the tokenizer puts a BOS token in front of a prompt, else 0."""
-        ids = self.tokenizer("a").input_ids
-        return int(bool(ids) and self.tokenizer.bos_token_id is not None and ids[0] == self.tokenizer.bos_token_id
-                   and len(ids) > 1)
+        """How many tokens the tokenizer puts in front of every prompt: 1 for BOS (XGLM: </s>), 2
+        for GLM's [gMASK]<sop>."""
+        ids, bare = (list(self.tokenizer("1", add_special_tokens=special).input_ids)
+                     for special in (True, False))
+        for place in range(len(ids)):
+            if ids[place:place + len(bare)] == bare:
+                return place
+        raise ValueError(f"{self.name}: what its tokenizer puts in front of a prompt cannot be "
+                         f"told from the prompt, so no baseline can keep it: '1' is {ids} with it "
+                         f"and {bare} without")
 
     @cached_property
     def context(self) -> int:
         """Longest input in tokens (a large number where the configuration states none)."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+        return arch.context_length(self.model.config)
 
     @property
     def fingerprint(self) -> str:

@@ -300,7 +300,7 @@ def attend(lm, unit: list[dict]) -> pd.DataFrame:
 
     fact, prompt_index; tokens (T); column, token, token_id of the most attended token (Eq. 4, with columns)
     and the share of all attention it gets, and `at`, the characters before it; the same without the first
-    token (`_rest`); token_id_first and first_share, the first token's."""
+    tokens (`_rest`, see `first_tokens`); token_id_first and first_share, the first token's."""
     queries = [(fact, place, lm.encode_prompt(prompt)) for fact in unit for place, prompt in
                zip(fact["prompt_index"], fact["prompts"])]
     rows = []
@@ -308,7 +308,7 @@ def attend(lm, unit: list[dict]) -> pd.DataFrame:
         share = total.mean((0, 1)) / len(ids)
         row = dict(fact=fact["fact"], relation=fact["relation"], prompt_index=place, tokens=len(ids),
                    token_id_first=ids[0], first_share=share[0])
-        for name, first in (("", 0), ("_rest", 1)):
+        for name, first in (("", 0), ("_rest", first_tokens(lm))):
             column = first + int(share[first:].argmax())
             before = lm.tokenizer.decode(ids[:column], skip_special_tokens=True)
             row |= {f"column{name}": column, f"token{name}": lm.tokenizer.decode([ids[column]]), f"at{name}": len(before),
@@ -321,6 +321,13 @@ attend.VERSION = 1
 attend.passes = lambda lm, fact, config: sum(map(prompt_tokens, fact["prompts"]))
 
 
+def first_tokens(lm) -> int:
+    """How many tokens "without the first" leaves out: all that the tokenizer puts before every
+    prompt (BOS, GLM's [gMASK]<sop>), or one where it puts none. They draw attention whatever is
+    asked."""
+    return max(1, lm.bos_offset)
+
+
 def scale_synapse_columns(lm, unit: list[dict], *, alpha=0.3, score="sum", suppress=0.0, enhance=2.0,
                           renormalise=True, seed=0) -> pd.DataFrame:
     """Notebook 06. What scaling S, S_ir and control sets does to each query of a unit (see
@@ -330,7 +337,8 @@ def scale_synapse_columns(lm, unit: list[dict], *, alpha=0.3, score="sum", suppr
     size of the set; probability, value (mean |activation| of the query's KNs at the last prompt token) and
     signed_value, and each with `_before`. Sets that could not be made (no query of another relation) are
     left out; an empty set changes nothing. The row of set "none" says where S sits: n_self, n_irrelevant,
-    jaccard (`_rest`: without column 0), and counts by layer (L,), head (L * H,) and column (T,)."""
+    jaccard (`_rest`: without the `first_tokens`), and counts by layer (L,), head (L * H,) and
+    column (T,)."""
     _check_alpha(alpha, score)
     queries = [(fact, i, *lm.encode(prompt, fact["object"])) for fact in unit
                for i, prompt in enumerate(fact["prompts"])]
@@ -350,8 +358,8 @@ def scale_synapse_columns(lm, unit: list[dict], *, alpha=0.3, score="sum", suppr
         before, done = len(todo), {}
         todo.append(Row(prompt, answer, neurons=kns))
         rows.append(key | dict(set="none", renormalise=False, direction="none", at=before, before=before,
-                               **_where(mine, other)))
-        for name, columns in synapse_sets(mine, other, rng).items():
+                               **_where(mine, other, first_tokens(lm))))
+        for name, columns in synapse_sets(mine, other, rng, first_tokens(lm)).items():
             both = (False, True) if renormalise and name in ("self", "irrelevant") else (False,)
             for divide, (direction, factor) in product(both, (("suppress", suppress), ("enhance", enhance))):
                 change = columns.tobytes(), factor, divide
@@ -399,12 +407,14 @@ def scaled_maps(lm, maps: list[dict], *, alpha=0.3, score="sum", suppress=0.0, e
     return out
 
 
-def synapse_sets(own: np.ndarray, other: np.ndarray | None, rng) -> dict[str, np.ndarray]:
-    """{name of SETS: (L, H, T) booleans}; `other` None leaves out what needs S_ir.
+def synapse_sets(own: np.ndarray, other: np.ndarray | None, rng,
+                 first: int = 1) -> dict[str, np.ndarray]:
+    """{name of SETS: (L, H, T) booleans}; `other` None leaves out what needs S_ir, and "without
+    first" the `first` columns.
 
     random: in each layer and head as many columns as S has, drawn from those outside S as far as there
     are."""
-    rest = np.arange(own.shape[-1]) > 0
+    rest = np.arange(own.shape[-1]) >= first
     draw = (rng.random(own.shape) + own).argsort(-1).argsort(-1)  # columns of S come last
     sets = {"self": own, "self_without_first": own & rest, "random": draw < own.sum(-1, keepdims=True)}
     if other is not None:
@@ -418,9 +428,9 @@ def _fit(columns: np.ndarray, tokens: int) -> np.ndarray:
     return np.pad(columns[..., :tokens], [(0, 0), (0, 0), (0, max(0, tokens - columns.shape[-1]))])
 
 
-def _where(own, other) -> dict:
+def _where(own, other, first) -> dict:
     row = dict(by_layer=own.sum((1, 2)), by_head=own.sum(2).flatten(), by_column=own.sum((0, 1)))
-    for name, start in (("", 0), ("_rest", 1)):
+    for name, start in (("", 0), ("_rest", first)):
         mine, union = own[..., start:], own[..., start:] | (own if other is None else other)[..., start:]
         row[f"n_self{name}"] = int(mine.sum())
         row[f"n_irrelevant{name}"] = row[f"jaccard{name}"] = np.nan  # where the run has no other relation

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, tiny_lm, tiny_model, trusted, word_tokenizer
+from tiny import FAMILIES, spec_of, tiny_lm, tiny_model, trusted, word_tokenizer
 from torch import nn
 
 from qlutils import attribute, replay
@@ -68,8 +68,8 @@ class Naive:
 
     def __init__(self, model, family, site="down_input", bos=False):
         self.model, self.site, self.first = model, site, int(bos)
-        self.modules = FAMILIES[family].modules(model, "down" if site == "down_input" else "up")
-        downs = FAMILIES[family].modules(model, "down")[0]
+        self.modules = spec_of(family).modules(model, "down" if site == "down_input" else "up")
+        downs = spec_of(family).modules(model, "down")[0]
         self.width = downs.in_features if isinstance(downs, nn.Linear) else downs.weight.shape[0]
 
     def logits(self, ids):

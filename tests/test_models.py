@@ -80,7 +80,8 @@ def test_neurons_outside_the_model_are_refused():
     ("BartConfig", dict(vocab_size=97, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
                         decoder_attention_heads=4, encoder_ffn_dim=8, decoder_ffn_dim=8), "encoder-decoder.*causal"),
     ("BertConfig", SMALL, "not causal|down-projection"),
-    ("MambaConfig", dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4), "down-projection")])
+    ("MambaConfig", dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4),
+     "recurrent")])
 def test_other_kinds_of_models_are_refused_by_name_and_reason(config, options, named):
     with pytest.raises(UnsupportedModel, match=f"^the-model.*({named})"):
         LanguageModel(random_model(config, **options), word_tokenizer(), "the-model")

@@ -444,4 +444,4 @@ def test_every_measured_number_is_the_committed_one():
 
 
 def test_the_readme_is_short():
-    assert len(README.encode()) <= 16_000
+    assert len(README.encode()) <= 18_000  # 2,000 of them the table of model families

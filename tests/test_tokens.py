@@ -8,14 +8,16 @@ import pytest
 import test_attribution
 import torch
 from test_attribution import Naive
-from tiny import tiny_lm, word_tokenizer
+from tiny import SPECIAL, tiny_lm, word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
-from qlutils import load_facts
+from qlutils import attribute, load_facts, perplexity
 from qlutils.localize import localise
 from qlutils.models import LanguageModel
 from qlutils.quadrature import quadrature
+from qlutils.replay import attention_implementation
 from qlutils.study import Study
+from qlutils.synapses import attend, scale_synapse_columns
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 NAMES = ("gpt2", "llama2", "llama3")
@@ -38,6 +40,65 @@ def test_bos_stays_and_a_trailing_eos_goes():
     lm = tiny_lm("gpt2", torch.float32)
     lm.tokenizer = word_tokenizer(eos_after=True)
     assert lm.encode("5 6", "7") == ([5, 6], [7]) and lm.bos_offset == 0
+
+
+PREFIXES = {"GLM": ["<mask>", "<bos>"], "XGLM": ["<eos>"], "and an EOS after": ["<mask>", "<bos>"]}
+
+
+def prefixed(kind):
+    """A float64 model whose tokenizer has no BOS token and puts others in front of every text:
+    GLM's [gMASK]<sop>, XGLM's </s>."""
+    lm = tiny_lm("llama3")
+    lm.tokenizer = word_tokenizer(before=PREFIXES[kind], eos_after=kind == "and an EOS after")
+    return lm, [SPECIAL.index(token) for token in PREFIXES[kind]]
+
+
+@pytest.mark.parametrize("kind", PREFIXES)
+@pytest.mark.parametrize("method", ["sig", "amig"])
+def test_baselines_keep_all_that_the_tokenizer_puts_in_front(kind, method):
+    lm, prefix = prefixed(kind)
+    assert lm.encode("50 61 77", "80") == ([*prefix, 50, 61, 77], [80])
+    assert lm.bos_offset == len(prefix)
+    naive = Naive(lm.model, "llama3")
+    naive.first = len(prefix)
+    wanted, _ = naive.attribute([*prefix, 50, 61, 77], [80], method, *quadrature("right", 3))
+    found = attribute(lm, ["50 61 77"], ["80"], method=method, steps=3).scores[0]
+    assert (found - wanted).abs().max() <= 1e-9 * wanted.abs().max()
+    naive.first = len(prefix) - 1  # to replace the last token of the prefix is another baseline
+    other, _ = naive.attribute([*prefix, 50, 61, 77], [80], method, *quadrature("right", 3))
+    assert prefix[-1] == 0 or (found - other).abs().max() > 1e-3 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("kind", PREFIXES)
+def test_perplexity_does_not_score_what_the_tokenizer_puts_in_front(kind):
+    lm, prefix = prefixed(kind)
+    with torch.no_grad():
+        log_p = torch.log_softmax(lm.model(torch.tensor([[*prefix, 50, 61, 77]])).logits[0], -1)
+    places = range(len(prefix) - 1, len(prefix) + 2)
+    wanted = -np.mean([float(log_p[place, token]) for place, token in zip(places, (50, 61, 77))])
+    assert perplexity(lm, ["50 61 77"]) == pytest.approx(np.exp(wanted), rel=1e-9)
+    few = len(prefix)
+    with pytest.raises(ValueError, match=f"max_tokens is {few}.*at least {few + 1}"):
+        perplexity(lm, ["50 61 77"], max_tokens=few)
+
+
+@pytest.mark.parametrize("kind", PREFIXES)
+def test_attention_without_the_first_tokens_is_without_all_that_the_tokenizer_puts_in_front(kind):
+    lm, prefix = prefixed(kind)
+    unit = [dict(fact="f", relation="R", object="80", prompts=["50 61 77 9"], prompt_index=[0],
+                 layer=[[0]], neuron=[[3]], irrelevant=["33 44 55 66"])]
+    ids = torch.tensor([lm.encode_prompt("50 61 77 9")])
+    with attention_implementation(lm.model, "eager"):
+        matrices = lm.model(ids, output_attentions=True).attentions
+    matrices = torch.stack(matrices, 1)[0]  # (L, H, T, T)
+    [row] = attend(lm, unit).to_dict("records")
+    most = int(matrices.mean((0, 1)).sum(0)[len(prefix):].argmax())
+    assert row["column_rest"] == len(prefix) + most
+    frame = scale_synapse_columns(lm, unit, alpha=0.1).set_index("set")
+    own = matrices.sum(-2) > 0.1 * ids.shape[1]
+    assert own[..., :len(prefix)].any() and own[..., len(prefix):].any()
+    assert frame.loc["none", "n_self_rest"] == own[..., len(prefix):].sum()
+    assert set(frame.loc["self_without_first", "size"]) == {int(own[..., len(prefix):].sum())}
 
 
 def test_an_answer_that_changes_the_prompts_tokens_is_refused():

@@ -40,7 +40,7 @@ class Family:
     up: str = "mlp.gate_proj"
 
     def modules(self, model, which):
-        count = model.config.num_hidden_layers
+        count = model.config.get_text_config().num_hidden_layers
         return [model.get_submodule(f"{self.layer.format(i)}.{getattr(self, which)}") for i in range(count)]
 
 
@@ -91,12 +91,16 @@ FAMILIES = {
 }
 
 
-def tiny_model(family: str, dtype=torch.float64, seed=0, scale=4.0, **changes):
+def spec_of(family) -> Family:
+    return family if isinstance(family, Family) else FAMILIES[family]
+
+
+def tiny_model(family, dtype=torch.float64, seed=0, scale=4.0, **changes):
     """A random model whose attention is far from uniform and whose every parameter, biases and norms too, counts.
 
-    A smaller `scale` makes a smoother one."""
+    `family`: a name of FAMILIES or a `Family`. A smaller `scale` makes a smoother one."""
     torch.manual_seed(seed)
-    spec = FAMILIES[family]
+    spec = spec_of(family)
     config = getattr(transformers, spec.config)(**{**spec.options, **changes})
     model = AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():
@@ -110,17 +114,20 @@ def tiny_lm(family: str, dtype=torch.float64, bos=False, seed=0, **changes):
     return LanguageModel(tiny_model(family, dtype, seed, **changes), word_tokenizer(bos=bos), f"tiny-{family}")
 
 
-def word_tokenizer(words=None, bos=False, eos_after=False, **special):
+def word_tokenizer(words=None, bos=False, eos_after=False, before=(), **special):
     """A tokenizer of whole words, by default the numbers from 4 on, each its own id: "17" is token 17.
 
-    `bos`, `eos_after`: what it puts around a text. `special`: mask_token="<mask>" and the like."""
+    `bos`, `eos_after`: what it puts around a text; `before`: tokens of SPECIAL that it puts in
+    front instead of BOS. `special`: mask_token="<mask>" and the like."""
     words = [str(i) for i in range(len(SPECIAL), VOCABULARY)] if words is None else words
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *words])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if bos or eos_after:
+    before = ["<bos>"] if bos else list(before)
+    if before or eos_after:
         backend.post_processor = processors.TemplateProcessing(
-            single="<bos> " * bos + "$A" + " <eos>" * eos_after, special_tokens=[("<bos>", 1), ("<eos>", 0)])
+            single=" ".join([*before, "$A"]) + " <eos>" * eos_after,
+            special_tokens=[(token, SPECIAL.index(token)) for token in SPECIAL])
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>",
                                    **({"bos_token": "<bos>"} if bos else {}), **special)
 

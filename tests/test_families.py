@@ -1,0 +1,401 @@
+"""Every family that the README's table names: what works, in every dtype, against the naive
+reference and hooks made by hand; what is refused; and that the table says so."""
+
+import warnings
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from families import MORE, REFUSED, SUPPORTED
+from test_attribution import Naive, keeping_float64
+from test_readme import README, table
+from tiny import CACHE, VOCABULARY, Family, spec_of, tiny_model, word_tokenizer
+
+from qlutils import attribute, edit_weights, scale_neurons, scale_synapses, synapses
+from qlutils.arch import UnsupportedModel
+from qlutils.attribution import Spec, attribute_encoded
+from qlutils.editing import virtual_edit
+from qlutils.interventions import scaled_answer_probabilities
+from qlutils.mapping import scale_kns
+from qlutils.models import LanguageModel
+from qlutils.quadrature import quadrature
+from qlutils.rows import score_rows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SPEC = Spec("ig", 2)
+# as many of one length as there are heads, not to be taken for one another, and a longer answer
+QUERIES = [([50, 11, 7, 30 + i], [60 + i]) for i in range(4)] + [([9, 40, 41, 8, 77, 15], [22, 23])]
+COMPARED = (0, 3, 4)
+DTYPES = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 0.1}
+# Smaller weights where the model itself, naive or not, is far from float64 in bfloat16.
+SCALE = {
+    "gemma4": 0.5,
+    "gemma4_text": 0.5,
+    "gemma4_unified_text": 0.5,
+    "gemma4 with a vision tower": 0.7,
+    "minicpm3": 0.7,
+    "youtu": 0.7,
+    "exaone4": 1.0,
+    "persimmon": 1.0,
+    "qwen3": 1.0,
+}
+# transformers' own arithmetic: DeepSeek-V2 rotates in complex numbers of float32, and XGLM's
+# softmax does not run in float64
+TOLERANCE = {("deepseek_v2 without experts", "float64"): 1e-7}
+NOT_IN_FLOAT64 = ("xglm",)
+
+
+@contextmanager
+def default_float64():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def exact(family):
+    """XGLM makes a tensor of the default dtype hold the smallest float64."""
+    return default_float64() if family in NOT_IN_FLOAT64 else keeping_float64()
+
+
+@lru_cache(None)
+def model_of(family, dtype):
+    """The same weights in every dtype: they have bfloat16's 8 bits. Rotary frequencies stay
+    float32, as they do when a checkpoint is loaded."""
+    model = tiny_model(SUPPORTED[family], torch.float32, scale=SCALE.get(family, 2.0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    frequencies = {
+        name: value.clone() for name, value in model.named_buffers() if "inv_freq" in name
+    }
+    model.to(dtype)
+    for name, value in frequencies.items():
+        where, _, buffer = name.rpartition(".")
+        setattr(model.get_submodule(where), buffer, value)
+    return model.eval()
+
+
+@lru_cache(None)
+def lm_of(family, dtype):
+    return LanguageModel(model_of(family, dtype), word_tokenizer(), f"tiny {family}")
+
+
+@lru_cache(None)
+def reference(family):
+    """Naive scores of the queries COMPARED, in float64."""
+    model = model_of(family, torch.float64)
+    if family == "gemma2":  # its soft cap exists in transformers' written-out attention only
+        model.set_attn_implementation("eager")
+    naive = Naive(model, SUPPORTED[family])
+    with exact(family):
+        return [naive.attribute(*QUERIES[i], "ig", *quadrature("right", 2))[0] for i in COMPARED]
+
+
+def apart(found, wanted):
+    return float((found.double() - wanted).abs().max() / wanted.abs().max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_scores_are_the_naive_references_alone_and_in_a_batch(family, dtype):
+    if dtype == "float64" and family in NOT_IN_FLOAT64:
+        pytest.skip("its forward pass fails in float64 in transformers")
+    wanted, tolerance = reference(family), TOLERANCE.get((family, dtype), DTYPES[dtype])
+    with keeping_float64() if dtype == "float64" else nullcontext():
+        lm = lm_of(family, getattr(torch, dtype))
+        together = attribute_encoded(lm, QUERIES, SPEC).scores
+        alone = [attribute_encoded(lm, [QUERIES[i]], SPEC).scores[0] for i in COMPARED]
+    for i, scores, single in zip(COMPARED, wanted, alone):
+        assert apart(together[i], scores) <= tolerance and apart(single, scores) <= tolerance
+
+
+@pytest.mark.parametrize("family", MORE)
+def test_pre_activations_are_those_of_the_naive_reference(family):
+    dtype = torch.float32 if family in NOT_IN_FLOAT64 else torch.float64
+    naive = Naive(model_of(family, torch.float64), SUPPORTED[family], "pre_activation")
+    with exact(family):
+        wanted, _ = naive.attribute(*QUERIES[0], "ig", *quadrature("right", 2))
+    with keeping_float64():
+        spec = Spec("ig", 2, site="pre_activation")
+        found = attribute_encoded(lm_of(family, dtype), QUERIES[:1], spec).scores[0]
+    tolerance = DTYPES["float32"] if family in NOT_IN_FLOAT64 else 1e-7
+    assert apart(found, wanted) <= tolerance
+
+
+# --- changed neurons ---------------------------------------------------------------------------
+@contextmanager
+def by_hand(family, model, neurons, factor, first):
+    """Multiply the neurons at the down-projection's input, from token `first` on."""
+    downs, handles = SUPPORTED[family].modules(model, "down"), []
+    for layer, index in neurons:
+
+        def scale(_, inputs, index=index):
+            x = inputs[0].clone()
+            x[:, first:, index] *= factor
+            return (x,)
+
+        handles.append(downs[layer].register_forward_pre_hook(scale))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def last_logits(model, ids, **options):
+    return model(input_ids=torch.tensor(ids), **options).logits[:, -1]
+
+
+NEURONS = {(0, 3), (1, 7), (2, 40), (2, 41)}
+
+
+@pytest.mark.parametrize("family", MORE)
+def test_scaled_neurons_are_those_of_hooks_made_by_hand(family):
+    dtype = torch.float32 if family in NOT_IN_FLOAT64 else torch.float64
+    tolerance = (
+        1e-4 if family in NOT_IN_FLOAT64 else 1e-6
+    )  # some round inside, and then not the same sums
+    lm, queries = lm_of(family, dtype), QUERIES[:4]
+    prompts, answers = (
+        [prompt for prompt, _ in queries],
+        torch.tensor([answer for _, answer in queries]),
+    )
+    for factor in (0.0, 2.0):
+        with by_hand(family, lm.model, NEURONS, factor, len(prompts[0]) - 1):
+            wanted = last_logits(lm.model, prompts)
+        assert (
+            wanted - last_logits(lm.model, prompts)
+        ).abs().max() > 100 * tolerance * wanted.abs().max()
+        with scale_neurons(lm, NEURONS, factor):
+            torch.testing.assert_close(
+                last_logits(lm.model, prompts), wanted, rtol=tolerance, atol=tolerance
+            )
+        p = scaled_answer_probabilities(lm, [(*query, NEURONS, factor) for query in queries])
+        np.testing.assert_allclose(
+            p, torch.softmax(wanted.double(), -1).gather(1, answers)[:, 0], rtol=10 * tolerance
+        )
+
+
+@pytest.mark.parametrize("family", MORE)
+def test_an_edit_of_the_weights_is_its_virtual_edit(family):
+    lm = lm_of(family, torch.float32)
+    change = virtual_edit(lm, NEURONS, "update", old=[5], new=[6])
+    virtual = score_rows(lm, QUERIES, [(i, change) for i in range(5)], everywhere=True)
+    with edit_weights(lm, NEURONS, "update", old=[5], new=[6]):
+        real = score_rows(lm, QUERIES, [(i, None) for i in range(5)])
+        own = torch.log_softmax(last_logits(lm.model, [QUERIES[0][0]]), -1)[0, QUERIES[0][1][0]]
+    np.testing.assert_allclose(virtual.log_probability, real.log_probability, rtol=1e-4)
+    assert real.log_probability[0] == pytest.approx(float(own), rel=1e-4)
+
+
+# --- a vision tower, of no use here, around a text model ---------------------------------------
+TOWERS = {
+    "gemma3 with a vision tower": "Gemma3TextConfig",
+    "gemma4 with a vision tower": "Gemma4TextConfig",
+}
+
+
+@pytest.fixture(scope="module", params=TOWERS)
+def twins(request):
+    """The checkpoint with the tower, and a text-only model of the same weights."""
+    whole, spec = lm_of(request.param, torch.float64), SUPPORTED[request.param]
+    text = tiny_model(Family(TOWERS[request.param], spec.options["text_config"]))
+    text.model.load_state_dict(whole.model.model.language_model.state_dict())
+    text.lm_head.load_state_dict(whole.model.lm_head.state_dict())
+    return whole, LanguageModel(text, word_tokenizer(), "text only")
+
+
+def test_a_tower_as_deep_as_the_text_model_is_not_taken_for_it(twins):
+    whole, text = twins
+    tower = [
+        module
+        for module in whole.model.model.vision_tower.modules()
+        if isinstance(module, torch.nn.ModuleList)
+    ]
+    assert any(len(layers) == whole.num_layers == text.num_layers for layers in tower)
+    assert whole.layers == list(whole.model.model.language_model.layers)
+    assert whole.arch.tail == [whole.model.model.language_model.norm]
+    scores = [attribute_encoded(lm, QUERIES, SPEC).scores for lm in twins]
+    assert apart(*scores) <= 1e-12
+
+
+def test_scaled_neurons_find_the_prompt_through_the_parts_around_the_text_model(twins):
+    """Padding on the left, a cache that goes on, and `generate`: the inner text model is handed
+    masks that were made of the caller's, not the caller's."""
+    whole, text = twins
+    ids, mask = (
+        torch.tensor([[0, 0, 5, 6, 7], [9, 8, 7, 6, 5]]),
+        torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]),
+    )
+    later, longer = (
+        torch.tensor([[11, 12], [13, 14]]),
+        torch.cat([mask, torch.ones(2, 2, dtype=mask.dtype)], 1),
+    )
+    found = []
+    for lm in twins:
+        with scale_neurons(lm, NEURONS, 3.0), torch.no_grad():
+            first = lm.model(input_ids=ids, attention_mask=mask, use_cache=True)
+            cache = getattr(first, CACHE)
+            second = lm.model(input_ids=later, attention_mask=longer, **{CACHE: cache})
+            written = lm.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=4,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+                pad_token_id=0,
+            )
+        found.append([first.logits[:, -1], second.logits, torch.stack(written.logits)])
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    family = next(name for name in TOWERS if whole is lm_of(name, torch.float64))
+    with by_hand(family, whole.model, NEURONS, 3.0, 4):
+        wanted = last_logits(whole.model, ids.tolist(), attention_mask=mask)
+    torch.testing.assert_close(found[0][0], wanted, rtol=1e-6, atol=1e-6)
+    assert (wanted - last_logits(whole.model, ids.tolist(), attention_mask=mask)).abs().max() > 1e-3
+
+
+def test_scaled_synapses_count_columns_through_the_parts_around_the_text_model(twins):
+    ids, mask = (
+        torch.tensor([[0, 0, 5, 6, 7], [9, 8, 7, 6, 5]]),
+        torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]),
+    )
+    for columns in (
+        {(0, 0, 1), (1, 2, 3)},
+        {(0, layer, head) for layer in range(3) for head in range(4)},
+    ):
+        found = []
+        for lm in twins:
+            with scale_synapses(lm, columns, 0.0):
+                padded = last_logits(lm.model, ids.tolist(), attention_mask=mask)
+                bare = torch.cat(
+                    [last_logits(lm.model, [row]) for row in ([5, 6, 7], [9, 8, 7, 6, 5])]
+                )
+            found.append((padded, bare))
+        (padded, bare), twin = found
+        torch.testing.assert_close(
+            padded, bare, rtol=1e-4, atol=1e-4
+        )  # Gemma's norms round to float32
+        torch.testing.assert_close(found[0], twin, rtol=1e-9, atol=1e-9)
+        assert (bare - last_logits(twins[0].model, [[9, 8, 7, 6, 5]])).abs().max() > 1e-3
+
+
+def test_notebooks_04_to_06_are_those_of_the_text_model(twins):
+    unit = dict(
+        fact="R1|a|8",
+        relation="R1",
+        object="8",
+        prompts=["13 17 18 25 40", "15 17 18 25"],
+        prompt_index=[0, 2],
+        layer=[[0, 2], [1]],
+        neuron=[[3, 40], [5]],
+        irrelevant=["9 18 7 16 5 4 13", "9 18 7 16"],
+        self_same_relation=[[], []],
+        same_relation=[[(0, 1)], [(1, 1)]],
+        other_relation=[[(2, 1)], [(1, 9)]],
+    )
+    for task in (synapses.attend, synapses.scale_synapse_columns, scale_kns):
+        one, other = (task(lm, [unit]) for lm in twins)
+        assert list(one) == list(other) and len(one) == len(other) > 0
+        for name in one.select_dtypes("number"):
+            np.testing.assert_allclose(one[name], other[name], rtol=1e-6, atol=1e-12, err_msg=name)
+    maps = [dict(fact="f", prompt="13 17 18 25 40", answer="8")]
+    (one,), (other,) = (synapses.scaled_maps(lm, maps, steps=2) for lm in twins)
+    np.testing.assert_allclose(
+        one["suppressed"]["attribution"], other["suppressed"]["attribution"], rtol=1e-6, atol=1e-12
+    )
+
+
+# --- attention, and what is refused ------------------------------------------------------------
+@pytest.mark.parametrize("family", [name for name in MORE if name not in NOT_IN_FLOAT64])
+def test_attention_is_transformers_own_or_refused_by_name(family):
+    lm, ids = lm_of(family, torch.float64), QUERIES[0][0]
+    if not has_attention(lm):
+        with pytest.raises(
+            UnsupportedModel, match=f"tiny {family}.*notebooks 05 and 06 need another model"
+        ):
+            synapses.find_synapses(lm, "5 6 7")
+        return
+    [(total, _)] = synapses.column_scores(lm, [ids])
+    model = tiny_model(
+        SUPPORTED[family], torch.float32, scale=SCALE.get(family, 2.0), attn_implementation="eager"
+    ).double()
+    model.load_state_dict(lm.model.state_dict())
+    own = [
+        part.sum(-2)[0] for part in model(torch.tensor([ids]), output_attentions=True).attentions
+    ]
+    np.testing.assert_allclose(total, torch.stack(own).detach(), atol=1e-5)
+
+
+def has_attention(lm):
+    try:
+        synapses._check_replaceable(lm)
+    except UnsupportedModel:
+        return False
+    return True
+
+
+# Rows of the README's table.
+WORKS, WITHOUT_ATTENTION = (
+    "works",
+    "works without notebooks 05 and 06: its attention cannot be replaced",
+)
+# What a refusal says, and the row it belongs to.
+REASONS = {
+    "mixture-of-experts": "refused: experts, so that an MLP has no single set of neurons",
+    "recurrent or convolutional": "refused: recurrent or convolutional layers",
+    "encoder-decoder": "refused: an encoder-decoder model, or the decoder of one",
+    "found no list of": "refused: its MLPs have another layout",
+}
+NOT_REPLAYED = "refused: its last token needs more than the keys and values of the others"
+
+
+@lru_cache(None)
+def refused(name):
+    """(label, reason) of a model of REFUSED; it must be refused, by name."""
+    config, options = REFUSED[name]
+    config = getattr(transformers, config)(**options)
+    kind = transformers.AutoModelForSeq2SeqLM if name == "t5" else transformers.AutoModelForCausalLM
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = kind.from_config(config).eval()
+    with pytest.raises(UnsupportedModel, match=rf"^tiny {name}\b") as error:
+        LanguageModel(model, word_tokenizer(), f"tiny {name}")
+    reasons = [reason for said, reason in REASONS.items() if said in str(error.value)]
+    return label(model, name), (reasons or [NOT_REPLAYED])[0]
+
+
+def label(model, name):
+    """The model type in code, and what else the name says of a variant."""
+    return " ".join([f"`{model.config.model_type}`", *name.split(" ")[1:]])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_studied_is_refused_by_name(name):
+    assert refused(name)
+
+
+def test_the_table_in_the_readme_is_what_was_found():
+    found = {}
+    for name in SUPPORTED:
+        lm = lm_of(name, torch.float32)
+        status = WORKS if has_attention(lm) else WITHOUT_ATTENTION
+        assert found.setdefault(label(lm.model, name), status) == status, (
+            "variants of a family differ: name them apart"
+        )
+    found |= dict(map(refused, REFUSED))
+    stated = {
+        name: row["models"]
+        for row in table(README, "### Which models")
+        for name in row["`model_type`"].split(", ")
+    }
+    assert stated == found
