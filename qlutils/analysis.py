@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
-from .neurons import classify, fact_table, otsu_threshold
+from .neurons import classify, fact_table, kn_sets, otsu_threshold
 from .stats import LEAST, Estimate, bootstrap_mean, bootstrap_statistic, mean_columns, welch
 from .study import METHODS
 from .tables import paper_value, without_empty_paper_columns
@@ -198,4 +198,34 @@ def threshold_sensitivity(queries: pd.DataFrame, t_values=(0.1, 0.2, 0.3, 0.4, 0
         cs2 = mean_columns(facts, ["cs2"])
         rows += [{"t": t, "static": static, **cs2, **mean_columns(facts.assign(R_II=(facts["cs2"] <= static).astype(float)),
                                                                   ["R_II"], share=True)} for static in static_values]
+    return pd.DataFrame(rows)
+
+
+def rules_compared(queries: pd.DataFrame, other: pd.DataFrame, rule: str, t: float, static: float,
+                   seed: int = 0) -> pd.DataFrame:
+    """Does the error of the sum make K_II? The facts of `other` (see
+    `localize.localise_by_other_rule`) by the run's `rule` and by the other one: a row a rule, with
+    the mean CS2 and the share of K_II by the static threshold, each with its interval, the mean
+    Jaccard index of a query's two KN sets, the share of its queries that settled (NaN for a rule
+    that cannot tell), the mean number of KNs, and n facts and queries."""
+    pairs = ["fact", "prompt_index"]
+    same = queries.merge(other[pairs], on=pairs)
+    both = same[pairs].assign(one=kn_sets(same, t)).merge(
+        other[pairs].assign(two=kn_sets(other, t)), on=pairs)
+    jaccard = [len(a & b) / len(a | b) if a | b else 1.0 for a, b in zip(both["one"], both["two"])]
+    rows = []
+    for name, frame in ((rule, same), (other["rule"].iloc[0], other)):
+        facts = classified_facts(frame, t, static)
+        usable = facts.dropna(subset="cs2")
+        cs2 = bootstrap_mean(usable, "cs2", seed=seed)
+        second = share_of_class(facts, "static", "II", seed)
+        settled = frame["converged"].dropna()
+        rows.append({
+            "rule": name, "cs2": cs2.mean, "cs2_low": cs2.mean_low, "cs2_high": cs2.mean_high,
+            "R_II": second.mean, "R_II_low": second.mean_low,
+            "R_II_high": second.mean_high,
+            "jaccard": np.mean(jaccard), "mean_size": np.mean([len(one) for one in kn_sets(frame, t)]),
+            "converged": settled.astype(float).mean() if len(settled) else np.nan,
+            "evaluations": frame["evaluations"].mean(), "n": len(usable), "n_queries": len(frame),
+        })
     return pd.DataFrame(rows)

@@ -112,6 +112,23 @@ def localise(study, **spec) -> pd.DataFrame:
     return queries
 
 
+def localise_by_other_rule(study, queries: pd.DataFrame, *, facts: int = 12, seed: int = 0,
+                           **spec) -> pd.DataFrame:
+    """Some facts of a run again, by another rule of the integral: "converged", or the paper's where
+    the run itself used that. A seeded sample of `facts` facts with all their prompts; the frame of
+    `localise`, with the column `rule`, saved as "other_rule" for notebook 02."""
+    other = "right" if spec.get("rule") == "converged" else "converged"
+    chosen = queries["fact"].drop_duplicates()
+    chosen = chosen.iloc[np.sort(np.random.default_rng(seed).permutation(len(chosen))[:facts])]
+    some = [fact for fact in study.facts() if fact.id in set(chosen)]
+    config = {"method": study.method, **spec, "rule": other, "steps": Spec.steps}
+    frame = study.run(localise_unit, [[asdict(fact)] for fact in some], config,
+                      desc=f"{study.model} {study.method} {other}")
+    frame = frame[frame["left_out"].isna()].drop(columns="left_out").reset_index(drop=True)
+    study.save(frame.assign(rule=other), "other_rule")
+    return frame.assign(rule=other)
+
+
 def localised(study) -> pd.DataFrame:
     """The `queries` frame of a study: what notebook 01 saved for these inputs, computed with defaults if it is missing."""
     if study.method in study.methods_done("queries"):
