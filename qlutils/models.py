@@ -18,7 +18,7 @@ from torch.nn.modules import module as every_module
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
-from . import arch, paths
+from . import arch, paths, pretrained
 from .arch import UnsupportedModel
 from .attention import is_controlled
 from .data import check_text
@@ -242,7 +242,8 @@ def whole_numbers(groups, names, what) -> list[tuple[int, ...]]:
 
 
 def load_model(name_or_path: str, *, device: str | None = None, dtype: str | None = None) -> LanguageModel:
-    """Load a bundled model ("demo/gpt2"), a Hugging Face id, or a local folder.
+    """Load a bundled model ("demo/gpt2"), a pretrained one that the package index carries
+    ("pretrained/smollm2-135m", dequantised to float32), a Hugging Face id, a local folder, or a GGUF file.
 
     `device`: "cpu", "cuda", "cuda:1"; default: CUDA where there is one. `dtype`: "float64", "float32", "bfloat16",
     "float16"; default: float32 on a CPU, the checkpoint's own on CUDA. Only safetensors weights are read and no
@@ -257,7 +258,7 @@ def load_model(name_or_path: str, *, device: str | None = None, dtype: str | Non
         raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     torch_dtype = DTYPES[dtype] if dtype else (torch.float32 if device.type == "cpu" else "auto")
     source = _source(name)
-    if name in BUNDLED:  # loaded at once; a progress bar would only be litter in a notebook
+    if name in BUNDLED or pretrained.is_gguf(name):  # loaded at once; a progress bar would only be litter in a notebook
         transformers.utils.logging.disable_progress_bar()
     try:
         _check_shards(source)
@@ -293,6 +294,8 @@ def _source(name: str) -> str:
         if name not in BUNDLED:
             raise ValueError(f"there is no bundled model {name!r}; bundled are {', '.join(BUNDLED)}")
         return str(paths.DEMO / "models" / name.split("/", 1)[1])
+    if pretrained.is_gguf(name):
+        return str(pretrained.folder(name))
     folder = Path(os.path.expanduser(name))
     if os.path.isdir(folder):  # False, where `Path.is_dir` raises, for what cannot be a path
         if not (folder / "config.json").is_file():

@@ -25,12 +25,33 @@ def figures_folder(output):
     return (FIGURES if RUNS == ROOT / "runs" else RUNS.parent / "figures") / run_folder(output).name
 
 
+def cache():
+    """Where downloads are kept: QLUTILS_CACHE, or the user's cache."""
+    import pooch
+
+    return Path(os.environ.get("QLUTILS_CACHE") or pooch.os_cache("qlutils")).expanduser().absolute()
+
+
+def is_gguf_path(model):
+    """Whether a model's name is the path of a GGUF file, there or not."""
+    return str(model).lower().endswith(".gguf")
+
+
+def is_local(model):
+    """Whether a model's name means a folder or a GGUF file of this machine."""
+    name = str(model)
+    if name.startswith(("demo/", "pretrained/")):
+        return False
+    where = os.path.expanduser(name)  # `os.path` says False, where `Path` raises, for what cannot be a path
+    return os.path.isdir(where) or (is_gguf_path(name) and os.path.isfile(where))
+
+
 def slug(model):
-    """Folder name of a model: `demo/gpt2` -> `demo--gpt2`; a local folder keeps its name plus a hash."""
+    """Folder name of a model: `demo/gpt2` -> `demo--gpt2`; a local folder or file keeps its name plus a hash."""
     if not isinstance(model, str) or not model.strip():
         raise ValueError(f"model {model!r}: want a bundled name, a Hugging Face id or a folder")
     name = model
-    if not model.startswith("demo/") and os.path.isdir(model):
-        where = Path(model).resolve()
+    if is_local(model):
+        where = Path(model).expanduser().resolve()
         name = f"{where.name[:40]}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:8]}"
     return re.sub(r"[^\w.-]", "_", name.replace("/", "--")).lstrip(".") or "_"

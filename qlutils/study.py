@@ -187,6 +187,10 @@ def read_record(path):
 
 def model_content(model):
     """A hash that changes with a local model's files, or with the downloaded revision of a Hub model."""
+    from . import pretrained
+
+    if pretrained.is_gguf(model):
+        return pretrained.content(model)
     folder = paths.DEMO / "models" / model[5:] if model.startswith("demo/") else Path(os.path.expanduser(model))
     if os.path.isdir(folder):  # False, where `Path.is_dir` raises, for what cannot be a path
         if not (folder / "config.json").is_file():
