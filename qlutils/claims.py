@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import HTML
 
+from . import paths
 from .analysis import CLASSES, THRESHOLDS, classified_facts, difference_of_shares, second_class, share_of_class
 from .controls import split_frames
 from .edit_report import PAPER_OP
@@ -139,7 +140,7 @@ def _size(case):
     second, shares = both.assign(second=second_class(both, "static")), f"share of K_II less that of {case.before}"
     yield "more K_II", shares, "static", case.apart(second, "second", "model", (case.model, case.before))
     yield "more K_II", shares, "otsu", difference_of_shares(case.facts(), case.facts(case.before), case.seed)
-    yield "lower CS", f"CS2 of {case.before} less CS2", "", case.apart(both, "cs2", "model", (case.before, case.model))
+    yield "lower CS", f"CS2 of {paths.label(case.before)} less CS2", "", case.apart(both, "cs2", "model", (case.before, case.model))
 
 
 @claim(4, "03", "local edits of K_II generalise less than those of K_I, and their Avg is lower")
@@ -249,7 +250,7 @@ def scoreboard(get, models, methods, downstream, *, notebook=None, t=0.2, static
             continue
         for method, (before, model) in product(methods if one.notebook == LOCALISED else downstream,
                                                zip([None, *models], models)):
-            here = dict(claim=number, text=one.text, model=model, method=method)
+            here = dict(claim=number, text=one.text, model=paths.label(model), method=method)
             try:
                 case = Case(get, model, method, before, t, static, seed)
                 rows += [here | _row(one, *part) for part in one.parts(case)]

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn.modules import module as every_module
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
 from . import arch, paths, pretrained
@@ -24,6 +26,10 @@ from .attention import is_controlled
 from .data import check_text
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What transformers reads of a repository with safetensors weights.
+MODEL_FILES = ("model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json",
+               "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+               "chat_template*")
 BUNDLED = ("demo/gpt2", "demo/llama2", "demo/llama3")
 
 
@@ -309,15 +315,38 @@ def _source(name: str) -> str:
     return name
 
 
-def _check_shards(source: str) -> None:
-    """`use_safetensors` binds transformers to the index's name only: a pickle that is listed in it would be opened."""
+def fetch_model(name: str) -> None:
+    """Have everything of a model on this machine that `load_model` will read, without loading its weights; what is
+    there is not downloaded again. ValueError as `load_model`'s."""
+    source = _source(name)
+    try:
+        if not os.path.isdir(source):
+            source = snapshot_download(source, allow_patterns=MODEL_FILES)
+        files = [Path(source, shard) for shard in _check_shards(source)] or list(Path(source).glob("model*.safetensors"))
+        if not files:
+            raise ValueError("it has no .safetensors weights")
+        for file in files:
+            with safe_open(file, "pt"):  # reads the header, which a file that was cut short does not fit
+                pass
+        AutoConfig.from_pretrained(source, trust_remote_code=False)
+        AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # the hub and transformers raise many kinds
+        raise ValueError(f"could not load model {name!r}: {_advice(name, error)}") from error
+
+
+def _check_shards(source: str) -> list[str]:
+    """The files that the index of a model in several files lists, [] without an index. ValueError unless all are safetensors:
+    `use_safetensors` binds transformers to the index's name only: a pickle that is listed in it would be opened."""
     index = cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False,
                         _raise_exceptions_for_connection_errors=False)
-    if index:
-        for shard in sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())):
-            if not str(shard).endswith(".safetensors") or Path(shard).name != shard:
-                raise ValueError(f"model.safetensors.index.json lists {shard!r}, and only safetensors files of its own "
-                                 "folder are read")
+    if not index:
+        return []
+    shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    for shard in shards:
+        if not str(shard).endswith(".safetensors") or Path(shard).name != shard:
+            raise ValueError(f"model.safetensors.index.json lists {shard!r}, and only safetensors files of its own "
+                             "folder are read")
+    return shards
 
 
 def _advice(name: str, error: Exception) -> str:

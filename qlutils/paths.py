@@ -1,5 +1,6 @@
 """Every path of the project comes from here. `QLUTILS_RUNS` moves all results elsewhere."""
 import hashlib
+import json
 import os
 import re
 from pathlib import Path
@@ -55,3 +56,23 @@ def slug(model):
         where = Path(model).expanduser().resolve()
         name = f"{where.name[:40]}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:8]}"
     return re.sub(r"[^\w.-]", "_", name.replace("/", "--")).lstrip(".") or "_"
+
+
+def label(model, among=None):
+    """Name of a model in tables and figures: of a local folder or file the end of its path, as much of it as no other
+    of `among` ends with; of any other model its own name. `among`: the run's models, which the driver puts into
+    QLUTILS_MODELS."""
+    if not (os.path.isabs(model) or is_local(model)):
+        return model
+    among = json.loads(os.environ.get("QLUTILS_MODELS") or "[]") if among is None else among
+    own = _end_of_path(model)
+    others = {end for other in among if (end := _end_of_path(other)) != own}
+    for length in range(1, len(own)):
+        if own[-length:] not in {other[-length:] for other in others}:
+            return "/".join(own[-length:])
+    return str(model)
+
+
+def _end_of_path(model):
+    where = Path(model).expanduser().resolve() if os.path.isabs(model) or is_local(model) else Path(model)
+    return where.parts
