@@ -252,7 +252,7 @@ def load_model(name_or_path: str, *, device: str | None = None, dtype: str | Non
     ("pretrained/smollm2-135m", dequantised to float32), a Hugging Face id, a local folder, or a GGUF file.
 
     `device`: "cpu", "cuda", "cuda:1"; default: CUDA where there is one. `dtype`: "float64", "float32", "bfloat16",
-    "float16"; default: float32 on a CPU, the checkpoint's own on CUDA. Only safetensors weights are read and no
+    "float16"; default: float32 on a CPU, the checkpoint's own on CUDA. Only safetensors and GGUF are read and no
     code from a checkpoint is run. ValueError (`UnsupportedModel` for a kind of model) says what to do.
     """
     if not isinstance(name_or_path, (str, Path)) or not str(name_or_path).strip():

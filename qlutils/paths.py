@@ -41,7 +41,7 @@ def is_gguf_path(model):
 def is_local(model):
     """Whether a model's name means a folder or a GGUF file of this machine."""
     name = str(model)
-    if name.startswith(("demo/", "pretrained/")):
+    if name.startswith(("demo/", "pretrained/")) or "\0" in name:
         return False
     where = os.path.expanduser(name)  # `os.path` says False, where `Path` raises, for what cannot be a path
     return os.path.isdir(where) or (is_gguf_path(name) and os.path.isfile(where))

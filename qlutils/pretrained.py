@@ -226,7 +226,7 @@ def _convert(name: str, file: Path, target: Path) -> None:
         with redirect_stderr(io.StringIO()):  # a progress bar that no option switches off
             model, info = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
+                dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     except Exception as error:  # transformers and gguf raise many kinds for what they cannot read
         raise ValueError(f"{name}: this GGUF file cannot be dequantised by transformers {version('transformers')} "
