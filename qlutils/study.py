@@ -152,8 +152,8 @@ class Study:
         return (None, f"it was made from other {', '.join(differ)}") if differ else (as_frame([table]), None)
 
     def table(self, frame, stem, caption="", note="", *, digits=2):
-        """Write a table as CSV, Markdown and LaTeX under `results`; returns it as shown, for display. The path of a
-        local model becomes its label."""
+        """Write a table as CSV, Markdown and LaTeX under `results`; returns it as shown, for
+        display. The path of a local model becomes its label."""
         from .tables import display_table, write_table as write
         if self.model:
             caption = caption.replace(self.model, self.label)

