@@ -27,7 +27,7 @@ PIP = """#!{python}
 import os, pathlib, shutil, signal, sys, time
 here, requirement = pathlib.Path(__file__).parent, sys.argv[-1]
 assert sys.argv[1:4] == ["-m", "pip", "download"]
-assert {"--no-deps", "--only-binary=:all:"} < set(sys.argv)
+assert set(["--no-deps", "--only-binary=:all:"]) < set(sys.argv)
 with open(here / "asked", "a") as log:
     log.write(requirement + "\\n")
 if (here / "stderr").exists():
