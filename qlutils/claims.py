@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import HTML
 
+from . import paths
 from .analysis import CLASSES, THRESHOLDS, classified_facts, difference_of_shares, second_class, share_of_class
 from .controls import split_frames
 from .edit_report import PAPER_OP
@@ -210,7 +211,7 @@ def _size(case):
         difference_of_shares(case.facts(), case.facts(case.before), case.seed),
     )
     found = case.apart(both, "cs2", "model", (case.before, case.model))
-    yield Part("lower CS", f"CS2 of {case.before} less CS2", "", found)
+    yield Part("lower CS", f"CS2 of {paths.label(case.before)} less CS2", "", found)
 
 
 @claim(4, "03", "local edits of K_II generalise less than those of K_I, and their Avg is lower")
@@ -386,7 +387,7 @@ def scoreboard(get, models, methods, downstream, *, notebook=None, t=0.2, static
             continue
         for method, (before, model) in product(methods if one.notebook == LOCALISED else downstream,
                                                zip([None, *models], models)):
-            here = dict(claim=number, text=one.text, model=model, method=method)
+            here = dict(claim=number, text=one.text, model=paths.label(model), method=method)
             try:
                 case = Case(get, model, method, before, t, static, seed)
                 rows += [here | _row(one, part) for part in one.parts(case)]

@@ -44,12 +44,16 @@ def sha256(value):
 
 def folder_hash(folder, pattern="*"):
     """SHA-256 over the files of a folder; of those above 256 MB the size and time stand for the content."""
-    parts = []
-    for file in sorted(path for path in Path(folder).glob(pattern) if path.is_file()):
-        stat = file.stat()
-        parts.append([file.name, sha256(file.read_bytes()) if stat.st_size < 2**28
-                      else [stat.st_size, stat.st_mtime_ns]])
-    return sha256(parts)
+    files = sorted(path for path in Path(folder).glob(pattern) if path.is_file())
+    return sha256([[file.name, file_hash(file)] for file in files])
+
+
+def file_hash(file):
+    """SHA-256 of a file's content; of one above 256 MB the size and time stand for it."""
+    stat = os.stat(file)
+    if stat.st_size < 2**28:
+        return sha256(Path(file).read_bytes())
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 @cache
@@ -141,13 +145,13 @@ def as_frame(tables):
 
 
 @contextmanager
-def locked(path):
-    """Hold the lock file `path`; StoreError, naming it and its holder, if that takes more than 3 seconds.
+def locked(path, wait=3):
+    """Hold the lock file `path`; StoreError, naming it and its holder, if that takes more than `wait` seconds.
 
     The system drops the lock when the holder dies, however it dies, and whoever has its number now. What dead
     writers of this machine left half-written in the lock's folder and below is removed on entry.
     """
-    path, until = Path(path), time.monotonic() + 3
+    path, until = Path(path), time.monotonic() + wait
     try:
         while (stream := _lock(path)) is None and time.monotonic() < until:
             time.sleep(0.1)  # a killed run takes a moment to go

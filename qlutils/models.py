@@ -13,17 +13,23 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn.modules import module as every_module
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
-from . import arch, paths
+from . import arch, paths, pretrained
 from .arch import UnsupportedModel
 from .attention import is_controlled
 from .data import check_text
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What transformers reads of a repository with safetensors weights.
+MODEL_FILES = ("model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json",
+               "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+               "chat_template*")
 BUNDLED = ("demo/gpt2", "demo/llama2", "demo/llama3")
 
 
@@ -248,10 +254,11 @@ def whole_numbers(groups, names, what) -> list[tuple[int, ...]]:
 
 
 def load_model(name_or_path: str, *, device: str | None = None, dtype: str | None = None) -> LanguageModel:
-    """Load a bundled model ("demo/gpt2"), a Hugging Face id, or a local folder.
+    """Load a bundled model ("demo/gpt2"), a pretrained one that the package index carries
+    ("pretrained/smollm2-135m", dequantised to float32), a Hugging Face id, a local folder, or a GGUF file.
 
     `device`: "cpu", "cuda", "cuda:1"; default: CUDA where there is one. `dtype`: "float64", "float32", "bfloat16",
-    "float16"; default: float32 on a CPU, the checkpoint's own on CUDA. Only safetensors weights are read and no
+    "float16"; default: float32 on a CPU, the checkpoint's own on CUDA. Only safetensors and GGUF are read and no
     code from a checkpoint is run. ValueError (`UnsupportedModel` for a kind of model) says what to do.
     """
     if not isinstance(name_or_path, (str, Path)) or not str(name_or_path).strip():
@@ -263,7 +270,7 @@ def load_model(name_or_path: str, *, device: str | None = None, dtype: str | Non
         raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     torch_dtype = DTYPES[dtype] if dtype else (torch.float32 if device.type == "cpu" else "auto")
     source = _source(name)
-    if name in BUNDLED:  # loaded at once; a progress bar would only be litter in a notebook
+    if name in BUNDLED or pretrained.is_gguf(name):  # loaded at once; a progress bar would only be litter in a notebook
         transformers.utils.logging.disable_progress_bar()
     try:
         _check_shards(source)
@@ -299,6 +306,8 @@ def _source(name: str) -> str:
         if name not in BUNDLED:
             raise ValueError(f"there is no bundled model {name!r}; bundled are {', '.join(BUNDLED)}")
         return str(paths.DEMO / "models" / name.split("/", 1)[1])
+    if pretrained.is_gguf(name):
+        return str(pretrained.folder(name))
     folder = Path(os.path.expanduser(name))
     if os.path.isdir(folder):  # False, where `Path.is_dir` raises, for what cannot be a path
         if not (folder / "config.json").is_file():
@@ -312,15 +321,39 @@ def _source(name: str) -> str:
     return name
 
 
-def _check_shards(source: str) -> None:
-    """`use_safetensors` binds transformers to the index's name only: a pickle that is listed in it would be opened."""
+def fetch_model(name: str) -> None:
+    """Have everything of a model on this machine that `load_model` will read, without loading its
+    weights; what is there is not downloaded again. ValueError as `load_model`'s."""
+    source = _source(name)
+    try:
+        if not os.path.isdir(source):
+            source = snapshot_download(source, allow_patterns=MODEL_FILES)
+        files = _check_shards(source) or list(Path(source).glob("model*.safetensors"))
+        if not files:
+            raise ValueError("it has no .safetensors weights")
+        for file in files:
+            with safe_open(Path(source, file), "pt"):  # its header does not fit a file cut short
+                pass
+        AutoConfig.from_pretrained(source, trust_remote_code=False)
+        AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # the hub and transformers raise many kinds
+        raise ValueError(f"could not load model {name!r}: {_advice(name, error)}") from error
+
+
+def _check_shards(source: str) -> list[str]:
+    """The files that the index of a model lists, [] without an index. ValueError unless all are
+    safetensors: `use_safetensors` binds transformers to the index's name only, and a pickle that is
+    listed in it would be opened."""
     index = cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False,
                         _raise_exceptions_for_connection_errors=False)
-    if index:
-        for shard in sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())):
-            if not str(shard).endswith(".safetensors") or Path(shard).name != shard:
-                raise ValueError(f"model.safetensors.index.json lists {shard!r}, and only safetensors files of its own "
-                                 "folder are read")
+    if not index:
+        return []
+    shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    for shard in shards:
+        if not str(shard).endswith(".safetensors") or Path(shard).name != shard:
+            raise ValueError(f"model.safetensors.index.json lists {shard!r}, and only safetensors files of its own "
+                             "folder are read")
+    return shards
 
 
 def _advice(name: str, error: Exception) -> str:

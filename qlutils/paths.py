@@ -1,5 +1,6 @@
 """Every path of the project comes from here. `QLUTILS_RUNS` moves all results elsewhere."""
 import hashlib
+import json
 import os
 import re
 from pathlib import Path
@@ -25,12 +26,56 @@ def figures_folder(output):
     return (FIGURES if RUNS == ROOT / "runs" else RUNS.parent / "figures") / run_folder(output).name
 
 
+def cache():
+    """Where downloads are kept: QLUTILS_CACHE, or the user's cache."""
+    import pooch
+
+    folder = os.environ.get("QLUTILS_CACHE") or pooch.os_cache("qlutils")
+    return Path(folder).expanduser().absolute()
+
+
+def is_gguf_path(model):
+    """Whether a model's name is the path of a GGUF file, there or not."""
+    return str(model).lower().endswith(".gguf")
+
+
+def is_local(model):
+    """Whether a model's name means a folder or a GGUF file of this machine."""
+    name = str(model)
+    if name.startswith(("demo/", "pretrained/")) or "\0" in name:
+        return False
+    where = os.path.expanduser(name)  # `os.path` says False where `Path` raises: no path at all
+    return os.path.isdir(where) or (is_gguf_path(name) and os.path.isfile(where))
+
+
 def slug(model):
-    """Folder name of a model: `demo/gpt2` -> `demo--gpt2`; a local folder keeps its name plus a hash."""
+    """Folder name of a model: `demo/gpt2` -> `demo--gpt2`; a local folder or file keeps its name plus a hash."""
     if not isinstance(model, str) or not model.strip():
         raise ValueError(f"model {model!r}: want a bundled name, a Hugging Face id or a folder")
     name = model
-    if not model.startswith("demo/") and os.path.isdir(model):
-        where = Path(model).resolve()
+    if is_local(model):
+        where = Path(model).expanduser().resolve()
         name = f"{where.name[:40]}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:8]}"
     return re.sub(r"[^\w.-]", "_", name.replace("/", "--")).lstrip(".") or "_"
+
+
+def label(model, among=None):
+    """Name of a model in tables and figures: of a local folder or file the end of its path, as much
+    of it as no other of `among` ends with; of any other model its own name. `among`: the run's
+    models, which the driver puts into QLUTILS_MODELS."""
+    if not (os.path.isabs(model) or is_local(model)):
+        return model
+    if among is None:
+        among = json.loads(os.environ.get("QLUTILS_MODELS") or "[]")
+    own = _end_of_path(model)
+    others = {end for other in among if (end := _end_of_path(other)) != own}
+    for length in range(1, len(own)):
+        if own[-length:] not in {other[-length:] for other in others}:
+            return "/".join(own[-length:])
+    return str(model)
+
+
+def _end_of_path(model):
+    if os.path.isabs(model) or is_local(model):
+        return Path(model).expanduser().resolve().parts
+    return tuple(model.split("/"))

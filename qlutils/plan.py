@@ -8,12 +8,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from . import paths
 from .data import TOKENS_A_WORD, load_facts
 
 # Shapes of the paper's models: layers, width, neurons, vocabulary, key-value width / width, gated MLP.
 SHAPES = {"gpt2": (12, 768, 3072, 50257, 1.0, False),
           "meta-llama/Llama-2-7b-hf": (32, 4096, 11008, 32000, 1.0, True),
           "meta-llama/Meta-Llama-3-8B": (32, 4096, 14336, 128256, 0.25, True)}
+# The same of those fetched by name. A head of Gemma 3 is wider than width / heads: its share makes the size of the
+# attention come out right.
+PRETRAINED_SHAPES = {"pretrained/smollm2-135m": (30, 576, 1536, 49152, 1 / 3, True),
+                     "pretrained/gemma-3-270m": (18, 640, 2048, 262144, 1.0, True)}
 FRACTION = 0.7  # of the matmul rate that attribution reaches, on a CPU and on a GPU; tests/benchmarks measures it
 GPU_SECONDS = 0.25e-3  # a baseline, and twice that a query, beside the arithmetic: most of what a small model costs a GPU
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -27,7 +32,10 @@ def model_shape(name: str) -> tuple:
 
     from .models import _source
 
-    folder = Path(_source(name) if name.startswith("demo/") else name).expanduser()  # a plan needs no weights
+    if name in PRETRAINED_SHAPES:
+        return PRETRAINED_SHAPES[name]
+    bundled_or_file = name.startswith("demo/") or paths.is_gguf_path(name)
+    folder = Path(_source(name) if bundled_or_file else name).expanduser()  # a plan needs no weights
     if name in SHAPES and not folder.is_dir():
         return SHAPES[name]
     if not folder.is_dir():

@@ -111,19 +111,24 @@ class Run:
         return _apart(self.read_all(FRAMES[name], lambda model, method: self.frame(model, method, name)))
 
     def label(self, model, method) -> str:
-        return f"{model} {method}" if len(self.downstream) > 1 else model
+        return f"{paths.label(model)} {method}" if len(self.downstream) > 1 else paths.label(model)
 
 
 def _apart(results: dict) -> tuple[dict, list[str]]:
     """What is there, and a text on each thing that is missing."""
     missing = {pair: why for pair, why in results.items() if isinstance(why, Missing)}
     return ({pair: found for pair, found in results.items() if pair not in missing},
-            [f"{' '.join(filter(None, pair))}: {why}" for pair, why in missing.items()])
+            [f"{_name(pair)}: {why}" for pair, why in missing.items()])
+
+
+def _name(pair) -> str:
+    """A (model, method) in words; the method may be None."""
+    return " ".join(filter(None, [paths.label(pair[0]), pair[1]]))
 
 
 def together(found: dict, methods=True) -> pd.DataFrame:
     """{(model, method): frame} as one frame, with the model and, if asked for, the method in its first columns."""
-    parts = [pd.DataFrame({"model": model, **({"method": method} if methods else {})}, index=frame.index).join(frame)
+    parts = [pd.DataFrame({"model": paths.label(model), **({"method": method} if methods else {})}, index=frame.index).join(frame)
              for (model, method), frame in found.items()]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
@@ -140,7 +145,7 @@ def inventory(run: Run) -> pd.DataFrame:
                 absent = [value for column, value in keys.items() if not (table[column] == value).any()]
                 status = f"missing: {stem} has no {absent[0]}" if absent else "present"
             rows.append({"setting": number, "section": section, "what": setting, "shown in": where,
-                         "notebook": NOTEBOOKS[notebook], "model": model, "method": method or keys.get("method", ""),
+                         "notebook": NOTEBOOKS[notebook], "model": paths.label(model), "method": method or keys.get("method", ""),
                          "file": f"{paths.slug(model)}/{method or 'all'}/{stem}.csv", "status": status})
     return pd.DataFrame(rows)
 
@@ -153,7 +158,7 @@ def work(run: Run) -> pd.DataFrame:
             with suppress(Missing):
                 entry = run.entry(number, model, method)
                 done = entry["work"].values()
-                rows.append({"model": model, "notebook": NOTEBOOKS[number], "method": method or "all",
+                rows.append({"model": paths.label(model), "notebook": NOTEBOOKS[number], "method": method or "all",
                              "data": Path(entry["parameters"]["data"]).name, "facts": entry["facts"],
                              "device": entry["model"].get("device", "–"), "dtype": entry["model"].get("dtype", "–"),
                              "seconds": entry["seconds"], "units": sum(one["units"] for one in done),
@@ -232,7 +237,7 @@ def show_pictures(run: Run, number, stem) -> None:
     """The PNGs of a figure of every model under one another, each named, and what is missing."""
     found, missing = _apart(run.read_all(number, lambda *pair: run.file(number, f"{stem}.png", *pair)))
     for pair, path in found.items():
-        display(HTML(f"<p><b>{html.escape(' '.join(pair))}</b></p>"), Image(data=path.read_bytes(), width=760))
+        display(HTML(f"<p><b>{html.escape(_name(pair))}</b></p>"), Image(data=path.read_bytes(), width=760))
     display(HTML(missing_html(missing)))
 
 

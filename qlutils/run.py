@@ -51,6 +51,7 @@ class Job:
     method: str | None
     parameters: dict
     needs: list  # names of the jobs whose results this one reads
+    shown: str | None = None  # the model's name in tables and figures
     status: str = "not run"
     seconds: float = 0.0
     problem: str = ""
@@ -61,8 +62,7 @@ class Job:
 
     @property
     def label(self):
-        model = Path(self.model).name if self.model and Path(self.model).is_absolute() else self.model
-        return " ".join(filter(None, [self.notebook.stem, model, self.method]))
+        return " ".join(filter(None, [self.notebook.stem, self.shown or self.model, self.method]))
 
 
 def job_name(stem, model, method):
@@ -90,6 +90,7 @@ def main(argv=None, notebooks=None):
             jobs, data_hash = plan_jobs(args, Path(notebooks or paths.NOTEBOOKS))
             if args.plan:
                 return _plan(args, [job for job in jobs if job.notebook.stem.startswith(PER_METHOD)])
+            fetch_inputs(jobs)
             with locked(root / ".lock"), _scheduler(args) as address:
                 return _run(jobs, root, data_hash, command, address, _at_once(args, address))
     except (ValueError, OSError) as error:  # StoreError is one
@@ -114,7 +115,8 @@ def _parser():
                "  ./run_all.sh --models gpt2 meta-llama/Llama-2-7b-hf --data pararel --full --output paper")
     add = parser.add_argument
     add("--models", nargs="+", default=list(MODELS), metavar="MODEL",
-        help="bundled names, Hugging Face ids or folders, smallest first (default: the three bundled models)")
+        help="bundled or pretrained names, Hugging Face ids, folders or GGUF files, smallest first\n"
+             "(default: the three bundled models)")
     add("--methods", nargs="+", default=list(METHODS), choices=METHODS,
         help="how knowledge neurons are localised, in 01 and 02 (default: all)")
     add("--downstream-methods", nargs="+", default=["ig"], choices=METHODS, metavar="METHOD",
@@ -171,7 +173,7 @@ def plan_jobs(args, folder):
     if args.device and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", args.device):
         raise ValueError(f"--device {args.device}: want cpu, cuda or cuda:N")
     methods, downstream = (list(dict.fromkeys(names)) for names in (args.methods, args.downstream_methods))
-    models = list(dict.fromkeys(m if m.startswith("demo/") else _absolute(m) for m in args.models))
+    models = list(dict.fromkeys(_absolute(m) if paths.is_local(m) else m for m in args.models))
     data = args.data if args.data in ("demo", "pararel") else _absolute(args.data)
     count = None if args.full else args.facts_per_relation
     extra = {name: _literal(value) for name, value in args.parameter}
@@ -215,7 +217,8 @@ def plan_jobs(args, folder):
                 needs = [job_name(other.stem, *pair) for other in _chosen(folder, None) if other.stem != LAST
                          for pair in pairs(other)]  # also those that --only leaves out
             given = {name: wanted[name] for name in declared[notebook] if name in wanted}
-            jobs.append(Job(notebook, model, method, given, needs))
+            shown = model and paths.label(model, models)
+            jobs.append(Job(notebook, model, method, given, needs, shown))
     return jobs, sha256([[asdict(fact) for fact in facts], [[fact.relation, fact.subject, fact.object] for fact in every]])
 
 
@@ -240,9 +243,30 @@ def declared_parameters(notebook):
     return {}
 
 
+def fetch_inputs(jobs):
+    """Download and check what the jobs will read beside the facts: models with their tokenizers,
+    and the text for perplexity. ValueError names what cannot be had: a run of hours must not fail
+    for want of it at its end."""
+    models, corpora = [], []
+    for job in jobs:
+        known = {**declared_parameters(job.notebook), **job.parameters}
+        if job.model:
+            models.append(job.model)
+        elif known.get("control_models"):  # the report's controls compute
+            models += known.get("models", [])
+        corpora += [known["corpus"]] if "corpus" in known else []
+    for model in dict.fromkeys(models):
+        if not model.startswith("demo/"):  # bundled
+            from .models import fetch_model
+            fetch_model(model)
+    for corpus in dict.fromkeys(corpora):
+        from .data import perplexity_texts
+        perplexity_texts(corpus)
+
+
 def _absolute(name):
-    folder = os.path.expanduser(name)
-    return os.path.realpath(folder) if os.path.isdir(folder) else name
+    path = os.path.expanduser(name)
+    return os.path.realpath(path) if os.path.exists(path) else name
 
 
 def _literal(text):
@@ -262,7 +286,10 @@ def _at_once(args, address):
 def _run(jobs, root, data_hash, command, address, at_once):
     started, stopped, stop = time.time(), None, threading.Event()
     (root / "notebooks").mkdir(parents=True, exist_ok=True)
-    variables = {"QLUTILS_COMMAND": command, "QLUTILS_RUNS": paths.RUNS, **({"QLUTILS_SCHEDULER": address} if address else {})}
+    models = {job.model for job in jobs} | {m for job in jobs for m in job.parameters.get("models", ())}
+    variables = {"QLUTILS_COMMAND": command, "QLUTILS_RUNS": paths.RUNS,
+                 "QLUTILS_MODELS": json.dumps(sorted(models - {None})),
+                 **({"QLUTILS_SCHEDULER": address} if address else {})}
     if at_once > 1:
         variables["QLUTILS_THREADS"] = os.environ.get("QLUTILS_THREADS") or max(1, CORES // at_once)
     said = started
@@ -347,6 +374,7 @@ def _one(job, root, data_hash, env, scratch, stop):
         inputs = {"notebook": _cells(job.notebook), "parameters": job.parameters,
                   "code": code_versions(),
                   "data": data_hash, "model": job.model and model_content(job.model),
+                  "shown": job.shown,
                   "corpus": _content(job.parameters.get("corpus")),
                   "needs": {need: _stamp(root, need).get("inputs") for need in job.needs}}
         if _is_done(_stamp(root, name), inputs, root):
@@ -358,7 +386,7 @@ def _one(job, root, data_hash, env, scratch, stop):
             job.status, job.seconds, job.problem = "stopped", time.time() - start, ""
             return
         now = job.model and model_content(job.model)
-        if not job.problem and now != inputs["model"] and os.path.isdir(job.model):
+        if not job.problem and now != inputs["model"] and paths.is_local(job.model):
             job.problem = f"the files of {job.model} changed while it ran: which of them its results are of is not known"
         if job.notebook.stem == LAST and not job.problem:
             from .report import publish

@@ -77,7 +77,7 @@ def cached_model(name, device=None, dtype=None):
     """The process's one loaded model, loaded anew when the files of a local one have changed."""
     from .study import model_content
 
-    local = str(name).startswith("demo/") or os.path.isdir(os.path.expanduser(name))
+    local = str(name).startswith("demo/") or paths.is_local(name)
     return _loaded(name, device, dtype, model_content(name) if local else None)
 
 

@@ -59,6 +59,11 @@ class Study:
         pd.set_option("display.max_colwidth", 120)
         return cls(notebook, **check_parameters(cells))
 
+    @property
+    def label(self):
+        """The model's name in tables and figures."""
+        return paths.label(self.model)
+
     # -- inputs -------------------------------------------------------------------------------------------
     def facts(self):
         """The facts of this run, from `load_facts` with the run's parameters."""
@@ -153,8 +158,13 @@ class Study:
         return (None, f"it was made from other {', '.join(differ)}") if differ else (as_frame([table]), None)
 
     def table(self, frame, stem, caption="", note="", *, digits=2):
-        """Write a table as CSV, Markdown and LaTeX under `results`; returns it as shown, for display."""
+        """Write a table as CSV, Markdown and LaTeX under `results`; returns it as shown, for
+        display. The path of a local model becomes its label."""
         from .tables import display_table, write_table as write
+        if self.model:
+            caption = caption.replace(self.model, self.label)
+        if "model" in frame:
+            frame = frame.assign(model=frame["model"].map(paths.label))
         write(frame, stem, self.results, caption, note, digits=digits)
         return display_table(frame, digits)
 
@@ -193,6 +203,10 @@ def read_record(path):
 
 def model_content(model):
     """A hash that changes with a local model's files, or with the downloaded revision of a Hub model."""
+    from . import pretrained
+
+    if pretrained.is_gguf(model):
+        return pretrained.content(model)
     folder = paths.DEMO / "models" / model[5:] if model.startswith("demo/") else Path(os.path.expanduser(model))
     if os.path.isdir(folder):  # False, where `Path.is_dir` raises, for what cannot be a path
         if not (folder / "config.json").is_file():

@@ -21,7 +21,7 @@ import transformers
 import yaml
 from tiny import WORDS, save_checkpoint, save_dataset, word_tokenizer
 
-from qlutils import data, paths, plan, run
+from qlutils import data, paths, plan, pretrained, run
 from qlutils.models import BUNDLED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,6 +181,15 @@ def papers_run(words, room):
     assert {job.model for job in jobs} - {None} == set(PAPER)
     for job in jobs:
         assert (job.parameters["data"], job.parameters["facts_per_relation"]) == ("pararel", None)
+
+
+@runs_commands(r"\./run_all\.sh --models pretrained/.*")
+def pretrained_run(words, room):
+    """Fetches hundreds of MB (tests/test_pretrained.py): here the real parser and planner."""
+    use_pararel(room)
+    jobs = jobs_of(words[1:])
+    assert {job.model for job in jobs} - {None} == set(pretrained.SOURCES)
+    assert {job.parameters["data"] for job in jobs} == {"pararel"}
 
 
 @runs_commands(r"\./run_all\.sh --plan .*")

@@ -14,7 +14,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-from tiny import FACTS, PATTERNS, save_dataset
+from tiny import FACTS, PATTERNS, save_checkpoint, save_dataset
 
 from qlutils import load_facts, paths, run
 from qlutils.study import Study, check_parameters, model_content
@@ -73,10 +73,7 @@ def write_localize(folder, more=""):
 
 @pytest.fixture
 def model(tmp_path):
-    folder = tmp_path / "tiny model"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    return str(folder)
+    return save_checkpoint(tmp_path / "tiny model")
 
 
 def options(model, *more):
@@ -375,14 +372,12 @@ def test_a_killed_kernel_and_a_killed_notebook_process_fail_alone(books, model, 
 
 
 def test_a_model_that_does_not_load_or_is_gone_ends_its_own_row_only(books, model, runs, capsys):
-    broken, gone = (Path(model).with_name(name) for name in ("broken", "gone"))
-    for folder in (broken, gone):
-        folder.mkdir()
-        (folder / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 8, "n_embd": 8, "n_head": 2}')
-    (broken / "model.safetensors").write_bytes(b"no weights")
+    broken, gone = (Path(save_checkpoint(Path(model).with_name(name))) for name in ("broken", "gone"))
+    weights = str(broken / "model.safetensors")
     write_localize(
         books,
-        more=f"\nif 'broken' in study.model:\n    import shutil\n    shutil.rmtree({str(gone)!r})\n    study.lm()",
+        more=f"\nif 'broken' in study.model:\n    import shutil\n    shutil.rmtree({str(gone)!r})\n"
+             f"    open({weights!r}, 'w').close()\n    study.lm()",
     )
     chosen = ["--models", str(broken), str(gone), model, "--methods", "ig", "--only", "01"]
     assert run.main([*options(model), *chosen], books) == 1
@@ -390,6 +385,63 @@ def test_a_model_that_does_not_load_or_is_gone_ends_its_own_row_only(books, mode
     assert [status for status, _ in rows.values()] == ["failed", "failed", "done"]
     assert "ValueError: could not load model" in rows["01_localize broken ig"][1]
     assert "there is no model" in rows["01_localize gone ig"][1] or "gone" in rows["01_localize gone ig"][1]
+
+
+def unreachable(*_, **__):
+    raise OSError("no route to host")
+
+
+def cut_short(file):
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize("spoil, named", [
+    (lambda patch, folder: patch.setattr("huggingface_hub.hf_hub_download", unreachable), "WikiText-2 .*no route to host"),
+    (lambda patch, folder: patch.setattr("qlutils.models.snapshot_download", unreachable), "model 'some/model'.*no route"),
+    (lambda patch, folder: cut_short(folder / "model.safetensors"), "could not load model .*tiny model"),
+    (lambda patch, folder: (folder / "tokenizer.json").write_text("{}"), "could not load model .*tiny model")])
+def test_what_a_run_would_miss_hours_later_is_missed_before_it_starts(spoil, named, books, model, runs, capsys, monkeypatch):
+    write_notebook(books, "03_editing", PARAMETERS + '\ncorpus = "demo"', OPEN.format("03_editing"))
+    spoil(monkeypatch, Path(model))
+    chosen = ["--models", "demo/gpt2", *(["some/model"] if "some" in named else [model]), "--methods", "ig"]
+    assert run.main([*options(model), *chosen, "-p", "corpus", "wikitext-2"], books) == 2
+    assert re.search(f"run_all.sh: .*{named}", capsys.readouterr().err)
+    assert not list((runs / "default").rglob("*.ipynb"))
+
+
+def test_what_the_chosen_notebooks_do_not_read_is_not_fetched(books, model, monkeypatch):
+    write_notebook(books, "03_editing", PARAMETERS + '\ncorpus = "wikitext-2"')
+    fetched = []
+    monkeypatch.setattr("qlutils.data.perplexity_texts", fetched.append)
+    for only, wanted in (("01", []), ("03", ["wikitext-2"])):
+        jobs, _ = run.plan_jobs(run._parser().parse_args([*options(model), "--only", only]), books)
+        run.fetch_inputs(jobs)
+        assert fetched == wanted
+
+
+def test_tables_and_figures_name_a_local_model_by_the_end_of_its_path(books, model, runs, tmp_path, capsys):
+    twins = [save_checkpoint(tmp_path / where / "twin") for where in ("a", "b")]
+    write_localize(books, "\nfrom pathlib import Path\ntable = pd.DataFrame({'model': [study.model], 'n': [1]})\n"
+                          "study.table(table, 'shown', f'Table 1. Of {model}, {method}')\n"
+                          "(study.results / 'legend.csv').write_text(study.label)")
+    assert run.main([*options(model), "--models", model, *twins, "--methods", "ig", "--only", "01"], books) == 0
+    for folder, label in ((model, "tiny model"), (twins[0], "a/twin"), (twins[1], "b/twin")):
+        results = runs / "default" / "results" / paths.slug(folder) / "ig"
+        assert pd.read_csv(results / "shown.csv")["model"].tolist() == [label]
+        assert (results / "legend.csv").read_text() == label
+        texts = [(results / f"shown{suffix}").read_text() for suffix in (".md", ".tex")]
+        assert all(label in text and str(tmp_path) not in text for text in texts)
+        record = json.loads((results / "run.json").read_text())["01_localize"]
+        assert record["model"]["name"] == folder == record["parameters"]["model"]
+    assert set(table(capsys.readouterr().out)) == {f"01_localize {name} ig" for name in ("tiny model", "a/twin", "b/twin")}
+
+
+@pytest.mark.parametrize("model, among, label", [
+    ("demo/gpt2", [], "demo/gpt2"), ("meta-llama/Llama-2-7b-hf", [], "meta-llama/Llama-2-7b-hf"),
+    ("/x/run/gpt2", ["gpt2"], "run/gpt2"), ("/x/run/gpt2", ["/x/run/gpt2", "demo/gpt2"], "run/gpt2"),
+    ("/x/m.gguf", ["/y/n.gguf"], "m.gguf"), ("/a/x/m", ["/b/x/m", "/c/m"], "a/x/m")])
+def test_a_label_is_as_short_as_the_other_models_allow(model, among, label):
+    assert paths.label(model, among) == label
 
 
 def test_notebooks_run_side_by_side_but_not_before_what_they_read_nor_into_one_folder(books, model, runs, capsys):

