@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from .quadrature import RULES, adaptive_plan, fixed_plan
-from .replay import (ONE_AT_A_TIME, CleanPass, answer_probabilities, clean_pass, hooked, neuron_vectors, on_device,
+from .replay import (ONE_AT_A_TIME, SITES, CleanPass, answer_probabilities, clean_pass, hooked, neuron_vectors, on_device,
                      replaying, run_layer, site_module, start_rows, within_memory)
 from .rows import score_queries
 
 METHODS = ("ig", "sig", "amig")
-SITES = ("down_input", "pre_activation")
 CPU_MEMORY = 2**29  # bytes of activations a batch may keep on a CPU; fixed, so that batches are the same everywhere
 
 
@@ -98,6 +97,7 @@ def attribute(lm, prompts, answers, *, method="ig", steps=20, rule="right", answ
     return attribute_encoded(lm, lm.encode_all(prompts, answers), spec).cpu()
 
 
+@torch.inference_mode(False)  # in which no gradients could be taken
 def attribute_encoded(lm, queries: list[tuple[list[int], list[int]]], spec: Spec, names=None) -> Attribution:
     """`attribute` for queries already tokenised into (prompt ids, answer ids). `names` are used in errors."""
     lm.check_ready()

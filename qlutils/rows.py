@@ -219,7 +219,8 @@ def _grow(lm, shared: _Shared, rows, prompt_ends, who, at) -> Tensor:
             with _changed(lm, layer, rows[:running], prompt_ends, scored):
                 if shared.prefix is not None:
                     shared.prefix.index = index[:running]
-                hidden = call_layer(lm, layer, hidden, shared.calls[layer], len(shared.inputs[0]), shared.prefix)
+                hidden = call_layer(lm, layer, hidden, shared.calls[layer], shared.prefix, len(shared.inputs[0]),
+                                    index[:running])
     return hidden
 
 

@@ -1,0 +1,269 @@
+"""What the fast paths assume of a model, checked when it is loaded: the check that makes "any causal LM" honest.
+
+Structure is looked at where it can be (`attention.check_arguments`, `_whole_calls`). The rest are numbers: each layer's
+replayed rows against the layer's own whole sequences, and the logits. In half precision a wrong replay hides in the rounding,
+so such a model is made to compute in float32 meanwhile, one layer at a time.
+
+Shapes: Q queries of equal length T, P rows a query, d the residual width, W the width of a layer's site module's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from .arch import UnsupportedModel, describe, refusing, tail_modules
+from .attention import with_cache
+from .replay import (ONE_AT_A_TIME, SITES, CleanPass, PrefixCache, answer_probabilities, call_layer, clean_pass,
+                     hooked, replaying, run_layer, site_module, start_rows)
+
+# Largest difference, relative to the largest number, between two ways of computing the same in a dtype.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
+
+
+# --- computing in float32 --------------------------------------------------------------------------------
+
+@contextmanager
+def sharply(lm):
+    """Inside, the model computes in float32 at least, from weights that are cast while the layer they belong to runs; gives
+    the tolerance for numbers computed inside. The weights are the same tensors afterwards.
+
+    Weights that are quantised or offloaded have to stay what they are, and so does the dtype of a model that has some."""
+    dtype, tensors = lm.dtype, [*lm.model.parameters(), *lm.model.buffers()]
+    ordinary = all(type(one) in (nn.Parameter, nn.Buffer, Tensor) and not one.is_meta for one in tensors)
+    ordinary &= all(one.is_floating_point() for one in lm.model.parameters())
+    precision = torch.get_float32_matmul_precision()
+    with ONE_AT_A_TIME:
+        try:
+            torch.set_float32_matmul_precision("highest")
+            if dtype.itemsize > 2 or not ordinary:
+                yield TOLERANCE[dtype]
+            else:
+                with _widened(lm):
+                    yield TOLERANCE[torch.float32]
+        finally:
+            torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def _widened(lm):
+    """Inside, each decoder layer and each module outside them computes in float32. One of them at a time has its weights cast,
+    until another is called. What is looked up in an embedding is cast instead of the whole table."""
+    inside = {id(module) for layer in lm.layers for module in layer.modules()}
+    outside = [module for module in lm.model.modules() if id(module) not in inside]
+    cast: list[tuple[Tensor, Tensor]] = []  # (tensor, what it held)
+
+    def restore():
+        while cast:
+            tensor, own = cast.pop()
+            tensor.data = own
+
+    def before(module, args, kwargs):
+        whole = id(module) in inside  # a layer may read the weights of its parts
+        tensors = chain(module.parameters(whole), module.buffers(whole))
+        narrow = [one for one in tensors if _is_narrow(one)]
+        if narrow and not isinstance(module, nn.Embedding):
+            restore()
+            for tensor in narrow:
+                cast.append((tensor, tensor.data))
+                tensor.data = tensor.data.float()
+        return _in_float32(args), _in_float32(kwargs)
+
+    def handles():
+        for module in [*lm.layers, *outside]:
+            yield module.register_forward_pre_hook(before, with_kwargs=True)
+            if isinstance(module, nn.Embedding):
+                yield module.register_forward_hook(lambda _, __, output: output.float())
+
+    try:
+        with hooked(handles()):
+            yield
+    finally:
+        restore()
+
+
+def _is_narrow(value) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < 4
+
+
+def _in_float32(value):
+    """`value`, an argument of a module, with the half-precision tensors in it cast."""
+    if isinstance(value, tuple):
+        return tuple(map(_in_float32, value))
+    if type(value) is dict:
+        return {key: _in_float32(one) for key, one in value.items()}
+    return value.float() if _is_narrow(value) else value
+
+
+# --- the check at load -----------------------------------------------------------------------------------
+
+@torch.no_grad()
+def verify(lm) -> None:
+    """Find the modules behind the last layer and the layout of rows that replays the model exactly; `UnsupportedModel`, with
+    the model's name, where there is none."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, lm.arch.head.weight.shape[0], (2, min(6, lm.context)), generator=generator, device="cpu")
+    ids[0, :2] = ids[1, :2]
+    ids = ids.to(lm.device)
+    lm.adds_mlp_output = False
+    with refusing(lm.name, "a pass over a few tokens"):
+        lm.arch.tail = tail_modules(lm.model, lm.arch, ids)
+        with sharply(lm) as tolerance:
+            _check_causal(lm, ids, tolerance)
+            calls = _whole_calls(lm, ids)
+    for layout in dict.fromkeys((lm.layout, "batch")):
+        lm.layout = layout
+        try:
+            with sharply(lm) as tolerance:
+                problem, adds = _layers_problem(lm, ids, calls, tolerance)
+                problem = problem or _logits_problem(lm, ids, tolerance)
+            problem = problem or _logits_problem(lm, ids, TOLERANCE[lm.dtype])
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # another layout may do
+            problem = describe(error)
+        if not problem:
+            lm.adds_mlp_output = adds
+            return
+    raise UnsupportedModel(
+        f"{lm.name} ({type(lm.model).__name__}): its last token cannot be replayed exactly, so its neurons would be "
+        f"attributed wrongly. {problem}"
+    )
+
+
+def _check_causal(lm, ids, tolerance) -> None:
+    other = ids.clone()
+    other[:, -1] = ids.flip(0)[:, -1]
+    first, second = (lm.model(input_ids=one, use_cache=False).logits[:, :-1] for one in (ids, other))
+    if differ(second, first, first, tolerance):
+        raise UnsupportedModel(f"{lm.name}: not causal: a later token changes an earlier position's prediction")
+
+
+def _whole_calls(lm, ids) -> list[tuple[Tensor, tuple]]:
+    """For each layer what it is called with in a pass over whole sequences: its hidden states (Q, T, d) and the arguments
+    after them. `UnsupportedModel` where a layer writes into one of them for later layers (Gemma 4's shared keys and values):
+    a row that starts in between would not have what its earlier layers wrote."""
+    calls, mappings = [], []
+
+    def before(_, args, kwargs):
+        kwargs, args = dict(kwargs), list(args)
+        mappings.extend((key, one, len(one)) for key, one in kwargs.items() if isinstance(one, Mapping))
+        hidden = args.pop(0) if args else kwargs.pop("hidden_states")
+        calls.append((hidden, (tuple(args), kwargs)))
+
+    with hooked(layer.register_forward_pre_hook(before, with_kwargs=True) for layer in lm.layers):
+        lm.model.base_model(input_ids=ids, use_cache=True, **with_cache(lm.model.base_model, DynamicCache()))
+    for key, mapping, size in mappings:
+        if len(mapping) != size:
+            raise UnsupportedModel(f"{lm.name}: its layers hand on more than hidden states, through their argument {key!r} (do "
+                                   "they share keys and values?), so that no layer can be run on its own")
+    return calls
+
+
+def _layers_problem(lm, ids, calls, tolerance) -> tuple[str, bool]:
+    """What is wrong with the replay of single layers, if anything, and whether every layer adds its down-projection's output
+    to the residual stream as it is (no norm, no multiplier): then what changed neurons write can be added to the layer's clean
+    output instead of running the layer."""
+    adds, clean = True, clean_pass(lm, ids)
+    for layer, (hidden, call) in enumerate(calls):
+        one = _Layer(lm, layer, hidden, call, clean)
+        problem = one.problem(tolerance)
+        if problem:
+            return f"Layer {layer}: {problem}", False
+        adds = adds and one.adds_mlp_output(tolerance)
+    return "", adds
+
+
+class _Layer:
+    """One decoder layer, run on whole sequences and on rows at the last token that ought to give the same."""
+
+    def __init__(self, lm, layer: int, hidden: Tensor, call, clean: CleanPass):
+        self.lm, self.layer, self.hidden, self.call = lm, layer, hidden, call
+        self.last, self.written, cache = hidden[:, -1:], {}, DynamicCache()
+        self.own = self.whole(self.last, self._keep(), cache)
+        self.changes = {site: self._changed(site) for site in SITES}
+        prefix = list(clean.cache.prefix)
+        prefix[layer] = tuple(one[..., :-1, :] for one in (cache.layers[layer].keys, cache.layers[layer].values))
+        self.clean = replace(clean, cache=PrefixCache(prefix, lm.layout), written={layer: self.written["down_input"]},
+                             inputs={layer: self.last, layer + 1: self.own})
+
+    def whole(self, token: Tensor, handles=(), cache=None) -> Tensor:
+        """(Q, 1, d) output at the last position of whole sequences whose last hidden state is `token` (Q, 1, d)."""
+        hidden = torch.cat([self.hidden[:, :-1], token], 1)
+        with hooked(handles):
+            return call_layer(self.lm, self.layer, hidden, self.call, DynamicCache() if cache is None else cache,
+                              len(hidden))[:, -1:]
+
+    def _keep(self):
+        for site in SITES:
+            yield site_module(self.lm, self.layer, site).register_forward_hook(
+                lambda _, __, output, site=site: self.written.__setitem__(site, self._at_last(output).clone()))
+
+    def _at_last(self, output: Tensor) -> Tensor:
+        return output.reshape(len(self.hidden), -1, output.shape[-1])[:, -1:]  # OPT flattens batch and sequence
+
+    def _changed(self, site: str) -> tuple[Tensor, Tensor, Tensor]:
+        """(clean, changed) output of a site's module at the last token, (Q, 1, W) each, and the layer's with the latter."""
+        out = self.written[site][..., :self.lm.num_neurons] if site == "pre_activation" else self.written[site]
+        new = out + out.std() * torch.linspace(-1, 1, out.shape[-1]).to(out)
+
+        def put(_, __, output):
+            output = output.clone()
+            self._at_last(output)[..., :new.shape[-1]] = new
+            return output
+
+        module = site_module(self.lm, self.layer, site)
+        return out, new, self.whole(self.last, (module.register_forward_hook(one) for one in [put]))
+
+    def problem(self, tolerance: float) -> str:
+        other = self.last.flip(0) + self.last / 2
+        wanted = self.whole(other)
+        with replaying(self.lm):
+            rows = run_layer(self.lm, self.clean, self.layer, torch.cat([self.last, other, self.last], 1))
+            if self._wrong(rows, wanted, tolerance):
+                return "rows at the last token give another output than whole sequences."
+            for site, (out, new, wanted) in self.changes.items():
+                rows = start_rows(self.lm, self.clean, self.layer, torch.cat([out, new, out], 1), site)
+                if self._wrong(rows, wanted, tolerance):
+                    return f"rows with changed neurons ({site}) give another output than whole sequences."
+        return ""
+
+    def _wrong(self, rows, wanted, tolerance) -> bool:
+        """Of three rows, another number than there are queries, the middle one should be `wanted` and the others clean."""
+        wanted = torch.cat([self.own, wanted, self.own], 1)
+        return rows.shape != wanted.shape or differ(rows, wanted, self.own - self.last, tolerance)
+
+    def adds_mlp_output(self, tolerance: float) -> bool:
+        out, new, moved = self.changes["down_input"]
+        return tolerance < 0.01 and not differ(moved, self.own + (new - out), new - out, tolerance)
+
+
+def _logits_problem(lm, ids, tolerance) -> str:
+    """What is wrong with the replay of the whole model, if anything."""
+    own = lm.model(input_ids=ids, use_cache=False).logits[:, -1].to(lm.score_dtype)
+    clean, target = clean_pass(lm, ids), own.argmax(-1)
+    if differ(clean.logits, own, own, tolerance):
+        return "A pass with a key-value cache gives other logits."
+    hidden = torch.cat([clean.inputs[0], clean.inputs[0] / 2], 1)
+    with replaying(lm):
+        for layer in range(lm.num_layers):
+            hidden = run_layer(lm, clean, layer, hidden)
+    log_p = answer_probabilities(lm, hidden[:, :1], target, need_grad=False).log()
+    wanted = torch.log_softmax(own, -1).gather(1, target[:, None])
+    error = float((log_p - wanted).abs().max())  # of a probability; that of its logits grows with them
+    if not error <= tolerance * max(1.0, float(own.abs().max())):
+        return f"The replayed row gives another probability of the top token (relative difference {error:.1e})."
+    return ""
+
+
+def differ(found: Tensor, wanted: Tensor, size: Tensor, tolerance: float) -> bool:
+    """Whether two tensors differ, or one has NaN, by more than `tolerance` of the largest number in `size`, and by more than
+    the numbers themselves are rounded."""
+    rounding = 16 * torch.finfo(wanted.dtype).eps * wanted.abs().max()
+    return not bool((found - wanted).abs().max() <= tolerance * size.abs().max() + rounding)
