@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from itertools import chain
 
@@ -68,8 +69,9 @@ def _widened(lm):
         whole = id(module) in inside  # a layer may read the weights of its parts
         tensors = chain(module.parameters(whole), module.buffers(whole))
         narrow = [one for one in tensors if _is_narrow(one)]
-        if narrow and not isinstance(module, nn.Embedding):
+        if narrow or isinstance(module, nn.Embedding):  # its table may be the unembedding's, and cast
             restore()
+        if not isinstance(module, nn.Embedding):
             for tensor in narrow:
                 cast.append((tensor, tensor.data))
                 tensor.data = tensor.data.float()
@@ -116,6 +118,8 @@ def verify(lm) -> None:
         lm.arch.tail = tail_modules(lm.model, lm.arch, ids)
         with sharply(lm) as tolerance:
             _check_causal(lm, ids, tolerance)
+    with refusing(lm.name, "a pass in which layers hand on nothing but hidden states (no shared keys and values)"):
+        with sharply(lm):
             calls = _whole_calls(lm, ids)
     for layout in dict.fromkeys((lm.layout, "batch")):
         lm.layout = layout
@@ -147,22 +151,23 @@ def _check_causal(lm, ids, tolerance) -> None:
 
 def _whole_calls(lm, ids) -> list[tuple[Tensor, tuple]]:
     """For each layer what it is called with in a pass over whole sequences: its hidden states (Q, T, d) and the arguments
-    after them. `UnsupportedModel` where a layer writes into one of them for later layers (Gemma 4's shared keys and values):
-    a row that starts in between would not have what its earlier layers wrote."""
-    calls, mappings = [], []
+    after them.
+
+    A layer may write into a mapping among them for later layers to read (Gemma 4's shared keys and values). A row that starts
+    in between would not find there what its earlier layers wrote: so nobody finds anything."""
+    calls, given = [], {}
 
     def before(_, args, kwargs):
-        kwargs, args = dict(kwargs), list(args)
-        mappings.extend((key, one, len(one)) for key, one in kwargs.items() if isinstance(one, Mapping))
-        hidden = args.pop(0) if args else kwargs.pop("hidden_states")
-        calls.append((hidden, (tuple(args), kwargs)))
+        for key, value in kwargs.items():
+            if isinstance(value, Mapping):
+                kwargs[key] = copy(given.setdefault(id(value), copy(value)))
+        after = dict(kwargs)
+        hidden = args[0] if args else after.pop("hidden_states")
+        calls.append((hidden, (tuple(args[1:]), after)))
+        return args, kwargs
 
     with hooked(layer.register_forward_pre_hook(before, with_kwargs=True) for layer in lm.layers):
         lm.model.base_model(input_ids=ids, use_cache=True, **with_cache(lm.model.base_model, DynamicCache()))
-    for key, mapping, size in mappings:
-        if len(mapping) != size:
-            raise UnsupportedModel(f"{lm.name}: its layers hand on more than hidden states, through their argument {key!r} (do "
-                                   "they share keys and values?), so that no layer can be run on its own")
     return calls
 
 

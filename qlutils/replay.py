@@ -11,7 +11,9 @@ Shapes: Q queries of equal length T, P rows a query, d the residual width, N neu
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -256,6 +258,8 @@ def call_layer(lm, layer: int, hidden: Tensor, call, cache, batch: int, query_of
             return cache
         if isinstance(value, tuple):
             return tuple(fit(key, v) for v in value)
+        if isinstance(value, Mapping):  # into which a layer may write
+            return copy(value)
         return value if query_of_row is None else expand_call_argument(key, value, batch, query_of_row)
 
     args, kwargs = call
