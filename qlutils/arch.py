@@ -37,13 +37,13 @@ class UnsupportedModel(ValueError):
 
 @contextmanager
 def refusing(name: str, step: str):
-    """Inside, whatever fails is an `UnsupportedModel` that names the model and the `step`. Memory that runs out is not the
-    model's fault."""
+    """Inside, whatever fails is an `UnsupportedModel` that names the model and the `step`. Memory
+    that runs out is not the model's fault."""
     try:
         yield
     except (UnsupportedModel, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # of any kind: what runs here is transformers' and other libraries' code
+    except Exception as error:  # of any kind: it comes from other libraries' code
         raise UnsupportedModel(f"{name}: {step} failed with {describe(error)}") from error
 
 
@@ -103,11 +103,13 @@ def find_architecture(model: nn.Module, name: str) -> Architecture:
         raise UnsupportedModel(f"{name}: {type(model).__name__} has no unembedding (language-model head)")
     matrix = getattr(head, "weight", None)
     if not isinstance(matrix, Tensor) or matrix.dim() != 2 or not matrix.is_floating_point():
-        raise UnsupportedModel(f"{name}: its unembedding is a {type(head).__name__} without a matrix of floating-point "
-                               "weights (quantised, or of several steps?); give the model in float32 or bfloat16")
+        kind = type(head).__name__
+        raise UnsupportedModel(f"{name}: its unembedding is a {kind} without a matrix of floating-point "
+                               "weights (quantised, or of several steps?); give the model in float32 "
+                               "or bfloat16")
     if matrix.is_meta:
-        raise UnsupportedModel(f"{name}: its unembedding is offloaded; load the model without device_map, or with one that "
-                               "keeps the unembedding on a device")
+        raise UnsupportedModel(f"{name}: its unembedding is offloaded; load the model without "
+                               "device_map, or with one that keeps the unembedding on a device")
     return Architecture(
         name=name, layers=layers, downs=downs, ups=ups, head=head,
         mlps=[None if parent is layer else parent for layer, parent in zip(layers, parents)], num_neurons=widths.pop(),
@@ -208,10 +210,11 @@ def use_fused_norms(model: nn.Module) -> None:
 
 
 def expand_call_argument(key: str | None, value, batch: int, query_of_row: Tensor):
-    """Make one argument of a decoder layer, captured in a pass over `batch` queries, fit rows of these queries.
+    """Make one argument of a decoder layer, captured in a pass over `batch` queries, fit rows of
+    these queries; `query_of_row` (R,).
 
-    A tensor with an entry for each query (Gemma 4's inputs of each layer, say) gives every row its query's. ALiBi biases
-    (BLOOM, older Falcons) fold the heads into the batch."""
+    A tensor with an entry for each query (Gemma 4's inputs of each layer, say) gives every row its
+    query's. ALiBi biases (BLOOM, older Falcons) fold the heads into the batch."""
     if not isinstance(value, Tensor) or value.dim() < 2:  # positions, equal for all rows
         return value
     if key == "alibi":

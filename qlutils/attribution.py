@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from .quadrature import RULES, adaptive_plan, fixed_plan
-from .replay import (ONE_AT_A_TIME, SITES, CleanPass, answer_probabilities, clean_pass, hooked, neuron_vectors, on_device,
-                     replaying, run_layer, site_module, start_rows, within_memory)
+from .replay import (ONE_AT_A_TIME, SITES, CleanPass, answer_probabilities, clean_pass, hooked,
+                     neuron_vectors, on_device, replaying, run_layer, site_module, start_rows,
+                     within_memory)
 from .rows import score_queries
 
 METHODS = ("ig", "sig", "amig")

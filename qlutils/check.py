@@ -35,7 +35,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.1, torc
 @contextmanager
 def sharply(lm):
     """Inside, the model computes in float32 at least, without gradients, from weights that are cast
-    while the layer they belong to runs; gives the tolerance for numbers computed inside. The weights
+    while the layer they belong to runs; gives the tolerance for numbers computed inside. Weights
     are the same tensors afterwards.
 
     Quantised or offloaded weights have to stay what they are, and with them the model's dtype."""
@@ -122,8 +122,8 @@ def verify(lm) -> None:
         lm.arch.tail = tail_modules(lm.model, lm.arch, ids)
         with sharply(lm) as tolerance:
             own = _causal_logits(lm, ids, tolerance)
-    isolated = "a pass in which layers hand on nothing but hidden states (no shared keys and values)"
-    with refusing(lm.name, isolated), sharply(lm):
+    step = "a pass in which layers hand on nothing but hidden states (no shared keys and values)"
+    with refusing(lm.name, step), sharply(lm):
         calls = _whole_calls(lm, ids)
     for layout in dict.fromkeys((lm.layout, "batch")):
         lm.layout = layout
@@ -157,7 +157,7 @@ def _replay_problem(lm, ids, calls, own) -> str:
 
 
 def _causal_logits(lm, ids, tolerance) -> Tensor:
-    """(Q, V) logits at the last token; `UnsupportedModel` where that token changes earlier ones'."""
+    """(Q, V) logits at the last token; `UnsupportedModel` where it changes earlier ones'."""
     other = ids.clone()
     other[:, -1] = ids.flip(0)[:, -1]
     own, changed = (lm.model(input_ids=one, use_cache=False).logits for one in (ids, other))
@@ -165,8 +165,8 @@ def _causal_logits(lm, ids, tolerance) -> Tensor:
         raise UnsupportedModel(f"{lm.name}: gives infinite or NaN logits in {lm.dtype}; check its "
                                "weights, or try float32")
     if differ(changed[:, :-1], own[:, :-1], own, tolerance):
-        raise UnsupportedModel(f"{lm.name}: not causal: a later token changes an earlier position's "
-                               "prediction (of itself, or as activations are quantised together)")
+        raise UnsupportedModel(f"{lm.name}: not causal: a later token changes an earlier position's"
+                               " prediction (of itself, or as activations are quantised together)")
     return own[:, -1]
 
 
@@ -175,8 +175,8 @@ def _whole_calls(lm, ids) -> list[tuple[Tensor, tuple]]:
     (Q, T, d) and the arguments after them.
 
     A layer may write into a mapping among them for later layers to read (Gemma 4's shared keys and
-    values). A row that starts in between would not find there what its earlier layers wrote: so here
-    nobody finds anything."""
+    values). A row that starts in between would not find there what its earlier layers wrote: so
+    here nobody finds anything."""
     calls, given = [], {}  # {id of a mapping: it, and its content when first given}
 
     def before(_, args, kwargs):
@@ -210,7 +210,7 @@ def _layers_problem(lm, clean, calls, tolerance) -> tuple[str, bool]:
 
 
 class _Layer:
-    """One decoder layer, run on whole sequences and on rows at the last token, which ought to agree.
+    """One decoder layer, run on whole sequences and on rows at the last token, which should agree.
 
     `hidden` (Q, T, d), `call`: what the model calls it with; `last` (Q, 1, d): the last token's;
     `own` (Q, 1, d): its output there; `written`: {site: (Q, 1, W)}; `changes`: see `_changed`."""
@@ -236,7 +236,9 @@ class _Layer:
 
     def _keep(self):
         def keep(site):
-            return lambda _, __, output: self.written.__setitem__(site, self._at_last(output).clone())
+            def hook(_, __, output):
+                self.written[site] = self._at_last(output).clone()
+            return hook
 
         for site in SITES:
             yield site_module(self.lm, self.layer, site).register_forward_hook(keep(site))
@@ -267,11 +269,11 @@ class _Layer:
         with replaying(lm):
             rows = run_layer(lm, clean, layer, torch.cat([self.last, other, self.last], 1))
             if self._wrong(rows, wanted, tolerance):
-                return "rows at the last token give another output than whole sequences."
+                return "rows at the last token differ from whole sequences."
             for site, (out, new, wanted) in self.changes.items():
                 rows = start_rows(lm, clean, layer, torch.cat([out, new, out], 1), site)
                 if self._wrong(rows, wanted, tolerance):
-                    return f"rows of changed neurons ({site}) give another output than whole sequences."
+                    return f"rows of changed neurons ({site}) differ from whole sequences."
         return ""
 
     def _wrong(self, rows, wanted, tolerance) -> bool:
@@ -289,7 +291,7 @@ class _Layer:
 
 
 def _logits_problem(lm, clean, own, tolerance) -> str:
-    """What is wrong with the replay of the whole model, if anything; `own` (Q, V): its own logits."""
+    """What is wrong with the replay of the whole model, if anything; `own` (Q, V): its logits."""
     own, target = own.to(lm.score_dtype), own.argmax(-1)
     if differ(clean.logits, own, own, tolerance):
         return "A pass with a key-value cache gives other logits."
@@ -299,9 +301,9 @@ def _logits_problem(lm, clean, own, tolerance) -> str:
             hidden = run_layer(lm, clean, layer, hidden)
     log_p = answer_probabilities(lm, hidden[:, :1], target, need_grad=False).log()
     wanted = torch.log_softmax(own, -1).gather(1, target[:, None])
-    error = float((log_p - wanted).abs().max())  # as large as that of the logits, which grows with them
+    error = float((log_p - wanted).abs().max())  # that of the logits, which grows with them
     if not error <= tolerance * max(1.0, float(own.abs().max())):
-        return f"The replayed row gives the top token another probability (relative error {error:.1e})."
+        return f"The replayed row gives another probability (relative error {error:.1e})."
     return ""
 
 

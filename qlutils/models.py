@@ -42,10 +42,12 @@ class LanguageModel:
         if hasattr(model, "_orig_mod"):
             raise UnsupportedModel(f"{name}: a compiled model, which leaves out hooks; give the model itself")
         if not isinstance(model, PreTrainedModel):
-            raise UnsupportedModel(f"{name}: a {type(model).__name__}, not a transformers model; give the model inside it "
-                                   "(DataParallel: its `module`; PeftModel: what `merge_and_unload()` returns)")
+            raise UnsupportedModel(f"{name}: a {type(model).__name__}, not a transformers model; "
+                                   "give the model inside it (DataParallel: its `module`; "
+                                   "PeftModel: what `merge_and_unload()` returns)")
         if any(parameter.is_inference() for parameter in model.parameters()):
-            raise UnsupportedModel(f"{name}: a model made inside torch.inference_mode(), which takes no gradients; make it outside")
+            raise UnsupportedModel(f"{name}: a model made inside torch.inference_mode(), which "
+                                   "takes no gradients; make it outside")
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self._fingerprint: tuple = (None, "")
         self._forwards = self._replaced_forwards()  # some loaders set their own

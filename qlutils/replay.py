@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache
 from .arch import expand_call_argument
 from .attention import check_arguments, controlled_weights, with_cache
 
-SITES = ("down_input", "pre_activation")  # where a layer's neurons are read and changed, see `site_module`
+SITES = ("down_input", "pre_activation")  # where neurons are read and changed, see `site_module`
 _LOCAL = threading.local()  # the prefix the layer now running attends to
 ONE_AT_A_TIME = threading.RLock()  # hooks are the model's, not a thread's: another thread's pass would run into them
 VOCAB_CHUNK = {"cpu": 1024, "cuda": 16384}  # of the unembedding at a time; with ROW_CHUNK rows it fits a core's cache
@@ -50,12 +50,13 @@ class PrefixCache:
         return self.prefix[layer_idx][0].shape[-2]
 
 
-def prefix_attention(module, query, key, value, attention_mask, scaling=None, softcap=None, **others):
+def prefix_attention(module, query, key, value, attention_mask, scaling=None, softcap=None,
+                     **other):
     """Attention of P independent rows, each over the shared prefix and itself.
 
     query (Q, H, P, dh), key and value (Q, Hkv, P, dh) of the rows themselves; the prefix comes from `PrefixCache`.
     Returns (Q, P, H, dh) as transformers' attention interface asks."""
-    check_arguments(module, others)
+    check_arguments(module, other)
     prefix_key, prefix_value = _LOCAL.prefix
     (queries, heads, rows, width), groups = query.shape, query.shape[1] // key.shape[1]
     query = query.reshape(queries, heads // groups, groups, rows, width)
@@ -249,10 +250,12 @@ def run_layer(lm, clean: CleanPass, layer: int, hidden: Tensor) -> Tensor:
     return out.reshape(queries, -1, out.shape[-1])
 
 
-def call_layer(lm, layer: int, hidden: Tensor, call, cache, batch: int, query_of_row: Tensor | None = None) -> Tensor:
-    """The output of decoder layer `layer` for other hidden states than those of the pass over `batch` queries in which its
-    arguments `call` were captured, with `cache` in place of that pass's. `query_of_row` (R,): to which of those queries each
-    row of the new batch belongs; None where the batch is the old one."""
+def call_layer(lm, layer: int, hidden: Tensor, call, cache, batch: int,
+               query_of_row: Tensor | None = None) -> Tensor:
+    """The output of decoder layer `layer` for other hidden states than those of the pass over
+    `batch` queries in which its arguments `call` were captured, with `cache` in place of that pass's.
+    `query_of_row` (R,): to which of those queries each row of the new batch belongs; None where the
+    batch is the old one."""
     def fit(key, value):
         if isinstance(value, Cache):
             return cache
@@ -260,7 +263,9 @@ def call_layer(lm, layer: int, hidden: Tensor, call, cache, batch: int, query_of
             return tuple(fit(key, v) for v in value)
         if isinstance(value, Mapping):  # into which a layer may write
             return copy(value)
-        return value if query_of_row is None else expand_call_argument(key, value, batch, query_of_row)
+        if query_of_row is None:
+            return value
+        return expand_call_argument(key, value, batch, query_of_row)
 
     args, kwargs = call
     out = lm.layers[layer](hidden, *[fit(None, a) for a in args], **{k: fit(k, v) for k, v in kwargs.items()})

@@ -220,8 +220,8 @@ def _grow(lm, shared: _Shared, rows, prompt_ends, who, at) -> Tensor:
             with _changed(lm, layer, rows[:running], prompt_ends, scored):
                 if shared.prefix is not None:
                     shared.prefix.index = index[:running]
-                hidden = call_layer(lm, layer, hidden, shared.calls[layer], shared.prefix, len(shared.inputs[0]),
-                                    index[:running])
+                hidden = call_layer(lm, layer, hidden, shared.calls[layer], shared.prefix,
+                                    len(shared.inputs[0]), index[:running])
     return hidden
 
 
@@ -346,19 +346,21 @@ def _verify(lm) -> None:
     ids = torch.arange(8, device=lm.device).reshape(2, 4) % lm.arch.head.weight.shape[0]
     queries = [(row[:3], row[3:]) for row in ids.tolist()]
     nothing, again = Change(lm, [(0, 0)], 1.0), Change(lm, [(0, 0)], 1.0)
-    rows = [(1, nothing), (0, nothing), (1, again)]  # neither as many as there are queries nor in their order
+    rows = [(1, nothing), (0, nothing), (1, again)]  # not as many as queries, nor in their order
     lm.rows_verified = True  # from here on `score_rows` may be called; taken back if it fails
     try:
         with sharply(lm) as tolerance:
-            logits = lm.model(input_ids=ids[:, :-1], use_cache=False).logits[:, -1].to(lm.score_dtype)
+            logits = lm.model(input_ids=ids[:, :-1], use_cache=False).logits[:, -1]
+            logits = logits.to(lm.score_dtype)
             own = torch.log_softmax(logits, -1).gather(1, ids[:, -1:])[:, 0].double().cpu().numpy()
             limit = tolerance * max(1.0, float(logits.abs().max()))
             for everywhere in (True, False):
                 found = score_rows(lm, queries, rows, everywhere=everywhere).log_probability
                 if not np.abs(found - own[[1, 0, 1]]).max() <= limit:
                     raise UnsupportedModel(
-                        f"{lm.name} ({type(lm.model).__name__}): its layers do not give the model's own "
-                        "probabilities when run row by row, so changes to its neurons would be scored wrongly")
+                        f"{lm.name} ({type(lm.model).__name__}): its layers do not give the "
+                        "model's own probabilities when run row by row, so changes to its neurons would be "
+                        "scored wrongly")
     except BaseException:
         lm.rows_verified = False
         raise

@@ -64,13 +64,15 @@ def _check_replaceable(lm) -> None:
     try:
         with sharply(lm) as tolerance:
             own = lm.model(input_ids=ids, use_cache=False).logits
-            with _exact(lm), Control(observe=lambda layer, *_: seen.add(layer)).on(lm.model, lm.layers):
+            watch = Control(observe=lambda layer, *_: seen.add(layer))
+            with _exact(lm), watch.on(lm.model, lm.layers):
                 ours = lm.model(input_ids=ids, use_cache=False).logits
         if len(seen) < lm.num_layers:
             problem = (f"{lm.num_layers - len(seen)} of its {lm.num_layers} layers do not use transformers' "
                        "attention interface")
         elif differ(ours, own, own, tolerance):
-            problem = f"with the attention replaced its logits differ by {float((ours - own).abs().max()):.1e}"
+            error = float((ours - own).abs().max())
+            problem = f"with the attention replaced its logits differ by {error:.1e}"
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as failure:
