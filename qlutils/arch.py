@@ -104,9 +104,9 @@ def find_architecture(model: nn.Module, name: str) -> Architecture:
     matrix = getattr(head, "weight", None)
     if not isinstance(matrix, Tensor) or matrix.dim() != 2 or not matrix.is_floating_point():
         kind = type(head).__name__
-        raise UnsupportedModel(f"{name}: its unembedding is a {kind} without a matrix of floating-point "
-                               "weights (quantised, or of several steps?); give the model in float32 "
-                               "or bfloat16")
+        raise UnsupportedModel(f"{name}: its unembedding is a {kind} without a matrix of "
+                               "floating-point weights (quantised, or of several steps?); give the "
+                               "model in float32 or bfloat16")
     if matrix.is_meta:
         raise UnsupportedModel(f"{name}: its unembedding is offloaded; load the model without "
                                "device_map, or with one that keeps the unembedding on a device")

@@ -24,8 +24,8 @@ from transformers.masking_utils import eager_mask
 NAME = "qlutils_exact"
 _CONTROLS: WeakKeyDictionary[nn.Module, list[tuple[Control, int]]] = WeakKeyDictionary()
 # What the interface's further arguments may say without changing what is computed here: the window
-# is in the mask, positions are in queries and keys, models are evaluated without dropout, and a pass
-# that is not causal is refused at load.
+# is in the mask, positions are in queries and keys, models are evaluated without dropout, and what
+# is not causal is refused at load.
 HARMLESS = {"dropout", "is_causal", "sliding_window", "position_ids", "cache_position", "use_cache",
             "output_attentions", "output_hidden_states", "return_dict", "token_type_ids"}
 _REPLACED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # contexts of `replaced_methods` a module is in

@@ -253,7 +253,7 @@ def run_layer(lm, clean: CleanPass, layer: int, hidden: Tensor) -> Tensor:
 def call_layer(lm, layer: int, hidden: Tensor, call, cache, batch: int,
                query_of_row: Tensor | None = None) -> Tensor:
     """The output of decoder layer `layer` for other hidden states than those of the pass over
-    `batch` queries in which its arguments `call` were captured, with `cache` in place of that pass's.
+    `batch` queries in which its arguments `call` were captured, with `cache` in place of its own.
     `query_of_row` (R,): to which of those queries each row of the new batch belongs; None where the
     batch is the old one."""
     def fit(key, value):

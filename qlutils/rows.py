@@ -359,8 +359,8 @@ def _verify(lm) -> None:
                 if not np.abs(found - own[[1, 0, 1]]).max() <= limit:
                     raise UnsupportedModel(
                         f"{lm.name} ({type(lm.model).__name__}): its layers do not give the "
-                        "model's own probabilities when run row by row, so changes to its neurons would be "
-                        "scored wrongly")
+                        "model's own probabilities when run row by row, so changes to its neurons "
+                        "would be scored wrongly")
     except BaseException:
         lm.rows_verified = False
         raise

@@ -531,8 +531,8 @@ def test_bfloat16_is_close_to_float64_of_the_same_weights(family, method):
 
 
 # (family, scale, weak, layout, changes) whose wrong replay was within what a check in bfloat16 can
-# see of a probability. At these scales what bfloat16 rounds by itself stays below the bounds; `weak`
-# scales what Gemma 4's layers take from their own inputs.
+# see of a probability. At these scales what bfloat16 rounds by itself stays below the bounds;
+# `weak` scales what Gemma 4's layers take from their own inputs.
 VARIANTS = [("granite-swa", 1.5, 1, None, {}), ("gemma4", 1, 1, "sequence", {}),
             ("gemma4", 1, 0.1, "batch", {}),
             ("granite", 2, 1, "sequence", {"residual_multiplier": 0.95}),
