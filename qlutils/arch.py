@@ -9,6 +9,7 @@ load `models.LanguageModel` replays a row through it and compares the logits wit
 from __future__ import annotations
 
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -40,6 +41,23 @@ CROSS_ATTENTION = ("encoder_attn", "crossattention", "cross_attn")
 
 class UnsupportedModel(ValueError):
     """The model cannot be studied exactly; the message names it and says why."""
+
+
+@contextmanager
+def refusing(name: str, step: str):
+    """Inside, whatever fails is an `UnsupportedModel` that names the model and the `step`. Memory
+    that runs out is not the model's fault."""
+    try:
+        yield
+    except (UnsupportedModel, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any kind: it comes from other libraries' code
+        raise UnsupportedModel(f"{name}: {step} failed with {describe(error)}") from error
+
+
+def describe(error: Exception) -> str:
+    """Kind and first line of an error."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 @dataclass
@@ -86,6 +104,15 @@ def find_architecture(model: nn.Module, name: str) -> Architecture:
     head = model.get_output_embeddings()
     if head is None:
         raise UnsupportedModel(f"{name}: {type(model).__name__} has no unembedding (language-model head)")
+    matrix = getattr(head, "weight", None)
+    if not isinstance(matrix, Tensor) or matrix.dim() != 2 or not matrix.is_floating_point():
+        kind = type(head).__name__
+        raise UnsupportedModel(f"{name}: its unembedding is a {kind} without a matrix of "
+                               "floating-point weights (quantised, or of several steps?); give the "
+                               "model in float32 or bfloat16")
+    if matrix.is_meta:
+        raise UnsupportedModel(f"{name}: its unembedding is offloaded; load the model without "
+                               "device_map, or with one that keeps the unembedding on a device")
     return Architecture(
         name=name, layers=layers, downs=downs, ups=ups, head=head,
         mlps=[None if parent is layer else parent for layer, parent in zip(layers, parents)], num_neurons=widths.pop(),
@@ -255,21 +282,22 @@ def use_fused_norms(model: nn.Module) -> None:
                     setattr(module, child_name, fused)
 
 
-def expand_call_argument(key: str | None, value, batch: int, rows: int, num_heads: int):
-    """Make one captured argument of a decoder layer fit a batch of `rows` one-token rows.
+def expand_call_argument(key: str | None, value, batch: int, query_of_row: Tensor):
+    """Make one argument of a decoder layer, captured in a pass over `batch` queries, fit rows of
+    these queries; `query_of_row` (R,).
 
-    Queries of a batch have one length and no padding, so every per-query tensor has equal rows and its first row
-    broadcasts. ALiBi biases (BLOOM, Falcon) fold the heads into the batch and have to be repeated."""
+    A tensor with an entry for each query (Gemma 4's inputs of each layer, say) gives every row its
+    query's. ALiBi biases (BLOOM, older Falcons) fold the heads into the batch."""
     if not isinstance(value, Tensor) or value.dim() < 2:  # positions, equal for all rows
         return value
     if key == "alibi":
-        return value[:num_heads].repeat(rows, *[1] * (value.dim() - 1))
-    if key == "position_bias":  # MPT's ALiBi, one a head: equal for all rows
+        return value.unflatten(0, (batch, -1))[query_of_row].flatten(0, 1)
+    if key == "position_bias" or value.shape[0] != batch:  # MPT's ALiBi has a row a head
         return value
-    if value.shape[0] != batch:
-        return value
-    if value.dim() == 4:  # a mask, whose rows XGLM counts
-        return value[:1].expand(rows, -1, -1, -1)
+    if batch > 1 and value.stride(0) != 0:
+        return value[query_of_row]
+    if value.dim() == 4:  # one mask, which all rows see; XGLM counts its rows
+        return value[:1].expand(len(query_of_row), -1, -1, -1)
     return value[:1]
 
 
@@ -289,6 +317,8 @@ def pick_call_argument(key: str | None, value, batch: int, queries: Tensor, num_
         return value
     if key == "alibi":
         return value.unflatten(0, (batch, num_heads))[queries].flatten(0, 1)
+    if key == "position_bias":  # MPT's ALiBi has a row a head
+        return value
     return value[queries] if value.shape[0] == batch else value
 
 

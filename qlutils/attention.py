@@ -23,17 +23,30 @@ from transformers.masking_utils import eager_mask
 
 NAME = "qlutils_exact"
 _CONTROLS: WeakKeyDictionary[nn.Module, list[tuple[Control, int]]] = WeakKeyDictionary()
+# What the interface's further arguments may say without changing what is computed here: the window
+# is in the mask, positions are in queries and keys, models are evaluated without dropout, and what
+# is not causal is refused at load.
+HARMLESS = {"dropout", "is_causal", "sliding_window", "position_ids", "cache_position", "use_cache",
+            "output_attentions", "output_hidden_states", "return_dict", "token_type_ids"}
 _REPLACED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # contexts of `replaced_methods` a module is in
 
 
-def exact_attention(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
+def check_arguments(module: nn.Module, others: dict) -> None:
+    """ValueError for an argument of the attention interface that our attention would leave out:
+    logits of attention sinks (`s_aux`), a bias of positions, chosen columns."""
+    for name, value in others.items():
+        if value is not None and value is not False and name not in HARMLESS:
+            raise ValueError(f"the attention of {type(module).__name__} takes {name!r} into "
+                             "account, which is not supported")
+
+
+def exact_attention(module, query, key, value, attention_mask, scaling=None, softcap=None, **other):
     """softmax(query key^T) value, as transformers' attention interface asks.
 
     query (B, H, R, dh), key and value (B, Hkv, K, dh), Hkv dividing H; attention_mask (B or 1, 1 or H, R,
     K), additive or boolean, None for plain causal. Returns (B, R, H, dh) and the post-softmax weights (B,
     H, R, K), both after the `Control`s active on `module`. No dropout: models are evaluated."""
-    if kwargs.get("s_aux") is not None:
-        raise ValueError(f"{type(module).__name__} adds sink logits to its softmax, which is not supported")
+    check_arguments(module, other)
     (batch, heads, rows, width), kv_heads, columns = query.shape, key.shape[1], key.shape[2]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads * rows, width)
     scores = (grouped @ key.transpose(-1, -2)).view(batch, heads, rows, columns)

@@ -21,11 +21,10 @@ from torch import Tensor
 
 from .integrate import integrate
 from .quadrature import RULES
-from .replay import ONE_AT_A_TIME, clean_pass, neuron_vectors, on_device, within_memory
+from .replay import ONE_AT_A_TIME, SITES, clean_pass, neuron_vectors, on_device, within_memory
 from .rows import score_queries
 
 METHODS = ("ig", "sig", "amig")
-SITES = ("down_input", "pre_activation")
 CPU_MEMORY = 2**29  # bytes of activations a batch may keep on a CPU; fixed, so that batches are the same everywhere
 
 
@@ -114,6 +113,7 @@ def attribute(lm, prompts, answers, *, method="ig", steps=20, rule="right", answ
     return attribute_encoded(lm, lm.encode_all(prompts, answers), spec).cpu()
 
 
+@torch.inference_mode(False)  # in which no gradients could be taken
 def attribute_encoded(lm, queries: list[tuple[list[int], list[int]]], spec: Spec, names=None) -> Attribution:
     """`attribute` for queries already tokenised into (prompt ids, answer ids). `names` are used in errors."""
     lm.check_ready()

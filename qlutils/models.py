@@ -17,12 +17,13 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn.modules import module as every_module
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file
 
 from . import arch, paths, pretrained
 from .arch import UnsupportedModel
 from .attention import is_controlled
+from .check import verify
 from .data import check_text
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,19 +47,25 @@ class LanguageModel:
     def __init__(self, model, tokenizer, name: str):
         if hasattr(model, "_orig_mod"):
             raise UnsupportedModel(f"{name}: a compiled model, which leaves out hooks; give the model itself")
+        if not isinstance(model, PreTrainedModel):
+            raise UnsupportedModel(f"{name}: a {type(model).__name__}, not a transformers model; "
+                                   "give the model inside it (DataParallel: its `module`; "
+                                   "PeftModel: what `merge_and_unload()` returns)")
+        if any(parameter.is_inference() for parameter in model.parameters()):
+            raise UnsupportedModel(f"{name}: a model made inside torch.inference_mode(), which "
+                                   "takes no gradients; make it outside")
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self._fingerprint: tuple = (None, "")
         self._forwards = self._replaced_forwards()  # some loaders set their own
-        self.arch = arch.find_architecture(model, name)
-        arch.use_fused_gelu(model)
-        if self.device.type == "cuda":
-            arch.use_fused_norms(model)
+        with arch.refusing(name, "finding its parts"):
+            self.arch = arch.find_architecture(model, name)
+            arch.use_fused_gelu(model)
+            if self.device.type == "cuda":
+                arch.use_fused_norms(model)
         self.num_embeddings = model.get_input_embeddings().weight.shape[0]
         self.layers, self.downs = self.arch.layers, self.arch.downs
         self.num_layers, self.num_neurons, self.num_heads = len(self.layers), self.arch.num_neurons, self.arch.num_heads
         self.layout = "sequence" if self.arch.uses_attention_interface else "batch"
-        from .replay import verify  # replay imports this module's type
-
         verify(self)
 
     @property
@@ -253,6 +260,7 @@ def whole_numbers(groups, names, what) -> list[tuple[int, ...]]:
     return found
 
 
+@torch.inference_mode(False)  # whose tensors take no gradients
 def load_model(name_or_path: str, *, device: str | None = None, dtype: str | None = None) -> LanguageModel:
     """Load a bundled model ("demo/gpt2"), a pretrained one that the package index carries
     ("pretrained/smollm2-135m", dequantised to float32), a Hugging Face id, a local folder, or a GGUF file.

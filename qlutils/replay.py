@@ -11,7 +11,9 @@ Shapes: Q queries of equal length T, P rows a query, d the residual width, N neu
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +21,10 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import Cache
 
-from .arch import UnsupportedModel, expand_call_argument, norm_epsilons, pick_call_argument, tail_modules
-from .attention import controlled_weights, with_cache
+from .arch import expand_call_argument, pick_call_argument
+from .attention import check_arguments, controlled_weights, with_cache
 
+SITES = ("down_input", "pre_activation")  # where neurons are read and changed, see `site_module`
 _LOCAL = threading.local()  # the prefix the layer now running attends to
 ONE_AT_A_TIME = threading.RLock()  # hooks are the model's, not a thread's: another thread's pass would run into them
 VOCAB_CHUNK = {"cpu": 1024, "cuda": 16384}  # of the unembedding at a time; with ROW_CHUNK rows it fits a core's cache
@@ -47,11 +50,13 @@ class PrefixCache:
         return self.prefix[layer_idx][0].shape[-2]
 
 
-def prefix_attention(module, query, key, value, attention_mask, scaling=None, softcap=None, **_):
+def prefix_attention(module, query, key, value, attention_mask, scaling=None, softcap=None,
+                     **other):
     """Attention of P independent rows, each over the shared prefix and itself.
 
     query (Q, H, P, dh), key and value (Q, Hkv, P, dh) of the rows themselves; the prefix comes from `PrefixCache`.
     Returns (Q, P, H, dh) as transformers' attention interface asks."""
+    check_arguments(module, other)
     prefix_key, prefix_value = _LOCAL.prefix
     (queries, heads, rows, width), groups = query.shape, query.shape[1] // key.shape[1]
     query = query.reshape(queries, heads // groups, groups, rows, width)
@@ -253,21 +258,30 @@ def run_layer(lm, clean: CleanPass, layer: int, hidden: Tensor) -> Tensor:
     In the "sequence" layout rows lie along the sequence (all at the last position); models whose attention does not
     go through transformers' interface get them along the batch instead."""
     queries, rows, width = hidden.shape
+    query_of_row = None  # rows along the sequence: what belongs to a query broadcasts over them
     if lm.layout == "batch":
         hidden = hidden.reshape(queries * rows, 1, width)
-    out = call_layer(lm, layer, hidden, clean.calls[layer], clean.inputs[0].shape[0], clean.cache)
+        query_of_row = torch.arange(queries, device=hidden.device).repeat_interleave(rows)
+    out = call_layer(lm, layer, hidden, clean.calls[layer], clean.cache, queries, query_of_row)
     return out.reshape(queries, -1, out.shape[-1])
 
 
-def call_layer(lm, layer: int, hidden: Tensor, call, batch: int, cache) -> Tensor:
-    """The output of decoder layer `layer` for other hidden states than those of the pass over `batch` queries in which its
-    arguments `call` were captured, with `cache` in place of that pass's."""
+def call_layer(lm, layer: int, hidden: Tensor, call, cache, batch: int,
+               query_of_row: Tensor | None = None) -> Tensor:
+    """The output of decoder layer `layer` for other hidden states than those of the pass over
+    `batch` queries in which its arguments `call` were captured, with `cache` in place of its own.
+    `query_of_row` (R,): to which of those queries each row of the new batch belongs; None where the
+    batch is the old one."""
     def fit(key, value):
         if isinstance(value, Cache):
             return cache
         if isinstance(value, tuple):
             return tuple(fit(key, v) for v in value)
-        return expand_call_argument(key, value, batch, hidden.shape[0], lm.num_heads)
+        if isinstance(value, Mapping):  # into which a layer may write
+            return copy(value)
+        if query_of_row is None:
+            return value
+        return expand_call_argument(key, value, batch, query_of_row)
 
     args, kwargs = call
     out = lm.layers[layer](hidden, *[fit(None, a) for a in args], **{k: fit(k, v) for k, v in kwargs.items()})
@@ -314,9 +328,9 @@ def final_hidden(lm, hidden: Tensor) -> Tensor:
 
 def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b accumulated and returned in `dtype`, without rounding the result to bfloat16 in between."""
-    if a.dtype == dtype:
+    if a.dtype == b.dtype == dtype:
         return a @ b
-    if a.is_cuda:
+    if a.is_cuda and a.dtype == b.dtype:
         try:
             return torch.mm(a, b, out_dtype=dtype)
         except TypeError:  # torch before 2.8
@@ -395,73 +409,3 @@ def answer_probabilities(lm, hidden: Tensor, target: Tensor, need_grad: bool) ->
     queries, rows, width = hidden.shape
     flat = final_hidden(lm, hidden).reshape(-1, lm.arch.head.weight.shape[1])
     return AnswerProbability.apply(flat, lm, target.repeat_interleave(rows), need_grad).view(queries, rows)
-
-
-@torch.no_grad()
-def verify(lm) -> None:
-    """Refuse, by name, a model whose logits our path does not reproduce: the check that makes "any causal LM" honest.
-
-    Compared on two random queries: the model's own logits on the full sequence, the replayed clean row in a batch
-    with another row, and (causality) an earlier position's logits under another last token."""
-    generator = torch.Generator().manual_seed(0)
-    length = min(6, lm.context)
-    ids = torch.randint(0, lm.arch.head.weight.shape[0], (2, length), generator=generator, device="cpu")
-    ids[0, :2] = ids[1, :2]
-    ids = ids.to(lm.device)
-    lm.arch.tail = tail_modules(lm.model, lm.arch, ids)
-    lm.arch.norm_epsilons = norm_epsilons(lm.model, lm.arch, ids)
-    own = lm.model(input_ids=ids, use_cache=False).logits.to(lm.score_dtype)
-    lm.adds_mlp_output = False
-    other = ids.clone()
-    other[:, -1] = ids.flip(0)[:, -1]
-    if not torch.allclose(own[:, 0], lm.model(input_ids=other, use_cache=False).logits[:, 0].to(own), atol=1e-2, rtol=1e-2):
-        raise UnsupportedModel(f"{lm.name}: not causal: a later token changes an earlier position's prediction")
-    tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(lm.dtype, 0.1)
-    problem = ""
-    for layout in dict.fromkeys((lm.layout, "batch")):
-        lm.layout = layout
-        try:
-            problem = _replay_error(lm, ids, own[:, -1], tolerance)
-        except (RuntimeError, TypeError, AttributeError, IndexError, ValueError) as error:
-            problem = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-        if not problem:
-            return
-    raise UnsupportedModel(
-        f"{lm.name} ({type(lm.model).__name__}): its last token cannot be replayed exactly, so its neurons would be "
-        f"attributed wrongly. {problem}"
-    )
-
-
-def _adds_mlp_output(lm, clean, tolerance) -> bool:
-    """Whether every layer adds its down-projection's output to the residual stream as it is (no norm, no multiplier), so
-    that what changed neurons write can be added to the layer's clean output instead of running the layer."""
-    for layer, (down, output) in enumerate(zip(lm.downs, clean.inputs[1:])):
-        weight = getattr(down, "weight", None)
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            return False
-        shift = output.std() * torch.linspace(-1, 1, output.shape[-1], device=lm.device, dtype=output.dtype)
-        with hooked(m.register_forward_hook(lambda _, __, written, shift=shift: written + shift) for m in [down]):
-            moved = run_layer(lm, clean, layer, clean.inputs[layer])
-        if not (moved - output - shift).abs().max() <= tolerance * shift.abs().max():
-            return False
-    return True
-
-
-def _replay_error(lm, ids, own, tolerance) -> str:
-    clean = clean_pass(lm, ids)
-    scale = own.abs().max().clamp_min(1e-6)
-    probability = torch.softmax(own, -1)
-    hidden = torch.cat([clean.inputs[0], clean.inputs[0] * 0.5], 1)
-    with replaying(lm):
-        for layer in range(lm.num_layers):
-            hidden = run_layer(lm, clean, layer, hidden)
-        restarted = start_rows(lm, clean, lm.num_layers - 1, lm.downs[-1](clean.neurons[-1])[:, None].repeat(1, 3, 1))
-        lm.adds_mlp_output = _adds_mlp_output(lm, clean, tolerance)
-    for what, rows in (("replayed row", hidden[:, :1]), ("row with its own neurons put back", restarted[:, 1:])):
-        target = own.argmax(-1)
-        p = answer_probabilities(lm, rows, target, need_grad=False)[:, 0]
-        error = float((p / probability.gather(1, target[:, None])[:, 0] - 1).abs().max())
-        if not error <= tolerance:
-            return f"The {what} gives another probability of the top token (relative difference {error:.1e})."
-    error = float((clean.logits - own).abs().max() / scale)
-    return "" if error <= tolerance else f"A pass with a key-value cache gives other logits (difference {error:.1e})."

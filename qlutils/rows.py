@@ -24,6 +24,7 @@ from transformers import DynamicCache
 
 from .arch import UnsupportedModel
 from .attention import with_cache
+from .check import sharply
 from .replay import ONE_AT_A_TIME, call_layer, final_hidden, hooked, to_logits, within_memory
 
 LOGITS = 2**23  # logits held at once
@@ -219,7 +220,8 @@ def _grow(lm, shared: _Shared, rows, prompt_ends, who, at) -> Tensor:
             with _changed(lm, layer, rows[:running], prompt_ends, scored):
                 if shared.prefix is not None:
                     shared.prefix.index = index[:running]
-                hidden = call_layer(lm, layer, hidden, shared.calls[layer], len(shared.inputs[0]), shared.prefix)
+                hidden = call_layer(lm, layer, hidden, shared.calls[layer], shared.prefix,
+                                    len(shared.inputs[0]), index[:running])
     return hidden
 
 
@@ -343,18 +345,22 @@ def _verify(lm) -> None:
     """Refuse, by name, a model whose layers cannot be run on rows of our own; once a model."""
     ids = torch.arange(8, device=lm.device).reshape(2, 4) % lm.arch.head.weight.shape[0]
     queries = [(row[:3], row[3:]) for row in ids.tolist()]
-    own = lm.model(input_ids=ids[:, :-1], use_cache=False).logits[:, -1].to(lm.score_dtype)
-    own = torch.log_softmax(own, -1).gather(1, ids[:, -1:])[:, 0].double().cpu().numpy()
+    nothing, again = Change(lm, [(0, 0)], 1.0), Change(lm, [(0, 0)], 1.0)
+    rows = [(1, nothing), (0, nothing), (1, again)]  # not as many as queries, nor in their order
     lm.rows_verified = True  # from here on `score_rows` may be called; taken back if it fails
     try:
-        nothing = Change(lm, [(0, 0)], 1.0)
-        for everywhere in (True, False):
-            found = score_rows(lm, queries, [(0, nothing), (1, nothing)], everywhere=everywhere)
-            found = found.log_probability
-            if not np.allclose(found, own, rtol=1e-2, atol=1e-2 if lm.dtype.itemsize > 2 else 0.2):
-                raise UnsupportedModel(
-                    f"{lm.name} ({type(lm.model).__name__}): its layers do not give the model's own "
-                    "probabilities when run row by row, so changes to its neurons would be scored wrongly")
+        with sharply(lm) as tolerance:
+            logits = lm.model(input_ids=ids[:, :-1], use_cache=False).logits[:, -1]
+            logits = logits.to(lm.score_dtype)
+            own = torch.log_softmax(logits, -1).gather(1, ids[:, -1:])[:, 0].double().cpu().numpy()
+            limit = tolerance * max(1.0, float(logits.abs().max()))
+            for everywhere in (True, False):
+                found = score_rows(lm, queries, rows, everywhere=everywhere).log_probability
+                if not np.abs(found - own[[1, 0, 1]]).max() <= limit:
+                    raise UnsupportedModel(
+                        f"{lm.name} ({type(lm.model).__name__}): its layers do not give the "
+                        "model's own probabilities when run row by row, so changes to its neurons "
+                        "would be scored wrongly")
     except BaseException:
         lm.rows_verified = False
         raise

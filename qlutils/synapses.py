@@ -19,9 +19,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .arch import UnsupportedModel
+from .arch import UnsupportedModel, describe
 from .attention import NAME, Control, replaced_methods
 from .attribution import Spec, attribute_encoded
+from .check import differ, sharply
 from .data import prompt_tokens
 from .models import whole_numbers
 from .replay import ONE_AT_A_TIME, AnswerProbability, attention_implementation, hooked, neuron_vectors, within_memory
@@ -60,18 +61,23 @@ def _check_replaceable(lm) -> None:
         return
     ids = torch.randint(0, lm.arch.head.weight.shape[0], (2, min(6, lm.context)),
                         generator=torch.Generator().manual_seed(0), device="cpu").to(lm.device)
-    own, seen, problem = lm.model(input_ids=ids, use_cache=False).logits.to(lm.score_dtype), set(), ""
+    seen, problem = set(), ""
     try:
-        with _exact(lm), Control(observe=lambda layer, *_: seen.add(layer)).on(lm.model, lm.layers):
-            ours = lm.model(input_ids=ids, use_cache=False).logits.to(lm.score_dtype)
-        error = float((ours - own).abs().max() / own.abs().max().clamp_min(1e-6))
+        with sharply(lm) as tolerance:
+            own = lm.model(input_ids=ids, use_cache=False).logits
+            watch = Control(observe=lambda layer, *_: seen.add(layer))
+            with _exact(lm), watch.on(lm.model, lm.layers):
+                ours = lm.model(input_ids=ids, use_cache=False).logits
         if len(seen) < lm.num_layers:
             problem = (f"{lm.num_layers - len(seen)} of its {lm.num_layers} layers do not use transformers' "
                        "attention interface")
-        elif not error <= {torch.float64: 1e-6, torch.float32: 1e-3}.get(lm.dtype, 0.1):
+        elif differ(ours, own, own, tolerance):
+            error = float((ours - own).abs().max())
             problem = f"with the attention replaced its logits differ by {error:.1e}"
-    except (RuntimeError, TypeError, KeyError, AttributeError, IndexError, ValueError) as failure:
-        problem = f"{type(failure).__name__}: {str(failure).splitlines()[0][:200]}"
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as failure:
+        problem = describe(failure)
     if problem:
         raise UnsupportedModel(
             f"{lm.name} ({lm.model.config.model_type}): its attention can be neither read nor changed exactly "

@@ -177,10 +177,6 @@ REFUSED = {
     "lfm2": ("Lfm2Config", dict(GROUPED, full_attn_idxs=[1], pad_token_id=0)),
     "olmo_hybrid": ("OlmoHybridConfig", dict(GROUPED, pad_token_id=0, layer_types=HYBRID)),
     "jamba": ("JambaConfig", dict(GROUPED, pad_token_id=0)),
-    "gemma4_text with per-layer inputs": (
-        "Gemma4TextConfig",
-        dict(TEXT_4, hidden_size_per_layer_input=8),
-    ),
     "gemma3n_text": (
         "Gemma3nTextConfig",
         dict(

@@ -19,7 +19,7 @@ from qlutils.editing import edit_vector, object_tokens, usable_texts, virtual_ed
 from qlutils.neurons import cas_candidates, kn_sets, strongest_neurons
 from qlutils.rows import score_rows
 
-ROUNDED = ("gptj", "codegen", "gpt-neo", "bloom", "gemma2")
+ROUNDED = ("gptj", "codegen", "gpt-neo", "bloom", "gemma2", "granite-swa", "gemma4")
 NEURONS = {(0, 3), (1, 7), (1, 9), (2, 0), (2, 5)}
 OPTIONS = {"erase": {}, "update": dict(old=[20, 21], new=[30], lambda1=1.5, lambda2=0.5)}
 SHARED = paths.ROOT.parent / "shared" / "data"

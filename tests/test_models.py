@@ -1,10 +1,12 @@
 """Finding the parts of a model, refusing what cannot be studied, loading from folders, fingerprints."""
 
+import copy
 import json
 import os
 import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,7 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from qlutils import answer_probability, arch, attribute, edit_weights, find_synapses, load_model, scale_neurons, store
 from qlutils.arch import UnsupportedModel
+from qlutils.check import sharply
 from qlutils.models import BUNDLED, LanguageModel
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
 def random_model(config, **options):
@@ -40,8 +46,21 @@ def test_the_layers_and_projections_are_found(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_share_the_prefix_in_every_family_that_can(family):
     """A family whose fast layout fails falls back to the slow one, which is exact, so no other test would notice."""
-    slow = ["gpt-neo", "falcon", "falcon-alibi", "bloom", "opt", "opt-350m", *["gptj", "codegen"] * GPTJ_METHOD]
-    assert tiny_lm(family, torch.float32).layout == ("batch" if family in slow else "sequence")
+    slow = ["gpt-neo", "falcon", "falcon-alibi", "bloom", "opt", "opt-350m", "granite-swa",
+            *["gptj", "codegen"] * GPTJ_METHOD]
+    for dtype in DTYPES:
+        assert tiny_lm(family, dtype).layout == ("batch" if family in slow else "sequence"), dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family, multiplier, adds", [
+    ("granite", 0.95, False), ("granite", 1.05, False), ("granite", 1.0, True),
+    ("llama3", None, True), ("gemma2", None, False), ("olmo2", None, False),
+    ("opt-350m", None, False)])
+def test_only_a_layer_that_adds_its_mlps_output_as_it_is_need_not_run(family, multiplier, adds,
+                                                                      dtype):
+    changes = {} if multiplier is None else {"residual_multiplier": multiplier}
+    assert tiny_lm(family, dtype, **changes).adds_mlp_output is adds
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama3", "phi", "opt", "bloom", "phi3"])
@@ -133,6 +152,40 @@ def test_a_model_whose_logits_are_not_reproduced_is_refused(change):
     LanguageModel(model, word_tokenizer(), "plain")
     change(model)
     with pytest.raises(UnsupportedModel, match="odd-model.*LlamaForCausalLM.*cannot be replayed exactly"):
+        LanguageModel(model, word_tokenizer(), "odd-model")
+
+
+def a_little_of(module, share):
+    """Make `module` forget `share` of what it reads, wherever it runs on one token alone."""
+    forward = module.forward
+
+    def changed(x, *args, **kwargs):
+        return forward(x * (1 - share * (x.shape[1] == 1)), *args, **kwargs)
+    module.forward = changed
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("place", ["model.layers.1.mlp", "model.layers.1.self_attn.o_proj"])
+def test_rows_that_are_wrong_by_three_percent_are_noticed_in_every_dtype(place, dtype):
+    model = tiny_model("llama2", dtype, scale=2)
+    LanguageModel(model, word_tokenizer(), "plain")
+    a_little_of(model.get_submodule(place), 0.03)
+    with pytest.raises(UnsupportedModel, match="odd-model.*Layer 1: rows at the last token"):
+        LanguageModel(model, word_tokenizer(), "odd-model")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("multiplier", [0.95, 1.05])
+def test_a_logit_multiplier_nobody_knows_of_is_noticed_in_every_dtype(multiplier, dtype):
+    model = tiny_model("llama2", dtype)
+    forward = model.forward
+
+    def changed(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = multiplier * out.logits
+        return out
+    model.forward = changed
+    with pytest.raises(UnsupportedModel, match="odd-model.*cannot be replayed exactly"):
         LanguageModel(model, word_tokenizer(), "odd-model")
 
 
@@ -380,6 +433,125 @@ def test_a_model_in_a_state_in_which_numbers_would_be_wrong_is_refused(spoil, sa
                 lambda: scale_neurons(lm, {(0, 1)}, 0.0).__enter__()):
         with pytest.raises(ValueError, match=said):
             use()
+
+
+# --- what fails while a model is looked at -----------------------------------------------------
+class PeftModel(nn.Module):
+    """As peft's wrapper: another module around the model, which answers for it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model, self.config = model, model.config
+
+
+def quantised(model):
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+
+
+def with_head_of_two_steps(model):
+    model.lm_head = nn.Sequential(model.lm_head, nn.Identity())
+    return model
+
+
+def with_a_layer_in_bfloat16(model):
+    model.model.layers[1].bfloat16()
+    return model
+
+
+def that_fails(model):
+    model.model.layers[1].mlp.forward = lambda x: x.new_zeros(1)[7]
+    return model
+
+
+def made_in_inference_mode(_):
+    with torch.inference_mode():
+        return tiny_model("llama2", torch.float32)
+
+
+@pytest.mark.parametrize("wrap, said", [
+    (quantised, "its unembedding is a Linear without a matrix of floating-point weights"),
+    (with_head_of_two_steps, "its unembedding is a Sequential"),
+    (nn.DataParallel, "a DataParallel.*its `module`"),
+    (PeftModel, "a PeftModel.*merge_and_unload"),
+    (lambda model: model.to("meta"), "its unembedding is offloaded.*device_map"),
+    (with_a_layer_in_bfloat16, "a pass over a few tokens failed with RuntimeError"),
+    (that_fails, "a pass over a few tokens failed with IndexError"),
+    (made_in_inference_mode, "inference_mode.*make it outside"),
+    (lambda _: None, "a NoneType, not a transformers model")])
+@pytest.mark.filterwarnings("ignore")
+def test_whatever_fails_while_a_model_is_looked_at_names_the_model_and_the_step(wrap, said):
+    with pytest.raises(UnsupportedModel, match=f"^the-model: .*{said}"):
+        LanguageModel(wrap(tiny_model("llama2", torch.float32)), word_tokenizer(), "the-model")
+
+
+def test_a_model_whose_parts_cannot_be_looked_for_names_that_step(monkeypatch):
+    model = tiny_model("llama2")
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: {}["head"])
+    said = "^the-model: finding its parts failed with KeyError: 'head'"
+    with pytest.raises(UnsupportedModel, match=said):
+        LanguageModel(model, word_tokenizer(), "the-model")
+
+
+def test_memory_that_runs_out_is_not_said_to_be_the_models_fault():
+    model = tiny_model("llama2")
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("pretended")
+    model.model.layers[1].forward = full
+    with pytest.raises(torch.OutOfMemoryError, match="pretended"):
+        LanguageModel(model, word_tokenizer(), "large")
+
+
+def test_a_model_loads_inside_inference_mode(checkpoint):
+    with torch.inference_mode():
+        lm = load_model(checkpoint)
+    assert bool(torch.isfinite(attribute(lm, ["9 8 7"], ["6"], steps=2).scores).all())
+
+
+@pytest.mark.skipif("gemma4" not in FAMILIES, reason="transformers has no Gemma 4")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers_that_share_keys_and_values_are_refused(dtype):
+    model = tiny_model("gemma4", dtype, num_kv_shared_layers=2, num_hidden_layers=4,
+                       layer_types=["sliding_attention", "full_attention"] * 2)
+    said = "the-model: a pass in which layers hand on nothing but hidden states"
+    with pytest.raises(UnsupportedModel, match=said):
+        LanguageModel(model, word_tokenizer(), "the-model")
+
+
+# --- a model in half precision is checked in float32 -------------------------------------------
+def weights(lm):
+    return {name: (tensor.data_ptr(), tensor.dtype, tensor.clone())
+            for name, tensor in lm.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma", "opt-350m"])
+def test_inside_the_check_one_layer_at_a_time_is_float32_and_afterwards_none(family):
+    lm, seen = tiny_lm(family, torch.bfloat16), []
+    before, ids, own = weights(lm), torch.tensor([[5, 6, 7]]), lm.downs[0].weight
+
+    def look(*_):
+        seen.append([down.weight.dtype for down in lm.downs])
+
+    for stop in (None, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) if stop else nullcontext(), sharply(lm) as tolerance:
+            handles = [down.register_forward_hook(look) for down in lm.downs]
+            try:
+                logits = lm.model(ids).logits
+                if stop:
+                    raise stop
+            finally:
+                for handle in handles:
+                    handle.remove()
+        assert lm.downs[0].weight is own and tolerance < 1e-3
+        assert logits.dtype == torch.float32
+        exact = copy.deepcopy(lm.model).double()(ids).logits
+        # embeddings stay rounded, and so does Gemma's factor of them
+        most = 1e-2 if family == "gemma" else 1e-5
+        assert (logits - exact).abs().max() < most * exact.abs().max()
+        for name, (pointer, dtype, tensor) in weights(lm).items():
+            assert (pointer, dtype) == before[name][:2] and torch.equal(tensor, before[name][2])
+    assert [dtypes.count(torch.float32) for dtypes in seen] == [1] * len(seen)
+    assert lm.model(ids).logits.dtype == torch.bfloat16
 
 
 def test_a_compiled_model_is_refused():

@@ -88,7 +88,15 @@ FAMILIES = {
                          parallel_attn=False),
     "bloom": _gpt("BloomConfig", "dense_4h_to_h", "dense_h_to_4h", vocab_size=VOCABULARY, hidden_size=32, n_layer=3,
                   n_head=4),
+    "granite-swa": Family("GraniteSWAConfig", WINDOW),  # attention sinks
+    "gemma4": Family("Gemma4TextConfig", dict(  # each layer has an input of its own, from the token
+        WINDOW, layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        head_dim=8, global_head_dim=8, num_global_key_value_heads=2,
+        hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY,
+        num_kv_shared_layers=0, use_double_wide_mlp=False)),
 }
+FAMILIES = {name: family for name, family in FAMILIES.items()  # older releases lack the newest
+            if hasattr(transformers, family.config)}
 
 
 def spec_of(family) -> Family:
