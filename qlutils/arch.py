@@ -30,6 +30,11 @@ DOWN_PROJECTIONS = (
 UP_PROJECTIONS = ("gate_proj", "gate_up_proj", "c_fc", "dense_h_to_4h", "fc_in", "fc1", "up_proj")
 
 
+# Weights that are what they seem: neither packed nor scaled by a second tensor.
+PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+PLAIN_MODULES = ("torch.nn.modules.", "transformers.models.", "transformers.pytorch_utils")
+
+
 class UnsupportedModel(ValueError):
     """The model cannot be studied exactly; the message names it and says why."""
 
@@ -196,14 +201,74 @@ def expand_call_argument(key: str | None, value, batch: int, rows: int, num_head
 
 def value_vectors(down: nn.Module) -> Tensor:
     """(N, d) view of the down-projection's weight: row p is the value vector of neuron p (what the projection
-    multiplies its activation with): a row of GPT-2's Conv1D, a column of a Linear."""
-    weight = getattr(down, "weight", None)
-    if weight is None or not weight.is_floating_point() or weight.dim() != 2:
-        raise UnsupportedModel(
-            f"{type(down).__name__}: quantised weights ({getattr(weight, 'dtype', None)}) cannot be edited exactly; "
-            "load the model in float32 or bfloat16"
-        )
-    if not isinstance(down, (nn.Linear, Conv1D)) or type(down).__module__.split(".")[0] not in ("torch", "transformers"):
-        raise UnsupportedModel(f"{type(down).__name__}: a projection that may write more than its weights say (an adapter?) "
-                               "cannot be edited exactly; merge the adapter into the weights first")
+    multiplies its activation with): a row of GPT-2's Conv1D, a column of a Linear. `UnsupportedModel` unless
+    a forward pass reads what stands there (see `plain_weight`)."""
+    weight = plain_weight(down)
+    if not isinstance(down, (nn.Linear, Conv1D)):
+        raise UnsupportedModel(f"{type(down).__name__}: no linear projection, so its neurons have no value vectors")
     return weight if isinstance(down, Conv1D) else weight.T
+
+
+def plain_weight(module: nn.Module) -> Tensor:
+    """The matrix that a projection or an embedding holds. `UnsupportedModel` where a forward pass may use another: what
+    is written to this one would then be lost, and what is read from it be wrong."""
+    weight, kind = module._parameters.get("weight"), type(module).__name__
+    home = type(module).__module__
+    if weight is None:
+        reason = ("its weight is made from other tensors before each use (pruning, weight_norm, parametrize, "
+                  "quantisation, an adapter?); write it into the weights first (prune.remove, remove_parametrizations, merge_and_unload)")
+    elif type(weight) is not nn.Parameter or weight.dtype not in PLAIN_DTYPES or weight.dim() != 2:
+        reason = (f"quantised weights ({weight.dtype}) cannot be edited exactly; load the model in float32 or "
+                  "bfloat16")
+    elif weight.device.type == "meta":
+        reason = ("its weight is offloaded (device_map, disk or CPU offload) and fetched anew for each forward pass; "
+                  "load the model without device_map, whole on one device")
+    elif not home.startswith(PLAIN_MODULES):
+        reason = ("a module that may write more than its weights say (an adapter?) or round them cannot be edited "
+                  "exactly; merge the adapter into the weights first, or load the model unquantised")
+    elif _replaced(module):
+        reason = ("other code hangs on it (a hook, or a forward method of its own), which may change its weight or "
+                  "its output; remove it")
+    else:
+        return weight
+    raise UnsupportedModel(f"{kind}: {reason}")
+
+
+def _replaced(module: nn.Module) -> bool:
+    """Whether code that is neither the module's class nor ours runs in its forward pass."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    foreign = any((getattr(hook, "__module__", None) or "").split(".")[0] != "qlutils" for hook in hooks)
+    # accelerate's own forward moves inputs between devices; where it fetches weights, they are on `meta`
+    return foreign or ("forward" in module.__dict__ and not hasattr(module, "_hf_hook"))
+
+
+def check_sole_owner(model: nn.Module, module: nn.Module) -> None:
+    """`UnsupportedModel` where the weight of `module` is another module's too, so that an edit would change both."""
+    place = module.weight.data_ptr()
+    owners = [name for name, one in model.named_modules(remove_duplicate=False)
+              if any(own is not None and own.data_ptr() == place for own in one._parameters.values())]
+    if len(owners) != 1:
+        raise UnsupportedModel(f"{type(module).__name__}: its weight is shared by {', '.join(owners)}, so an edit would "
+                               "change the value vectors of each; give them weights of their own first")
+
+
+@dataclass(frozen=True)
+class RopeSwitch:
+    """Rotary frequencies that depend on how many tokens a forward pass sees: they change beyond `length` of them."""
+
+    kind: str
+    length: int
+
+
+def rope_switches(config) -> list[RopeSwitch]:
+    """Where the frequencies of a text configuration change: once for "longrope" (Phi-3). "dynamic" ones change only beyond
+    `max_position_embeddings`, which is the context, but a longer pass before leaves them changed for one of full length."""
+    found = []
+    given = getattr(config, "rope_parameters", None) or {}
+    for rope in (given, *given.values()):  # one for all layers, or one a kind of layer
+        kind = rope.get("rope_type") if isinstance(rope, dict) else None
+        if kind == "longrope":
+            found.append(RopeSwitch(kind, rope["original_max_position_embeddings"]))
+        elif kind == "dynamic":
+            found.append(RopeSwitch(kind, config.max_position_embeddings - 1))
+    return found

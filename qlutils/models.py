@@ -24,6 +24,7 @@ from .attention import is_controlled
 from .data import check_text
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ADAPTER = "adapter_config.json"
 BUNDLED = ("demo/gpt2", "demo/llama2", "demo/llama3")
 
 
@@ -47,13 +48,16 @@ class LanguageModel:
         arch.use_fused_gelu(model)
         if self.device.type == "cuda":
             arch.use_fused_norms(model)
-        self.num_embeddings = model.get_input_embeddings().weight.shape[0]
+        self.num_embeddings = min(model.get_input_embeddings().weight.shape[0], self.arch.head.weight.shape[0])
+        self._parts = list(model.modules())
+        self._rope_switches = arch.rope_switches(model.config.get_text_config())
         self.layers, self.downs = self.arch.layers, self.arch.downs
         self.num_layers, self.num_neurons, self.num_heads = len(self.layers), self.arch.num_neurons, self.arch.num_heads
         self.layout = "sequence" if self.arch.uses_attention_interface else "batch"
-        from .replay import verify  # replay imports this module's type
+        from .replay import full_precision, verify  # replay imports this module's type
 
-        verify(self)
+        with full_precision(self.device):
+            verify(self)
 
     @property
     def device(self) -> torch.device:
@@ -112,6 +116,15 @@ class LanguageModel:
             raise ValueError(f"{self.name} is in training mode, where dropout changes every number; call lm.model.eval()")
         if getattr(self.model, "_compiled_call_impl", None) is not None:
             raise ValueError(f"{self.name} was compiled after it was loaded, and a compiled model leaves out hooks; load it anew")
+        self.check_parts()
+
+    def check_parts(self) -> None:
+        """ValueError where a module was put into the model after loading (an adapter, a new projection): the places this
+        study looks at may not be the ones that a forward pass goes through any more."""
+        now = list(self.model.modules())
+        if len(now) != len(self._parts) or any(one is not part for one, part in zip(now, self._parts)):
+            raise ValueError(f"{self.name}: modules were added or exchanged after it was loaded (an adapter, weight_norm, "
+                             "quantisation?); make a LanguageModel of it anew")
 
     def check_hooks(self) -> None:
         """ValueError for what other code hangs on the model's forward passes: hooks, or a `forward` replaced since loading. Rows
@@ -139,7 +152,8 @@ class LanguageModel:
                              "was loaded; leave the context first")
 
     def value_vectors(self, layer: int) -> Tensor:
-        """(N, d) view of layer `layer`'s down-projection: row p is what neuron p writes."""
+        """(N, d) view of layer `layer`'s down-projection: row p is what neuron p writes. `UnsupportedModel` where no
+        forward pass reads it as it stands."""
         return arch.value_vectors(self.downs[layer])
 
     def check_neurons(self, neurons) -> list[tuple[int, int]]:
@@ -199,7 +213,17 @@ class LanguageModel:
             )
         if len(joint) > self.context:
             raise ValueError(f"{prompt[:60]!r}... with its answer has {len(joint)} tokens; {self.name} reads {self.context}")
+        self._check_rope(prompt, len(prompt_ids) - 1, len(joint) - 1)
         return prompt_ids, joint[len(prompt_ids):]
+
+    def _check_rope(self, prompt: str, shortest: int, longest: int) -> None:
+        """ValueError where the forward passes a query needs, over `shortest` to `longest` tokens, have different rotary
+        frequencies: its answer's tokens would be given by different models, and keys in a cache be no longer the prompt's."""
+        for switch in self._rope_switches:
+            if shortest <= switch.length < longest:
+                raise ValueError(f"{prompt[:60]!r}... and its answer straddle {switch.length} tokens, where the rotary "
+                                 f"frequencies of {self.name} change ({switch.kind}), so that no one pass gives the answer; "
+                                 "use a shorter or a longer prompt")
 
     def encode_all(self, prompts, answers) -> list[tuple[list[int], list[int]]]:
         """`encode` of each prompt with its answer, two lists of texts; ValueError where they are anything else."""
@@ -259,6 +283,8 @@ def load_model(name_or_path: str, *, device: str | None = None, dtype: str | Non
     source = _source(name)
     if name in BUNDLED:  # loaded at once; a progress bar would only be litter in a notebook
         transformers.utils.logging.disable_progress_bar()
+    if not os.path.isdir(source):
+        _check_adapter(source)
     try:
         _check_shards(source)
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -295,6 +321,7 @@ def _source(name: str) -> str:
         return str(paths.DEMO / "models" / name.split("/", 1)[1])
     folder = Path(os.path.expanduser(name))
     if os.path.isdir(folder):  # False, where `Path.is_dir` raises, for what cannot be a path
+        _check_adapter(str(folder))
         if not (folder / "config.json").is_file():
             raise ValueError(f"the folder {name} holds no config.json; a model folder is what save_pretrained writes")
         if not list(folder.glob("*.safetensors")):
@@ -306,10 +333,22 @@ def _source(name: str) -> str:
     return name
 
 
+def _file_of(source: str, file: str) -> str | None:
+    """The path of a file of a model, in its folder or fetched from the Hub, if it has it."""
+    return cached_file(source, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+
+
+def _check_adapter(source: str) -> None:
+    """transformers loads an adapter with the model where peft is installed and overlooks it elsewhere: two models of one
+    name."""
+    if _file_of(source, ADAPTER):
+        raise ValueError(f"the model {source} holds an adapter ({ADAPTER}), which changes it or not depending on what is "
+                         "installed; merge it first (peft: merge_and_unload, then save_pretrained) or take the file away")
+
+
 def _check_shards(source: str) -> None:
     """`use_safetensors` binds transformers to the index's name only: a pickle that is listed in it would be opened."""
-    index = cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False,
-                        _raise_exceptions_for_connection_errors=False)
+    index = _file_of(source, "model.safetensors.index.json")
     if index:
         for shard in sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())):
             if not str(shard).endswith(".safetensors") or Path(shard).name != shard:

@@ -11,7 +11,7 @@ Shapes: Q queries of equal length T, P rows a query, d the residual width, N neu
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -101,6 +101,32 @@ def attention_implementation(model, name: str):
 
 
 @contextmanager
+def full_precision(device: torch.device):
+    """Inside, what the model computes has its own dtype and begins on a CPU, whatever the caller has set: no autocast, no
+    other default device. ValueError for float32 products rounded to TF32 or bfloat16, a setting of the whole process."""
+    backend = getattr(torch.backends, "cuda" if device.type == "cuda" else "mkldnn")
+    chosen = getattr(getattr(backend, "matmul", None), "fp32_precision", None)  # torch before 2.9 has only the other
+    chosen = torch.get_float32_matmul_precision() if chosen is None else chosen
+    if chosen not in ("none", "ieee", "highest"):
+        raise ValueError(f"torch rounds float32 products to another precision here ({chosen!r}), which would change every "
+                         "number under the same dtype; call torch.set_float32_matmul_precision('highest')")
+    with ExitStack() as stack:
+        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
+
+
+@contextmanager
+def computing(lm):
+    """Inside, this thread alone computes with the model, in its own precision and without other code's hooks."""
+    with ONE_AT_A_TIME, full_precision(lm.device):
+        lm.check_hooks()
+        yield
+
+
+@contextmanager
 def hooked(handles):
     """Inside, the hooks whose registration the iterable `handles` yields are there. They are registered one by one within
     the `try`, so that an interruption leaves none behind."""
@@ -166,7 +192,8 @@ def neuron_vectors(lm, ids: Tensor, site: str = "down_input", chunk: int = 256) 
             _read(site, lm.num_neurons, inputs, output).view(-1, seq, lm.num_neurons)[:, -1])
 
     seq = ids.shape[1]
-    with hooked(site_module(lm, layer, site).register_forward_hook(keep(layer)) for layer in range(lm.num_layers)):
+    watched = hooked(site_module(lm, layer, site).register_forward_hook(keep(layer)) for layer in range(lm.num_layers))
+    with computing(lm), watched:
         for part in ids.split(chunk):
             lm.model.base_model(input_ids=part, use_cache=False)
     return torch.stack([torch.cat(parts) for parts in kept], 1)
@@ -419,8 +446,9 @@ def _adds_mlp_output(lm, clean, tolerance) -> bool:
     """Whether every layer adds its down-projection's output to the residual stream as it is (no norm, no multiplier), so
     that what changed neurons write can be added to the layer's clean output instead of running the layer."""
     for layer, (down, output) in enumerate(zip(lm.downs, clean.inputs[1:])):
-        weight = getattr(down, "weight", None)
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        try:
+            lm.value_vectors(layer)
+        except UnsupportedModel:
             return False
         shift = output.std() * torch.linspace(-1, 1, output.shape[-1], device=lm.device, dtype=output.dtype)
         with hooked(m.register_forward_hook(lambda _, __, written, shift=shift: written + shift) for m in [down]):
