@@ -82,6 +82,10 @@ def find_architecture(model: nn.Module, name: str) -> Architecture:
              for i, layer in enumerate(layers)]
     parents = [_parent(layer, down) for layer, down in zip(layers, downs)]
     ups = [_first(parent, UP_PROJECTIONS, f"{name}: layer {i}", "up-projection") for i, parent in enumerate(parents)]
+    for what, found in (("layer", layers), ("down-projection", downs), ("up-projection", ups)):
+        if len({id(one) for one in found}) < len(found):
+            raise UnsupportedModel(f"{name}: one {what} module serves several layers, so a change of one layer's neurons "
+                                   "would be a change of the others' too; give each layer modules of its own")
     widths = {_in_features(down) for down in downs}
     if len(widths) != 1:
         raise UnsupportedModel(f"{name}: layers have different numbers of neurons {sorted(widths)}")
@@ -252,23 +256,21 @@ def check_sole_owner(model: nn.Module, module: nn.Module) -> None:
                                "change the value vectors of each; give them weights of their own first")
 
 
-@dataclass(frozen=True)
-class RopeSwitch:
-    """Rotary frequencies that depend on how many tokens a forward pass sees: they change beyond `length` of them."""
-
-    kind: str
-    length: int
-
-
-def rope_switches(config) -> list[RopeSwitch]:
-    """Where the frequencies of a text configuration change: once for "longrope" (Phi-3). "dynamic" ones change only beyond
-    `max_position_embeddings`, which is the context, but a longer pass before leaves them changed for one of full length."""
-    found = []
+def rope_kinds(config) -> list[dict]:
+    """The rotary settings of a text configuration: one for all layers, or one a kind of layer."""
     given = getattr(config, "rope_parameters", None) or {}
-    for rope in (given, *given.values()):  # one for all layers, or one a kind of layer
-        kind = rope.get("rope_type") if isinstance(rope, dict) else None
-        if kind == "longrope":
-            found.append(RopeSwitch(kind, rope["original_max_position_embeddings"]))
-        elif kind == "dynamic":
-            found.append(RopeSwitch(kind, config.max_position_embeddings - 1))
-    return found
+    return [rope for rope in (given, *given.values()) if isinstance(rope, dict) and "rope_type" in rope]
+
+
+def rope_switches(config) -> list[int]:
+    """Lengths in tokens beyond which a forward pass uses other rotary frequencies, for all of its tokens: "longrope", as in
+    Phi-3."""
+    return [rope["original_max_position_embeddings"] for rope in rope_kinds(config) if rope["rope_type"] == "longrope"]
+
+
+def context_length(config) -> int:
+    """Longest input in tokens (a large number where the configuration states none). One less with "dynamic" rotary scaling:
+    beyond `max_position_embeddings` its frequencies grow with the input, and an input of just that length would be read
+    with those that a longer one before it has left."""
+    stated = getattr(config, "max_position_embeddings", None) or 10**9
+    return stated - any("dynamic" in rope["rope_type"] for rope in rope_kinds(config))

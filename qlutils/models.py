@@ -37,6 +37,7 @@ class LanguageModel:
     """
 
     num_embeddings: float = math.inf  # rows of the embedding matrix; a tokenizer alone has no limit
+    rope_switches: Iterable[int] = ()  # lengths beyond which rotary frequencies are others
 
     def __init__(self, model, tokenizer, name: str):
         if hasattr(model, "_orig_mod"):
@@ -49,8 +50,8 @@ class LanguageModel:
         if self.device.type == "cuda":
             arch.use_fused_norms(model)
         self.num_embeddings = min(model.get_input_embeddings().weight.shape[0], self.arch.head.weight.shape[0])
+        self.rope_switches = arch.rope_switches(model.config.get_text_config())
         self._parts = list(model.modules())
-        self._rope_switches = arch.rope_switches(model.config.get_text_config())
         self.layers, self.downs = self.arch.layers, self.arch.downs
         self.num_layers, self.num_neurons, self.num_heads = len(self.layers), self.arch.num_neurons, self.arch.num_heads
         self.layout = "sequence" if self.arch.uses_attention_interface else "batch"
@@ -82,7 +83,7 @@ class LanguageModel:
     @cached_property
     def context(self) -> int:
         """Longest input in tokens (a large number where the configuration states none)."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+        return arch.context_length(self.model.config.get_text_config())
 
     @property
     def fingerprint(self) -> str:
@@ -213,17 +214,17 @@ class LanguageModel:
             )
         if len(joint) > self.context:
             raise ValueError(f"{prompt[:60]!r}... with its answer has {len(joint)} tokens; {self.name} reads {self.context}")
-        self._check_rope(prompt, len(prompt_ids) - 1, len(joint) - 1)
+        self._check_rope(prompt, len(prompt_ids), len(joint))
         return prompt_ids, joint[len(prompt_ids):]
 
-    def _check_rope(self, prompt: str, shortest: int, longest: int) -> None:
-        """ValueError where the forward passes a query needs, over `shortest` to `longest` tokens, have different rotary
-        frequencies: its answer's tokens would be given by different models, and keys in a cache be no longer the prompt's."""
-        for switch in self._rope_switches:
-            if shortest <= switch.length < longest:
-                raise ValueError(f"{prompt[:60]!r}... and its answer straddle {switch.length} tokens, where the rotary "
-                                 f"frequencies of {self.name} change ({switch.kind}), so that no one pass gives the answer; "
-                                 "use a shorter or a longer prompt")
+    def _check_rope(self, prompt: str, prompt_length: int, length: int) -> None:
+        """ValueError where the forward passes that a query needs have different rotary frequencies: one pass over all but its
+        last token is then not what passes token by token give, nor one that continues a cache of all but the prompt's last."""
+        for switch in self.rope_switches:
+            if prompt_length - 1 <= switch < length - 1:
+                raise ValueError(f"{prompt[:60]!r}... with its answer has {length} tokens and straddles {switch}, beyond which "
+                                 f"{self.name} uses other rotary frequencies (longrope), so its parts would be read "
+                                 "differently; use a shorter or a longer prompt")
 
     def encode_all(self, prompts, answers) -> list[tuple[list[int], list[int]]]:
         """`encode` of each prompt with its answer, two lists of texts; ValueError where they are anything else."""
