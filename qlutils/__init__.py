@@ -14,10 +14,12 @@ from importlib import import_module
 _chosen = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ)
 if not _chosen:
     os.environ["GOMP_SPINCOUNT"] = "50000"
-    if sys.platform == "linux" and "torch" in sys.modules and sys.modules["torch"].get_num_threads() > 1:
-        warnings.warn("torch was imported before qlutils, so its threads spin while they wait: many times slower on a CPU that "
-                      "anything else is using. Import qlutils first, or start Python with GOMP_SPINCOUNT=50000 or with "
-                      "OMP_NUM_THREADS=1.", stacklevel=2)
+    _torch = sys.modules.get("torch")
+    if sys.platform == "linux" and _torch is not None and _torch.get_num_threads() > 1:
+        warnings.warn(
+            "torch was imported before qlutils, so its threads spin while they wait: many times "
+            "slower on a CPU that anything else is using. Import qlutils first, or start Python "
+            "with GOMP_SPINCOUNT=50000 or with OMP_NUM_THREADS=1.", stacklevel=2)
 
 _HOME = {
     "load_model": "models", "LanguageModel": "models", "UnsupportedModel": "arch",

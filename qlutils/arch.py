@@ -84,8 +84,9 @@ def find_architecture(model: nn.Module, name: str) -> Architecture:
     ups = [_first(parent, UP_PROJECTIONS, f"{name}: layer {i}", "up-projection") for i, parent in enumerate(parents)]
     for what, found in (("layer", layers), ("down-projection", downs), ("up-projection", ups)):
         if len({id(one) for one in found}) < len(found):
-            raise UnsupportedModel(f"{name}: one {what} module serves several layers, so a change of one layer's neurons "
-                                   "would be a change of the others' too; give each layer modules of its own")
+            raise UnsupportedModel(f"{name}: one {what} module serves several layers, so a change "
+                                   "of one layer's neurons would be a change of the others' too; "
+                                   "give each layer modules of its own")
     widths = {_in_features(down) for down in downs}
     if len(widths) != 1:
         raise UnsupportedModel(f"{name}: layers have different numbers of neurons {sorted(widths)}")
@@ -204,73 +205,84 @@ def expand_call_argument(key: str | None, value, batch: int, rows: int, num_head
 
 
 def value_vectors(down: nn.Module) -> Tensor:
-    """(N, d) view of the down-projection's weight: row p is the value vector of neuron p (what the projection
-    multiplies its activation with): a row of GPT-2's Conv1D, a column of a Linear. `UnsupportedModel` unless
-    a forward pass reads what stands there (see `plain_weight`)."""
+    """(N, d) view of the down-projection's weight: row p is the value vector of neuron p (what the
+    projection multiplies its activation with): a row of GPT-2's Conv1D, a column of a Linear.
+    `UnsupportedModel` unless a forward pass reads what stands there (see `plain_weight`)."""
     weight = plain_weight(down)
     if not isinstance(down, (nn.Linear, Conv1D)):
-        raise UnsupportedModel(f"{type(down).__name__}: no linear projection, so its neurons have no value vectors")
+        raise UnsupportedModel(f"{type(down).__name__}: not a linear projection, so its neurons "
+                               "have no value vectors")
     return weight if isinstance(down, Conv1D) else weight.T
 
 
 def plain_weight(module: nn.Module) -> Tensor:
-    """The matrix that a projection or an embedding holds. `UnsupportedModel` where a forward pass may use another: what
-    is written to this one would then be lost, and what is read from it be wrong."""
-    weight, kind = module._parameters.get("weight"), type(module).__name__
-    home = type(module).__module__
+    """The matrix that a projection or an embedding holds. `UnsupportedModel` where a forward pass
+    may use another: what is written to this one would be lost, what is read from it be wrong."""
+    weight = module._parameters.get("weight")
     if weight is None:
-        reason = ("its weight is made from other tensors before each use (pruning, weight_norm, parametrize, "
-                  "quantisation, an adapter?); write it into the weights first (prune.remove, remove_parametrizations, merge_and_unload)")
-    elif type(weight) is not nn.Parameter or weight.dtype not in PLAIN_DTYPES or weight.dim() != 2:
-        reason = (f"quantised weights ({weight.dtype}) cannot be edited exactly; load the model in float32 or "
-                  "bfloat16")
+        reason = ("its weight is made from other tensors before each use (pruning, weight_norm, "
+                  "parametrize, quantisation, an adapter?); write it into the weights first "
+                  "(prune.remove, remove_parametrizations, merge_and_unload)")
+    elif not _is_plain(weight):
+        reason = (f"quantised weights ({weight.dtype}) cannot be edited exactly; load the model in "
+                  "float32 or bfloat16")
     elif weight.device.type == "meta":
-        reason = ("its weight is offloaded (device_map, disk or CPU offload) and fetched anew for each forward pass; "
-                  "load the model without device_map, whole on one device")
-    elif not home.startswith(PLAIN_MODULES):
-        reason = ("a module that may write more than its weights say (an adapter?) or round them cannot be edited "
-                  "exactly; merge the adapter into the weights first, or load the model unquantised")
-    elif _replaced(module):
-        reason = ("other code hangs on it (a hook, or a forward method of its own), which may change its weight or "
-                  "its output; remove it")
+        reason = ("its weight is offloaded (device_map, disk or CPU offload) and fetched anew for "
+                  "each forward pass; load the model without device_map, whole on one device")
+    elif not type(module).__module__.startswith(PLAIN_MODULES):
+        reason = ("a module that may write more than its weights say (an adapter?) or round them "
+                  "cannot be edited exactly; merge the adapter into the weights first, or load the "
+                  "model unquantised")
+    elif _is_altered(module):
+        reason = ("other code hangs on it (a hook, or a forward method of its own), which may "
+                  "change its weight or its output; remove it")
     else:
         return weight
-    raise UnsupportedModel(f"{kind}: {reason}")
+    raise UnsupportedModel(f"{type(module).__name__}: {reason}")
 
 
-def _replaced(module: nn.Module) -> bool:
+def _is_plain(weight: Tensor) -> bool:
+    return type(weight) is nn.Parameter and weight.dtype in PLAIN_DTYPES and weight.dim() == 2
+
+
+def _is_altered(module: nn.Module) -> bool:
     """Whether code that is neither the module's class nor ours runs in its forward pass."""
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    foreign = any((getattr(hook, "__module__", None) or "").split(".")[0] != "qlutils" for hook in hooks)
-    # accelerate's own forward moves inputs between devices; where it fetches weights, they are on `meta`
-    return foreign or ("forward" in module.__dict__ and not hasattr(module, "_hf_hook"))
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        if (getattr(hook, "__module__", None) or "").split(".")[0] != "qlutils":
+            return True
+    # accelerate's own moves inputs between devices; where it fetches weights, they are on `meta`
+    return "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
 
 
 def check_sole_owner(model: nn.Module, module: nn.Module) -> None:
-    """`UnsupportedModel` where the weight of `module` is another module's too, so that an edit would change both."""
+    """`UnsupportedModel` where the weight of `module` is another module's too, so that an edit
+    would change both."""
     place = module.weight.data_ptr()
-    owners = [name for name, one in model.named_modules(remove_duplicate=False)
-              if any(own is not None and own.data_ptr() == place for own in one._parameters.values())]
+    held = model.named_parameters(remove_duplicate=False)
+    owners = [name.removesuffix(".weight") for name, one in held if one.data_ptr() == place]
     if len(owners) != 1:
-        raise UnsupportedModel(f"{type(module).__name__}: its weight is shared by {', '.join(owners)}, so an edit would "
-                               "change the value vectors of each; give them weights of their own first")
+        raise UnsupportedModel(f"{type(module).__name__}: its weight is shared by "
+                               f"{', '.join(owners)}, so an edit would change the value vectors of "
+                               "each; give them weights of their own first")
 
 
 def rope_kinds(config) -> list[dict]:
     """The rotary settings of a text configuration: one for all layers, or one a kind of layer."""
     given = getattr(config, "rope_parameters", None) or {}
-    return [rope for rope in (given, *given.values()) if isinstance(rope, dict) and "rope_type" in rope]
+    return [rope for rope in (given, *given.values())
+            if isinstance(rope, dict) and "rope_type" in rope]
 
 
 def rope_switches(config) -> list[int]:
-    """Lengths in tokens beyond which a forward pass uses other rotary frequencies, for all of its tokens: "longrope", as in
-    Phi-3."""
-    return [rope["original_max_position_embeddings"] for rope in rope_kinds(config) if rope["rope_type"] == "longrope"]
+    """Lengths in tokens beyond which a forward pass uses other rotary frequencies, for all of its
+    tokens: "longrope", as in Phi-3."""
+    return [rope["original_max_position_embeddings"] for rope in rope_kinds(config)
+            if rope["rope_type"] == "longrope"]
 
 
 def context_length(config) -> int:
-    """Longest input in tokens (a large number where the configuration states none). One less with "dynamic" rotary scaling:
-    beyond `max_position_embeddings` its frequencies grow with the input, and an input of just that length would be read
-    with those that a longer one before it has left."""
+    """Longest input in tokens (a large number where the configuration states none). One less with
+    "dynamic" rotary scaling: beyond `max_position_embeddings` its frequencies grow with the input,
+    and an input of just that length would be read with those that a longer one before it left."""
     stated = getattr(config, "max_position_embeddings", None) or 10**9
     return stated - any("dynamic" in rope["rope_type"] for rope in rope_kinds(config))

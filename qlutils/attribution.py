@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from .quadrature import RULES, adaptive_plan, fixed_plan
-from .replay import (CleanPass, answer_probabilities, clean_pass, computing, hooked, neuron_vectors, on_device, replaying,
-                     run_layer, site_module, start_rows, within_memory)
+from .replay import (CleanPass, answer_probabilities, clean_pass, computing, hooked, neuron_vectors,
+                     on_device, replaying, run_layer, site_module, start_rows, within_memory)
 from .rows import score_queries
 
 METHODS = ("ig", "sig", "amig")
@@ -163,8 +163,8 @@ def _baselines(lm, ids: Tensor, prompt_lengths: list[int], spec: Spec) -> Tensor
     if spec.method == "amig":
         eos = lm.tokenizer.eos_token_id
         if eos is None or eos >= lm.num_embeddings:
-            raise ValueError(f"{lm.name}: amig replaces the prompt by EOS tokens, and its tokenizer has none that the model "
-                             "embeds")
+            raise ValueError(f"{lm.name}: amig replaces the prompt by EOS tokens, and its "
+                             "tokenizer has none that the model embeds")
         variants = ids.clone()
         for row, prompt_length in enumerate(prompt_lengths):
             variants[row, first:prompt_length] = eos

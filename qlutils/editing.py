@@ -58,8 +58,9 @@ def edit_weights(lm, neurons, op, *, old=None, new=None, lambda1=2.0, lambda2=2.
     2), E the mean embedding of the object's tokens, which may be ids or text. `embedding`: "input" word
     embedding or "output" (unembedding). Yields an `Edit`. The weights are bit-identical afterwards, whatever
     happens inside; where several edits are active, each can end before the others and they stay. ValueError: a
-    neuron outside the model, an unknown operation or embedding, an object without an embedding, weights that no forward
-    pass reads as they stand (quantised, offloaded, pruned, parametrised) or that layers share.
+    neuron outside the model, an unknown operation or embedding, an object without an embedding,
+    weights that no forward pass reads as they stand (quantised, offloaded, pruned, parametrised) or
+    that layers share.
     """
     neurons = lm.check_neurons(neurons)
     delta = edit_vector(lm, op, old=old, new=new, lambda1=lambda1, lambda2=lambda2, embedding=embedding)
@@ -117,13 +118,15 @@ def save_edited(lm, folder, neurons, op, **options) -> Path:
     folder = Path(os.path.expanduser(folder))
     if os.path.exists(folder / "config.json") or os.path.isfile(folder):
         raise ValueError(f"{folder} already holds a checkpoint or is a file; name a new folder")
-    if getattr(lm.model, "_hf_peft_config_loaded", False):  # transformers would save the adapter and nothing else
-        raise UnsupportedModel(f"{lm.name} carries an adapter, and only that would be saved; merge it into the weights first")
+    if getattr(lm.model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModel(f"{lm.name} carries an adapter, and transformers would save nothing "
+                               "else; merge it into the weights first")
     with edit_weights(lm, neurons, op, **options):
-        written = lm.edits[-1].before.items()
-        if all(torch.equal(lm.value_vectors(layer)[index], rows) for layer, (index, rows) in written):
-            raise ValueError(f"this edit changes no weight of {lm.name} (no neurons, or a change too small for {lm.dtype}), "
-                             "so there is no edited model to save")
+        kept = [torch.equal(lm.value_vectors(layer)[index], rows)
+                for layer, (index, rows) in lm.edits[-1].before.items()]
+        if all(kept):
+            raise ValueError(f"this edit changes no weight of {lm.name} (no neurons, or a change "
+                             f"too small for {lm.dtype}), so there is no edited model to save")
         lm.model.save_pretrained(folder)
     lm.tokenizer.save_pretrained(folder)
     return folder
@@ -171,7 +174,8 @@ def object_embedding(lm, words, embedding="input") -> Tensor:
     try:
         weight = plain_weight(module)
     except UnsupportedModel as error:
-        raise UnsupportedModel(f"{lm.name}: its {embedding} embeddings cannot be read: {error}") from None
+        said = f"{lm.name}: its {embedding} embeddings cannot be read: {error}"
+        raise UnsupportedModel(said) from None
     if not ids or not all(0 <= token < weight.shape[0] for token in ids):
         raise ValueError(f"object {words!r} has no embedding: {lm.name} embeds the tokens 0 to "
                          f"{weight.shape[0] - 1}")
@@ -194,7 +198,8 @@ def object_tokens(lm, text: str) -> list[int]:
 
 
 def _editable(lm, layer) -> Tensor:
-    """The value vectors of `layer`. `UnsupportedModel` unless an edit of them reaches the model, and this layer alone."""
+    """The value vectors of `layer`. `UnsupportedModel` unless an edit of them reaches the model,
+    and this layer alone."""
     try:
         lm.check_parts()
         vectors = lm.value_vectors(layer)

@@ -36,7 +36,7 @@ class LanguageModel:
     the fast path and raises `UnsupportedModel` unless the model's own logits come out.
     """
 
-    num_embeddings: float = math.inf  # rows of the embedding matrix; a tokenizer alone has no limit
+    num_embeddings: float = math.inf  # tokens with both embeddings; a tokenizer alone has no limit
     rope_switches: Iterable[int] = ()  # lengths beyond which rotary frequencies are others
 
     def __init__(self, model, tokenizer, name: str):
@@ -49,7 +49,8 @@ class LanguageModel:
         arch.use_fused_gelu(model)
         if self.device.type == "cuda":
             arch.use_fused_norms(model)
-        self.num_embeddings = min(model.get_input_embeddings().weight.shape[0], self.arch.head.weight.shape[0])
+        embeddings = model.get_input_embeddings(), self.arch.head
+        self.num_embeddings = min(module.weight.shape[0] for module in embeddings)
         self.rope_switches = arch.rope_switches(model.config.get_text_config())
         self._parts = list(model.modules())
         self.layers, self.downs = self.arch.layers, self.arch.downs
@@ -120,12 +121,13 @@ class LanguageModel:
         self.check_parts()
 
     def check_parts(self) -> None:
-        """ValueError where a module was put into the model after loading (an adapter, a new projection): the places this
-        study looks at may not be the ones that a forward pass goes through any more."""
-        now = list(self.model.modules())
-        if len(now) != len(self._parts) or any(one is not part for one, part in zip(now, self._parts)):
-            raise ValueError(f"{self.name}: modules were added or exchanged after it was loaded (an adapter, weight_norm, "
-                             "quantisation?); make a LanguageModel of it anew")
+        """ValueError where a module was put into the model after loading (an adapter, a new
+        projection): forward passes may not go through the places this study looks at any more."""
+        now = list(map(id, self.model.modules()))
+        if now != list(map(id, self._parts)):
+            raise ValueError(f"{self.name}: modules were added or exchanged after it was loaded "
+                             "(an adapter, weight_norm, quantisation?); make a LanguageModel of it "
+                             "anew")
 
     def check_hooks(self) -> None:
         """ValueError for what other code hangs on the model's forward passes: hooks, or a `forward` replaced since loading. Rows
@@ -153,8 +155,8 @@ class LanguageModel:
                              "was loaded; leave the context first")
 
     def value_vectors(self, layer: int) -> Tensor:
-        """(N, d) view of layer `layer`'s down-projection: row p is what neuron p writes. `UnsupportedModel` where no
-        forward pass reads it as it stands."""
+        """(N, d) view of layer `layer`'s down-projection: row p is what neuron p writes.
+        `UnsupportedModel` where no forward pass reads it as it stands."""
         return arch.value_vectors(self.downs[layer])
 
     def check_neurons(self, neurons) -> list[tuple[int, int]]:
@@ -218,13 +220,15 @@ class LanguageModel:
         return prompt_ids, joint[len(prompt_ids):]
 
     def _check_rope(self, prompt: str, prompt_length: int, length: int) -> None:
-        """ValueError where the forward passes that a query needs have different rotary frequencies: one pass over all but its
-        last token is then not what passes token by token give, nor one that continues a cache of all but the prompt's last."""
+        """ValueError where the forward passes that a query needs have different rotary frequencies:
+        one pass over all but its last token is then not what passes token by token give, nor one
+        that continues a cache of all but the prompt's last."""
         for switch in self.rope_switches:
             if prompt_length - 1 <= switch < length - 1:
-                raise ValueError(f"{prompt[:60]!r}... with its answer has {length} tokens and straddles {switch}, beyond which "
-                                 f"{self.name} uses other rotary frequencies (longrope), so its parts would be read "
-                                 "differently; use a shorter or a longer prompt")
+                raise ValueError(f"{prompt[:60]!r}... with its answer has {length} tokens and "
+                                 f"straddles {switch}, beyond which {self.name} uses other rotary "
+                                 "frequencies (longrope), so its parts would be read differently; "
+                                 "use a shorter or a longer prompt")
 
     def encode_all(self, prompts, answers) -> list[tuple[list[int], list[int]]]:
         """`encode` of each prompt with its answer, two lists of texts; ValueError where they are anything else."""
@@ -336,15 +340,17 @@ def _source(name: str) -> str:
 
 def _file_of(source: str, file: str) -> str | None:
     """The path of a file of a model, in its folder or fetched from the Hub, if it has it."""
-    return cached_file(source, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+    return cached_file(source, file, _raise_exceptions_for_missing_entries=False,
+                       _raise_exceptions_for_connection_errors=False)
 
 
 def _check_adapter(source: str) -> None:
-    """transformers loads an adapter with the model where peft is installed and overlooks it elsewhere: two models of one
-    name."""
+    """Refuse an adapter: transformers loads it with the model where peft is installed and overlooks
+    it elsewhere, two models of one name."""
     if _file_of(source, ADAPTER):
-        raise ValueError(f"the model {source} holds an adapter ({ADAPTER}), which changes it or not depending on what is "
-                         "installed; merge it first (peft: merge_and_unload, then save_pretrained) or take the file away")
+        raise ValueError(f"the model {source} holds an adapter ({ADAPTER}), which changes it or "
+                         "not depending on what is installed; merge it first (peft: "
+                         "merge_and_unload, then save_pretrained) or take the file away")
 
 
 def _check_shards(source: str) -> None:

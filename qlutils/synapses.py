@@ -23,8 +23,8 @@ from .arch import UnsupportedModel
 from .attention import NAME, Control, replaced_methods
 from .attribution import Spec, attribute_encoded
 from .models import whole_numbers
-from .replay import (AnswerProbability, attention_implementation, computing, full_precision, hooked, neuron_vectors,
-                     within_memory)
+from .replay import (AnswerProbability, attention_implementation, computing, full_precision, hooked,
+                     neuron_vectors, within_memory)
 from .rows import check_factor, refuse_numbers, token_budget
 
 SCORES = ("sum", "visible_mean")
@@ -58,19 +58,20 @@ def _check_replaceable(lm) -> None:
     once a model."""
     if getattr(lm, "_attention_checked", False):
         return
-    ids = torch.randint(0, lm.num_embeddings, (2, min(6, lm.context)), generator=torch.Generator().manual_seed(0),
-                        device="cpu").to(lm.device)
+    ids = torch.randint(0, lm.num_embeddings, (2, min(6, lm.context)),
+                        generator=torch.Generator().manual_seed(0), device="cpu").to(lm.device)
     with full_precision(lm.device):
         problem = _replacement_error(lm, ids)
     if problem:
         raise UnsupportedModel(
-            f"{lm.name} ({lm.model.config.model_type}): its attention can be neither read nor changed exactly "
-            f"({problem}); notebooks 05 and 06 need another model")
+            f"{lm.name} ({lm.model.config.model_type}): its attention can be neither read nor "
+            f"changed exactly ({problem}); notebooks 05 and 06 need another model")
     lm._attention_checked = True
 
 
 def _replacement_error(lm, ids) -> str:
-    """What goes wrong when `exact_attention` takes the place of the model's own on `ids`; "" if nothing does."""
+    """What goes wrong when `exact_attention` takes the place of the model's own on `ids`; "" if
+    nothing does."""
     own, seen, problem = lm.model(input_ids=ids, use_cache=False).logits.to(lm.score_dtype), set(), ""
     try:
         with _exact(lm), Control(observe=lambda layer, *_: seen.add(layer)).on(lm.model, lm.layers):

@@ -663,7 +663,7 @@ def test_baselines_of_tokens_that_the_model_does_not_embed_are_refused(gpt2):
     tokenizer.add_special_tokens({"eos_token": "<end>"})
     lm = LanguageModel(gpt2.model, tokenizer, "short")
     assert tokenizer.eos_token_id == 97
-    for method, said in (("amig", "short: amig replaces the prompt by EOS tokens, and its tokenizer has none that"),
-                         ("sig", "short: sig needs a mask, pad or EOS token, and its tokenizer has none that")):
+    for method, said in (("amig", "short: amig replaces .* has none that the model embeds"),
+                         ("sig", "short: sig needs a mask, .* has none that the model embeds")):
         with pytest.raises(ValueError, match=said):
             attribute(lm, ["10 11 12"], ["13"], method=method)

@@ -725,7 +725,7 @@ def test_no_queries_give_an_empty_result():
     assert attribute(tiny(), [], []).scores.shape == (0, tiny().num_layers, tiny().num_neurons)
 
 
-# --- settings of the process -------------------------------------------------------------------------------
+# --- settings of the process ----------------------------------------------------------------------
 def every_number(lm):
     """A result of each kind of computation."""
     query, ids = (["10 11 12 13 14"], ["15 16"]), lm.encode("10 11 12 13 14", "15 16")
@@ -736,9 +736,15 @@ def every_number(lm):
     with edit_weights(lm, {(0, 1)}, "update", old=[20, 21], new=[30]):
         found.append(answer_probability(lm, *query))
     change = virtual_edit(lm, {(1, 2), (2, 3)}, "update", old=[20, 21], new=[30])
-    found += [score_rows(lm, [ids], [(0, change)], everywhere=True).log_probability, perplexity(lm, ["10 11 12 13"])]
+    found += [
+        score_rows(lm, [ids], [(0, change)], everywhere=True).log_probability,
+        perplexity(lm, ["10 11 12 13"]),
+    ]
     found += [column_scores(lm, [ids[0]])[0][0], run_rows(lm, [Row(*ids, neurons=((0, 1),))])]
-    found += [neuron_vectors(lm, torch.tensor([ids[0]], device=lm.device)), next_token(lm, query[0][0])]
+    found += [
+        neuron_vectors(lm, torch.tensor([ids[0]], device=lm.device)),
+        next_token(lm, query[0][0]),
+    ]
     return [np.asarray(one) for one in found]
 
 
@@ -761,10 +767,17 @@ def deterministic():
 
 
 @pytest.mark.parametrize("family", ["llama3", "gpt2"])
-@pytest.mark.parametrize("setting", [
-    lambda: torch.autocast("cpu", torch.bfloat16), lambda: default_dtype(torch.bfloat16),
-    lambda: default_dtype(torch.float64), deterministic, lambda: torch.device("meta")],
-    ids=["autocast", "default bfloat16", "default float64", "deterministic", "default device"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: default_dtype(torch.bfloat16),
+        lambda: default_dtype(torch.float64),
+        deterministic,
+        lambda: torch.device("meta"),
+    ],
+    ids=["autocast", "default bfloat16", "default float64", "deterministic", "default device"],
+)
 def test_what_the_caller_has_set_in_torch_changes_no_number(setting, family):
     lm = tiny_lm(family, torch.float32)
     expected = every_number(lm)
@@ -772,20 +785,29 @@ def test_what_the_caller_has_set_in_torch_changes_no_number(setting, family):
         with setting():
             other = own or LanguageModel(lm.model, lm.tokenizer, lm.name)
             with torch.device("cpu"):
-                ids = lm.model(torch.tensor([[5, 6]]))  # the caller's own passes stay as they were set
+                ids = lm.model(
+                    torch.tensor([[5, 6]])
+                )  # the caller's own passes stay as they were set
             found = every_number(other)
-        assert ids.logits.dtype == (torch.bfloat16 if setting().__class__ is torch.autocast else torch.float32)
+        assert ids.logits.dtype == (
+            torch.bfloat16 if setting().__class__ is torch.autocast else torch.float32
+        )
         assert all(np.array_equal(one, other) for one, other in zip(found, expected))
 
 
 @pytest.mark.parametrize("precision", ["medium", "high"])
 def test_products_of_another_precision_than_their_dtype_are_refused(precision):
-    """TF32 and bfloat16 products keep the dtype's name and, on this machine or another, not its numbers."""
+    """TF32 and bfloat16 products keep the dtype's name and not its numbers."""
     lm, query = tiny_lm("llama3", torch.float32), (["10 11 12"], ["13"])
     torch.set_float32_matmul_precision(precision)
     try:
-        for use in (lambda: attribute(lm, *query), lambda: answer_probability(lm, *query), lambda: perplexity(lm, ["10 11"]),
-                    lambda: find_synapses(lm, *query[0]), lambda: LanguageModel(lm.model, lm.tokenizer, "again")):
+        for use in (
+            lambda: attribute(lm, *query),
+            lambda: answer_probability(lm, *query),
+            lambda: perplexity(lm, ["10 11"]),
+            lambda: find_synapses(lm, *query[0]),
+            lambda: LanguageModel(lm.model, lm.tokenizer, "again"),
+        ):
             with pytest.raises(ValueError, match="set_float32_matmul_precision..highest.."):
                 use()
     finally:
@@ -794,8 +816,15 @@ def test_products_of_another_precision_than_their_dtype_are_refused(precision):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="about GNU's OpenMP")
-@pytest.mark.parametrize("threads, variable, said", [(2, None, True), (1, None, False), (2, "GOMP_SPINCOUNT", False),
-                                                     (2, "OMP_WAIT_POLICY", False)])
+@pytest.mark.parametrize(
+    "threads, variable, said",
+    [
+        (2, None, True),
+        (1, None, False),
+        (2, "GOMP_SPINCOUNT", False),
+        (2, "OMP_WAIT_POLICY", False),
+    ],
+)
 def test_torch_loaded_first_is_said_where_threads_will_spin(threads, variable, said, monkeypatch):
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
@@ -805,7 +834,9 @@ def test_torch_loaded_first_is_said_where_threads_will_spin(threads, variable, s
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         runpy.run_path(paths.__file__.replace("paths.py", "__init__.py"))
-    assert [("torch was imported before qlutils" in str(one.message)) for one in caught] == [True] * said
+    assert [("torch was imported before qlutils" in str(one.message)) for one in caught] == [
+        True
+    ] * said
 
 
 # --- models that do not fit together ---------------------------------------------------------------------

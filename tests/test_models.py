@@ -13,8 +13,8 @@ from tiny import CACHE, FAMILIES, GPT, GPTJ_METHOD, SMALL, save_checkpoint, tiny
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from qlutils import (answer_probability, arch, attribute, edit_weights, find_synapses, load_model, models, scale_neurons,
-                     store)
+from qlutils import (answer_probability, arch, attribute, edit_weights, find_synapses, load_model,
+                     models, scale_neurons, store)
 from qlutils.arch import UnsupportedModel
 from qlutils.models import BUNDLED, LanguageModel
 
@@ -258,8 +258,8 @@ def test_a_folder_with_an_adapter_is_refused(alone, tmp_path):
     """With peft it would be loaded, without it overlooked: two models of one name."""
     if not alone:
         save_checkpoint(tmp_path, "llama2")
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "x", "peft_type": "LORA"}))
-    with pytest.raises(ValueError, match=r"holds an adapter \(adapter_config.json\).*merge it first"):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(ValueError, match=r"holds an adapter \(adapter_config.json\).*merge it"):
         load_model(str(tmp_path), device="cpu")
 
 
@@ -267,7 +267,7 @@ def test_a_hub_model_with_an_adapter_is_refused(tmp_path, monkeypatch):
     (tmp_path / "adapter_config.json").write_text("{}")
     held = {"adapter_config.json": str(tmp_path / "adapter_config.json")}
     monkeypatch.setattr(models, "cached_file", lambda source, file, **_: held.get(file))
-    with pytest.raises(ValueError, match="the model some-one/tuned holds an adapter.*merge it first"):
+    with pytest.raises(ValueError, match="some-one/tuned holds an adapter.*merge it first"):
         load_model("some-one/tuned", device="cpu")
 
 

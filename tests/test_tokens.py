@@ -56,23 +56,40 @@ def test_an_answer_that_changes_the_prompts_tokens_is_refused():
 
 
 def by_passes(lm, prompt, answer):
-    """Log probability of `answer`: in one pass over the whole, in a pass of its own for each token, and in a pass that
-    continues the cache of all but the prompt's last token."""
+    """Log probability of `answer`: in one pass over the whole, in a pass of its own for each token,
+    and in a pass that continues the cache of all but the prompt's last token."""
     whole, start = torch.tensor([[*prompt, *answer[:-1]]]), len(prompt) - 1
     cached = lm.model(whole[:, :start], use_cache=True)
     rest = lm.model(whole[:, start:], **{CACHE: cached[CACHE]}).logits[0]
-    own = [lm.model(whole[:, :len(prompt) + k], use_cache=False).logits[0, -1] for k in range(len(answer))]
+    own = [
+        lm.model(whole[:, : len(prompt) + k], use_cache=False).logits[0, -1]
+        for k in range(len(answer))
+    ]
     passes = (lm.model(whole, use_cache=False).logits[0, start:], torch.stack(own), rest)
-    return [float(torch.log_softmax(one, -1).gather(1, torch.tensor(answer)[:, None]).sum()) for one in passes]
+    return [
+        float(torch.log_softmax(one, -1).gather(1, torch.tensor(answer)[:, None]).sum())
+        for one in passes
+    ]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["phi3", "llama2"])
-def test_queries_that_straddle_the_switch_of_a_long_rope_are_refused_and_no_others(family, one_thread):
-    """What is right is what every pass of the model itself agrees on; where they do not, there is no right answer."""
-    rope = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 1.1, 1.3, 1.5], long_factor=[1.0, 2.0, 5.0, 9.0],
-                original_max_position_embeddings=8)
-    lm = tiny_lm(family, rope_parameters=rope, **(dict(original_max_position_embeddings=8) if family == "phi3" else {}))
+def test_queries_that_straddle_the_switch_of_a_long_rope_are_refused_and_no_others(
+    family, one_thread
+):
+    """What is right is what the model's own passes agree on; where they do not, nothing is."""
+    rope = dict(
+        rope_type="longrope",
+        rope_theta=1e4,
+        short_factor=[1.0, 1.1, 1.3, 1.5],
+        long_factor=[1.0, 2.0, 5.0, 9.0],
+        original_max_position_embeddings=8,
+    )
+    lm = tiny_lm(
+        family,
+        rope_parameters=rope,
+        **(dict(original_max_position_embeddings=8) if family == "phi3" else {}),
+    )
     refused = 0
     for size, count in product(range(6, 12), (1, 2, 3)):
         prompt, answer = list(range(10, 10 + size)), list(range(50, 50 + count))
@@ -80,7 +97,9 @@ def test_queries_that_straddle_the_switch_of_a_long_rope_are_refused_and_no_othe
         expected = by_passes(lm, prompt, answer)
         if np.ptp(expected) > 1e-6:
             refused += 1
-            with pytest.raises(ValueError, match="straddles 8, beyond which tiny-.* uses other rotary frequencies"):
+            with pytest.raises(
+                ValueError, match="straddles 8, beyond which tiny-.* uses other rotary frequencies"
+            ):
                 lm.encode(*query)
         else:
             encoded = [lm.encode(*query)]
@@ -92,12 +111,18 @@ def test_queries_that_straddle_the_switch_of_a_long_rope_are_refused_and_no_othe
 
 @torch.no_grad()
 def test_a_dynamic_rope_is_read_as_if_no_longer_text_had_been(one_thread):
-    """Its frequencies grow with the longest pass so far, and shrink again only for one below the original length."""
-    lm = tiny_lm("llama2", rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0),
-                 max_position_embeddings=12)
+    """Its frequencies grow with the longest pass so far, and only a shorter one than the original
+    length resets them."""
+    lm = tiny_lm(
+        "llama2",
+        rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0),
+        max_position_embeddings=12,
+    )
     fresh = column_scores(lm, [lm.encode_prompt(" ".join(map(str, range(10, 21))))])[0][0]
     lm.model(torch.arange(10, 60)[None])
-    assert np.array_equal(column_scores(lm, [lm.encode_prompt(" ".join(map(str, range(10, 21))))])[0][0], fresh)
+    assert np.array_equal(
+        column_scores(lm, [lm.encode_prompt(" ".join(map(str, range(10, 21))))])[0][0], fresh
+    )
     lm.model(torch.arange(10, 60)[None])
     with pytest.raises(ValueError, match="has 12 tokens; tiny-llama2 reads at most 11"):
         lm.encode_prompt(" ".join(map(str, range(10, 22))))
