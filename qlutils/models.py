@@ -288,9 +288,9 @@ def load_model(name_or_path: str, *, device: str | None = None, dtype: str | Non
     source = _source(name)
     if name in BUNDLED:  # loaded at once; a progress bar would only be litter in a notebook
         transformers.utils.logging.disable_progress_bar()
-    if not os.path.isdir(source):
-        _check_adapter(source)
     try:
+        if not os.path.isdir(source):
+            _check_adapter(source)
         _check_shards(source)
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch_dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
