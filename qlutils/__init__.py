@@ -4,12 +4,22 @@ Names are imported when first used, so that `import qlutils` does not wait for t
 """
 
 import os
+import sys
+import warnings
 from importlib import import_module
 
 # torch's threads spin while they wait for one another. On a machine that does anything else that made attribution nine
 # times slower (9.7 s a query against 1.6 s with this limit), and not spinning at all makes small models twice as slow on
-# a quiet one. Read when torch is first imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "50000")
+# a quiet one. Read when torch is first imported, and nothing changes it afterwards.
+_chosen = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ)
+if not _chosen:
+    os.environ["GOMP_SPINCOUNT"] = "50000"
+    _torch = sys.modules.get("torch")
+    if sys.platform == "linux" and _torch is not None and _torch.get_num_threads() > 1:
+        warnings.warn(
+            "torch was imported before qlutils, so its threads spin while they wait: many times "
+            "slower on a CPU that anything else is using. Import qlutils first, or start Python "
+            "with GOMP_SPINCOUNT=50000 or with OMP_NUM_THREADS=1.", stacklevel=2)
 
 _HOME = {
     "load_model": "models", "LanguageModel": "models", "UnsupportedModel": "arch",

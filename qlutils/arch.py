@@ -39,6 +39,11 @@ RECURRENT = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
 CROSS_ATTENTION = ("encoder_attn", "crossattention", "cross_attn")
 
 
+# Weights that are what they seem: neither packed nor scaled by a second tensor.
+PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+PLAIN_MODULES = ("torch.nn.modules.", "transformers.models.", "transformers.pytorch_utils")
+
+
 class UnsupportedModel(ValueError):
     """The model cannot be studied exactly; the message names it and says why."""
 
@@ -98,6 +103,11 @@ def find_architecture(model: nn.Module, name: str) -> Architecture:
              for i, layer in enumerate(layers)]
     parents = [_parent(layer, down) for layer, down in zip(layers, downs)]
     ups = [_first(parent, UP_PROJECTIONS, f"{name}: layer {i}", "up-projection") for i, parent in enumerate(parents)]
+    for what, found in (("layer", layers), ("down-projection", downs), ("up-projection", ups)):
+        if len({id(one) for one in found}) < len(found):
+            raise UnsupportedModel(f"{name}: one {what} module serves several layers, so a change "
+                                   "of one layer's neurons would be a change of the others' too; "
+                                   "give each layer modules of its own")
     widths = {_in_features(down) for down in downs}
     if len(widths) != 1:
         raise UnsupportedModel(f"{name}: layers have different numbers of neurons {sorted(widths)}")
@@ -301,14 +311,6 @@ def expand_call_argument(key: str | None, value, batch: int, query_of_row: Tenso
     return value[:1]
 
 
-def context_length(config) -> int:
-    """Longest input in tokens (a large number where the configuration states none)."""
-    text = config.get_text_config()
-    keys = ("max_position_embeddings", "max_seq_len")  # the latter MPT's
-    stated = (getattr(text, key, None) for key in keys)
-    return next((length for length in stated if length), 10**9)
-
-
 def pick_call_argument(key: str | None, value, batch: int, queries: Tensor, num_heads: int):
     """One captured argument of a decoder layer for some `queries` of the `batch` it was captured for."""
     if isinstance(value, tuple):
@@ -323,15 +325,87 @@ def pick_call_argument(key: str | None, value, batch: int, queries: Tensor, num_
 
 
 def value_vectors(down: nn.Module) -> Tensor:
-    """(N, d) view of the down-projection's weight: row p is the value vector of neuron p (what the projection
-    multiplies its activation with): a row of GPT-2's Conv1D, a column of a Linear."""
-    weight = getattr(down, "weight", None)
-    if weight is None or not weight.is_floating_point() or weight.dim() != 2:
-        raise UnsupportedModel(
-            f"{type(down).__name__}: quantised weights ({getattr(weight, 'dtype', None)}) cannot be edited exactly; "
-            "load the model in float32 or bfloat16"
-        )
-    if not isinstance(down, (nn.Linear, Conv1D)) or type(down).__module__.split(".")[0] not in ("torch", "transformers"):
-        raise UnsupportedModel(f"{type(down).__name__}: a projection that may write more than its weights say (an adapter?) "
-                               "cannot be edited exactly; merge the adapter into the weights first")
+    """(N, d) view of the down-projection's weight: row p is the value vector of neuron p (what the
+    projection multiplies its activation with): a row of GPT-2's Conv1D, a column of a Linear.
+    `UnsupportedModel` unless a forward pass reads what stands there (see `plain_weight`)."""
+    weight = plain_weight(down)
+    if not isinstance(down, (nn.Linear, Conv1D)):
+        raise UnsupportedModel(f"{type(down).__name__}: not a linear projection, so its neurons "
+                               "have no value vectors")
     return weight if isinstance(down, Conv1D) else weight.T
+
+
+def plain_weight(module: nn.Module) -> Tensor:
+    """The matrix that a projection or an embedding holds. `UnsupportedModel` where a forward pass
+    may use another: what is written to this one would be lost, what is read from it be wrong."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        reason = ("its weight is made from other tensors before each use (pruning, weight_norm, "
+                  "parametrize, quantisation, an adapter?); write it into the weights first "
+                  "(prune.remove, remove_parametrizations, merge_and_unload)")
+    elif not _is_plain(weight):
+        reason = (f"quantised weights ({weight.dtype}) cannot be edited exactly; load the model in "
+                  "float32 or bfloat16")
+    elif weight.device.type == "meta":
+        reason = ("its weight is offloaded (device_map, disk or CPU offload) and fetched anew for "
+                  "each forward pass; load the model without device_map, whole on one device")
+    elif not type(module).__module__.startswith(PLAIN_MODULES):
+        reason = ("a module that may write more than its weights say (an adapter?) or round them "
+                  "cannot be edited exactly; merge the adapter into the weights first, or load the "
+                  "model unquantised")
+    elif _is_altered(module):
+        reason = ("other code hangs on it (a hook, or a forward method of its own), which may "
+                  "change its weight or its output; remove it")
+    else:
+        return weight
+    raise UnsupportedModel(f"{type(module).__name__}: {reason}")
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return type(weight) is nn.Parameter and weight.dtype in PLAIN_DTYPES and weight.dim() == 2
+
+
+def _is_altered(module: nn.Module) -> bool:
+    """Whether code that is neither the module's class nor ours runs in its forward pass."""
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        if (getattr(hook, "__module__", None) or "").split(".")[0] != "qlutils":
+            return True
+    # accelerate's own moves inputs between devices; where it fetches weights, they are on `meta`
+    return "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
+
+
+def check_sole_owner(model: nn.Module, module: nn.Module) -> None:
+    """`UnsupportedModel` where the weight of `module` is another module's too, so that an edit
+    would change both."""
+    place = module.weight.data_ptr()
+    held = model.named_parameters(remove_duplicate=False)
+    owners = [name.removesuffix(".weight") for name, one in held if one.data_ptr() == place]
+    if len(owners) != 1:
+        raise UnsupportedModel(f"{type(module).__name__}: its weight is shared by "
+                               f"{', '.join(owners)}, so an edit would change the value vectors of "
+                               "each; give them weights of their own first")
+
+
+def rope_kinds(config) -> list[dict]:
+    """The rotary settings of a text configuration: one for all layers, or one a kind of layer."""
+    given = getattr(config, "rope_parameters", None) or {}
+    return [rope for rope in (given, *given.values())
+            if isinstance(rope, dict) and "rope_type" in rope]
+
+
+def rope_switches(config) -> list[int]:
+    """Lengths in tokens beyond which a forward pass uses other rotary frequencies, for all of its
+    tokens: "longrope", as in Phi-3."""
+    return [rope["original_max_position_embeddings"] for rope in rope_kinds(config)
+            if rope["rope_type"] == "longrope"]
+
+
+def context_length(config) -> int:
+    """Longest input in tokens (a large number where the configuration states none). One less with
+    "dynamic" rotary scaling: beyond `max_position_embeddings` its frequencies grow with the input,
+    and an input of just that length would be read with those that a longer one before it left."""
+    text = config.get_text_config()
+    keys = ("max_position_embeddings", "max_seq_len")  # the latter MPT's
+    given = (getattr(text, key, None) for key in keys)
+    stated = next((length for length in given if length), 10**9)
+    return stated - any("dynamic" in rope["rope_type"] for rope in rope_kinds(text))

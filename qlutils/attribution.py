@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .integrate import integrate
 from .quadrature import RULES
-from .replay import ONE_AT_A_TIME, SITES, clean_pass, neuron_vectors, on_device, within_memory
+from .replay import SITES, clean_pass, computing, neuron_vectors, on_device, within_memory
 from .rows import score_queries
 
 METHODS = ("ig", "sig", "amig")
@@ -120,8 +120,7 @@ def attribute_encoded(lm, queries: list[tuple[list[int], list[int]]], spec: Spec
     if lm.dtype == torch.float16:
         raise ValueError("float16 gradients of a probability underflow silently; load the model in bfloat16 or float32")
     names = names or [lm.tokenizer.decode(p, skip_special_tokens=True) for p, _ in queries]
-    with ONE_AT_A_TIME:
-        lm.check_hooks()
+    with computing(lm):
         return within_memory(lambda budget: _attribute(lm, queries, replace(spec, row_budget=budget), names),
                              spec.row_budget or default_row_budget(lm), lm.num_layers)
 
@@ -186,15 +185,15 @@ def _baselines(lm, ids: Tensor, prompt_lengths: list[int], spec: Spec) -> Tensor
     first, (queries, length) = lm.bos_offset, ids.shape
     if spec.method == "amig":
         eos = lm.tokenizer.eos_token_id
-        if eos is None:
-            raise ValueError(f"{lm.name}: amig replaces the prompt by EOS tokens, and its tokenizer has no EOS token")
+        if eos is None or eos >= lm.num_embeddings:
+            raise ValueError(f"{lm.name}: amig replaces the prompt by EOS tokens, and its "
+                             "tokenizer has none that the model embeds")
         variants = ids.clone()
         for row, prompt_length in enumerate(prompt_lengths):
             variants[row, first:prompt_length] = eos
     else:
         candidates = (lm.tokenizer.mask_token_id, lm.tokenizer.pad_token_id, lm.tokenizer.eos_token_id)
-        embedded = lm.model.get_input_embeddings().weight.shape[0]
-        token = next((c for c in candidates if c is not None and c < embedded), None)
+        token = next((c for c in candidates if c is not None and c < lm.num_embeddings), None)
         if token is None:
             raise ValueError(f"{lm.name}: sig needs a mask, pad or EOS token, and its tokenizer has none that the model embeds")
         places = range(first, prompt_lengths[0])

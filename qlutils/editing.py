@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arch import UnsupportedModel
+from .arch import UnsupportedModel, check_sole_owner, plain_weight
 from .data import check_text
 from .models import whole_numbers
 from .rows import Change, score_queries
@@ -58,7 +58,9 @@ def edit_weights(lm, neurons, op, *, old=None, new=None, lambda1=2.0, lambda2=2.
     2), E the mean embedding of the object's tokens, which may be ids or text. `embedding`: "input" word
     embedding or "output" (unembedding). Yields an `Edit`. The weights are bit-identical afterwards, whatever
     happens inside; where several edits are active, each can end before the others and they stay. ValueError: a
-    neuron outside the model, an unknown operation or embedding, an object without an embedding, quantised weights.
+    neuron outside the model, an unknown operation or embedding, an object without an embedding,
+    weights that no forward pass reads as they stand (quantised, offloaded, pruned, parametrised) or
+    that layers share.
     """
     neurons = lm.check_neurons(neurons)
     delta = edit_vector(lm, op, old=old, new=new, lambda1=lambda1, lambda2=lambda2, embedding=embedding)
@@ -110,13 +112,21 @@ class _Written:
 def save_edited(lm, folder, neurons, op, **options) -> Path:
     """Write the model as `edit_weights(lm, neurons, op, **options)` makes it, with its tokenizer, as a
     checkpoint that `from_pretrained` loads anywhere. `lm` itself is unchanged. ValueError when `folder`
-    already holds a checkpoint."""
+    already holds a checkpoint or when the edit changes no weight."""
     if not isinstance(folder, (str, Path)):
         raise ValueError(f"folder must be a path, not {folder!r}")
     folder = Path(os.path.expanduser(folder))
     if os.path.exists(folder / "config.json") or os.path.isfile(folder):
         raise ValueError(f"{folder} already holds a checkpoint or is a file; name a new folder")
+    if getattr(lm.model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModel(f"{lm.name} carries an adapter, and transformers would save nothing "
+                               "else; merge it into the weights first")
     with edit_weights(lm, neurons, op, **options):
+        kept = [torch.equal(lm.value_vectors(layer)[index], rows)
+                for layer, (index, rows) in lm.edits[-1].before.items()]
+        if all(kept):
+            raise ValueError(f"this edit changes no weight of {lm.name} (no neurons, or a change "
+                             f"too small for {lm.dtype}), so there is no edited model to save")
         lm.model.save_pretrained(folder)
     lm.tokenizer.save_pretrained(folder)
     return folder
@@ -124,9 +134,12 @@ def save_edited(lm, folder, neurons, op, **options) -> Path:
 
 def virtual_edit(lm, neurons, op, **options) -> Change:
     """The `Change` that scores rows as `edit_weights(lm, neurons, op, **options)` would, with
-    `everywhere=True`."""
+    `everywhere=True`; what that refuses, this does."""
     delta = edit_vector(lm, op, **options)
-    return Change(lm, neurons, 0.0) if delta is None else Change(lm, neurons, vector=delta)
+    change = Change(lm, neurons, 0.0) if delta is None else Change(lm, neurons, vector=delta)
+    for layer in change.by_layer:
+        _editable(lm, layer)
+    return change
 
 
 def edit_vector(lm, op, *, old=None, new=None, lambda1=2.0, lambda2=2.0, embedding="input") -> Tensor | None:
@@ -158,7 +171,11 @@ def object_embedding(lm, words, embedding="input") -> Tensor:
     else:
         raise ValueError(f"object {words!r} must be text or a list of token ids")
     module = lm.model.get_input_embeddings() if embedding == "input" else lm.model.get_output_embeddings()
-    weight = module.weight
+    try:
+        weight = plain_weight(module)
+    except UnsupportedModel as error:
+        said = f"{lm.name}: its {embedding} embeddings cannot be read: {error}"
+        raise UnsupportedModel(said) from None
     if not ids or not all(0 <= token < weight.shape[0] for token in ids):
         raise ValueError(f"object {words!r} has no embedding: {lm.name} embeds the tokens 0 to "
                          f"{weight.shape[0] - 1}")
@@ -181,10 +198,15 @@ def object_tokens(lm, text: str) -> list[int]:
 
 
 def _editable(lm, layer) -> Tensor:
+    """The value vectors of `layer`. `UnsupportedModel` unless an edit of them reaches the model,
+    and this layer alone."""
     try:
-        return lm.value_vectors(layer)
-    except (UnsupportedModel, AttributeError) as error:
+        lm.check_parts()
+        vectors = lm.value_vectors(layer)
+        check_sole_owner(lm.model, lm.downs[layer])
+    except ValueError as error:
         raise UnsupportedModel(f"{lm.name}: layer {layer} cannot be edited: {error}") from None
+    return vectors
 
 
 # --- perplexity ------------------------------------------------------------------------------------------

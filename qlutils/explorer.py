@@ -25,7 +25,7 @@ from .files import as_frame, read_table
 from .interventions import answer_probability, scale_neurons
 from .localize import localise_unit
 from .neurons import cas_neurons, consistency, kn_sets, neighbour_sets
-from .replay import neuron_vectors
+from .replay import computing, neuron_vectors
 from .rows import score_queries
 from .store import code_versions
 from .study import Study, model_content
@@ -109,7 +109,9 @@ def look(lm, fact: Fact, method="ig", saved: pd.DataFrame | None = None, **spec)
 @torch.no_grad()
 def next_token(lm, prompt: str) -> torch.Tensor:
     """(V,) probabilities of the token after `prompt`."""
-    logits = lm.model(input_ids=torch.tensor([lm.encode_prompt(prompt)], device=lm.device), use_cache=False).logits
+    ids = torch.tensor([lm.encode_prompt(prompt)], device=lm.device)
+    with computing(lm):
+        logits = lm.model(input_ids=ids, use_cache=False).logits
     return torch.softmax(logits[0, -1].to(lm.score_dtype), -1).cpu()
 
 

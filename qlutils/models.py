@@ -24,6 +24,7 @@ from . import arch, paths, pretrained
 from .arch import UnsupportedModel
 from .attention import is_controlled
 from .check import verify
+from .replay import full_precision
 from .data import check_text
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,6 +32,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 MODEL_FILES = ("model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json",
                "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
                "chat_template*")
+ADAPTER = "adapter_config.json"
 BUNDLED = ("demo/gpt2", "demo/llama2", "demo/llama3")
 
 
@@ -42,7 +44,8 @@ class LanguageModel:
     the fast path and raises `UnsupportedModel` unless the model's own logits come out.
     """
 
-    num_embeddings: float = math.inf  # rows of the embedding matrix; a tokenizer alone has no limit
+    num_embeddings: float = math.inf  # tokens with both embeddings; a tokenizer alone has no limit
+    rope_switches: Iterable[int] = ()  # lengths beyond which rotary frequencies are others
 
     def __init__(self, model, tokenizer, name: str):
         if hasattr(model, "_orig_mod"):
@@ -62,11 +65,15 @@ class LanguageModel:
             arch.use_fused_gelu(model)
             if self.device.type == "cuda":
                 arch.use_fused_norms(model)
-        self.num_embeddings = model.get_input_embeddings().weight.shape[0]
+            embeddings = model.get_input_embeddings(), self.arch.head
+            self.num_embeddings = min(module.weight.shape[0] for module in embeddings)
+            self.rope_switches = arch.rope_switches(model.config.get_text_config())
+        self._parts = list(model.modules())
         self.layers, self.downs = self.arch.layers, self.arch.downs
         self.num_layers, self.num_neurons, self.num_heads = len(self.layers), self.arch.num_neurons, self.arch.num_heads
         self.layout = "sequence" if self.arch.uses_attention_interface else "batch"
-        verify(self)
+        with full_precision(self.device):
+            verify(self)
 
     @property
     def device(self) -> torch.device:
@@ -131,6 +138,16 @@ class LanguageModel:
             raise ValueError(f"{self.name} is in training mode, where dropout changes every number; call lm.model.eval()")
         if getattr(self.model, "_compiled_call_impl", None) is not None:
             raise ValueError(f"{self.name} was compiled after it was loaded, and a compiled model leaves out hooks; load it anew")
+        self.check_parts()
+
+    def check_parts(self) -> None:
+        """ValueError where a module was put into the model after loading (an adapter, a new
+        projection): forward passes may not go through the places this study looks at any more."""
+        now = list(map(id, self.model.modules()))
+        if now != list(map(id, self._parts)):
+            raise ValueError(f"{self.name}: modules were added or exchanged after it was loaded "
+                             "(an adapter, weight_norm, quantisation?); make a LanguageModel of it "
+                             "anew")
 
     def check_hooks(self) -> None:
         """ValueError for what other code hangs on the model's forward passes: hooks, or a `forward` replaced since loading. Rows
@@ -158,7 +175,8 @@ class LanguageModel:
                              "was loaded; leave the context first")
 
     def value_vectors(self, layer: int) -> Tensor:
-        """(N, d) view of layer `layer`'s down-projection: row p is what neuron p writes."""
+        """(N, d) view of layer `layer`'s down-projection: row p is what neuron p writes.
+        `UnsupportedModel` where no forward pass reads it as it stands."""
         return arch.value_vectors(self.downs[layer])
 
     def check_neurons(self, neurons) -> list[tuple[int, int]]:
@@ -218,7 +236,19 @@ class LanguageModel:
             )
         if len(joint) > self.context:
             raise ValueError(f"{prompt[:60]!r}... with its answer has {len(joint)} tokens; {self.name} reads {self.context}")
+        self._check_rope(prompt, len(prompt_ids), len(joint))
         return prompt_ids, joint[len(prompt_ids):]
+
+    def _check_rope(self, prompt: str, prompt_length: int, length: int) -> None:
+        """ValueError where the forward passes that a query needs have different rotary frequencies:
+        one pass over all but its last token is then not what passes token by token give, nor one
+        that continues a cache of all but the prompt's last."""
+        for switch in self.rope_switches:
+            if prompt_length - 1 <= switch < length - 1:
+                raise ValueError(f"{prompt[:60]!r}... with its answer has {length} tokens and "
+                                 f"straddles {switch}, beyond which {self.name} uses other rotary "
+                                 "frequencies (longrope), so its parts would be read differently; "
+                                 "use a shorter or a longer prompt")
 
     def encode_all(self, prompts, answers) -> list[tuple[list[int], list[int]]]:
         """`encode` of each prompt with its answer, two lists of texts; ValueError where they are anything else."""
@@ -281,6 +311,8 @@ def load_model(name_or_path: str, *, device: str | None = None, dtype: str | Non
     if name in BUNDLED or pretrained.is_gguf(name):  # loaded at once; a progress bar would only be litter in a notebook
         transformers.utils.logging.disable_progress_bar()
     try:
+        if not os.path.isdir(source):
+            _check_adapter(source)
         _check_shards(source)
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch_dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
@@ -318,6 +350,7 @@ def _source(name: str) -> str:
         return str(pretrained.folder(name))
     folder = Path(os.path.expanduser(name))
     if os.path.isdir(folder):  # False, where `Path.is_dir` raises, for what cannot be a path
+        _check_adapter(str(folder))
         if not (folder / "config.json").is_file():
             raise ValueError(f"the folder {name} holds no config.json; a model folder is what save_pretrained writes")
         if not list(folder.glob("*.safetensors")):
@@ -335,6 +368,7 @@ def fetch_model(name: str) -> None:
     source = _source(name)
     try:
         if not os.path.isdir(source):
+            _check_adapter(source)
             source = snapshot_download(source, allow_patterns=MODEL_FILES)
         files = _check_shards(source) or list(Path(source).glob("model*.safetensors"))
         if not files:
@@ -348,12 +382,26 @@ def fetch_model(name: str) -> None:
         raise ValueError(f"could not load model {name!r}: {_advice(name, error)}") from error
 
 
+def _file_of(source: str, file: str) -> str | None:
+    """The path of a file of a model, in its folder or fetched from the Hub, if it has it."""
+    return cached_file(source, file, _raise_exceptions_for_missing_entries=False,
+                       _raise_exceptions_for_connection_errors=False)
+
+
+def _check_adapter(source: str) -> None:
+    """Refuse an adapter: transformers loads it with the model where peft is installed and overlooks
+    it elsewhere, two models of one name."""
+    if _file_of(source, ADAPTER):
+        raise ValueError(f"the model {source} holds an adapter ({ADAPTER}), which changes it or "
+                         "not depending on what is installed; merge it first (peft: "
+                         "merge_and_unload, then save_pretrained) or take the file away")
+
+
 def _check_shards(source: str) -> list[str]:
     """The files that the index of a model lists, [] without an index. ValueError unless all are
     safetensors: `use_safetensors` binds transformers to the index's name only, and a pickle that is
     listed in it would be opened."""
-    index = cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False,
-                        _raise_exceptions_for_connection_errors=False)
+    index = _file_of(source, "model.safetensors.index.json")
     if not index:
         return []
     shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
 
@@ -106,6 +106,37 @@ def attention_implementation(model, name: str):
 
 
 @contextmanager
+def full_precision(device: torch.device):
+    """Inside, what the model computes has its own dtype and tensors are made on the CPU unless told
+    otherwise, whatever the caller has set: no autocast, no other default device. ValueError for
+    float32 products rounded to TF32 or bfloat16: a setting of the process, not of a thread."""
+    backend = getattr(torch.backends, "cuda" if device.type == "cuda" else "mkldnn")
+    chosen = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
+    if chosen is None:  # torch before 2.9
+        chosen = torch.get_float32_matmul_precision()
+    if chosen not in ("none", "ieee", "highest"):
+        raise ValueError(f"torch rounds float32 products to another precision here ({chosen!r}), "
+                         "which would change every number under the same dtype; call "
+                         "torch.set_float32_matmul_precision('highest')")
+    with ExitStack() as stack:
+        known = torch.amp.is_autocast_available(device.type)
+        if known and torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
+
+
+@contextmanager
+def computing(lm):
+    """Inside, this thread alone computes with the model, in the model's precision; ValueError for
+    other code's hooks."""
+    with ONE_AT_A_TIME, full_precision(lm.device):
+        lm.check_hooks()
+        yield
+
+
+@contextmanager
 def hooked(handles):
     """Inside, the hooks whose registration the iterable `handles` yields are there. They are registered one by one within
     the `try`, so that an interruption leaves none behind."""
@@ -187,7 +218,9 @@ def neuron_vectors(lm, ids: Tensor, site: str = "down_input", chunk: int = 256) 
             _read(site, lm.num_neurons, inputs, output).view(-1, seq, lm.num_neurons)[:, -1])
 
     seq = ids.shape[1]
-    with hooked(site_module(lm, layer, site).register_forward_hook(keep(layer)) for layer in range(lm.num_layers)):
+    watched = (site_module(lm, layer, site).register_forward_hook(keep(layer))
+               for layer in range(lm.num_layers))
+    with computing(lm), hooked(watched):
         for part in ids.split(chunk):
             lm.model.base_model(input_ids=part, use_cache=False)
     return torch.stack([torch.cat(parts) for parts in kept], 1)

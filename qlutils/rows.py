@@ -25,7 +25,7 @@ from transformers import DynamicCache
 from .arch import UnsupportedModel
 from .attention import with_cache
 from .check import sharply
-from .replay import ONE_AT_A_TIME, call_layer, final_hidden, hooked, to_logits, within_memory
+from .replay import call_layer, computing, final_hidden, hooked, to_logits, within_memory
 
 LOGITS = 2**23  # logits held at once
 CPU_TOKENS = 2048  # tokens of a batch on a CPU; from 1,024 on the time is flat
@@ -98,8 +98,7 @@ def score_rows(lm, queries, rows, *, everywhere=False, tokens=None) -> Scores:
     `everywhere`: changes act at every token (an edited weight); else at the last prompt token and later ones.
     `tokens` bounds the tokens of a batch. Equal rows (same query, same `Change` object) are computed once."""
     lm.check_ready()
-    with ONE_AT_A_TIME:
-        lm.check_hooks()
+    with computing(lm):
         if not lm.__dict__.get("rows_verified"):
             _verify(lm)
     plan: dict[tuple, list[int]] = {}
@@ -123,7 +122,7 @@ def score_rows(lm, queries, rows, *, everywhere=False, tokens=None) -> Scores:
             for start in range(0, len(members), size):
                 _score_group(lm, queries, members[start:start + size], by_query, prefix, size, out)
 
-    with ONE_AT_A_TIME, scoring(lm):
+    with computing(lm), scoring(lm):
         within_memory(score, tokens or token_budget(lm))
     return out
 
@@ -343,7 +342,7 @@ def refuse_numbers(lm, prompt: list[int]):
 
 def _verify(lm) -> None:
     """Refuse, by name, a model whose layers cannot be run on rows of our own; once a model."""
-    ids = torch.arange(8, device=lm.device).reshape(2, 4) % lm.arch.head.weight.shape[0]
+    ids = torch.arange(8, device=lm.device).reshape(2, 4) % lm.num_embeddings
     queries = [(row[:3], row[3:]) for row in ids.tolist()]
     nothing, again = Change(lm, [(0, 0)], 1.0), Change(lm, [(0, 0)], 1.0)
     rows = [(1, nothing), (0, nothing), (1, again)]  # not as many as queries, nor in their order

@@ -25,7 +25,8 @@ from .attribution import Spec, attribute_encoded
 from .check import differ, sharply
 from .data import prompt_tokens
 from .models import whole_numbers
-from .replay import ONE_AT_A_TIME, AnswerProbability, attention_implementation, hooked, neuron_vectors, within_memory
+from .replay import (AnswerProbability, attention_implementation, computing, full_precision, hooked,
+                     neuron_vectors, within_memory)
 from .rows import check_factor, refuse_numbers, token_budget
 
 SCORES = ("sum", "visible_mean")
@@ -59,8 +60,20 @@ def _check_replaceable(lm) -> None:
     once a model."""
     if getattr(lm, "_attention_checked", False):
         return
-    ids = torch.randint(0, lm.arch.head.weight.shape[0], (2, min(6, lm.context)),
+    ids = torch.randint(0, lm.num_embeddings, (2, min(6, lm.context)),
                         generator=torch.Generator().manual_seed(0), device="cpu").to(lm.device)
+    with full_precision(lm.device):
+        problem = _replacement_error(lm, ids)
+    if problem:
+        raise UnsupportedModel(
+            f"{lm.name} ({lm.model.config.model_type}): its attention can be neither read nor "
+            f"changed exactly ({problem}); notebooks 05 and 06 need another model")
+    lm._attention_checked = True
+
+
+def _replacement_error(lm, ids) -> str:
+    """What goes wrong when `exact_attention` takes the place of the model's own on `ids`; "" if
+    nothing does."""
     seen, problem = set(), ""
     try:
         with sharply(lm) as tolerance:
@@ -78,11 +91,7 @@ def _check_replaceable(lm) -> None:
         raise
     except Exception as failure:
         problem = describe(failure)
-    if problem:
-        raise UnsupportedModel(
-            f"{lm.name} ({lm.model.config.model_type}): its attention can be neither read nor changed exactly "
-            f"({problem}); notebooks 05 and 06 need another model")
-    lm._attention_checked = True
+    return problem
 
 
 @contextmanager
@@ -161,8 +170,7 @@ def column_scores(lm, prompts: list[list[int]], score: str = "sum") -> list[tupl
                     refuse_numbers(lm, prompts[query])
                 out[query] = found
 
-    with ONE_AT_A_TIME:
-        lm.check_hooks()
+    with computing(lm):
         within_memory(run, token_budget(lm))
     return out
 
@@ -235,8 +243,7 @@ def run_rows(lm, rows: list[Row]) -> np.ndarray:
                 part = [rows[i] for i in group[start:start + size]]
                 out[group[start:start + size]] = _run_batch(lm, part, length, answer, renormalise)
 
-    with ONE_AT_A_TIME:
-        lm.check_hooks()
+    with computing(lm):
         within_memory(run, token_budget(lm))
     return out
 

@@ -800,3 +800,15 @@ def test_the_answers_of_attribute_are_those_of_its_tokens(gpt2):
     by_ids = attribute_encoded(gpt2, [([5, 6, 7], [9, 10]), ([5, 6, 7, 8], [11])], Spec(steps=3))
     assert torch.equal(by_text.scores, by_ids.scores)
     assert np.asarray(by_text.scores).shape == (2, 3, 128)
+
+
+def test_baselines_of_tokens_that_the_model_does_not_embed_are_refused(gpt2):
+    """Some checkpoints name an EOS token that their embeddings were never extended for."""
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    lm = LanguageModel(gpt2.model, tokenizer, "short")
+    assert tokenizer.eos_token_id == 97
+    for method, said in (("amig", "short: amig replaces .* has none that the model embeds"),
+                         ("sig", "short: sig needs a mask, .* has none that the model embeds")):
+        with pytest.raises(ValueError, match=said):
+            attribute(lm, ["10 11 12"], ["13"], method=method)

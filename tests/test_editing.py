@@ -8,7 +8,10 @@ import pandas as pd
 import papermill
 import pytest
 import torch
-from tiny import FAMILIES, WORDS, save_checkpoint, save_dataset, tiny_lm, word_tokenizer
+from tiny import FAMILIES, WORDS, save_checkpoint, save_dataset, tiny_lm, tiny_model, word_tokenizer
+from torch import nn
+from torch.nn.utils import prune
+from transformers import AutoModelForCausalLM
 
 from qlutils import Fact, edit_weights, load_facts, load_model, paths, perplexity, save_edited
 from qlutils.arch import UnsupportedModel
@@ -16,8 +19,9 @@ from qlutils import edit_study
 from qlutils.edit_report import AVG_NOTE, contrasts, edit_table
 from qlutils.edit_study import cas_spec, cas_sweep, edit_facts, plan_edits
 from qlutils.editing import edit_vector, object_tokens, usable_texts, virtual_edit
+from qlutils.models import LanguageModel
 from qlutils.neurons import cas_candidates, kn_sets, strongest_neurons
-from qlutils.rows import score_rows
+from qlutils.rows import Change, score_rows
 
 ROUNDED = ("gptj", "codegen", "gpt-neo", "bloom", "gemma2", "granite-swa", "gemma4")
 NEURONS = {(0, 3), (1, 7), (1, 9), (2, 0), (2, 5)}
@@ -176,6 +180,167 @@ def test_quantised_weights_and_embeddings_of_another_width_are_refused_by_name()
             pass
     with pytest.raises(ValueError, match="embeddings have 16 dimensions and its value vectors 32"):
         edit_vector(tiny_lm("opt-350m"), "update", old=[5], new=[6])
+
+
+# --- edits that a forward pass would not see ------------------------------------------------------
+def pruned(projection):
+    prune.l1_unstructured(projection, "weight", 0.3)
+
+
+def weight_normed(projection):
+    nn.utils.weight_norm(projection)
+
+
+def parametrised(projection):
+    nn.utils.parametrizations.weight_norm(projection)
+
+
+def scaled_float8(projection):
+    projection.weight = nn.Parameter(projection.weight.to(torch.float8_e4m3fn), requires_grad=False)
+
+
+def rewritten_by_a_hook(projection):
+    weight = projection.weight.clone()
+    projection.register_forward_pre_hook(lambda module, _: module.weight.copy_(weight))
+
+
+def with_a_forward_of_its_own(projection):
+    weight = projection.weight.clone()
+    projection.forward = lambda x: nn.functional.linear(x, weight)
+
+
+def on_meta(projection):
+    projection.weight = nn.Parameter(projection.weight.to("meta"), requires_grad=False)
+
+
+class Wrapped(nn.Module):
+    """A projection inside another one, as adapters leave it."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer, self.in_features = base_layer, base_layer.in_features
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    def forward(self, x):
+        return self.base_layer(x) + x[..., :32]
+
+
+def refuse_edits(lm, layer, said, tmp_path):
+    """No way of editing `layer` is taken, and nothing is written: no file and no other layer."""
+    ways = (
+        lambda: edit_weights(lm, {(0, 1), (layer, 3)}, "erase").__enter__(),
+        lambda: virtual_edit(lm, {(layer, 3)}, "update", old=[5], new=[6]),
+        lambda: save_edited(lm, tmp_path / "edited", {(layer, 3)}, "erase"),
+    )
+    untouched = value_vector(lm, "llama2", 0, 1).clone()
+    for way in ways:
+        with pytest.raises(
+            UnsupportedModel, match=rf"{lm.name}: layer [0-9] cannot be edited: .*{said}"
+        ):
+            way()
+    assert not (tmp_path / "edited").exists()
+    assert torch.equal(value_vector(lm, "llama2", 0, 1), untouched)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (pruned, "made from other tensors"),
+        (weight_normed, "made from other tensors"),
+        (parametrised, "made from other tensors|modules were added"),
+        (scaled_float8, "quantised weights"),
+        (rewritten_by_a_hook, "other code hangs on it"),
+        (with_a_forward_of_its_own, "other code hangs on it"),
+        (on_meta, "offloaded"),
+    ],
+)
+def test_an_edit_of_a_weight_that_no_forward_pass_reads_is_refused(spoil, said, tmp_path):
+    lm = tiny_lm("llama2")
+    spoil(lm.downs[1])
+    refuse_edits(lm, 1, said, tmp_path)
+
+
+def test_an_edit_beside_a_projection_exchanged_after_loading_is_refused(tmp_path):
+    lm = tiny_lm("llama2")
+    lm.model.model.layers[1].mlp.down_proj = Wrapped(lm.downs[1]).eval()
+    refuse_edits(lm, 1, "modules were added or exchanged", tmp_path)
+    with pytest.raises(
+        ValueError, match="tiny-llama2: modules were added or exchanged after it was loaded"
+    ):
+        score_rows(lm, [([10, 11], [12])], [(0, None)])
+
+
+def test_an_edit_of_a_weight_that_two_layers_share_is_refused(tmp_path):
+    lm = tiny_lm("llama2")
+    lm.downs[2].weight = lm.downs[1].weight
+    refuse_edits(
+        lm,
+        1,
+        r"shared by model\.layers\.1\.mlp\.down_proj, model\.layers\.2\.mlp\.down_proj",
+        tmp_path,
+    )
+
+
+@torch.no_grad()
+def test_neurons_of_a_pruned_projection_can_still_be_scaled_row_by_row():
+    """The weight that a forward pass uses is another than the one that stands there to be read."""
+    model = tiny_model("llama2")
+    pruned(model.model.layers[1].mlp.down_proj)
+    lm = LanguageModel(model, word_tokenizer(), "pruned")
+    found = score_rows(
+        lm, [([10, 11, 12], [13])], [(0, Change(lm, {(1, 3), (2, 5)}, 0.0))], everywhere=True
+    )
+    plain = tiny_model("llama2")
+    for layer, index in ((1, 3), (2, 5)):
+        plain.model.layers[layer].mlp.down_proj.weight.copy_(
+            model.model.layers[layer].mlp.down_proj.weight
+        )
+        plain.model.layers[layer].mlp.down_proj.weight[:, index] = 0
+    expected = torch.log_softmax(plain(torch.tensor([[10, 11, 12]])).logits[0, -1], -1)[13]
+    assert found.log_probability[0] == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_layers_offloaded_to_disk_are_not_edited_and_the_others_are(tmp_path):
+    pytest.importorskip("accelerate")
+    folder = save_checkpoint(tmp_path / "own", "llama2", dtype=torch.float64)
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.rotary_emb": "cpu",
+        "model.norm": "cpu",
+        "lm_head": "cpu",
+        **{f"model.layers.{layer}": "disk" if layer == 1 else "cpu" for layer in range(3)},
+    }
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, device_map=places, offload_folder=tmp_path / "disk", dtype=torch.float64
+    )
+    lm = LanguageModel(model, word_tokenizer(), "offloaded")
+    refuse_edits(lm, 1, "offloaded", tmp_path)
+    edited = load_model(
+        str(save_edited(lm, tmp_path / "edited", {(0, 3)}, "erase")), device="cpu", dtype="float64"
+    )
+    whole = load_model(folder, device="cpu", dtype="float64")
+    with torch.no_grad():
+        value_vector(whole, "llama2", 0, 3).zero_()
+        ids = torch.tensor([[10, 11, 12]])
+        torch.testing.assert_close(
+            edited.model(ids).logits, whole.model(ids).logits, rtol=1e-12, atol=0
+        )
+
+
+def test_a_checkpoint_that_would_hold_no_edit_is_not_written(tmp_path):
+    lm = tiny_lm("llama2", torch.bfloat16)
+    same = dict(old=[5], new=[5])
+    for neurons, op, options in ((set(), "erase", {}), ({(0, 3)}, "update", same)):
+        with pytest.raises(ValueError, match="changes no weight of tiny-llama2"):
+            save_edited(lm, tmp_path / "edited", neurons, op, **options)
+    lm.model._hf_peft_config_loaded = True  # then transformers saves the adapter alone
+    with pytest.raises(UnsupportedModel, match="tiny-llama2 carries an adapter.*merge"):
+        save_edited(lm, tmp_path / "edited", {(0, 3)}, "erase")
+    assert not (tmp_path / "edited").exists()
 
 
 # --- virtual edits ---------------------------------------------------------------------------------------

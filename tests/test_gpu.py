@@ -159,3 +159,17 @@ def test_a_memory_that_is_really_full_halves_the_batches(method):
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert found.row_budget < 2**16, "it fitted: the test says nothing"
     assert relative(found.scores, wanted.scores.cpu()) <= 1e-9
+
+
+@needs_cuda
+def test_autocast_changes_no_number_and_tf32_is_refused():
+    lm = on_gpu(tiny_lm("llama3", torch.float32))
+    expected = attribute_encoded(lm, QUERIES, Spec(steps=3)).scores
+    with torch.autocast("cuda", torch.bfloat16):
+        assert torch.equal(attribute_encoded(lm, QUERIES, Spec(steps=3)).scores, expected)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.raises(ValueError, match="set_float32_matmul_precision"):
+            attribute_encoded(lm, QUERIES, Spec(steps=3))
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -10,7 +10,10 @@ import io
 import json
 import os
 import re
+import runpy
+import sys
 import unicodedata
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
@@ -28,13 +31,19 @@ from tiny import save_checkpoint, tiny_lm, word_tokenizer
 from qlutils import (Fact, answer_probability, attribute, consistency, edit_weights, find_synapses, knowledge_neurons,
                      load_facts, load_model, perplexity, save_edited, scale_neurons, scale_synapses)
 from qlutils import paths
+from qlutils.attribution import METHODS
 from qlutils.data import perplexity_texts
+from qlutils.editing import virtual_edit
+from qlutils.explorer import next_token
 from qlutils.files import read_table
 from qlutils.files import write_table as write_parquet
 from qlutils.localize import localise, localise_unit
+from qlutils.models import LanguageModel
 from qlutils.neurons import cas_candidates, cas_neurons
-from qlutils.rows import score_queries
+from qlutils.replay import neuron_vectors
+from qlutils.rows import score_queries, score_rows
 from qlutils.study import Study
+from qlutils.synapses import Row, column_scores, run_rows
 from qlutils.tables import write_table
 
 PATTERNS = ["[X] lies in [Y].", "the home of [X] is [Y] .", "as [X] was found, it was in [Y]"]
@@ -714,6 +723,120 @@ def test_values_that_are_taken_mean_what_they_say():
 def test_no_queries_give_an_empty_result():
     assert answer_probability(tiny(), [], []).shape == (0,)
     assert attribute(tiny(), [], []).scores.shape == (0, tiny().num_layers, tiny().num_neurons)
+
+
+# --- settings of the process ----------------------------------------------------------------------
+def every_number(lm):
+    """A result of each kind of computation."""
+    query, ids = (["10 11 12 13 14"], ["15 16"]), lm.encode("10 11 12 13 14", "15 16")
+    found = [attribute(lm, *query, method=method, steps=3).scores for method in METHODS]
+    found += [attribute(lm, *query, rule="auto", steps=3).scores, answer_probability(lm, *query)]
+    with scale_neurons(lm, {(0, 1), (2, 3)}, 2.0):
+        found.append(answer_probability(lm, *query))
+    with edit_weights(lm, {(0, 1)}, "update", old=[20, 21], new=[30]):
+        found.append(answer_probability(lm, *query))
+    change = virtual_edit(lm, {(1, 2), (2, 3)}, "update", old=[20, 21], new=[30])
+    found += [
+        score_rows(lm, [ids], [(0, change)], everywhere=True).log_probability,
+        perplexity(lm, ["10 11 12 13"]),
+    ]
+    found += [column_scores(lm, [ids[0]])[0][0], run_rows(lm, [Row(*ids, neurons=((0, 1),))])]
+    found += [
+        neuron_vectors(lm, torch.tensor([ids[0]], device=lm.device)),
+        next_token(lm, query[0][0]),
+    ]
+    return [np.asarray(one) for one in found]
+
+
+@contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("family", ["llama3", "gpt2"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: default_dtype(torch.bfloat16),
+        lambda: default_dtype(torch.float64),
+        deterministic,
+        lambda: torch.device("meta"),
+    ],
+    ids=["autocast", "default bfloat16", "default float64", "deterministic", "default device"],
+)
+def test_what_the_caller_has_set_in_torch_changes_no_number(setting, family):
+    lm = tiny_lm(family, torch.float32)
+    expected = every_number(lm)
+    for own in (lm, None):  # a model of before, and one loaded in it
+        with setting():
+            other = own or LanguageModel(lm.model, lm.tokenizer, lm.name)
+            with torch.device("cpu"):
+                ids = lm.model(
+                    torch.tensor([[5, 6]])
+                )  # the caller's own passes stay as they were set
+            found = every_number(other)
+        assert ids.logits.dtype == (
+            torch.bfloat16 if setting().__class__ is torch.autocast else torch.float32
+        )
+        assert all(np.array_equal(one, other) for one, other in zip(found, expected))
+
+
+@pytest.mark.parametrize("precision", ["medium", "high"])
+def test_products_of_another_precision_than_their_dtype_are_refused(precision):
+    """TF32 and bfloat16 products keep the dtype's name and not its numbers."""
+    lm, query = tiny_lm("llama3", torch.float32), (["10 11 12"], ["13"])
+    torch.set_float32_matmul_precision(precision)
+    try:
+        for use in (
+            lambda: attribute(lm, *query),
+            lambda: answer_probability(lm, *query),
+            lambda: perplexity(lm, ["10 11"]),
+            lambda: find_synapses(lm, *query[0]),
+            lambda: LanguageModel(lm.model, lm.tokenizer, "again"),
+        ):
+            with pytest.raises(ValueError, match="set_float32_matmul_precision..highest.."):
+                use()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert float(answer_probability(lm, *query)[0]) > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="about GNU's OpenMP")
+@pytest.mark.parametrize(
+    "threads, variable, said",
+    [
+        (2, None, True),
+        (1, None, False),
+        (2, "GOMP_SPINCOUNT", False),
+        (2, "OMP_WAIT_POLICY", False),
+    ],
+)
+def test_torch_loaded_first_is_said_where_threads_will_spin(threads, variable, said, monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "1000" if variable == "GOMP_SPINCOUNT" else "PASSIVE")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        runpy.run_path(paths.__file__.replace("paths.py", "__init__.py"))
+    assert [("torch was imported before qlutils" in str(one.message)) for one in caught] == [
+        True
+    ] * said
 
 
 # --- models that do not fit together ---------------------------------------------------------------------

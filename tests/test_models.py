@@ -15,7 +15,8 @@ from tiny import CACHE, FAMILIES, GPT, GPTJ_METHOD, SMALL, save_checkpoint, tiny
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from qlutils import answer_probability, arch, attribute, edit_weights, find_synapses, load_model, scale_neurons, store
+from qlutils import (answer_probability, arch, attribute, edit_weights, find_synapses, load_model,
+                     models, scale_neurons, store)
 from qlutils.arch import UnsupportedModel
 from qlutils.check import sharply
 from qlutils.models import BUNDLED, LanguageModel
@@ -238,6 +239,27 @@ def test_an_unembedding_exchanged_after_loading_is_refused():
         lm.check_ready()
 
 
+def test_modules_that_serve_several_layers_are_refused():
+    """A hook on one layer's projection would act in the other layer too."""
+    for part in ("mlp.down_proj", "mlp.gate_proj", ""):
+        model = tiny_model("llama2")
+        first, second = model.model.layers[:2]
+        if part:
+            setattr(second.mlp, part.split(".")[1], first.get_submodule(part))
+        else:
+            model.model.layers[1] = first
+        with pytest.raises(UnsupportedModel, match="twice: one .* module serves several layers"):
+            LanguageModel(model, word_tokenizer(), "twice")
+
+
+def test_tokens_that_the_unembedding_cannot_give_are_refused():
+    model = tiny_model("llama2", tie_word_embeddings=False)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight[:90].clone(), requires_grad=False)
+    lm = LanguageModel(model, word_tokenizer(), "short")
+    with pytest.raises(ValueError, match=r"'95' \(95\).*only the tokens 0 to 89"):
+        answer_probability(lm, ["10 11"], ["95"])
+
+
 # --- loading ---------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
@@ -283,6 +305,24 @@ def test_names_that_lead_nowhere_say_what_would(tmp_path, monkeypatch):
                           ("", "a name or a folder"), (None, "a name or a folder")):
         with pytest.raises(ValueError, match=message):
             load_model(name)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_folder_with_an_adapter_is_refused(alone, tmp_path):
+    """With peft it would be loaded, without it overlooked: two models of one name."""
+    if not alone:
+        save_checkpoint(tmp_path, "llama2")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(ValueError, match=r"holds an adapter \(adapter_config.json\).*merge it"):
+        load_model(str(tmp_path), device="cpu")
+
+
+def test_a_hub_model_with_an_adapter_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    held = {"adapter_config.json": str(tmp_path / "adapter_config.json")}
+    monkeypatch.setattr(models, "cached_file", lambda source, file, **_: held.get(file))
+    with pytest.raises(ValueError, match="some-one/tuned holds an adapter.*merge it first"):
+        load_model("some-one/tuned", device="cpu")
 
 
 def test_dtypes_and_devices_are_checked_before_anything_is_read(tmp_path):

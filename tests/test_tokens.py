@@ -1,6 +1,7 @@
 """(prompt, answer) -> tokens, with small tokenizers and with the real ones of GPT-2, LLaMA 2 and LLaMA 3."""
 
 import warnings
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import test_attribution
 import torch
 from test_attribution import Naive
-from tiny import SPECIAL, tiny_lm, word_tokenizer
+from tiny import CACHE, SPECIAL, tiny_lm, word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
 from qlutils import attribute, load_facts, perplexity
@@ -16,8 +17,9 @@ from qlutils.localize import localise
 from qlutils.models import LanguageModel
 from qlutils.quadrature import quadrature
 from qlutils.replay import attention_implementation
+from qlutils.rows import Change, score_rows
 from qlutils.study import Study
-from qlutils.synapses import attend, scale_synapse_columns
+from qlutils.synapses import attend, column_scores, scale_synapse_columns
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 NAMES = ("gpt2", "llama2", "llama3")
@@ -111,6 +113,79 @@ def test_an_answer_that_changes_the_prompts_tokens_is_refused():
     with pytest.raises(ValueError, match="answer '7' is not a continuation of the prompt '5 6'"):
         lm.encode("5 6", "7")
     assert lm.encode("5 6", "8") == ([5, 6], [8])
+
+
+def by_passes(lm, prompt, answer):
+    """Log probability of `answer`: in one pass over the whole, in a pass of its own for each token,
+    and in a pass that continues the cache of all but the prompt's last token."""
+    whole, start = torch.tensor([[*prompt, *answer[:-1]]]), len(prompt) - 1
+    cached = lm.model(whole[:, :start], use_cache=True)
+    rest = lm.model(whole[:, start:], **{CACHE: cached[CACHE]}).logits[0]
+    own = [
+        lm.model(whole[:, : len(prompt) + k], use_cache=False).logits[0, -1]
+        for k in range(len(answer))
+    ]
+    passes = (lm.model(whole, use_cache=False).logits[0, start:], torch.stack(own), rest)
+    return [
+        float(torch.log_softmax(one, -1).gather(1, torch.tensor(answer)[:, None]).sum())
+        for one in passes
+    ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["phi3", "llama2"])
+def test_queries_that_straddle_the_switch_of_a_long_rope_are_refused_and_no_others(
+    family, one_thread
+):
+    """What is right is what the model's own passes agree on; where they do not, nothing is."""
+    rope = dict(
+        rope_type="longrope",
+        rope_theta=1e4,
+        short_factor=[1.0, 1.1, 1.3, 1.5],
+        long_factor=[1.0, 2.0, 5.0, 9.0],
+        original_max_position_embeddings=8,
+    )
+    lm = tiny_lm(
+        family,
+        rope_parameters=rope,
+        **(dict(original_max_position_embeddings=8) if family == "phi3" else {}),
+    )
+    refused = 0
+    for size, count in product(range(6, 12), (1, 2, 3)):
+        prompt, answer = list(range(10, 10 + size)), list(range(50, 50 + count))
+        query = [" ".join(map(str, ids)) for ids in (prompt, answer)]
+        expected = by_passes(lm, prompt, answer)
+        if np.ptp(expected) > 1e-6:
+            refused += 1
+            with pytest.raises(
+                ValueError, match="straddles 8, beyond which tiny-.* uses other rotary frequencies"
+            ):
+                lm.encode(*query)
+        else:
+            encoded = [lm.encode(*query)]
+            for change in (None, Change(lm, {(0, 1)}, 1.0)):  # the second continues a cache
+                found = score_rows(lm, encoded, [(0, change)]).log_probability[0]
+                assert found == pytest.approx(expected[0], abs=1e-6)
+    assert refused == 6
+
+
+@torch.no_grad()
+def test_a_dynamic_rope_is_read_as_if_no_longer_text_had_been(one_thread):
+    """Its frequencies grow with the longest pass so far, and only a shorter one than the original
+    length resets them."""
+    lm = tiny_lm(
+        "llama2",
+        rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0),
+        max_position_embeddings=12,
+    )
+    fresh = column_scores(lm, [lm.encode_prompt(" ".join(map(str, range(10, 21))))])[0][0]
+    lm.model(torch.arange(10, 60)[None])
+    assert np.array_equal(
+        column_scores(lm, [lm.encode_prompt(" ".join(map(str, range(10, 21))))])[0][0], fresh
+    )
+    lm.model(torch.arange(10, 60)[None])
+    with pytest.raises(ValueError, match="has 12 tokens; tiny-llama2 reads at most 11"):
+        lm.encode_prompt(" ".join(map(str, range(10, 22))))
 
 
 # --- the real ones ---------------------------------------------------------------------------------------
