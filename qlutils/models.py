@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 from . import arch, paths
 from .arch import UnsupportedModel
 from .attention import is_controlled
-from .data import check_text
+from .data import check_text, continuation
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BUNDLED = ("demo/gpt2", "demo/llama2", "demo/llama3")
@@ -170,13 +170,14 @@ class LanguageModel:
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Token ids of a prompt, with the tokenizer's own BOS and without a trailing EOS. Spaces at the end are
-        dropped, as the answer brings its own. ValueError: not text, empty, one token, longer than the context."""
+        dropped, as the answer brings its own, and so is a final `[Y]`, the answer's place (`data.continuation`).
+        ValueError: not text, empty, other white space at the end, one token, longer than the context."""
         if not isinstance(prompt, str):
             raise ValueError(f"a prompt must be text, got {type(prompt).__name__}: {prompt!r}")
-        prompt = prompt.rstrip()
-        if not prompt:
+        text, _ = continuation(prompt)
+        if not text.strip():
             raise ValueError("a prompt is empty; it needs the text that leads up to the answer")
-        ids = self._tokenize(prompt)
+        ids = self._tokenize(text)
         if len(ids) < 2:
             raise ValueError(f"prompt {prompt!r} is a single token; it needs at least two, to have a context")
         if len(ids) > self.context:
@@ -184,14 +185,15 @@ class LanguageModel:
         return ids
 
     def encode(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-        """(prompt ids, answer ids): the answer is what tokenising `prompt + " " + answer` adds to the prompt.
+        """(prompt ids, answer ids): the answer is what tokenising `prompt + " " + answer` adds to the prompt. A prompt that
+        ends with `[Y]` right after its text, "法国的首都是[Y]", has no space there.
 
         ValueError, naming prompt and answer: an empty answer, one that changes how the prompt is tokenised, or a
         query longer than the context."""
         prompt_ids = self.encode_prompt(prompt)
         if not isinstance(answer, str) or not answer.strip():
             raise ValueError(f"the answer to {prompt!r} is {answer!r}; it must be text that is not empty")
-        joint = self._tokenize(f"{prompt.rstrip()} {answer.strip()}")
+        joint = self._tokenize("".join(continuation(prompt)) + answer.strip())
         if joint[: len(prompt_ids)] != prompt_ids or len(joint) == len(prompt_ids):
             raise ValueError(
                 f"the answer {answer!r} is not a continuation of the prompt {prompt!r}: together they are tokenised "

@@ -163,7 +163,7 @@ def test_a_fact_of_odd_text_is_read_asked_and_attributed_right(kind, tmp_path_fa
     def check(name, ascii_only):
         folder = write(tmp_path_factory.mktemp("data"), PATTERNS, [(name, "Paris"), ("Ann", name)],
                        encode=lambda record: json.dumps(record, ensure_ascii=ascii_only))
-        clean = name.strip()
+        clean = unicodedata.normalize("NFC", name.strip())  # one name, one fact, however it is spelled
         facts = load_facts(folder)
         if clean == "Ann" or clean == "Paris":
             return
@@ -193,7 +193,7 @@ def first_draw(strategy):
     @settings(WITH, max_examples=1)
     @given(strategy)
     def draw(name):
-        drawn.append(name.strip())
+        drawn.append(unicodedata.normalize("NFC", name.strip()))
 
     draw()
     return drawn[0]
@@ -278,7 +278,6 @@ TWINS = {
     "answers that are prefixes of each other": [("ann", "New"), ("ann", "New York"), ("ann", "New York City")],
     "an answer inside its subject": [("Paris Hilton", "Paris"), ("Paris", "Paris")],
     "names that differ in case only": [("Ann", "Oslo"), ("ann", "Oslo"), ("ANN", "oslo")],
-    "names that differ in normal form only": [("\u00e9", "Oslo"), ("e\u0301", "Oslo")],
     "names that differ in what is invisible": [("ann", "Oslo"), ("a\u200bnn", "Oslo"), ("ann\u2060", "Oslo")],
     "names that look alike": [("Аnn", "Oslo"), ("Ann", "Oslo")],
     "names whose parts join to the same text": [("a|b", "c"), ("a", "b|c"), ("a\\", "|b|c"), ("a\\|", "b|c")],
@@ -294,6 +293,17 @@ def test_facts_that_look_alike_stay_apart(kind, tmp_path):
     assert unit.groupby("fact", sort=False).size().tolist() == [3] * len(facts)
     assert unit["cas_layer"].notna().sum() == len(facts)
     check_probabilities(gpt2(), unit["prompt"].tolist(), unit["object"].tolist())
+
+
+def test_a_name_in_composed_and_in_decomposed_letters_is_one_fact_with_one_set_of_prompts(tmp_path):
+    composed, apart = "Malm\u00f6", "Malmo\u0308"
+    pairs = [(apart, "Oslo"), (composed, "Oslo"), ("ann", composed), ("ann", apart)]
+    facts = load_facts(write(tmp_path / "data", PATTERNS, pairs))
+    assert [(fact.subject, fact.object) for fact in facts] == [(composed, "Oslo"), ("ann", composed)]
+    assert facts[0].prompts[0] == f"{composed} lies in"
+    lines = [{"subject": s, "object": o, "prompts": ["a b", "c d"]} for s, o in pairs]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert [fact.id for fact in load_facts(tmp_path / "own.jsonl")] == [f"facts|{composed}|Oslo", f"facts|ann|{composed}"]
 
 
 # --- files -----------------------------------------------------------------------------------------------
@@ -376,8 +386,55 @@ def without(part):
     return make
 
 
+def in_capitals(folder):
+    for file in list(write(folder, PATTERNS, GOOD).rglob("*.jsonl")):
+        file.rename(file.with_suffix(".JSONL"))
+    return folder
+
+
+def twice(folder):
+    (write(folder, PATTERNS, GOOD) / "trex_lms_vocab" / "P1.JSONL").write_text(PLAIN)
+    return folder
+
+
+def own_facts(*lines, name="own.jsonl", plain='{"subject": "ann", "object": "Oslo", "prompts": ["ann lies in", "c d"]}'):
+    """A file of one's own facts: a good line, then these."""
+    def make(folder):
+        (folder / name).write_bytes("\n".join([plain, *lines]).encode("utf-8"))
+        return folder / name
+    return make
+
+
+def own_line(**changes):
+    line = {"subject": "bob", "object": "Rome", "prompts": ["bob lies in", "e f"], **changes}
+    return own_facts(json.dumps({key: value for key, value in line.items() if value != "absent"}))
+
+
 # kind -> (data set, what is right: the facts' subjects, or what the error says)
 FILES = {
+    "own facts": (own_line(relation="P1"), ["ann", "bob"]),
+    "own facts without a relation": (own_line(), ["ann", "bob"]),
+    "own facts, .JSONL": (own_facts(name="own.JSONL"), ["ann"]),
+    "own facts with fields of their own": (own_line(relation="r", id=3, note="x"), ["ann", "bob"]),
+    "own facts, no subject": (own_line(subject="absent"), "own.jsonl:2: field 'subject'"),
+    "own facts, an empty object": (own_line(object=" "), "own.jsonl:2: field 'object'"),
+    "own facts, a relation that is no text": (own_line(relation=36), "own.jsonl:2: field 'relation'"),
+    "own facts, no prompts": (own_line(prompts="absent"), "own.jsonl:2: field 'prompts' must be a list"),
+    "own facts, one text for the prompts": (own_line(prompts="bob lies in"), "own.jsonl:2: field 'prompts' must be a list"),
+    "own facts, an empty prompt": (own_line(prompts=["a b", " "]), "own.jsonl:2: .*holds ' '"),
+    "own facts, a number for a prompt": (own_line(prompts=["a b", 1]), "own.jsonl:2: .*holds 1"),
+    "own facts, text after the answer's place": (own_line(prompts=["a b", "a [Y] b"]), r"own.jsonl:2: .*text follows \[Y\]"),
+    "own facts, a newline at the end": (own_line(prompts=["a b", "a b\n"]), r"own.jsonl:2: .*ends with '\\n'"),
+    "own facts, half of a surrogate pair": (own_line(prompts=["a b", "a \ud83d"]), "own.jsonl:2: .*surrogate"),
+    "own facts, one twice": (own_line(subject="ann", object="Oslo", prompts=["ann lies in", "c d"]), ["ann"]),
+    "own facts, one twice with other prompts": (own_line(subject="ann", object="Oslo"), "own.jsonl:2: the fact of .*own.jsonl:1"),
+    "own facts, one prompt each": (own_facts(plain='{"subject": "a", "object": "b", "prompts": ["c d", "c d "]}'),
+                                   "no fact with 2 prompts"),
+    "own facts, no JSON": (own_facts("ann"), "own.jsonl:2: not a JSON object"),
+    "own facts, an empty file": (own_facts(plain=""), "own.jsonl is empty"),
+    "own facts, no such file": (lambda folder: folder / "none.jsonl", "missing data file .*none.jsonl"),
+    "relation files in capitals": (in_capitals, ["ann", "bob"]),
+    "two files of one relation": (twice, "relation P1 has two files"),
     "BOM at the start": (facts_file(b"\xef\xbb\xbf" + PLAIN.encode()), ["ann", "bob"]),
     "BOM in the middle": (facts_file(LINES[0] + "\n\ufeff" + LINES[1]), "P1.jsonl:2"),
     "CRLF lines": (facts_file(PLAIN.replace("\n", "\r\n")), ["ann", "bob"]),
@@ -462,7 +519,8 @@ def test_a_data_set_is_read_right_or_refused_by_file_and_line(kind, tmp_path):
     facts = load_facts(folder)
     assert [fact.subject for fact in facts] == outcome
     first = facts[0]
-    assert all(prompt == prompt.strip() and "  " not in prompt and "[" not in prompt for prompt in first.prompts)
+    texts = [prompt.removesuffix("[Y]") for prompt in first.prompts]  # "[X][Y]": no space before the answer
+    assert all(text == text.strip() and "  " not in text and "[" not in text for text in texts)
     assert first.prompts[-1 if kind == "only slots" else 0] == (
         "as ann was found, it was in" if kind == "only slots" else f"{first.subject} lies in")
     assert len(first.prompts) == (4 if kind == "only slots" else 3) == len(set(first.prompts))
