@@ -13,7 +13,7 @@ import re
 import unicodedata
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import mistune
@@ -27,14 +27,18 @@ from tiny import save_checkpoint, tiny_lm, word_tokenizer
 
 from qlutils import (Fact, answer_probability, attribute, consistency, edit_weights, find_synapses, knowledge_neurons,
                      load_facts, load_model, perplexity, save_edited, scale_neurons, scale_synapses)
-from qlutils import paths
+from qlutils import effects, paths
 from qlutils.data import perplexity_texts
+from qlutils.edit_study import edit_facts, plan_edits
+from qlutils.explorer import change, look
 from qlutils.files import read_table
 from qlutils.files import write_table as write_parquet
 from qlutils.localize import localise, localise_unit
+from qlutils.mapping import scale_kns
 from qlutils.neurons import cas_candidates, cas_neurons
 from qlutils.rows import score_queries
 from qlutils.study import Study
+from qlutils.synapses import scale_synapse_columns
 from qlutils.tables import write_table
 
 PATTERNS = ["[X] lies in [Y].", "the home of [X] is [Y] .", "as [X] was found, it was in [Y]"]
@@ -137,9 +141,9 @@ def write(folder, patterns, pairs, relation="P1", encode=json.dumps):
 
 
 @torch.no_grad()
-def by_hand(lm, prompt, answer):
+def by_hand(lm, prompt, answer, gap=" "):
     """P(answer | prompt) from one plain forward pass over the joint tokenisation, float64."""
-    tokens = [lm.tokenizer(text, split_special_tokens=True).input_ids for text in (prompt, f"{prompt} {answer}")]
+    tokens = [lm.tokenizer(text, split_special_tokens=True).input_ids for text in (prompt, f"{prompt}{gap}{answer}")]
     assert tokens[1][:len(tokens[0])] == tokens[0]
     log_p = torch.log_softmax(lm.model(torch.tensor([tokens[1]])).logits[0].double(), -1)
     places = range(len(tokens[0]) - 1, len(tokens[1]) - 1)
@@ -184,6 +188,58 @@ def test_a_fact_of_odd_text_is_read_asked_and_attributed_right(kind, tmp_path_fa
         assert float((together.scores[0] - alone.scores[0]).abs().max()) <= 1e-3 * size + 1e-37
 
     check()
+
+
+GLUED = {  # text that an answer follows without a space, and answers
+    "scripts without spaces": (["法国的首都是", "日本の首都は"], "東", "巴"),
+    "after an opening quote": (['She was born in "', "He wrote the book ("], "Paris", "Madrid"),
+    "after a newline": (["Question: where is Rome?\n", "The capital of Italy:\t"], "Italy", "Spain"),
+}
+
+
+@pytest.mark.parametrize("kind", GLUED)
+def test_an_answer_that_no_space_comes_before_is_scored_so_by_every_part_of_a_run(kind, runs):
+    lm, (texts, right, other) = gpt2(), GLUED[kind]
+    wanted = [by_hand(lm, text, right, gap="") for text in texts]
+    wrong = [by_hand(lm, text.rstrip(), right) for text in texts]
+    updated = [by_hand(lm, text, other, gap="") for text in texts]
+    assert not np.allclose(wanted, wrong, rtol=0.05, atol=0)
+    prompts = tuple(f"{text}[Y]" for text in texts)
+    facts = [Fact("r", "a", right, prompts), Fact("r", "b", other, ("the home of ann is", "ann lies in"))]
+    near = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-37)
+    near(answer_probability(lm, prompts, [right] * 2), wanted)
+    near(attribute(lm, prompts, [right] * 2, steps=2).probability, wanted)
+    queries = localise_unit(lm, [asdict(fact) for fact in facts], steps=2).drop(columns="left_out")
+    near(queries["probability"][:2], wanted)
+    near(queries["probability"][2:], [by_hand(lm, prompt, other) for prompt in facts[1].prompts])
+    [unit] = effects.units(queries, 0.2, irrelevant=0, other=0)
+    for frame in (scale_kns(lm, unit), scale_synapse_columns(lm, unit)):
+        of_first = frame[frame["fact"] == facts[0].id].drop_duplicates("prompt_index")
+        near(of_first["probability_before"], wanted)
+    plans, _ = plan_edits(queries, facts, num_neurons=lm.num_neurons, n_locality=1, ppl_entries=0)
+    edits = edit_facts(lm, plans[:1]).drop_duplicates("op").set_index("op")
+    near(edits["p_before"], [wanted[plans[0]["query"]], updated[plans[0]["query"]]])
+    view = look(lm, facts[0], steps=2)
+    near(view.predictions["probability"], wanted)
+    shown = change(view, {(0, 1)}, "update", new=other)
+    near(shown["before"], wanted)
+    near(shown["new_before"], updated)
+
+
+def test_white_space_at_the_end_of_a_prompt_is_refused_where_it_says_nothing_about_the_answer():
+    lm = gpt2()
+    for end in ("\n", "\t", " \n ", "\u3000", "\u00a0"):
+        with pytest.raises(ValueError, match=r"prompt 'it is in.*' ends with '.*': remove it, or show where.*\[Y\]'"):
+            attribute(lm, [f"it is in{end}"], ["Paris"])
+    assert lm.encode("it is in", "Paris") == lm.encode("it is in  ", "Paris") == lm.encode("it is in [Y]", "Paris")
+    assert lm.encode("it is in\n [Y]", "Paris")[0] == lm.tokenizer("it is in\n").input_ids
+    with pytest.raises(ValueError, match="a prompt is empty"):
+        lm.encode("[Y]", "Paris")
+
+
+def test_a_subject_that_would_be_taken_for_the_answers_place_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"P1.jsonl:1: the subject 'a \[Y\]' ends a prompt with \[Y\]"):
+        load_facts(write(tmp_path, ["[X] [Y]", "[X] is [Y]", "so [X] is [Y]"], [("a [Y]", "Oslo")]))
 
 
 # --- the same texts through the store and the tables -----------------------------------------------------
@@ -397,7 +453,7 @@ def twice(folder):
     return folder
 
 
-def own_facts(*lines, name="own.jsonl", plain='{"subject": "ann", "object": "Oslo", "prompts": ["ann lies in", "c d"]}'):
+def own_facts(*lines, name="own.jsonl", plain='{"subject": "ann", "object": "Oslo", "prompts": ["ann lies in", "c d", "e f"]}'):
     """A file of one's own facts: a good line, then these."""
     def make(folder):
         (folder / name).write_bytes("\n".join([plain, *lines]).encode("utf-8"))
@@ -412,7 +468,7 @@ def own_line(**changes):
 
 # kind -> (data set, what is right: the facts' subjects, or what the error says)
 FILES = {
-    "own facts": (own_line(relation="P1"), ["ann", "bob"]),
+    "own facts": (own_line(relation="P1"), ["bob", "ann"]),
     "own facts without a relation": (own_line(), ["ann", "bob"]),
     "own facts, .JSONL": (own_facts(name="own.JSONL"), ["ann"]),
     "own facts with fields of their own": (own_line(relation="r", id=3, note="x"), ["ann", "bob"]),
@@ -426,7 +482,7 @@ FILES = {
     "own facts, text after the answer's place": (own_line(prompts=["a b", "a [Y] b"]), r"own.jsonl:2: .*text follows \[Y\]"),
     "own facts, a newline at the end": (own_line(prompts=["a b", "a b\n"]), r"own.jsonl:2: .*ends with '\\n'"),
     "own facts, half of a surrogate pair": (own_line(prompts=["a b", "a \ud83d"]), "own.jsonl:2: .*surrogate"),
-    "own facts, one twice": (own_line(subject="ann", object="Oslo", prompts=["ann lies in", "c d"]), ["ann"]),
+    "own facts, one twice": (own_line(subject="ann", object="Oslo", prompts=["ann lies in", "c d", "e f"]), ["ann"]),
     "own facts, one twice with other prompts": (own_line(subject="ann", object="Oslo"), "own.jsonl:2: the fact of .*own.jsonl:1"),
     "own facts, one prompt each": (own_facts(plain='{"subject": "a", "object": "b", "prompts": ["c d", "c d "]}'),
                                    "no fact with 2 prompts"),
@@ -523,7 +579,7 @@ def test_a_data_set_is_read_right_or_refused_by_file_and_line(kind, tmp_path):
     assert all(text == text.strip() and "  " not in text and "[" not in text for text in texts)
     assert first.prompts[-1 if kind == "only slots" else 0] == (
         "as ann was found, it was in" if kind == "only slots" else f"{first.subject} lies in")
-    assert len(first.prompts) == (4 if kind == "only slots" else 3) == len(set(first.prompts))
+    assert len(first.prompts) == (5 if kind == "only slots" else 3) == len(set(first.prompts))
     assert load_facts(folder) == facts  # also the order
 
 
