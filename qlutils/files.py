@@ -141,13 +141,13 @@ def as_frame(tables):
 
 
 @contextmanager
-def locked(path):
-    """Hold the lock file `path`; StoreError, naming it and its holder, if that takes more than 3 seconds.
+def locked(path, seconds=3):
+    """Hold the lock file `path`; StoreError, naming it and its holder, if that takes more than `seconds`.
 
     The system drops the lock when the holder dies, however it dies, and whoever has its number now. What dead
     writers of this machine left half-written in the lock's folder and below is removed on entry.
     """
-    path, until = Path(path), time.monotonic() + 3
+    path, until = Path(path), time.monotonic() + seconds
     try:
         while (stream := _lock(path)) is None and time.monotonic() < until:
             time.sleep(0.1)  # a killed run takes a moment to go

@@ -117,12 +117,14 @@ def _parser():
         help="how knowledge neurons are localised, in 01 and 02 (default: all)")
     add("--downstream-methods", nargs="+", default=["ig"], choices=METHODS, metavar="METHOD",
         help="whose neurons 03-07 use (default: ig, as in the paper)")
-    add("--data", default="demo", metavar="demo|pararel|FOLDER", help="the facts (default: demo, bundled)")
+    add("--data", default="demo", metavar="demo|pararel|FOLDER|FILE.jsonl", help="the facts (default: demo, bundled)")
     add("--relations", nargs="+", metavar="P36", help="only these relations (default: all)")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--facts-per-relation", type=int, default=SAMPLE, metavar="N",
                       help=f"size of a seeded sample of each relation (default: {SAMPLE})")
     size.add_argument("--full", action="store_true", help="all facts of each relation")
+    add("--known-prompts", type=int, default=0, metavar="K",
+        help="only facts of which the model answers at least K prompts (default: 0, all facts)")
     add("--seed", type=int, default=0, help="of every random choice (default: 0)")
     add("--device", help="cpu, cuda, cuda:1 (default: CUDA where there is one)")
     add("--dtype", choices=DTYPES, help="of the weights (default: float32 on a CPU, else the checkpoint's)")
@@ -150,12 +152,16 @@ def _plan(args, jobs):
         raise ValueError("--plan: with these options nothing is localised")
     given = jobs[0].parameters
     Spec(**{name: given[name] for name in ("steps", "rule", "answer", "site", "amig_factor") if name in given})  # or ValueError
-    matter = ("data", "relations", "facts_per_relation", "seed", "steps", "middle", "answer")
+    matter = ("data", "relations", "facts_per_relation", "known_prompts", "seed", "steps", "middle", "answer")
     costs = plan(list(dict.fromkeys(args.models)), list(dict.fromkeys(args.methods)), device=args.device, dtype=args.dtype,
                  **{name: given[name] for name in matter if name in given})
     print(costs.to_string(index=False, float_format=lambda x: f"{x:,.3g}" if x < 1e4 else f"{x:,.0f}"))
     print(f"Hours in all: {costs['hours'].sum():,.3g} for localisation on one such device; notebooks 03-07 and the report "
           "come on top. Nothing was started.")
+    if args.known_prompts:
+        print("Which facts a model knows, and so how many there are to localise, is not known before it is asked: the numbers "
+              f"above are for as many facts as may be kept, and most models know fewer.\nLooking for them takes "
+              f"{costs['scan hours'].max():,.3g} hours a model at most, when every fact is asked.")
     return 0
 
 
@@ -163,6 +169,7 @@ def _plan(args, jobs):
 def plan_jobs(args, folder):
     """(jobs in order, hash of the facts). ValueError, before anything starts, for whatever cannot be run."""
     from .data import load_facts
+    from .known import check_known_prompts
 
     for model in args.models:
         model_content(model)  # ValueError for a bundled model or a folder that is not there
@@ -170,7 +177,7 @@ def plan_jobs(args, folder):
         raise ValueError(f"--device {args.device}: want cpu, cuda or cuda:N")
     methods, downstream = (list(dict.fromkeys(names)) for names in (args.methods, args.downstream_methods))
     models = list(dict.fromkeys(m if m.startswith("demo/") else _absolute(m) for m in args.models))
-    data = args.data if args.data in ("demo", "pararel") else _absolute(args.data)
+    data = args.data if args.data in ("demo", "pararel") else _absolute(args.data, os.path.exists)
     count = None if args.full else args.facts_per_relation
     extra = {name: _literal(value) for name, value in args.parameter}
     if "corpus" in extra and extra["corpus"] not in ("demo", "wikitext-2"):
@@ -178,13 +185,16 @@ def plan_jobs(args, folder):
             raise ValueError(f"-p corpus {extra['corpus']}: there is no such file or folder; want demo, wikitext-2, or a text file")
         extra["corpus"] = os.path.realpath(extra["corpus"])  # notebooks run in their own folder
     middle = extra.get("middle", "cut")
-    facts = load_facts(data, relations=args.relations, facts_per_relation=count, seed=args.seed, middle=middle)
+    facts = load_facts(data, relations=args.relations, seed=args.seed, middle=middle,
+                       facts_per_relation=None if args.known_prompts else count)
+    check_known_prompts(args.known_prompts, facts, "--known-prompts")
     every = load_facts(data, relations=args.relations, middle=middle) if count else facts  # edits draw new objects from all
-    shared = {"data": data, "relations": args.relations, "facts_per_relation": count, "seed": args.seed,
+    shared = {"data": data, "relations": args.relations, "facts_per_relation": count,
+              "known_prompts": args.known_prompts, "seed": args.seed,
               "device": args.device, "dtype": args.dtype, "output": args.output, "models": models,
               "methods": methods, "downstream_methods": downstream}
     print(f"{len(facts)} facts of {len({fact.relation for fact in facts})} relations from {args.data}"
-          + ("" if args.full else f": a sample of {count} a relation, --full takes all"), file=sys.stderr)
+          + _taken(args.known_prompts, count), file=sys.stderr)
     notebooks = _chosen(folder, args.only)
     declared = {notebook: declared_parameters(notebook) for notebook in notebooks}
     for name, value in extra.items():
@@ -215,6 +225,14 @@ def plan_jobs(args, folder):
     return jobs, sha256([[asdict(fact) for fact in facts], [[fact.relation, fact.subject, fact.object] for fact in every]])
 
 
+def _taken(known_prompts, count):
+    """Which of the facts a run takes, in words."""
+    if known_prompts:
+        return (f", in which each model looks for {f'{count} a relation' if count else 'all'} with at least {known_prompts} "
+                "prompts that it answers")
+    return f": a sample of {count} a relation, --full takes all" if count else ""
+
+
 def _chosen(folder, only):
     found = sorted(folder.glob("[0-9][0-9]_*.ipynb")) + sorted(folder.glob(f"{LAST}.ipynb"))
     if not found:
@@ -236,9 +254,10 @@ def declared_parameters(notebook):
     return {}
 
 
-def _absolute(name):
+def _absolute(name, there=os.path.isdir):
+    """Where a folder (or what `there` takes) is, since notebooks run in their own; any other name as it is."""
     folder = os.path.expanduser(name)
-    return os.path.realpath(folder) if os.path.isdir(folder) else name
+    return os.path.realpath(folder) if there(folder) else name
 
 
 def _literal(text):

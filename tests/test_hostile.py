@@ -462,7 +462,7 @@ def own_facts(*lines, name="own.jsonl", plain='{"subject": "ann", "object": "Osl
 
 
 def own_line(**changes):
-    line = {"subject": "bob", "object": "Rome", "prompts": ["bob lies in", "e f"], **changes}
+    line = {"subject": "bob", "object": "Rome", "prompts": ["bob lies in", "e f", "g h"], **changes}
     return own_facts(json.dumps({key: value for key, value in line.items() if value != "absent"}))
 
 
