@@ -371,7 +371,7 @@ def _sample(facts, relation, size, seed):
 
 def _pararel_registry():
     """{file: SHA-256} of the ParaRel files the study reads, at the pinned commit."""
-    return json.loads(Path(__file__).with_name("pararel_sha256.json").read_text())
+    return json.loads(Path(__file__).with_name("pararel_sha256.json").read_text(encoding="utf-8"))
 
 
 def _fetch_pararel(kind, relation):

@@ -7,6 +7,7 @@ import json
 import math
 import operator
 import os
+import sys
 from collections.abc import Iterable, Set
 from functools import cached_property
 from pathlib import Path
@@ -322,6 +323,8 @@ def _check_shards(source: str) -> None:
 def _advice(name: str, error: Exception) -> str:
     text = f"{type(error).__name__}: {error}"
     first = text.strip().splitlines()[0][:300]
+    if isinstance(error, UnicodeError) and sys.getfilesystemencoding() != "utf-8":
+        return f"its name needs UTF-8, which this locale has not: start Python with PYTHONUTF8=1. ({first})"
     if "gated" in text.lower() or "401" in text or "403" in text:
         return (f"the model is gated. Accept its licence on its Hugging Face page, then run `hf auth login`. ({first})")
     if "safetensors" in text.lower():

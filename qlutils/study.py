@@ -249,7 +249,7 @@ def _revision(model):
     """The downloaded commit of a model of the Hugging Face Hub; None for a local model."""
     from huggingface_hub.constants import HF_HUB_CACHE
     file = Path(HF_HUB_CACHE, "models--" + str(model).replace("/", "--"), "refs", "main")
-    return file.read_text() if os.path.isfile(file) else None
+    return file.read_text(encoding="utf-8") if os.path.isfile(file) else None
 
 
 def check_parameters(cells):
