@@ -8,12 +8,15 @@ loader reads every dataset, because all of them have ParaRel's layout (Elazar et
 
 A file of one's own facts has a line a fact, and its prompts as they stand:
 
-    {"relation": "capital", "subject": "France", "object": "Paris", "prompts": ["The capital of France is", ...]}
+    {"relation": "capital", "subject": "France", "object": "Paris",
+     "prompts": ["The capital of France is", ...]}
 
-An answer follows its prompt after one space. Where it must not (scripts without spaces, after an opening quote), the prompt
-says so: it ends with `[Y]`, the answer's place, right after its text, "法国的首都是[Y]".
+An answer follows its prompt after one space. Where it must not (scripts without spaces, after an
+opening quote), the prompt says so: it ends with `[Y]`, the answer's place, right after its text,
+"法国的首都是[Y]".
 
-Subjects, objects and relations are read in Unicode's composed form (NFC), so that two spellings of one name are one fact.
+Subjects, objects and relations are read in Unicode's composed form (NFC), so that two spellings of
+one name are one fact.
 No torch or transformers here: tokenisation belongs to `models.py`.
 """
 
@@ -77,9 +80,9 @@ def load_facts(dataset="demo", *, relations=None, facts_per_relation=None, seed=
     """Facts with at least two prompts, sorted by relation (P17 before P101), then in the dataset's order.
 
     dataset: "demo" (bundled), "pararel" (downloaded once into the user's cache, or the folder QLUTILS_CACHE,
-        and checked against its SHA-256), a folder in ParaRel's layout (the one that holds `pattern_data`
-        and `trex_lms_vocab`, or its parent), or a `.jsonl` file of facts, whose prompts are used as they
-        stand: `min_patterns` and `middle` do not concern it.
+        and checked against its SHA-256), a folder in ParaRel's layout (the one that holds
+        `pattern_data` and `trex_lms_vocab`, or its parent), or a `.jsonl` file of facts, whose
+        prompts are used as they stand: `min_patterns` and `middle` do not concern it.
     relations: names to keep, None for all.
     facts_per_relation: size of a seeded sample of each relation, None for all. The sample of one relation
         does not depend on the others asked for, and a larger sample contains the smaller one.
@@ -100,7 +103,8 @@ def load_facts(dataset="demo", *, relations=None, facts_per_relation=None, seed=
     facts, left_out, short = [], {}, []
     if _is_facts_file(dataset):
         found = _read_facts_file(Path(os.path.expanduser(dataset)))
-        found = {relation: found[relation] for relation in _choose_relations(relations, _natural(found))}
+        chosen = _choose_relations(relations, _natural(found))
+        found = {relation: found[relation] for relation in chosen}
     else:
         found, short = _read_pararel(dataset, relations, min_patterns, middle)
     for relation, every in found.items():
@@ -120,23 +124,27 @@ def load_facts(dataset="demo", *, relations=None, facts_per_relation=None, seed=
 
 
 def seeded_order(facts: list[Fact], relation: str, seed: int) -> list[int]:
-    """The places of one relation's facts in the order in which a run draws them: a sample is its beginning."""
-    return np.random.default_rng([seed, zlib.crc32(relation.encode())]).permutation(len(facts)).tolist()
+    """The places of one relation's facts in the order in which a run draws them: a sample is its
+    beginning."""
+    rng = np.random.default_rng([seed, zlib.crc32(relation.encode())])
+    return rng.permutation(len(facts)).tolist()
 
 
 def continuation(prompt: str) -> tuple[str, str]:
     """(text, gap): what a model reads of a prompt, and what stands between that and the answer.
 
-    The gap is one space, and spaces at the end of the prompt are dropped. A prompt that ends with `[Y]`
-    shows where its answer stands: there is no gap unless a space stands before it. ValueError: other white
-    space at the end, of which nobody can tell whether a space should follow."""
+    The gap is one space, and spaces at the end of the prompt are dropped. A prompt that ends with
+    `[Y]` shows where its answer stands: there is no gap unless a space stands before it.
+    ValueError: other white space at the end, of which nobody can tell whether a space should
+    follow."""
     text = prompt.removesuffix(ANSWER)
     bare = text.rstrip(" ")
     if text != prompt:
         return bare, " " * (bare != text)
     if bare and bare[-1].isspace() and not bare.isspace():
-        raise ValueError(f"prompt {prompt[-60:]!r} ends with {bare[-1]!r}: remove it, or show where the answer stands, "
-                         f"right after it ({(bare + ANSWER)[-20:]!r}) or after a space ({(bare + ' ' + ANSWER)[-20:]!r})")
+        raise ValueError(f"prompt {prompt[-60:]!r} ends with {bare[-1]!r}: remove it, or show "
+                         f"where the answer stands, right after it ({(bare + ANSWER)[-20:]!r}) or "
+                         f"after a space ({(bare + ' ' + ANSWER)[-20:]!r})")
     return bare, " "
 
 
@@ -144,7 +152,8 @@ def prompt_template(pattern: str, middle: str = "cut") -> str | None:
     """The part of a pattern before `[Y]`, with `[X]` still in it; None when the pattern gives no prompt.
 
     Runs of spaces count as one (two ParaRel patterns have "[X],  a type of [Y]"), and the space before `[Y]`
-    goes: the answer brings its own. Where anything else stands there, `[Y]` stays (see `continuation`).
+    goes: the answer brings its own. Where anything else stands there, `[Y]` stays (see
+    `continuation`).
     """
     left, found, right = pattern.partition(ANSWER)
     if not found or "[X]" not in left + right:
@@ -202,7 +211,8 @@ def _check_count(name, value, optional=False):
 
 
 def _read_pararel(dataset, relations, min_patterns, middle):
-    """({relation: its facts}, names of the relations left out for want of patterns) of a dataset in ParaRel's layout."""
+    """({relation: its facts}, the relations left out for want of patterns) of data in ParaRel's
+    layout."""
     known, fetch = _open_dataset(dataset)
     found, short = {}, []
     for relation in _choose_relations(relations, known):
@@ -213,14 +223,16 @@ def _read_pararel(dataset, relations, min_patterns, middle):
             short.append(relation)
         else:
             raise ValueError(f"relation {relation} has {n_patterns} patterns, fewer than "
-                             f"min_patterns={min_patterns}: lower min_patterns or leave the relation out")
+                             f"min_patterns={min_patterns}: lower min_patterns or leave the "
+                             "relation out")
     return found, short
 
 
 def _open_dataset(dataset):
     """(relation names in natural order, function (kind, relation) -> local file)."""
     if not isinstance(dataset, (str, Path)):
-        raise ValueError(f"dataset must be 'demo', 'pararel', a folder or a .jsonl file, not {dataset!r}")
+        raise ValueError(f"dataset must be 'demo', 'pararel', a folder or a .jsonl file, not "
+                         f"{dataset!r}")
     if dataset == "pararel":
         names = [Path(file).stem for file in _pararel_registry() if file.startswith(PATTERNS)]
         return _natural(names), _fetch_pararel
@@ -230,8 +242,8 @@ def _open_dataset(dataset):
             files = {kind: _relation_files(folder / kind) for kind in (PATTERNS, FACTS)}
             return _natural(files[PATTERNS]), lambda kind, relation: files[kind].get(
                 relation, folder / kind / f"{relation}.jsonl")
-    raise ValueError(f"unknown dataset {str(dataset)!r}: use 'demo', 'pararel', a folder that holds "
-                     f"{PATTERNS} and {FACTS}, or a .jsonl file of facts")
+    raise ValueError(f"unknown dataset {str(dataset)!r}: use 'demo', 'pararel', a folder that "
+                     f"holds {PATTERNS} and {FACTS}, or a .jsonl file of facts")
 
 
 def _relation_files(folder):
@@ -242,7 +254,8 @@ def _relation_files(folder):
             name = unicodedata.normalize("NFC", file.stem)
             check_text(name, f"relation file in {folder}")
             if name in found:
-                raise ValueError(f"relation {name} has two files, {found[name]} and {file.name}: keep one")
+                raise ValueError(f"relation {name} has two files, {found[name]} and {file.name}: "
+                                 "keep one")
             found[name] = file
     return found
 
@@ -318,15 +331,15 @@ def _read_facts(path, relation, templates):
         prompts = {subject.join(template.split("[X]")): template for template in templates}
         for prompt, template in prompts.items():
             if prompt.endswith(ANSWER) != template.endswith(ANSWER):
-                raise ValueError(f"{where}: the subject {subject!r} ends a prompt with {ANSWER}, which marks the answer's "
-                                 "place there: leave this fact out")
+                raise ValueError(f"{where}: the subject {subject!r} ends a prompt with {ANSWER}, "
+                                 "which marks the answer's place there: leave this fact out")
         facts.setdefault((subject, answer), Fact(relation, subject, answer, tuple(prompts)))
     return list(facts.values())
 
 
 def _is_facts_file(dataset):
-    return isinstance(dataset, (str, Path)) and str(dataset).lower().endswith(".jsonl") and not os.path.isdir(
-        os.path.expanduser(dataset))
+    named = isinstance(dataset, (str, Path)) and str(dataset).lower().endswith(".jsonl")
+    return named and not os.path.isdir(os.path.expanduser(dataset))
 
 
 def _read_facts_file(path):
@@ -338,26 +351,29 @@ def _read_facts_file(path):
         fact = Fact(relation, subject, answer, _read_prompts(record, where))
         known = facts.setdefault(relation, {}).setdefault((subject, answer), fact)
         if known != fact:
-            raise ValueError(f"{where}: the fact of {lines[fact.id]} again, with other prompts: give all of a fact's "
-                             "prompts in one line")
+            raise ValueError(f"{where}: the fact of {lines[fact.id]} again, with other prompts: "
+                             "give all of a fact's prompts in one line")
         lines.setdefault(fact.id, where)
     return {relation: list(some.values()) for relation, some in facts.items()}
 
 
 def _read_prompts(record, where):
     """The distinct prompts of a fact's line."""
-    prompts, name = {}, "field 'prompts'"
-    if not isinstance(record.get("prompts"), list) or not record["prompts"]:
-        raise ValueError(f"{where}: {name} must be a list of texts, the prompts of the fact, not {record.get('prompts')!r}")
-    for prompt in record["prompts"]:
+    prompts, name, given = {}, "field 'prompts'", record.get("prompts")
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"{where}: {name} must be a list of texts, the prompts of the fact, not "
+                         f"{given!r}")
+    for prompt in given:
         if not isinstance(prompt, str) or not prompt.removesuffix(ANSWER).strip():
-            raise ValueError(f"{where}: {name} holds {prompt!r}; a prompt is a text that is not empty")
+            raise ValueError(f"{where}: {name} holds {prompt!r}; a prompt is a text that is not "
+                             "empty")
         check_text(prompt, f"{where}: {name}")
         if ANSWER in prompt.removesuffix(ANSWER):
-            raise ValueError(f"{where}: {name} has {prompt!r}, where text follows {ANSWER}, the answer's place: a prompt "
-                             "ends there")
+            raise ValueError(f"{where}: {name} has {prompt!r}, where text follows {ANSWER}, the "
+                             "answer's place: a prompt ends there")
         try:
-            prompts.setdefault(continuation(unicodedata.normalize("NFC", prompt)), prompt)
+            same = continuation(unicodedata.normalize("NFC", prompt))
+            prompts.setdefault(same, prompt)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     return tuple(prompts.values())

@@ -323,7 +323,8 @@ def change(view: View, neurons, action: str, controls=(), *, new: str = "", syna
             stack.enter_context(scale_neurons(lm, neurons, FACTORS[action]))
         elif action != "none":
             written = {"old": fact.object, "new": new} if action == "update" else {}
-            words = {name: lm.encode(fact.prompts[prompt], text)[1] for name, text in written.items()}
+            asked = fact.prompts[prompt]
+            words = {name: lm.encode(asked, text)[1] for name, text in written.items()}
             stack.enter_context(edit_weights(lm, neurons, action, **words))
         after = measure()
     frame = pd.DataFrame(rows, columns=["role", "prompt", "answer"])

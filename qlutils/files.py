@@ -88,7 +88,8 @@ def write_json(path, value):
 
 
 def _utf8(text):
-    """A text as UTF-8 in which names of files stand as bytes of their own where the locale could not read them."""
+    """A text as UTF-8; names of files that the locale could not read come out as they are on
+    disk."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode("utf-8")
 
 
@@ -147,7 +148,7 @@ def as_frame(tables):
 
 @contextmanager
 def locked(path, seconds=3):
-    """Hold the lock file `path`; StoreError, naming it and its holder, if that takes more than `seconds`.
+    """Hold the lock file `path`; StoreError, naming it and its holder, after `seconds` without it.
 
     The system drops the lock when the holder dies, however it dies, and whoever has its number now. What dead
     writers of this machine left half-written in the lock's folder and below is removed on entry.

@@ -171,8 +171,9 @@ class LanguageModel:
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Token ids of a prompt, with the tokenizer's own BOS and without a trailing EOS. Spaces at the end are
-        dropped, as the answer brings its own, and so is a final `[Y]`, the answer's place (`data.continuation`).
-        ValueError: not text, empty, other white space at the end, one token, longer than the context."""
+        dropped, as the answer brings its own, and so is a final `[Y]`, the answer's place
+        (`data.continuation`). ValueError: not text, empty, other white space at the end, one
+        token, longer than the context."""
         if not isinstance(prompt, str):
             raise ValueError(f"a prompt must be text, got {type(prompt).__name__}: {prompt!r}")
         text, _ = continuation(prompt)
@@ -186,8 +187,8 @@ class LanguageModel:
         return ids
 
     def encode(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-        """(prompt ids, answer ids): the answer is what tokenising `prompt + " " + answer` adds to the prompt. A prompt that
-        ends with `[Y]` right after its text, "法国的首都是[Y]", has no space there.
+        """(prompt ids, answer ids): the answer is what tokenising `prompt + " " + answer` adds to the prompt.
+        A prompt that ends with `[Y]` right after its text, "法国的首都是[Y]", has no space there.
 
         ValueError, naming prompt and answer: an empty answer, one that changes how the prompt is tokenised, or a
         query longer than the context."""
@@ -324,7 +325,8 @@ def _advice(name: str, error: Exception) -> str:
     text = f"{type(error).__name__}: {error}"
     first = text.strip().splitlines()[0][:300]
     if isinstance(error, UnicodeError) and sys.getfilesystemencoding() != "utf-8":
-        return f"its name needs UTF-8, which this locale has not: start Python with PYTHONUTF8=1. ({first})"
+        return ("its name needs UTF-8, which this locale has not: start Python with PYTHONUTF8=1. "
+                f"({first})")
     if "gated" in text.lower() or "401" in text or "403" in text:
         return (f"the model is gated. Accept its licence on its Hugging Face page, then run `hf auth login`. ({first})")
     if "safetensors" in text.lower():

@@ -117,7 +117,8 @@ def _parser():
         help="how knowledge neurons are localised, in 01 and 02 (default: all)")
     add("--downstream-methods", nargs="+", default=["ig"], choices=METHODS, metavar="METHOD",
         help="whose neurons 03-07 use (default: ig, as in the paper)")
-    add("--data", default="demo", metavar="demo|pararel|FOLDER|FILE.jsonl", help="the facts (default: demo, bundled)")
+    add("--data", default="demo", metavar="demo|pararel|FOLDER|FILE.jsonl",
+        help="the facts (default: demo, bundled)")
     add("--relations", nargs="+", metavar="P36", help="only these relations (default: all)")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--facts-per-relation", type=int, default=SAMPLE, metavar="N",
@@ -152,16 +153,19 @@ def _plan(args, jobs):
         raise ValueError("--plan: with these options nothing is localised")
     given = jobs[0].parameters
     Spec(**{name: given[name] for name in ("steps", "rule", "answer", "site", "amig_factor") if name in given})  # or ValueError
-    matter = ("data", "relations", "facts_per_relation", "known_prompts", "seed", "steps", "middle", "answer")
+    matter = ("data", "relations", "facts_per_relation", "known_prompts", "seed", "steps", "middle",
+              "answer")
     costs = plan(list(dict.fromkeys(args.models)), list(dict.fromkeys(args.methods)), device=args.device, dtype=args.dtype,
                  **{name: given[name] for name in matter if name in given})
     print(costs.to_string(index=False, float_format=lambda x: f"{x:,.3g}" if x < 1e4 else f"{x:,.0f}"))
     print(f"Hours in all: {costs['hours'].sum():,.3g} for localisation on one such device; notebooks 03-07 and the report "
           "come on top. Nothing was started.")
     if args.known_prompts:
-        print("Which facts a model knows, and so how many there are to localise, is not known before it is asked: the numbers "
-              f"above are for as many facts as may be kept, and most models know fewer.\nLooking for them takes "
-              f"{costs['scan hours'].max():,.3g} hours a model at most, when every fact is asked.")
+        print("Which facts a model knows, and so how many there are to localise, is not known "
+              "before it is asked: the numbers above are for as many facts as may be kept, and a "
+              "model may know fewer.\n"
+              f"Looking for them takes {costs['scan hours'].max():,.3g} hours a model at most, "
+              "when every fact is asked.")
     return 0
 
 
@@ -228,8 +232,8 @@ def plan_jobs(args, folder):
 def _taken(known_prompts, count):
     """Which of the facts a run takes, in words."""
     if known_prompts:
-        return (f", in which each model looks for {f'{count} a relation' if count else 'all'} with at least {known_prompts} "
-                "prompts that it answers")
+        return (f", in which each model looks for {f'{count} a relation' if count else 'all'} "
+                f"with at least {known_prompts} prompts that it answers")
     return f": a sample of {count} a relation, --full takes all" if count else ""
 
 
@@ -255,7 +259,8 @@ def declared_parameters(notebook):
 
 
 def _absolute(name, there=os.path.isdir):
-    """Where a folder (or what `there` takes) is, since notebooks run in their own; any other name as it is."""
+    """Where a folder (or what `there` takes) is, since notebooks run in their own; else the
+    name."""
     folder = os.path.expanduser(name)
     return os.path.realpath(folder) if there(folder) else name
 
@@ -457,8 +462,9 @@ def _scheduler(args):
 
 
 def _in_utf8():
-    """Start again in Python's UTF-8 mode where the locale has another encoding (a bare C locale): names of folders and models
-    go into notebooks and records, which are UTF-8. What this process starts inherits the mode."""
+    """Start again in Python's UTF-8 mode where the locale has another encoding (a bare C locale):
+    names of folders and models go into notebooks and records, which are UTF-8. What this process
+    starts inherits the mode."""
     if sys.getfilesystemencoding() != "utf-8":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

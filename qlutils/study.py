@@ -30,15 +30,16 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 class Study:
     """One notebook's part of a run.
 
-    Known parameters: model, method (or methods, a list), data, relations, facts_per_relation, known_prompts, seed,
-    device, dtype, output; whatever else a notebook declares stays in `parameters`. Attributes: every known parameter
-    by its name, and `results`, the folder of this model and method ("all" where a notebook compares methods); `may_scan`,
-    whether it may run the model to find the facts that it knows.
-    ValueError names a parameter that is not usable.
+    Known parameters: model, method (or methods, a list), data, relations, facts_per_relation,
+    known_prompts, seed, device, dtype, output; whatever else a notebook declares stays in
+    `parameters`. Attributes: every known parameter by its name, and `results`, the folder of this
+    model and method ("all" where a notebook compares methods); `may_scan`, whether it may run the
+    model to find the facts that it knows. ValueError names a parameter that is not usable.
     """
 
     def __init__(self, notebook, *, model=None, method=None, methods=None, data="demo", relations=None,
-                 facts_per_relation=None, known_prompts=0, seed=0, device=None, dtype=None, output="default", **others):
+                 facts_per_relation=None, known_prompts=0, seed=0, device=None, dtype=None,
+                 output="default", **others):
         for name in [method] * (method is not None) + list(methods or ()):
             _one_of("method", name, METHODS)
         if dtype is not None:
@@ -50,8 +51,8 @@ class Study:
         self.seed, self.device, self.dtype, self.output = seed, device, dtype, output
         self.parameters = {
             "model": model, "method": method, "methods": methods, "data": data, "relations": relations,
-            "facts_per_relation": facts_per_relation, "known_prompts": known_prompts, "seed": seed, "device": device, "dtype": dtype,
-            "output": output, **others}
+            "facts_per_relation": facts_per_relation, "known_prompts": known_prompts, "seed": seed,
+            "device": device, "dtype": dtype, "output": output, **others}
         self.root = paths.run_folder(output)
         self.results = self._folder(method)
         self._started, self._work, self._facts, self._identity = time.time(), {}, None, {}
@@ -64,8 +65,9 @@ class Study:
 
     # -- inputs -------------------------------------------------------------------------------------------
     def facts(self):
-        """The facts of this run: those of `load_facts` with the run's parameters. With `known_prompts` those that the model
-        knows (see `known.known_facts`), found once a run; without a model all that would be looked at."""
+        """The facts of this run: those of `load_facts` with the run's parameters. With
+        `known_prompts` those that the model knows (`known.known_facts`), found once a run; without
+        a model all that would be looked at."""
         if self._facts is None:
             if self.known_prompts and self.model:
                 from .known import known_facts
@@ -73,19 +75,21 @@ class Study:
                 if self.may_scan:
                     print(self.facts_note())
             else:
-                self._facts = self.candidates(None if self.known_prompts else self.facts_per_relation)
+                size = None if self.known_prompts else self.facts_per_relation
+                self._facts = self.candidates(size)
         return self._facts
 
     def candidates(self, facts_per_relation=None):
-        """The facts of the run's data and relations, or a seeded sample of each relation, whether the model knows them or
-        not."""
+        """The facts of the run's data and relations, or a seeded sample of each relation, whether
+        the model knows them or not."""
         from .data import load_facts
-        return load_facts(self.data, relations=self.relations, seed=self.seed, facts_per_relation=facts_per_relation,
+        return load_facts(self.data, relations=self.relations, seed=self.seed,
+                          facts_per_relation=facts_per_relation,
                           middle=self.parameters.get("middle", "cut"))
 
     def known_counts(self):
-        """{model: {facts, scanned, known, kept, queries, answered}} of this run's models for which known facts were looked
-        for; {} for a run of all facts."""
+        """{model: {facts, scanned, known, kept, queries, answered}} of this run's models for which
+        known facts were looked for; {} for a run of all facts."""
         names = [self.model] if self.model else self.parameters.get("models") or ()
         found = {}
         for name in names if self.known_prompts else ():
@@ -96,12 +100,14 @@ class Study:
         return found
 
     def facts_note(self):
-        """One sentence on how many facts were looked at and kept, to stand beside results; "" for a run of all facts."""
-        counts = self.known_counts()
+        """One sentence on how many facts were looked at and kept, to stand beside results; "" for
+        a run of all facts."""
+        counts = [f"{name} {n['kept']} kept, {n['known']} known of {n['scanned']} scanned"
+                  for name, n in self.known_counts().items()]
         if not counts:
             return ""
-        return f"Facts with at least {self.known_prompts} prompts answered by greedy decoding: " + "; ".join(
-            f"{name} {n['kept']} kept, {n['known']} known of {n['scanned']} scanned" for name, n in counts.items()) + "."
+        what = f"Facts with at least {self.known_prompts} prompts answered by greedy decoding"
+        return f"{what}: {'; '.join(counts)}."
 
     @cached_property
     def _objects(self):
@@ -132,7 +138,8 @@ class Study:
     def origin(self, facts):
         """What determines a result about `facts` that no method or other choice is part of."""
         return {"model": self.model, "content": self.model and model_content(self.model),
-                "device": self.device, "dtype": self.dtype, "seed": self.seed, "source": store.package_source(),
+                "device": self.device, "dtype": self.dtype, "seed": self.seed,
+                "source": store.package_source(),
                 "facts": sha256([asdict(fact) for fact in facts])}
 
     def localisation(self, method=None):
@@ -189,8 +196,8 @@ class Study:
         return (None, f"it was made from other {', '.join(differ)}") if differ else (as_frame([table]), None)
 
     def table(self, frame, stem, caption="", note="", *, digits=2):
-        """Write a table as CSV, Markdown and LaTeX under `results`; returns it as shown, for display. Where a run takes
-        known facts only, its note says so."""
+        """Write a table as CSV, Markdown and LaTeX under `results`; returns it as shown, for
+        display. Where a run takes known facts only, its note says so."""
         from .tables import display_table, write_table as write
         note = " ".join(filter(None, [note, self.facts_note()]))
         write(frame, stem, self.results, caption, note, digits=digits)

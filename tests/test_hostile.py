@@ -143,7 +143,8 @@ def write(folder, patterns, pairs, relation="P1", encode=json.dumps):
 @torch.no_grad()
 def by_hand(lm, prompt, answer, gap=" "):
     """P(answer | prompt) from one plain forward pass over the joint tokenisation, float64."""
-    tokens = [lm.tokenizer(text, split_special_tokens=True).input_ids for text in (prompt, f"{prompt}{gap}{answer}")]
+    tokens = [lm.tokenizer(text, split_special_tokens=True).input_ids
+              for text in (prompt, f"{prompt}{gap}{answer}")]
     assert tokens[1][:len(tokens[0])] == tokens[0]
     log_p = torch.log_softmax(lm.model(torch.tensor([tokens[1]])).logits[0].double(), -1)
     places = range(len(tokens[0]) - 1, len(tokens[1]) - 1)
@@ -167,7 +168,7 @@ def test_a_fact_of_odd_text_is_read_asked_and_attributed_right(kind, tmp_path_fa
     def check(name, ascii_only):
         folder = write(tmp_path_factory.mktemp("data"), PATTERNS, [(name, "Paris"), ("Ann", name)],
                        encode=lambda record: json.dumps(record, ensure_ascii=ascii_only))
-        clean = unicodedata.normalize("NFC", name.strip())  # one name, one fact, however it is spelled
+        clean = unicodedata.normalize("NFC", name.strip())  # one name, however it is spelled
         facts = load_facts(folder)
         if clean == "Ann" or clean == "Paris":
             return
@@ -193,7 +194,7 @@ def test_a_fact_of_odd_text_is_read_asked_and_attributed_right(kind, tmp_path_fa
 GLUED = {  # text that an answer follows without a space, and answers
     "scripts without spaces": (["法国的首都是", "日本の首都は"], "東", "巴"),
     "after an opening quote": (['She was born in "', "He wrote the book ("], "Paris", "Madrid"),
-    "after a newline": (["Question: where is Rome?\n", "The capital of Italy:\t"], "Italy", "Spain"),
+    "after a newline": (["Question: where is Rome?\n", "Capital of Italy:\t"], "Italy", "Spain"),
 }
 
 
@@ -205,7 +206,8 @@ def test_an_answer_that_no_space_comes_before_is_scored_so_by_every_part_of_a_ru
     updated = [by_hand(lm, text, other, gap="") for text in texts]
     assert not np.allclose(wanted, wrong, rtol=0.05, atol=0)
     prompts = tuple(f"{text}[Y]" for text in texts)
-    facts = [Fact("r", "a", right, prompts), Fact("r", "b", other, ("the home of ann is", "ann lies in"))]
+    facts = [Fact("r", "a", right, prompts),
+             Fact("r", "b", other, ("the home of ann is", "ann lies in"))]
     near = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-37)
     near(answer_probability(lm, prompts, [right] * 2), wanted)
     near(attribute(lm, prompts, [right] * 2, steps=2).probability, wanted)
@@ -229,17 +231,20 @@ def test_an_answer_that_no_space_comes_before_is_scored_so_by_every_part_of_a_ru
 def test_white_space_at_the_end_of_a_prompt_is_refused_where_it_says_nothing_about_the_answer():
     lm = gpt2()
     for end in ("\n", "\t", " \n ", "\u3000", "\u00a0"):
-        with pytest.raises(ValueError, match=r"prompt 'it is in.*' ends with '.*': remove it, or show where.*\[Y\]'"):
+        said = r"prompt 'it is in.*' ends with '.*': remove it, or show where.*\[Y\]'"
+        with pytest.raises(ValueError, match=said):
             attribute(lm, [f"it is in{end}"], ["Paris"])
-    assert lm.encode("it is in", "Paris") == lm.encode("it is in  ", "Paris") == lm.encode("it is in [Y]", "Paris")
+    for same in ("it is in  ", "it is in [Y]"):
+        assert lm.encode(same, "Paris") == lm.encode("it is in", "Paris")
     assert lm.encode("it is in\n [Y]", "Paris")[0] == lm.tokenizer("it is in\n").input_ids
     with pytest.raises(ValueError, match="a prompt is empty"):
         lm.encode("[Y]", "Paris")
 
 
 def test_a_subject_that_would_be_taken_for_the_answers_place_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"P1.jsonl:1: the subject 'a \[Y\]' ends a prompt with \[Y\]"):
-        load_facts(write(tmp_path, ["[X] [Y]", "[X] is [Y]", "so [X] is [Y]"], [("a [Y]", "Oslo")]))
+    data = write(tmp_path, ["[X] [Y]", "[X] is [Y]", "so [X] is [Y]"], [("a [Y]", "Oslo")])
+    with pytest.raises(ValueError, match=r"P1.jsonl:1: the subject 'a \[Y\]' ends a prompt with"):
+        load_facts(data)
 
 
 # --- the same texts through the store and the tables -----------------------------------------------------
@@ -355,11 +360,13 @@ def test_a_name_in_composed_and_in_decomposed_letters_is_one_fact_with_one_set_o
     composed, apart = "Malm\u00f6", "Malmo\u0308"
     pairs = [(apart, "Oslo"), (composed, "Oslo"), ("ann", composed), ("ann", apart)]
     facts = load_facts(write(tmp_path / "data", PATTERNS, pairs))
-    assert [(fact.subject, fact.object) for fact in facts] == [(composed, "Oslo"), ("ann", composed)]
+    found = [(fact.subject, fact.object) for fact in facts]
+    assert found == [(composed, "Oslo"), ("ann", composed)]
     assert facts[0].prompts[0] == f"{composed} lies in"
     lines = [{"subject": s, "object": o, "prompts": ["a b", "c d"]} for s, o in pairs]
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert [fact.id for fact in load_facts(tmp_path / "own.jsonl")] == [f"facts|{composed}|Oslo", f"facts|ann|{composed}"]
+    own = [fact.id for fact in load_facts(tmp_path / "own.jsonl")]
+    assert own == [f"facts|{composed}|Oslo", f"facts|ann|{composed}"]
 
 
 # --- files -----------------------------------------------------------------------------------------------
@@ -453,7 +460,10 @@ def twice(folder):
     return folder
 
 
-def own_facts(*lines, name="own.jsonl", plain='{"subject": "ann", "object": "Oslo", "prompts": ["ann lies in", "c d", "e f"]}'):
+ANN = '{"subject": "ann", "object": "Oslo", "prompts": ["ann lies in", "c d", "e f"]}'
+
+
+def own_facts(*lines, name="own.jsonl", plain=ANN):
     """A file of one's own facts: a good line, then these."""
     def make(folder):
         (folder / name).write_bytes("\n".join([plain, *lines]).encode("utf-8"))
@@ -474,21 +484,26 @@ FILES = {
     "own facts with fields of their own": (own_line(relation="r", id=3, note="x"), ["ann", "bob"]),
     "own facts, no subject": (own_line(subject="absent"), "own.jsonl:2: field 'subject'"),
     "own facts, an empty object": (own_line(object=" "), "own.jsonl:2: field 'object'"),
-    "own facts, a relation that is no text": (own_line(relation=36), "own.jsonl:2: field 'relation'"),
-    "own facts, no prompts": (own_line(prompts="absent"), "own.jsonl:2: field 'prompts' must be a list"),
-    "own facts, one text for the prompts": (own_line(prompts="bob lies in"), "own.jsonl:2: field 'prompts' must be a list"),
+    "own facts, a relation that is no text": (own_line(relation=36), "jsonl:2: field 'relation'"),
+    "own facts, no prompts": (own_line(prompts="absent"), "jsonl:2: field 'prompts' must be a list"),
+    "own facts, one text for prompts": (own_line(prompts="b is"), "'prompts' must be a list.*'b is'"),
     "own facts, an empty prompt": (own_line(prompts=["a b", " "]), "own.jsonl:2: .*holds ' '"),
     "own facts, a number for a prompt": (own_line(prompts=["a b", 1]), "own.jsonl:2: .*holds 1"),
-    "own facts, text after the answer's place": (own_line(prompts=["a b", "a [Y] b"]), r"own.jsonl:2: .*text follows \[Y\]"),
-    "own facts, a newline at the end": (own_line(prompts=["a b", "a b\n"]), r"own.jsonl:2: .*ends with '\\n'"),
-    "own facts, half of a surrogate pair": (own_line(prompts=["a b", "a \ud83d"]), "own.jsonl:2: .*surrogate"),
-    "own facts, one twice": (own_line(subject="ann", object="Oslo", prompts=["ann lies in", "c d", "e f"]), ["ann"]),
-    "own facts, one twice with other prompts": (own_line(subject="ann", object="Oslo"), "own.jsonl:2: the fact of .*own.jsonl:1"),
-    "own facts, one prompt each": (own_facts(plain='{"subject": "a", "object": "b", "prompts": ["c d", "c d "]}'),
-                                   "no fact with 2 prompts"),
+    "own facts, text after the answer's place": (own_line(prompts=["a b", "a [Y] b"]),
+                                                 r"own.jsonl:2: .*text follows \[Y\]"),
+    "own facts, a newline at the end": (own_line(prompts=["a b", "a b\n"]),
+                                        r"own.jsonl:2: .*ends with '\\n'"),
+    "own facts, half of a surrogate pair": (own_line(prompts=["a b", "a \ud83d"]),
+                                            "own.jsonl:2: .*surrogate"),
+    "own facts, one twice": (own_facts(ANN), ["ann"]),
+    "own facts, one twice with other prompts": (own_line(subject="ann", object="Oslo"),
+                                                "own.jsonl:2: the fact of .*own.jsonl:1"),
+    "own facts, one prompt each": (own_line(prompts=["c d", "c d "]), ["ann"]),
+    "own facts, none of two prompts": (own_facts(plain=ANN.replace(', "c d", "e f"', "")),
+                                       "no fact with 2 prompts"),
     "own facts, no JSON": (own_facts("ann"), "own.jsonl:2: not a JSON object"),
     "own facts, an empty file": (own_facts(plain=""), "own.jsonl is empty"),
-    "own facts, no such file": (lambda folder: folder / "none.jsonl", "missing data file .*none.jsonl"),
+    "own facts, no such file": (lambda folder: folder / "none.jsonl", "missing data file .*none"),
     "relation files in capitals": (in_capitals, ["ann", "bob"]),
     "two files of one relation": (twice, "relation P1 has two files"),
     "BOM at the start": (facts_file(b"\xef\xbb\xbf" + PLAIN.encode()), ["ann", "bob"]),
@@ -575,7 +590,7 @@ def test_a_data_set_is_read_right_or_refused_by_file_and_line(kind, tmp_path):
     facts = load_facts(folder)
     assert [fact.subject for fact in facts] == outcome
     first = facts[0]
-    texts = [prompt.removesuffix("[Y]") for prompt in first.prompts]  # "[X][Y]": no space before the answer
+    texts = [prompt.removesuffix("[Y]") for prompt in first.prompts]  # "[X][Y]" has no space there
     assert all(text == text.strip() and "  " not in text and "[" not in text for text in texts)
     assert first.prompts[-1 if kind == "only slots" else 0] == (
         "as ann was found, it was in" if kind == "only slots" else f"{first.subject} lies in")

@@ -1,4 +1,4 @@
-"""Facts that a model knows: which are found, how they are kept, what stands beside results, and what is refused."""
+"""Facts that a model knows: which are kept, what stands beside results, what is refused."""
 
 import json
 import threading
@@ -28,10 +28,10 @@ def bundled(name):
 def answered(lm, prompt, answer):
     """Whether plain greedy decoding, a whole forward pass a token, gives the answer."""
     ids = lm.tokenizer(prompt).input_ids
-    wanted = lm.tokenizer(f"{prompt} {answer}").input_ids[len(ids):]
+    wanted = lm.tokenizer(f"{prompt} {answer}").input_ids[len(ids) :]
     for _ in wanted:
         ids = [*ids, int(lm.model(torch.tensor([ids])).logits[0, -1].argmax())]
-    return ids[-len(wanted):] == wanted
+    return ids[-len(wanted) :] == wanted
 
 
 @lru_cache(maxsize=8)
@@ -46,7 +46,9 @@ def data(tmp_path_factory):
     for relation in RELATIONS:
         facts = load_facts("demo", relations=[relation])[:12]
         for place, fact in enumerate(facts):
-            other = next(one.object for one in facts[place::-1] + facts[::-1] if one.object != fact.object)
+            other = next(
+                one.object for one in facts[place::-1] + facts[::-1] if one.object != fact.object
+            )
             fact = fact if place % 3 == 0 else replace(fact, object=other)
             lines.append(json.dumps(asdict(replace(fact, prompts=fact.prompts[:3]))))
     file = tmp_path_factory.mktemp("facts") / "mixed.jsonl"
@@ -60,7 +62,14 @@ def study(data, runs, monkeypatch):
     monkeypatch.setattr(known, "UNIT_FACTS", 4)
 
     def make(**changes):
-        given = dict(model="demo/gpt2", method="ig", data=data, facts_per_relation=2, known_prompts=2, device="cpu")
+        given = dict(
+            model="demo/gpt2",
+            method="ig",
+            data=data,
+            facts_per_relation=2,
+            known_prompts=2,
+            device="cpu",
+        )
         return Study("01_localize", **{**given, **changes})
 
     return make
@@ -68,12 +77,19 @@ def study(data, runs, monkeypatch):
 
 def seeded(data, relation, seed=0):
     """A relation's facts in the order in which samples of growing size take them."""
-    nested = [load_facts(data, relations=[relation], facts_per_relation=n, seed=seed) for n in range(1, 13)]
-    return nested[0] + [next(f for f in more if f not in less) for less, more in zip(nested, nested[1:])]
+    nested = [
+        load_facts(data, relations=[relation], facts_per_relation=n, seed=seed)
+        for n in range(1, 13)
+    ]
+    return nested[0] + [
+        next(f for f in more if f not in less) for less, more in zip(nested, nested[1:])
+    ]
 
 
 @pytest.mark.parametrize("seed, wanted, prompts", [(0, 2, 2), (3, 2, 1), (0, None, 2), (0, 12, 3)])
-def test_the_first_facts_that_greedy_decoding_answers_are_kept_in_the_seeded_order(data, study, seed, wanted, prompts):
+def test_the_first_facts_that_greedy_decoding_answers_are_kept_in_the_seeded_order(
+    data, study, seed, wanted, prompts
+):
     one = study(seed=seed, facts_per_relation=wanted, known_prompts=prompts)
     found, expected = one.facts(), []
     for relation, row in zip(RELATIONS, one.scan.set_index("relation").loc[RELATIONS].itertuples()):
@@ -84,26 +100,33 @@ def test_the_first_facts_that_greedy_decoding_answers_are_kept_in_the_seeded_ord
         enough = len(keep) == wanted
         last = order.index(keep[-1]) if enough else 11
         assert row.scanned == (min(12, 4 * (last // 4 + 1)) if enough else 12) and row.facts == 12
-        assert row.kept == len(keep) and row.known == sum(right[:row.scanned])
+        assert row.kept == len(keep) and row.known == sum(right[: row.scanned])
         assert row.queries == 3 * row.scanned
-        assert row.answered == sum(number_answered("demo/gpt2", fact) for fact in order[:row.scanned])
+        assert row.answered == sum(
+            number_answered("demo/gpt2", fact) for fact in order[: row.scanned]
+        )
     assert 0 < len(expected) < 24
     assert found == [fact for fact in load_facts(data) if fact in expected]
 
 
-def test_all_notebooks_of_a_run_use_the_facts_found_once_and_what_was_computed_is_not_computed_again(study, monkeypatch, capsys):
+def test_all_notebooks_of_a_run_use_the_facts_that_were_found_once(
+    study, monkeypatch, capsys
+):
     first = study()
     facts = first.facts()
     [done] = first._work.values()
     assert done["units"] == done["computed"] > 0
-    said = f"demo/gpt2 {len(facts)} kept, {first.scan['known'].sum()} known of {first.scan['scanned'].sum()} scanned"
+    known_of = f"{first.scan['known'].sum()} known of {first.scan['scanned'].sum()} scanned"
+    said = f"demo/gpt2 {len(facts)} kept, {known_of}"
     assert said in capsys.readouterr().out
     more = study(facts_per_relation=None, method="sig")
     assert len(more.facts()) > len(facts)
     [all_units] = more._work.values()
     assert all_units["units"] == 6 and all_units["computed"] == 6 - done["units"]
     study().facts()  # one file a model: it is that of the first again
-    monkeypatch.setattr(store, "run_units", lambda *args, **options: pytest.fail("the model was asked again"))
+    monkeypatch.setattr(
+        store, "run_units", lambda *args, **options: pytest.fail("the model was asked again")
+    )
     for changes in (dict(method="sig"), dict(method=None, methods=["ig"])):
         assert study(**changes).facts() == facts
 
@@ -137,7 +160,9 @@ def test_notebooks_that_start_together_wait_for_the_one_that_looks(study, monkey
 
     monkeypatch.setattr(known, "_scan", slow)
     studies, found = [study(method=method) for method in ("ig", "sig")], []
-    threads = [threading.Thread(target=lambda one=one: found.append(one.facts())) for one in studies]
+    threads = [
+        threading.Thread(target=lambda one=one: found.append(one.facts())) for one in studies
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -154,7 +179,10 @@ def test_how_many_were_scanned_and_kept_stands_beside_every_result_for_each_mode
         one.record()
         counts[model] = one.scan.drop(columns="relation").sum().to_dict()
         entry = json.loads((one.results / "run.json").read_text())["01_localize"]
-        assert entry["known_facts"] == {model: counts[model]} and entry["facts"] == counts[model]["kept"]
+        assert (
+            entry["known_facts"] == {model: counts[model]}
+            and entry["facts"] == counts[model]["kept"]
+        )
         assert entry["parameters"]["known_prompts"] == 2
     both = study(model=None, method=None, models=list(counts))
     both.table(pd.DataFrame({"n": [1]}), "t", "A caption")
@@ -172,10 +200,16 @@ def test_the_report_names_what_was_not_looked_for_and_does_not_look(study, monke
     one = study()
     localise(one, steps=2)
     one.record()
-    monkeypatch.setattr(store, "run_units", lambda *args, **options: pytest.fail("the report asked a model"))
+    monkeypatch.setattr(
+        store, "run_units", lambda *args, **options: pytest.fail("the report asked a model")
+    )
     both = study(model=None, method=None, models=["demo/gpt2", "demo/llama2"], known_prompts=1)
     found, missing = Run(both, ["demo/gpt2", "demo/llama2"], ["ig"], []).frames("queries")
-    assert found == {} and len(missing) == 2 and all("not looked for with these parameters" in why for why in missing)
+    assert (
+        found == {}
+        and len(missing) == 2
+        and all("not looked for with these parameters" in why for why in missing)
+    )
     assert both.facts_note() == "" and both.known_counts() == {}
 
 
@@ -192,34 +226,56 @@ def test_a_query_that_cannot_be_read_is_not_answered():
     assert frame["queries"].tolist() == [2, 2] and frame["answered"].iloc[1] == 0
 
 
-@pytest.mark.parametrize("given, said", [
-    (-1, "known_prompts -1: want a number of prompts, at least 0"), (True, "known_prompts True"), (1.5, "known_prompts 1.5"),
-    (4, "known_prompts 4: no fact of this data has more than 3 prompts")])
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (-1, "known_prompts -1: want a number of prompts, at least 0"),
+        (True, "known_prompts True"),
+        (1.5, "known_prompts 1.5"),
+        (4, "known_prompts 4: no fact of this data has more than 3 prompts"),
+    ],
+)
 def test_a_number_of_prompts_that_means_nothing_is_refused(study, given, said):
     with pytest.raises(ValueError, match=said):
         study(known_prompts=given).facts()
 
 
 def test_a_model_that_knows_none_of_the_facts_is_named_with_what_was_asked(study, tmp_path):
-    lines = [dict(subject=f"s{i}", object="zebra", prompts=["the capital of France is", "it lies in"]) for i in range(5)]
+    lines = [
+        dict(subject=f"s{i}", object="zebra", prompts=["the capital of France is", "it lies in"])
+        for i in range(5)
+    ]
     (tmp_path / "none.jsonl").write_text("\n".join(map(json.dumps, lines)))
     for _ in range(2):  # found out, and read back
-        with pytest.raises(ValueError, match=r"demo/gpt2 answers at least known_prompts=1 prompts of none of the 5 facts of "
-                                             r".*none.jsonl; it answers 0 of 10 queries, at most 0 of one fact"):
+        with pytest.raises(
+            ValueError,
+            match=r"demo/gpt2 answers at least known_prompts=1 prompts of none of the 5 facts of "
+            r".*none.jsonl; it answers 0 of 10 queries, at most 0 of one fact",
+        ):
             study(data=str(tmp_path / "none.jsonl"), known_prompts=1).facts()
 
 
-# --- the driver ------------------------------------------------------------------------------------------
+# --- the driver ----------------------------------------------------------------------------
 def test_the_driver_takes_and_checks_known_prompts_before_anything_starts(data, runs, capsys):
-    for given, said in ((["-1"], "--known-prompts -1: want"), (["4"], "--known-prompts 4: no fact")):
+    for given, said in (
+        (["-1"], "--known-prompts -1: want"),
+        (["4"], "--known-prompts 4: no fact"),
+    ):
         assert run.main(["--models", "demo/gpt2", "--data", data, "--known-prompts", *given]) == 2
         assert said in capsys.readouterr().err
-    args = run._parser().parse_args(["--models", "demo/gpt2", "--data", data, "--known-prompts", "2"])
+    args = run._parser().parse_args(
+        ["--models", "demo/gpt2", "--data", data, "--known-prompts", "2"]
+    )
     jobs, every = run.plan_jobs(args, paths.NOTEBOOKS)
     assert all(job.parameters["known_prompts"] == 2 for job in jobs)
-    assert "24 facts of 2 relations" in (said := capsys.readouterr().err) and "2 a relation with at least 2 prompts" in said
+    assert (
+        "24 facts of 2 relations" in (said := capsys.readouterr().err)
+        and "2 a relation with at least 2 prompts" in said
+    )
     args.facts_per_relation = 1
-    assert run.plan_jobs(args, paths.NOTEBOOKS)[1] == every  # it depends on all that may be looked at
+    assert (
+        run.plan_jobs(args, paths.NOTEBOOKS)[1] == every
+    )  # it depends on all that may be looked at
 
 
 def test_a_plan_says_what_it_cannot_know(data, runs, capsys):
@@ -228,4 +284,8 @@ def test_a_plan_says_what_it_cannot_know(data, runs, capsys):
     assert "known" not in capsys.readouterr().out
     assert run.main([*options, "--known-prompts", "2"]) == 0
     said = capsys.readouterr().out
-    assert "scan hours" in said and "is not known before it is asked" in said and "hours a model at most" in said
+    assert (
+        "scan hours" in said
+        and "is not known before it is asked" in said
+        and "hours a model at most" in said
+    )
