@@ -6,6 +6,17 @@ loader reads every dataset, because all of them have ParaRel's layout (Elazar et
     pattern_data/graphs_json/P36.jsonl   {"pattern": "The capital of [X] is [Y].", ...}
     trex_lms_vocab/P36.jsonl             {"sub_label": "France", "obj_label": "Paris", ...}
 
+A file of one's own facts has a line a fact, and its prompts as they stand:
+
+    {"relation": "capital", "subject": "France", "object": "Paris",
+     "prompts": ["The capital of France is", ...]}
+
+An answer follows its prompt after one space. Where it must not (scripts without spaces, after an
+opening quote), the prompt says so: it ends with `[Y]`, the answer's place, right after its text,
+"法国的首都是[Y]".
+
+Subjects, objects and relations are read in Unicode's composed form (NFC), so that two spellings of
+one name are one fact.
 No torch or transformers here: tokenisation belongs to `models.py`.
 """
 
@@ -14,6 +25,7 @@ import json
 import logging
 import os
 import re
+import unicodedata
 import zlib
 from dataclasses import dataclass
 from numbers import Integral
@@ -27,6 +39,8 @@ from qlutils.paths import DEMO
 log = logging.getLogger(__name__)
 
 PATTERNS, FACTS = "pattern_data/graphs_json", "trex_lms_vocab"
+ANSWER = "[Y]"  # the answer's place in a pattern, and at the end of a prompt that no space follows
+NO_RELATION = "facts"  # of a fact in a file of one's own that names none
 PARAREL_COMMIT = "cb5554678457beb5ac163d888f1ce8cf174b3f0b"
 PARAREL_URL = f"https://raw.githubusercontent.com/yanaiela/pararel/{PARAREL_COMMIT}/data/"
 PARAREL_RETRIES = 2
@@ -68,8 +82,9 @@ def load_facts(dataset="demo", *, relations=None, facts_per_relation=None, seed=
     """Facts with at least two prompts, sorted by relation (P17 before P101), then in the dataset's order.
 
     dataset: "demo" (bundled), "pararel" (downloaded once into the user's cache, or the folder QLUTILS_CACHE,
-        and checked against its SHA-256), or a folder in ParaRel's layout: the one that holds `pattern_data`
-        and `trex_lms_vocab`, or its parent.
+        and checked against its SHA-256), a folder in ParaRel's layout (the one that holds
+        `pattern_data` and `trex_lms_vocab`, or its parent), or a `.jsonl` file of facts, whose
+        prompts are used as they stand: `min_patterns` and `middle` do not concern it.
     relations: names to keep, None for all.
     facts_per_relation: size of a seeded sample of each relation, None for all. The sample of one relation
         does not depend on the others asked for, and a larger sample contains the smaller one.
@@ -88,17 +103,14 @@ def load_facts(dataset="demo", *, relations=None, facts_per_relation=None, seed=
         raise ValueError(f"seed must be an integer of at least 0, not {seed!r}")
     if middle not in ("cut", "drop"):
         raise ValueError(f"middle must be 'cut' or 'drop', not {middle!r}")
-    known, fetch = _open_dataset(dataset)
     facts, left_out, short = [], {}, []
-    for relation in _choose_relations(relations, known):
-        templates, n_patterns = _read_patterns(fetch(PATTERNS, relation), middle)
-        if n_patterns < min_patterns:
-            if relations is None:
-                short.append(relation)
-                continue
-            raise ValueError(f"relation {relation} has {n_patterns} patterns, fewer than "
-                             f"min_patterns={min_patterns}: lower min_patterns or leave the relation out")
-        every = _read_facts(fetch(FACTS, relation), relation, templates)
+    if _is_facts_file(dataset):
+        found = _read_facts_file(Path(os.path.expanduser(dataset)))
+        chosen = _choose_relations(relations, _natural(found))
+        found = {relation: found[relation] for relation in chosen}
+    else:
+        found, short = _read_pararel(dataset, relations, min_patterns, middle)
+    for relation, every in found.items():
         usable = [fact for fact in every if len(fact.prompts) >= 2]
         if len(usable) < len(every):
             left_out[relation] = len(every) - len(usable)
@@ -114,18 +126,46 @@ def load_facts(dataset="demo", *, relations=None, facts_per_relation=None, seed=
     return facts
 
 
+def seeded_order(facts: list[Fact], relation: str, seed: int) -> list[int]:
+    """The places of one relation's facts in the order in which a run draws them: a sample is its
+    beginning."""
+    rng = np.random.default_rng([seed, zlib.crc32(relation.encode())])
+    return rng.permutation(len(facts)).tolist()
+
+
+def continuation(prompt: str) -> tuple[str, str]:
+    """(text, gap): what a model reads of a prompt, and what stands between that and the answer.
+
+    The gap is one space, and spaces at the end of the prompt are dropped. A prompt that ends with
+    `[Y]` shows where its answer stands: there is no gap unless a space stands before it.
+    ValueError: other white space at the end, of which nobody can tell whether a space should
+    follow."""
+    text = prompt.removesuffix(ANSWER)
+    bare = text.rstrip(" ")
+    if text != prompt:
+        return bare, " " * (bare != text)
+    if bare and bare[-1].isspace() and not bare.isspace():
+        raise ValueError(f"prompt {prompt[-60:]!r} ends with {bare[-1]!r}: remove it, or show "
+                         f"where the answer stands, right after it ({(bare + ANSWER)[-20:]!r}) or "
+                         f"after a space ({(bare + ' ' + ANSWER)[-20:]!r})")
+    return bare, " "
+
+
 def prompt_template(pattern: str, middle: str = "cut") -> str | None:
     """The part of a pattern before `[Y]`, with `[X]` still in it; None when the pattern gives no prompt.
 
     Runs of spaces count as one (two ParaRel patterns have "[X],  a type of [Y]"), and the space before `[Y]`
-    goes: the answer brings its own.
+    goes: the answer brings its own. Where anything else stands there, `[Y]` stays (see
+    `continuation`).
     """
-    left, found, right = pattern.partition("[Y]")
+    left, found, right = pattern.partition(ANSWER)
     if not found or "[X]" not in left + right:
         raise ValueError(f"pattern {pattern!r} needs both [X] and [Y]")
     if "[X]" not in left or (middle == "drop" and re.search(r"\w", right)):
         return None
-    return re.sub(" {2,}", " ", left).strip()
+    left = re.sub(" {2,}", " ", left).lstrip()
+    text = left.rstrip(" ")
+    return text if text != left and not text[-1:].isspace() else left + ANSWER
 
 
 def prompt_tokens(text: str) -> float:
@@ -178,22 +218,54 @@ def _check_count(name, value, optional=False):
                          f"not {value!r}")
 
 
+def _read_pararel(dataset, relations, min_patterns, middle):
+    """({relation: its facts}, the relations left out for want of patterns) of data in ParaRel's
+    layout."""
+    known, fetch = _open_dataset(dataset)
+    found, short = {}, []
+    for relation in _choose_relations(relations, known):
+        templates, n_patterns = _read_patterns(fetch(PATTERNS, relation), middle)
+        if n_patterns >= min_patterns:
+            found[relation] = _read_facts(fetch(FACTS, relation), relation, templates)
+        elif relations is None:
+            short.append(relation)
+        else:
+            raise ValueError(f"relation {relation} has {n_patterns} patterns, fewer than "
+                             f"min_patterns={min_patterns}: lower min_patterns or leave the "
+                             "relation out")
+    return found, short
+
+
 def _open_dataset(dataset):
     """(relation names in natural order, function (kind, relation) -> local file)."""
     if not isinstance(dataset, (str, Path)):
-        raise ValueError(f"dataset must be 'demo', 'pararel' or a folder, not {dataset!r}")
+        raise ValueError(f"dataset must be 'demo', 'pararel', a folder or a .jsonl file, not "
+                         f"{dataset!r}")
     if dataset == "pararel":
         names = [Path(file).stem for file in _pararel_registry() if file.startswith(PATTERNS)]
         return _natural(names), _fetch_pararel
     root = DEMO / "pararel" if dataset == "demo" else Path(os.path.expanduser(dataset))
     for folder in (root, root / "data"):
         if os.path.isdir(folder / PATTERNS):  # False, where `Path.is_dir` raises, for what cannot be a path
-            names = [file.stem for file in (folder / PATTERNS).glob("*.jsonl")]
-            for name in names:
-                check_text(name, f"relation file in {folder / PATTERNS}")
-            return _natural(names), lambda kind, relation: folder / kind / f"{relation}.jsonl"
-    raise ValueError(f"unknown dataset {str(dataset)!r}: use 'demo', 'pararel', or a folder that holds "
-                     f"{PATTERNS} and {FACTS}")
+            files = {kind: _relation_files(folder / kind) for kind in (PATTERNS, FACTS)}
+            return _natural(files[PATTERNS]), lambda kind, relation: files[kind].get(
+                relation, folder / kind / f"{relation}.jsonl")
+    raise ValueError(f"unknown dataset {str(dataset)!r}: use 'demo', 'pararel', a folder that "
+                     f"holds {PATTERNS} and {FACTS}, or a .jsonl file of facts")
+
+
+def _relation_files(folder):
+    """{relation: its file}. Names as on any system: `.JSONL` counts, and letters are composed."""
+    found = {}
+    for file in folder.iterdir() if os.path.isdir(folder) else ():
+        if file.suffix.lower() == ".jsonl":
+            name = unicodedata.normalize("NFC", file.stem)
+            check_text(name, f"relation file in {folder}")
+            if name in found:
+                raise ValueError(f"relation {name} has two files, {found[name]} and {file.name}: "
+                                 "keep one")
+            found[name] = file
+    return found
 
 
 def _natural(names):
@@ -241,7 +313,7 @@ def _field(record, name, where):
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where}: field {name!r} must be a text that is not empty, not {value!r}")
     check_text(value, f"{where}: field {name!r}")
-    return value.strip()
+    return unicodedata.normalize("NFC", value.strip())
 
 
 def _read_patterns(path, middle):
@@ -264,21 +336,66 @@ def _read_facts(path, relation, templates):
     for where, record in _read_jsonl(path):
         subject, answer = _field(record, "sub_label", where), _field(record, "obj_label", where)
         # str.join, because a subject may itself hold "[X]", "[Y]" or a backslash
-        prompts = dict.fromkeys(subject.join(template.split("[X]")) for template in templates)
+        prompts = {subject.join(template.split("[X]")): template for template in templates}
+        for prompt, template in prompts.items():
+            if prompt.endswith(ANSWER) != template.endswith(ANSWER):
+                raise ValueError(f"{where}: the subject {subject!r} ends a prompt with {ANSWER}, "
+                                 "which marks the answer's place there: leave this fact out")
         facts.setdefault((subject, answer), Fact(relation, subject, answer, tuple(prompts)))
     return list(facts.values())
+
+
+def _is_facts_file(dataset):
+    named = isinstance(dataset, (str, Path)) and str(dataset).lower().endswith(".jsonl")
+    return named and not os.path.isdir(os.path.expanduser(dataset))
+
+
+def _read_facts_file(path):
+    """{relation: its facts} of a file with a line a fact."""
+    facts, lines = {}, {}
+    for where, record in _read_jsonl(path):
+        relation = _field({"relation": NO_RELATION, **record}, "relation", where)
+        subject, answer = _field(record, "subject", where), _field(record, "object", where)
+        fact = Fact(relation, subject, answer, _read_prompts(record, where))
+        known = facts.setdefault(relation, {}).setdefault((subject, answer), fact)
+        if known != fact:
+            raise ValueError(f"{where}: the fact of {lines[fact.id]} again, with other prompts: "
+                             "give all of a fact's prompts in one line")
+        lines.setdefault(fact.id, where)
+    return {relation: list(some.values()) for relation, some in facts.items()}
+
+
+def _read_prompts(record, where):
+    """The distinct prompts of a fact's line."""
+    prompts, name, given = {}, "field 'prompts'", record.get("prompts")
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"{where}: {name} must be a list of texts, the prompts of the fact, not "
+                         f"{given!r}")
+    for prompt in given:
+        if not isinstance(prompt, str) or not prompt.removesuffix(ANSWER).strip():
+            raise ValueError(f"{where}: {name} holds {prompt!r}; a prompt is a text that is not "
+                             "empty")
+        check_text(prompt, f"{where}: {name}")
+        if ANSWER in prompt.removesuffix(ANSWER):
+            raise ValueError(f"{where}: {name} has {prompt!r}, where text follows {ANSWER}, the "
+                             "answer's place: a prompt ends there")
+        try:
+            same = continuation(unicodedata.normalize("NFC", prompt))
+            prompts.setdefault(same, prompt)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    return tuple(prompts.values())
 
 
 def _sample(facts, relation, size, seed):
     if size is None or size >= len(facts):
         return facts
-    order = np.random.default_rng([seed, zlib.crc32(relation.encode())]).permutation(len(facts))
-    return [facts[i] for i in sorted(order[:size])]
+    return [facts[i] for i in sorted(seeded_order(facts, relation, seed)[:size])]
 
 
 def _pararel_registry():
     """{file: SHA-256} of the ParaRel files the study reads, at the pinned commit."""
-    return json.loads(Path(__file__).with_name("pararel_sha256.json").read_text())
+    return json.loads(Path(__file__).with_name("pararel_sha256.json").read_text(encoding="utf-8"))
 
 
 def _fetch_pararel(kind, relation):

@@ -188,7 +188,8 @@ def object_embedding(lm, words, embedding="input") -> Tensor:
 
 def object_tokens(lm, text: str) -> list[int]:
     """Token ids of `text` as it stands after a word: never with BOS, and without the lone space token that
-    SentencePiece puts at the start of a text. ValueError when it does not continue a word."""
+    SentencePiece puts at the start of a text. ValueError when it does not continue a word. For an
+    object that no space comes before, give its ids: `lm.encode("法国的首都是[Y]", "巴黎")[1]`."""
     check_text(text, "object")
     before, ids = (list(lm.tokenizer(words, add_special_tokens=False, split_special_tokens=True).input_ids)
                    for words in (CARRIER, f"{CARRIER} {text.strip()}"))

@@ -88,6 +88,7 @@ def _what_failed(output, log, code):
                     return f"{item['ename']}: {''.join(said)[:300]} (In [{cell['execution_count']}])"
     except (OSError, ValueError, KeyError):
         pass
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    written = log.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in written.splitlines() if line.strip()]
     said = lines[-1][:300] if lines else f"its process ended with status {code}"
     return said + " (out of memory?)" * ("DeadKernelError" in said)

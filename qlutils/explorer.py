@@ -326,7 +326,9 @@ def change(view: View, neurons, action: str, controls=(), *, new: str = "", syna
         if action in FACTORS:
             stack.enter_context(scale_neurons(lm, neurons, FACTORS[action]))
         elif action != "none":
-            words = dict(old=fact.object, new=new.strip()) if action == "update" else {}
+            written = {"old": fact.object, "new": new} if action == "update" else {}
+            asked = fact.prompts[prompt]
+            words = {name: lm.encode(asked, text)[1] for name, text in written.items()}
             stack.enter_context(edit_weights(lm, neurons, action, **words))
         after = measure()
     frame = pd.DataFrame(rows, columns=["role", "prompt", "answer"])
@@ -346,8 +348,10 @@ def as_code(view: View, t: float, which="self", action="suppress", controls=(), 
                "picked": repr(parse_neurons(view.lm, picked)) if which == "picked" else ""}.get(
                    which, f"neighbour_sets(sets, {prompt})[{which!r}]")
     contexts = [f"scale_synapses(lm, find_synapses(lm, prompts[{prompt}]), {synapses!r})"] * (synapses != 1)
+    words = ", ".join(f"{name}=lm.encode(prompts[{prompt}], {text})[1]"
+                      for name, text in (("old", "answer"), ("new", repr(new.strip()))))
     contexts += {"erase": ["edit_weights(lm, neurons, 'erase')"], "none": [],
-                 "update": [f"edit_weights(lm, neurons, 'update', old=answer, new={new.strip()!r})"]}.get(
+                 "update": [f"edit_weights(lm, neurons, 'update', {words})"]}.get(
                      action, [f"scale_neurons(lm, neurons, {FACTORS.get(action)!r})"])
     measured = {"": "answer_probability(lm, *zip(*queries))"}
     if action == "update":

@@ -88,12 +88,18 @@ def write_bytes(path, data):
 
 def write_json(path, value):
     """Write a value as indented JSON, whole or not at all."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())
+    write_bytes(path, _utf8(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"))
+
+
+def _utf8(text):
+    """A text as UTF-8; names of files that the locale could not read come out as they are on
+    disk."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode("utf-8")
 
 
 def sealed(value):
     """A dict as JSON holds it, with its own SHA-256 as "sha256"; `is_sealed` tells whether it still fits."""
-    value = json.loads(json.dumps(value, default=str))
+    value = json.loads(_utf8(json.dumps(value, ensure_ascii=False, default=str)))
     return {**value, "sha256": sha256(value)}
 
 
@@ -161,7 +167,7 @@ def locked(path, wait=3):
     if stream is None:
         holder = "another process"
         with suppress(OSError):
-            holder = path.read_text() or holder
+            holder = path.read_text(encoding="utf-8") or holder
         raise StoreError(f"another run writes here: {path} is held by {holder}. Wait for it, stop it, or choose another "
                          "output")
     with stream:

@@ -7,6 +7,7 @@ import json
 import math
 import operator
 import os
+import sys
 from collections.abc import Iterable, Set
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +25,8 @@ from . import arch, paths, pretrained
 from .arch import UnsupportedModel
 from .attention import is_controlled
 from .check import verify
+from .data import check_text, continuation
 from .replay import full_precision
-from .data import check_text
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What transformers reads of a repository with safetensors weights.
@@ -207,13 +208,15 @@ class LanguageModel:
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Token ids of a prompt, with the tokenizer's own BOS and without a trailing EOS. Spaces at the end are
-        dropped, as the answer brings its own. ValueError: not text, empty, one token, longer than the context."""
+        dropped, as the answer brings its own, and so is a final `[Y]`, the answer's place
+        (`data.continuation`). ValueError: not text, empty, other white space at the end, one
+        token, longer than the context."""
         if not isinstance(prompt, str):
             raise ValueError(f"a prompt must be text, got {type(prompt).__name__}: {prompt!r}")
-        prompt = prompt.rstrip()
-        if not prompt:
+        text, _ = continuation(prompt)
+        if not text.strip():
             raise ValueError("a prompt is empty; it needs the text that leads up to the answer")
-        ids = self._tokenize(prompt)
+        ids = self._tokenize(text)
         if len(ids) < 2:
             raise ValueError(f"prompt {prompt!r} is a single token; it needs at least two, to have a context")
         if len(ids) > self.context:
@@ -222,13 +225,14 @@ class LanguageModel:
 
     def encode(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """(prompt ids, answer ids): the answer is what tokenising `prompt + " " + answer` adds to the prompt.
+        A prompt that ends with `[Y]` right after its text, "法国的首都是[Y]", has no space there.
 
         ValueError, naming prompt and answer: an empty answer, one that changes how the prompt is tokenised, or a
         query longer than the context."""
         prompt_ids = self.encode_prompt(prompt)
         if not isinstance(answer, str) or not answer.strip():
             raise ValueError(f"the answer to {prompt!r} is {answer!r}; it must be text that is not empty")
-        joint = self._tokenize(f"{prompt.rstrip()} {answer.strip()}")
+        joint = self._tokenize("".join(continuation(prompt)) + answer.strip())
         if joint[: len(prompt_ids)] != prompt_ids or len(joint) == len(prompt_ids):
             raise ValueError(
                 f"the answer {answer!r} is not a continuation of the prompt {prompt!r}: together they are tokenised "
@@ -415,6 +419,9 @@ def _check_shards(source: str) -> list[str]:
 def _advice(name: str, error: Exception) -> str:
     text = f"{type(error).__name__}: {error}"
     first = text.strip().splitlines()[0][:300]
+    if isinstance(error, UnicodeError) and sys.getfilesystemencoding() != "utf-8":
+        return ("its name needs UTF-8, which this locale has not: start Python with PYTHONUTF8=1. "
+                f"({first})")
     if "gated" in text.lower() or "401" in text or "403" in text:
         return (f"the model is gated. Accept its licence on its Hugging Face page, then run `hf auth login`. ({first})")
     if "safetensors" in text.lower():

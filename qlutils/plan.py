@@ -91,13 +91,18 @@ def matmul_rate(device: str | None, dtype: str | None, shape: tuple, seconds: fl
     return name, str(kind).removeprefix("torch."), best
 
 
-def plan(models, methods, *, data="demo", relations=None, facts_per_relation=None, seed=0, device=None, dtype=None,
-         steps=20, middle="cut", answer="all") -> pd.DataFrame:
+def plan(models, methods, *, data="demo", relations=None, facts_per_relation=None, known_prompts=0,
+         seed=0, device=None, dtype=None, steps=20, middle="cut", answer="all") -> pd.DataFrame:
     """A row a model and method: queries, rows, FLOPs, hours on this device, memory and disk.
 
     The tokens are estimated from the words; the hours from the matmul rate measured now, the fraction of it that
-    attribution reaches (`FRACTION`) and, on a GPU, `GPU_SECONDS`. Nothing is downloaded but the facts."""
+    attribution reaches (`FRACTION`) and, on a GPU, `GPU_SECONDS`. Nothing is downloaded but the
+    facts. With `known_prompts` the facts are as many as may be kept, and `scan hours` is what
+    asking every fact would take: which are known is not known before."""
     facts = load_facts(data, relations=relations, facts_per_relation=facts_per_relation, seed=seed, middle=middle)
+    asked = load_facts(data, relations=relations, middle=middle) if known_prompts else []
+    asked_words = sum(len(f"{prompt} {fact.object}".split())
+                      for fact in asked for prompt in fact.prompts)
     queries = sum(len(fact.prompts) for fact in facts)
     words = np.mean([len(prompt.split()) for fact in facts for prompt in fact.prompts])
     lengths = [max(1.0, TOKENS_A_WORD * len(fact.object.split())) for fact in facts for _ in fact.prompts]
@@ -108,6 +113,7 @@ def plan(models, methods, *, data="demo", relations=None, facts_per_relation=Non
         name, kind, rate = matmul_rate(device, dtype, shape)
         layers, width, neurons, vocabulary, kv, gated = shape
         weights = layers * (width**2 * (2 + 2 * kv) + width * neurons * (3 if gated else 2)) + 2 * vocabulary * width
+        scan = 2 * weights * TOKENS_A_WORD * asked_words / (FRACTION * rate)
         for method in methods:
             tokens = words * TOKENS_A_WORD
             flops = query_flops(shape, method, steps, tokens) * queries * answers
@@ -116,5 +122,6 @@ def plan(models, methods, *, data="demo", relations=None, facts_per_relation=Non
                 "model": model, "method": method, "facts": len(facts), "queries": queries,
                 "rows": steps * layers * queries * answers * (tokens if method == "sig" else 1), "PFLOP": flops / 1e15,
                 "device": name, "dtype": kind, "TFLOP/s": FRACTION * rate / 1e12, "hours": seconds / 3600,
+                **({"scan hours": scan / 3600} if known_prompts else {}),
                 "memory GB": (weights * DTYPE_BYTES[kind] + BATCH_BYTES) / 1e9, "disk GB": queries * QUERY_BYTES / 1e9})
     return pd.DataFrame(rows)

@@ -49,7 +49,10 @@ class Run:
 
     def of(self, model, method=None) -> Study:
         """The study of a model and method, with the report's parameters; for what it saved and for new units."""
-        return Study(self.study.notebook, **{**self.study.parameters, "model": model, "method": method})
+        given = {**self.study.parameters, "model": model, "method": method}
+        found = Study(self.study.notebook, **given)
+        found.may_scan = False
+        return found
 
     def entry(self, number, model, method=None) -> dict:
         """The record of a notebook; `Missing` where it was not run, or on other facts, model or settings."""
@@ -160,6 +163,8 @@ def work(run: Run) -> pd.DataFrame:
                 done = entry["work"].values()
                 rows.append({"model": paths.label(model), "notebook": NOTEBOOKS[number], "method": method or "all",
                              "data": Path(entry["parameters"]["data"]).name, "facts": entry["facts"],
+                             **{"scanned": n["scanned"]
+                                for n in entry.get("known_facts", {}).values()},
                              "device": entry["model"].get("device", "–"), "dtype": entry["model"].get("dtype", "–"),
                              "seconds": entry["seconds"], "units": sum(one["units"] for one in done),
                              "computed": sum(one["computed"] for one in done), "finished": entry["finished"]})

@@ -121,12 +121,15 @@ def _parser():
         help="how knowledge neurons are localised, in 01 and 02 (default: all)")
     add("--downstream-methods", nargs="+", default=["ig"], choices=METHODS, metavar="METHOD",
         help="whose neurons 03-07 use (default: ig, as in the paper)")
-    add("--data", default="demo", metavar="demo|pararel|FOLDER", help="the facts (default: demo, bundled)")
+    add("--data", default="demo", metavar="demo|pararel|FOLDER|FILE.jsonl",
+        help="the facts (default: demo, bundled)")
     add("--relations", nargs="+", metavar="P36", help="only these relations (default: all)")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--facts-per-relation", type=int, default=SAMPLE, metavar="N",
                       help=f"size of a seeded sample of each relation (default: {SAMPLE})")
     size.add_argument("--full", action="store_true", help="all facts of each relation")
+    add("--known-prompts", type=int, default=0, metavar="K",
+        help="only facts of which the model answers at least K prompts (default: 0, all facts)")
     add("--seed", type=int, default=0, help="of every random choice (default: 0)")
     add("--device", help="cpu, cuda, cuda:1 (default: CUDA where there is one)")
     add("--dtype", choices=DTYPES, help="of the weights (default: float32 on a CPU, else the checkpoint's)")
@@ -154,12 +157,19 @@ def _plan(args, jobs):
         raise ValueError("--plan: with these options nothing is localised")
     given = jobs[0].parameters
     Spec(**{name: given[name] for name in ("steps", "rule", "answer", "site", "amig_factor") if name in given})  # or ValueError
-    matter = ("data", "relations", "facts_per_relation", "seed", "steps", "middle", "answer")
+    matter = ("data", "relations", "facts_per_relation", "known_prompts", "seed", "steps", "middle",
+              "answer")
     costs = plan(list(dict.fromkeys(args.models)), list(dict.fromkeys(args.methods)), device=args.device, dtype=args.dtype,
                  **{name: given[name] for name in matter if name in given})
     print(costs.to_string(index=False, float_format=lambda x: f"{x:,.3g}" if x < 1e4 else f"{x:,.0f}"))
     print(f"Hours in all: {costs['hours'].sum():,.3g} for localisation on one such device; notebooks 03-07 and the report "
           "come on top. Nothing was started.")
+    if args.known_prompts:
+        print("Which facts a model knows, and so how many there are to localise, is not known "
+              "before it is asked: the numbers above are for as many facts as may be kept, and a "
+              "model may know fewer.\n"
+              f"Looking for them takes {costs['scan hours'].max():,.3g} hours a model at most, "
+              "when every fact is asked.")
     return 0
 
 
@@ -167,6 +177,7 @@ def _plan(args, jobs):
 def plan_jobs(args, folder):
     """(jobs in order, hash of the facts). ValueError, before anything starts, for whatever cannot be run."""
     from .data import load_facts
+    from .known import check_known_prompts
 
     for model in args.models:
         model_content(model)  # ValueError for a bundled model or a folder that is not there
@@ -182,15 +193,18 @@ def plan_jobs(args, folder):
             raise ValueError(f"-p corpus {extra['corpus']}: there is no such file or folder; want demo, wikitext-2, or a text file")
         extra["corpus"] = os.path.realpath(extra["corpus"])  # notebooks run in their own folder
     middle = extra.get("middle", "cut")
-    facts = load_facts(data, relations=args.relations, facts_per_relation=count, seed=args.seed, middle=middle)
+    facts = load_facts(data, relations=args.relations, seed=args.seed, middle=middle,
+                       facts_per_relation=None if args.known_prompts else count)
+    check_known_prompts(args.known_prompts, facts, "--known-prompts")
     every = facts  # edits draw new objects from all
     if count:
         every = load_facts(data, relations=args.relations, middle=middle, warn=False)
-    shared = {"data": data, "relations": args.relations, "facts_per_relation": count, "seed": args.seed,
+    shared = {"data": data, "relations": args.relations, "facts_per_relation": count,
+              "known_prompts": args.known_prompts, "seed": args.seed,
               "device": args.device, "dtype": args.dtype, "output": args.output, "models": models,
               "methods": methods, "downstream_methods": downstream}
     print(f"{len(facts)} facts of {len({fact.relation for fact in facts})} relations from {args.data}"
-          + ("" if args.full else f": a sample of {count} a relation, --full takes all"), file=sys.stderr)
+          + _taken(args.known_prompts, count), file=sys.stderr)
     notebooks = _chosen(folder, args.only)
     declared = {notebook: declared_parameters(notebook) for notebook in notebooks}
     for name, value in extra.items():
@@ -220,6 +234,14 @@ def plan_jobs(args, folder):
             shown = model and paths.label(model, models)
             jobs.append(Job(notebook, model, method, given, needs, shown))
     return jobs, sha256([[asdict(fact) for fact in facts], [[fact.relation, fact.subject, fact.object] for fact in every]])
+
+
+def _taken(known_prompts, count):
+    """Which of the facts a run takes, in words."""
+    if known_prompts:
+        return (f", in which each model looks for {f'{count} a relation' if count else 'all'} "
+                f"with at least {known_prompts} prompts that it answers")
+    return f": a sample of {count} a relation, --full takes all" if count else ""
 
 
 def _chosen(folder, only):
@@ -486,5 +508,15 @@ def _scheduler(args):
         yield cluster.scheduler_address
 
 
+def _in_utf8():
+    """Start again in Python's UTF-8 mode where the locale has another encoding (a bare C locale):
+    names of folders and models go into notebooks and records, which are UTF-8. What this process
+    starts inherits the mode."""
+    if sys.getfilesystemencoding() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 if __name__ == "__main__":
+    _in_utf8()
     sys.exit(main())

@@ -11,6 +11,7 @@ import platform
 import re
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cached_property
@@ -29,14 +30,16 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 class Study:
     """One notebook's part of a run.
 
-    Known parameters: model, method (or methods, a list), data, relations, facts_per_relation, seed, device,
-    dtype, output; whatever else a notebook declares stays in `parameters`. Attributes: every known parameter
-    by its name, and `results`, the folder of this model and method ("all" where a notebook compares methods).
-    ValueError names a parameter that is not usable.
+    Known parameters: model, method (or methods, a list), data, relations, facts_per_relation,
+    known_prompts, seed, device, dtype, output; whatever else a notebook declares stays in
+    `parameters`. Attributes: every known parameter by its name, and `results`, the folder of this
+    model and method ("all" where a notebook compares methods); `may_scan`, whether it may run the
+    model to find the facts that it knows. ValueError names a parameter that is not usable.
     """
 
     def __init__(self, notebook, *, model=None, method=None, methods=None, data="demo", relations=None,
-                 facts_per_relation=None, seed=0, device=None, dtype=None, output="default", **others):
+                 facts_per_relation=None, known_prompts=0, seed=0, device=None, dtype=None,
+                 output="default", **others):
         for name in [method] * (method is not None) + list(methods or ()):
             _one_of("method", name, METHODS)
         if dtype is not None:
@@ -44,11 +47,12 @@ class Study:
         self.notebook, self.model, self.method = notebook, model, method
         self.methods = list(methods if methods is not None else METHODS)
         self.data, self.relations, self.facts_per_relation = data, relations, facts_per_relation
+        self.known_prompts, self.may_scan, self.scan = known_prompts, True, None
         self.seed, self.device, self.dtype, self.output = seed, device, dtype, output
         self.parameters = {
             "model": model, "method": method, "methods": methods, "data": data, "relations": relations,
-            "facts_per_relation": facts_per_relation, "seed": seed, "device": device, "dtype": dtype,
-            "output": output, **others}
+            "facts_per_relation": facts_per_relation, "known_prompts": known_prompts, "seed": seed,
+            "device": device, "dtype": dtype, "output": output, **others}
         self.root = paths.run_folder(output)
         self.results = self._folder(method)
         self._started, self._work, self._facts, self._identity = time.time(), {}, None, {}
@@ -66,25 +70,60 @@ class Study:
 
     # -- inputs -------------------------------------------------------------------------------------------
     def facts(self):
-        """The facts of this run, from `load_facts` with the run's parameters."""
+        """The facts of this run: those of `load_facts` with the run's parameters. With
+        `known_prompts` those that the model knows (`known.known_facts`), found once a run; without
+        a model all that would be looked at."""
         if self._facts is None:
-            from .data import load_facts
-            self._facts = load_facts(self.data, relations=self.relations, seed=self.seed,
-                                     facts_per_relation=self.facts_per_relation,
-                                     middle=self.parameters.get("middle", "cut"))
+            if self.known_prompts and self.model:
+                from .known import known_facts
+                self._facts, self.scan = known_facts(self)
+                if self.may_scan:
+                    print(self.facts_note())
+            else:
+                size = None if self.known_prompts else self.facts_per_relation
+                self._facts = self.candidates(size)
         return self._facts
+
+    def candidates(self, facts_per_relation=None, warn=True):
+        """The facts of the run's data and relations, or a seeded sample of each relation, whether
+        the model knows them or not."""
+        from .data import load_facts
+        return load_facts(self.data, relations=self.relations, seed=self.seed,
+                          facts_per_relation=facts_per_relation, warn=warn,
+                          middle=self.parameters.get("middle", "cut"))
+
+    def known_counts(self):
+        """{model: {facts, scanned, known, kept, queries, answered}} of this run's models for which
+        known facts were looked for; {} for a run of all facts."""
+        names = [self.model] if self.model else self.parameters.get("models") or ()
+        found = {}
+        for name in names if self.known_prompts else ():
+            one = self if name == self.model else self.beside(name)
+            with suppress(ValueError):
+                one.facts()
+                found[name] = one.scan.drop(columns="relation").sum().to_dict()
+        return found
+
+    def facts_note(self):
+        """One sentence on how many facts were looked at and kept, to stand beside results; "" for
+        a run of all facts."""
+        counts = [f"{paths.label(name)} {n['kept']} kept, {n['known']} known of {n['scanned']} scanned"
+                  for name, n in self.known_counts().items()]
+        if not counts:
+            return ""
+        what = f"Facts with at least {self.known_prompts} prompts answered by greedy decoding"
+        return f"{what}: {'; '.join(counts)}."
 
     @cached_property
     def _objects(self):
         """Hash of all facts of these relations, sampled or not: edits draw new objects from them."""
-        from .data import load_facts
-        every = load_facts(self.data, relations=self.relations, warn=False,
-                           middle=self.parameters.get("middle", "cut"))
-        return sha256([[fact.relation, fact.subject, fact.object] for fact in every])
+        return sha256([[fact.relation, fact.subject, fact.object] for fact in self.candidates(warn=False)])
 
     def beside(self, model):
         """This study for another model of the same run, to read its results."""
-        return Study(self.notebook, **{**self.parameters, "model": model})
+        other = Study(self.notebook, **{**self.parameters, "model": model})
+        other.may_scan = False
+        return other
 
     def lm(self):
         """The model, loaded once a process."""
@@ -93,16 +132,20 @@ class Study:
     def inputs(self, localised=True):
         """What this run's results are made from, apart from the method; `load` compares it. `localised`: with the choices
         of the localisation they are about."""
-        made = {"model": self.model, "content": self.model and model_content(self.model),
-                "device": self.device, "dtype": self.dtype, "seed": self.seed,
-                "code": store.code_versions(),
-                "facts": sha256([asdict(fact) for fact in self.facts()])}
+        made = self.origin(self.facts())
         if localised and "embedding" in self.parameters:
             made["objects"] = self._objects
         if localised and self.model:
             specs = {method: self.localisation(method) for method in ([self.method] if self.method else METHODS)}
             made["localisation"] = {method: spec for method, spec in specs.items() if spec}
         return made
+
+    def origin(self, facts):
+        """What determines a result about `facts` that no method or other choice is part of."""
+        return {"model": self.model, "content": self.model and model_content(self.model),
+                "device": self.device, "dtype": self.dtype, "seed": self.seed,
+                "code": store.code_versions(),
+                "facts": sha256([asdict(fact) for fact in facts])}
 
     def localisation(self, method=None):
         """The choices beside the method with which the saved "queries" were localised, as `attribution.Spec` takes them; {}
@@ -154,17 +197,23 @@ class Study:
         table, meta = read_table(path)
         if table is None:
             return None, meta
-        differ = [key for key, ours in self.inputs(localised=name != "queries").items() if meta.get("inputs", {}).get(key) != ours]
+        try:
+            inputs = self.inputs(localised=name != "queries")
+        except ValueError as error:  # the model is gone, or knows none of the facts
+            return None, str(error)
+        differ = [key for key, ours in inputs.items() if meta.get("inputs", {}).get(key) != ours]
         return (None, f"it was made from other {', '.join(differ)}") if differ else (as_frame([table]), None)
 
     def table(self, frame, stem, caption="", note="", *, digits=2):
         """Write a table as CSV, Markdown and LaTeX under `results`; returns it as shown, for
-        display. The path of a local model becomes its label."""
+        display. The path of a local model becomes its label. Where a run takes known facts only,
+        its note says so."""
         from .tables import display_table, write_table as write
         if self.model:
             caption = caption.replace(self.model, self.label)
         if "model" in frame:
             frame = frame.assign(model=frame["model"].map(paths.label))
+        note = " ".join(filter(None, [note, self.facts_note()]))
         write(frame, stem, self.results, caption, note, digits=digits)
         return display_table(frame, digits)
 
@@ -177,6 +226,8 @@ class Study:
         """Write `<results>/run.json`, one entry a notebook: all that is needed to run it again."""
         path = self.results / "run.json"
         entries = read_record(path)
+        if counts := self.known_counts():
+            extra = {"known_facts": counts, **extra}
         entries[self.notebook] = sealed({
             "notebook": self.notebook, "parameters": self.parameters, "inputs": self.inputs(), "facts": len(self.facts()),
             "model": {"name": self.model, "revision": _revision(self.model), **self._identity}, "work": self._work,
@@ -223,7 +274,7 @@ def _revision(model):
     """The downloaded commit of a model of the Hugging Face Hub; None for a local model."""
     from huggingface_hub.constants import HF_HUB_CACHE
     file = Path(HF_HUB_CACHE, "models--" + str(model).replace("/", "--"), "refs", "main")
-    return file.read_text() if os.path.isfile(file) else None
+    return file.read_text(encoding="utf-8") if os.path.isfile(file) else None
 
 
 def check_parameters(cells):
@@ -259,6 +310,7 @@ RANGES = {  # of parameters whose other values would give numbers without a mean
     "static_threshold": (0, 1, "a CS2, at least 0 and below 1"), "example_line": (0, 1, "a CS2, at least 0 and below 1"),
     "n_locality": (1, 10**6, "a number of queries, at least 1"), "ppl_entries": (0, 10**6, "a number of texts, at least 0"),
     "ppl_max_tokens": (2, 10**6, "a number of tokens, at least 2"), "seed": (0, 2**63, "at least 0"),
+    "known_prompts": (0, 10**6, "a number of prompts, at least 0 (0: all facts)"),
     "more_controls_facts": (0, 10**6, "a number of facts, at least 0"), "sweep_facts": (0, 10**6, "a number of facts, at least 0"),
     "control_queries": (1, 10**6, "a number of queries, at least 1")}
 

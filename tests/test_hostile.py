@@ -16,7 +16,7 @@ import unicodedata
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import mistune
@@ -30,20 +30,22 @@ from tiny import save_checkpoint, tiny_lm, word_tokenizer
 
 from qlutils import (Fact, answer_probability, attribute, consistency, edit_weights, find_synapses, knowledge_neurons,
                      load_facts, load_model, perplexity, save_edited, scale_neurons, scale_synapses)
-from qlutils import paths
+from qlutils import effects, paths
 from qlutils.attribution import METHODS
 from qlutils.data import perplexity_texts
+from qlutils.edit_study import edit_facts, plan_edits
 from qlutils.editing import virtual_edit
-from qlutils.explorer import next_token
+from qlutils.explorer import change, look, next_token
 from qlutils.files import read_table
 from qlutils.files import write_table as write_parquet
 from qlutils.localize import localise, localise_unit
+from qlutils.mapping import scale_kns
 from qlutils.models import LanguageModel
 from qlutils.neurons import cas_candidates, cas_neurons
 from qlutils.replay import neuron_vectors
 from qlutils.rows import score_queries, score_rows
 from qlutils.study import Study
-from qlutils.synapses import Row, column_scores, run_rows
+from qlutils.synapses import Row, column_scores, run_rows, scale_synapse_columns
 from qlutils.tables import write_table
 
 PATTERNS = ["[X] lies in [Y].", "the home of [X] is [Y] .", "as [X] was found, it was in [Y]"]
@@ -146,9 +148,10 @@ def write(folder, patterns, pairs, relation="P1", encode=json.dumps):
 
 
 @torch.no_grad()
-def by_hand(lm, prompt, answer):
+def by_hand(lm, prompt, answer, gap=" "):
     """P(answer | prompt) from one plain forward pass over the joint tokenisation, float64."""
-    tokens = [lm.tokenizer(text, split_special_tokens=True).input_ids for text in (prompt, f"{prompt} {answer}")]
+    tokens = [lm.tokenizer(text, split_special_tokens=True).input_ids
+              for text in (prompt, f"{prompt}{gap}{answer}")]
     assert tokens[1][:len(tokens[0])] == tokens[0]
     log_p = torch.log_softmax(lm.model(torch.tensor([tokens[1]])).logits[0].double(), -1)
     places = range(len(tokens[0]) - 1, len(tokens[1]) - 1)
@@ -172,7 +175,7 @@ def test_a_fact_of_odd_text_is_read_asked_and_attributed_right(kind, tmp_path_fa
     def check(name, ascii_only):
         folder = write(tmp_path_factory.mktemp("data"), PATTERNS, [(name, "Paris"), ("Ann", name)],
                        encode=lambda record: json.dumps(record, ensure_ascii=ascii_only))
-        clean = name.strip()
+        clean = unicodedata.normalize("NFC", name.strip())  # one name, however it is spelled
         facts = load_facts(folder)
         if clean == "Ann" or clean == "Paris":
             return
@@ -195,6 +198,62 @@ def test_a_fact_of_odd_text_is_read_asked_and_attributed_right(kind, tmp_path_fa
     check()
 
 
+GLUED = {  # text that an answer follows without a space, and answers
+    "scripts without spaces": (["法国的首都是", "日本の首都は"], "東", "巴"),
+    "after an opening quote": (['She was born in "', "He wrote the book ("], "Paris", "Madrid"),
+    "after a newline": (["Question: where is Rome?\n", "Capital of Italy:\t"], "Italy", "Spain"),
+}
+
+
+@pytest.mark.parametrize("kind", GLUED)
+def test_an_answer_that_no_space_comes_before_is_scored_so_by_every_part_of_a_run(kind, runs):
+    lm, (texts, right, other) = gpt2(), GLUED[kind]
+    wanted = [by_hand(lm, text, right, gap="") for text in texts]
+    wrong = [by_hand(lm, text.rstrip(), right) for text in texts]
+    updated = [by_hand(lm, text, other, gap="") for text in texts]
+    assert not np.allclose(wanted, wrong, rtol=0.05, atol=0)
+    prompts = tuple(f"{text}[Y]" for text in texts)
+    facts = [Fact("r", "a", right, prompts),
+             Fact("r", "b", other, ("the home of ann is", "ann lies in"))]
+    near = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-37)
+    near(answer_probability(lm, prompts, [right] * 2), wanted)
+    near(attribute(lm, prompts, [right] * 2, steps=2).probability, wanted)
+    queries = localise_unit(lm, [asdict(fact) for fact in facts], steps=2).drop(columns="left_out")
+    near(queries["probability"][:2], wanted)
+    near(queries["probability"][2:], [by_hand(lm, prompt, other) for prompt in facts[1].prompts])
+    [unit] = effects.units(queries, 0.2, irrelevant=0, other=0)
+    for frame in (scale_kns(lm, unit), scale_synapse_columns(lm, unit)):
+        of_first = frame[frame["fact"] == facts[0].id].drop_duplicates("prompt_index")
+        near(of_first["probability_before"], wanted)
+    plans, _ = plan_edits(queries, facts, num_neurons=lm.num_neurons, n_locality=1, ppl_entries=0)
+    edits = edit_facts(lm, plans[:1]).drop_duplicates("op").set_index("op")
+    near(edits["p_before"], [wanted[plans[0]["query"]], updated[plans[0]["query"]]])
+    view = look(lm, facts[0], steps=2)
+    near(view.predictions["probability"], wanted)
+    shown = change(view, {(0, 1)}, "update", new=other)
+    near(shown["before"], wanted)
+    near(shown["new_before"], updated)
+
+
+def test_white_space_at_the_end_of_a_prompt_is_refused_where_it_says_nothing_about_the_answer():
+    lm = gpt2()
+    for end in ("\n", "\t", " \n ", "\u3000", "\u00a0"):
+        said = r"prompt 'it is in.*' ends with '.*': remove it, or show where.*\[Y\]'"
+        with pytest.raises(ValueError, match=said):
+            attribute(lm, [f"it is in{end}"], ["Paris"])
+    for same in ("it is in  ", "it is in [Y]"):
+        assert lm.encode(same, "Paris") == lm.encode("it is in", "Paris")
+    assert lm.encode("it is in\n [Y]", "Paris")[0] == lm.tokenizer("it is in\n").input_ids
+    with pytest.raises(ValueError, match="a prompt is empty"):
+        lm.encode("[Y]", "Paris")
+
+
+def test_a_subject_that_would_be_taken_for_the_answers_place_is_refused(tmp_path):
+    data = write(tmp_path, ["[X] [Y]", "[X] is [Y]", "so [X] is [Y]"], [("a [Y]", "Oslo")])
+    with pytest.raises(ValueError, match=r"P1.jsonl:1: the subject 'a \[Y\]' ends a prompt with"):
+        load_facts(data)
+
+
 # --- the same texts through the store and the tables -----------------------------------------------------
 def first_draw(strategy):
     drawn = []
@@ -202,7 +261,7 @@ def first_draw(strategy):
     @settings(WITH, max_examples=1)
     @given(strategy)
     def draw(name):
-        drawn.append(name.strip())
+        drawn.append(unicodedata.normalize("NFC", name.strip()))
 
     draw()
     return drawn[0]
@@ -287,7 +346,6 @@ TWINS = {
     "answers that are prefixes of each other": [("ann", "New"), ("ann", "New York"), ("ann", "New York City")],
     "an answer inside its subject": [("Paris Hilton", "Paris"), ("Paris", "Paris")],
     "names that differ in case only": [("Ann", "Oslo"), ("ann", "Oslo"), ("ANN", "oslo")],
-    "names that differ in normal form only": [("\u00e9", "Oslo"), ("e\u0301", "Oslo")],
     "names that differ in what is invisible": [("ann", "Oslo"), ("a\u200bnn", "Oslo"), ("ann\u2060", "Oslo")],
     "names that look alike": [("Аnn", "Oslo"), ("Ann", "Oslo")],
     "names whose parts join to the same text": [("a|b", "c"), ("a", "b|c"), ("a\\", "|b|c"), ("a\\|", "b|c")],
@@ -303,6 +361,19 @@ def test_facts_that_look_alike_stay_apart(kind, tmp_path):
     assert unit.groupby("fact", sort=False).size().tolist() == [3] * len(facts)
     assert unit["cas_layer"].notna().sum() == len(facts)
     check_probabilities(gpt2(), unit["prompt"].tolist(), unit["object"].tolist())
+
+
+def test_a_name_in_composed_and_in_decomposed_letters_is_one_fact_with_one_set_of_prompts(tmp_path):
+    composed, apart = "Malm\u00f6", "Malmo\u0308"
+    pairs = [(apart, "Oslo"), (composed, "Oslo"), ("ann", composed), ("ann", apart)]
+    facts = load_facts(write(tmp_path / "data", PATTERNS, pairs))
+    found = [(fact.subject, fact.object) for fact in facts]
+    assert found == [(composed, "Oslo"), ("ann", composed)]
+    assert facts[0].prompts[0] == f"{composed} lies in"
+    lines = [{"subject": s, "object": o, "prompts": ["a b", "c d"]} for s, o in pairs]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    own = [fact.id for fact in load_facts(tmp_path / "own.jsonl")]
+    assert own == [f"facts|{composed}|Oslo", f"facts|ann|{composed}"]
 
 
 # --- files -----------------------------------------------------------------------------------------------
@@ -385,8 +456,63 @@ def without(part):
     return make
 
 
+def in_capitals(folder):
+    for file in list(write(folder, PATTERNS, GOOD).rglob("*.jsonl")):
+        file.rename(file.with_suffix(".JSONL"))
+    return folder
+
+
+def twice(folder):
+    (write(folder, PATTERNS, GOOD) / "trex_lms_vocab" / "P1.JSONL").write_text(PLAIN)
+    return folder
+
+
+ANN = '{"subject": "ann", "object": "Oslo", "prompts": ["ann lies in", "c d", "e f"]}'
+
+
+def own_facts(*lines, name="own.jsonl", plain=ANN):
+    """A file of one's own facts: a good line, then these."""
+    def make(folder):
+        (folder / name).write_bytes("\n".join([plain, *lines]).encode("utf-8"))
+        return folder / name
+    return make
+
+
+def own_line(**changes):
+    line = {"subject": "bob", "object": "Rome", "prompts": ["bob lies in", "e f", "g h"], **changes}
+    return own_facts(json.dumps({key: value for key, value in line.items() if value != "absent"}))
+
+
 # kind -> (data set, what is right: the facts' subjects, or what the error says)
 FILES = {
+    "own facts": (own_line(relation="P1"), ["bob", "ann"]),
+    "own facts without a relation": (own_line(), ["ann", "bob"]),
+    "own facts, .JSONL": (own_facts(name="own.JSONL"), ["ann"]),
+    "own facts with fields of their own": (own_line(relation="r", id=3, note="x"), ["ann", "bob"]),
+    "own facts, no subject": (own_line(subject="absent"), "own.jsonl:2: field 'subject'"),
+    "own facts, an empty object": (own_line(object=" "), "own.jsonl:2: field 'object'"),
+    "own facts, a relation that is no text": (own_line(relation=36), "jsonl:2: field 'relation'"),
+    "own facts, no prompts": (own_line(prompts="absent"), "jsonl:2: field 'prompts' must be a list"),
+    "own facts, one text for prompts": (own_line(prompts="b is"), "'prompts' must be a list.*'b is'"),
+    "own facts, an empty prompt": (own_line(prompts=["a b", " "]), "own.jsonl:2: .*holds ' '"),
+    "own facts, a number for a prompt": (own_line(prompts=["a b", 1]), "own.jsonl:2: .*holds 1"),
+    "own facts, text after the answer's place": (own_line(prompts=["a b", "a [Y] b"]),
+                                                 r"own.jsonl:2: .*text follows \[Y\]"),
+    "own facts, a newline at the end": (own_line(prompts=["a b", "a b\n"]),
+                                        r"own.jsonl:2: .*ends with '\\n'"),
+    "own facts, half of a surrogate pair": (own_line(prompts=["a b", "a \ud83d"]),
+                                            "own.jsonl:2: .*surrogate"),
+    "own facts, one twice": (own_facts(ANN), ["ann"]),
+    "own facts, one twice with other prompts": (own_line(subject="ann", object="Oslo"),
+                                                "own.jsonl:2: the fact of .*own.jsonl:1"),
+    "own facts, one prompt each": (own_line(prompts=["c d", "c d "]), ["ann"]),
+    "own facts, none of two prompts": (own_facts(plain=ANN.replace(', "c d", "e f"', "")),
+                                       "no fact with 2 prompts"),
+    "own facts, no JSON": (own_facts("ann"), "own.jsonl:2: not a JSON object"),
+    "own facts, an empty file": (own_facts(plain=""), "own.jsonl is empty"),
+    "own facts, no such file": (lambda folder: folder / "none.jsonl", "missing data file .*none"),
+    "relation files in capitals": (in_capitals, ["ann", "bob"]),
+    "two files of one relation": (twice, "relation P1 has two files"),
     "BOM at the start": (facts_file(b"\xef\xbb\xbf" + PLAIN.encode()), ["ann", "bob"]),
     "BOM in the middle": (facts_file(LINES[0] + "\n\ufeff" + LINES[1]), "P1.jsonl:2"),
     "CRLF lines": (facts_file(PLAIN.replace("\n", "\r\n")), ["ann", "bob"]),
@@ -471,10 +597,11 @@ def test_a_data_set_is_read_right_or_refused_by_file_and_line(kind, tmp_path):
     facts = load_facts(folder)
     assert [fact.subject for fact in facts] == outcome
     first = facts[0]
-    assert all(prompt == prompt.strip() and "  " not in prompt and "[" not in prompt for prompt in first.prompts)
+    texts = [prompt.removesuffix("[Y]") for prompt in first.prompts]  # "[X][Y]" has no space there
+    assert all(text == text.strip() and "  " not in text and "[" not in text for text in texts)
     assert first.prompts[-1 if kind == "only slots" else 0] == (
         "as ann was found, it was in" if kind == "only slots" else f"{first.subject} lies in")
-    assert len(first.prompts) == (4 if kind == "only slots" else 3) == len(set(first.prompts))
+    assert len(first.prompts) == (5 if kind == "only slots" else 3) == len(set(first.prompts))
     assert load_facts(folder) == facts  # also the order
 
 

@@ -6,6 +6,7 @@ Commands are read from the README itself. One that no entry of `HOW` can run fai
 import ast
 import csv
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -283,7 +284,7 @@ def test_a_command_that_no_test_runs_is_named():
 def test_no_block_hides_from_the_tests():
     assert set(re.findall(r"^```(\w*)$", README, re.M)) - {""} == {"bash", "python", "bibtex"}
     assert README.count("```") == 2 * sum(len(blocks(README, kind)) for kind in ("bash", "python", "bibtex"))
-    assert len(blocks(README, "python")) == 2
+    assert len(blocks(README, "python")) == 3
 
 
 def test_every_option_and_parameter_named_in_prose_exists():
@@ -299,7 +300,7 @@ def test_every_option_and_parameter_named_in_prose_exists():
 # --- Python ----------------------------------------------------------------------------------------------
 
 def test_the_python_example_runs_as_it_stands_and_shows_an_answer_that_changes(capsys):
-    [example] = [block for block in blocks(README, "python") if "dask" not in block]
+    [example] = [block for block in blocks(README, "python") if "scale_neurons" in block]
     exec(compile(example, "README.md", "exec"), {})
     said = capsys.readouterr().out
     cs1, cs2 = (float(re.search(rf"{name}=([\d.]+)", said)[1]) for name in ("cs1", "cs2"))
@@ -308,6 +309,23 @@ def test_the_python_example_runs_as_it_stands_and_shows_an_answer_that_changes(c
                      for inside in re.findall(r"tensor\(\[(.*?)\]", said))
     assert len(before) == len(after) == 2 and all(0 <= p <= 1 for p in before + after)
     assert min(before) > 0.5 and after[0] < before[0] / 2  # it knows the answers, and forgets the first
+
+
+def test_the_counterfact_example_makes_a_file_of_facts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rewrite = {"prompt": "The mother tongue of {} is", "relation_id": "P103",
+               "target_new": {"str": "English", "id": "Q1"},
+               "target_true": {"str": "French", "id": "Q150"}, "subject": "Danielle Darrieux"}
+    record = {"case_id": 0, "requested_rewrite": rewrite, "paraphrase_prompts": [
+        "Shayna does this and Yossel goes still. Danielle Darrieux, a native",
+        "Danielle Darrieux spoke the language"]}
+    (tmp_path / "counterfact.json").write_text(json.dumps([record]))
+    [example] = [block for block in blocks(README, "python") if "counterfact" in block]
+    exec(compile(example, "README.md", "exec"), {})
+    [fact] = data.load_facts("facts.jsonl")
+    assert (fact.relation, fact.subject, fact.object) == ("P103", "Danielle Darrieux", "French")
+    first, *others = fact.prompts
+    assert first == "The mother tongue of Danielle Darrieux is" and others == record["paraphrase_prompts"]
 
 
 def test_the_slurm_example_is_a_call_that_dask_jobqueue_takes():
@@ -453,4 +471,4 @@ def test_every_measured_number_is_the_committed_one():
 
 
 def test_the_readme_is_short():
-    assert len(README.encode()) <= 18_000  # 2,000 of them the table of model families
+    assert len(README.encode()) <= 22_500  # 2,000 of them the table of model families

@@ -742,3 +742,28 @@ def test_the_plan_of_a_gpu_is_what_was_measured_on_one():
         rate = float(speed) * 1e12 / (float(share.rstrip("%")) / 100)
         planned = 1e3 * query_seconds(SHAPES[shape], method, 20, 10, rate, gpu=True)
         assert planned == pytest.approx(float(milliseconds), rel=0.2), (shape, method)
+
+
+def test_folders_of_other_letters_work_in_a_bare_c_locale(books, model, tmp_path):
+    folder = tmp_path / "l\u00e4ufe \u6771"
+    ours = ("LC_", "LANG", "PYTHON")
+    bare = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    bare |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT),
+             "QLUTILS_RUNS": str(folder)}
+    start = ("import sys; from qlutils import run; run._in_utf8()\n"
+             f"sys.exit(run.main(None, {str(books)!r}))")
+    command = [sys.executable, "-c", start]
+    asked = [*options(model, "--only", "01"), "--output", "\u00fc"]
+    done = subprocess.run([*command, *asked], env=bare, capture_output=True, timeout=120)
+    said = done.stdout.decode("utf-8")
+    assert done.returncode == 0 and f"see {folder}/\u00fc" in said, (said, done.stderr)
+    record = json.loads((folder / "\u00fc" / "run.json").read_text(encoding="utf-8"))
+    assert shlex.split(record["command"])[-1] == "\u00fc"
+    script = ("from qlutils.study import Study, read_record\nimport pandas as pd\n"
+              "study = Study('01_localize', model='demo/gpt2', method='ig', facts_per_relation=1)\n"
+              "study.save(pd.DataFrame({'a': [1]}), 'queries')\n"
+              "study.load('queries'); study.record()\n"
+              "assert list(read_record(study.results / 'run.json')) == ['01_localize']")
+    alone = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True,
+                           timeout=120, env=bare | {"QLUTILS_COMMAND": "./run_all.sh --output \u00fc"})
+    assert alone.returncode == 0, alone.stderr

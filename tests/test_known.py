@@ -1,0 +1,291 @@
+"""Facts that a model knows: which are kept, what stands beside results, what is refused."""
+
+import json
+import threading
+import time
+from dataclasses import asdict, replace
+from functools import lru_cache
+
+import pandas as pd
+import pytest
+import torch
+
+from qlutils import Fact, known, load_facts, load_model, paths, rows, run, store
+from qlutils.localize import localise
+from qlutils.report import Run, work
+from qlutils.study import Study
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+RELATIONS = ["P36", "P103"]
+
+
+@lru_cache(maxsize=2)
+def bundled(name):
+    return load_model(name, device="cpu")
+
+
+@torch.no_grad()
+def answered(lm, prompt, answer):
+    """Whether plain greedy decoding, a whole forward pass a token, gives the answer."""
+    ids = lm.tokenizer(prompt).input_ids
+    wanted = lm.tokenizer(f"{prompt} {answer}").input_ids[len(ids) :]
+    for _ in wanted:
+        ids = [*ids, int(lm.model(torch.tensor([ids])).logits[0, -1].argmax())]
+    return ids[-len(wanted) :] == wanted
+
+
+@lru_cache(maxsize=8)
+def number_answered(model, fact):
+    return sum(answered(bundled(model), prompt, fact.object) for prompt in fact.prompts)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A file of bundled facts, of which two in three have an object that is not theirs."""
+    lines = []
+    for relation in RELATIONS:
+        facts = load_facts("demo", relations=[relation])[:12]
+        for place, fact in enumerate(facts):
+            other = next(
+                one.object for one in facts[place::-1] + facts[::-1] if one.object != fact.object
+            )
+            fact = fact if place % 3 == 0 else replace(fact, object=other)
+            lines.append(json.dumps(asdict(replace(fact, prompts=fact.prompts[:3]))))
+    file = tmp_path_factory.mktemp("facts") / "mixed.jsonl"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return str(file)
+
+
+@pytest.fixture
+def study(data, runs, monkeypatch):
+    """Makes studies of these facts, looked through four at a time."""
+    monkeypatch.setattr(known, "UNIT_FACTS", 4)
+
+    def make(**changes):
+        given = dict(
+            model="demo/gpt2",
+            method="ig",
+            data=data,
+            facts_per_relation=2,
+            known_prompts=2,
+            device="cpu",
+        )
+        return Study("01_localize", **{**given, **changes})
+
+    return make
+
+
+def seeded(data, relation, seed=0):
+    """A relation's facts in the order in which samples of growing size take them."""
+    nested = [
+        load_facts(data, relations=[relation], facts_per_relation=n, seed=seed)
+        for n in range(1, 13)
+    ]
+    return nested[0] + [
+        next(f for f in more if f not in less) for less, more in zip(nested, nested[1:])
+    ]
+
+
+@pytest.mark.parametrize("seed, wanted, prompts", [(0, 2, 2), (3, 2, 1), (0, None, 2), (0, 12, 3)])
+def test_the_first_facts_that_greedy_decoding_answers_are_kept_in_the_seeded_order(
+    data, study, seed, wanted, prompts
+):
+    one = study(seed=seed, facts_per_relation=wanted, known_prompts=prompts)
+    found, expected = one.facts(), []
+    for relation, row in zip(RELATIONS, one.scan.set_index("relation").loc[RELATIONS].itertuples()):
+        order = seeded(data, relation, seed)
+        right = [number_answered("demo/gpt2", fact) >= prompts for fact in order]
+        keep = [fact for fact, good in zip(order, right) if good][:wanted]
+        expected += keep
+        enough = len(keep) == wanted
+        last = order.index(keep[-1]) if enough else 11
+        assert row.scanned == (min(12, 4 * (last // 4 + 1)) if enough else 12) and row.facts == 12
+        assert row.kept == len(keep) and row.known == sum(right[: row.scanned])
+        assert row.queries == 3 * row.scanned
+        assert row.answered == sum(
+            number_answered("demo/gpt2", fact) for fact in order[: row.scanned]
+        )
+    assert 0 < len(expected) < 24
+    assert found == [fact for fact in load_facts(data) if fact in expected]
+
+
+def test_all_notebooks_of_a_run_use_the_facts_that_were_found_once(
+    study, monkeypatch, capsys
+):
+    first = study()
+    facts = first.facts()
+    [done] = first._work.values()
+    assert done["units"] == done["computed"] > 0
+    known_of = f"{first.scan['known'].sum()} known of {first.scan['scanned'].sum()} scanned"
+    said = f"demo/gpt2 {len(facts)} kept, {known_of}"
+    assert said in capsys.readouterr().out
+    more = study(facts_per_relation=None, method="sig")
+    assert len(more.facts()) > len(facts)
+    [all_units] = more._work.values()
+    assert all_units["units"] == 6 and all_units["computed"] == 6 - done["units"]
+    study().facts()  # one file a model: it is that of the first again
+    monkeypatch.setattr(
+        store, "run_units", lambda *args, **options: pytest.fail("the model was asked again")
+    )
+    for changes in (dict(method="sig"), dict(method=None, methods=["ig"])):
+        assert study(**changes).facts() == facts
+
+
+def test_a_scan_that_was_stopped_goes_on_where_it_was(study, monkeypatch):
+    whole, calls = rows.score_queries, []
+
+    def stops(*given):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(given)
+        return whole(*given)
+
+    monkeypatch.setattr(rows, "score_queries", stops)
+    with pytest.raises(KeyboardInterrupt):
+        study(facts_per_relation=None).facts()
+    monkeypatch.setattr(rows, "score_queries", whole)
+    after = study(facts_per_relation=None)
+    after.facts()
+    [done] = after._work.values()
+    assert done["units"] == 6 and done["computed"] == 3
+
+
+def test_notebooks_that_start_together_wait_for_the_one_that_looks(study, monkeypatch):
+    whole, calls = known._scan, []
+
+    def slow(*given):
+        calls.append(given)
+        time.sleep(3.5)  # longer than a lock is waited for elsewhere
+        return whole(*given)
+
+    monkeypatch.setattr(known, "_scan", slow)
+    studies, found = [study(method=method) for method in ("ig", "sig")], []
+    threads = [
+        threading.Thread(target=lambda one=one: found.append(one.facts())) for one in studies
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1 and len(found) == 2 and found[0] == found[1]
+
+
+def test_how_many_were_scanned_and_kept_stands_beside_every_result_for_each_model(study, capsys):
+    counts = {}
+    for model in ("demo/gpt2", "demo/llama2"):
+        one = study(model=model)
+        localise(one, steps=2)
+        one.table(pd.DataFrame({"n": [1]}), "t", "A caption", "A note.")
+        one.record()
+        counts[model] = one.scan.drop(columns="relation").sum().to_dict()
+        entry = json.loads((one.results / "run.json").read_text())["01_localize"]
+        assert (
+            entry["known_facts"] == {model: counts[model]}
+            and entry["facts"] == counts[model]["kept"]
+        )
+        assert entry["parameters"]["known_prompts"] == 2
+    both = study(model=None, method=None, models=list(counts))
+    both.table(pd.DataFrame({"n": [1]}), "t", "A caption")
+    notes = {"one": (one.results / "t.md").read_text(), "both": (both.results / "t.md").read_text()}
+    for model, n in counts.items():
+        said = f"{model} {n['kept']} kept, {n['known']} known of {n['scanned']} scanned"
+        assert said in notes["both"] and (said in notes["one"]) == (model == "demo/llama2")
+    assert "A note. Facts with at least 2 prompts answered" in notes["one"]
+    table = work(Run(both, list(counts), ["ig"], []))
+    assert table["scanned"].tolist() == [n["scanned"] for n in counts.values()]
+    assert table["facts"].tolist() == [n["kept"] for n in counts.values()]
+
+
+def test_the_report_names_what_was_not_looked_for_and_does_not_look(study, monkeypatch):
+    one = study()
+    localise(one, steps=2)
+    one.record()
+    monkeypatch.setattr(
+        store, "run_units", lambda *args, **options: pytest.fail("the report asked a model")
+    )
+    both = study(model=None, method=None, models=["demo/gpt2", "demo/llama2"], known_prompts=1)
+    found, missing = Run(both, ["demo/gpt2", "demo/llama2"], ["ig"], []).frames("queries")
+    assert (
+        found == {}
+        and len(missing) == 2
+        and all("not looked for with these parameters" in why for why in missing)
+    )
+    assert both.facts_note() == "" and both.known_counts() == {}
+
+
+def test_a_run_of_all_facts_says_nothing_of_known_ones(study):
+    one = study(known_prompts=0)
+    assert one.facts_note() == "" and len(one.facts()) == 4
+    one.record()
+    assert "known_facts" not in json.loads((one.results / "run.json").read_text())["01_localize"]
+
+
+def test_a_query_that_cannot_be_read_is_not_answered():
+    facts = [Fact("r", "s", "Paris", ("it is in", "x")), Fact("r", "t", "Paris", ("x", "y"))]
+    frame = known.count_known(bundled("demo/gpt2"), [asdict(fact) for fact in facts])
+    assert frame["queries"].tolist() == [2, 2] and frame["answered"].iloc[1] == 0
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (-1, "known_prompts -1: want a number of prompts, at least 0"),
+        (True, "known_prompts True"),
+        (1.5, "known_prompts 1.5"),
+        (4, "known_prompts 4: no fact of this data has more than 3 prompts"),
+    ],
+)
+def test_a_number_of_prompts_that_means_nothing_is_refused(study, given, said):
+    with pytest.raises(ValueError, match=said):
+        study(known_prompts=given).facts()
+
+
+def test_a_model_that_knows_none_of_the_facts_is_named_with_what_was_asked(study, tmp_path):
+    lines = [
+        dict(subject=f"s{i}", object="zebra", prompts=["the capital of France is", "it lies in"])
+        for i in range(5)
+    ]
+    (tmp_path / "none.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for _ in range(2):  # found out, and read back
+        with pytest.raises(
+            ValueError,
+            match=r"demo/gpt2 answers at least known_prompts=1 prompts of none of the 5 facts of "
+            r".*none.jsonl; it answers 0 of 10 queries, at most 0 of one fact",
+        ):
+            study(data=str(tmp_path / "none.jsonl"), known_prompts=1).facts()
+
+
+# --- the driver ----------------------------------------------------------------------------
+def test_the_driver_takes_and_checks_known_prompts_before_anything_starts(data, runs, capsys):
+    for given, said in (
+        (["-1"], "--known-prompts -1: want"),
+        (["4"], "--known-prompts 4: no fact"),
+    ):
+        assert run.main(["--models", "demo/gpt2", "--data", data, "--known-prompts", *given]) == 2
+        assert said in capsys.readouterr().err
+    args = run._parser().parse_args(
+        ["--models", "demo/gpt2", "--data", data, "--known-prompts", "2"]
+    )
+    jobs, every = run.plan_jobs(args, paths.NOTEBOOKS)
+    assert all(job.parameters["known_prompts"] == 2 for job in jobs)
+    assert (
+        "24 facts of 2 relations" in (said := capsys.readouterr().err)
+        and "2 a relation with at least 2 prompts" in said
+    )
+    args.facts_per_relation = 1
+    assert (
+        run.plan_jobs(args, paths.NOTEBOOKS)[1] == every
+    )  # it depends on all that may be looked at
+
+
+def test_a_plan_says_what_it_cannot_know(data, runs, capsys):
+    options = ["--plan", "--models", "demo/gpt2", "--methods", "ig", "--data", data]
+    assert run.main(options) == 0
+    assert "known" not in capsys.readouterr().out
+    assert run.main([*options, "--known-prompts", "2"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "scan hours" in said
+        and "is not known before it is asked" in said
+        and "hours a model at most" in said
+    )
