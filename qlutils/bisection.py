@@ -217,8 +217,9 @@ def bisect(
         moving = intervals.error > allowed[query]
         refined = moving & ((intervals.width > NARROWEST) | ~intervals.quartered)
         if not refined.any():
-            unsettled = torch.zeros(queries).index_add_(0, query, moving.float())
-            return Integral(mean, unsettled == 0, evaluations)
+            converged = torch.ones(queries, dtype=torch.bool)
+            converged[query[moving]] = False
+            return Integral(mean, converged, evaluations)
         chosen = intervals.pick(refined)
         chosen = Intervals.join([
             chosen.pick(~chosen.quartered), chosen.pick(chosen.quartered).halves(),

@@ -127,7 +127,7 @@ def integrate(lm, clean: CleanPass, target, starts, p_clean, spec) -> Raw:
         evaluations = integral.evaluations.mean(1)
     else:
         mean, p_start = _fixed_sum(lm, clean, target, paths, spec)
-        converged, evaluations = None, torch.full((len(target),), float(spec.steps))
+        converged, evaluations = None, torch.full((len(target),), float(spec.steps), dtype=torch.float64)
     scores = paths.scores(mean)
     gap = scores.sum(-1) - (p_clean[:, None, None] - p_start).sum(1)
     return Raw(scores, gap, converged, evaluations)
@@ -198,8 +198,10 @@ class _Batch:
         p_end = p_end[..., None].expand(-1, baselines, layers)
         gradient = torch.stack([*gradient.to(end).chunk(2, 1), end], 3).flatten(0, 2)  # (K, 3, W)
         probability = torch.stack([*probability.chunk(2, 1), p_end], 3).flatten(0, 2)
-        slopes = [coordinate.slope(path, torch.full((path.shape[1],), u)) for u in (0.0, 0.5, 1.0)]
-        return Intervals.whole(path, gradient * torch.stack(slopes, 1).to(gradient)[..., None], probability)
+        places = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+        slopes = [coordinate.slope(path, u.expand(path.shape[1])) for u in places]
+        gradient = gradient * torch.stack(slopes, 1).to(gradient)[..., None]
+        return Intervals.whole(path, gradient, probability)
 
     def scores(self, mean: Tensor) -> Tensor:
         return self.paths.scores(mean)

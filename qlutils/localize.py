@@ -13,6 +13,7 @@ from .data import Fact, prompt_tokens
 from .neurons import STORE_THRESHOLD, cas_candidates, fact_table
 from .replay import neuron_vectors
 
+CONVERGED_STEPS = 9  # about what the rule "converged" takes a layer, between models
 # The facts of the paper's Figure 1.
 PAPER_EXAMPLES = (("P39", "Suleiman I", "Shah"), ("P39", "Christoph Ahlhaus", "mayor"))
 
@@ -52,7 +53,8 @@ def _passes(lm, fact: dict, config: dict) -> float:
     spec, baselines = Spec(**config), len(fact["prompts"])
     if spec.method == "sig":
         baselines = sum(map(prompt_tokens, fact["prompts"]))
-    return spec.steps * lm.num_layers * baselines
+    steps = CONVERGED_STEPS if spec.rule == "converged" else spec.steps
+    return steps * lm.num_layers * baselines
 
 
 localise_unit.VERSION = 1

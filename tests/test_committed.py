@@ -42,7 +42,8 @@ class TestCommitted:
 
     def test_cells_are_short_and_parameters_are_tagged(self, path):
         code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-        lengths = sorted(cell.source.count("\n") + 1 for cell in code)
+        lengths = sorted(cell.source.count("\n") + 1 for cell in code
+                         if "parameters" not in cell.metadata.get("tags", ()))
         assert lengths[-1] <= 25 and statistics.median_low(lengths) <= 8
         assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
 

@@ -857,7 +857,7 @@ def every_number(lm):
     """A result of each kind of computation."""
     query, ids = (["10 11 12 13 14"], ["15 16"]), lm.encode("10 11 12 13 14", "15 16")
     found = [attribute(lm, *query, method=method, steps=3).scores for method in METHODS]
-    found += [attribute(lm, *query, rule="auto", steps=3).scores, answer_probability(lm, *query)]
+    found += [attribute(lm, *query, rule="converged", steps=3).scores, answer_probability(lm, *query)]
     with scale_neurons(lm, {(0, 1), (2, 3)}, 2.0):
         found.append(answer_probability(lm, *query))
     with edit_weights(lm, {(0, 1)}, "update", old=[20, 21], new=[30]):

@@ -267,11 +267,11 @@ def test_classes_follow_the_thresholds():
 
 
 def test_table_1_by_hand():
-    facts = {"ig": analysis.classified_facts(facts_of(CS2))}
+    facts = {"ig": analysis.classified_facts(facts_of(5 * CS2))}  # 20 and 10, the least for a test
     table = analysis.table_1(facts, "demo/gpt2")
     static = table[table["threshold"] == "static"].iloc[0]
-    one, two = np.array(CS2[2:]), np.array(CS2[:2])
-    assert (static["n"], static["n_I"], static["n_II"], static["at"]) == (6, 4, 2, 0.1)
+    one, two = np.array(5 * CS2[2:]), np.array(5 * CS2[:2])
+    assert (static["n"], static["n_I"], static["n_II"], static["at"]) == (30, 20, 10, 0.1)
     assert (static["R_I"], static["R_II"]) == pytest.approx((4 / 6, 2 / 6))
     assert (static["S_I"], static["S_II"]) == pytest.approx((one.mean(), two.mean()))
     assert static["S_I_low"] <= static["S_I"] <= static["S_I_high"]

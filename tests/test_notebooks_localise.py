@@ -124,9 +124,13 @@ def test_01_shows_that_the_fast_algorithm_is_the_plain_one(localised):
 def test_01_draws_figure_1_and_compares_the_rules(folder, localised):
     for suffix in ("png", "pdf", "csv"):
         assert (results(folder, "ig") / f"fig1.{suffix}").stat().st_size > 100
-    rules = pd.read_csv(results(folder, "ig") / "quadrature.csv").set_index(["rule", "steps"])
-    assert rules.loc[("midpoint", 20), "error"] < rules.loc[("right", 20), "error"]
-    assert rules["jaccard"].between(0, 1).all() and (rules["n"] == 10).all()
+    rules = pd.read_csv(results(folder, "ig") / "quadrature.csv")
+    right, converged = (rules[rules["rule"] == name].iloc[0] for name in ("right", "converged"))
+    assert converged["error"] < right["error"] and converged["gap"] < right["gap"]
+    assert converged["evaluations"] < right["evaluations"] == 20
+    assert rules["jaccard"].between(0, 1).all() and (rules["n"] == 5).all()
+    other = pd.read_parquet(results(folder, "ig") / "other_rule.parquet")
+    assert set(other["rule"]) == {"converged"} and other["converged"].astype(bool).all()
     images = [item for cell in localised["cells"] for item in cell.get("outputs", ())
               if "image/png" in item.get("data", {})]
     assert images
