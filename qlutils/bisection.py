@@ -25,6 +25,7 @@ GAP_SHARE = 0.5  # what the sum over a layer's neurons misses may hide in severa
 NARROWEST = 2.0**-10  # an interval that has not settled at this width is given up
 STRAIGHT = 1e3  # a floor from which on a coordinate is a straight line to all digits that matter
 
+Rule = tuple[float, ...]  # the weights of the five quarter points of an interval
 TRAPEZOID = (0.5, 0.0, 0.0, 0.0, 0.5)
 SIMPSON = (1 / 6, 0.0, 4 / 6, 0.0, 1 / 6)
 BOOLE = (7 / 90, 32 / 90, 12 / 90, 32 / 90, 7 / 90)
@@ -37,8 +38,8 @@ class Integrand(Protocol):
         """(K, W) gradients of the probability and (K,) probabilities at `alpha` (K,) of paths
         `path` (3, K)."""
 
-    def scores(self, mean: Tensor) -> Tensor:
-        """(Q, L, N) attributions from the mean gradient of each path (Q, B, L, W)."""
+    def scores(self, mean: Tensor, layer: int) -> Tensor:
+        """(Q, N) attributions of a layer from the mean gradients of its paths (Q, B, W)."""
 
     def largest_score(self, path: Tensor, gradient: Tensor) -> Tensor:
         """(K,) largest |attribution| of a neuron by each of the gradients (K, W) alone."""
@@ -112,8 +113,15 @@ class Intervals:
         middle and end."""
         count = path.shape[1]
         start = torch.zeros(count, dtype=torch.float64)
-        ready = torch.zeros(count, dtype=torch.bool)
-        return cls(path, start, torch.ones_like(start), _spread(gradient), _spread(probability), ready, start.clone())
+        return cls(
+            path=path,
+            start=start,
+            width=torch.ones_like(start),
+            gradient=_spread(gradient),
+            probability=_spread(probability),
+            quartered=torch.zeros(count, dtype=torch.bool),
+            error=torch.zeros_like(start),
+        )
 
     def pick(self, chosen: Tensor) -> Intervals:
         """Those at `chosen`, a mask or indices."""
@@ -146,7 +154,7 @@ class Intervals:
 
         return Intervals.join([half(0, self.start), half(2, self.start + width)])
 
-    def integral(self, rule: tuple[float, ...]) -> Tensor:
+    def integral(self, rule: Rule) -> Tensor:
         """(K, W) integrals of the gradient over each interval."""
         weight = self.gradient.new_tensor(rule)
         width = self.width.to(self.gradient)[:, None]
@@ -157,7 +165,7 @@ class Intervals:
         quartered = self.quartered.to(self.gradient.device)[:, None]
         return torch.where(quartered, self.integral(BOOLE), self.integral(SIMPSON))
 
-    def judge(self, integrand: Integrand, coarse: tuple[float, ...], fine: tuple[float, ...]) -> None:
+    def judge(self, integrand: Integrand, coarse: Rule, fine: Rule) -> None:
         """Set `error` (K,): by how much the attributions by two rules differ, or what the better
         one misses of the change of the probability."""
         better = self.integral(fine)
@@ -186,6 +194,12 @@ def _add_quarter_points(intervals: Intervals, integrand: Integrand, coordinate: 
     intervals.quartered = torch.ones_like(intervals.quartered)
 
 
+def _largest(scores: Tensor) -> Tensor:
+    """(Q,) largest of the scores (Q, N); where none is positive, and so none a knowledge neuron's,
+    something small."""
+    return torch.maximum(scores.amax(1), 1e-3 * scores.abs().amax(1))
+
+
 @dataclass
 class Integral:
     """`mean` (Q, B, L, W), the mean gradient of each path; `converged` (Q,), whether all intervals
@@ -204,16 +218,17 @@ def bisect(
     queries, baselines, layers = coordinate.center.shape
     shape = queries * baselines * layers, intervals.gradient.shape[-1]
     evaluations = torch.full((queries, layers), 3.0, dtype=torch.float64)
+    largest = torch.zeros(queries, layers, dtype=torch.float64)
+    touched = list(range(layers))
     intervals.judge(integrand, TRAPEZOID, SIMPSON)
     while True:
         query, baseline, layer = intervals.path
         place = ((query * baselines + baseline) * layers + layer).to(intervals.gradient.device)
         mean = intervals.gradient.new_zeros(shape).index_add_(0, place, intervals.best())
         mean = mean.view(queries, baselines, layers, -1)
-        scores = integrand.scores(mean).flatten(1).double().cpu()
-        # a query without a positive score has no knowledge neurons, however small its scores
-        largest = torch.maximum(scores.amax(1), 1e-3 * scores.abs().amax(1))
-        allowed = SETTLED * tolerance * largest / baselines**0.5
+        found = [_largest(integrand.scores(mean[:, :, one], one)) for one in touched]
+        largest[:, touched] = torch.stack(found, 1).double().cpu()
+        allowed = SETTLED * tolerance * largest.amax(1) / baselines**0.5
         moving = intervals.error > allowed[query]
         refined = moving & ((intervals.width > NARROWEST) | ~intervals.quartered)
         if not refined.any():
@@ -229,4 +244,5 @@ def bisect(
         where = chosen.path[0], chosen.path[2]
         more = torch.full((chosen.path.shape[1],), 2.0 / baselines, dtype=torch.float64)
         evaluations.index_put_(where, more, accumulate=True)
+        touched = chosen.path[2].unique().tolist()
         intervals = Intervals.join([intervals.pick(~refined), chosen])

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arch import UnsupportedModel
 from .bisection import Coordinate, Integral, Intervals, bisect
 from .quadrature import fixed_plan
 from .replay import (
@@ -33,15 +34,17 @@ from .replay import (
 
 @dataclass
 class Paths:
-    """The paths of Q queries as what their rows put at the site module's output: from `begin[l]` (Q, B, W) to the clean
-    `end[l]` (Q, 1, W). The down-projection is affine, so a straight line of neurons is one of outputs, where a row is
-    narrower (W = d, not N) and needs no product of its own; at pre-activations W = N."""
+    """The paths of Q queries as what their rows put at the site module's output: from `begin[l]`
+    (Q, B, W) to the clean `end[l]` (Q, 1, W). The down-projection is affine, so a straight line of
+    neurons is one of outputs, where a row is narrower (W = d, not N) and needs no product of its
+    own; at pre-activations W = N."""
 
     lm: object
     site: str
     begin: list[Tensor]
     end: list[Tensor]
     factor: Tensor  # (Q, B, L, N), what a gradient at a neuron is multiplied with
+    values: list[Tensor | None]  # (N, W) value vectors; None where no plain weight holds them
 
     @classmethod
     def of(cls, lm, clean: CleanPass, starts: Tensor | None, spec) -> Paths:
@@ -57,7 +60,8 @@ class Paths:
                 begin = [down(one) for down, one in zip(lm.downs, begin)]
         of_w = spec.method == "amig" and spec.amig_factor == "w"
         factor = (w.expand_as(starts) if of_w else w - starts).to(lm.score_dtype)
-        return cls(lm, spec.site, begin, end, factor)
+        values = [_values(lm, layer) for layer in range(lm.num_layers)]
+        return cls(lm, spec.site, begin, end, factor, values)
 
     def pick(self, queries: Tensor) -> Paths:
         """The paths of some of the queries."""
@@ -65,7 +69,7 @@ class Paths:
         return replace(self, begin=begin, end=end, factor=self.factor[queries])
 
     def rows(self, layer: int, index: Tensor, node: Tensor) -> Tensor:
-        """(Q, P, W) points at `node` (Q or 1, P) of the paths from baselines `index` (Q or 1, P)."""
+        """(Q, P, W) points at `node` (Q or 1, P) of the paths from baselines `index`, as many."""
         begin = self.begin[layer]
         query = torch.arange(len(begin), device=begin.device)[:, None]
         return torch.lerp(begin[query, index], self.end[layer], node[..., None].to(begin))
@@ -74,6 +78,8 @@ class Paths:
         """(..., N) gradients at a layer's neurons from those at rows (..., W)."""
         if self.site == "pre_activation":
             return gradient
+        if self.values[layer] is not None:
+            return (gradient.to(self.values[layer]) @ self.values[layer].T).to(gradient.dtype)
         with torch.enable_grad():
             size = (*gradient.shape[:-1], self.lm.num_neurons)
             neurons = self.begin[layer].new_zeros(size).requires_grad_()
@@ -86,13 +92,10 @@ class Paths:
         change = torch.stack([end - begin for end, begin in zip(self.end, self.begin)], 2)
         return change[tuple(path)]
 
-    def scores(self, mean: Tensor) -> Tensor:
-        """(Q, L, N) raw attributions, summed over baselines, from mean gradients (Q, B, L, W)."""
-        layers = [
-            (self.factor[:, :, layer] * self.neuron_gradients(layer, mean[:, :, layer])).sum(1)
-            for layer in range(self.lm.num_layers)
-        ]
-        return torch.stack(layers, 1)
+    def scores(self, mean: Tensor, layer: int) -> Tensor:
+        """(Q, N) raw attributions of a layer, summed over baselines, from its mean gradients
+        (Q, B, W)."""
+        return (self.factor[:, :, layer] * self.neuron_gradients(layer, mean)).sum(1)
 
     def coordinate(self) -> Coordinate:
         """Each path's coordinate: straight where no norm follows the MLP."""
@@ -103,6 +106,13 @@ class Paths:
                 center, floor = Coordinate.of_norm(self.begin[layer], self.end[layer], epsilon)
                 coordinate.center[:, :, layer], coordinate.floor[:, :, layer] = center, floor
         return coordinate
+
+
+def _values(lm, layer: int) -> Tensor | None:
+    try:
+        return lm.value_vectors(layer)
+    except UnsupportedModel:  # quantised, say: its own backward pass knows
+        return None
 
 
 @dataclass
@@ -122,13 +132,16 @@ def integrate(lm, clean: CleanPass, target, starts, p_clean, spec) -> Raw:
     neurons. `target` and `p_clean` (Q,) are the answer token and its probability."""
     paths = Paths.of(lm, clean, starts, spec)
     if spec.rule == "converged":
-        integral, p_start = _Batch(lm, clean, target, paths, spec.row_budget).converge(spec.tolerance)
+        batch = _Batch(lm, clean, target, paths, spec.row_budget)
+        integral, p_start = batch.converge(spec.tolerance)
         mean, converged = integral.mean, integral.converged
         evaluations = integral.evaluations.mean(1)
     else:
         mean, p_start = _fixed_sum(lm, clean, target, paths, spec)
-        converged, evaluations = None, torch.full((len(target),), float(spec.steps), dtype=torch.float64)
-    scores = paths.scores(mean)
+        converged = None
+        evaluations = torch.full((len(target),), spec.steps, dtype=torch.float64)
+    scores = [paths.scores(mean[:, :, layer], layer) for layer in range(lm.num_layers)]
+    scores = torch.stack(scores, 1)
     gap = scores.sum(-1) - (p_clean[:, None, None] - p_start).sum(1)
     return Raw(scores, gap, converged, evaluations)
 
@@ -188,7 +201,10 @@ class _Batch:
         for start in range(0, 2 * baselines, size):
             part = slice(start, start + size)
             points = [(index[:, part], node[:, part, layer]) for layer in range(layers)]
-            found.append(_gradients(lm, self.clean, self.target, self.paths, points, None, start == 0))
+            with_end = start == 0
+            found.append(
+                _gradients(lm, self.clean, self.target, self.paths, points, None, with_end)
+            )
         gradient = torch.cat([torch.stack(one.gradient, 2) for one in found], 1)  # (Q, 2B, L, W)
         probability = torch.cat(
             [one.probability.unflatten(1, (layers, -1)).mT for one in found], 1
@@ -203,8 +219,8 @@ class _Batch:
         gradient = gradient * torch.stack(slopes, 1).to(gradient)[..., None]
         return Intervals.whole(path, gradient, probability)
 
-    def scores(self, mean: Tensor) -> Tensor:
-        return self.paths.scores(mean)
+    def scores(self, mean: Tensor, layer: int) -> Tensor:
+        return self.paths.scores(mean, layer)
 
     def largest_score(self, path: Tensor, gradient: Tensor) -> Tensor:
         largest = gradient.new_zeros(len(gradient))
@@ -315,7 +331,7 @@ class _Layout:
 
 
 class Slots(NamedTuple):
-    """The rows (Q, P) of a layer's leaves in the batch, and how many rows there are from there on."""
+    """The rows (Q, P) of a layer's leaves in the batch; the `count` of rows from there on."""
 
     row: Tensor
     count: int
@@ -332,8 +348,8 @@ class _Found:
 
 
 def _gradients(lm, clean, target, paths, points, slots, with_clean) -> _Found:
-    """Gradients at `points`, for each layer (baselines (Q or 1, P), places (Q or 1, P)). `slots`: see
-    `_grow`. `with_clean`: the first row is the clean one, the common end of all paths."""
+    """Gradients at `points`, for each layer (baselines (Q or 1, P), places (Q or 1, P)). `slots`:
+    see `_grow`. `with_clean`: the first row is the clean one, the common end of all paths."""
 
     def rows(layer):
         leaf = paths.rows(layer, *points[layer])
