@@ -69,7 +69,8 @@ class Coordinate:
     def of_norm(cls, begin: Tensor, end: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         """(Q, B) center and floor of a layer whose down-projection's output goes from `begin`
         (Q, B, d) to `end` (Q, 1, d) and through a norm with `epsilon`."""
-        begin, change = begin.double(), (end - begin).double()
+        begin = begin.double()
+        change = end.double() - begin
         squared = change.square().mean(-1)
         center = -(begin * change).mean(-1) / squared.clamp_min(1e-300)
         shortest = (begin + center[..., None] * change).square().mean(-1)

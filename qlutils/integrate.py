@@ -66,9 +66,10 @@ class Paths:
 
     def rows(self, layer: int, index: Tensor, node: Tensor) -> Tensor:
         """(Q, P, W) points at `node` (Q or 1, P) of the paths from baselines `index` (Q or 1, P)."""
-        begin = self.begin[layer]
+        begin, dtype = self.begin[layer], self.factor.dtype  # bfloat16 would round the nodes, too
         query = torch.arange(len(begin), device=begin.device)[:, None]
-        return torch.lerp(begin[query, index], self.end[layer], node[..., None].to(begin))
+        start, end = begin[query, index].to(dtype), self.end[layer].to(dtype)
+        return torch.lerp(start, end, node[..., None].to(start)).to(begin.dtype)
 
     def neuron_gradients(self, layer: int, gradient: Tensor) -> Tensor:
         """(..., N) gradients at a layer's neurons from those at rows (..., W)."""
@@ -83,7 +84,9 @@ class Paths:
 
     def change(self, path: Tensor) -> Tensor:
         """(K, W) end - begin of the paths `path` (3, K)."""
-        change = torch.stack([end - begin for end, begin in zip(self.end, self.begin)], 2)
+        dtype = self.factor.dtype
+        ends = zip(self.end, self.begin)
+        change = torch.stack([end.to(dtype) - begin.to(dtype) for end, begin in ends], 2)
         return change[tuple(path)]
 
     def scores(self, mean: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from torch import nn
 from qlutils import attribute, replay
 from qlutils.attention import exact_attention
 from qlutils.attribution import METHODS, Spec, attribute_encoded
+from qlutils.bisection import Coordinate
+from qlutils.integrate import Paths
 from qlutils.models import LanguageModel
 from qlutils.quadrature import RULES, quadrature
 from qlutils.replay import prefix_attention
@@ -572,6 +574,25 @@ def test_bfloat16_is_close_to_float64_of_the_same_weights(family, method):
                      for one in (found, wanted))
     assert relative(scores, exact) < 0.1
     assert found.probability.tolist() == pytest.approx(wanted.probability.tolist(), rel=0.03)
+
+
+def test_in_bfloat16_points_of_a_path_are_rounded_once():
+    """Not their places, too, nor how far it is from one end to the other."""
+    generator = torch.Generator().manual_seed(0)
+    begin, end = (torch.randn(1, 1, 64, generator=generator).bfloat16() for _ in range(2))
+    factor = torch.zeros(1, 1, 1, 64)
+    paths = Paths(None, "down_input", [begin], [end], factor)
+    node = torch.linspace(0, 1, 40, dtype=torch.float64)
+    found = paths.rows(0, torch.zeros(1, 40, dtype=torch.long), node[None])[0].double()
+    wanted = begin.double()[0] + node[:, None] * (end.double() - begin.double())[0]
+    unit = 2.0 ** (wanted.abs().log2().floor() - 7)  # of the last of 8 bits
+    assert ((found - wanted).abs() <= 0.501 * unit + 1e-6).all()
+    path = torch.zeros(3, 1, dtype=torch.long)
+    change = (end.double() - begin.double())[0]
+    torch.testing.assert_close(paths.change(path).double(), change, rtol=1e-6, atol=0)
+    both = (begin, end), (begin.double(), end.double())
+    places = [Coordinate.of_norm(*ends, 1e-6) for ends in both]
+    torch.testing.assert_close(places[0], places[1], rtol=1e-12, atol=0)
 
 
 # (family, scale, weak, layout, changes) whose wrong replay was within what a check in bfloat16 can
