@@ -30,6 +30,8 @@ from .replay import (
     start_rows,
 )
 
+ROUNDING = 4  # units in the last place by which a probability may be off: bfloat16 has 8 bits
+
 
 @dataclass
 class Paths:
@@ -169,6 +171,10 @@ class _Batch:
     paths: Paths
     row_budget: int
 
+    @property
+    def rounding(self) -> float:
+        return ROUNDING * torch.finfo(self.lm.dtype).eps
+
     def converge(self, tolerance: float) -> tuple[Integral, Tensor]:
         """The integral, and the probabilities (Q, B, L) at the paths' beginnings."""
         coordinate = self.paths.coordinate()
@@ -247,7 +253,7 @@ class _Batch:
         """Gradients at points laid out for some of the queries."""
         device = self.target.device
         some = on_device(torch.from_numpy(queries), device)
-        clean = self.clean.pick(some, self.lm)
+        clean = self.clean.pick(some)
         points = [
             (on_device(baseline[which], device), on_device(alpha[which], device))
             for which in layout.which
