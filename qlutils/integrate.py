@@ -67,9 +67,10 @@ class Paths:
         return replace(self, begin=begin, end=end, factor=self.factor[queries])
 
     def rows(self, layer: int, index: Tensor, node: Tensor) -> Tensor:
-        """(Q, P, W) points at `node` (Q or 1, P) of the paths from baselines `index` (Q or 1, P)."""
-        begin, dtype = self.begin[layer], self.factor.dtype  # bfloat16 would round the nodes, too
+        """(Q, P, W) points at `node` (Q or 1, P) of the paths from baselines `index`, as many."""
+        begin = self.begin[layer]
         query = torch.arange(len(begin), device=begin.device)[:, None]
+        dtype = self.factor.dtype  # bfloat16 would round the nodes, too
         start, end = begin[query, index].to(dtype), self.end[layer].to(dtype)
         return torch.lerp(start, end, node[..., None].to(start)).to(begin.dtype)
 

@@ -19,7 +19,7 @@ from qlutils.bisection import Coordinate
 from qlutils.integrate import Paths
 from qlutils.models import LanguageModel
 from qlutils.quadrature import RULES, quadrature
-from qlutils.replay import prefix_attention
+from qlutils.replay import clean_pass, prefix_attention
 from qlutils.rows import Change, score_queries, score_rows
 from qlutils.synapses import Row, column_scores, run_rows
 
@@ -591,10 +591,12 @@ def test_bfloat16_is_close_to_float64_of_the_same_weights(family, method):
 
 def test_in_bfloat16_points_of_a_path_are_rounded_once():
     """Not their places, too, nor how far it is from one end to the other."""
+    lm = tiny_lm("llama3", torch.bfloat16)
+    clean = clean_pass(lm, torch.tensor([[5, 6, 7, 8]]))
     generator = torch.Generator().manual_seed(0)
-    begin, end = (torch.randn(1, 1, 64, generator=generator).bfloat16() for _ in range(2))
-    factor = torch.zeros(1, 1, 1, 64)
-    paths = Paths(None, "down_input", [begin], [end], factor)
+    starts = torch.randn(1, 1, 3, lm.num_neurons, generator=generator).bfloat16()
+    paths = Paths.of(lm, clean, starts, Spec())
+    begin, end = paths.begin[0], paths.end[0]
     node = torch.linspace(0, 1, 40, dtype=torch.float64)
     found = paths.rows(0, torch.zeros(1, 40, dtype=torch.long), node[None])[0].double()
     wanted = begin.double()[0] + node[:, None] * (end.double() - begin.double())[0]
