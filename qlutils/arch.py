@@ -311,14 +311,14 @@ def expand_call_argument(key: str | None, value, batch: int, query_of_row: Tenso
     return value[:1]
 
 
-def pick_call_argument(key: str | None, value, batch: int, queries: Tensor, num_heads: int):
+def pick_call_argument(key: str | None, value, batch: int, queries: Tensor):
     """One captured argument of a decoder layer for some `queries` of the `batch` it was captured for."""
     if isinstance(value, tuple):
-        return tuple(pick_call_argument(key, one, batch, queries, num_heads) for one in value)
+        return tuple(pick_call_argument(key, one, batch, queries) for one in value)
     if not isinstance(value, Tensor) or value.dim() < 2:  # positions, equal for all queries
         return value
     if key == "alibi":
-        return value.unflatten(0, (batch, num_heads))[queries].flatten(0, 1)
+        return value.unflatten(0, (batch, -1))[queries].flatten(0, 1)
     if key == "position_bias":  # MPT's ALiBi has a row a head
         return value
     return value[queries] if value.shape[0] == batch else value

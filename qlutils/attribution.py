@@ -143,7 +143,8 @@ def _attribute(lm, queries, spec, names) -> Attribution:
         # no two tokens of one answer share a batch: they have prompts of different lengths
         raw[query] += found.scores / used[:, None, None]
         gap[query] += found.gap / used[:, None]
-        evaluations[query.cpu()] += found.evaluations.double() / used.cpu()
+        *_, of_query, tokens = zip(*batch)  # in main memory, with nothing to wait for
+        evaluations[list(of_query)] += found.evaluations.double() / torch.tensor(tokens)
         if converged is not None:
             converged[query] &= found.converged.to(device)
         probability[query] *= p_clean

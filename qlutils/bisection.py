@@ -32,7 +32,10 @@ BOOLE = (7 / 90, 32 / 90, 12 / 90, 32 / 90, 7 / 90)
 
 
 class Integrand(Protocol):
-    """What `bisect` needs of the paths of Q queries."""
+    """What `bisect` needs of the paths of Q queries. `rounding`: by what share of itself a
+    probability may be off in the model's precision."""
+
+    rounding: float
 
     def gradients(self, path: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """(K, W) gradients of the probability and (K,) probabilities at `alpha` (K,) of paths
@@ -70,7 +73,8 @@ class Coordinate:
     def of_norm(cls, begin: Tensor, end: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         """(Q, B) center and floor of a layer whose down-projection's output goes from `begin`
         (Q, B, d) to `end` (Q, 1, d) and through a norm with `epsilon`."""
-        begin, change = begin.double(), (end - begin).double()
+        begin = begin.double()
+        change = end.double() - begin
         squared = change.square().mean(-1)
         center = -(begin * change).mean(-1) / squared.clamp_min(1e-300)
         shortest = (begin + center[..., None] * change).square().mean(-1)
@@ -172,6 +176,8 @@ class Intervals:
         differs = integrand.largest_score(self.path, better - self.integral(coarse))
         change = self.probability[:, 4] - self.probability[:, 0]
         missed = (integrand.rise(self.path, better) - change).abs()
+        # smaller intervals would not help where the probabilities themselves are rounded
+        missed = (missed - integrand.rounding * self.probability.amax(1)).clamp_min(0)
         self.error = torch.maximum(differs, GAP_SHARE * missed).double().cpu()
 
 

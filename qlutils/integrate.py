@@ -31,6 +31,8 @@ from .replay import (
     start_rows,
 )
 
+ROUNDING = 4  # units in the last place by which a probability may be off: bfloat16 has 8 bits
+
 
 @dataclass
 class Paths:
@@ -72,7 +74,9 @@ class Paths:
         """(Q, P, W) points at `node` (Q or 1, P) of the paths from baselines `index`, as many."""
         begin = self.begin[layer]
         query = torch.arange(len(begin), device=begin.device)[:, None]
-        return torch.lerp(begin[query, index], self.end[layer], node[..., None].to(begin))
+        dtype = self.factor.dtype  # bfloat16 would round the nodes, too
+        start, end = begin[query, index].to(dtype), self.end[layer].to(dtype)
+        return torch.lerp(start, end, node[..., None].to(start)).to(begin.dtype)
 
     def neuron_gradients(self, layer: int, gradient: Tensor) -> Tensor:
         """(..., N) gradients at a layer's neurons from those at rows (..., W)."""
@@ -89,7 +93,9 @@ class Paths:
 
     def change(self, path: Tensor) -> Tensor:
         """(K, W) end - begin of the paths `path` (3, K)."""
-        change = torch.stack([end - begin for end, begin in zip(self.end, self.begin)], 2)
+        dtype = self.factor.dtype
+        ends = zip(self.end, self.begin)
+        change = torch.stack([end.to(dtype) - begin.to(dtype) for end, begin in ends], 2)
         return change[tuple(path)]
 
     def scores(self, mean: Tensor, layer: int) -> Tensor:
@@ -179,6 +185,10 @@ class _Batch:
     paths: Paths
     row_budget: int
 
+    @property
+    def rounding(self) -> float:
+        return ROUNDING * torch.finfo(self.lm.dtype).eps
+
     def converge(self, tolerance: float) -> tuple[Integral, Tensor]:
         """The integral, and the probabilities (Q, B, L) at the paths' beginnings."""
         coordinate = self.paths.coordinate()
@@ -260,7 +270,7 @@ class _Batch:
         """Gradients at points laid out for some of the queries."""
         device = self.target.device
         some = on_device(torch.from_numpy(queries), device)
-        clean = self.clean.pick(some, self.lm)
+        clean = self.clean.pick(some)
         points = [
             (on_device(baseline[which], device), on_device(alpha[which], device))
             for which in layout.which

@@ -351,6 +351,9 @@ def _source(name: str) -> str:
             raise ValueError(f"there is no bundled model {name!r}; bundled are {', '.join(BUNDLED)}")
         return str(paths.DEMO / "models" / name.split("/", 1)[1])
     if pretrained.is_gguf(name):
+        beside = os.path.dirname(os.path.expanduser(name)) or "."
+        if paths.is_gguf_path(name) and os.path.isdir(beside):
+            _check_adapter(beside)  # transformers would take it for the file's
         return str(pretrained.folder(name))
     folder = Path(os.path.expanduser(name))
     if os.path.isdir(folder):  # False, where `Path.is_dir` raises, for what cannot be a path

@@ -182,13 +182,13 @@ class CleanPass:
     logits: Tensor  # (Q, V), at least float32
     cache: PrefixCache
 
-    def pick(self, queries: Tensor, lm) -> CleanPass:
+    def pick(self, queries: Tensor) -> CleanPass:
         """What the pass leaves behind for some of its queries."""
         batch = len(self.logits)
         calls = []
         for args, kwargs in self.calls:
             some = [(None, value) for value in args] + list(kwargs.items())
-            some = [pick_call_argument(k, v, batch, queries, lm.num_heads) for k, v in some]
+            some = [pick_call_argument(k, v, batch, queries) for k, v in some]
             calls.append((tuple(some[:len(args)]), dict(zip(kwargs, some[len(args):]))))
         inputs, neurons, written = (
             [one[queries] for one in tensors]

@@ -15,9 +15,11 @@ from torch import nn
 from qlutils import attribute, replay
 from qlutils.attention import exact_attention
 from qlutils.attribution import METHODS, Spec, attribute_encoded
+from qlutils.bisection import Coordinate
+from qlutils.integrate import Paths
 from qlutils.models import LanguageModel
 from qlutils.quadrature import RULES, quadrature
-from qlutils.replay import prefix_attention
+from qlutils.replay import clean_pass, prefix_attention
 from qlutils.rows import Change, score_queries, score_rows
 from qlutils.synapses import Row, column_scores, run_rows
 
@@ -357,6 +359,19 @@ def test_a_query_that_does_not_settle_is_flagged(monkeypatch):
     assert attribute_encoded(lm, queries, Spec("ig")).converged is None
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama3", "olmo2"])
+def test_the_converged_rule_does_not_chase_what_bfloat16_rounds(family):
+    """A probability is off by a per cent there, in an interval however small."""
+    rounded, exact = tiny_model(family, torch.bfloat16, scale=2), tiny_model(family)
+    exact.load_state_dict(rounded.state_dict())
+    found, wanted = (
+        attribute_encoded(LanguageModel(model, word_tokenizer(), family), some_queries(exact),
+                          Spec("ig", rule="converged"))
+        for model in (rounded, exact))
+    assert found.converged.all()
+    assert (found.evaluations <= 2 * wanted.evaluations).all()
+
+
 @pytest.mark.parametrize("family, eps", [("gemma2", True), ("gemma3", True), ("olmo2", True),
                                          ("llama3", False), ("gpt2", False), ("phi", False)])
 def test_a_norm_after_the_mlp_is_found(family, eps):
@@ -572,6 +587,27 @@ def test_bfloat16_is_close_to_float64_of_the_same_weights(family, method):
                      for one in (found, wanted))
     assert relative(scores, exact) < 0.1
     assert found.probability.tolist() == pytest.approx(wanted.probability.tolist(), rel=0.03)
+
+
+def test_in_bfloat16_points_of_a_path_are_rounded_once():
+    """Not their places, too, nor how far it is from one end to the other."""
+    lm = tiny_lm("llama3", torch.bfloat16)
+    clean = clean_pass(lm, torch.tensor([[5, 6, 7, 8]]))
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.randn(1, 1, 3, lm.num_neurons, generator=generator).bfloat16()
+    paths = Paths.of(lm, clean, starts, Spec())
+    begin, end = paths.begin[0], paths.end[0]
+    node = torch.linspace(0, 1, 40, dtype=torch.float64)
+    found = paths.rows(0, torch.zeros(1, 40, dtype=torch.long), node[None])[0].double()
+    wanted = begin.double()[0] + node[:, None] * (end.double() - begin.double())[0]
+    unit = 2.0 ** (wanted.abs().log2().floor() - 7)  # of the last of 8 bits
+    assert ((found - wanted).abs() <= 0.501 * unit + 1e-6).all()
+    path = torch.zeros(3, 1, dtype=torch.long)
+    change = (end.double() - begin.double())[0]
+    torch.testing.assert_close(paths.change(path).double(), change, rtol=1e-6, atol=0)
+    both = (begin, end), (begin.double(), end.double())
+    places = [Coordinate.of_norm(*ends, 1e-6) for ends in both]
+    torch.testing.assert_close(places[0], places[1], rtol=1e-12, atol=0)
 
 
 # (family, scale, weak, layout, changes) whose wrong replay was within what a check in bfloat16 can

@@ -116,6 +116,24 @@ def test_scores_are_the_naive_references_alone_and_in_a_batch(family, dtype):
         assert apart(together[i], scores) <= tolerance and apart(single, scores) <= tolerance
 
 
+# in whose layers some arguments belong to queries: biases of positions, masks, inputs of each layer
+OF_QUERIES = ("bloom", "falcon", "falcon-alibi", "mpt", "opt", "xglm", "granite-swa", "gemma4")
+
+
+@pytest.mark.parametrize("family", [name for name in OF_QUERIES if name in SUPPORTED])
+def test_queries_that_need_more_gradients_than_others_keep_their_own_arguments(family):
+    spec = Spec("ig", rule="converged", tolerance=0.02)
+    dtype = torch.float32 if family in NOT_IN_FLOAT64 else torch.float64
+    tolerance = 1e-5 if family in NOT_IN_FLOAT64 else 1e-12
+    with keeping_float64():
+        lm = lm_of(family, dtype)
+        together = attribute_encoded(lm, QUERIES, spec)
+        alone = [attribute_encoded(lm, [query], spec) for query in QUERIES]
+    assert len(set(together.evaluations[:4].tolist())) > 1
+    for scores, one in zip(together.scores, alone):
+        assert apart(scores, one.scores[0].double()) <= tolerance
+
+
 @pytest.mark.parametrize("family", MORE)
 def test_pre_activations_are_those_of_the_naive_reference(family):
     dtype = torch.float32 if family in NOT_IN_FLOAT64 else torch.float64

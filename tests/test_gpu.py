@@ -127,7 +127,7 @@ def test_the_whole_study_is_that_of_the_cpu(model, runs):
 @pytest.mark.parametrize("family", ["gpt2", "llama3"])
 def test_the_host_waits_for_nothing_within_a_batch(family, method, monkeypatch):
     lm, seen = on_gpu(tiny_lm(family, torch.float32)), []
-    integrate = attribution._integrate
+    integrate = attribution.integrate
 
     def watched(*args):
         torch.cuda.set_sync_debug_mode("error")
@@ -137,7 +137,7 @@ def test_the_host_waits_for_nothing_within_a_batch(family, method, monkeypatch):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(attribution, "_integrate", watched)
+    monkeypatch.setattr(attribution, "integrate", watched)
     attribute_encoded(lm, QUERIES, Spec(method, 4))
     assert seen
 

@@ -344,6 +344,14 @@ def test_a_gguf_file_that_would_be_another_model_is_refused(write, named, tmp_pa
     assert not list(cache.rglob("*.safetensors"))
 
 
+def test_a_gguf_file_beside_an_adapter_is_refused(tmp_path, cache):
+    """With peft transformers reads the folder's adapter with the file, without it only the file."""
+    path, _ = write_gguf(tmp_path / "own.gguf")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds an adapter \(adapter_config.json\).*merge it"):
+        load_model(path, device="cpu")
+
+
 # --- the pretrained models themselves -----------------------------------------------------------
 FAMILY = {"pretrained/smollm2-135m": "llama2", "pretrained/gemma-3-270m": "gemma3"}
 

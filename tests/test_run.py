@@ -436,6 +436,13 @@ def test_tables_and_figures_name_a_local_model_by_the_end_of_its_path(books, mod
     assert set(table(capsys.readouterr().out)) == {f"01_localize {name} ig" for name in ("tiny model", "a/twin", "b/twin")}
 
 
+def test_what_a_notebook_prints_names_the_model_by_its_label():
+    for path in sorted(paths.NOTEBOOKS.glob("0*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            shown = [line for line in cell["source"] if "print(" in line and "{model}" in line]
+            assert cell["cell_type"] != "code" or not shown, path.name
+
+
 @pytest.mark.parametrize("model, among, label", [
     ("demo/gpt2", [], "demo/gpt2"), ("meta-llama/Llama-2-7b-hf", [], "meta-llama/Llama-2-7b-hf"),
     ("/x/run/gpt2", ["gpt2"], "run/gpt2"), ("/x/run/gpt2", ["/x/run/gpt2", "demo/gpt2"], "run/gpt2"),
