@@ -190,7 +190,13 @@ def pretrained_run(words, room):
     use_pararel(room)
     jobs = jobs_of(words[1:])
     assert {job.model for job in jobs} - {None} == set(pretrained.SOURCES)
-    assert {job.parameters["data"] for job in jobs} == {"pararel"}
+    if "--known-prompts" in words:  # the run of figures/known
+        assert count(jobs) == {"01": 2, "02": 2}
+        assert {job.parameters["known_prompts"] for job in jobs} == {3}
+        rules = {job.parameters["rule"] for job in jobs if job.notebook.stem == "01_localize"}
+        assert rules == {"converged"}
+    else:
+        assert {job.parameters["data"] for job in jobs} == {"pararel"}
 
 
 @runs_commands(r"\./run_all\.sh --plan .*")
@@ -468,6 +474,45 @@ def findings():
 def test_every_measured_number_is_the_committed_one():
     text = " ".join(README.split())
     assert [found for found in findings() if found not in text] == []
+
+
+def of_known_facts(model, table):
+    """The rows of a table of the two real models' run."""
+    name = f"pretrained--{model}/{table}.csv"
+    return list(csv.DictReader((ROOT / "figures/known" / name).open(encoding="utf-8")))
+
+
+def real_findings(model):
+    """The cells of README's table of real models, in order."""
+    def interval(row, name, digits=2):
+        mean, low, high = (float(row[name + end]) for end in ("", "_low", "_high"))
+        return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+    [localised] = of_known_facts(model, "ig/localisation")
+    [agreement] = of_known_facts(model, "all/consistency")
+    [static] = [row for row in of_known_facts(model, "all/table1") if row["threshold"] == "static"]
+    converged, right = of_known_facts(model, "all/by_rule")
+    second = [100 * float(static["R_II" + end]) for end in ("", "_low", "_high")]
+    yield f"{agreement['n']}, {localised['n_queries']}"
+    yield f"{100 * float(localised['share in layer 0']):.0f} %"
+    yield interval(agreement, "cs2")
+    yield interval(agreement, "jaccard")
+    yield f"{second[0]:.0f} % [{second[1]:.0f}, {second[2]:.0f}], {static['n_II']} facts"
+    yield f"Jaccard {float(converged['jaccard']):.2f}"
+    yield f"{float(converged['cs2']):.2f}, {float(right['cs2']):.2f}"
+
+
+def test_the_table_of_real_models_is_the_committed_one():
+    rows = README.split("| | SmolLM2-135M | Gemma 3 270M |")[1].split("\n\n")[0].splitlines()[2:]
+    columns = zip(*([cell.strip() for cell in row.split("|")[2:4]] for row in rows))
+    for model, written in zip(("smollm2-135m", "gemma-3-270m"), columns, strict=True):
+        assert list(written) == list(real_findings(model))
+        rules = {row["rule"]: row for row in of_known_facts(model, "ig/quadrature")[:4]}
+        first = of_known_facts(model, "ig/quadrature")[3]
+        assert first["rule"] == "converged" and float(first["jaccard"]) == pytest.approx(1, abs=5e-3)
+        text = " ".join(README.split())
+        assert f"with {float(first['evaluations']):.1f}" in text
+        assert f"{float(rules['right']['jaccard']):.2f}" in text
 
 
 def test_the_readme_is_short():
