@@ -1,7 +1,7 @@
 """Facts that a model knows: it answers at least `known_prompts` of their prompts greedily.
 
-They are looked for in the seeded order of each relation until `facts_per_relation` are found. What
-was looked at is kept beside the model's results, so that every notebook of a run uses the same
+They are looked for in the seeded order of each relation until `facts_per_relation` are found, or
+that many times `SCAN_PER_FACT` were looked at. What was looked at is kept beside the model's results, so that every notebook of a run uses the same
 facts and only the first one needs the model. Models know different facts: tables that put models
 side by side rest on other facts for each.
 """
@@ -19,6 +19,7 @@ from .data import Fact, seeded_order
 from .files import as_frame, locked, read_metadata, read_table, sha256, write_table
 
 UNIT_FACTS = 32
+SCAN_PER_FACT = 32  # a relation of which less than one fact in 32 is known may stay short
 
 
 def count_known(lm, unit: list[dict]) -> pd.DataFrame:
@@ -115,6 +116,9 @@ def _scan(study, every) -> pd.DataFrame:
     facts are wanted."""
     wanted = math.inf if study.facts_per_relation is None else study.facts_per_relation
     waiting, parts = _units(every, study.seed), []
+    if wanted != math.inf:
+        most = math.ceil(wanted * SCAN_PER_FACT / UNIT_FACTS)
+        waiting = {relation: units[:most] for relation, units in waiting.items()}
     found = dict.fromkeys(waiting, 0)
     while any(waiting.values()):
         ask = None if wanted == math.inf else 1

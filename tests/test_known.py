@@ -109,6 +109,16 @@ def test_the_first_facts_that_greedy_decoding_answers_are_kept_in_the_seeded_ord
     assert found == [fact for fact in load_facts(data) if fact in expected]
 
 
+def test_a_relation_that_the_model_hardly_knows_is_not_scanned_to_its_end(study, monkeypatch):
+    every = study(facts_per_relation=12, known_prompts=3)
+    every.facts()
+    monkeypatch.setattr(known, "SCAN_PER_FACT", 1)  # of 4 wanted, in a unit of 4: one unit
+    few = study(facts_per_relation=4, known_prompts=3)
+    facts = few.facts()
+    assert few.scan["scanned"].tolist() == [4, 4] and every.scan["scanned"].tolist() == [12, 12]
+    assert few.scan["kept"].sum() == len(facts) < every.scan["kept"].sum()
+
+
 def test_all_notebooks_of_a_run_use_the_facts_that_were_found_once(
     study, monkeypatch, capsys
 ):
