@@ -46,7 +46,8 @@ def run_units(task, model_name, units, config=None, *, root, desc, device=None, 
     client = client or _client(os.environ.get("QLUTILS_SCHEDULER"))
     job = (f"{task.__module__}:{task.__qualname__}", model_name, device, dtype)
     who = client.submit(identity, *job[1:], pure=False).result() if client else identity(*job[1:])
-    same = {"task": job[0], "fingerprint": who["fingerprint"], "device": who["device"], "dtype": who["dtype"],
+    # by the task's name, not its module's: code that moves within the package keeps its results
+    same = {"task": task.__qualname__, "fingerprint": who["fingerprint"], "device": who["device"], "dtype": who["dtype"],
             "config": config, "version": task_version(task)}
     keys = [sha256({**same, "unit": unit}) for unit in units]
     files, tables = {key: folder / f"{key}.parquet" for key in keys}, {}
@@ -103,7 +104,7 @@ def identity(model_name, device=None, dtype=None):
 
 @cache
 def code_versions():
-    """{module.task: its VERSION, ..., "results": RESULTS_VERSION}: what results owe to the code.
+    """{task: its VERSION, ..., "results": RESULTS_VERSION}: what results owe to the code.
 
     Read from the package's text, so that a notebook that only reads results need not import torch.
     """
@@ -111,7 +112,7 @@ def code_versions():
     for file in sorted(paths.PACKAGE.rglob("*.py")):
         text = file.read_text(encoding="utf-8")
         for task, number in re.findall(r"(?m)^(\w+)\.VERSION = (\d+)\b", text):
-            found[f"{file.stem}.{task}"] = int(number)
+            found[task] = int(number)
     return found
 
 

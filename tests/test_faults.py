@@ -286,7 +286,7 @@ def test_no_damage_to_a_stamp_or_to_what_it_vouches_for_goes_unnoticed(tmp_path,
 def test_a_frame_of_an_older_code_version_is_refused_by_that_name(small, monkeypatch):
     versions = store.code_versions()
     with monkeypatch.context() as patch:
-        patch.setattr(store, "code_versions", lambda: {**versions, "localize.localise_unit": 0})
+        patch.setattr(store, "code_versions", lambda: {**versions, "localise_unit": 0})
         study, _ = small()
     with pytest.raises(ValueError, match="made from other code. Run the notebook that makes it"):
         study.load("queries")

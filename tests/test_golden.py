@@ -31,15 +31,15 @@ from qlutils.data import load_facts
 FILE = Path(__file__).with_name("golden.json")
 TOLERANCE = 1e-6  # relative; the model computes in float64, so that machines agree
 TASKS = {
-    "localize.localise_unit": localize.localise_unit,
-    "known.count_known": known.count_known,
-    "edit_study.edit_facts": edit_study.edit_facts,
-    "mapping.scale_kns": mapping.scale_kns,
-    "synapses.attend": synapses.attend,
-    "synapses.scale_synapse_columns": synapses.scale_synapse_columns,
+    "localise_unit": localize.localise_unit,
+    "count_known": known.count_known,
+    "edit_facts": edit_study.edit_facts,
+    "scale_kns": mapping.scale_kns,
+    "attend": synapses.attend,
+    "scale_synapse_columns": synapses.scale_synapse_columns,
 }
 WHERE = {"results": "RESULTS_VERSION in qlutils/store.py"} | {
-    name: f"{name.split('.')[1]}.VERSION in qlutils/{name.split('.')[0]}.py" for name in TASKS
+    name: f"{name}.VERSION in {task.__module__}" for name, task in TASKS.items()
 }
 
 
@@ -62,13 +62,13 @@ def localised(method="ig", rule="right"):
 def frames(name):
     """The frames of one task, or "results", of the same four facts of the bundled model."""
     queries, lm = localised(), model()
-    if name == "localize.localise_unit":
+    if name == "localise_unit":
         by_method = [localised(method).head(3) for method in ("ig", "sig", "amig")]
         return [*by_method, localised(rule="converged").head(3)]
-    if name == "known.count_known":
+    if name == "count_known":
         facts = load_facts("demo", relations=["P36", "P103"], facts_per_relation=8)
         return [known.count_known(lm, [asdict(fact) for fact in facts])]
-    if name == "edit_study.edit_facts":
+    if name == "edit_facts":
         plans, _ = edit_study.plan_edits(
             queries,
             load_facts("demo", relations=["P36", "P103"]),
@@ -79,7 +79,7 @@ def frames(name):
             ppl_entries=1,
         )
         return [edit_study.edit_facts(lm, plans)]
-    if name == "mapping.scale_kns":
+    if name == "scale_kns":
         [unit] = effects.units(queries, 0.2, other=0)
         return [mapping.scale_kns(lm, unit)]
     if name == "results":
@@ -92,8 +92,8 @@ def derived():
     """What notebooks 02 to 06 make of the tasks' frames."""
     queries, t = localised(), 0.2
     facts = classified_facts(queries, t, 0.1)
-    [edits], [scaled] = frames("edit_study.edit_facts"), frames("mapping.scale_kns")
-    [winners], [found] = frames("synapses.attend"), frames("synapses.scale_synapse_columns")
+    [edits], [scaled] = frames("edit_facts"), frames("scale_kns")
+    [winners], [found] = frames("attend"), frames("scale_synapse_columns")
     moved = effects.rates(effects.beside_queries(scaled, queries, t, 0.1))
     changed = effects.rates(
         effects.beside_queries(found[found["set"] != "none"], queries, t, 0.1), "value"
@@ -170,12 +170,12 @@ def test_every_task_has_a_version_a_cost_and_golden_numbers():
         name: task.VERSION for name, task in TASKS.items()
     }
     for name, task in TASKS.items():
-        assert name == "known.count_known" or callable(task.passes)  # units of its own
+        assert name == "count_known" or callable(task.passes)  # units of its own
 
 
 @pytest.mark.parametrize("change", [1 + 1e-5, -1])
 def test_a_number_that_moves_is_noticed_and_rounding_is_not(change):
-    now = columns(frames("synapses.attend"))
+    now = columns(frames("attend"))
     name = next(name for name in now if name.endswith("share"))
     assert first_difference(now, {**now, name: [one * (1 + 1e-8) for one in now[name]]}) == ""
     moved = {**now, name: [*now[name][:-1], now[name][-1] * change]}

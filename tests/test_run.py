@@ -194,7 +194,7 @@ def test_a_job_is_done_while_its_cells_and_the_versions_of_the_code_stay(books, 
     nbformat.write(book, books / "01_localize.ipynb")
     drive()
     versions = run.code_versions()
-    monkeypatch.setattr(run, "code_versions", lambda: {**versions, "mapping.scale_kns": 0})
+    monkeypatch.setattr(run, "code_versions", lambda: {**versions, "scale_kns": 0})
     drive()
     assert statuses == ["done", "cached", "done", "done"]
 
