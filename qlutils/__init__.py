@@ -22,13 +22,13 @@ if not _chosen:
             "with GOMP_SPINCOUNT=50000 or with OMP_NUM_THREADS=1.", stacklevel=2)
 
 _HOME = {
-    "load_model": "models", "LanguageModel": "models", "UnsupportedModel": "arch",
-    "Fact": "data", "load_facts": "data",
-    "attribute": "attribution",
-    "knowledge_neurons": "neurons", "consistency": "neurons",
-    "answer_probability": "interventions", "scale_neurons": "interventions",
-    "edit_weights": "editing", "save_edited": "editing", "perplexity": "editing",
-    "find_synapses": "synapses", "scale_synapses": "synapses",
+    "load_model": "model.language_model", "LanguageModel": "model.language_model", "UnsupportedModel": "model.architecture",
+    "Fact": "facts", "load_facts": "facts",
+    "attribute": "attribution.attribute",
+    "knowledge_neurons": "neurons.sets", "consistency": "neurons.sets",
+    "answer_probability": "change.scaling", "scale_neurons": "change.scaling",
+    "edit_weights": "change.editing", "save_edited": "change.editing", "perplexity": "change.editing",
+    "find_synapses": "change.synapses", "scale_synapses": "change.synapses",
 }
 __all__ = sorted(_HOME)
 __version__ = "0.1.0"

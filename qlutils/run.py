@@ -25,11 +25,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import paths
-from .execute import execute, kernel_environment
-from .files import is_sealed, locked, sealed, sha256, versions, write_json
-from .store import code_versions
-from .study import DTYPES, METHODS, check_values, literals, model_content
+from qlutils import paths
+from qlutils.study.execute import (execute, kernel_environment)
+from qlutils.files import (is_sealed, locked, sealed, sha256, versions, write_json)
+from qlutils.study.store import (code_versions)
+from qlutils.study.notebook import (DTYPES, METHODS, check_values, literals, model_content)
 
 MODELS = ("demo/gpt2", "demo/llama2", "demo/llama3")
 SAMPLE = 2  # facts a relation without --full
@@ -85,7 +85,7 @@ def main(argv=None, notebooks=None):
                 if number is not None and not re.fullmatch(r"[1-9]\d*", str(number)):
                     raise ValueError(f"{name} {number}: want a whole number of at least 1")
             if args.refresh:
-                from .refresh import refresh
+                from qlutils.driver.refresh import (refresh)
                 return refresh()
             jobs, data_hash = plan_jobs(args, Path(notebooks or paths.NOTEBOOKS))
             if args.plan:
@@ -150,8 +150,8 @@ def _parser():
 
 
 def _plan(args, jobs):
-    from .attribution import Spec
-    from .plan import plan
+    from qlutils.attribution.attribute import (Spec)
+    from qlutils.driver.plan import (plan)
 
     if not jobs:
         raise ValueError("--plan: with these options nothing is localised")
@@ -176,8 +176,8 @@ def _plan(args, jobs):
 # -- what is to be done ----------------------------------------------------------------------------------
 def plan_jobs(args, folder):
     """(jobs in order, hash of the facts). ValueError, before anything starts, for whatever cannot be run."""
-    from .data import load_facts
-    from .known import check_known_prompts
+    from qlutils.facts import (load_facts)
+    from qlutils.study.known import (check_known_prompts)
 
     for model in args.models:
         model_content(model)  # ValueError for a bundled model or a folder that is not there
@@ -279,10 +279,10 @@ def fetch_inputs(jobs):
         corpora += [known["corpus"]] if "corpus" in known else []
     for model in dict.fromkeys(models):
         if not model.startswith("demo/"):  # bundled
-            from .models import fetch_model
+            from qlutils.model.language_model import (fetch_model)
             fetch_model(model)
     for corpus in dict.fromkeys(corpora):
-        from .data import perplexity_texts
+        from qlutils.facts import (perplexity_texts)
         perplexity_texts(corpus)
 
 
@@ -411,7 +411,7 @@ def _one(job, root, data_hash, env, scratch, stop):
         if not job.problem and now != inputs["model"] and paths.is_local(job.model):
             job.problem = f"the files of {job.model} changed while it ran: which of them its results are of is not known"
         if job.notebook.stem == LAST and not job.problem:
-            from .report import publish
+            from qlutils.experiments.report import (publish)
             made += publish(output, root.name)
         if not job.problem:
             inputs["model"] = now  # a first download has a revision only now

@@ -1,6 +1,6 @@
 """More families than `tiny.FAMILIES`, by transformers' `model_type`: what works, what is refused.
 
-As there, the place of each MLP is written down and not taken from `qlutils.arch`."""
+As there, the place of each MLP is written down and not taken from `qlutils.model.architecture`."""
 
 from tiny import ALTERNATING, FAMILIES, GROUPED, SMALL, VOCABULARY, Family
 

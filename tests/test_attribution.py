@@ -12,16 +12,17 @@ import torch
 from tiny import FAMILIES, spec_of, tiny_lm, tiny_model, trusted, word_tokenizer
 from torch import nn
 
-from qlutils import attribute, replay
-from qlutils.attention import exact_attention
-from qlutils.attribution import METHODS, Spec, attribute_encoded
-from qlutils.bisection import Coordinate
-from qlutils.integrate import Paths
-from qlutils.models import LanguageModel
-from qlutils.quadrature import RULES, quadrature
-from qlutils.replay import clean_pass, prefix_attention
-from qlutils.rows import Change, score_queries, score_rows
-from qlutils.synapses import Row, column_scores, run_rows
+from qlutils import (attribute)
+from qlutils.model import passes as replay
+from qlutils.model.attention import (exact_attention)
+from qlutils.attribution.attribute import (METHODS, Spec, attribute_encoded)
+from qlutils.attribution.bisection import (Coordinate)
+from qlutils.attribution.integrate import (Paths)
+from qlutils.model.language_model import (LanguageModel)
+from qlutils.attribution.quadrature import (RULES, quadrature)
+from qlutils.model.passes import (clean_pass, prefix_attention)
+from qlutils.change.rows import (Change, score_queries, score_rows)
+from qlutils.change.synapses import (Row, column_scores, run_rows)
 
 EOS, BOS = 0, 1
 # Families whose attention, in transformers' own code, rounds to float32 whatever the model's dtype. Both sides are
@@ -353,7 +354,7 @@ def test_the_converged_rule_takes_its_gradients_where_a_layer_needs_them():
 def test_a_query_that_does_not_settle_is_flagged(monkeypatch):
     lm = tiny_lm("llama3")
     queries = some_queries(lm.model)
-    monkeypatch.setattr("qlutils.bisection.NARROWEST", 1.0)  # not one interval may be halved
+    monkeypatch.setattr("qlutils.attribution.bisection.NARROWEST", 1.0)  # not one interval may be halved
     found = attribute_encoded(lm, queries, Spec("ig", rule="converged", tolerance=1e-6))
     assert not found.converged.any() and (found.evaluations <= 5).all()
     assert attribute_encoded(lm, queries, Spec("ig")).converged is None

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 from qlutils import paths
-from qlutils.refresh import cleaned, source_hash
+from qlutils.driver.refresh import (cleaned, source_hash)
 
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
 NAMES = {"01_localize", "02_consistency", "03_kn_modification", "04_query_kn_mapping", "05_attention_predominance",

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qlutils import controls
-from qlutils.neurons import random_neurons
-from qlutils.stats import LEAST, welch
+from qlutils.experiments import controls
+from qlutils.neurons.sets import (random_neurons)
+from qlutils.show.stats import (LEAST, welch)
 
 PATTERNS = ("{} lies in the land of", "The capital {} belongs to", "You will find {} in", "It is {} that is ruled by")
 
@@ -131,7 +131,7 @@ def test_classes_that_are_real_carry_over_to_the_other_half():
 
 
 def test_classes_cut_from_noise_do_not_carry_over_though_the_circular_test_is_significant():
-    from qlutils.analysis import classified_facts
+    from qlutils.experiments.consistency import (classified_facts)
 
     carried, circular = [], []
     for seed in range(8):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from qlutils import data
-from qlutils.data import Fact, load_facts, perplexity_texts, prompt_template
+from qlutils import facts as data
+from qlutils.facts import (Fact, load_facts, perplexity_texts, prompt_template)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_pararel = pytest.mark.skipif(not (SHARED / "pararel").is_dir(), reason="no ../shared/data/pararel here")

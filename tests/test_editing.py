@@ -13,15 +13,16 @@ from torch import nn
 from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM
 
-from qlutils import Fact, edit_weights, load_facts, load_model, paths, perplexity, save_edited
-from qlutils.arch import UnsupportedModel
-from qlutils import edit_study
-from qlutils.edit_report import AVG_NOTE, contrasts, edit_table
-from qlutils.edit_study import cas_spec, cas_sweep, edit_facts, plan_edits
-from qlutils.editing import edit_vector, object_tokens, usable_texts, virtual_edit
-from qlutils.models import LanguageModel
-from qlutils.neurons import cas_candidates, kn_sets, strongest_neurons
-from qlutils.rows import Change, score_rows
+from qlutils import (Fact, edit_weights, load_facts, load_model, perplexity, save_edited)
+from qlutils import paths
+from qlutils.model.architecture import (UnsupportedModel)
+from qlutils.experiments import kn_modification as edit_study
+from qlutils.experiments.edit_tables import (AVG_NOTE, contrasts, edit_table)
+from qlutils.experiments.kn_modification import (cas_spec, cas_sweep, edit_facts, plan_edits)
+from qlutils.change.editing import (edit_vector, object_tokens, usable_texts, virtual_edit)
+from qlutils.model.language_model import (LanguageModel)
+from qlutils.neurons.sets import (cas_candidates, kn_sets, strongest_neurons)
+from qlutils.change.rows import (Change, score_rows)
 
 ROUNDED = ("gptj", "codegen", "gpt-neo", "bloom", "gemma2", "granite-swa", "gemma4")
 NEURONS = {(0, 3), (1, 7), (1, 9), (2, 0), (2, 5)}
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def value_vector(lm, family, layer, index):
-    """Row of a Conv1D, column of a Linear; not through `qlutils.arch`."""
+    """Row of a Conv1D, column of a Linear; not through `qlutils.model.architecture`."""
     down = FAMILIES[family].modules(lm.model, "down")[layer]
     return down.weight[:, index] if isinstance(down, torch.nn.Linear) else down.weight[index]
 
@@ -789,7 +790,7 @@ def test_the_cas_sweep_varies_one_setting_at_a_time():
 def test_wikitext_entries_are_paragraphs_of_enough_tokens():
     if not (SHARED / "wikitext-2" / "test.txt").is_file():
         pytest.skip("WikiText-2 is not here")
-    from qlutils.data import perplexity_texts
+    from qlutils.facts import (perplexity_texts)
 
     texts = perplexity_texts(SHARED / "wikitext-2")
     lm = tiny_lm("gpt2")  # every word of another language is one token, <unk>

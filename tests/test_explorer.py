@@ -9,22 +9,20 @@ import pandas as pd
 import pytest
 import torch
 
-from qlutils import attribute, explorer, knowledge_neurons, load_facts, store
-from qlutils.data import Fact
-from qlutils.execute import execute, kernel_environment
-from qlutils.explorer import (
-    agreement, as_code, attention_received, change, choose_neurons, control_facts, explore, facts_using, kn_map,
-    kn_table, look, neuron_activations, neuron_tokens, overlap_figure, parse_neurons, predictions, saved_queries,
-    typed_fact)
-from qlutils.explorer_page import (
-    Page, agreement_html, effects_html, neuron_html, png, prompts_html, table_html, tokens_html)
-from qlutils.interventions import answer_probability, scale_neurons
-from qlutils.localize import localise
-from qlutils.neurons import cas_candidates, cas_neurons, consistency, neighbour_sets
-from qlutils.paths import NOTEBOOKS
-from qlutils.replay import attention_implementation
-from qlutils.study import Study
-from qlutils.synapses import Row, above_threshold, column_scores, run_rows
+from qlutils import (attribute, knowledge_neurons, load_facts)
+from qlutils.explorer import fact as explorer
+from qlutils.study import store
+from qlutils.facts import (Fact)
+from qlutils.study.execute import (execute, kernel_environment)
+from qlutils.explorer.fact import (agreement, as_code, attention_received, change, choose_neurons, control_facts, explore, facts_using, kn_map, kn_table, look, neuron_activations, neuron_tokens, overlap_figure, parse_neurons, predictions, saved_queries, typed_fact)
+from qlutils.explorer.page import (Page, agreement_html, effects_html, neuron_html, png, prompts_html, table_html, tokens_html)
+from qlutils.change.scaling import (answer_probability, scale_neurons)
+from qlutils.experiments.localize import (localise)
+from qlutils.neurons.sets import (cas_candidates, cas_neurons, consistency, neighbour_sets)
+from qlutils.paths import (NOTEBOOKS)
+from qlutils.model.passes import (attention_implementation)
+from qlutils.study.notebook import (Study)
+from qlutils.change.synapses import (Row, above_threshold, column_scores, run_rows)
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 

@@ -21,9 +21,16 @@ from test_store import UNITS, fake_model, lock_of, numbers, run, signed, unit_fi
 from test_synapses import make
 from tiny import tiny_lm, trusted
 
-from qlutils import attribution, edit_study, files, localize, mapping, paths, store, synapses
-from qlutils.run import main
-from qlutils.study import Study, read_record
+from qlutils.attribution import attribute as attribution
+from qlutils.experiments import kn_modification as edit_study
+from qlutils import files
+from qlutils.experiments import localize
+from qlutils.experiments import query_kn_mapping as mapping
+from qlutils import paths
+from qlutils.study import store
+from qlutils.change import synapses
+from qlutils.run import (main)
+from qlutils.study.notebook import (Study, read_record)
 
 
 # -- a small run that leaves every kind of result -----------------------------------------------------------
@@ -254,7 +261,7 @@ def test_no_damage_to_a_record_is_read_as_a_record(small):
 
 
 def test_no_damage_to_a_stamp_or_to_what_it_vouches_for_goes_unnoticed(tmp_path, capsys):
-    from qlutils.run import _is_done, _stamp
+    from qlutils.run import (_is_done, _stamp)
 
     notebooks = tmp_path / "notebooks"
     names = ["notebooks/01.ipynb", "results/table1.csv", "results/fig1.png"]

@@ -14,19 +14,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qlutils import (
-    controls,
-    edit_report,
-    edit_study,
-    effects,
-    known,
-    localize,
-    mapping,
-    store,
-    synapses,
-)
-from qlutils.analysis import classified_facts, consistency_summary
-from qlutils.data import load_facts
+from qlutils.experiments import controls
+from qlutils.experiments import edit_tables as edit_report
+from qlutils.experiments import kn_modification as edit_study
+from qlutils.experiments import effects
+from qlutils.study import known
+from qlutils.experiments import localize
+from qlutils.experiments import query_kn_mapping as mapping
+from qlutils.study import store
+from qlutils.change import synapses
+from qlutils.experiments.consistency import (classified_facts, consistency_summary)
+from qlutils.facts import (load_facts)
 
 FILE = Path(__file__).with_name("golden.json")
 TOLERANCE = 1e-6  # relative; the model computes in float64, so that machines agree
@@ -38,14 +36,14 @@ TASKS = {
     "attend": synapses.attend,
     "scale_synapse_columns": synapses.scale_synapse_columns,
 }
-WHERE = {"results": "RESULTS_VERSION in qlutils/store.py"} | {
+WHERE = {"results": "RESULTS_VERSION in qlutils/study/store.py"} | {
     name: f"{name}.VERSION in {task.__module__}" for name, task in TASKS.items()
 }
 
 
 @cache
 def model():
-    from qlutils.models import load_model
+    from qlutils.model.language_model import (load_model)
 
     return load_model("demo/gpt2", device="cpu", dtype="float64")
 

@@ -10,17 +10,18 @@ import pytest
 import torch
 from tiny import tiny_lm, tiny_model, word_tokenizer
 
-from qlutils import attribute, attribution, knowledge_neurons, load_model
-from qlutils.attribution import METHODS, SITES, Spec, attribute_encoded
-from qlutils.edit_study import run_edits
-from qlutils.effects import units
-from qlutils.interventions import answer_probability, scale_neurons
-from qlutils.localize import localise
-from qlutils.mapping import scale_kns
-from qlutils.models import LanguageModel
-from qlutils.quadrature import RULES
-from qlutils.study import Study
-from qlutils.synapses import attend, find_synapses, scale_synapse_columns
+from qlutils import (attribute, knowledge_neurons, load_model)
+from qlutils.attribution import attribute as attribution
+from qlutils.attribution.attribute import (METHODS, SITES, Spec, attribute_encoded)
+from qlutils.experiments.kn_modification import (run_edits)
+from qlutils.experiments.effects import (units)
+from qlutils.change.scaling import (answer_probability, scale_neurons)
+from qlutils.experiments.localize import (localise)
+from qlutils.experiments.query_kn_mapping import (scale_kns)
+from qlutils.model.language_model import (LanguageModel)
+from qlutils.attribution.quadrature import (RULES)
+from qlutils.study.notebook import (Study)
+from qlutils.change.synapses import (attend, find_synapses, scale_synapse_columns)
 
 GPU = os.environ.get("QLUTILS_TEST_DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(GPU == "cuda" and not torch.cuda.is_available(), reason="no CUDA device here")

@@ -28,25 +28,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import save_checkpoint, tiny_lm, word_tokenizer
 
-from qlutils import (Fact, answer_probability, attribute, consistency, edit_weights, find_synapses, knowledge_neurons,
-                     load_facts, load_model, perplexity, save_edited, scale_neurons, scale_synapses)
-from qlutils import effects, paths
-from qlutils.attribution import METHODS
-from qlutils.data import perplexity_texts
-from qlutils.edit_study import edit_facts, plan_edits
-from qlutils.editing import virtual_edit
-from qlutils.explorer import change, look, next_token
-from qlutils.files import read_table
-from qlutils.files import write_table as write_parquet
-from qlutils.localize import localise, localise_unit
-from qlutils.mapping import scale_kns
-from qlutils.models import LanguageModel
-from qlutils.neurons import cas_candidates, cas_neurons
-from qlutils.replay import neuron_vectors
-from qlutils.rows import score_queries, score_rows
-from qlutils.study import Study
-from qlutils.synapses import Row, column_scores, run_rows, scale_synapse_columns
-from qlutils.tables import write_table
+from qlutils import (Fact, answer_probability, attribute, consistency, edit_weights, find_synapses, knowledge_neurons, load_facts, load_model, perplexity, save_edited, scale_neurons, scale_synapses)
+from qlutils.experiments import effects
+from qlutils import paths
+from qlutils.attribution.attribute import (METHODS)
+from qlutils.facts import (perplexity_texts)
+from qlutils.experiments.kn_modification import (edit_facts, plan_edits)
+from qlutils.change.editing import (virtual_edit)
+from qlutils.explorer.fact import (change, look, next_token)
+from qlutils.files import (read_table)
+from qlutils.files import (write_table as write_parquet)
+from qlutils.experiments.localize import (localise, localise_unit)
+from qlutils.experiments.query_kn_mapping import (scale_kns)
+from qlutils.model.language_model import (LanguageModel)
+from qlutils.neurons.sets import (cas_candidates, cas_neurons)
+from qlutils.model.passes import (neuron_vectors)
+from qlutils.change.rows import (score_queries, score_rows)
+from qlutils.study.notebook import (Study)
+from qlutils.change.synapses import (Row, column_scores, run_rows, scale_synapse_columns)
+from qlutils.show.tables import (write_table)
 
 PATTERNS = ["[X] lies in [Y].", "the home of [X] is [Y] .", "as [X] was found, it was in [Y]"]
 WITH = settings(max_examples=2, deadline=None, derandomize=True, database=None,

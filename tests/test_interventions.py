@@ -7,10 +7,11 @@ import pytest
 import torch
 from tiny import CACHE, FAMILIES, tiny_lm
 
-from qlutils import answer_probability, attribute, rows, scale_neurons
-from qlutils.interventions import greedy_answers, scaled_answer_probabilities
-from qlutils.models import UnsupportedModel
-from qlutils.rows import Change, score_queries, score_rows
+from qlutils import (answer_probability, attribute, scale_neurons)
+from qlutils.change import rows
+from qlutils.change.scaling import (greedy_answers, scaled_answer_probabilities)
+from qlutils.model.language_model import (UnsupportedModel)
+from qlutils.change.rows import (Change, score_queries, score_rows)
 
 # Families whose attention rounds to float32 whatever the model's dtype, and then not always the same sums.
 ROUNDED = ("gptj", "codegen", "gpt-neo", "bloom", "gemma2", "granite-swa", "gemma4")

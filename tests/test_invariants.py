@@ -16,10 +16,13 @@ import torch
 from tiny import GPTJ_METHOD, tiny_lm, trusted
 from torch import nn
 
-from qlutils import (answer_probability, attention, attribute, edit_weights, find_synapses, perplexity, replay, rows,
-                     save_edited, scale_neurons, scale_synapses, synapses)
-from qlutils.interventions import greedy_answers, scaled_answer_probabilities
-from qlutils.rows import Change
+from qlutils import (answer_probability, attribute, edit_weights, find_synapses, perplexity, save_edited, scale_neurons, scale_synapses)
+from qlutils.model import attention
+from qlutils.model import passes as replay
+from qlutils.change import rows
+from qlutils.change import synapses
+from qlutils.change.scaling import (greedy_answers, scaled_answer_probabilities)
+from qlutils.change.rows import (Change)
 
 FAMILIES = ("gpt2", "llama3", "opt", "gptj", "neox", "gemma2", "bloom")
 ATTENTION = tuple(family for family in FAMILIES if family != "bloom")  # BLOOM's attention cannot be replaced

@@ -21,9 +21,12 @@ import nbformat
 import numpy as np
 import pytest
 
-from qlutils import localize, paths, run, store
-from qlutils.files import read_table
-from qlutils.study import Study, read_record
+from qlutils.experiments import localize
+from qlutils import paths
+from qlutils import run
+from qlutils.study import store
+from qlutils.files import (read_table)
+from qlutils.study.notebook import (Study, read_record)
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = (".csv", ".md", ".tex")
@@ -37,8 +40,12 @@ UNITS = 5 * 3  # five tasks, a unit a fact
 # -- what is killed ---------------------------------------------------------------------------------------
 def small_study(parameters):
     """Localisation, edits, query-KN mapping, attention and synapses of three facts, one fact a unit, with tables."""
-    from qlutils import edit_report, edit_study, effects, mapping, synapses
-    from qlutils.analysis import classified_facts
+    from qlutils.experiments import edit_tables as edit_report
+    from qlutils.experiments import kn_modification as edit_study
+    from qlutils.experiments import effects
+    from qlutils.experiments import query_kn_mapping as mapping
+    from qlutils.change import synapses
+    from qlutils.experiments.consistency import (classified_facts)
 
     store.UNIT_FACTS = 1
     study, t = Study("small", **parameters), parameters["t"]
@@ -68,7 +75,12 @@ def serve():
 
     torch.set_num_threads(1)
     store.cached_model("demo/gpt2", None, None)
-    from qlutils import edit_report, edit_study, effects, mapping, synapses, tables  # noqa: F401 once for all children
+    from qlutils.experiments import edit_tables as edit_report
+    from qlutils.experiments import kn_modification as edit_study
+    from qlutils.experiments import effects
+    from qlutils.experiments import query_kn_mapping as mapping
+    from qlutils.change import synapses
+    from qlutils.show import tables  # noqa: F401 once for all children
     print("ready", flush=True)
     for line in sys.stdin:
         order = json.loads(line)
@@ -257,8 +269,9 @@ def test_two_threads_find_the_knowledge_neurons_of_one(server, undisturbed, tmp_
 # -- through the driver -----------------------------------------------------------------------------------
 OPEN = """
 import os, time
-from qlutils import localize, store
-from qlutils.study import Study
+from qlutils.experiments import localize
+from qlutils.study import store
+from qlutils.study.notebook import Study
 study = Study.open("{}", In)
 """
 LOCALISE = """
@@ -273,7 +286,7 @@ queries = localize.localise(study, steps=steps)
 study.table(queries[["fact", "prompt", "probability"]], "localisation")
 """
 COMPARE = """
-from qlutils.analysis import consistency_summary, classified_facts
+from qlutils.experiments.consistency import consistency_summary, classified_facts
 facts = {{method: classified_facts(study.load("queries", method)) for method in study.methods_done()}}
 study.table(consistency_summary(facts), "table1")
 """

@@ -10,10 +10,15 @@ import pandas as pd
 import pytest
 import torch
 
-from qlutils import Fact, known, load_facts, load_model, paths, rows, run, store
-from qlutils.localize import localise
-from qlutils.report import Run, work
-from qlutils.study import Study
+from qlutils import (Fact, load_facts, load_model)
+from qlutils.study import known
+from qlutils import paths
+from qlutils.change import rows
+from qlutils import run
+from qlutils.study import store
+from qlutils.experiments.localize import (localise)
+from qlutils.experiments.report import (Run, work)
+from qlutils.study.notebook import (Study)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RELATIONS = ["P36", "P103"]

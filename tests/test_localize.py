@@ -10,10 +10,12 @@ from scipy import stats as scipy_stats
 from skimage.filters import threshold_otsu
 from tiny import WORDS, save_checkpoint, save_dataset, word_tokenizer
 
-from qlutils import analysis, attribute, consistency, knowledge_neurons, load_facts, load_model, localize
-from qlutils.localize import PAPER_EXAMPLES, example_facts, example_maps, localise, localise_unit, localised
-from qlutils.neurons import CAS_BETAS, cas_neurons, kn_sets
-from qlutils.study import Study
+from qlutils import (attribute, consistency, knowledge_neurons, load_facts, load_model)
+from qlutils.experiments import consistency as analysis
+from qlutils.experiments import localize
+from qlutils.experiments.localize import (PAPER_EXAMPLES, example_facts, example_maps, localise, localise_unit, localised)
+from qlutils.neurons.sets import (CAS_BETAS, cas_neurons, kn_sets)
+from qlutils.study.notebook import (Study)
 
 STEPS = 3
 
@@ -152,7 +154,7 @@ def test_a_rerun_reads_its_units_and_writes_the_same_bytes(model, data, runs, mo
     first = localise(study_of(model, data), steps=STEPS)
     before, stamps = contents(runs), {p: p.stat().st_mtime_ns for p in (runs / "default" / "units").glob("*")}
     with monkeypatch.context() as patch:
-        patch.setattr("qlutils.localize.attribute_encoded", None)  # nothing is computed
+        patch.setattr("qlutils.experiments.localize.attribute_encoded", None)  # nothing is computed
         again = localise(study_of(model, data), steps=STEPS)
     pd.testing.assert_frame_equal(first, again)
     assert contents(runs) == before
@@ -374,7 +376,8 @@ def test_the_tables_agree_with_consistency_of_the_dense_scores(model, data, runs
 
 
 def test_units_are_not_computed_or_read_while_a_context_changes_the_model(tmp_path, monkeypatch):
-    from qlutils import scale_neurons, scale_synapses, store
+    from qlutils import (scale_neurons, scale_synapses)
+    from qlutils.study import store
 
     lm = load_model("demo/gpt2")
     monkeypatch.setattr(store, "cached_model", lambda *_: lm)

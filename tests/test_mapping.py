@@ -6,9 +6,12 @@ import pytest
 import torch
 from test_synapses import Words, make
 
-from qlutils import effects, mapping, synapses, tables
-from qlutils.interventions import answer_probability, scale_neurons
-from qlutils.neurons import active_neurons, random_neurons
+from qlutils.experiments import effects
+from qlutils.experiments import query_kn_mapping as mapping
+from qlutils.change import synapses
+from qlutils.show import tables
+from qlutils.change.scaling import (answer_probability, scale_neurons)
+from qlutils.neurons.sets import (active_neurons, random_neurons)
 
 UNIT = [dict(fact="R1|a|8 6", relation="R1", object="8 6", prompts=["3 17 8 25", "5 17 8", "9 3 30 2"], prompt_index=[0, 2, 3],
              layer=[[0, 0, 2], [0, 1], []], neuron=[[3, 7, 40], [3, 5], []], same_relation=[[[2, 9]], [], []],

@@ -15,11 +15,13 @@ from tiny import CACHE, FAMILIES, GPT, GPTJ_METHOD, SMALL, save_checkpoint, tiny
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from qlutils import (answer_probability, arch, attribute, edit_weights, find_synapses, load_model,
-                     models, scale_neurons, store)
-from qlutils.arch import UnsupportedModel
-from qlutils.check import sharply
-from qlutils.models import BUNDLED, LanguageModel
+from qlutils import (answer_probability, attribute, edit_weights, find_synapses, load_model, scale_neurons)
+from qlutils.model import architecture as arch
+from qlutils.model import language_model as models
+from qlutils.study import store
+from qlutils.model.architecture import (UnsupportedModel)
+from qlutils.model.check import (sharply)
+from qlutils.model.language_model import (BUNDLED, LanguageModel)
 
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlutils.neurons import (CAS_BETAS, cas_candidates, cas_neurons, classify, consistency, cs2_subsampled,
-                             fact_table, kn_sets, knowledge_neurons, neighbour_sets, otsu_threshold)
+from qlutils.neurons.sets import (CAS_BETAS, cas_candidates, cas_neurons, classify, consistency, cs2_subsampled, fact_table, kn_sets, knowledge_neurons, neighbour_sets, otsu_threshold)
 
 A, B, C, D = (0, 1), (0, 2), (1, 0), (3, 7)
 neurons = st.tuples(st.integers(0, 2), st.integers(0, 3))

@@ -8,12 +8,13 @@ import pandas as pd
 import pytest
 import torch
 
-from qlutils import answer_probability, find_synapses, load_model, paths, scale_neurons, scale_synapses
-from qlutils.analysis import classified_facts
-from qlutils.execute import execute, kernel_environment
-from qlutils.files import read_table
-from qlutils.neurons import kn_sets, neighbour_sets
-from qlutils.replay import attention_implementation
+from qlutils import (answer_probability, find_synapses, load_model, scale_neurons, scale_synapses)
+from qlutils import paths
+from qlutils.experiments.consistency import (classified_facts)
+from qlutils.study.execute import (execute, kernel_environment)
+from qlutils.files import (read_table)
+from qlutils.neurons.sets import (kn_sets, neighbour_sets)
+from qlutils.model.passes import (attention_implementation)
 
 MODEL, RELATIONS = "demo/gpt2", ["P36", "P103", "P1412"]
 COMMON = dict(model=MODEL, relations=RELATIONS, facts_per_relation=1, device="cpu", dtype="float32", output="nb")

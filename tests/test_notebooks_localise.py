@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qlutils import attribute, consistency, knowledge_neurons, load_facts, load_model, paths
-from qlutils.execute import execute, kernel_environment
-from qlutils.localize import localise
-from qlutils.study import Study
+from qlutils import (attribute, consistency, knowledge_neurons, load_facts, load_model)
+from qlutils import paths
+from qlutils.study.execute import (execute, kernel_environment)
+from qlutils.experiments.localize import (localise)
+from qlutils.study.notebook import (Study)
 
 MODEL, RELATIONS, STEPS = "demo/gpt2", ["P36", "P103", "P1412"], 4
 COMMON = dict(model=MODEL, relations=RELATIONS, facts_per_relation=1, device="cpu", dtype="float32", output="nb")

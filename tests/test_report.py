@@ -11,9 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qlutils import claims, page, paths, report, run
-from qlutils.data import load_facts
-from qlutils.study import Study
+from qlutils.experiments import claims
+from qlutils.show import page
+from qlutils import paths
+from qlutils.experiments import report
+from qlutils import run
+from qlutils.facts import (load_facts)
+from qlutils.study.notebook import (Study)
 
 MODELS = ["demo/gpt2", "demo/llama2", "demo/llama3"]
 SAMPLE = dict(relations=["P36", "P19"], facts_per_relation=12)

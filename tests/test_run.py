@@ -16,15 +16,17 @@ import pandas as pd
 import pytest
 from tiny import FACTS, PATTERNS, save_checkpoint, save_dataset
 
-from qlutils import load_facts, paths, run
-from qlutils.study import Study, check_parameters, model_content
+from qlutils import (load_facts)
+from qlutils import paths
+from qlutils import run
+from qlutils.study.notebook import (Study, check_parameters, model_content)
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = (
     "model = 'demo/gpt2'\nmethod = 'ig'\ndata = 'demo'\nrelations = None\nfacts_per_relation = 3\nseed = 0\n"
     "output = 'default'\nt = 0.2"
 )
-OPEN = "from qlutils.study import Study\nstudy = Study.open('{}', In)"
+OPEN = "from qlutils.study.notebook import Study\nstudy = Study.open('{}', In)"
 LOCALIZE = (
     "import os, sys\nimport pandas as pd\nif os.path.exists({fail!r} + study.method):\n"
     "    raise RuntimeError('no such luck\\nmore')\n"
@@ -397,7 +399,7 @@ def cut_short(file):
 
 @pytest.mark.parametrize("spoil, named", [
     (lambda patch, folder: patch.setattr("huggingface_hub.hf_hub_download", unreachable), "WikiText-2 .*no route to host"),
-    (lambda patch, folder: patch.setattr("qlutils.models.snapshot_download", unreachable), "model 'some/model'.*no route"),
+    (lambda patch, folder: patch.setattr("qlutils.model.language_model.snapshot_download", unreachable), "model 'some/model'.*no route"),
     (lambda patch, folder: cut_short(folder / "model.safetensors"), "could not load model .*tiny model"),
     (lambda patch, folder: (folder / "tokenizer.json").write_text("{}"), "could not load model .*tiny model")])
 def test_what_a_run_would_miss_hours_later_is_missed_before_it_starts(spoil, named, books, model, runs, capsys, monkeypatch):
@@ -412,7 +414,7 @@ def test_what_a_run_would_miss_hours_later_is_missed_before_it_starts(spoil, nam
 def test_what_the_chosen_notebooks_do_not_read_is_not_fetched(books, model, monkeypatch):
     write_notebook(books, "03_editing", PARAMETERS + '\ncorpus = "wikitext-2"')
     fetched = []
-    monkeypatch.setattr("qlutils.data.perplexity_texts", fetched.append)
+    monkeypatch.setattr("qlutils.facts.perplexity_texts", fetched.append)
     for only, wanted in (("01", []), ("03", ["wikitext-2"])):
         jobs, _ = run.plan_jobs(run._parser().parse_args([*options(model), "--only", only]), books)
         run.fetch_inputs(jobs)
@@ -539,7 +541,7 @@ def test_stopping_the_driver_ends_its_kernels_soon_and_the_next_run_goes_on(
 
 
 def test_two_drivers_on_one_output_are_refused(books, model, runs, capsys):
-    from qlutils.files import locked
+    from qlutils.files import (locked)
 
     with locked(runs / "default" / ".lock"):
         assert run.main(options(model), books) == 2
@@ -582,7 +584,7 @@ def test_a_plan_costs_what_the_options_ask_for_and_each_model_and_method_once(bo
         return float(row.split()[columns.split().index("PFLOP")])
 
     with monkeypatch.context() as patch:
-        patch.setattr("qlutils.plan.matmul_rate", lambda *_: ("a device", "float32", 1e15))
+        patch.setattr("qlutils.driver.plan.matmul_rate", lambda *_: ("a device", "float32", 1e15))
         assert flops() == pytest.approx(4 * flops("-p", "steps", "5"), rel=1e-2)
     for said, more in {"no CUDA device|torch sees": ["--device", "cuda:99"], "none of these notebooks": ["-p", "stepz", "5"],
                        "steps is 0": ["-p", "steps", "0"], "answer 'lst' is unknown": ["-p", "answer", "lst"]}.items():
@@ -672,7 +674,7 @@ def test_a_model_folder_with_a_long_name_keeps_a_short_one(tmp_path):
 
 def test_a_results_notebook_opens_without_torch(runs):
     code = (
-        "import sys, qlutils, qlutils.study, qlutils.run; print({'torch', 'transformers'} & set(sys.modules))"
+        "import sys, qlutils, qlutils.study.notebook, qlutils.run; print({'torch', 'transformers'} & set(sys.modules))"
     )
     said = subprocess.run(
         [sys.executable, "-c", code],
@@ -740,7 +742,7 @@ def test_the_script_says_in_one_line_what_to_install(checkout, tmp_path):
 
 def test_the_plan_of_a_gpu_is_what_was_measured_on_one():
     """Every row of the H200's table by the paper's rule, from the matmul rate that was measured beside it."""
-    from qlutils.plan import SHAPES, query_seconds
+    from qlutils.driver.plan import (SHAPES, query_seconds)
 
     text = (ROOT / "tests/benchmarks/results/h200.md").read_text(encoding="utf-8")
     rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
@@ -766,7 +768,7 @@ def test_folders_of_other_letters_work_in_a_bare_c_locale(books, model, tmp_path
     assert done.returncode == 0 and f"see {folder}/\u00fc" in said, (said, done.stderr)
     record = json.loads((folder / "\u00fc" / "run.json").read_text(encoding="utf-8"))
     assert shlex.split(record["command"])[-1] == "\u00fc"
-    script = ("from qlutils.study import Study, read_record\nimport pandas as pd\n"
+    script = ("from qlutils.study.notebook import Study, read_record\nimport pandas as pd\n"
               "study = Study('01_localize', model='demo/gpt2', method='ig', facts_per_relation=1)\n"
               "study.save(pd.DataFrame({'a': [1]}), 'queries')\n"
               "study.load('queries'); study.record()\n"

@@ -25,12 +25,15 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tiny import WORDS, save_checkpoint, save_dataset, word_tokenizer
 
-from qlutils import data, load_model, paths, run
-from qlutils.execute import kernel_environment
-from qlutils.localize import localise
-from qlutils.plots import save_figure
-from qlutils.study import Study, check_parameters, check_values, literals
-from qlutils.tables import write_table
+from qlutils import (load_model)
+from qlutils import facts as data
+from qlutils import paths
+from qlutils import run
+from qlutils.study.execute import (kernel_environment)
+from qlutils.experiments.localize import (localise)
+from qlutils.show.plots import (save_figure)
+from qlutils.study.notebook import (Study, check_parameters, check_values, literals)
+from qlutils.show.tables import (write_table)
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXED = settings(max_examples=60, deadline=None, derandomize=True, database=None,
@@ -44,7 +47,7 @@ METHODS = {"os.system", "os.popen", "os.execv", "torch.load", "yaml.load", "yaml
            "pandas.read_pickle", "np.fromfile", "subprocess.getoutput", "pty.spawn", "torch.hub.load", "ctypes.CDLL",
            "importlib.reload", "runpy.run_path"}
 RESTARTS = {("qlutils/run.py", "os.execv")}  # this very interpreter and command line, in UTF-8 mode
-DYNAMIC = {"qlutils/__init__.py", "qlutils/store.py"}  # import modules by a name that the package itself made
+DYNAMIC = {"qlutils/__init__.py", "qlutils/study/store.py"}  # import modules by a name that the package itself made
 
 
 def dotted(node):
@@ -219,7 +222,7 @@ def test_only_the_loaders_of_facts_texts_and_models_download():
                 "pooch.create", "pooch.retrieve"}
     found = {name for name, source in sources() for node in ast.walk(ast.parse(source))
              if isinstance(node, ast.Call) and fetching & {dotted(node.func), dotted(node.func).split(".")[-1]}}
-    assert found == {"qlutils/data.py", "qlutils/models.py"}
+    assert found == {"qlutils/facts.py", "qlutils/model/language_model.py"}
 
 
 # --- parameters ------------------------------------------------------------------------------------------

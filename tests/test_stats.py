@@ -5,20 +5,10 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from qlutils import analysis
-from qlutils.neurons import otsu_threshold
-from qlutils import stats
-from qlutils.stats import (
-    LEAST,
-    _weighted,
-    bootstrap_difference,
-    bootstrap_mean,
-    bootstrap_statistic,
-    mean_columns,
-    permutation_test,
-    resampling_weights,
-    welch,
-)
+from qlutils.experiments import consistency as analysis
+from qlutils.neurons.sets import (otsu_threshold)
+from qlutils.show import stats
+from qlutils.show.stats import (LEAST, _weighted, bootstrap_difference, bootstrap_mean, bootstrap_statistic, mean_columns, permutation_test, resampling_weights, welch)
 
 
 def facts_frame(rng, facts_per_relation, relations=12, queries=1, spread=1.0):

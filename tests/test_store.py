@@ -16,7 +16,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qlutils import files, paths, store
+from qlutils import files
+from qlutils import paths
+from qlutils.study import store
 
 UNITS = [[{"x": i, "name": f"é{i}"}, {"x": i + 1, "name": "‏עברית 🦉"}] for i in range(4)]
 
@@ -438,7 +440,7 @@ signed.VERSION = 1
 @pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "with a model"])
 def test_a_worker_killed_while_it_computes_costs_its_unit_and_changes_no_byte(tmp_path, monkeypatch, real):
     distributed = pytest.importorskip("distributed")
-    from qlutils.run import _scheduler
+    from qlutils.run import (_scheduler)
 
     class WithoutModel(distributed.WorkerPlugin):
         def setup(self, worker):

@@ -10,12 +10,13 @@ from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelF
                           GPT2Config, GPTJConfig, GPTNeoXConfig, LlamaConfig, MistralConfig)
 from transformers.masking_utils import eager_mask
 
-from qlutils import attention, synapses
-from qlutils.arch import UnsupportedModel
-from qlutils.attribution import Spec, attribute_encoded
-from qlutils.models import LanguageModel
-from qlutils.replay import attention_implementation
-from qlutils.synapses import Row, column_scores, find_synapses, run_rows, scale_synapses
+from qlutils.model import attention
+from qlutils.change import synapses
+from qlutils.model.architecture import (UnsupportedModel)
+from qlutils.attribution.attribute import (Spec, attribute_encoded)
+from qlutils.model.language_model import (LanguageModel)
+from qlutils.model.passes import (attention_implementation)
+from qlutils.change.synapses import (Row, column_scores, find_synapses, run_rows, scale_synapses)
 
 SMALL = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
              max_position_embeddings=64)

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qlutils import plots
-from qlutils.tables import (PAPER_MODELS, display_table, format_value, paper_notes, paper_value, write_table)
+from qlutils.show import plots
+from qlutils.show.tables import (PAPER_MODELS, display_table, format_value, paper_notes, paper_value, write_table)
 
 LLAMA2, LLAMA3 = PAPER_MODELS[1:]
 

@@ -12,14 +12,14 @@ from test_attribution import Naive
 from tiny import CACHE, SPECIAL, tiny_lm, word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
-from qlutils import attribute, load_facts, perplexity
-from qlutils.localize import localise
-from qlutils.models import LanguageModel
-from qlutils.quadrature import quadrature
-from qlutils.replay import attention_implementation
-from qlutils.rows import Change, score_rows
-from qlutils.study import Study
-from qlutils.synapses import attend, column_scores, scale_synapse_columns
+from qlutils import (attribute, load_facts, perplexity)
+from qlutils.experiments.localize import (localise)
+from qlutils.model.language_model import (LanguageModel)
+from qlutils.attribution.quadrature import (quadrature)
+from qlutils.model.passes import (attention_implementation)
+from qlutils.change.rows import (Change, score_rows)
+from qlutils.study.notebook import (Study)
+from qlutils.change.synapses import (attend, column_scores, scale_synapse_columns)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 NAMES = ("gpt2", "llama2", "llama3")

@@ -1,6 +1,6 @@
 """Small random models of every family, word tokenizers for them, and a small dataset in ParaRel's layout.
 
-The place of each family's MLP is written down here, on purpose not taken from `qlutils.arch`.
+The place of each family's MLP is written down here, on purpose not taken from `qlutils.model.architecture`.
 """
 
 import inspect
@@ -12,7 +12,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from qlutils.models import LanguageModel
+from qlutils.model.language_model import (LanguageModel)
 
 VOCABULARY = 97
 SPECIAL = ("<eos>", "<bos>", "<unk>", "<mask>")

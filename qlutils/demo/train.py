@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
                           PreTrainedTokenizerFast)
 
-from qlutils.demo import corpus
+from qlutils.demo import (corpus)
 
 MODELS = Path(__file__).parent / "models"
 CONTEXT = 512

@@ -16,11 +16,11 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-from qlutils import edit_weights, load_facts, load_model, perplexity
-from qlutils.data import perplexity_texts
-from qlutils.edit_study import edit_facts, plan_edits
-from qlutils.editing import usable_texts
-from qlutils.localize import localise_unit
+from qlutils import (edit_weights, load_facts, load_model, perplexity)
+from qlutils.facts import (perplexity_texts)
+from qlutils.experiments.kn_modification import (edit_facts, plan_edits)
+from qlutils.change.editing import (usable_texts)
+from qlutils.experiments.localize import (localise_unit)
 
 SETS = {"local": None, "global": None, "cas": {}}
 

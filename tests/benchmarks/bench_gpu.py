@@ -17,12 +17,12 @@ import transformers
 from bench_attribution import NoTokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from qlutils.attribution import METHODS
-from qlutils.data import Fact
-from qlutils.localize import localise_unit
-from qlutils.models import LanguageModel
-from qlutils.plan import SHAPES, query_flops
-from qlutils.quadrature import RULES
+from qlutils.attribution.attribute import (METHODS)
+from qlutils.facts import (Fact)
+from qlutils.experiments.localize import (localise_unit)
+from qlutils.model.language_model import (LanguageModel)
+from qlutils.driver.plan import (SHAPES, query_flops)
+from qlutils.attribution.quadrature import (RULES)
 
 CONFIGS = {
     "gpt2": GPT2Config(),

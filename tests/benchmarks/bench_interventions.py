@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from qlutils import load_facts, load_model, scale_neurons, scale_synapses
-from qlutils.attention import cache_of, with_cache
-from qlutils.effects import units
-from qlutils.interventions import scaled_answer_probabilities
-from qlutils.localize import localise_unit
-from qlutils.mapping import _activations, query_sets
-from qlutils.synapses import Row, above_threshold, column_scores, run_rows, synapse_sets
+from qlutils import (load_facts, load_model, scale_neurons, scale_synapses)
+from qlutils.model.attention import (cache_of, with_cache)
+from qlutils.experiments.effects import (units)
+from qlutils.change.scaling import (scaled_answer_probabilities)
+from qlutils.experiments.localize import (localise_unit)
+from qlutils.experiments.query_kn_mapping import (_activations, query_sets)
+from qlutils.change.synapses import (Row, above_threshold, column_scores, run_rows, synapse_sets)
 
 
 def clock(function):

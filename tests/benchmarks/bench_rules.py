@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from qlutils import knowledge_neurons, load_facts, load_model
-from qlutils.attribution import METHODS, Spec, attribute_encoded
-from qlutils.quadrature import REFERENCE
-from qlutils.rows import score_queries
+from qlutils import (knowledge_neurons, load_facts, load_model)
+from qlutils.attribution.attribute import (METHODS, Spec, attribute_encoded)
+from qlutils.attribution.quadrature import (REFERENCE)
+from qlutils.change.rows import (score_queries)
 
 RULES = (
     Spec(rule="right", steps=20),

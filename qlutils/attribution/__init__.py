@@ -1,0 +1,1 @@
+"""How much each neuron contributes to an answer: integrated gradients and their quadrature."""

@@ -1,0 +1,1 @@
+"""Changes of a model: scaled neurons, edited weights, scaled attention columns."""

@@ -1,0 +1,1 @@
+"""Parts of `qlutils.run`, the driver."""

@@ -1,0 +1,1 @@
+"""One fact at a time, in a notebook."""

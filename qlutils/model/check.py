@@ -1,0 +1,313 @@
+"""What the fast paths assume of a model, checked at load: what makes "any causal LM" honest.
+
+Structure is looked at where it can be (`attention.check_arguments`, `_whole_calls`). The rest are
+numbers: each layer's replayed rows against the layer's own whole sequences, and the logits. In half
+precision a wrong replay hides in the rounding, so such a model computes in float32 meanwhile, one
+layer at a time.
+
+Shapes: Q queries of equal length T, d the residual width, W the width of what a layer's site module
+gives (see `replay.site_module`), V the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from qlutils.model.architecture import (UnsupportedModel, describe, norm_epsilons, refusing, tail_modules)
+from qlutils.model.attention import (with_cache)
+from qlutils.model.passes import (ONE_AT_A_TIME, SITES, CleanPass, PrefixCache, answer_probabilities, call_layer, clean_pass, hooked, replaying, run_layer, site_module, start_rows)
+
+# By how much, relative to the largest number, two ways of computing the same may differ in a dtype.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
+
+
+# --- computing in float32 ------------------------------------------------------------------------
+
+@contextmanager
+def sharply(lm):
+    """Inside, the model computes in float32 at least, without gradients, from weights that are cast
+    while the layer they belong to runs; gives the tolerance for numbers computed inside. Weights
+    are the same tensors afterwards.
+
+    Quantised or offloaded weights have to stay what they are, and with them the model's dtype."""
+    dtype, tensors = lm.dtype, [*lm.model.parameters(), *lm.model.buffers()]
+    ordinary = all(type(one) in (nn.Parameter, Tensor) and not one.is_meta for one in tensors)
+    ordinary &= all(one.is_floating_point() for one in lm.model.parameters())
+    with ONE_AT_A_TIME, torch.inference_mode(False), torch.no_grad():
+        if dtype.itemsize > 2 or not ordinary:
+            yield TOLERANCE[dtype]
+        else:
+            with _widened(lm):
+                yield TOLERANCE[torch.float32]
+
+
+@contextmanager
+def _widened(lm):
+    """Inside, each decoder layer and each module outside them computes in float32. One of them at a
+    time has its weights cast, until another is called. What is looked up in an embedding is cast
+    instead of the whole table."""
+    inside = {id(module) for layer in lm.layers for module in layer.modules()}
+    outside = [module for module in lm.model.modules() if id(module) not in inside]
+    cast: list[tuple[Tensor, Tensor]] = []  # (tensor, what it held)
+
+    def restore():
+        while cast:
+            tensor, own = cast.pop()
+            tensor.data = own
+
+    def before(module, args, kwargs):
+        whole = id(module) in inside  # a layer may read the weights of its parts
+        tensors = chain(module.parameters(whole), module.buffers(whole))
+        narrow = [one for one in tensors if _is_narrow(one)]
+        if narrow or isinstance(module, nn.Embedding):  # whose table may be the unembedding's
+            restore()
+        if not isinstance(module, nn.Embedding):
+            for tensor in narrow:
+                cast.append((tensor, tensor.data))
+                tensor.data = tensor.data.float()
+        return _in_float32(args), _in_float32(kwargs)
+
+    def handles():
+        for module in [*lm.layers, *outside]:
+            yield module.register_forward_pre_hook(before, with_kwargs=True)
+            if isinstance(module, nn.Embedding):
+                yield module.register_forward_hook(lambda _, __, output: _in_float32(output))
+
+    try:
+        with hooked(handles()):
+            yield
+    finally:
+        restore()
+
+
+def _is_narrow(value) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < 4
+
+
+def _in_float32(value):
+    """`value`, an argument of a module, with the half-precision tensors in it cast."""
+    if isinstance(value, tuple):
+        return tuple(map(_in_float32, value))
+    if type(value) is dict:
+        return {key: _in_float32(one) for key, one in value.items()}
+    return value.float() if _is_narrow(value) else value
+
+
+# --- the check at load ---------------------------------------------------------------------------
+
+@torch.no_grad()
+def verify(lm) -> None:
+    """Find the modules behind the last layer and the layout of rows that replays the model exactly;
+    `UnsupportedModel`, with the model's name, where there is none."""
+    generator, shape = torch.Generator().manual_seed(0), (2, min(5, lm.context))
+    ids = torch.randint(0, lm.num_embeddings, shape, generator=generator, device="cpu")
+    ids[0, :2] = ids[1, :2]
+    ids = ids.to(lm.device)
+    lm.adds_mlp_output = False
+    with refusing(lm.name, "a pass over a few tokens"):
+        lm.arch.tail = tail_modules(lm.model, lm.arch, ids)
+        lm.arch.norm_epsilons = norm_epsilons(lm.model, lm.arch, ids)
+        with sharply(lm) as tolerance:
+            own = _causal_logits(lm, ids, tolerance)
+    step = "a pass in which layers hand on nothing but hidden states (no shared keys and values)"
+    with refusing(lm.name, step), sharply(lm):
+        calls = _whole_calls(lm, ids)
+    for layout in dict.fromkeys((lm.layout, "batch")):
+        lm.layout = layout
+        try:
+            problem = _replay_problem(lm, ids, calls, own)
+        except (MemoryError, torch.OutOfMemoryError):  # not the model's fault
+            raise
+        except Exception as error:  # another layout may do
+            problem = describe(error)
+        if not problem:
+            return
+    raise UnsupportedModel(
+        f"{lm.name} ({type(lm.model).__name__}): its last token cannot be replayed exactly, so its "
+        f"neurons would be attributed wrongly. {problem}"
+    )
+
+
+def _replay_problem(lm, ids, calls, own) -> str:
+    """What is wrong with the replay in the layout that `lm` has now, if anything. Where nothing is,
+    `lm.adds_mlp_output` is known afterwards."""
+    lm.adds_mlp_output = False
+    with sharply(lm) as tolerance:
+        clean = clean_pass(lm, ids)
+        problem, adds = _layers_problem(lm, clean, calls, tolerance)
+        problem = problem or _logits_problem(lm, clean, own, tolerance)
+    if not problem and lm.dtype.itemsize == 2:  # as it will run
+        own = lm.model(input_ids=ids, use_cache=False).logits[:, -1]
+        problem = _logits_problem(lm, clean_pass(lm, ids), own, TOLERANCE[lm.dtype])
+    lm.adds_mlp_output = adds
+    return problem
+
+
+def _causal_logits(lm, ids, tolerance) -> Tensor:
+    """(Q, V) logits at the last token; `UnsupportedModel` where it changes earlier ones'."""
+    other = ids.clone()
+    other[:, -1] = ids.flip(0)[:, -1]
+    own, changed = (lm.model(input_ids=one, use_cache=False).logits for one in (ids, other))
+    if not torch.isfinite(own).all():
+        raise UnsupportedModel(f"{lm.name}: gives infinite or NaN logits in {lm.dtype}; check its "
+                               "weights, or try float32")
+    if differ(changed[:, :-1], own[:, :-1], own, tolerance):
+        raise UnsupportedModel(f"{lm.name}: not causal: a later token changes an earlier position's"
+                               " prediction (of itself, or as activations are quantised together)")
+    return own[:, -1]
+
+
+def _whole_calls(lm, ids) -> list[tuple[Tensor, tuple]]:
+    """For each layer what it is called with in a pass over whole sequences: its hidden states
+    (Q, T, d) and the arguments after them.
+
+    A layer may write into a mapping among them for later layers to read (Gemma 4's shared keys and
+    values). A row that starts in between would not find there what its earlier layers wrote: so
+    here nobody finds anything."""
+    calls, given = [], {}  # {id of a mapping: it, and its content when first given}
+
+    def before(_, args, kwargs):
+        for key, value in kwargs.items():
+            if isinstance(value, Mapping):
+                _, content = given.setdefault(id(value), (value, copy(value)))
+                kwargs[key] = copy(content)
+        after = dict(kwargs)
+        hidden = args[0] if args else after.pop("hidden_states")
+        calls.append((hidden, (tuple(args[1:]), after)))
+        return args, kwargs
+
+    body = lm.model.base_model
+    with hooked(one.register_forward_pre_hook(before, with_kwargs=True) for one in lm.layers):
+        body(input_ids=ids, use_cache=True, **with_cache(body, DynamicCache()))
+    return calls
+
+
+def _layers_problem(lm, clean, calls, tolerance) -> tuple[str, bool]:
+    """What is wrong with the replay of single layers, if anything, and whether every layer adds its
+    down-projection's output to the residual stream as it is (no norm, no multiplier): then what
+    changed neurons write can be added to the layer's clean output instead of running the layer."""
+    adds = True
+    for layer, (hidden, call) in enumerate(calls):
+        one = _Layer(lm, layer, hidden, call, clean)
+        problem = one.problem(tolerance)
+        if problem:
+            return f"Layer {layer}: {problem}", False
+        adds = adds and one.adds_mlp_output(tolerance)
+    return "", adds
+
+
+class _Layer:
+    """One decoder layer, run on whole sequences and on rows at the last token, which should agree.
+
+    `hidden` (Q, T, d), `call`: what the model calls it with; `last` (Q, 1, d): the last token's;
+    `own` (Q, 1, d): its output there; `written`: {site: (Q, 1, W)}; `changes`: see `_changed`."""
+
+    def __init__(self, lm, layer: int, hidden: Tensor, call, clean: CleanPass):
+        self.lm, self.layer, self.hidden, self.call = lm, layer, hidden, call
+        self.last, self.written, cache = hidden[:, -1:], {}, DynamicCache()
+        self.own = self.whole(self.last, self._keep(), cache)
+        self.changes = {site: self._changed(site) for site in SITES}
+        entry, prefix = cache.layers[layer], list(clean.cache.prefix)
+        prefix[layer] = entry.keys[..., :-1, :], entry.values[..., :-1, :]
+        self.clean = replace(clean, cache=PrefixCache(prefix, lm.layout),
+                             written={layer: self.written["down_input"]},
+                             inputs={layer: self.last, layer + 1: self.own})
+
+    def whole(self, token: Tensor, handles=(), cache=None) -> Tensor:
+        """(Q, 1, d) output at the last position of whole sequences with `token` (Q, 1, d) there."""
+        hidden = torch.cat([self.hidden[:, :-1], token], 1)
+        cache = DynamicCache() if cache is None else cache
+        with hooked(handles):
+            out = call_layer(self.lm, self.layer, hidden, self.call, cache, len(hidden))
+        return out[:, -1:]
+
+    def _keep(self):
+        def keep(site):
+            def hook(_, __, output):
+                self.written[site] = self._at_last(output).clone()
+            return hook
+
+        for site in SITES:
+            yield site_module(self.lm, self.layer, site).register_forward_hook(keep(site))
+
+    def _at_last(self, output: Tensor) -> Tensor:  # OPT flattens batch and sequence
+        return output.reshape(len(self.hidden), -1, output.shape[-1])[:, -1:]
+
+    def _changed(self, site: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Clean and changed output of a site's module at the last token, (Q, 1, W) each, and the
+        layer's (Q, 1, d) with the latter."""
+        out = self.written[site]
+        if site == "pre_activation":  # a fused gate_up_proj gives more
+            out = out[..., :self.lm.num_neurons]
+        new = out + out.std() * torch.linspace(-1, 1, out.shape[-1]).to(out)
+
+        def put(_, __, output):
+            output = output.contiguous().clone()  # of which the next line takes a view
+            self._at_last(output)[..., :new.shape[-1]] = new
+            return output
+
+        module = site_module(self.lm, self.layer, site)
+        return out, new, self.whole(self.last, (module.register_forward_hook(one) for one in [put]))
+
+    def problem(self, tolerance: float) -> str:
+        lm, clean, layer = self.lm, self.clean, self.layer
+        other = self.last.flip(0) + self.last / 2
+        wanted = self.whole(other)
+        with replaying(lm):
+            rows = run_layer(lm, clean, layer, torch.cat([self.last, other, self.last], 1))
+            if self._wrong(rows, wanted, tolerance):
+                return "rows at the last token differ from whole sequences."
+            for site, (out, new, wanted) in self.changes.items():
+                rows = start_rows(lm, clean, layer, torch.cat([out, new, out], 1), site)
+                if self._wrong(rows, wanted, tolerance):
+                    return f"rows of changed neurons ({site}) differ from whole sequences."
+        return ""
+
+    def _wrong(self, rows, wanted, tolerance) -> bool:
+        """Of three rows (not as many as there are queries) the middle one should be `wanted`, the
+        others clean."""
+        wanted = torch.cat([self.own, wanted, self.own], 1)
+        added = self.own - self.last
+        return rows.shape != wanted.shape or differ(rows, wanted, added, tolerance)
+
+    def adds_mlp_output(self, tolerance: float) -> bool:
+        out, new, moved = self.changes["down_input"]
+        if tolerance > 0.01:  # a multiplier of 1.05 would pass
+            return False
+        try:
+            self.lm.value_vectors(self.layer)  # which rows need where the layer does not run
+        except UnsupportedModel:
+            return False
+        return not differ(moved, self.own + (new - out), new - out, tolerance)
+
+
+def _logits_problem(lm, clean, own, tolerance) -> str:
+    """What is wrong with the replay of the whole model, if anything; `own` (Q, V): its logits."""
+    own, target = own.to(lm.score_dtype), own.argmax(-1)
+    if differ(clean.logits, own, own, tolerance):
+        return "A pass with a key-value cache gives other logits."
+    hidden = torch.cat([clean.inputs[0], clean.inputs[0] / 2], 1)
+    with replaying(lm):
+        for layer in range(lm.num_layers):
+            hidden = run_layer(lm, clean, layer, hidden)
+    log_p = answer_probabilities(lm, hidden[:, :1], target, need_grad=False).log()
+    wanted = torch.log_softmax(own, -1).gather(1, target[:, None])
+    error = float((log_p - wanted).abs().max())  # that of the logits, which grows with them
+    if not error <= tolerance * max(1.0, float(own.abs().max())):
+        return f"The replayed row gives another probability (relative error {error:.1e})."
+    return ""
+
+
+def differ(found: Tensor, wanted: Tensor, size: Tensor, tolerance: float) -> bool:
+    """Whether two tensors differ, or one has NaN: by more than `tolerance` of the largest number in
+    `size`, and by more than the numbers themselves are rounded."""
+    rounding = 16 * torch.finfo(wanted.dtype).eps * wanted.abs().max()
+    return not bool((found - wanted).abs().max() <= tolerance * size.abs().max() + rounding)

@@ -1,0 +1,1 @@
+"""Statistics, tables, figures and HTML; nothing here needs torch."""

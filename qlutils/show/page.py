@@ -1,0 +1,179 @@
+"""HTML: tables, and an executed notebook as one file (no code, nothing fetched from anywhere)."""
+
+from __future__ import annotations
+
+import html
+import re
+from itertools import takewhile
+from pathlib import Path
+from string import Template
+
+from IPython.display import HTML
+
+from qlutils.files import (write_bytes)
+from qlutils.show.tables import (display_table)
+
+_MATH = re.compile(r"(`[^`]*`)|(?<!\\)\$\$?(?!\s)([^$]+?)(?<!\s)\$\$?", re.S)
+SHIFT = {"_": "sub", "^": "sup"}
+_REFERENCE = re.compile(r"""<[^>]*?\s(?:src|href|srcset|poster|action|data|xlink:href)\s*=\s*["']?\s*([^"'\s>]+)""",
+                        re.I)
+_STYLE = re.compile(r"""@import\s+["']?([^"';\s]+)|\burl\(\s*["']?([^"')\s]+)""", re.I)
+_PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { color-scheme: light; }
+body { max-width: 82rem; margin: 0 auto; padding: 1.5rem 1.5rem 6rem; color: #1c2024; background: #fff;
+       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
+h2 { font-size: 1.4rem; margin: 3rem 0 .8rem; padding-top: .8rem; border-top: 1px solid #d5d9de; }
+p, ul, ol { max-width: 48rem; }
+code, pre { font: .82rem/1.5 "DejaVu Sans Mono", ui-monospace, monospace; background: #f5f6f8; white-space: pre-wrap; }
+pre { border-left: 3px solid #d5d9de; padding: .5rem .8rem; margin: .6rem 0; }
+img { max-width: 100%; height: auto; }
+sub, sup { line-height: 0; }
+.output_html, .rendered_html { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .76rem; line-height: 1.35; font-variant-numeric: tabular-nums; }
+th, td { padding: .26rem .5rem; border-bottom: 1px solid #e4e7ea; vertical-align: top; white-space: nowrap; }
+thead th, tbody tr:last-child > * { border-bottom: 1.5px solid #1c2024; }
+tbody tr:hover { background: #f2f6fa; }
+.text { white-space: normal; }
+caption { caption-side: top; text-align: left; font-weight: 600; padding: .3rem 0; }
+details { margin: .6rem 0; } summary, a { cursor: pointer; color: #0b5cad; text-decoration: none; }
+nav { background: #f7f8f9; padding: .8rem 1.2rem; border-radius: 6px; columns: 2; font-size: .92rem; }
+nav a { display: block; }
+.holds { background: #d9efe5; } .not { background: #fbe3d6; } .open { background: #eff1f3; color: #59636e; }
+@media print { body { max-width: none; } h2 { break-after: avoid; } img, tr { break-inside: avoid; } }
+</style>
+</head>
+<body>
+$body
+</body>
+</html>
+""")
+
+
+# --- tables -----------------------------------------------------------------------------------------------
+
+def table_html(frame, caption="", tint=lambda text: "") -> str:
+    """A DataFrame of texts, as `tables.display_table` gives it: texts on the left, numbers on the right, a model,
+    method or threshold named once where it stays the same. tint(text): the CSS class of a cell."""
+    left = [not frame[name].map(_numeric).all() for name in frame]
+
+    def row(values, tag):
+        return "<tr>" + "".join(
+            f'<{tag} class="{"text " * text}{tint(value)}" style="text-align:{"left" if text else "right"}">'
+            f"{html.escape(str(value))}</{tag}>" for text, value in zip(left, values)) + "</tr>"
+
+    texts, same = frame.copy(), True
+    for name in takewhile(("model", "method", "threshold").__contains__, frame):
+        same &= frame[name] == frame[name].shift()
+        texts[name] = frame[name].mask(same, "")
+    head = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    rows = "\n".join(row(values, "td") for values in texts.itertuples(index=False, name=None))
+    return f"<table>{head}<thead>{row(frame.columns, 'th')}</thead>\n<tbody>{rows}</tbody></table>"
+
+
+def _numeric(text) -> bool:
+    return str(text)[:1] in "0123456789–-" and not any(c.isalpha() and c not in "e" for c in str(text))
+
+
+def shown(frame, missing=(), caption="", digits=2) -> HTML:
+    """A table for the page, intervals in one column, and below it what is missing."""
+    table = table_html(display_table(frame, digits=digits), caption) if len(frame) else ""
+    return HTML(table + missing_html(missing))
+
+
+def folded(title, frame, digits=2) -> HTML:
+    """A table that opens when its title is clicked; nothing where it is empty."""
+    return HTML(f"<details><summary>{html.escape(title)}</summary>{table_html(display_table(frame, digits=digits))}"
+                "</details>" if len(frame) else "")
+
+
+def missing_html(missing) -> str:
+    """A sentence on what is not there; nothing where all is."""
+    return f"<p>Not in this run: {html.escape('; '.join(missing))}.</p>" if missing else ""
+
+
+# --- a notebook as one file -------------------------------------------------------------------------------
+
+def export_html(notebook, path) -> Path:
+    """Write the executed `notebook` to `path` as one HTML file without code. ValueError, naming them, if it would refer
+    to anything outside of itself, or if the notebook was not executed."""
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    notebook, path = Path(notebook), Path(path)
+    book = nbformat.read(notebook, as_version=4)
+    if not any(cell.cell_type == "code" and cell.get("execution_count") for cell in book.cells):
+        raise ValueError(f"{notebook.name} has not been executed: run it first, then export it")
+    book.metadata.pop("widgets", None)
+    for cell in book.cells:
+        if cell.cell_type == "markdown":
+            cell.source = formulas(cell.source)
+        else:  # progress bars, as texts and as widgets, are no result
+            cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr" and not any(
+                "widget" in kind for kind in one.get("data", {}))]
+    exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_output_prompt=True,
+                            exclude_anchor_links=True)
+    page = _page(exporter.from_notebook_node(book)[0])
+    outside = external_addresses(page)
+    if outside:
+        raise ValueError(f"{notebook.name} refers to addresses outside of the file: {', '.join(outside[:5])}")
+    write_bytes(path, page.encode("utf-8"))
+    return path
+
+
+def external_addresses(page: str) -> list[str]:
+    """Whatever a page would fetch or link to outside of itself; data in the file and anchors are inside."""
+    found = _REFERENCE.findall(page)
+    for style in re.findall(r"<style[^>]*>(.*?)</style>|style\s*=\s*\"([^\"]*)\"", page, re.S | re.I):
+        found += [a or b for a, b in _STYLE.findall("".join(style))]
+    found += re.findall(r"<script[^>]*>", page, re.I)
+    return [one for one in found if not one.startswith(("data:", "#"))]
+
+
+def _page(body: str) -> str:
+    """The document: a title, links to its parts, and pictures described by the last bold words before them."""
+    words, links = ["Figure"], []
+
+    def described(match):
+        if match[1] is None:
+            return f'alt="{words[-1]}"'
+        words.append(html.escape(_plain(match[1]), quote=True))
+        return match[0]
+
+    def linked(match):
+        links.append(f'<a href="#part-{len(links) + 1}">{match[1].strip()}</a>')
+        return f'<h2 id="part-{len(links)}">{match[1]}</h2>'
+
+    body = re.sub(r'<strong>(.*?)</strong>|alt="No description[^"]*"', described, body, flags=re.S)
+    body = re.sub(r"<h2[^>]*>(.*?)</h2>", linked, body, flags=re.S)
+    title = re.search(r"<h1[^>]*>(.*?)</h1>", body, re.S)
+    if title and links:
+        body = body.replace(title[0], f"{title[0]}\n<nav>{''.join(links)}</nav>", 1)
+    return _PAGE.substitute(title=html.escape(_plain(title[1]) if title else "Report"), body=body)
+
+
+def _plain(text: str) -> str:
+    return html.unescape(re.sub(r"<[^>]+>", "", text)).strip()
+
+
+def formulas(markdown: str) -> str:
+    """Markdown whose $...$ became HTML: letters, indices and Greek letters, all that the report has; a formula beyond
+    that stays readable as its source. Code spans stay as they are."""
+    def one(match):
+        code, tex = match.groups()
+        if code:
+            return code
+        text = re.sub(r"\\(?:mathcal|mathrm|mathbf|text)(?=\s*\{)", "", html.escape(tex))
+        text = re.sub(r"\\([a-z]+)(?![a-zA-Z])", r"&\1;", text)  # \beta is &beta;
+        text = re.sub(r"([_^])(?:\{(.*?)\}|(\w))", lambda m: f"<{SHIFT[m[1]]}>{m[2] or m[3]}</{SHIFT[m[1]]}>", text)
+        text = re.sub(r"\{(.*?)\}", r"\1", text)
+        plain = not set("\\&^_") & set(html.unescape(text))
+        shown = f"<i>{text}</i>" if plain else f"<code>{html.escape(tex)}</code>"
+        return shown.replace("|", "&#124;").replace("*", "&#42;")  # else Markdown takes them
+
+    return _MATH.sub(one, markdown)

@@ -1,0 +1,1 @@
+"""A study's parameters, stored results and notebooks."""
