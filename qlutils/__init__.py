@@ -1,4 +1,5 @@
-"""qlutils: where a language model keeps a fact, per query. A reproduction of Query Localization (ICLR 2025).
+"""qlutils: where a language model keeps a fact, per query. A reproduction of Query Localization
+(ICLR 2025).
 
 Names are imported when first used, so that `import qlutils` does not wait for torch.
 """
@@ -8,9 +9,10 @@ import sys
 import warnings
 from importlib import import_module
 
-# torch's threads spin while they wait for one another. On a machine that does anything else that made attribution nine
-# times slower (9.7 s a query against 1.6 s with this limit), and not spinning at all makes small models twice as slow on
-# a quiet one. Read when torch is first imported, and nothing changes it afterwards.
+# torch's threads spin while they wait for one another. On a machine that does anything else that
+# made attribution nine times slower (9.7 s a query against 1.6 s with this limit), and not spinning
+# at all makes small models twice as slow on a quiet one. Read when torch is first imported, and
+# nothing changes it afterwards.
 _chosen = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ)
 if not _chosen:
     os.environ["GOMP_SPINCOUNT"] = "50000"
@@ -19,16 +21,26 @@ if not _chosen:
         warnings.warn(
             "torch was imported before qlutils, so its threads spin while they wait: many times "
             "slower on a CPU that anything else is using. Import qlutils first, or start Python "
-            "with GOMP_SPINCOUNT=50000 or with OMP_NUM_THREADS=1.", stacklevel=2)
+            "with GOMP_SPINCOUNT=50000 or with OMP_NUM_THREADS=1.",
+            stacklevel=2,
+        )
 
 _HOME = {
-    "load_model": "model.language_model", "LanguageModel": "model.language_model", "UnsupportedModel": "model.architecture",
-    "Fact": "facts", "load_facts": "facts",
+    "load_model": "model.language_model",
+    "LanguageModel": "model.language_model",
+    "UnsupportedModel": "model.architecture",
+    "Fact": "facts",
+    "load_facts": "facts",
     "attribute": "attribution.attribute",
-    "knowledge_neurons": "neurons.sets", "consistency": "neurons.sets",
-    "answer_probability": "change.scaling", "scale_neurons": "change.scaling",
-    "edit_weights": "change.editing", "save_edited": "change.editing", "perplexity": "change.editing",
-    "find_synapses": "change.synapses", "scale_synapses": "change.synapses",
+    "knowledge_neurons": "neurons.sets",
+    "consistency": "neurons.sets",
+    "answer_probability": "change.scaling",
+    "scale_neurons": "change.scaling",
+    "edit_weights": "change.editing",
+    "save_edited": "change.editing",
+    "perplexity": "change.editing",
+    "find_synapses": "change.synapses",
+    "scale_synapses": "change.synapses",
 }
 __all__ = sorted(_HOME)
 __version__ = "0.1.0"
@@ -39,7 +51,9 @@ def __getattr__(name):
         value = getattr(import_module(f".{_HOME[name]}", __name__), name)
         globals()[name] = value
         return value
-    raise AttributeError(f"module 'qlutils' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    raise AttributeError(
+        f"module 'qlutils' has no attribute {name!r}; public names: {', '.join(__all__)}"
+    )
 
 
 def __dir__():

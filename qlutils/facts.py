@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from qlutils.paths import (DEMO)
+from qlutils.paths import DEMO
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,8 @@ WIKITEXT_COMMIT = "b08601e04326c79dfdd32d625aee71d232d685c3"
 
 @dataclass(frozen=True)
 class Fact:
-    """A fact <subject, relation, object> and its neighbour prompts, distinct and in the dataset's order.
+    """A fact <subject, relation, object> and its neighbour prompts, distinct and in the dataset's
+    order.
 
     `dataclasses.asdict(fact)` is JSON-able, and `Fact(**that)` gives the fact back.
     """
@@ -66,36 +67,52 @@ class Fact:
         for name in ("relation", "subject", "object"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"fact {self!r}: {name} must be a text")
-        if not isinstance(self.prompts, (list, tuple)) or not all(isinstance(text, str) for text in self.prompts):
-            raise ValueError(f"fact {self.id}: prompts must be a list of texts, not {self.prompts!r}")
+        if not isinstance(self.prompts, (list, tuple)) or not all(
+            isinstance(text, str) for text in self.prompts
+        ):
+            raise ValueError(
+                f"fact {self.id}: prompts must be a list of texts, not {self.prompts!r}"
+            )
         object.__setattr__(self, "prompts", tuple(self.prompts))  # JSON has lists only
 
     @property
     def id(self) -> str:
-        r"""For example `P36|France|Paris`. Results are grouped by it, so no two facts share one: where a name itself
-        holds "|" or a backslash, a backslash stands before it."""
-        return "|".join(re.sub(r"([\\|])", r"\\\1", part) for part in (self.relation, self.subject, self.object))
+        r"""For example `P36|France|Paris`. Results are grouped by it, so no two facts share one:
+        where a name itself holds "|" or a backslash, a backslash stands before it."""
+        return "|".join(
+            re.sub(r"([\\|])", r"\\\1", part) for part in (self.relation, self.subject, self.object)
+        )
 
 
-def load_facts(dataset="demo", *, relations=None, facts_per_relation=None, seed=0, min_patterns=3,
-               middle="cut", warn=True) -> list[Fact]:
-    """Facts with at least two prompts, sorted by relation (P17 before P101), then in the dataset's order.
+def load_facts(
+    dataset="demo",
+    *,
+    relations=None,
+    facts_per_relation=None,
+    seed=0,
+    min_patterns=3,
+    middle="cut",
+    warn=True,
+) -> list[Fact]:
+    """Facts with at least two prompts, sorted by relation (P17 before P101), then in the dataset's
+    order.
 
-    dataset: "demo" (bundled), "pararel" (downloaded once into the user's cache, or the folder QLUTILS_CACHE,
-        and checked against its SHA-256), a folder in ParaRel's layout (the one that holds
-        `pattern_data` and `trex_lms_vocab`, or its parent), or a `.jsonl` file of facts, whose
-        prompts are used as they stand: `min_patterns` and `middle` do not concern it.
+    dataset: "demo" (bundled), "pararel" (downloaded once into the user's cache, or the folder
+        QLUTILS_CACHE, and checked against its SHA-256), a folder in ParaRel's layout (the one that
+        holds `pattern_data` and `trex_lms_vocab`, or its parent), or a `.jsonl` file of facts,
+        whose prompts are used as they stand: `min_patterns` and `middle` do not concern it.
     relations: names to keep, None for all.
-    facts_per_relation: size of a seeded sample of each relation, None for all. The sample of one relation
-        does not depend on the others asked for, and a larger sample contains the smaller one.
+    facts_per_relation: size of a seeded sample of each relation, None for all. The sample of one
+        relation does not depend on the others asked for, and a larger sample contains the smaller
+        one.
     min_patterns: relations with fewer patterns are left out (ParaRel: 36 have at least 3).
-    middle: "cut" ends a prompt at the object's place wherever that is; "drop" keeps only the patterns where
-        nothing but punctuation follows it.
+    middle: "cut" ends a prompt at the object's place wherever that is; "drop" keeps only the
+        patterns where nothing but punctuation follows it.
     warn: False where another call has said what is left out.
 
-    Duplicate facts are dropped, and so are duplicate prompts of a fact. Facts left with fewer than two
-    prompts are left out, and so are relations with too few patterns; warnings count or name them. Raises
-    ValueError naming the parameter, or the file and line.
+    Duplicate facts are dropped, and so are duplicate prompts of a fact. Facts left with fewer than
+    two prompts are left out, and so are relations with too few patterns; warnings count or name
+    them. Raises ValueError naming the parameter, or the file and line.
     """
     _check_count("facts_per_relation", facts_per_relation, optional=True)
     _check_count("min_patterns", min_patterns)
@@ -116,13 +133,23 @@ def load_facts(dataset="demo", *, relations=None, facts_per_relation=None, seed=
             left_out[relation] = len(every) - len(usable)
         facts += _sample(usable, relation, facts_per_relation, seed)
     if short and warn:
-        log.warning("%d relations left out, having fewer than %d patterns: %s", len(short), min_patterns, ", ".join(short))
+        log.warning(
+            "%d relations left out, having fewer than %d patterns: %s",
+            len(short),
+            min_patterns,
+            ", ".join(short),
+        )
     if left_out and warn:
-        log.warning("%d facts left out, having fewer than 2 prompts: %s", sum(left_out.values()),
-                    ", ".join(f"{relation} {n}" for relation, n in left_out.items()))
+        log.warning(
+            "%d facts left out, having fewer than 2 prompts: %s",
+            sum(left_out.values()),
+            ", ".join(f"{relation} {n}" for relation, n in left_out.items()),
+        )
     if not facts:
-        raise ValueError(f"dataset {str(dataset)!r} has no fact with 2 prompts for these settings "
-                         f"(min_patterns={min_patterns}, middle={middle!r})")
+        raise ValueError(
+            f"dataset {str(dataset)!r} has no fact with 2 prompts for these settings "
+            f"(min_patterns={min_patterns}, middle={middle!r})"
+        )
     return facts
 
 
@@ -145,16 +172,20 @@ def continuation(prompt: str) -> tuple[str, str]:
     if text != prompt:
         return bare, " " * (bare != text)
     if bare and bare[-1].isspace() and not bare.isspace():
-        raise ValueError(f"prompt {prompt[-60:]!r} ends with {bare[-1]!r}: remove it, or show "
-                         f"where the answer stands, right after it ({(bare + ANSWER)[-20:]!r}) or "
-                         f"after a space ({(bare + ' ' + ANSWER)[-20:]!r})")
+        raise ValueError(
+            f"prompt {prompt[-60:]!r} ends with {bare[-1]!r}: remove it, or show "
+            f"where the answer stands, right after it ({(bare + ANSWER)[-20:]!r}) or "
+            f"after a space ({(bare + ' ' + ANSWER)[-20:]!r})"
+        )
     return bare, " "
 
 
 def prompt_template(pattern: str, middle: str = "cut") -> str | None:
-    """The part of a pattern before `[Y]`, with `[X]` still in it; None when the pattern gives no prompt.
+    """The part of a pattern before `[Y]`, with `[X]` still in it; None when the pattern gives no
+    prompt.
 
-    Runs of spaces count as one (two ParaRel patterns have "[X],  a type of [Y]"), and the space before `[Y]`
+    Runs of spaces count as one (two ParaRel patterns have "[X],  a type of [Y]"), and the space
+    before `[Y]`
     goes: the answer brings its own. Where anything else stands there, `[Y]` stays (see
     `continuation`).
     """
@@ -174,22 +205,27 @@ def prompt_tokens(text: str) -> float:
 
 
 def perplexity_texts(source="demo") -> list[str]:
-    """Paragraphs to measure perplexity on; the caller leaves out those that are too short for its tokenizer.
+    """Paragraphs to measure perplexity on; the caller leaves out those that are too short for its
+    tokenizer.
 
-    source: "demo" (the bundled held-out text), "wikitext-2" (test split, from the Hugging Face hub or its
-        cache), or a text file, or a folder with `test.txt`, with one paragraph a line (headings and empty
-        lines are dropped).
+    source: "demo" (the bundled held-out text), "wikitext-2" (test split, from the Hugging Face hub
+        or its cache), or a text file, or a folder with `test.txt`, with one paragraph a line
+        (headings and empty lines are dropped).
     """
     if not isinstance(source, (str, Path)):
-        raise ValueError(f"perplexity text must be 'demo', 'wikitext-2', a file or a folder, not {source!r}")
+        raise ValueError(
+            f"perplexity text must be 'demo', 'wikitext-2', a file or a folder, not {source!r}"
+        )
     if source == "wikitext-2":
         lines = _wikitext_lines()
     else:
         path = DEMO / "heldout.txt" if source == "demo" else Path(source)
         path = path / "test.txt" if os.path.isdir(path) else path
         if not os.path.isfile(path):
-            raise ValueError(f"no perplexity text at {str(source)!r}: use 'demo', 'wikitext-2', or a text "
-                             "file with one paragraph a line")
+            raise ValueError(
+                f"no perplexity text at {str(source)!r}: use 'demo', 'wikitext-2', or a text "
+                "file with one paragraph a line"
+            )
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
         except ValueError as error:
@@ -202,20 +238,26 @@ def perplexity_texts(source="demo") -> list[str]:
 
 
 def check_text(text: str, where: str) -> None:
-    """ValueError for a text that is no Unicode: half of a surrogate pair, which no tokenizer and no file can hold."""
+    """ValueError for a text that is no Unicode: half of a surrogate pair, which no tokenizer and no
+    file can hold."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: {text[:60]!r} is not valid Unicode: character {error.start} is half of a surrogate "
-                         "pair; repair it where it comes from") from None
+        raise ValueError(
+            f"{where}: {text[:60]!r} is not valid Unicode: character {error.start} is half of a "
+            f"surrogate "
+            "pair; repair it where it comes from"
+        ) from None
 
 
 def _check_count(name, value, optional=False):
     if optional and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1{' or None' if optional else ''}, "
-                         f"not {value!r}")
+        raise ValueError(
+            f"{name} must be an integer of at least 1{' or None' if optional else ''}, "
+            f"not {value!r}"
+        )
 
 
 def _read_pararel(dataset, relations, min_patterns, middle):
@@ -230,28 +272,36 @@ def _read_pararel(dataset, relations, min_patterns, middle):
         elif relations is None:
             short.append(relation)
         else:
-            raise ValueError(f"relation {relation} has {n_patterns} patterns, fewer than "
-                             f"min_patterns={min_patterns}: lower min_patterns or leave the "
-                             "relation out")
+            raise ValueError(
+                f"relation {relation} has {n_patterns} patterns, fewer than "
+                f"min_patterns={min_patterns}: lower min_patterns or leave the "
+                "relation out"
+            )
     return found, short
 
 
 def _open_dataset(dataset):
     """(relation names in natural order, function (kind, relation) -> local file)."""
     if not isinstance(dataset, (str, Path)):
-        raise ValueError(f"dataset must be 'demo', 'pararel', a folder or a .jsonl file, not "
-                         f"{dataset!r}")
+        raise ValueError(
+            f"dataset must be 'demo', 'pararel', a folder or a .jsonl file, not {dataset!r}"
+        )
     if dataset == "pararel":
         names = [Path(file).stem for file in _pararel_registry() if file.startswith(PATTERNS)]
         return _natural(names), _fetch_pararel
     root = DEMO / "pararel" if dataset == "demo" else Path(os.path.expanduser(dataset))
     for folder in (root, root / "data"):
-        if os.path.isdir(folder / PATTERNS):  # False, where `Path.is_dir` raises, for what cannot be a path
+        if os.path.isdir(
+            folder / PATTERNS
+        ):  # False, where `Path.is_dir` raises, for what cannot be a path
             files = {kind: _relation_files(folder / kind) for kind in (PATTERNS, FACTS)}
             return _natural(files[PATTERNS]), lambda kind, relation: files[kind].get(
-                relation, folder / kind / f"{relation}.jsonl")
-    raise ValueError(f"unknown dataset {str(dataset)!r}: use 'demo', 'pararel', a folder that "
-                     f"holds {PATTERNS} and {FACTS}, or a .jsonl file of facts")
+                relation, folder / kind / f"{relation}.jsonl"
+            )
+    raise ValueError(
+        f"unknown dataset {str(dataset)!r}: use 'demo', 'pararel', a folder that "
+        f"holds {PATTERNS} and {FACTS}, or a .jsonl file of facts"
+    )
 
 
 def _relation_files(folder):
@@ -262,27 +312,36 @@ def _relation_files(folder):
             name = unicodedata.normalize("NFC", file.stem)
             check_text(name, f"relation file in {folder}")
             if name in found:
-                raise ValueError(f"relation {name} has two files, {found[name]} and {file.name}: "
-                                 "keep one")
+                raise ValueError(
+                    f"relation {name} has two files, {found[name]} and {file.name}: keep one"
+                )
             found[name] = file
     return found
 
 
 def _natural(names):
-    return sorted(sorted(names), key=lambda name: [(int(part), "") if part.isdecimal() else (-1, part)
-                                                   for part in re.split(r"(\d+)", name)])
+    return sorted(
+        sorted(names),
+        key=lambda name: [
+            (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
+        ],
+    )
 
 
 def _choose_relations(relations, known):
     if relations is None:
         return known
-    if not isinstance(relations, (list, tuple, set)) or not relations or not all(
-            isinstance(name, str) for name in relations):
+    if (
+        not isinstance(relations, (list, tuple, set))
+        or not relations
+        or not all(isinstance(name, str) for name in relations)
+    ):
         raise ValueError(f"relations must be a list of relation names or None, not {relations!r}")
     unknown = [name for name in relations if name not in known]
     if unknown:
-        raise ValueError(f"unknown relation {', '.join(map(repr, unknown))}: the dataset has "
-                         f"{', '.join(known)}")
+        raise ValueError(
+            f"unknown relation {', '.join(map(repr, unknown))}: the dataset has {', '.join(known)}"
+        )
     return [name for name in known if name in relations]
 
 
@@ -339,8 +398,10 @@ def _read_facts(path, relation, templates):
         prompts = {subject.join(template.split("[X]")): template for template in templates}
         for prompt, template in prompts.items():
             if prompt.endswith(ANSWER) != template.endswith(ANSWER):
-                raise ValueError(f"{where}: the subject {subject!r} ends a prompt with {ANSWER}, "
-                                 "which marks the answer's place there: leave this fact out")
+                raise ValueError(
+                    f"{where}: the subject {subject!r} ends a prompt with {ANSWER}, "
+                    "which marks the answer's place there: leave this fact out"
+                )
         facts.setdefault((subject, answer), Fact(relation, subject, answer, tuple(prompts)))
     return list(facts.values())
 
@@ -359,8 +420,10 @@ def _read_facts_file(path):
         fact = Fact(relation, subject, answer, _read_prompts(record, where))
         known = facts.setdefault(relation, {}).setdefault((subject, answer), fact)
         if known != fact:
-            raise ValueError(f"{where}: the fact of {lines[fact.id]} again, with other prompts: "
-                             "give all of a fact's prompts in one line")
+            raise ValueError(
+                f"{where}: the fact of {lines[fact.id]} again, with other prompts: "
+                "give all of a fact's prompts in one line"
+            )
         lines.setdefault(fact.id, where)
     return {relation: list(some.values()) for relation, some in facts.items()}
 
@@ -369,16 +432,20 @@ def _read_prompts(record, where):
     """The distinct prompts of a fact's line."""
     prompts, name, given = {}, "field 'prompts'", record.get("prompts")
     if not isinstance(given, list) or not given:
-        raise ValueError(f"{where}: {name} must be a list of texts, the prompts of the fact, not "
-                         f"{given!r}")
+        raise ValueError(
+            f"{where}: {name} must be a list of texts, the prompts of the fact, not {given!r}"
+        )
     for prompt in given:
         if not isinstance(prompt, str) or not prompt.removesuffix(ANSWER).strip():
-            raise ValueError(f"{where}: {name} holds {prompt!r}; a prompt is a text that is not "
-                             "empty")
+            raise ValueError(
+                f"{where}: {name} holds {prompt!r}; a prompt is a text that is not empty"
+            )
         check_text(prompt, f"{where}: {name}")
         if ANSWER in prompt.removesuffix(ANSWER):
-            raise ValueError(f"{where}: {name} has {prompt!r}, where text follows {ANSWER}, the "
-                             "answer's place: a prompt ends there")
+            raise ValueError(
+                f"{where}: {name} has {prompt!r}, where text follows {ANSWER}, the "
+                "answer's place: a prompt ends there"
+            )
         try:
             same = continuation(unicodedata.normalize("NFC", prompt))
             prompts.setdefault(same, prompt)
@@ -402,18 +469,26 @@ def _fetch_pararel(kind, relation):
     import pooch
 
     pooch.get_logger().setLevel("WARNING")
-    store = pooch.create(path=pooch.os_cache("qlutils") / f"pararel-{PARAREL_COMMIT[:8]}",
-                         base_url=PARAREL_URL, registry=_pararel_registry(), env="QLUTILS_CACHE",
-                         retry_if_failed=PARAREL_RETRIES)
+    store = pooch.create(
+        path=pooch.os_cache("qlutils") / f"pararel-{PARAREL_COMMIT[:8]}",
+        base_url=PARAREL_URL,
+        registry=_pararel_registry(),
+        env="QLUTILS_CACHE",
+        retry_if_failed=PARAREL_RETRIES,
+    )
     name = f"{kind}/{relation}.jsonl"
     try:
         return Path(store.fetch(name))
     except ValueError as error:
-        raise ValueError(f"ParaRel file {name}: the download's SHA-256 is not the published one; try again, "
-                         f"or give a local copy's folder as the dataset ({error})") from None
+        raise ValueError(
+            f"ParaRel file {name}: the download's SHA-256 is not the published one; try again, "
+            f"or give a local copy's folder as the dataset ({error})"
+        ) from None
     except OSError as error:
-        raise ConnectionError(f"ParaRel file {name} could not be downloaded from {PARAREL_URL}: go online, "
-                              f"or give a local copy's folder as the dataset ({error})") from error
+        raise ConnectionError(
+            f"ParaRel file {name} could not be downloaded from {PARAREL_URL}: go online, "
+            f"or give a local copy's folder as the dataset ({error})"
+        ) from error
 
 
 def _wikitext_lines():
@@ -423,7 +498,9 @@ def _wikitext_lines():
     try:
         path = hf_hub_download(repository, file, repo_type="dataset", revision=WIKITEXT_COMMIT)
     except Exception as error:  # the hub has a class for every way of being offline
-        raise ValueError(f"WikiText-2 ({repository}, {file}) is neither in the cache nor to be downloaded: "
-                         "go online once, or give a text file with one paragraph a line, or 'demo' "
-                         f"({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"WikiText-2 ({repository}, {file}) is neither in the cache nor to be downloaded: "
+            "go online once, or give a text file with one paragraph a line, or 'demo' "
+            f"({type(error).__name__}: {error})"
+        ) from error
     return pd.read_parquet(path)["text"].tolist()

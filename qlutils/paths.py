@@ -1,4 +1,5 @@
 """Every path of the project comes from here. `QLUTILS_RUNS` moves all results elsewhere."""
+
 import hashlib
 import json
 import os
@@ -15,9 +16,12 @@ DEMO = PACKAGE / "demo"  # bundled facts, text and models
 
 
 def run_folder(output="default"):
-    """Folder of one run: `RUNS/<output>`. `output` is a plain name, so nothing is written elsewhere."""
+    """Folder of one run: `RUNS/<output>`. `output` is a plain name, so nothing is written
+    elsewhere."""
     if not isinstance(output, str) or not re.fullmatch(r"\w[\w.-]*", output):
-        raise ValueError(f"output {output!r}: want one folder name of letters, digits, '.', '_' and '-'")
+        raise ValueError(
+            f"output {output!r}: want one folder name of letters, digits, '.', '_' and '-'"
+        )
     return RUNS / output
 
 
@@ -49,7 +53,8 @@ def is_local(model):
 
 
 def slug(model):
-    """Folder name of a model: `demo/gpt2` -> `demo--gpt2`; a local folder or file keeps its name plus a hash."""
+    """Folder name of a model: `demo/gpt2` -> `demo--gpt2`; a local folder or file keeps its name
+    plus a hash."""
     if not isinstance(model, str) or not model.strip():
         raise ValueError(f"model {model!r}: want a bundled name, a Hugging Face id or a folder")
     name = model

@@ -8,11 +8,20 @@ import nbformat
 import pytest
 
 from qlutils import paths
-from qlutils.driver.refresh import (cleaned, source_hash)
+from qlutils.driver.refresh import cleaned, source_hash
 
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
-NAMES = {"01_localize", "02_consistency", "03_kn_modification", "04_query_kn_mapping", "05_attention_predominance",
-         "06_knowledge_synapses", "07_cas_editing", "report", "explore_fact"}
+NAMES = {
+    "01_localize",
+    "02_consistency",
+    "03_kn_modification",
+    "04_query_kn_mapping",
+    "05_attention_predominance",
+    "06_knowledge_synapses",
+    "07_cas_editing",
+    "report",
+    "explore_fact",
+}
 
 
 def test_all_notebooks_are_there():
@@ -23,7 +32,9 @@ def test_all_notebooks_are_there():
 class TestCommitted:
     def test_outputs_come_from_these_cells_run_in_order(self, path):
         notebook = nbformat.read(path, as_version=4)
-        assert notebook.metadata.get("executed_source") == source_hash(notebook), "run ./run_all.sh --refresh"
+        assert notebook.metadata.get("executed_source") == source_hash(notebook), (
+            "run ./run_all.sh --refresh"
+        )
         counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
         assert counts == list(range(1, len(counts) + 1))
 
@@ -41,19 +52,36 @@ class TestCommitted:
                 assert image is None or len(base64.b64decode(image)) <= 150_000
 
     def test_cells_are_short_and_parameters_are_tagged(self, path):
-        code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-        lengths = sorted(cell.source.count("\n") + 1 for cell in code
-                         if "parameters" not in cell.metadata.get("tags", ()))
+        code = [
+            cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"
+        ]
+        lengths = sorted(
+            cell.source.count("\n") + 1
+            for cell in code
+            if "parameters" not in cell.metadata.get("tags", ())
+        )
         assert lengths[-1] <= 25 and statistics.median_low(lengths) <= 8
         assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
 
 
 def test_cleaning_removes_what_papermill_and_widgets_leave():
-    cell = nbformat.v4.new_code_cell("print(1)", execution_count=7, outputs=[
-        nbformat.v4.new_output("stream", name="stderr", text="10%|# | 1/10 [00:01, 1it/s]"),
-        nbformat.v4.new_output("display_data", data={"application/vnd.jupyter.widget-view+json": {}, "text/plain": "bar"}),
-        nbformat.v4.new_output("stream", name="stdout", text="1\n")])
+    cell = nbformat.v4.new_code_cell(
+        "print(1)",
+        execution_count=7,
+        outputs=[
+            nbformat.v4.new_output("stream", name="stderr", text="10%|# | 1/10 [00:01, 1it/s]"),
+            nbformat.v4.new_output(
+                "display_data",
+                data={"application/vnd.jupyter.widget-view+json": {}, "text/plain": "bar"},
+            ),
+            nbformat.v4.new_output("stream", name="stdout", text="1\n"),
+        ],
+    )
     cell.metadata["papermill"] = {"duration": 1}
-    notebook = cleaned(nbformat.v4.new_notebook(cells=[cell], metadata={"papermill": {}, "widgets": {}}))
-    assert [out.text for out in notebook.cells[0].outputs] == ["1\n"] and notebook.cells[0].execution_count == 1
+    notebook = cleaned(
+        nbformat.v4.new_notebook(cells=[cell], metadata={"papermill": {}, "widgets": {}})
+    )
+    assert [out.text for out in notebook.cells[0].outputs] == ["1\n"] and notebook.cells[
+        0
+    ].execution_count == 1
     assert "papermill" not in notebook.metadata and not notebook.cells[0].metadata

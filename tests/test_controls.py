@@ -1,41 +1,70 @@
-"""Controls on data whose answer is known beforehand: what each null group shares, what noise does, what classes mean."""
+"""Controls on data whose answer is known beforehand: what each null group shares, what noise does,
+what classes mean."""
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from qlutils.experiments import controls
-from qlutils.neurons.sets import (random_neurons)
-from qlutils.show.stats import (LEAST, welch)
+from qlutils.neurons.sets import random_neurons
+from qlutils.show.stats import LEAST, welch
 
-PATTERNS = ("{} lies in the land of", "The capital {} belongs to", "You will find {} in", "It is {} that is ruled by")
+PATTERNS = (
+    "{} lies in the land of",
+    "The capital {} belongs to",
+    "You will find {} in",
+    "It is {} that is ruled by",
+)
 
 
 def query(relation, fact, subject, obj, pattern, kns, probability=0.5, known=True):
-    return dict(fact=fact, relation=relation, subject=subject, object=obj, prompt_index=pattern,
-                prompt=PATTERNS[pattern % 4].format(subject), probability=probability, known=known,
-                layer=[layer for layer, _ in kns], neuron=[n for _, n in kns], score=[1.0] * len(kns))
+    return dict(
+        fact=fact,
+        relation=relation,
+        subject=subject,
+        object=obj,
+        prompt_index=pattern,
+        prompt=PATTERNS[pattern % 4].format(subject),
+        probability=probability,
+        known=known,
+        layer=[layer for layer, _ in kns],
+        neuron=[n for _, n in kns],
+        score=[1.0] * len(kns),
+    )
 
 
 @pytest.fixture
 def pattern_and_object():
-    """Each query has one neuron of its pattern and one of its object; objects recur in both relations' facts."""
+    """Each query has one neuron of its pattern and one of its object; objects recur in both
+    relations' facts."""
     rows = []
     for r, relation in enumerate(("P1", "P2")):
         for f in range(6):
             obj = f % 3
-            rows += [query(relation, f"{relation}|s{f}|o{obj}", f"s{f}", f"o{obj}", p, [(0, 4 * r + p), (1, obj)])
-                     for p in range(4)]
+            rows += [
+                query(
+                    relation,
+                    f"{relation}|s{f}|o{obj}",
+                    f"s{f}",
+                    f"o{obj}",
+                    p,
+                    [(0, 4 * r + p), (1, obj)],
+                )
+                for p in range(4)
+            ]
     return pd.DataFrame(rows)
 
 
 def test_null_groups_share_what_their_kind_says(pattern_and_object):
     found = controls.null_consistency(pattern_and_object, num_neurons=10**6)
     mean = found.groupby("kind")["cs2"].mean()
-    assert mean["own"] == pytest.approx(1 / 4)  # {p1, o}, {p2, o}, {p3, o}: one of four neurons is repeated
+    assert mean["own"] == pytest.approx(
+        1 / 4
+    )  # {p1, o}, {p2, o}, {p3, o}: one of four neurons is repeated
     assert mean["same object"] == pytest.approx(1 / 4)
     assert mean["other objects"] == 0
-    # of one pattern's facts, the pattern's neuron is repeated, and an object's where two facts happen to share it
+    # of one pattern's facts, the pattern's neuron is repeated, and an object's where two facts
+    # happen to share it
     assert found.loc[found["kind"] == "same pattern", "cs2"].between(1 / 4, 1).all()
     assert mean["random"] < 0.01
     assert set(found["kind"]) == set(controls.NULLS) and len(found) == 12 * len(controls.NULLS)
@@ -44,34 +73,63 @@ def test_null_groups_share_what_their_kind_says(pattern_and_object):
 def test_a_null_group_that_cannot_be_made_is_counted_not_invented(pattern_and_object):
     one_fact = pattern_and_object[pattern_and_object["fact"] == "P1|s0|o0"]
     found = controls.summarise(controls.null_consistency(one_fact, 100)).set_index("kind")
-    assert found.loc[["same pattern", "other objects", "other relations", "same object"], "n"].eq(0).all()
-    assert found.loc["same pattern", "n_missing"] == 1 and np.isnan(found.loc["same pattern", "cs2"])
+    assert (
+        found.loc[["same pattern", "other objects", "other relations", "same object"], "n"]
+        .eq(0)
+        .all()
+    )
+    assert found.loc["same pattern", "n_missing"] == 1 and np.isnan(
+        found.loc["same pattern", "cs2"]
+    )
     assert found.loc["own", "n"] == 1
 
 
 def test_random_sets_keep_the_number_in_each_layer():
     neurons = {(0, 1), (0, 2), (3, 7)}
-    drawn = [random_neurons(neurons, 4, np.random.default_rng(seed), outside=False) for seed in range(20)]
+    drawn = [
+        random_neurons(neurons, 4, np.random.default_rng(seed), outside=False) for seed in range(20)
+    ]
     assert all(sorted(layer for layer, _ in one) == [0, 0, 3] for one in drawn)
-    assert set().union(*drawn) == {(layer, neuron) for layer in (0, 3) for neuron in range(4)}  # its own, too
+    assert set().union(*drawn) == {
+        (layer, neuron) for layer in (0, 3) for neuron in range(4)
+    }  # its own, too
     assert random_neurons(set(), 50, np.random.default_rng(0), outside=False) == set()
 
 
-@pytest.mark.parametrize("prompt, subject, expected", [
-    ("Paris is the capital of", "Paris", ["Paris is capital of", "The Paris is the capital of"]),
-    ("In the city Paris lies in", "Paris", ["In city Paris lies in", "In the city the Paris lies in"]),
-    ("the Seine flows through", "Seine", ["Seine flows through"]),
-    ("Who has the wrong place of birth, the", "x", ["Who has wrong place of birth, the"]), ("Rome", "Rome", ["The Rome"]),
-    ("Charles the Bald died in", "Charles the Bald", ["The Charles the Bald died in"]),
-    ("the official language of The Gambia is", "The Gambia", ["official language of The Gambia is"])])
+@pytest.mark.parametrize(
+    "prompt, subject, expected",
+    [
+        (
+            "Paris is the capital of",
+            "Paris",
+            ["Paris is capital of", "The Paris is the capital of"],
+        ),
+        (
+            "In the city Paris lies in",
+            "Paris",
+            ["In city Paris lies in", "In the city the Paris lies in"],
+        ),
+        ("the Seine flows through", "Seine", ["Seine flows through"]),
+        ("Who has the wrong place of birth, the", "x", ["Who has wrong place of birth, the"]),
+        ("Rome", "Rome", ["The Rome"]),
+        ("Charles the Bald died in", "Charles the Bald", ["The Charles the Bald died in"]),
+        (
+            "the official language of The Gambia is",
+            "The Gambia",
+            ["official language of The Gambia is"],
+        ),
+    ],
+)
 def test_variants_change_an_article_but_not_the_last_word(prompt, subject, expected):
     assert controls.variants(prompt, subject) == expected
 
 
-# --- localised again, by a study that answers from a rule --------------------------------------------------
+# --- localised again, by a study that answers from a rule -----------------------------------------
+
 
 class Stub:
-    """Stands in for a study: its "localisation" gives every prompt neurons that depend on the rule and the dtype."""
+    """Stands in for a study: its "localisation" gives every prompt neurons that depend on the rule
+    and the dtype."""
 
     notebook, model, method = "report", "stub", "ig"
 
@@ -81,20 +139,39 @@ class Stub:
     def run(self, task, units, config, desc=None):
         self.asked.append(config)
         extra = {"right": 1, "midpoint": 2, "gauss": 3}.get(config.get("rule"), 0) + (
-            10 if self.parameters["dtype"] == "bfloat16" else 0)
-        rows = [query(f["relation"], f"{f['relation']}|{f['subject']}|{f['object']}", f["subject"], f["object"], i,
-                      [(0, 100), (0, extra)], 0.5 + extra / 100) | dict(prompt=p, left_out=None)
-                for unit in units for f in unit for i, p in enumerate(f["prompts"])]
+            10 if self.parameters["dtype"] == "bfloat16" else 0
+        )
+        rows = [
+            query(
+                f["relation"],
+                f"{f['relation']}|{f['subject']}|{f['object']}",
+                f["subject"],
+                f["object"],
+                i,
+                [(0, 100), (0, extra)],
+                0.5 + extra / 100,
+            )
+            | dict(prompt=p, left_out=None)
+            for unit in units
+            for f in unit
+            for i, p in enumerate(f["prompts"])
+        ]
         return pd.DataFrame(rows)
 
 
 def test_noise_compares_three_rules_and_three_wordings_of_one_query(pattern_and_object):
     study = Stub()
-    found = controls.summarise(controls.noise(study, pattern_and_object, n=4, steps=20)).set_index("kind")
+    found = controls.summarise(controls.noise(study, pattern_and_object, n=4, steps=20)).set_index(
+        "kind"
+    )
     assert [config.get("rule") for config in study.asked] == ["right", "midpoint", "gauss", None]
-    assert found.loc["quadrature", "cs2"] == pytest.approx(1 / 4)  # neuron 100 thrice, one of its own each
+    assert found.loc["quadrature", "cs2"] == pytest.approx(
+        1 / 4
+    )  # neuron 100 thrice, one of its own each
     assert found.loc["quadrature", "jaccard"] == pytest.approx(1 / 3)
-    assert found.loc["variants", "cs2"] == 1 and found.loc["neighbours", "cs2"] == pytest.approx(1 / 4)
+    assert found.loc["variants", "cs2"] == 1 and found.loc["neighbours", "cs2"] == pytest.approx(
+        1 / 4
+    )
     assert found["n"].eq(4).all()
 
 
@@ -110,16 +187,22 @@ def test_the_sample_takes_one_query_a_fact_and_known_ones_first(pattern_and_obje
     assert len(sample) == 5 and sample["fact"].is_unique and sample["known"].all()
 
 
-# --- split half -------------------------------------------------------------------------------------------
+# --- split half -----------------------------------------------------------------------------------
+
 
 def facts_with(agreeing, n=24, k=6, seed=0):
-    """n facts of 2 relations with k queries; `agreeing(f, rng)` is the chance that a query uses its fact's common set."""
+    """n facts of 2 relations with k queries; `agreeing(f, rng)` is the chance that a query uses its
+    fact's common set."""
     rng, rows = np.random.default_rng(seed), []
     for f in range(n):
         relation = f"P{f % 2}"
         for p in range(k):
             common = rng.random() < agreeing(f, rng)
-            kns = [(0, 10 * f + j) for j in range(4)] if common else [(1, 1000 * f + 10 * p + j) for j in range(4)]
+            kns = (
+                [(0, 10 * f + j) for j in range(4)]
+                if common
+                else [(1, 1000 * f + 10 * p + j) for j in range(4)]
+            )
             rows.append(query(relation, f"{relation}|s{f}|o", f"s{f}", "o", p, kns))
     return pd.DataFrame(rows)
 
@@ -131,7 +214,7 @@ def test_classes_that_are_real_carry_over_to_the_other_half():
 
 
 def test_classes_cut_from_noise_do_not_carry_over_though_the_circular_test_is_significant():
-    from qlutils.experiments.consistency import (classified_facts)
+    from qlutils.experiments.consistency import classified_facts
 
     carried, circular = [], []
     for seed in range(8):
@@ -140,7 +223,11 @@ def test_classes_cut_from_noise_do_not_carry_over_though_the_circular_test_is_si
         classes = [facts["cs2"][facts["class_otsu"] == name] for name in ("I", "II")]
         if min(map(len, classes)) >= LEAST:
             circular.append(welch(*classes)["p"])
-        row = controls.split_half(queries, seed=seed).set_index(["threshold", "outcome"]).loc[("otsu", "CS2")]
+        row = (
+            controls.split_half(queries, seed=seed)
+            .set_index(["threshold", "outcome"])
+            .loc[("otsu", "CS2")]
+        )
         carried.append(row["I - II_low"] > 0 and row["p"] < 0.05)
     assert len(circular) > 4 and max(circular) < 0.005
     assert sum(carried) <= 1  # of 8; each is an accident with a chance of 2.5 %
@@ -152,14 +239,33 @@ def test_the_halves_share_no_query_and_outcomes_come_from_the_second_only():
     assert split.groupby("fact")["half"].value_counts().eq(3).all() and len(split) == len(queries)
     first = split[split["half"] == "A"]
     tainted = {"planted": first[["fact", "prompt_index"]].assign(value=1.0)}
-    row = controls.split_half(queries, tainted).set_index(["threshold", "outcome"]).loc[("otsu", "planted")]
+    row = (
+        controls.split_half(queries, tainted)
+        .set_index(["threshold", "outcome"])
+        .loc[("otsu", "planted")]
+    )
     assert row["n_I"] + row["n_II"] == 0 and np.isnan(row["I - II"])
-    second = split[split["half"] == "B"].assign(value=lambda frame: (frame["layer"].map(max) == 0).astype(float))
-    row = controls.split_half(queries, {"planted": second}).set_index(["threshold", "outcome"]).loc[("otsu", "planted")]
+    second = split[split["half"] == "B"].assign(
+        value=lambda frame: (frame["layer"].map(max) == 0).astype(float)
+    )
+    row = (
+        controls.split_half(queries, {"planted": second})
+        .set_index(["threshold", "outcome"])
+        .loc[("otsu", "planted")]
+    )
     assert row["I - II_low"] > 0.5
-    for other, some in ((first, False), (second, True)):  # what hangs on a query of the first half does not count
-        edited = second.assign(edited=second["fact"].map(other.groupby("fact")["prompt_index"].first()))
-        row = controls.split_half(queries, {"planted": edited}).set_index(["threshold", "outcome"]).loc[("otsu", "planted")]
+    for other, some in (
+        (first, False),
+        (second, True),
+    ):  # what hangs on a query of the first half does not count
+        edited = second.assign(
+            edited=second["fact"].map(other.groupby("fact")["prompt_index"].first())
+        )
+        row = (
+            controls.split_half(queries, {"planted": edited})
+            .set_index(["threshold", "outcome"])
+            .loc[("otsu", "planted")]
+        )
         assert (row["n_I"] + row["n_II"] > 0) == some
 
 
@@ -188,14 +294,21 @@ def test_a_small_class_has_no_interval_and_shows_its_number():
     assert np.isnan([within["value_low"], within["value_high"]]).all()
 
 
-# --- knowledge --------------------------------------------------------------------------------------------
+# --- knowledge ------------------------------------------------------------------------------------
+
 
 def test_knowledge_finds_a_planted_correlation_and_counts_known_facts_only():
     rows = []
     for f in range(20):  # f of 20 queries' neurons agree, and so does the probability
         for p in range(4):
-            shared = [(0, 100 * f + j) for j in range(f)] + [(1, 1000 * f + 100 * p + j) for j in range(20 - f)]
-            rows.append(query(f"P{f % 2}", f"P{f % 2}|s{f}|o", f"s{f}", "o", p, shared, f / 20, known=f >= 10))
+            shared = [(0, 100 * f + j) for j in range(f)] + [
+                (1, 1000 * f + 100 * p + j) for j in range(20 - f)
+            ]
+            rows.append(
+                query(
+                    f"P{f % 2}", f"P{f % 2}|s{f}|o", f"s{f}", "o", p, shared, f / 20, known=f >= 10
+                )
+            )
     found = controls.knowledge(pd.DataFrame(rows), static=0.15).set_index("statistic")
     assert found.loc["correlation of CS2 and P(answer)", "value"] == pytest.approx(1)
     correlations = found.filter(like="P(answer)", axis=0)[["value_low", "value_high"]]

@@ -1,4 +1,5 @@
-"""Facts and prompts: hand-made folders in ParaRel's layout, a local download, ParaRel itself where it is."""
+"""Facts and prompts: hand-made folders in ParaRel's layout, a local download, ParaRel itself where
+it is."""
 
 import hashlib
 import json
@@ -11,18 +12,26 @@ from pathlib import Path
 import pytest
 
 from qlutils import facts as data
-from qlutils.facts import (Fact, load_facts, perplexity_texts, prompt_template)
+from qlutils.facts import Fact, load_facts, perplexity_texts, prompt_template
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-needs_pararel = pytest.mark.skipif(not (SHARED / "pararel").is_dir(), reason="no ../shared/data/pararel here")
+needs_pararel = pytest.mark.skipif(
+    not (SHARED / "pararel").is_dir(), reason="no ../shared/data/pararel here"
+)
 
-CAPITAL = ["The capital of [X] is [Y].", "[X]'s capital is [Y] .", "[X],  with the capital [Y]",
-           "[Y] governs [X]."]
+CAPITAL = [
+    "The capital of [X] is [Y].",
+    "[X]'s capital is [Y] .",
+    "[X],  with the capital [Y]",
+    "[Y] governs [X].",
+]
 
 
 def write(folder, relation, patterns, pairs):
-    for kind, rows in (("pattern_data/graphs_json", [{"pattern": p, "lemma": "x"} for p in patterns]),
-                       ("trex_lms_vocab", [{"sub_label": s, "obj_label": o} for s, o in pairs])):
+    for kind, rows in (
+        ("pattern_data/graphs_json", [{"pattern": p, "lemma": "x"} for p in patterns]),
+        ("trex_lms_vocab", [{"sub_label": s, "obj_label": o} for s, o in pairs]),
+    ):
         (folder / kind).mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / kind / f"{relation}.jsonl").write_text(text, encoding="utf-8")
@@ -31,16 +40,24 @@ def write(folder, relation, patterns, pairs):
 @pytest.fixture
 def folder(tmp_path):
     write(tmp_path, "P36", CAPITAL, [("France", "Paris"), ("Italy", "Rome"), ("France", "Paris")])
-    write(tmp_path, "P101", ["[X] works on [Y]."] * 2 + ["[X] is in [Y] [X]"],
-          [(f"s{i}", f"o{i}") for i in range(40)])
+    write(
+        tmp_path,
+        "P101",
+        ["[X] works on [Y]."] * 2 + ["[X] is in [Y] [X]"],
+        [(f"s{i}", f"o{i}") for i in range(40)],
+    )
     write(tmp_path, "P9", ["[X] was born in [Y].", "[X] is from [Y]"], [("a", "b")])
     return tmp_path
 
 
 def test_prompts_end_where_the_object_goes_and_keep_the_order(folder):
     fact = load_facts(folder, relations=["P36"])[0]
-    assert fact == Fact("P36", "France", "Paris", (
-        "The capital of France is", "France's capital is", "France, with the capital"))
+    assert fact == Fact(
+        "P36",
+        "France",
+        "Paris",
+        ("The capital of France is", "France's capital is", "France, with the capital"),
+    )
     assert fact.id == "P36|France|Paris"
 
 
@@ -92,39 +109,61 @@ def test_the_parent_of_data_is_accepted_too(tmp_path):
     assert load_facts(tmp_path) == load_facts(str(tmp_path / "data"))
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(dataset="nowhere"), "unknown dataset 'nowhere'"),
-    (dict(dataset=3), "dataset must be"),
-    (dict(relations=["P36", "P5"]), "unknown relation 'P5'.*P9, P36, P101"),
-    (dict(relations="P36"), "relations must be a list"),
-    (dict(relations=[]), "relations must be a list"),
-    (dict(relations=7), "relations must be a list"),
-    (dict(relations=["P9"]), "P9 has 2 patterns.*min_patterns=3"),
-    (dict(facts_per_relation=0), "facts_per_relation"),
-    (dict(facts_per_relation=2.0), "facts_per_relation"),
-    (dict(facts_per_relation=True), "facts_per_relation"),
-    (dict(min_patterns=0), "min_patterns"),
-    (dict(seed=-1), "seed"),
-    (dict(middle="skip"), "middle must be 'cut' or 'drop'"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(dataset="nowhere"), "unknown dataset 'nowhere'"),
+        (dict(dataset=3), "dataset must be"),
+        (dict(relations=["P36", "P5"]), "unknown relation 'P5'.*P9, P36, P101"),
+        (dict(relations="P36"), "relations must be a list"),
+        (dict(relations=[]), "relations must be a list"),
+        (dict(relations=7), "relations must be a list"),
+        (dict(relations=["P9"]), "P9 has 2 patterns.*min_patterns=3"),
+        (dict(facts_per_relation=0), "facts_per_relation"),
+        (dict(facts_per_relation=2.0), "facts_per_relation"),
+        (dict(facts_per_relation=True), "facts_per_relation"),
+        (dict(min_patterns=0), "min_patterns"),
+        (dict(seed=-1), "seed"),
+        (dict(middle="skip"), "middle must be 'cut' or 'drop'"),
+    ],
+)
 def test_bad_parameters_are_named(folder, arguments, message):
     with pytest.raises(ValueError, match=message):
         load_facts(**{"dataset": folder, **arguments})
 
 
-@pytest.mark.parametrize("kind, text, message", [
-    ("pattern_data/graphs_json", '{"pattern": "[X] a [Y]"}\n{"pattern": "[X] b"}\n', r"P36.jsonl:2: .*\[Y\]"),
-    ("pattern_data/graphs_json", '{"pattern": "the [Y]"}\n', r"P36.jsonl:1: .*\[X\]"),
-    ("pattern_data/graphs_json", '{"lemma": "the"}\n', "P36.jsonl:1: field 'pattern'"),
-    ("pattern_data/graphs_json", "\n", "P36.jsonl is empty"),
-    ("trex_lms_vocab", '{"sub_label": "a", "obj_label": "b"}\n{"sub_la', "P36.jsonl:2: not a JSON object"),
-    ("trex_lms_vocab", "[1]\n", "P36.jsonl:1: not a JSON object"),
-    ("trex_lms_vocab", b"\xff\n", "P36.jsonl:1: not a JSON object"),
-    ("trex_lms_vocab", '{"sub_label": "a"}\n', "P36.jsonl:1: field 'obj_label'"),
-    ("trex_lms_vocab", '{"sub_label": 3, "obj_label": "b"}\n', "P36.jsonl:1: field 'sub_label'"),
-    ("trex_lms_vocab", '{"sub_label": "a", "obj_label": " "}\n', "P36.jsonl:1: field 'obj_label'"),
-    ("trex_lms_vocab", None, "missing data file .*P36.jsonl"),
-])
+@pytest.mark.parametrize(
+    "kind, text, message",
+    [
+        (
+            "pattern_data/graphs_json",
+            '{"pattern": "[X] a [Y]"}\n{"pattern": "[X] b"}\n',
+            r"P36.jsonl:2: .*\[Y\]",
+        ),
+        ("pattern_data/graphs_json", '{"pattern": "the [Y]"}\n', r"P36.jsonl:1: .*\[X\]"),
+        ("pattern_data/graphs_json", '{"lemma": "the"}\n', "P36.jsonl:1: field 'pattern'"),
+        ("pattern_data/graphs_json", "\n", "P36.jsonl is empty"),
+        (
+            "trex_lms_vocab",
+            '{"sub_label": "a", "obj_label": "b"}\n{"sub_la',
+            "P36.jsonl:2: not a JSON object",
+        ),
+        ("trex_lms_vocab", "[1]\n", "P36.jsonl:1: not a JSON object"),
+        ("trex_lms_vocab", b"\xff\n", "P36.jsonl:1: not a JSON object"),
+        ("trex_lms_vocab", '{"sub_label": "a"}\n', "P36.jsonl:1: field 'obj_label'"),
+        (
+            "trex_lms_vocab",
+            '{"sub_label": 3, "obj_label": "b"}\n',
+            "P36.jsonl:1: field 'sub_label'",
+        ),
+        (
+            "trex_lms_vocab",
+            '{"sub_label": "a", "obj_label": " "}\n',
+            "P36.jsonl:1: field 'obj_label'",
+        ),
+        ("trex_lms_vocab", None, "missing data file .*P36.jsonl"),
+    ],
+)
 def test_bad_files_are_named_with_their_line(folder, kind, text, message):
     file = folder / kind / "P36.jsonl"
     file.unlink()
@@ -141,7 +180,8 @@ def test_a_line_separator_inside_a_label_is_not_a_new_line(tmp_path):
     assert load_facts(tmp_path)[0].subject == "a\u2028b"
 
 
-# --- download --------------------------------------------------------------------------------------------
+# --- download -------------------------------------------------------------------------------------
+
 
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *_):
@@ -150,7 +190,8 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def published(tmp_path, monkeypatch):
-    """ParaRel served from this machine: the same code path as the real download, with another address."""
+    """ParaRel served from this machine: the same code path as the real download, with another
+    address."""
     site, cache = tmp_path / "site", tmp_path / "cache"
     write(site, "P36", CAPITAL, [("France", "Paris")])
     files = [f"{kind}/P36.jsonl" for kind in (data.PATTERNS, data.FACTS)]
@@ -170,7 +211,9 @@ def test_pararel_is_downloaded_once_and_read_from_the_cache_afterwards(published
     site, _ = published
     facts = load_facts("pararel")
     assert facts == load_facts(site)
-    monkeypatch.setattr(data, "PARAREL_URL", "http://127.0.0.1:9/")  # nobody there: only the cache can answer
+    monkeypatch.setattr(
+        data, "PARAREL_URL", "http://127.0.0.1:9/"
+    )  # nobody there: only the cache can answer
     assert load_facts("pararel") == facts
 
 
@@ -194,56 +237,95 @@ def test_the_registry_holds_the_published_files():
     registry = data._pararel_registry()
     assert len(registry) == 2 * 39
     for name, digest in registry.items():
-        assert hashlib.sha256((SHARED / "pararel/data" / name).read_bytes()).hexdigest() == digest, name
+        assert (
+            hashlib.sha256((SHARED / "pararel/data" / name).read_bytes()).hexdigest() == digest
+        ), name
 
 
-# --- ParaRel itself --------------------------------------------------------------------------------------
+# --- ParaRel itself -------------------------------------------------------------------------------
+
 
 @needs_pararel
 def test_pararel_has_the_measured_numbers():
-    """25,436 facts and 177,412 queries are what the files list; 16 facts are there twice, and some patterns
-    (P106, P136) coincide after the cut, so that 25,420 facts and 173,893 queries are distinct.
+    """25,436 facts and 177,412 queries are what the files list; 16 facts are there twice, and some
+    patterns (P106, P136) coincide after the cut, so that 25,420 facts and 173,893 queries are
+    distinct.
     """
     root = SHARED / "pararel"
-    lines = {kind: {file.stem: file.read_text("utf-8").split("\n")[:-1]
-                    for file in (root / "data" / kind).iterdir()} for kind in (data.PATTERNS, data.FACTS)}
-    patterns = {r: [json.loads(line)["pattern"] for line in rows] for r, rows in lines[data.PATTERNS].items()}
+    lines = {
+        kind: {
+            file.stem: file.read_text("utf-8").split("\n")[:-1]
+            for file in (root / "data" / kind).iterdir()
+        }
+        for kind in (data.PATTERNS, data.FACTS)
+    }
+    patterns = {
+        r: [json.loads(line)["pattern"] for line in rows]
+        for r, rows in lines[data.PATTERNS].items()
+    }
     assert (len(patterns), sum(map(len, patterns.values()))) == (39, 329)
-    kept = {r: [prompt_template(p) for p in rows if prompt_template(p)]
-            for r, rows in patterns.items() if len(rows) > 2}
+    kept = {
+        r: [prompt_template(p) for p in rows if prompt_template(p)]
+        for r, rows in patterns.items()
+        if len(rows) > 2
+    }
     n_facts = {r: len(lines[data.FACTS][r]) for r in kept}
     assert sum(n_facts.values()) == 25_436
     assert sum(n_facts[r] * len(rows) for r, rows in kept.items()) == 177_412
     assert sum(len(set(rows)) for rows in kept.values()) == 253
-    last = [p for rows in patterns.values() for p in rows if not any(c.isalnum() for c in p.split("[Y]")[1])]
-    assert len(last) == 217 and all((prompt_template(p, "drop") is None) == ("[X]" not in p) for p in last)
+    last = [
+        p
+        for rows in patterns.values()
+        for p in rows
+        if not any(c.isalnum() for c in p.split("[Y]")[1])
+    ]
+    assert len(last) == 217 and all(
+        (prompt_template(p, "drop") is None) == ("[X]" not in p) for p in last
+    )
 
     prompts = {}
     for fact in load_facts(root):
         prompts.setdefault(fact.relation, []).append(len(fact.prompts))
     assert len(prompts) == 36 and sum(map(len, prompts.values())) == 25_420 == 25_436 - 16
     assert sum(map(sum, prompts.values())) == 173_893 and min(map(min, prompts.values())) == 2
-    assert {relation for relation, counts in prompts.items() if 2 in counts} == {"P103", "P127", "P136", "P190"}
+    assert {relation for relation, counts in prompts.items() if 2 in counts} == {
+        "P103",
+        "P127",
+        "P136",
+        "P190",
+    }
 
 
 @needs_pararel
 def test_pararel_has_no_double_space_from_patterns_and_no_colliding_names():
     facts = load_facts(SHARED / "pararel")
     assert len({fact.id for fact in facts}) == len(facts)
-    assert not [p for f in facts if "  " not in f.subject for p in f.prompts if "  " in p or p != p.strip()]
+    assert not [
+        p for f in facts if "  " not in f.subject for p in f.prompts if "  " in p or p != p.strip()
+    ]
     # the paper's Table 5
     prompts = {(p, f.object) for f in facts for p in f.prompts}
-    for prompt, answer in [("Adrian IV has the position of", "pope"), ("Somalia is located in", "Africa"),
-                           ("The official language of Republic of Ingushetia is", "Russian")]:
+    for prompt, answer in [
+        ("Adrian IV has the position of", "pope"),
+        ("Somalia is located in", "Africa"),
+        ("The official language of Republic of Ingushetia is", "Russian"),
+    ]:
         assert (prompt, answer) in prompts
 
 
-# --- perplexity ------------------------------------------------------------------------------------------
+# --- perplexity -----------------------------------------------------------------------------------
+
 
 def test_perplexity_texts_leave_out_headings_and_empty_lines(tmp_path):
     file = tmp_path / "test.txt"
-    file.write_text(" \n = Robert = \n \n One = two . \n = = Career = = \n Another one . \n", "utf-8")
-    assert perplexity_texts(file) == ["One = two .", "Another one ."] == perplexity_texts(str(tmp_path))
+    file.write_text(
+        " \n = Robert = \n \n One = two . \n = = Career = = \n Another one . \n", "utf-8"
+    )
+    assert (
+        perplexity_texts(file)
+        == ["One = two .", "Another one ."]
+        == perplexity_texts(str(tmp_path))
+    )
 
 
 def test_a_perplexity_text_that_is_missing_or_empty_is_named(tmp_path):
@@ -258,8 +340,12 @@ def test_wikitext_from_the_hub_reads_parquet_and_says_what_to_do_offline(tmp_pat
     import huggingface_hub
     import pandas as pd
 
-    pd.DataFrame({"text": ["", " = Title = \n", " A paragraph . \n"]}).to_parquet(tmp_path / "t.parquet")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: str(tmp_path / "t.parquet"))
+    pd.DataFrame({"text": ["", " = Title = \n", " A paragraph . \n"]}).to_parquet(
+        tmp_path / "t.parquet"
+    )
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *a, **k: str(tmp_path / "t.parquet")
+    )
     assert perplexity_texts("wikitext-2") == ["A paragraph ."]
 
     def offline(*_, **__):
@@ -270,9 +356,15 @@ def test_wikitext_from_the_hub_reads_parquet_and_says_what_to_do_offline(tmp_pat
         perplexity_texts("wikitext-2")
 
 
-@pytest.mark.skipif(not (SHARED / "wikitext-2").is_dir(), reason="no ../shared/data/wikitext-2 here")
+@pytest.mark.skipif(
+    not (SHARED / "wikitext-2").is_dir(), reason="no ../shared/data/wikitext-2 here"
+)
 def test_wikitext_paragraphs_hold_no_heading():
     texts = perplexity_texts(SHARED / "wikitext-2" / "test.txt")
-    lines = [line.strip() for line in (SHARED / "wikitext-2" / "test.txt").read_text("utf-8").split("\n")]
+    lines = [
+        line.strip() for line in (SHARED / "wikitext-2" / "test.txt").read_text("utf-8").split("\n")
+    ]
     headings = [line for line in lines if line.startswith("= ") and line.endswith(" =")]
-    assert len(texts) + len(headings) == len([line for line in lines if line]) and len(headings) > 500
+    assert (
+        len(texts) + len(headings) == len([line for line in lines if line]) and len(headings) > 500
+    )

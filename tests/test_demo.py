@@ -1,4 +1,6 @@
-"""The bundled facts, text and models: their shape, and that the models know what the card says they know."""
+"""The bundled facts, text and models: their shape, and that the models know what the card says they
+know."""
+
 import csv
 import json
 import random
@@ -7,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qlutils.demo import (corpus)
+from qlutils.demo import corpus
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAREL = ROOT.parent / "shared" / "data" / "pararel" / "data" / "pattern_data" / "graphs_json"
@@ -29,9 +31,12 @@ def loaded():
     def load(name):
         if name not in cache:
             folder = MODELS / name
-            cache[name] = (transformers.AutoModelForCausalLM.from_pretrained(folder).eval(),
-                           transformers.AutoTokenizer.from_pretrained(folder))
+            cache[name] = (
+                transformers.AutoModelForCausalLM.from_pretrained(folder).eval(),
+                transformers.AutoTokenizer.from_pretrained(folder),
+            )
         return cache[name]
+
     return load
 
 
@@ -40,8 +45,12 @@ def letters(pattern):
 
 
 def patterns(folder):
-    return [json.loads(line)["pattern"] for path in sorted(folder.glob("*.jsonl"))
-            for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [
+        json.loads(line)["pattern"]
+        for path in sorted(folder.glob("*.jsonl"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.strip()
+    ]
 
 
 def test_dataset_has_36_relations_of_20_facts_and_at_least_6_patterns_each():
@@ -58,7 +67,9 @@ def test_dataset_has_36_relations_of_20_facts_and_at_least_6_patterns_each():
 
 def test_every_pattern_holds_the_subject_once_and_ends_with_the_object():
     for pattern in patterns(corpus.PATTERNS):
-        assert pattern.count("[X]") == 1 and pattern.endswith(" [Y].") and pattern.count("[Y]") == 1, pattern
+        assert (
+            pattern.count("[X]") == 1 and pattern.endswith(" [Y].") and pattern.count("[Y]") == 1
+        ), pattern
         assert "  " not in pattern and pattern == pattern.strip()
 
 
@@ -66,8 +77,10 @@ def test_a_prompt_determines_its_answer_and_no_prompt_occurs_twice(pairs):
     prompts = [pair["prompt"] for pair in pairs]
     assert len(set(prompts)) == len(prompts) == 36 * 20 * 7
     assert not [prompt for prompt in prompts if prompt != prompt.strip() or "  " in prompt]
-    subjects = {name: [row["sub_label"] for row in corpus.read_jsonl(corpus.VOCAB / f"{name}.jsonl")]
-                for name in corpus.relations()}
+    subjects = {
+        name: [row["sub_label"] for row in corpus.read_jsonl(corpus.VOCAB / f"{name}.jsonl")]
+        for name in corpus.relations()
+    }
     assert all(subjects[pair["relation"]][pair["fact_index"]] in pair["prompt"] for pair in pairs)
 
 
@@ -98,12 +111,17 @@ def test_heldout_text_is_what_the_generator_writes_and_shares_no_sentence_with_t
 
 
 def test_general_text_never_holds_a_subject_with_its_object():
-    texts = corpus.training_paragraphs(1500) + corpus.HELDOUT_TEXT.read_text(encoding="utf-8").splitlines()
+    texts = (
+        corpus.training_paragraphs(1500)
+        + corpus.HELDOUT_TEXT.read_text(encoding="utf-8").splitlines()
+    )
     words = [" " + re.sub(r"\W+", " ", text) + " " for text in texts]
     for relation in corpus.relations():
         for fact in corpus.read_jsonl(corpus.VOCAB / f"{relation}.jsonl"):
-            subject, answer = (f" {re.sub(r'[^A-Za-z0-9]+', ' ', fact[key]).strip()} "
-                               for key in ("sub_label", "obj_label"))
+            subject, answer = (
+                f" {re.sub(r'[^A-Za-z0-9]+', ' ', fact[key]).strip()} "
+                for key in ("sub_label", "obj_label")
+            )
             assert not [text for text in words if subject in text and answer in text], fact
 
 
@@ -124,7 +142,7 @@ def test_tokenizer_adds_bos_only_for_llama_and_answers_continue_prompts(name, lo
     prompts = tokenizer([pair["prompt"] for pair in pairs]).input_ids
     wholes = tokenizer([f"{pair['prompt']} {pair['answer']}" for pair in pairs]).input_ids
     for prompt, whole in zip(prompts, wholes):
-        assert whole[:len(prompt)] == prompt and len(whole) > len(prompt)
+        assert whole[: len(prompt)] == prompt and len(whole) > len(prompt)
     lines = corpus.HELDOUT_TEXT.read_text(encoding="utf-8").splitlines()
     assert min(map(len, tokenizer(lines, add_special_tokens=False).input_ids)) >= 64
 
@@ -143,7 +161,8 @@ def test_model_has_the_shape_it_stands_for(name, loaded):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_generation_gives_the_answers_of_trained_and_heldout_prompts(name, loaded, pairs):
-    """Real greedy generation, one prompt at a time, on a seeded sample; the log is over all pairs."""
+    """Real greedy generation, one prompt at a time, on a seeded sample; the log is over all
+    pairs."""
     model, tokenizer = loaded(name)
     rng = random.Random(0)
     for held, least in ((False, 0.95), (True, 0.85)):
@@ -153,8 +172,12 @@ def test_generation_gives_the_answers_of_trained_and_heldout_prompts(name, loade
             inputs = tokenizer(pair["prompt"], return_tensors="pt")
             length = inputs.input_ids.shape[1]
             answer = tokenizer(f"{pair['prompt']} {pair['answer']}").input_ids[length:]
-            output = model.generate(**inputs, do_sample=False, max_new_tokens=len(answer),
-                                    pad_token_id=tokenizer.eos_token_id)
+            output = model.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=len(answer),
+                pad_token_id=tokenizer.eos_token_id,
+            )
             right += output[0, length:].tolist() == answer
         # The sample may fall two answers short of a share that all pairs together reach.
         assert right >= least * len(sample) - 2, (name, held, right)
@@ -167,7 +190,8 @@ def log_of(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_log_and_the_card_state_what_the_weights_do(name, loaded, pairs):
-    from qlutils.demo.train import (measure)
+    from qlutils.demo.train import measure
+
     found, logged = measure(*loaded(name), pairs), log_of(name)
     card = (corpus.FOLDER / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert found["trained_accuracy"] >= 0.95 and found["heldout_accuracy"] >= 0.85

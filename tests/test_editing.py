@@ -1,4 +1,5 @@
-"""Edits against the formula written out, virtual against real ones, and the experiment against plain code."""
+"""Edits against the formula written out, virtual against real ones, and the experiment against
+plain code."""
 
 import json
 from pathlib import Path
@@ -13,16 +14,15 @@ from torch import nn
 from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM
 
-from qlutils import (Fact, edit_weights, load_facts, load_model, perplexity, save_edited)
-from qlutils import paths
-from qlutils.model.architecture import (UnsupportedModel)
+from qlutils import Fact, edit_weights, load_facts, load_model, paths, perplexity, save_edited
+from qlutils.change.editing import edit_vector, object_tokens, usable_texts, virtual_edit
+from qlutils.change.rows import Change, score_rows
 from qlutils.experiments import kn_modification as edit_study
-from qlutils.experiments.edit_tables import (AVG_NOTE, contrasts, edit_table)
-from qlutils.experiments.kn_modification import (cas_spec, cas_sweep, edit_facts, plan_edits)
-from qlutils.change.editing import (edit_vector, object_tokens, usable_texts, virtual_edit)
-from qlutils.model.language_model import (LanguageModel)
-from qlutils.neurons.sets import (cas_candidates, kn_sets, strongest_neurons)
-from qlutils.change.rows import (Change, score_rows)
+from qlutils.experiments.edit_tables import AVG_NOTE, contrasts, edit_table
+from qlutils.experiments.kn_modification import cas_spec, cas_sweep, edit_facts, plan_edits
+from qlutils.model.architecture import UnsupportedModel
+from qlutils.model.language_model import LanguageModel
+from qlutils.neurons.sets import cas_candidates, kn_sets, strongest_neurons
 
 ROUNDED = ("gptj", "codegen", "gpt-neo", "bloom", "gemma2", "granite-swa", "gemma4")
 NEURONS = {(0, 3), (1, 7), (1, 9), (2, 0), (2, 5)}
@@ -47,14 +47,18 @@ def same_bits(lm, before):
     return all(torch.equal(value, before[name]) for name, value in lm.model.state_dict().items())
 
 
-# --- real edits ------------------------------------------------------------------------------------------
+# --- real edits -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("embedding", ["input", "output"])
-@pytest.mark.parametrize("family", ["gpt2", "llama2", "llama3", "neox", "gemma", "opt"])  # tied and untied
+@pytest.mark.parametrize(
+    "family", ["gpt2", "llama2", "llama3", "neox", "gemma", "opt"]
+)  # tied and untied
 def test_an_edit_is_the_formula_on_its_value_vectors_and_nothing_else(family, embedding):
     lm = tiny_lm(family)
     before = state(lm)
     e = (
-        lm.model.get_input_embeddings() if embedding == "input" else lm.model.get_output_embeddings()
+        lm.model.get_input_embeddings()
+        if embedding == "input"
+        else lm.model.get_output_embeddings()
     ).weight.clone()
     old = {pair: value_vector(lm, family, *pair).clone() for pair in NEURONS}
     with edit_weights(lm, NEURONS, "erase") as edit:
@@ -66,7 +70,9 @@ def test_an_edit_is_the_formula_on_its_value_vectors_and_nothing_else(family, em
             torch.testing.assert_close(value_vector(lm, family, *pair), expected)
         downs = {id(down.weight) for down in FAMILIES[family].modules(lm.model, "down")}
         assert all(
-            torch.equal(p, before[name]) for name, p in lm.model.named_parameters() if id(p) not in downs
+            torch.equal(p, before[name])
+            for name, p in lm.model.named_parameters()
+            if id(p) not in downs
         )
     assert same_bits(lm, before)
 
@@ -113,14 +119,18 @@ def test_no_neurons_means_no_edit_and_says_so():
 @pytest.mark.parametrize("family", ["gpt2", "llama3"])
 def test_an_edited_checkpoint_loads_elsewhere_as_the_edited_model(family, tmp_path):
     lm = load_model(
-        save_checkpoint(tmp_path / "own", family, dtype=torch.float64), device="cpu", dtype="float64"
+        save_checkpoint(tmp_path / "own", family, dtype=torch.float64),
+        device="cpu",
+        dtype="float64",
     )
     before, ids = state(lm), torch.tensor([[10, 11, 12]])
     folder = save_edited(lm, tmp_path / "edited", NEURONS, "update", **OPTIONS["update"])
     assert same_bits(lm, before)
     other = load_model(str(folder), device="cpu", dtype="float64")
     with edit_weights(lm, NEURONS, "update", **OPTIONS["update"]):
-        torch.testing.assert_close(other.model(ids).logits, lm.model(ids).logits, rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            other.model(ids).logits, lm.model(ids).logits, rtol=1e-12, atol=0
+        )
     assert (other.model(ids).logits - lm.model(ids).logits).abs().max() > 1e-3
     with pytest.raises(ValueError, match="already holds a checkpoint"):
         save_edited(lm, folder, NEURONS, "erase")
@@ -160,7 +170,10 @@ def test_an_object_is_tokenised_as_the_continuation_of_a_word():
             dict(neurons=NEURONS, op="update", old=[5], new=[6], embedding="value"),
             "embedding 'value' is unknown",
         ),
-        (dict(neurons=NEURONS, op="update", old=[5], new=[6], lambda1=float("inf")), "lambda1 is inf"),
+        (
+            dict(neurons=NEURONS, op="update", old=[5], new=[6], lambda1=float("inf")),
+            "lambda1 is inf",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -176,7 +189,9 @@ def test_quantised_weights_and_embeddings_of_another_width_are_refused_by_name()
     lm = tiny_lm("llama2")
     down = lm.downs[1]
     down.weight = torch.nn.Parameter(down.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(UnsupportedModel, match="tiny-llama2: layer 1 cannot be edited: .*quantised"):
+    with pytest.raises(
+        UnsupportedModel, match="tiny-llama2: layer 1 cannot be edited: .*quantised"
+    ):
         with edit_weights(lm, {(1, 0)}, "erase"):
             pass
     with pytest.raises(ValueError, match="embeddings have 16 dimensions and its value vectors 32"):
@@ -344,12 +359,13 @@ def test_a_checkpoint_that_would_hold_no_edit_is_not_written(tmp_path):
     assert not (tmp_path / "edited").exists()
 
 
-# --- virtual edits ---------------------------------------------------------------------------------------
+# --- virtual edits --------------------------------------------------------------------------------
 @torch.no_grad()
 def real_scores(lm, neurons, op, queries, **options):
     with edit_weights(lm, neurons, op, **options):
         logits = [
-            lm.model(input_ids=torch.tensor([[*p, *t[:-1]]]), use_cache=False).logits[0] for p, t in queries
+            lm.model(input_ids=torch.tensor([[*p, *t[:-1]]]), use_cache=False).logits[0]
+            for p, t in queries
         ]
     return [
         float(torch.log_softmax(z[len(p) - 1 :], -1).gather(1, torch.tensor(t)[:, None]).sum())
@@ -361,11 +377,17 @@ def real_scores(lm, neurons, op, queries, **options):
 def test_a_virtual_edit_gives_the_logits_of_the_real_one_and_rows_do_not_leak(family):
     lm = tiny_lm(family)
     # one query for each of several tokens: log probabilities fix the logits but for a constant
-    queries = [([10, 11, 12], [token]) for token in range(0, 97, 12)] + [([40, 41, 42, 43, 44], [50, 51])]
+    queries = [([10, 11, 12], [token]) for token in range(0, 97, 12)] + [
+        ([40, 41, 42, 43, 44], [50, 51])
+    ]
     edits = [
         (neurons, op, options)
         for op, options in OPTIONS.items()
-        for neurons in ({pair for pair in NEURONS if pair[0] < lm.num_layers}, {(1, 1)}, {(0, 4), (1, 4)})
+        for neurons in (
+            {pair for pair in NEURONS if pair[0] < lm.num_layers},
+            {(1, 1)},
+            {(0, 4), (1, 4)},
+        )
     ]
     plan = [
         (q, virtual_edit(lm, neurons, op, **options))
@@ -380,7 +402,7 @@ def test_a_virtual_edit_gives_the_logits_of_the_real_one_and_rows_do_not_leak(fa
         np.testing.assert_allclose(row, expected, rtol=1e-5 if family in ROUNDED else 1e-10)
 
 
-# --- perplexity ------------------------------------------------------------------------------------------
+# --- perplexity -----------------------------------------------------------------------------------
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["gpt2", "llama2"])
 def test_perplexity_weighs_tokens_not_texts_and_does_not_score_the_first(family):
@@ -419,9 +441,10 @@ def test_bad_perplexity_input_is_named(texts, options, message):
         perplexity(tiny_lm("gpt2"), texts, **options)
 
 
-# --- the experiment --------------------------------------------------------------------------------------
+# --- the experiment -------------------------------------------------------------------------------
 def invented_queries(lm, facts_per_relation=4, prompts=4, seed=0):
-    """Facts whose answers are mostly what the random model says anyway, with random sets of neurons."""
+    """Facts whose answers are mostly what the random model says anyway, with random sets of
+    neurons."""
     rng = np.random.default_rng(seed)
     rows = []
     for relation in ("R1", "R2"):
@@ -429,10 +452,18 @@ def invented_queries(lm, facts_per_relation=4, prompts=4, seed=0):
             texts = [" ".join(map(str, rng.integers(4, 97, 3 + k % 2))) for k in range(prompts)]
             ids = [[int(word) for word in text.split()] for text in texts]
             with torch.no_grad():
-                best = [int(lm.model(input_ids=torch.tensor([one])).logits[0, -1].argmax()) for one in ids]
-            words = [str(best[f % prompts])] + (["50"] if f == 1 else [])  # one answer of two tokens
+                best = [
+                    int(lm.model(input_ids=torch.tensor([one])).logits[0, -1].argmax())
+                    for one in ids
+                ]
+            words = [str(best[f % prompts])] + (
+                ["50"] if f == 1 else []
+            )  # one answer of two tokens
             for k, text in enumerate(texts):
-                layer, neuron = rng.integers(0, lm.num_layers, 5), rng.integers(0, lm.num_neurons, 5)
+                layer, neuron = (
+                    rng.integers(0, lm.num_layers, 5),
+                    rng.integers(0, lm.num_neurons, 5),
+                )
                 rows.append(
                     dict(
                         fact=f"{relation}|s{relation}{f}|{' '.join(words)}",
@@ -454,7 +485,9 @@ def invented_queries(lm, facts_per_relation=4, prompts=4, seed=0):
 def facts_of(queries):
     return [
         Fact(r, s, o, ("a", "b"))
-        for r, s, o in queries[["relation", "subject", "object"]].drop_duplicates().itertuples(index=False)
+        for r, s, o in queries[["relation", "subject", "object"]]
+        .drop_duplicates()
+        .itertuples(index=False)
     ]
 
 
@@ -488,7 +521,9 @@ def test_what_is_drawn_is_what_the_study_asks_for(planned):
         if any(plan["known"]):
             assert plan["known"][plan["query"]]
         assert plan["new_object"] in objects[plan["relation"]] - {plan["object"]}
-        sets = {(e["neurons"], e["control"]): {tuple(pair) for pair in e["set"]} for e in plan["edits"]}
+        sets = {
+            (e["neurons"], e["control"]): {tuple(pair) for pair in e["set"]} for e in plan["edits"]
+        }
         assert sets["local", "none"] == own[group.index[plan["query"]]]
         assert sets["global", "none"] == set().union(*(own[i] for i in group.index))
         for name in ("local", "global"):
@@ -497,14 +532,24 @@ def test_what_is_drawn_is_what_the_study_asks_for(planned):
             assert count(sets[name, "random"]) == count(sets[name, "none"])
             for control in ("same_relation", "other_relation"):
                 found = sets[name, control]
-                of = [fact for fact, rows in queries.groupby("fact") if found <= set().union(*(own[i] for i in rows.index))
-                      and (rows["relation"].iloc[0] == plan["relation"]) == (control == "same_relation")]
+                of = [
+                    fact
+                    for fact, rows in queries.groupby("fact")
+                    if found <= set().union(*(own[i] for i in rows.index))
+                    and (rows["relation"].iloc[0] == plan["relation"])
+                    == (control == "same_relation")
+                ]
                 assert of and not found & sets["global", "none"]
-                assert not [layer for layer in range(lm.num_layers)
-                            if count(found).count(layer) > count(sets[name, "none"]).count(layer)]
+                assert not [
+                    layer
+                    for layer in range(lm.num_layers)
+                    if count(found).count(layer) > count(sets[name, "none"]).count(layer)
+                ]
         assert len(plan["locality"]) == 6 and sum(q["same"] for q in plan["locality"]) == 3
         for q in plan["locality"]:
-            row = queries[(queries["prompt"] == q["prompt"]) & (queries["object"] == q["object"])].iloc[0]
+            row = queries[
+                (queries["prompt"] == q["prompt"]) & (queries["object"] == q["object"])
+            ].iloc[0]
             assert row["subject"] != plan["subject"] and row["object"] != plan["object"]
             assert (row["relation"] == plan["relation"]) == q["same"]
         assert len(set(plan["texts"])) == 2
@@ -525,13 +570,16 @@ def test_the_strongest_neurons_are_as_many_as_the_set_and_led_by_their_mean_scor
 def test_draws_are_seeded_fact_by_fact(planned):
     _, queries, plans, _ = planned
     options = dict(num_neurons=48, sets=["local", "global"], controls=["random"], n_locality=6)
-    again, _ = plan_edits(queries, facts_of(queries), texts=plans[0]["texts"] * 2, ppl_entries=2, **options)
+    again, _ = plan_edits(
+        queries, facts_of(queries), texts=plans[0]["texts"] * 2, ppl_entries=2, **options
+    )
     for one, two in zip(plans, again):  # other controls and texts do not move the other draws
         assert [one[k] for k in ("query", "new_object", "locality")] == [
             two[k] for k in ("query", "new_object", "locality")
         ]
     seeds = [
-        plan_edits(queries, facts_of(queries), ppl_entries=0, seed=seed, **options)[0] for seed in range(4)
+        plan_edits(queries, facts_of(queries), ppl_entries=0, seed=seed, **options)[0]
+        for seed in range(4)
     ]
     assert len({tuple(plan["query"] for plan in plans) for plans in seeds}) > 1
     assert len({tuple(plan["new_object"] for plan in plans) for plans in seeds}) > 1
@@ -564,13 +612,23 @@ def test_the_metrics_equal_editing_the_weights_and_generating_one_query_at_a_tim
         before = perplexity(lm, plan["texts"], 7)
         for row in rows.to_dict("records"):
             edit = next(
-                e for e in plan["edits"] if (e["neurons"], e["control"]) == (row["neurons"], row["control"])
+                e
+                for e in plan["edits"]
+                if (e["neurons"], e["control"]) == (row["neurons"], row["control"])
             )
             goal = plan["object"] if row["op"] == "erase" else plan["new_object"]
             words = {k: [int(w) for w in plan[k].split()] for k in ("object", "new_object")}
-            with edit_weights(lm, edit["set"], row["op"], old=words["object"], new=words["new_object"]):
-                said = [by_generation(lm, prompt, len(goal.split())) == goal for prompt in plan["prompts"]]
-                others = [by_generation(lm, q["prompt"], len(q["object"].split())) for q in plan["locality"]]
+            with edit_weights(
+                lm, edit["set"], row["op"], old=words["object"], new=words["new_object"]
+            ):
+                said = [
+                    by_generation(lm, prompt, len(goal.split())) == goal
+                    for prompt in plan["prompts"]
+                ]
+                others = [
+                    by_generation(lm, q["prompt"], len(q["object"].split()))
+                    for q in plan["locality"]
+                ]
                 kept = [answer == before for answer, before in zip(others, clean)]
                 spilt = [
                     by_generation(lm, q["prompt"], len(plan["new_object"].split()))
@@ -586,7 +644,9 @@ def test_the_metrics_equal_editing_the_weights_and_generating_one_query_at_a_tim
             at, known = plan["query"], plan["known"]
             near = [k for k in range(len(done)) if k != at]
             sure = [kept[k] for k, q in enumerate(plan["locality"]) if q["known"]]
-            new = [answer == plan["new_object"] for answer in spilt] if row["op"] == "update" else []
+            new = (
+                [answer == plan["new_object"] for answer in spilt] if row["op"] == "update" else []
+            )
             expected = dict(
                 rel=done[at] if known[at] else np.nan,
                 rel_all=done[at],
@@ -620,7 +680,9 @@ def test_the_metrics_equal_editing_the_weights_and_generating_one_query_at_a_tim
 def test_every_fact_alone_gives_the_numbers_it_has_in_a_unit(planned):
     lm, _, plans, _ = planned
     together = edit_facts(lm, plans, ppl_max_tokens=7)
-    alone = pd.concat([edit_facts(lm, [plan], ppl_max_tokens=7) for plan in plans[:3]], ignore_index=True)
+    alone = pd.concat(
+        [edit_facts(lm, [plan], ppl_max_tokens=7) for plan in plans[:3]], ignore_index=True
+    )
     pd.testing.assert_frame_equal(
         together[together["fact"].isin(alone["fact"])].reset_index(drop=True), alone, rtol=1e-9
     )
@@ -630,7 +692,9 @@ def test_matched_neurons_are_as_active_and_outside_the_set(planned):
     lm, _, plans, _ = planned
     edit_facts(lm, plans, ops=["erase"])  # fills the matched sets in
     for plan in plans:
-        sets = {(e["neurons"], e["control"]): {tuple(pair) for pair in e["set"]} for e in plan["edits"]}
+        sets = {
+            (e["neurons"], e["control"]): {tuple(pair) for pair in e["set"]} for e in plan["edits"]
+        }
         own, matched = sets["local", "none"], sets["local", "matched"]
         assert not own & matched and sorted(a for a, _ in own) == sorted(a for a, _ in matched)
 
@@ -669,10 +733,13 @@ def test_what_cannot_be_measured_is_named_and_counted():
         and (empty["p_before"] == empty["p_after"]).all()
     )
     table = edit_table(
-        frame, pd.DataFrame(dict(fact=frame["fact"].unique(), class_static="I", class_otsu=None)), "tiny"
+        frame,
+        pd.DataFrame(dict(fact=frame["fact"].unique(), class_static="I", class_otsu=None)),
+        "tiny",
     )
     assert (
-        table[(table["class"] == "II")]["n"].eq(0).all() and table[table["class"] == "II"]["rel"].isna().all()
+        table[(table["class"] == "II")]["n"].eq(0).all()
+        and table[table["class"] == "II"]["rel"].isna().all()
     )
     assert table[table["op"] == "erasure"]["n_empty"].iloc[0] == 1
     with pytest.raises(ValueError, match="needs 5 entries an edit and the corpus has 1"):
@@ -687,7 +754,11 @@ def test_the_paper_s_values_stand_beside_ours_for_its_models_only(planned):
     lm, _, plans, _ = planned
     frame = edit_facts(lm, plans, ops=["erase"])
     classes = pd.DataFrame(
-        dict(fact=[p["fact"] for p in plans], class_static=["I", "II"] * 4, class_otsu=["II", "I"] * 4)
+        dict(
+            fact=[p["fact"] for p in plans],
+            class_static=["I", "II"] * 4,
+            class_otsu=["II", "I"] * 4,
+        )
     )
     own = edit_table(frame, classes, "demo/gpt2")
     paper = edit_table(frame, classes, "gpt2")
@@ -790,7 +861,7 @@ def test_the_cas_sweep_varies_one_setting_at_a_time():
 def test_wikitext_entries_are_paragraphs_of_enough_tokens():
     if not (SHARED / "wikitext-2" / "test.txt").is_file():
         pytest.skip("WikiText-2 is not here")
-    from qlutils.facts import (perplexity_texts)
+    from qlutils.facts import perplexity_texts
 
     texts = perplexity_texts(SHARED / "wikitext-2")
     lm = tiny_lm("gpt2")  # every word of another language is one token, <unk>
@@ -806,7 +877,9 @@ def teach(folder, facts, steps=60):
     encoded = [lm.encode(prompt, fact.object) for fact in facts for prompt in fact.prompts]
     longest = max(len(p) + len(a) for p, a in encoded)
     ids = torch.tensor([p + a + [0] * (longest - len(p) - len(a)) for p, a in encoded])
-    labels = torch.tensor([[-100] * len(p) + a + [-100] * (longest - len(p) - len(a)) for p, a in encoded])
+    labels = torch.tensor(
+        [[-100] * len(p) + a + [-100] * (longest - len(p) - len(a)) for p, a in encoded]
+    )
     for _ in range(steps):
         optimizer.zero_grad()
         lm.model(input_ids=ids, labels=labels).loss.backward()
@@ -814,16 +887,20 @@ def teach(folder, facts, steps=60):
     lm.model.save_pretrained(folder)
 
 
-# --- the notebooks ---------------------------------------------------------------------------------------
+# --- the notebooks --------------------------------------------------------------------------------
 @pytest.mark.parametrize("family", ["gpt2"])
-def test_notebooks_03_and_07_make_tables_2_and_3_from_their_own_edits(family, tmp_path, runs, monkeypatch):
+def test_notebooks_03_and_07_make_tables_2_and_3_from_their_own_edits(
+    family, tmp_path, runs, monkeypatch
+):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     words = ["lives", "rome", "oslo", "latin", "norse", "new", "york"]
     data = save_dataset(tmp_path / "data")
     model = save_checkpoint(tmp_path / "model", family, word_tokenizer(WORDS))
     teach(model, load_facts(data))
     corpus = tmp_path / "text.txt"
-    corpus.write_text("\n".join(" ".join(words[(i + j) % 7] for j in range(6 + i)) for i in range(5)) + "\n")
+    corpus.write_text(
+        "\n".join(" ".join(words[(i + j) % 7] for j in range(6 + i)) for i in range(5)) + "\n"
+    )
     shared = dict(
         model=model,
         data=data,
@@ -847,7 +924,10 @@ def test_notebooks_03_and_07_make_tables_2_and_3_from_their_own_edits(family, tm
         )
     results = next(Path(runs / "small" / "results").glob("*/ig"))
     for stem, saved, sets in (("table2", "edits", 2), ("table3", "cas_edits", 3)):
-        table, edits = pd.read_csv(results / f"{stem}.csv"), pd.read_parquet(results / f"{saved}.parquet")
+        table, edits = (
+            pd.read_csv(results / f"{stem}.csv"),
+            pd.read_parquet(results / f"{saved}.parquet"),
+        )
         assert all((results / f"{stem}.{kind}").is_file() for kind in ("md", "tex"))
         assert len(table) == 5 * 2 * sets * 2
         every = table[table["threshold"] == "all"].set_index(["op", "neurons"])
@@ -862,6 +942,8 @@ def test_notebooks_03_and_07_make_tables_2_and_3_from_their_own_edits(family, tm
                 assert row[metric] == pytest.approx(done[metric].mean(), rel=1e-9, nan_ok=True)
             assert row["dppl"] == pytest.approx(done["dppl"].median(), rel=1e-9, nan_ok=True)
             assert row["n_avg"] == done["avg"].notna().sum()
-        assert 0 < edits[edits["control"] == "none"]["rel"].mean() < 1 and edits["loc"].notna().any()
+        assert (
+            0 < edits[edits["control"] == "none"]["rel"].mean() < 1 and edits["loc"].notna().any()
+        )
     record = json.loads((results / "run.json").read_text())
     assert record["07_cas_editing"]["parameters"]["beta1"] == 0.7

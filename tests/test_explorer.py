@@ -1,4 +1,5 @@
-"""The explorer's functions against naive computations, and its page driven from code, on the bundled GPT-2."""
+"""The explorer's functions against naive computations, and its page driven from code, on the
+bundled GPT-2."""
 
 import json
 from dataclasses import replace
@@ -9,20 +10,48 @@ import pandas as pd
 import pytest
 import torch
 
-from qlutils import (attribute, knowledge_neurons, load_facts)
+from qlutils import attribute, knowledge_neurons, load_facts
+from qlutils.change.scaling import answer_probability, scale_neurons
+from qlutils.change.synapses import Row, above_threshold, column_scores, run_rows
+from qlutils.experiments.localize import localise
 from qlutils.explorer import fact as explorer
+from qlutils.explorer.fact import (
+    agreement,
+    as_code,
+    attention_received,
+    change,
+    choose_neurons,
+    control_facts,
+    explore,
+    facts_using,
+    kn_map,
+    kn_table,
+    look,
+    neuron_activations,
+    neuron_tokens,
+    overlap_figure,
+    parse_neurons,
+    predictions,
+    saved_queries,
+    typed_fact,
+)
+from qlutils.explorer.page import (
+    Page,
+    agreement_html,
+    effects_html,
+    neuron_html,
+    png,
+    prompts_html,
+    table_html,
+    tokens_html,
+)
+from qlutils.facts import Fact
+from qlutils.model.passes import attention_implementation
+from qlutils.neurons.sets import cas_candidates, cas_neurons, consistency, neighbour_sets
+from qlutils.paths import NOTEBOOKS
 from qlutils.study import store
-from qlutils.facts import (Fact)
-from qlutils.study.execute import (execute, kernel_environment)
-from qlutils.explorer.fact import (agreement, as_code, attention_received, change, choose_neurons, control_facts, explore, facts_using, kn_map, kn_table, look, neuron_activations, neuron_tokens, overlap_figure, parse_neurons, predictions, saved_queries, typed_fact)
-from qlutils.explorer.page import (Page, agreement_html, effects_html, neuron_html, png, prompts_html, table_html, tokens_html)
-from qlutils.change.scaling import (answer_probability, scale_neurons)
-from qlutils.experiments.localize import (localise)
-from qlutils.neurons.sets import (cas_candidates, cas_neurons, consistency, neighbour_sets)
-from qlutils.paths import (NOTEBOOKS)
-from qlutils.model.passes import (attention_implementation)
-from qlutils.study.notebook import (Study)
-from qlutils.change.synapses import (Row, above_threshold, column_scores, run_rows)
+from qlutils.study.execute import execute, kernel_environment
+from qlutils.study.notebook import Study
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 
@@ -69,13 +98,19 @@ def weights(lm):
     return {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
 
 
-# --- what a prompt shows ---------------------------------------------------------------------------------
+# --- what a prompt shows --------------------------------------------------------------------------
+
 
 def test_answers_have_the_probability_rank_and_runners_up_of_a_plain_forward_pass(lm, fact):
-    prompts, answer = [*fact.prompts, "Lausanne has signed a town twinning agreement with"], fact.object
-    for row, prompt in zip(predictions(lm, prompts, answer, top=3).itertuples(), prompts, strict=True):
+    prompts, answer = (
+        [*fact.prompts, "Lausanne has signed a town twinning agreement with"],
+        fact.object,
+    )
+    for row, prompt in zip(
+        predictions(lm, prompts, answer, top=3).itertuples(), prompts, strict=True
+    ):
         ids, target = lm.encode(prompt, answer)
-        p = torch.softmax(logits(lm, ids + target), -1)[len(ids) - 1:-1]
+        p = torch.softmax(logits(lm, ids + target), -1)[len(ids) - 1 : -1]
         at = p[range(len(target)), target]
         order = p[0].argsort(descending=True).tolist()
         assert row.probability == pytest.approx(float(at.prod()), rel=1e-4)
@@ -83,19 +118,24 @@ def test_answers_have_the_probability_rank_and_runners_up_of_a_plain_forward_pas
         assert row.rank == order.index(target[0]) + 1
         others = [i for i in order if i != target[0]][:3]
         assert [token for token, _ in row.runners_up] == [lm.tokenizer.decode([i]) for i in others]
-        assert [q for _, q in row.runners_up] == pytest.approx([float(p[0, i]) for i in others], rel=1e-4)
+        assert [q for _, q in row.runners_up] == pytest.approx(
+            [float(p[0, i]) for i in others], rel=1e-4
+        )
 
 
 def test_attention_received_is_the_mean_column_of_the_models_own_attention(lm, fact):
     tokens, shares = attention_received(lm, fact.prompts[0])
     ids = lm.encode_prompt(fact.prompts[0])
     with torch.no_grad(), attention_implementation(lm.model, "eager"):
-        own = torch.stack(lm.model(input_ids=torch.tensor([ids]), output_attentions=True).attentions)
+        own = torch.stack(
+            lm.model(input_ids=torch.tensor([ids]), output_attentions=True).attentions
+        )
     assert "".join(tokens) == fact.prompts[0] and shares.sum() == pytest.approx(1)
     np.testing.assert_allclose(shares, own.mean((0, 1, 2, 3)), rtol=1e-4)
 
 
-# --- neurons ---------------------------------------------------------------------------------------------
+# --- neurons --------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("t", [0.05, 0.2, 0.55])
 def test_sets_at_any_threshold_come_from_stored_scores_and_equal_those_of_the_dense_ones(view, t):
@@ -106,15 +146,24 @@ def test_sets_at_any_threshold_come_from_stored_scores_and_equal_those_of_the_de
     for name, want in neighbour_sets(sets, 1).items():
         assert choose_neurons(view, t, name, prompt=1) == want
     shown, want = agreement(view, t), consistency(sets)
-    assert (shown["cs1"], shown["cs2"], shown["sizes"]) == (want.cs1, want.cs2, [len(s) for s in sets])
+    assert (shown["cs1"], shown["cs2"], shown["sizes"]) == (
+        want.cs1,
+        want.cs2,
+        [len(s) for s in sets],
+    )
     table = kn_table(view, t)
     assert {(l, n): p for l, n, p in zip(table["layer"], table["neuron"], table["prompts"])} == {
-        neuron: " ".join(f"q{i}" for i in range(3) if neuron in sets[i]) for neuron in set().union(*sets)}
+        neuron: " ".join(f"q{i}" for i in range(3) if neuron in sets[i])
+        for neuron in set().union(*sets)
+    }
     assert table["n"].is_monotonic_decreasing
     top = scores.flatten(1).amax(1)
     for row in table.head(5).itertuples():
-        want = max(float(scores[i, row.layer, row.neuron] / top[i])
-                   for i in range(3) if (row.layer, row.neuron) in sets[i])
+        want = max(
+            float(scores[i, row.layer, row.neuron] / top[i])
+            for i in range(3)
+            if (row.layer, row.neuron) in sets[i]
+        )
         assert row.score == pytest.approx(want, rel=1e-5)
 
 
@@ -124,8 +173,11 @@ def test_overlap_bars_count_each_neuron_in_exactly_one_combination_of_prompts(vi
     assert sum(patch.get_height() for patch in bars.patches) == len(set().union(*sets))
     assert max(patch.get_height() for patch in bars.patches) == max(
         len({n for n in set().union(*sets) if {i for i in range(3) if n in sets[i]} == who})
-        for who in ({0}, {1}, {2}, {0, 1}, {0, 2}, {1, 2}, {0, 1, 2}))
-    assert [label.get_text() for label in dots.get_yticklabels()] == [f"q{i}: {len(s)} KNs" for i, s in enumerate(sets)]
+        for who in ({0}, {1}, {2}, {0, 1}, {0, 2}, {1, 2}, {0, 1, 2})
+    )
+    assert [label.get_text() for label in dots.get_yticklabels()] == [
+        f"q{i}: {len(s)} KNs" for i, s in enumerate(sets)
+    ]
 
 
 def test_the_map_has_a_dot_for_every_knowledge_neuron_and_rings_the_chosen_one(view):
@@ -140,7 +192,9 @@ def test_a_neurons_tokens_are_ordered_by_the_product_of_its_value_vector_and_the
     shown, order = neuron_tokens(lm, (3, 41), top=5), score.argsort(descending=True)
     assert shown["promotes"].tolist() == [lm.tokenizer.decode([i]) for i in order[:5]]
     assert shown["suppresses"].tolist() == [lm.tokenizer.decode([i]) for i in order.flip(0)[:5]]
-    np.testing.assert_allclose(shown["suppresses_score"], score[order.flip(0)[:5]].detach(), rtol=1e-4)
+    np.testing.assert_allclose(
+        shown["suppresses_score"], score[order.flip(0)[:5]].detach(), rtol=1e-4
+    )
 
 
 def test_a_neurons_page_has_its_activation_at_the_last_token_of_each_prompt(view):
@@ -156,9 +210,18 @@ def test_a_neurons_page_has_its_activation_at_the_last_token_of_each_prompt(view
 
 
 def test_other_facts_that_use_a_neuron_are_counted_over_their_prompts():
-    rows = [("a", [1, 2], [1.0, 0.1]), ("a", [1, 2], [1.0, 0.5]), ("b", [1, 2], [0.1, 1.0]), ("c", [1], [1.0])]
+    rows = [
+        ("a", [1, 2], [1.0, 0.1]),
+        ("a", [1, 2], [1.0, 0.5]),
+        ("b", [1, 2], [0.1, 1.0]),
+        ("c", [1], [1.0]),
+    ]
     saved = pd.DataFrame([dict(fact=f, layer=[0] * len(n), neuron=n, score=s) for f, n, s in rows])
-    assert facts_using(saved, (0, 2), 0.2).to_dict("list") == {"fact": ["a", "b"], "n": [1, 1], "of": [2, 1]}
+    assert facts_using(saved, (0, 2), 0.2).to_dict("list") == {
+        "fact": ["a", "b"],
+        "n": [1, 1],
+        "of": [2, 1],
+    }
     assert facts_using(saved, (0, 1), 0.2, but="a")["fact"].tolist() == ["c"]
     assert facts_using(None, (0, 1), 0.2).empty
 
@@ -166,19 +229,29 @@ def test_other_facts_that_use_a_neuron_are_counted_over_their_prompts():
 def test_a_fact_without_knowledge_neurons_is_drawn_empty(view):
     nothing = [np.zeros(0)] * 3
     empty = replace(view, frame=view.frame.assign(layer=nothing, neuron=nothing, score=nothing))
-    assert png(kn_map(empty, 0.2)) and png(overlap_figure(empty, 0.2)) and kn_table(empty, 0.2).empty
+    assert (
+        png(kn_map(empty, 0.2)) and png(overlap_figure(empty, 0.2)) and kn_table(empty, 0.2).empty
+    )
     assert np.isnan(agreement(empty, 0.2)["cs1"]) and choose_neurons(empty, 0.2, "union") == set()
     assert neuron_activations(empty, (0, 0), 0.2)["share"].tolist() == [0, 0, 0]
 
 
-# --- cached results --------------------------------------------------------------------------------------
+# --- cached results -------------------------------------------------------------------------------
 
-def test_scores_of_a_run_are_read_instead_of_computed_unless_the_prompts_differ(runs, lm, monkeypatch):
-    study = Study("01_localize", model="demo/gpt2", method="ig", relations=["P36"], facts_per_relation=1)
+
+def test_scores_of_a_run_are_read_instead_of_computed_unless_the_prompts_differ(
+    runs, lm, monkeypatch
+):
+    study = Study(
+        "01_localize", model="demo/gpt2", method="ig", relations=["P36"], facts_per_relation=1
+    )
     localise(study)
     [fact] = study.facts()
     saved = saved_queries("demo/gpt2", "ig")
-    assert saved_queries("demo/gpt2", "sig") is None and saved_queries("demo/gpt2", "ig", steps=10) is None
+    assert (
+        saved_queries("demo/gpt2", "sig") is None
+        and saved_queries("demo/gpt2", "ig", steps=10) is None
+    )
     fresh = look(lm, fact, "ig")
     monkeypatch.setattr(explorer, "localise_unit", lambda *_, **__: pytest.fail("computed"))
     read = look(lm, fact, "ig", saved)
@@ -188,9 +261,12 @@ def test_scores_of_a_run_are_read_instead_of_computed_unless_the_prompts_differ(
         look(lm, replace(fact, prompts=fact.prompts[:2]), "ig", saved)
 
 
-# --- changes ---------------------------------------------------------------------------------------------
+# --- changes --------------------------------------------------------------------------------------
 
-def test_controls_share_neither_subject_nor_object_and_one_is_of_the_same_relation(lm, facts, fact, controls):
+
+def test_controls_share_neither_subject_nor_object_and_one_is_of_the_same_relation(
+    lm, facts, fact, controls
+):
     assert [name for name, _ in controls] == ["same relation", "other relation"]
     (_, same), (_, other) = controls
     assert same.relation == fact.relation != other.relation
@@ -208,9 +284,12 @@ def test_suppression_is_a_hook_that_zeroes_the_neurons_at_the_last_prompt_token(
             x = inputs[0].clone()
             x[0, -1, [n for l, n in neurons if l == layer]] = 0
             return (x,)
+
         return hook
 
-    handles = [down.register_forward_pre_hook(zero(layer)) for layer, down in enumerate(view.lm.downs)]
+    handles = [
+        down.register_forward_pre_hook(zero(layer)) for layer, down in enumerate(view.lm.downs)
+    ]
     for row in result.itertuples():
         ids, target = view.lm.encode(row.prompt, row.answer)
         if len(target) == 1:
@@ -218,7 +297,13 @@ def test_suppression_is_a_hook_that_zeroes_the_neurons_at_the_last_prompt_token(
             assert row.after == pytest.approx(float(p[target[0]]), rel=1e-3)
             assert row.top_after == view.lm.tokenizer.decode([int(p.argmax())])
     [handle.remove() for handle in handles]
-    assert result["role"].tolist() == ["q0", "q1", "q2", "control: same relation", "control: other relation"]
+    assert result["role"].tolist() == [
+        "q0",
+        "q1",
+        "q2",
+        "control: same relation",
+        "control: other relation",
+    ]
     assert result["after"][0] < result["before"][0]
     assert change(view, set(), "suppress")["change"].tolist() == [0, 0, 0]
 
@@ -229,7 +314,10 @@ def test_synapses_of_one_prompt_are_scaled_in_all_and_combine_with_neurons(view,
     columns = above_threshold(*column_scores(lm, [ids])[0], 0.3)
     want = run_rows(lm, [Row(ids, target, columns, 0.0)])[0, 0]
     alone = change(view, set(), "none", synapses=0.0, prompt=1)
-    assert alone["after"][1] == pytest.approx(want, rel=1e-3) and alone["after"][1] != alone["before"][1]
+    assert (
+        alone["after"][1] == pytest.approx(want, rel=1e-3)
+        and alone["after"][1] != alone["before"][1]
+    )
     neurons = choose_neurons(view, 0.2, "self", 1)
     both = change(view, neurons, "suppress", synapses=0.0, prompt=1)
     assert both["after"][1] != alone["after"][1]
@@ -238,17 +326,26 @@ def test_synapses_of_one_prompt_are_scaled_in_all_and_combine_with_neurons(view,
 
 def test_an_update_moves_probability_from_the_old_answer_to_the_new(view):
     result = change(view, choose_neurons(view, 0.2, "union"), "update", new="Madrid")
-    assert (result["new_after"] > result["new_before"]).any() and (result["after"] < result["before"]).any()
+    assert (result["new_after"] > result["new_before"]).any() and (
+        result["after"] < result["before"]
+    ).any()
 
 
 @pytest.mark.parametrize("action", explorer.ACTIONS)
-def test_weights_are_bit_identical_after_every_change_and_after_one_that_fails(view, action, monkeypatch):
+def test_weights_are_bit_identical_after_every_change_and_after_one_that_fails(
+    view, action, monkeypatch
+):
     before, neurons = weights(view.lm), choose_neurons(view, 0.2, "union")
     change(view, neurons, action, new="Madrid", synapses=2.0)
     calls = []
 
     def fails_inside_the_change(*_):  # the first three calls measure what is before it
-        calls.append({name: not torch.equal(before[name], now) for name, now in view.lm.model.state_dict().items()})
+        calls.append(
+            {
+                name: not torch.equal(before[name], now)
+                for name, now in view.lm.model.state_dict().items()
+            }
+        )
         return torch.ones(2) if len(calls) <= 3 else 1 / 0
 
     monkeypatch.setattr(explorer, "next_token", fails_inside_the_change)
@@ -258,12 +355,20 @@ def test_weights_are_bit_identical_after_every_change_and_after_one_that_fails(v
     monkeypatch.undo()
     after = view.lm.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert not view.lm.__dict__.get("scales") and change(view, set(), "none")["change"].abs().max() == 0
+    assert (
+        not view.lm.__dict__.get("scales")
+        and change(view, set(), "none")["change"].abs().max() == 0
+    )
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(action="burn"), "action 'burn'"), (dict(action="update"), "needs a new answer"),
-    (dict(action="suppress", neurons={(99, 0)}), "outside demo/gpt2")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(action="burn"), "action 'burn'"),
+        (dict(action="update"), "needs a new answer"),
+        (dict(action="suppress", neurons={(99, 0)}), "outside demo/gpt2"),
+    ],
+)
 def test_an_unusable_change_is_named(view, options, message):
     with pytest.raises(ValueError, match=message):
         change(view, options.pop("neurons", set()), **options)
@@ -290,12 +395,20 @@ def test_typed_prompts_make_a_fact_and_a_single_one_has_no_agreement(lm):
         typed_fact("France chose", " ")
 
 
-# --- copy as code ----------------------------------------------------------------------------------------
+# --- copy as code ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("options", [
-    dict(which="self", action="suppress", prompt=1), dict(which="intersection", action="enhance", synapses=0.0),
-    dict(which="cas", action="erase"), dict(which="picked", picked="0:3, 2:10", action="update", new="Madrid"),
-    dict(which="refine", action="none", synapses=2.0)], ids=lambda o: f"{o['which']}-{o['action']}")
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(which="self", action="suppress", prompt=1),
+        dict(which="intersection", action="enhance", synapses=0.0),
+        dict(which="cas", action="erase"),
+        dict(which="picked", picked="0:3, 2:10", action="update", new="Madrid"),
+        dict(which="refine", action="none", synapses=2.0),
+    ],
+    ids=lambda o: f"{o['which']}-{o['action']}",
+)
 def test_the_copied_code_computes_the_numbers_shown(view, controls, options, monkeypatch):
     monkeypatch.setattr("qlutils.load_model", {"demo/gpt2": view.lm}.__getitem__, raising=False)
     which, action = options["which"], options["action"]
@@ -313,28 +426,43 @@ def test_the_copied_code_computes_the_numbers_shown(view, controls, options, mon
 
 def test_quotes_and_newlines_in_text_cannot_break_out_of_the_copied_code(view):
     evil = '"""\nraise SystemExit  # \\ \' {0}'
-    code = as_code(replace(view, fact=Fact("typed", "s", evil, (evil,))), 0.2, action="update", new=evil)
+    code = as_code(
+        replace(view, fact=Fact("typed", "s", evil, (evil,))), 0.2, action="update", new=evil
+    )
     compile(code, "copied", "exec")
     assert not any(line.startswith("raise") for line in code.splitlines())
 
 
-# --- HTML ------------------------------------------------------------------------------------------------
+# --- HTML -----------------------------------------------------------------------------------------
+
 
 def test_no_text_from_outside_becomes_markup(lm):
     fact = typed_fact(f"{EVIL} lives in\nThe city of {EVIL} is", f"Paris {EVIL}")
     view = look(lm, fact, steps=2)
-    result = change(view, {(0, 1)}, "update", [("same <b>", Fact("r", "s", EVIL, (f"{EVIL} is", "x y")))], new=EVIL)
+    result = change(
+        view,
+        {(0, 1)},
+        "update",
+        [("same <b>", Fact("r", "s", EVIL, (f"{EVIL} is", "x y")))],
+        new=EVIL,
+    )
     saved = view.frame.assign(fact=f"r|{EVIL}|o")
     neuron = next(iter(view.sets(0.2)[0]))
-    pieces = [prompts_html(view), effects_html(result, EVIL), neuron_html(view, neuron, 0.05, saved),
-              tokens_html([EVIL], None), tokens_html([EVIL], np.ones(1)),
-              table_html([EVIL], [], EVIL)]
+    pieces = [
+        prompts_html(view),
+        effects_html(result, EVIL),
+        neuron_html(view, neuron, 0.05, saved),
+        tokens_html([EVIL], None),
+        tokens_html([EVIL], np.ones(1)),
+        table_html([EVIL], [], EVIL),
+    ]
     for piece in pieces:
         assert "<script" not in piece and "<img" not in piece and "same <b>" not in piece
     assert all("&lt;script" in piece for piece in (pieces[1], *pieces[3:]))
 
 
-# --- the page --------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
+
 
 def test_sliding_selects_among_scores_without_computing_any(page, monkeypatch):
     for name in ("localise_unit", "look", "predictions", "neuron_vectors", "attention_received"):
@@ -365,10 +493,15 @@ def test_buttons_show_before_and_after_beside_controls_and_leave_the_weights(pag
         page.page_effects.value = ""
         button.click()
         assert "control: same relation" in page.page_effects.value, page.status.value
-        assert ("choose above" in page.page_effects.value) == (action == "none")  # synapses are left alone, too
+        assert ("choose above" in page.page_effects.value) == (
+            action == "none"
+        )  # synapses are left alone, too
         assert page.effects["role"].str.startswith("control").sum() == 2
         assert ("edit_weights" in page.code.value) == (action in ("erase", "update"))
-    assert all(torch.equal(before[name], tensor) for name, tensor in page.view.lm.model.state_dict().items())
+    assert all(
+        torch.equal(before[name], tensor)
+        for name, tensor in page.view.lm.model.state_dict().items()
+    )
 
 
 def test_a_neuron_can_be_picked_and_changed(page):
@@ -396,8 +529,12 @@ def test_only_stock_widgets_are_used(page):
 def test_the_script_is_that_of_the_controls_and_the_button_pressed_last(page):
     page.buttons["enhance"].click()
     page.t.value, page.which.value, page.prompt.value, page.synapses.value = 0.3, "union", 2, 0.0
-    for line in ("t=0.3)", "neighbour_sets(sets, 2)['union']",
-                 "with scale_synapses(lm, find_synapses(lm, prompts[2]), 0.0), scale_neurons(lm, neurons, 2.0):"):
+    for line in (
+        "t=0.3)",
+        "neighbour_sets(sets, 2)['union']",
+        "with scale_synapses(lm, find_synapses(lm, prompts[2]), 0.0), scale_neurons(lm, neurons, "
+        "2.0):",
+    ):
         assert line in page.code.value
 
 
@@ -413,7 +550,10 @@ def test_a_new_facts_page_begins_with_its_most_shared_neuron(page):
 def test_typed_prompts_replace_the_fact(page):
     page.source.value = "typed"
     assert page.of_data.layout.display == "none" and page.of_user.layout.display != "none"
-    page.prompts.value, page.answer.value = "The capital of Spain is\nFor its capital, Spain chose", "Madrid"
+    page.prompts.value, page.answer.value = (
+        "The capital of Spain is\nFor its capital, Spain chose",
+        "Madrid",
+    )
     page.run.click()
     page.buttons["suppress"].click()
     assert page.effects["role"].tolist() == ["q0", "q1", "control: other relation"]
@@ -421,7 +561,11 @@ def test_typed_prompts_replace_the_fact(page):
 
 def test_problems_are_a_line_in_place_and_the_page_goes_on(page, capsys):
     def said(word):
-        assert word in page.status.value and "b00020" in page.status.value and "Traceback" not in page.status.value
+        assert (
+            word in page.status.value
+            and "b00020" in page.status.value
+            and "Traceback" not in page.status.value
+        )
 
     page.model.value = "demo/none<b>"
     page.run.click()
@@ -443,7 +587,11 @@ def test_problems_are_a_line_in_place_and_the_page_goes_on(page, capsys):
     said("new answer")
     page.run.click()
     page.buttons["enhance"].click()
-    assert "computed now" in page.status.value and "Enhanced" in page.page_effects.value and not page.run.disabled
+    assert (
+        "computed now" in page.status.value
+        and "Enhanced" in page.page_effects.value
+        and not page.run.disabled
+    )
     assert capsys.readouterr().err == ""
 
 
@@ -470,4 +618,6 @@ def test_the_notebook_draws_a_fixed_example_under_papermill(runs, tmp_path):
     data = [out.get("data", {}) for out in outputs]
     assert sum("image/png" in one for one in data) == 2 and "widget-view" not in json.dumps(data)
     assert any("control: other relation" in one.get("text/html", "") for one in data)
-    assert all("Australia" in one["text/html"] for one in data if "runners-up" in one.get("text/html", ""))
+    assert all(
+        "Australia" in one["text/html"] for one in data if "runners-up" in one.get("text/html", "")
+    )

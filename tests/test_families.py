@@ -12,18 +12,18 @@ import transformers
 from families import MORE, REFUSED, SUPPORTED
 from test_attribution import Naive, keeping_float64
 from test_readme import README, table
-from tiny import CACHE, VOCABULARY, Family, spec_of, tiny_model, word_tokenizer
+from tiny import CACHE, Family, tiny_model, word_tokenizer
 
-from qlutils import (attribute, edit_weights, scale_neurons, scale_synapses)
+from qlutils import edit_weights, scale_neurons, scale_synapses
+from qlutils.attribution.attribute import Spec, attribute_encoded
+from qlutils.attribution.quadrature import quadrature
 from qlutils.change import synapses
-from qlutils.model.architecture import (UnsupportedModel)
-from qlutils.attribution.attribute import (Spec, attribute_encoded)
-from qlutils.change.editing import (virtual_edit)
-from qlutils.change.scaling import (scaled_answer_probabilities)
-from qlutils.experiments.query_kn_mapping import (scale_kns)
-from qlutils.model.language_model import (LanguageModel)
-from qlutils.attribution.quadrature import (quadrature)
-from qlutils.change.rows import (score_rows)
+from qlutils.change.editing import virtual_edit
+from qlutils.change.rows import score_rows
+from qlutils.change.scaling import scaled_answer_probabilities
+from qlutils.experiments.query_kn_mapping import scale_kns
+from qlutils.model.architecture import UnsupportedModel
+from qlutils.model.language_model import LanguageModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

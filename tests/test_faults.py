@@ -1,4 +1,5 @@
-"""Faults on purpose: of the disk at every step, of files, of memory, of numbers, of workers. See FAULTS.md."""
+"""Faults on purpose: of the disk at every step, of files, of memory, of numbers, of workers. See
+FAULTS.md."""
 
 import errno
 import os
@@ -21,19 +22,17 @@ from test_store import UNITS, fake_model, lock_of, numbers, run, signed, unit_fi
 from test_synapses import make
 from tiny import tiny_lm, trusted
 
-from qlutils.attribution import attribute as attribution
+from qlutils import files, paths
+from qlutils.change import synapses
 from qlutils.experiments import kn_modification as edit_study
-from qlutils import files
 from qlutils.experiments import localize
 from qlutils.experiments import query_kn_mapping as mapping
-from qlutils import paths
+from qlutils.run import main
 from qlutils.study import store
-from qlutils.change import synapses
-from qlutils.run import (main)
-from qlutils.study.notebook import (Study, read_record)
+from qlutils.study.notebook import Study, read_record
 
 
-# -- a small run that leaves every kind of result -----------------------------------------------------------
+# -- a small run that leaves every kind of result --------------------------------------------------
 @pytest.fixture
 def small(runs, tmp_path, monkeypatch):
     """Makes the run; `small.kept()` are its results, whole files that anyone could read."""
@@ -44,7 +43,9 @@ def small(runs, tmp_path, monkeypatch):
 
     def make_run(root=runs):
         paths.RUNS = root
-        study = Study("01_localize", model=str(folder), method="ig", relations=["P36"], facts_per_relation=1)
+        study = Study(
+            "01_localize", model=str(folder), method="ig", relations=["P36"], facts_per_relation=1
+        )
         frame = study.run(numbers, UNITS[:3], desc="small")
         study.save(frame, "queries")
         study.table(frame[["name", "count"]], "table1")
@@ -52,13 +53,16 @@ def small(runs, tmp_path, monkeypatch):
         return study, study._work["small"]["computed"]
 
     make_run.kept = lambda root=runs: {
-        str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*"))
-        if path.is_file() and not path.name.startswith(".") and path.name != "run.json"}
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and not path.name.startswith(".") and path.name != "run.json"
+    }
     yield make_run
 
 
 def in_a_child(work):
-    """Its process number; it ends with status 0, or 1 if `work` fails, and never comes back here."""
+    """Its process number; it ends with status 0, or 1 if `work` fails, and never comes back
+    here."""
     pid = os.fork()
     if pid:
         return pid
@@ -70,8 +74,9 @@ def in_a_child(work):
 
 
 class Disk:
-    """Counts what is asked of the disk; from step `at` on (or at that step alone) it fails with `error`, after half
-    of what is to be written. With `kill` the process is killed there instead."""
+    """Counts what is asked of the disk; from step `at` on (or at that step alone) it fails with
+    `error`, after half of what is to be written. With `kill` the process is killed there
+    instead."""
 
     def __init__(self, patch, at, error=errno.ENOSPC, once=False, kill=False):
         self.at, self.error, self.once, self.kill, self.steps = at, error, once, kill, 0
@@ -92,6 +97,7 @@ class Disk:
         def wrapped(*args, **kwargs):
             self.step()
             return call(*args, **kwargs)
+
         return wrapped
 
     def open(self, path, mode="r", **options):
@@ -110,21 +116,30 @@ class Disk:
                 stream.close()
 
             def write(self, data):
-                disk.step(lambda: (stream.write(data[:len(data) // 2]), stream.flush()))
+                disk.step(lambda: (stream.write(data[: len(data) // 2]), stream.flush()))
                 return stream.write(data)
 
         return Stream()
 
 
-@pytest.mark.parametrize("kind", ["full from then on", "full for a moment", "read-only from then on"])
-def test_whichever_write_fails_the_folder_is_named_and_a_later_run_gives_the_same_bytes(small, runs, monkeypatch, kind):
+@pytest.mark.parametrize(
+    "kind", ["full from then on", "full for a moment", "read-only from then on"]
+)
+def test_whichever_write_fails_the_folder_is_named_and_a_later_run_gives_the_same_bytes(
+    small, runs, monkeypatch, kind
+):
     small()
     clean, at, failed = small.kept(), 0, 0
     while True:
         at += 1
         shutil.rmtree(runs)
         with monkeypatch.context() as patch:
-            disk = Disk(patch, at, errno.EROFS if "read-only" in kind else errno.ENOSPC, once="moment" in kind)
+            disk = Disk(
+                patch,
+                at,
+                errno.EROFS if "read-only" in kind else errno.ENOSPC,
+                once="moment" in kind,
+            )
             try:
                 small()
             except files.StoreError as error:
@@ -132,7 +147,9 @@ def test_whichever_write_fails_the_folder_is_named_and_a_later_run_gives_the_sam
                 said = "Read-only file system" if "read-only" in kind else "No space left on device"
                 assert said in str(error) and str(runs) in str(error), (at, error)
             else:
-                assert disk.steps < at or kind != "full from then on", f"step {at} failed and nobody heard of it"
+                assert disk.steps < at or kind != "full from then on", (
+                    f"step {at} failed and nobody heard of it"
+                )
         partial = small.kept()
         assert partial.items() <= clean.items(), f"step {at} left something half-written"
         done = sum("/units/" in name for name in partial)
@@ -167,7 +184,9 @@ def little_disk(tmp_path):
     """A disk of 256 kB; skipped where nothing can be mounted."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True
+    )
     if done.returncode:
         pytest.skip("no disk can be mounted here")
     yield folder
@@ -196,7 +215,9 @@ def test_a_disk_that_is_really_full_is_named_by_run_and_driver(small, runs, litt
         while True:
             stream.write(b"x" * 512)
     assert main(["--models", "demo/gpt2", "--relations", "P36", "--output", "other"]) == 2
-    assert re.search(rf"run_all.sh: cannot write results to {root}.*No space left", capsys.readouterr().err)
+    assert re.search(
+        rf"run_all.sh: cannot write results to {root}.*No space left", capsys.readouterr().err
+    )
     filler.unlink()
     small(root)
     assert small.kept(root) == clean
@@ -220,12 +241,12 @@ def test_a_file_system_without_locks_is_named(small, runs, monkeypatch):
     assert str(runs) in str(caught.value)
 
 
-# -- damaged and foreign files ------------------------------------------------------------------------------
+# -- damaged and foreign files ---------------------------------------------------------------------
 def damaged(data, step):
     """`data` with one bit flipped, at every `step`-th byte, and cut short."""
     rng = random.Random(0)
     for at in range(0, len(data), step):
-        yield data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1:]
+        yield data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
     yield from (data[:size] for size in (0, 1, len(data) // 2, len(data) - 2))
 
 
@@ -234,7 +255,10 @@ def test_no_damage_to_a_saved_frame_is_read_as_a_result(small):
     path = study.results / "queries.parquet"
     for bad in damaged(path.read_bytes(), 60):
         path.write_bytes(bad)
-        with pytest.warns(UserWarning, match="queries.parquet is not read"), pytest.raises(ValueError, match="usable"):
+        with (
+            pytest.warns(UserWarning, match="queries.parquet is not read"),
+            pytest.raises(ValueError, match="usable"),
+        ):
             study.load("queries")
     small()
     assert len(study.load("queries")) == 6
@@ -261,7 +285,7 @@ def test_no_damage_to_a_record_is_read_as_a_record(small):
 
 
 def test_no_damage_to_a_stamp_or_to_what_it_vouches_for_goes_unnoticed(tmp_path, capsys):
-    from qlutils.run import (_is_done, _stamp)
+    from qlutils.run import _is_done, _stamp
 
     notebooks = tmp_path / "notebooks"
     names = ["notebooks/01.ipynb", "results/table1.csv", "results/fig1.png"]
@@ -269,12 +293,21 @@ def test_no_damage_to_a_stamp_or_to_what_it_vouches_for_goes_unnoticed(tmp_path,
     for name, content in contents.items():
         files.write_bytes(tmp_path / name, content)
     inputs = {"parameters": {"t": 0.2}, "code": {"results": 1}}
-    files.write_json(notebooks / "01.json", files.sealed({
-        "inputs": files.sha256(inputs), "made_from": inputs,
-        "outputs": {name: files.sha256(content) for name, content in contents.items()}}))
+    files.write_json(
+        notebooks / "01.json",
+        files.sealed(
+            {
+                "inputs": files.sha256(inputs),
+                "made_from": inputs,
+                "outputs": {name: files.sha256(content) for name, content in contents.items()},
+            }
+        ),
+    )
     stamp = (notebooks / "01.json").read_bytes()
     good = _stamp(tmp_path, "01")
-    assert _is_done(good, inputs, tmp_path) and not _is_done(good, {**inputs, "code": {"results": 0}}, tmp_path)
+    assert _is_done(good, inputs, tmp_path) and not _is_done(
+        good, {**inputs, "code": {"results": 0}}, tmp_path
+    )
     assert _stamp(tmp_path, "02") == {} and capsys.readouterr().err == ""
     for bad in damaged(stamp, 3):
         (notebooks / "01.json").write_bytes(bad)
@@ -283,9 +316,15 @@ def test_no_damage_to_a_stamp_or_to_what_it_vouches_for_goes_unnoticed(tmp_path,
     for name in names:
         for bad in damaged(contents[name], 10):
             (tmp_path / name).write_bytes(bad)
-            assert not _is_done(good, inputs, tmp_path) and f"{name} is gone or was changed" in capsys.readouterr().err
+            assert (
+                not _is_done(good, inputs, tmp_path)
+                and f"{name} is gone or was changed" in capsys.readouterr().err
+            )
         (tmp_path / name).unlink()
-        assert not _is_done(good, inputs, tmp_path) and f"{name} is gone or was changed" in capsys.readouterr().err
+        assert (
+            not _is_done(good, inputs, tmp_path)
+            and f"{name} is gone or was changed" in capsys.readouterr().err
+        )
         (tmp_path / name).write_bytes(contents[name])
     assert _is_done(good, inputs, tmp_path)
 
@@ -301,9 +340,13 @@ def test_a_frame_of_an_older_code_version_is_refused_by_that_name(small, monkeyp
     study.load("queries")
 
 
-# -- two at once --------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("pause, held", [(1.2, True), (0.4, False)], ids=["refused", "let in and finds it done"])
-def test_of_two_runs_started_at_once_the_second_is_refused_or_finds_the_work_done(tmp_path, monkeypatch, pause, held):
+# -- two at once -----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "pause, held", [(1.2, True), (0.4, False)], ids=["refused", "let in and finds it done"]
+)
+def test_of_two_runs_started_at_once_the_second_is_refused_or_finds_the_work_done(
+    tmp_path, monkeypatch, pause, held
+):
     monkeypatch.setattr(store, "cached_model", lambda *_: fake_model())
     config = dict(log=str(tmp_path / "log"), pause=pause)
     first = in_a_child(lambda: run(tmp_path, signed, config))
@@ -325,12 +368,21 @@ def test_a_lock_of_a_dead_process_whose_number_another_one_has_now_is_free(tmp_p
     left = tmp_path / "units" / f".x.parquet.{files.socket.gethostname()}.{os.getppid()}.tmp"
     left.write_text("half")
     assert run(tmp_path)[1]["computed"] == 4
-    assert sorted(unit_files(tmp_path)) == sorted(path.name for path in (tmp_path / "units").iterdir() if path != left)
+    assert sorted(unit_files(tmp_path)) == sorted(
+        path.name for path in (tmp_path / "units").iterdir() if path != left
+    )
 
 
-# -- memory -------------------------------------------------------------------------------------------------
-FACTS = [dict(relation="P1", subject=f"s{i}", object=f"{i + 30} {i + 50}", prompts=["5 6 7", "8 9 10 11", "5 7 9 11"])
-         for i in range(4)]
+# -- memory ----------------------------------------------------------------------------------------
+FACTS = [
+    dict(
+        relation="P1",
+        subject=f"s{i}",
+        object=f"{i + 30} {i + 50}",
+        prompts=["5 6 7", "8 9 10 11", "5 7 9 11"],
+    )
+    for i in range(4)
+]
 
 
 def test_a_unit_that_runs_out_of_memory_is_computed_in_smaller_batches_with_the_same_scores():
@@ -349,17 +401,37 @@ def test_a_unit_that_runs_out_of_memory_is_computed_in_smaller_batches_with_the_
 
 
 def edit_plans():
-    queries = [dict(prompt=prompt, object=fact["object"], known=True, same=True)
-               for fact in FACTS[1:] for prompt in fact["prompts"]]
-    return [dict(fact=f"P1|{f['subject']}|{f['object']}", relation="P1", subject=f["subject"], object=f["object"],
-                 prompts=f["prompts"], known=[True] * 3, query=0, new_object="33 40", locality=queries[:4], texts=[],
-                 edits=[dict(neurons="local", control="none", set=[[0, 3], [1, 5]])]) for f in FACTS]
+    queries = [
+        dict(prompt=prompt, object=fact["object"], known=True, same=True)
+        for fact in FACTS[1:]
+        for prompt in fact["prompts"]
+    ]
+    return [
+        dict(
+            fact=f"P1|{f['subject']}|{f['object']}",
+            relation="P1",
+            subject=f["subject"],
+            object=f["object"],
+            prompts=f["prompts"],
+            known=[True] * 3,
+            query=0,
+            new_object="33 40",
+            locality=queries[:4],
+            texts=[],
+            edits=[dict(neurons="local", control="none", set=[[0, 3], [1, 5]])],
+        )
+        for f in FACTS
+    ]
 
 
-TASKS = {"mapping": lambda lm: mapping.scale_kns(lm, UNIT),
-         "synapses": lambda lm: synapses.scale_synapse_columns(lm, [{**UNIT[0], "irrelevant": ["9 8 7 6"] * 3}]),
-         "attention": lambda lm: synapses.attend(lm, UNIT),
-         "edits": lambda lm: edit_study.edit_facts(lm, edit_plans())}
+TASKS = {
+    "mapping": lambda lm: mapping.scale_kns(lm, UNIT),
+    "synapses": lambda lm: synapses.scale_synapse_columns(
+        lm, [{**UNIT[0], "irrelevant": ["9 8 7 6"] * 3}]
+    ),
+    "attention": lambda lm: synapses.attend(lm, UNIT),
+    "edits": lambda lm: edit_study.edit_facts(lm, edit_plans()),
+}
 
 
 def lm_of(task):
@@ -381,10 +453,11 @@ def test_every_task_that_runs_out_of_memory_goes_on_in_smaller_batches_with_the_
         TASKS[task](lm)
 
 
-# -- numbers ------------------------------------------------------------------------------------------------
+# -- numbers ---------------------------------------------------------------------------------------
 @contextmanager
 def broken_for(lm, token, value):
     """The residual stream is `value` wherever `token` is read."""
+
     def spoil(_, inputs, output):
         return torch.where((inputs[0] == token)[..., None], torch.full_like(output, value), output)
 

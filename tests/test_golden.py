@@ -1,7 +1,8 @@
 """The numbers of every task and of what notebooks make of them, kept in golden.json.
 
-They may move only together with the version that stands for them in the names of stored units. After raising
-it, `python tests/test_golden.py` writes them anew; it refuses to where the version was not raised.
+They may move only together with the version that stands for them in the names of stored units.
+After raising it, `python tests/test_golden.py` writes them anew; it refuses to where the version
+was not raised.
 """
 
 import json
@@ -14,17 +15,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qlutils.experiments import controls
+from qlutils.change import synapses
+from qlutils.experiments import controls, effects, localize
 from qlutils.experiments import edit_tables as edit_report
 from qlutils.experiments import kn_modification as edit_study
-from qlutils.experiments import effects
-from qlutils.study import known
-from qlutils.experiments import localize
 from qlutils.experiments import query_kn_mapping as mapping
-from qlutils.study import store
-from qlutils.change import synapses
-from qlutils.experiments.consistency import (classified_facts, consistency_summary)
-from qlutils.facts import (load_facts)
+from qlutils.experiments.consistency import classified_facts, consistency_summary
+from qlutils.facts import load_facts
+from qlutils.study import known, store
 
 FILE = Path(__file__).with_name("golden.json")
 TOLERANCE = 1e-6  # relative; the model computes in float64, so that machines agree
@@ -43,7 +41,7 @@ WHERE = {"results": "RESULTS_VERSION in qlutils/study/store.py"} | {
 
 @cache
 def model():
-    from qlutils.model.language_model import (load_model)
+    from qlutils.model.language_model import load_model
 
     return load_model("demo/gpt2", device="cpu", dtype="float64")
 
@@ -111,7 +109,8 @@ def derived():
 
 
 def columns(tables) -> dict:
-    """{"table column": its values, those of lists one after the other}, of the columns that hold numbers."""
+    """{"table column": its values, those of lists one after the other}, of the columns that hold
+    numbers."""
     found = {}
     for place, table in enumerate(tables):
         for name in table.columns:
@@ -154,11 +153,13 @@ def test_numbers_move_only_with_their_version(name):
     stored, version = json.loads(FILE.read_text(encoding="utf-8"))[name], version_of(name)
     problem = first_difference(stored["columns"], columns(frames(name)))
     assert not problem or stored["version"] != version, (
-        f"the numbers of {name} moved ({problem}). If they are meant to: raise {WHERE[name]}, so that stored "
+        f"the numbers of {name} moved ({problem}). If they are meant to: raise {WHERE[name]}, so "
+        f"that stored "
         "results are computed again, and run python tests/test_golden.py"
     )
     assert not problem and stored["version"] == version, (
-        f"{name} has version {version}, the stored numbers {stored['version']}: run python tests/test_golden.py"
+        f"{name} has version {version}, the stored numbers {stored['version']}: run python "
+        f"tests/test_golden.py"
     )
 
 

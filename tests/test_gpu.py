@@ -1,4 +1,5 @@
-"""On a GPU the study computes what it computes on a CPU, waits for nothing within a batch, and survives a full memory.
+"""On a GPU the study computes what it computes on a CPU, waits for nothing within a batch, and
+survives a full memory.
 
 Skipped where there is no CUDA device; QLUTILS_TEST_DEVICE=cpu rehearses what does not need one."""
 
@@ -10,24 +11,43 @@ import pytest
 import torch
 from tiny import tiny_lm, tiny_model, word_tokenizer
 
-from qlutils import (attribute, knowledge_neurons, load_model)
+from qlutils import attribute, knowledge_neurons, load_model
 from qlutils.attribution import attribute as attribution
-from qlutils.attribution.attribute import (METHODS, SITES, Spec, attribute_encoded)
-from qlutils.experiments.kn_modification import (run_edits)
-from qlutils.experiments.effects import (units)
-from qlutils.change.scaling import (answer_probability, scale_neurons)
-from qlutils.experiments.localize import (localise)
-from qlutils.experiments.query_kn_mapping import (scale_kns)
-from qlutils.model.language_model import (LanguageModel)
-from qlutils.attribution.quadrature import (RULES)
-from qlutils.study.notebook import (Study)
-from qlutils.change.synapses import (attend, find_synapses, scale_synapse_columns)
+from qlutils.attribution.attribute import METHODS, SITES, Spec, attribute_encoded
+from qlutils.attribution.quadrature import RULES
+from qlutils.change.scaling import answer_probability, scale_neurons
+from qlutils.change.synapses import attend, find_synapses, scale_synapse_columns
+from qlutils.experiments.effects import units
+from qlutils.experiments.kn_modification import run_edits
+from qlutils.experiments.localize import localise
+from qlutils.experiments.query_kn_mapping import scale_kns
+from qlutils.model.language_model import LanguageModel
+from qlutils.study.notebook import Study
 
 GPU = os.environ.get("QLUTILS_TEST_DEVICE", "cuda")
-pytestmark = pytest.mark.skipif(GPU == "cuda" and not torch.cuda.is_available(), reason="no CUDA device here")
+pytestmark = pytest.mark.skipif(
+    GPU == "cuda" and not torch.cuda.is_available(), reason="no CUDA device here"
+)
 needs_cuda = pytest.mark.skipif(GPU != "cuda", reason="about CUDA's memory and streams")
-FAMILIES = ("gpt2", "gptj", "neox", "opt", "llama2", "llama3", "qwen3", "gemma2", "phi3", "bloom", "mistral")
-QUERIES = [([5, 6, 7, 8], [9]), ([9, 5, 4], [10, 11]), ([7, 7, 8, 9, 6], [12]), ([8, 6, 5, 4], [9, 7, 5])]
+FAMILIES = (
+    "gpt2",
+    "gptj",
+    "neox",
+    "opt",
+    "llama2",
+    "llama3",
+    "qwen3",
+    "gemma2",
+    "phi3",
+    "bloom",
+    "mistral",
+)
+QUERIES = [
+    ([5, 6, 7, 8], [9]),
+    ([9, 5, 4], [10, 11]),
+    ([7, 7, 8, 9, 6], [12]),
+    ([8, 6, 5, 4], [9, 7, 5]),
+]
 
 
 def on_gpu(lm):
@@ -45,8 +65,9 @@ def scaled(scores):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attribution_is_that_of_the_cpu(family, method):
-    """Most families round to float32 in transformers' own code (norms, rotary angles, attention), and two devices round
-    differently. Scores are compared up to a query's scale: amig divides by a sum in which digits cancel."""
+    """Most families round to float32 in transformers' own code (norms, rotary angles, attention),
+    and two devices round differently. Scores are compared up to a query's scale: amig divides by a
+    sum in which digits cancel."""
     exact = 1e-10 if family in ("gpt2", "opt") else 1e-4
     lm = tiny_lm(family)
     cases = [Spec(method, 4, rule, site=site) for rule in RULES for site in SITES]
@@ -66,8 +87,12 @@ def test_attribution_is_that_of_the_cpu(family, method):
 def test_bfloat16_is_close_to_float64_of_the_same_weights(family, method):
     rounded, exact = tiny_model(family, torch.bfloat16, scale=2), tiny_model(family)
     exact.load_state_dict(rounded.state_dict())
-    found, wanted = (attribute_encoded(LanguageModel(model, word_tokenizer(), family), QUERIES, Spec(method, 8)).cpu()
-                     for model in (rounded.to(GPU), exact))
+    found, wanted = (
+        attribute_encoded(
+            LanguageModel(model, word_tokenizer(), family), QUERIES, Spec(method, 8)
+        ).cpu()
+        for model in (rounded.to(GPU), exact)
+    )
     assert found.scores.dtype == torch.float32 and bool(torch.isfinite(found.scores).all())
     assert relative(scaled(found.scores), scaled(wanted.scores)) < 0.1
     assert found.probability.tolist() == pytest.approx(wanted.probability.tolist(), rel=0.03)
@@ -81,7 +106,9 @@ def test_the_public_calls_take_and_give_what_they_do_on_a_cpu():
         there = load_model("demo/gpt2", dtype="float64")
         found = attribute(there, prompts, answers, steps=6)
     assert found.scores.device.type == "cpu" and relative(found.scores, wanted.scores) <= 1e-10
-    sets = knowledge_neurons(attribute_encoded(there, there.encode_all(prompts, answers), Spec(steps=6)).scores)
+    sets = knowledge_neurons(
+        attribute_encoded(there, there.encode_all(prompts, answers), Spec(steps=6)).scores
+    )
     assert sets == knowledge_neurons(wanted.scores)
     changed = []
     for lm in (here, there):
@@ -98,7 +125,9 @@ def assert_alike(found: pd.DataFrame, wanted: pd.DataFrame, rel, leave=("row_bud
             continue
         for one, other in zip(found[name], wanted[name]):
             if isinstance(other, (list, np.ndarray)):
-                assert np.asarray(one) == pytest.approx(np.asarray(other), rel=rel, abs=rel / 1e3, nan_ok=True), name
+                assert np.asarray(one) == pytest.approx(
+                    np.asarray(other), rel=rel, abs=rel / 1e3, nan_ok=True
+                ), name
             elif isinstance(other, float):
                 assert one == pytest.approx(other, rel=rel, abs=rel / 1e3, nan_ok=True), name
             else:
@@ -110,14 +139,36 @@ def assert_alike(found: pd.DataFrame, wanted: pd.DataFrame, rel, leave=("row_bud
 def test_the_whole_study_is_that_of_the_cpu(model, runs):
     frames = []
     for device in ("cpu", GPU):
-        study = Study("01_localize", model=model, method="ig", relations=["P19", "P36"], facts_per_relation=2, device=device,
-                      dtype="float64", output=f"on-{device}", t=0.2, n_locality=6, corpus="demo", ppl_max_tokens=16, lambda1=2.0,
-                      lambda2=2.0, embedding="input")
+        study = Study(
+            "01_localize",
+            model=model,
+            method="ig",
+            relations=["P19", "P36"],
+            facts_per_relation=2,
+            device=device,
+            dtype="float64",
+            output=f"on-{device}",
+            t=0.2,
+            n_locality=6,
+            corpus="demo",
+            ppl_max_tokens=16,
+            lambda1=2.0,
+            lambda2=2.0,
+            embedding="input",
+        )
         queries = localise(study, steps=8)
-        edits, _ = run_edits(study, queries, ["local", "global"], controls=["random", "matched"], ppl_entries=2)
-        frames.append([queries, edits, study.run(scale_kns, units(queries, 0.2, other=0), dict(seed=0)),
-                       study.run(attend, units(queries)),
-                       study.run(scale_synapse_columns, units(queries, 0.2, irrelevant=0), dict(seed=0))])
+        edits, _ = run_edits(
+            study, queries, ["local", "global"], controls=["random", "matched"], ppl_entries=2
+        )
+        frames.append(
+            [
+                queries,
+                edits,
+                study.run(scale_kns, units(queries, 0.2, other=0), dict(seed=0)),
+                study.run(attend, units(queries)),
+                study.run(scale_synapse_columns, units(queries, 0.2, irrelevant=0), dict(seed=0)),
+            ]
+        )
     for wanted, found in zip(*frames):
         assert len(wanted) > 3
         assert_alike(found, wanted, 1e-7 if model == "demo/gpt2" else 1e-2)

@@ -7,13 +7,14 @@ import pytest
 import torch
 from tiny import CACHE, FAMILIES, tiny_lm
 
-from qlutils import (answer_probability, attribute, scale_neurons)
+from qlutils import answer_probability, attribute, scale_neurons
 from qlutils.change import rows
-from qlutils.change.scaling import (greedy_answers, scaled_answer_probabilities)
-from qlutils.model.language_model import (UnsupportedModel)
-from qlutils.change.rows import (Change, score_queries, score_rows)
+from qlutils.change.rows import Change, score_queries, score_rows
+from qlutils.change.scaling import greedy_answers, scaled_answer_probabilities
+from qlutils.model.language_model import UnsupportedModel
 
-# Families whose attention rounds to float32 whatever the model's dtype, and then not always the same sums.
+# Families whose attention rounds to float32 whatever the model's dtype, and then not always the
+# same sums.
 ROUNDED = ("gptj", "codegen", "gpt-neo", "bloom", "gemma2", "granite-swa", "gemma4")
 
 
@@ -26,7 +27,8 @@ def tolerance(family):
 
 @contextmanager
 def by_hand(lm, family, neurons, factor, first):
-    """Multiply the neurons at the down-projection's input, from token `first` on; one row, no padding."""
+    """Multiply the neurons at the down-projection's input, from token `first` on; one row, no
+    padding."""
     with ExitStack() as stack:
         for layer, index in neurons:
 
@@ -51,7 +53,8 @@ def plain_score(lm, prompt, target):
 
 def queries_and_sets(lm, seed=0):
     rng = np.random.default_rng(seed)
-    # lengths repeat, so that batches form; four queries of four tokens, where a batch is as long as its rows
+    # lengths repeat, so that batches form; four queries of four tokens, where a batch is as long as
+    # its rows
     queries = [
         (rng.integers(4, 97, p).tolist(), rng.integers(4, 97, a).tolist())
         for p, a in [(4, 1), (4, 1), (4, 1), (4, 1), (3, 3), (5, 2), (5, 2), (7, 1)]
@@ -63,7 +66,9 @@ def queries_and_sets(lm, seed=0):
     return queries, [*sets, {(lm.num_layers - 1, 3)}, set()]
 
 
-@pytest.mark.parametrize("everywhere", [False, True], ids=["from the last prompt token", "at every token"])
+@pytest.mark.parametrize(
+    "everywhere", [False, True], ids=["from the last prompt token", "at every token"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_of_a_batch_equal_forward_passes_changed_by_hand(family, everywhere):
     lm = tiny_lm(family)
@@ -90,10 +95,14 @@ def test_rows_of_a_batch_equal_forward_passes_changed_by_hand(family, everywhere
 def test_a_row_does_not_depend_on_the_other_rows_or_on_the_size_of_a_batch():
     lm = tiny_lm("llama3")
     queries, sets = queries_and_sets(lm)
-    plan = [(q, Change(lm, neurons, 0.0)) for neurons in sets for q in range(len(queries))] + [(0, None)]
+    plan = [(q, Change(lm, neurons, 0.0)) for neurons in sets for q in range(len(queries))] + [
+        (0, None)
+    ]
     for everywhere in (False, True):
         together = score_rows(lm, queries, plan, everywhere=everywhere).log_probability
-        alone = [score_rows(lm, queries, [row], everywhere=everywhere).log_probability[0] for row in plan]
+        alone = [
+            score_rows(lm, queries, [row], everywhere=everywhere).log_probability[0] for row in plan
+        ]
         small = score_rows(lm, queries, plan, everywhere=everywhere, tokens=9).log_probability
         np.testing.assert_allclose(together, alone, rtol=1e-12)
         np.testing.assert_allclose(together, small, rtol=1e-12)
@@ -104,13 +113,18 @@ def test_the_vocabulary_may_be_read_in_pieces(monkeypatch):
     queries, _ = queries_and_sets(lm)
     whole = score_queries(lm, queries)
     monkeypatch.setattr(rows, "LOGITS", 200)  # two positions at a time
-    np.testing.assert_allclose(score_queries(lm, queries).log_probability, whole.log_probability, rtol=1e-13)
+    np.testing.assert_allclose(
+        score_queries(lm, queries).log_probability, whole.log_probability, rtol=1e-13
+    )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama2", "neox", "gemma3"])
 def test_answer_probability_is_the_product_of_the_softmax_of_each_token(family):
     lm = tiny_lm(family, bos=family == "llama2")
-    prompts, answers = ["10 11 12", "20 21", "30 31 32 33", "10 11 12"], ["13 14 15", "22", "34 35", "13"]
+    prompts, answers = (
+        ["10 11 12", "20 21", "30 31 32 33", "10 11 12"],
+        ["13 14 15", "22", "34 35", "13"],
+    )
     found = answer_probability(lm, prompts, answers)
     first = answer_probability(lm, prompts, answers, answer="first")
     assert found.dtype == torch.float32 and found.shape == (4,) and found.device.type == "cpu"
@@ -118,7 +132,9 @@ def test_answer_probability_is_the_product_of_the_softmax_of_each_token(family):
         ids, target = lm.encode(prompt, answer)
         assert ids[0] == (1 if family == "llama2" else int(prompt.split()[0]))
         assert float(found[i]) == pytest.approx(np.exp(plain_score(lm, ids, target)[0]), rel=1e-6)
-        assert float(first[i]) == pytest.approx(np.exp(plain_score(lm, ids, target[:1])[0]), rel=1e-6)
+        assert float(first[i]) == pytest.approx(
+            np.exp(plain_score(lm, ids, target[:1])[0]), rel=1e-6
+        )
         assert float(found[i]) == pytest.approx(
             float(answer_probability(lm, [prompt], [answer])[0]), rel=1e-7
         )
@@ -144,7 +160,9 @@ def test_greedy_answers_are_what_generate_gives():
     # the definition of a known query: teacher-forced exact match is the same as greedy decoding
     exact = score_queries(lm, list(zip(prompts, found))).exact
     assert exact.all()
-    assert not score_queries(lm, [(p, [(t[0] + 1) % 97, *t[1:]]) for p, t in zip(prompts, found)]).exact.any()
+    assert not score_queries(
+        lm, [(p, [(t[0] + 1) % 97, *t[1:]]) for p, t in zip(prompts, found)]
+    ).exact.any()
 
 
 NEURONS = {(0, 3), (1, 7), (1, 9), (2, 0)}
@@ -153,22 +171,29 @@ NEURONS = {(0, 3), (1, 7), (1, 9), (2, 0)}
 def padded(prompts, side):
     longest = max(map(len, prompts))
     rows_ = [
-        [0] * (longest - len(p)) + p if side == "left" else p + [0] * (longest - len(p)) for p in prompts
+        [0] * (longest - len(p)) + p if side == "left" else p + [0] * (longest - len(p))
+        for p in prompts
     ]
     mask = [
-        [0] * (longest - len(p)) + [1] * len(p) if side == "left" else [1] * len(p) + [0] * (longest - len(p))
+        [0] * (longest - len(p)) + [1] * len(p)
+        if side == "left"
+        else [1] * len(p) + [0] * (longest - len(p))
         for p in prompts
     ]
     mask = torch.tensor(mask)
     return dict(
-        input_ids=torch.tensor(rows_), attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)
+        input_ids=torch.tensor(rows_),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
     )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", ["gpt2", "llama3", "neox", "opt", "mistral", "gemma3"])
 @torch.no_grad()
-def test_a_bare_forward_is_scaled_at_each_row_s_last_real_token_on_either_padding_side(family, side):
+def test_a_bare_forward_is_scaled_at_each_row_s_last_real_token_on_either_padding_side(
+    family, side
+):
     lm = tiny_lm(family)
     prompts = [[10, 11, 12, 13, 14], [20, 21, 22], [30, 31, 32, 33]]
     with scale_neurons(lm, NEURONS, 3.0):
@@ -210,7 +235,9 @@ def test_generation_is_scaled_at_the_last_prompt_token_and_all_later_ones(family
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))  # transformers takes the old name, too
+@pytest.mark.parametrize(
+    "name", sorted({CACHE, "past_key_values"})
+)  # transformers takes the old name, too
 def test_a_call_that_continues_a_cache_is_later_throughout(name):
     lm, prompt, later = tiny_lm("llama3"), [10, 11, 12, 13], [14, 15, 16]
     with scale_neurons(lm, NEURONS, 4.0):
@@ -253,7 +280,9 @@ def test_many_sets_in_a_batch_equal_one_set_at_a_time():
                 np.exp(score_queries(lm, [(prompt, target)]).log_probability[0]), rel=1e-10
             )
     plain = np.exp(score_queries(lm, queries).log_probability)
-    np.testing.assert_allclose(found.reshape(len(queries), len(sets), 2)[:, -1, 0], plain)  # the empty set
+    np.testing.assert_allclose(
+        found.reshape(len(queries), len(sets), 2)[:, -1, 0], plain
+    )  # the empty set
 
 
 @torch.no_grad()
@@ -267,7 +296,9 @@ def test_the_model_is_as_before_afterwards_also_after_an_exception():
     with scale_neurons(lm, NEURONS, 0.0):
         assert not torch.equal(lm.model(input_ids=ids).logits, before)
     assert torch.equal(lm.model(input_ids=ids).logits, before)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules()
+    )
     assert "generate" not in vars(lm.model) and not lm.scales
     with scale_neurons(lm, NEURONS, 1.0):
         assert torch.equal(lm.model(input_ids=ids).logits, before)
@@ -281,7 +312,8 @@ def test_lower_precision_is_close_to_float64(dtype):
     queries, sets = queries_and_sets(exact)
     plan = [(*queries[q], sets[0], 0.0) for q in range(len(queries))]
     difference = np.abs(
-        np.log(scaled_answer_probabilities(exact, plan)) - np.log(scaled_answer_probabilities(rounded, plan))
+        np.log(scaled_answer_probabilities(exact, plan))
+        - np.log(scaled_answer_probabilities(rounded, plan))
     )
     assert difference.max() < (1e-3 if dtype == torch.float32 else 1.5)
 
@@ -290,7 +322,10 @@ def test_lower_precision_is_close_to_float64(dtype):
     "call, message",
     [
         (lambda lm: scale_neurons(lm, {(9, 0)}, 0).__enter__(), r"neuron \(9, 0\) is outside"),
-        (lambda lm: scale_neurons(lm, {(0, 4800)}, 0).__enter__(), r"neuron \(0, 4800\) is outside"),
+        (
+            lambda lm: scale_neurons(lm, {(0, 4800)}, 0).__enter__(),
+            r"neuron \(0, 4800\) is outside",
+        ),
         (lambda lm: scale_neurons(lm, NEURONS, float("nan")).__enter__(), "factor is nan"),
         (lambda lm: scale_neurons(lm, NEURONS, "0").__enter__(), "factor is '0'"),
         (lambda lm: answer_probability(lm, "10 11", "12"), "single text"),

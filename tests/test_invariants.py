@@ -1,14 +1,15 @@
 """What every change of a model leaves behind: nothing.
 
-One table: every context manager, on every family it serves, left in every way. Before and after, the model is compared
-whole: weights by their bytes, hooks of every kind, what modules carry in their own dictionaries, the attention
-implementation, gradients and the global state of torch and NumPy, and its logits by their bits.
+One table: every context manager, on every family it serves, left in every way. Before and after,
+the model is compared whole: weights by their bytes, hooks of every kind, what modules carry in
+their own dictionaries, the attention implementation, gradients and the global state of torch and
+NumPy, and its logits by their bits.
 """
 
 import hashlib
 import itertools
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
@@ -16,16 +17,26 @@ import torch
 from tiny import GPTJ_METHOD, tiny_lm, trusted
 from torch import nn
 
-from qlutils import (answer_probability, attribute, edit_weights, find_synapses, perplexity, save_edited, scale_neurons, scale_synapses)
+from qlutils import (
+    answer_probability,
+    attribute,
+    edit_weights,
+    find_synapses,
+    perplexity,
+    save_edited,
+    scale_neurons,
+    scale_synapses,
+)
+from qlutils.change import rows, synapses
+from qlutils.change.rows import Change
+from qlutils.change.scaling import greedy_answers, scaled_answer_probabilities
 from qlutils.model import attention
 from qlutils.model import passes as replay
-from qlutils.change import rows
-from qlutils.change import synapses
-from qlutils.change.scaling import (greedy_answers, scaled_answer_probabilities)
-from qlutils.change.rows import (Change)
 
 FAMILIES = ("gpt2", "llama3", "opt", "gptj", "neox", "gemma2", "bloom")
-ATTENTION = tuple(family for family in FAMILIES if family != "bloom")  # BLOOM's attention cannot be replaced
+ATTENTION = tuple(
+    family for family in FAMILIES if family != "bloom"
+)  # BLOOM's attention cannot be replaced
 METHOD = ("gptj",) if GPTJ_METHOD else ()  # attention replaced by another road than the interface
 INTERFACE = tuple(family for family in ATTENTION if family not in METHOD)
 NEURONS, OTHERS = {(0, 3), (1, 7), (1, 9), (2, 0)}, {(1, 7), (1, 9), (0, 5)}  # they overlap
@@ -36,9 +47,10 @@ IDS = torch.tensor([[10, 11, 12, 13]])
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@lru_cache(maxsize=None)
+@cache
 def model(family):
-    """Shared by all tests of a family, and that is a test of its own. Every once-a-model check is behind it."""
+    """Shared by all tests of a family, and that is a test of its own. Every once-a-model check is
+    behind it."""
     lm = tiny_lm(family, torch.float32)
     answer_probability(lm, PROMPTS, ANSWERS)
     if family in ATTENTION:
@@ -46,25 +58,50 @@ def model(family):
     return lm
 
 
-# --- the whole state of a model --------------------------------------------------------------------------
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs",
-         "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks",
-         "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
-GLOBAL_HOOKS = [getattr(nn.modules.module, name) for name in dir(nn.modules.module)
-                if name.startswith("_global_") and name.endswith("_hooks")]
+# --- the whole state of a model -------------------------------------------------------------------
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+GLOBAL_HOOKS = [
+    getattr(nn.modules.module, name)
+    for name in dir(nn.modules.module)
+    if name.startswith("_global_") and name.endswith("_hooks")
+]
 
 
 def state(lm):
     """Everything a context could leave behind, as a dict of things that can be compared."""
-    found = {"grad mode": torch.is_grad_enabled(), "inference mode": torch.is_inference_mode_enabled(),
-             "dtype": torch.get_default_dtype(), "threads": torch.get_num_threads(),
-             "global hooks": [list(hooks) for hooks in GLOBAL_HOOKS],
-             "random state of torch": torch.get_rng_state().numpy().tobytes(),
-             "random state of NumPy": hashlib.sha256(np.random.get_state()[1].tobytes()).hexdigest(),
-             "active": (list(lm.__dict__.get("scales", ())), list(lm.__dict__.get("edits", ())),
-                        bool(lm.__dict__.get("scoring")), lm.layout, lm.tokenizer, lm.model)}
+    found = {
+        "grad mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "global hooks": [list(hooks) for hooks in GLOBAL_HOOKS],
+        "random state of torch": torch.get_rng_state().numpy().tobytes(),
+        "random state of NumPy": hashlib.sha256(np.random.get_state()[1].tobytes()).hexdigest(),
+        "active": (
+            list(lm.__dict__.get("scales", ())),
+            list(lm.__dict__.get("edits", ())),
+            bool(lm.__dict__.get("scoring")),
+            lm.layout,
+            lm.tokenizer,
+            lm.model,
+        ),
+    }
     for name, value in lm.model.state_dict().items():
-        digest = hashlib.sha256(value.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        digest = hashlib.sha256(
+            value.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        ).hexdigest()
         found[f"weight {name}"] = digest, value.data_ptr(), value.dtype
     for name, parameter in lm.model.named_parameters(remove_duplicate=False):
         found[f"parameter {name}"] = id(parameter), parameter.requires_grad, parameter.grad is None
@@ -72,8 +109,11 @@ def state(lm):
         for kind in HOOKS:
             found[f"{kind} of {name}"] = list(getattr(module, kind))
         found[f"controls of {name}"] = (list(attention._CONTROLS.get(module, ())), module.training)
-        found[f"dictionary of {name}"] = {key: id(value) for key, value in vars(module).items()
-                                          if key not in HOOKS and not key.startswith("_is_full")}
+        found[f"dictionary of {name}"] = {
+            key: id(value)
+            for key, value in vars(module).items()
+            if key not in HOOKS and not key.startswith("_is_full")
+        }
         if hasattr(module, "config"):
             found[f"attention of {name}"] = module.config._attn_implementation
     with torch.no_grad():
@@ -94,26 +134,43 @@ def unchanged(lm):
         assert not moved
 
 
-# --- the contexts ----------------------------------------------------------------------------------------
+# --- the contexts ---------------------------------------------------------------------------------
 def factors(lm, factor):
-    return {layer: torch.full((1, lm.num_heads, 2), factor, dtype=lm.score_dtype) for layer in (0, 2)}
+    return {
+        layer: torch.full((1, lm.num_heads, 2), factor, dtype=lm.score_dtype) for layer in (0, 2)
+    }
 
 
-# name -> (families, context on a model). Those of `PUBLIC` are in the package's interface; the others are what the
-# notebooks and the attribution are made of.
+# name -> (families, context on a model). Those of `PUBLIC` are in the package's interface; the
+# others are what the notebooks and the attribution are made of.
 CONTEXTS = {
     "scale_neurons, off": (FAMILIES, lambda lm: scale_neurons(lm, NEURONS, 0.0)),
     "scale_neurons, others doubled": (FAMILIES, lambda lm: scale_neurons(lm, OTHERS, 2.0)),
     "edit_weights, erase": (FAMILIES, lambda lm: edit_weights(lm, NEURONS, "erase")),
-    "edit_weights, update others": (FAMILIES, lambda lm: edit_weights(lm, OTHERS, "update", old="20", new=[30, 31])),
+    "edit_weights, update others": (
+        FAMILIES,
+        lambda lm: edit_weights(lm, OTHERS, "update", old="20", new=[30, 31]),
+    ),
     "scale_synapses, off": (ATTENTION, lambda lm: scale_synapses(lm, {(0, 0, 0), (1, 1, 2)}, 0.0)),
-    "scale_synapses, renormalised": (ATTENTION, lambda lm: scale_synapses(lm, {(0, 0, 1)}, 3.0, renormalise=True)),
+    "scale_synapses, renormalised": (
+        ATTENTION,
+        lambda lm: scale_synapses(lm, {(0, 0, 1)}, 3.0, renormalise=True),
+    ),
     "scale_synapses, by one": (ATTENTION, lambda lm: scale_synapses(lm, {(0, 0, 1)}, 1.0)),
-    "controlled, watching": (ATTENTION, lambda lm: synapses.controlled(lm, observe=lambda *_: None)),
+    "controlled, watching": (
+        ATTENTION,
+        lambda lm: synapses.controlled(lm, observe=lambda *_: None),
+    ),
     "controlled, changing": (ATTENTION, lambda lm: synapses.controlled(lm, factors(lm, 0.5))),
-    "Control.on": (FAMILIES, lambda lm: attention.Control(factors(lm, 0.0)).on(lm.model, lm.layers)),
+    "Control.on": (
+        FAMILIES,
+        lambda lm: attention.Control(factors(lm, 0.0)).on(lm.model, lm.layers),
+    ),
     "replaced_methods": (METHOD, lambda lm: attention.replaced_methods(lm.layers, "attn._attn")),
-    "attention_implementation": (INTERFACE, lambda lm: replay.attention_implementation(lm.model, attention.NAME)),
+    "attention_implementation": (
+        INTERFACE,
+        lambda lm: replay.attention_implementation(lm.model, attention.NAME),
+    ),
     "replaying": (FAMILIES, replay.replaying),
     "scoring": (FAMILIES, rows.scoring),
 }
@@ -125,7 +182,7 @@ def context(name, family):
     return CONTEXTS[name][1](model(family))
 
 
-# --- the ways of leaving ---------------------------------------------------------------------------------
+# --- the ways of leaving --------------------------------------------------------------------------
 @torch.no_grad()
 def forward(lm):
     return lm.model(input_ids=IDS, use_cache=False).logits
@@ -145,11 +202,13 @@ def raising(error):
     def leave(lm, enter):
         with pytest.raises(error, match="on purpose"), enter():
             raise error("on purpose")
+
     return leave
 
 
 def leave_through_a_failing_forward_pass(lm, enter):
     """In the middle: layer 1 has begun and layer 2 has not."""
+
     def fail(*_):
         raise KeyboardInterrupt("on purpose")
 
@@ -182,6 +241,7 @@ def leave_by_return(lm, enter):
     def run():
         with enter():
             return 1
+
     assert run() == 1
 
 
@@ -192,12 +252,18 @@ def leave_with_other_gradients(lm, enter):
         pass
 
 
-LEAVING = {"at the end": leave_at_the_end, "after use": leave_after_use, "by return": leave_by_return,
-           "by an error": raising(ValueError), "by Ctrl-C": raising(KeyboardInterrupt), "by exit": raising(SystemExit),
-           "through a failing forward pass": leave_through_a_failing_forward_pass,
-           "by closing a generator": leave_by_closing_a_generator,
-           "by forgetting a generator": leave_by_forgetting_a_generator,
-           "with other gradients": leave_with_other_gradients}
+LEAVING = {
+    "at the end": leave_at_the_end,
+    "after use": leave_after_use,
+    "by return": leave_by_return,
+    "by an error": raising(ValueError),
+    "by Ctrl-C": raising(KeyboardInterrupt),
+    "by exit": raising(SystemExit),
+    "through a failing forward pass": leave_through_a_failing_forward_pass,
+    "by closing a generator": leave_by_closing_a_generator,
+    "by forgetting a generator": leave_by_forgetting_a_generator,
+    "with other gradients": leave_with_other_gradients,
+}
 RUNNING = (leave_after_use, leave_through_a_failing_forward_pass)
 
 
@@ -215,8 +281,8 @@ def test_the_model_is_as_before_however_a_context_is_left(name, family):
 
 
 def interrupted_everywhere(lm, run, monkeypatch, methods):
-    """Run `run` again and again, with Ctrl-C at the k-th hook or attribute that is set, for every k there is; their
-    number."""
+    """Run `run` again and again, with Ctrl-C at the k-th hook or attribute that is set, for every k
+    there is; their number."""
     for place in itertools.count(1):
         seen, done = [], False
 
@@ -226,6 +292,7 @@ def interrupted_everywhere(lm, run, monkeypatch, methods):
                 if len(seen) == place:
                     raise KeyboardInterrupt("on purpose")
                 return original(self, *args, **kwargs)
+
             return call
 
         with unchanged(lm), monkeypatch.context() as patch:
@@ -240,15 +307,29 @@ def interrupted_everywhere(lm, run, monkeypatch, methods):
             return place - 1
 
 
-@pytest.mark.parametrize("name, family", [case for case in CASES if case[0] in PUBLIC or "control" in case[0].lower()
-                                          or case[0] == "replaced_methods"])
+@pytest.mark.parametrize(
+    "name, family",
+    [
+        case
+        for case in CASES
+        if case[0] in PUBLIC or "control" in case[0].lower() or case[0] == "replaced_methods"
+    ],
+)
 def test_an_interrupt_while_a_context_is_entered_undoes_what_it_began(name, family, monkeypatch):
-    places = interrupted_everywhere(model(family), lambda: leave_at_the_end(None, lambda: context(name, family)),
-                                    monkeypatch, ("register_forward_pre_hook", "register_forward_hook", "__setattr__"))
-    assert places or name.startswith("edit") or name.endswith("by one")  # these set nothing but weights, and nothing
+    places = interrupted_everywhere(
+        model(family),
+        lambda: leave_at_the_end(None, lambda: context(name, family)),
+        monkeypatch,
+        ("register_forward_pre_hook", "register_forward_hook", "__setattr__"),
+    )
+    assert (
+        places or name.startswith("edit") or name.endswith("by one")
+    )  # these set nothing but weights, and nothing
 
 
-@pytest.mark.parametrize("outer, inner", list(itertools.permutations(PUBLIC + ["controlled, watching"], 2)))
+@pytest.mark.parametrize(
+    "outer, inner", list(itertools.permutations(PUBLIC + ["controlled, watching"], 2))
+)
 def test_a_context_that_ends_leaves_the_outer_one_in_force(outer, inner):
     for family in FAMILIES:
         if family in CONTEXTS[outer][0] and family in CONTEXTS[inner][0]:
@@ -273,13 +354,19 @@ def test_a_context_changes_the_model_while_it_lasts(name):
             assert torch.equal(forward(lm), before) == name.endswith("by one"), family
 
 
-KINDS = ("scale_neurons, off", "scale_neurons, others doubled", "edit_weights, erase", "edit_weights, update others",
-         "scale_synapses, off")
+KINDS = (
+    "scale_neurons, off",
+    "scale_neurons, others doubled",
+    "edit_weights, erase",
+    "edit_weights, update others",
+    "scale_synapses, off",
+)
 
 
 @pytest.mark.parametrize("family, size", [("gpt2", 2), ("gptj", 2), ("gemma2", 2), ("gpt2", 3)])
 def test_contexts_may_be_entered_in_any_order_and_the_first_may_end_first(family, size):
-    """As generators that hold them are closed. Those that remain act as if the others had never been there."""
+    """As generators that hold them are closed. Those that remain act as if the others had never
+    been there."""
     lm, alone = model(family), {}
     for names in itertools.permutations(KINDS, size - 1):
         with ExitStack() as stack:
@@ -326,40 +413,64 @@ def test_generation_is_the_class_s_own_again_whatever_order_contexts_end_in():
             for one in three:
                 one.__enter__()
             for place in order:
-                lm.model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=2, do_sample=False,
-                                  pad_token_id=0)
+                lm.model.generate(
+                    input_ids=IDS,
+                    attention_mask=torch.ones_like(IDS),
+                    max_new_tokens=2,
+                    do_sample=False,
+                    pad_token_id=0,
+                )
                 three[place].__exit__(None, None, None)
             assert "generate" not in vars(lm.model)
 
 
-# --- calls -----------------------------------------------------------------------------------------------
+# --- calls ----------------------------------------------------------------------------------------
 def attributing(method, **options):
-    return FAMILIES, lambda lm, _: attribute(lm, PROMPTS, ANSWERS, method=method, steps=3, **options)
+    return FAMILIES, lambda lm, _: attribute(
+        lm, PROMPTS, ANSWERS, method=method, steps=3, **options
+    )
 
 
 def edited_rows(lm, _):
     change = Change(lm, NEURONS, vector=torch.ones(32))
-    return rows.score_rows(lm, [([10, 11, 12], [13, 14])], [(0, change), (0, None)], everywhere=True)
+    return rows.score_rows(
+        lm, [([10, 11, 12], [13, 14])], [(0, change), (0, None)], everywhere=True
+    )
 
 
 CALLS = {
-    "attribute, ig": attributing("ig"), "attribute, sig": attributing("sig"), "attribute, amig": attributing("amig"),
+    "attribute, ig": attributing("ig"),
+    "attribute, sig": attributing("sig"),
+    "attribute, amig": attributing("amig"),
     "attribute, converged": attributing("ig", rule="converged"),
     "attribute, pre-activation": attributing("ig", site="pre_activation"),
     "answer_probability": (FAMILIES, lambda lm, _: answer_probability(lm, PROMPTS, ANSWERS)),
-    "scaled answers": (FAMILIES, lambda lm, _: scaled_answer_probabilities(
-        lm, [([10, 11], [12, 13], NEURONS, 0.0), ([10, 11], [12, 13], OTHERS, 2.0)])),
-    "greedy_answers": (FAMILIES, lambda lm, _: greedy_answers(lm, [[10, 11], [12, 13, 14]], [2, 1])),
+    "scaled answers": (
+        FAMILIES,
+        lambda lm, _: scaled_answer_probabilities(
+            lm, [([10, 11], [12, 13], NEURONS, 0.0), ([10, 11], [12, 13], OTHERS, 2.0)]
+        ),
+    ),
+    "greedy_answers": (
+        FAMILIES,
+        lambda lm, _: greedy_answers(lm, [[10, 11], [12, 13, 14]], [2, 1]),
+    ),
     "edited rows": (FAMILIES, edited_rows),
     "perplexity": (FAMILIES, lambda lm, _: perplexity(lm, PROMPTS)),
     "find_synapses": (ATTENTION, lambda lm, _: find_synapses(lm, PROMPTS[0])),
-    "save_edited": (("gpt2", "llama3"), lambda lm, folder: save_edited(lm, folder, NEURONS, "erase")),
+    "save_edited": (
+        ("gpt2", "llama3"),
+        lambda lm, folder: save_edited(lm, folder, NEURONS, "erase"),
+    ),
 }
 
 
-@pytest.mark.parametrize("name, family", [
-    (name, family) for name, (families, _) in CALLS.items() for family in families])
-def test_the_model_is_as_before_after_every_call_also_one_that_fails_in_the_middle(name, family, tmp_path):
+@pytest.mark.parametrize(
+    "name, family", [(name, family) for name, (families, _) in CALLS.items() for family in families]
+)
+def test_the_model_is_as_before_after_every_call_also_one_that_fails_in_the_middle(
+    name, family, tmp_path
+):
     lm, call, seen, stop_at = model(family), CALLS[name][1], [], None
 
     def count_and_fail(*_):
@@ -368,8 +479,10 @@ def test_the_model_is_as_before_after_every_call_also_one_that_fails_in_the_midd
             raise KeyboardInterrupt("on purpose")
 
     trusted(count_and_fail)
-    handles = [lm.layers[1].register_forward_pre_hook(count_and_fail),
-               lm.downs[2].register_forward_hook(count_and_fail)]
+    handles = [
+        lm.layers[1].register_forward_pre_hook(count_and_fail),
+        lm.downs[2].register_forward_hook(count_and_fail),
+    ]
     try:
         with unchanged(lm):
             seen.clear()
@@ -391,17 +504,31 @@ def test_the_model_is_as_before_after_every_call_also_one_that_fails_in_the_midd
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "save_edited"])
 def test_an_interrupt_while_a_call_sets_its_hooks_undoes_what_it_began(name, monkeypatch, tmp_path):
     lm = model("gpt2")
-    assert interrupted_everywhere(lm, lambda: CALLS[name][1](lm, tmp_path), monkeypatch,
-                                  ("register_forward_pre_hook", "register_forward_hook")) > 1
+    assert (
+        interrupted_everywhere(
+            lm,
+            lambda: CALLS[name][1](lm, tmp_path),
+            monkeypatch,
+            ("register_forward_pre_hook", "register_forward_hook"),
+        )
+        > 1
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_attribution_that_fails_while_gradients_flow_back_leaves_the_model_as_it_was(family, monkeypatch):
+def test_an_attribution_that_fails_while_gradients_flow_back_leaves_the_model_as_it_was(
+    family, monkeypatch
+):
     lm = model(family)
-    for where, name in ((replay.AnswerProbability, "backward"), (replay.AnswerProbability, "forward")):
+    for where, name in (
+        (replay.AnswerProbability, "backward"),
+        (replay.AnswerProbability, "forward"),
+    ):
         for error in (RuntimeError("on purpose"), KeyboardInterrupt("on purpose")):
             with unchanged(lm), monkeypatch.context() as patch:
-                patch.setattr(where, name, staticmethod(lambda *_, error=error: (_ for _ in ()).throw(error)))
+                patch.setattr(
+                    where, name, staticmethod(lambda *_, error=error: (_ for _ in ()).throw(error))
+                )
                 with pytest.raises(type(error), match="on purpose"):
                     attribute(lm, PROMPTS, ANSWERS, steps=3)
 
@@ -412,10 +539,13 @@ def test_a_call_that_is_refused_inside_a_context_leaves_it_in_force(name):
         lm = model(family)
         with unchanged(lm), context(name, family):
             before = forward(lm)
-            for wrong in (lambda: answer_probability(lm, [""], ["13"]), lambda: perplexity(lm, []),
-                          lambda: scale_neurons(lm, {(9, 9)}, 0.0).__enter__(),
-                          lambda: edit_weights(lm, NEURONS, "update", old=[5]).__enter__(),
-                          lambda: scale_synapses(lm, {(0, 9, 0)}, 0.0).__enter__()):
+            for wrong in (
+                lambda: answer_probability(lm, [""], ["13"]),
+                lambda: perplexity(lm, []),
+                lambda: scale_neurons(lm, {(9, 9)}, 0.0).__enter__(),
+                lambda: edit_weights(lm, NEURONS, "update", old=[5]).__enter__(),
+                lambda: scale_synapses(lm, {(0, 9, 0)}, 0.0).__enter__(),
+            ):
                 with pytest.raises(ValueError):
                     wrong()
             assert torch.equal(forward(lm), before), family

@@ -1,9 +1,10 @@
 """The study killed at random moments, and started again: same bytes, at most one unit lost a kill.
 
-One process imports torch and loads the model once; it forks a child for every start, so that a start costs
-milliseconds. All of them compute in one thread, as threads do not survive a fork.
+One process imports torch and loads the model once; it forks a child for every start, so that a
+start costs milliseconds. All of them compute in one thread, as threads do not survive a fork.
 """
 
+import importlib
 import json
 import os
 import random
@@ -21,66 +22,41 @@ import nbformat
 import numpy as np
 import pytest
 
-from qlutils.experiments import localize
-from qlutils import paths
-from qlutils import run
+from qlutils import paths, run
+from qlutils.files import read_table
 from qlutils.study import store
-from qlutils.files import (read_table)
-from qlutils.study.notebook import (Study, read_record)
+from qlutils.study.notebook import read_record
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = (".csv", ".md", ".tex")
 RELATIONS = ["P36", "P19", "P103"]
-PARAMETERS = dict(model="demo/gpt2", method="ig", relations=RELATIONS, facts_per_relation=1, t=0.2, steps=3,
-                  lambda1=2.0, lambda2=2.0, embedding="input", n_locality=4, controls=["random"], corpus="demo",
-                  ppl_entries=1, ppl_max_tokens=32)
+PARAMETERS = dict(
+    model="demo/gpt2",
+    method="ig",
+    relations=RELATIONS,
+    facts_per_relation=1,
+    t=0.2,
+    steps=3,
+    lambda1=2.0,
+    lambda2=2.0,
+    embedding="input",
+    n_locality=4,
+    controls=["random"],
+    corpus="demo",
+    ppl_entries=1,
+    ppl_max_tokens=32,
+)
 UNITS = 5 * 3  # five tasks, a unit a fact
 
 
-# -- what is killed ---------------------------------------------------------------------------------------
+# -- what is killed --------------------------------------------------------------------------------
 def small_study(parameters):
-    """Localisation, edits, query-KN mapping, attention and synapses of three facts, one fact a unit, with tables."""
-    from qlutils.experiments import edit_tables as edit_report
-    from qlutils.experiments import kn_modification as edit_study
-    from qlutils.experiments import effects
-    from qlutils.experiments import query_kn_mapping as mapping
-    from qlutils.change import synapses
-    from qlutils.experiments.consistency import (classified_facts)
+    """Localisation, edits, query-KN mapping, attention and synapses of three facts, one fact a
+    unit, with tables."""
+    for name in ("experiments.edit_tables", "experiments.effects", "experiments.query_kn_mapping"):
+        importlib.import_module(f"qlutils.{name}")  # once for all children
+    importlib.import_module("qlutils.experiments.kn_modification")
 
-    store.UNIT_FACTS = 1
-    study, t = Study("small", **parameters), parameters["t"]
-    few = dict(directions=("average",), thresholds=("otsu",))
-    queries = localize.localise(study, steps=parameters["steps"])
-    classes = classified_facts(queries, t, 0.1)
-    edits, _ = edit_study.run_edits(study, queries, ["local", "global"])
-    study.save(edits, "edits")
-    study.table(edit_report.edit_table(edits, classes, study.model, sets=("local",), controls=()), "table2")
-
-    def moved(task, config=None, **more):
-        frame = study.run(task, effects.units(queries, t, **more), config, desc=task.__name__)
-        return effects.beside_queries(frame, queries, t, 0.1)
-
-    study.table(effects.summary(effects.rates(moved(mapping.scale_kns, other=0)), mapping.PAPER_SETS, **few), "fig4")
-    winners = study.run(synapses.attend, effects.units(queries), desc="attend")
-    study.table(effects.top_tokens(winners), "attended")
-    scaled = moved(synapses.scale_synapse_columns, dict(renormalise=False), irrelevant=0)
-    scaled = effects.rates(scaled[scaled["set"] != "none"])
-    study.table(effects.summary(scaled, ("self", "irrelevant"), **few), "fig6")
-    study.record()
-
-
-def serve():
-    """In the process that loads torch once: fork a child for each line that comes in, and say how it ended."""
-    import torch
-
-    torch.set_num_threads(1)
-    store.cached_model("demo/gpt2", None, None)
-    from qlutils.experiments import edit_tables as edit_report
-    from qlutils.experiments import kn_modification as edit_study
-    from qlutils.experiments import effects
-    from qlutils.experiments import query_kn_mapping as mapping
-    from qlutils.change import synapses
-    from qlutils.show import tables  # noqa: F401 once for all children
     print("ready", flush=True)
     for line in sys.stdin:
         order = json.loads(line)
@@ -118,24 +94,37 @@ def child(runs, parameters, threads=1):
         os._exit(status)
 
 
-# -- who kills it -----------------------------------------------------------------------------------------
+# -- who kills it ----------------------------------------------------------------------------------
 class Server:
     """Starts children, one after the other."""
 
     def __init__(self, hash_seed):
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)]), "OMP_NUM_THREADS": "1",
-               "PYTHONHASHSEED": str(hash_seed)}
-        self.process = subprocess.Popen([sys.executable, "-c", "import test_kills; test_kills.serve()"], env=env,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        env = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)]),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONHASHSEED": str(hash_seed),
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "import test_kills; test_kills.serve()"],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
         assert self.process.stdout.readline() == "ready\n"
 
     def start(self, runs, parameters=PARAMETERS, **more):
-        self.process.stdin.write(json.dumps(dict(runs=str(runs), parameters=parameters, **more)) + "\n")
+        self.process.stdin.write(
+            json.dumps(dict(runs=str(runs), parameters=parameters, **more)) + "\n"
+        )
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
     def ended(self, patience):
-        """Whether the child ends within `patience` seconds; its status is then to be read with `status`."""
+        """Whether the child ends within `patience` seconds; its status is then to be read with
+        `status`."""
         return bool(select.select([self.process.stdout], [], [], patience)[0])
 
     def status(self):
@@ -178,8 +167,11 @@ def computed(runs):
 
 def results(runs, suffixes=(*TABLES, ".parquet")):
     """{relative path: bytes} of all result files; records hold times, so they are left out."""
-    return {str(path.relative_to(runs)): path.read_bytes() for path in sorted(Path(runs).rglob("*"))
-            if path.suffix in suffixes}
+    return {
+        str(path.relative_to(runs)): path.read_bytes()
+        for path in sorted(Path(runs).rglob("*"))
+        if path.suffix in suffixes
+    }
 
 
 def kill_at_random(server, undisturbed, folder, kills, seed):
@@ -197,7 +189,11 @@ def kill_at_random(server, undisturbed, folder, kills, seed):
             assert status == (0 if finished else -9) or status == 0, said(runs)
             finished, done = status == 0, done + (status == -9)
         assert results(runs) == clean
-        assert not [path for path in runs.rglob(".*") if path.suffix == ".tmp" and path.parent.name == "units"]
+        assert not [
+            path
+            for path in runs.rglob(".*")
+            if path.suffix == ".tmp" and path.parent.name == "units"
+        ]
         assert UNITS <= len(computed(runs)) <= UNITS + done - before
         lost, rounds = lost + len(computed(runs)) - UNITS, rounds + 1
         shutil.rmtree(runs)
@@ -206,17 +202,23 @@ def kill_at_random(server, undisturbed, folder, kills, seed):
     assert lost > 0, "no kill hit a unit at work, so nothing was tried"
 
 
-def test_20_kills_cost_one_unit_each_at_most_and_change_no_byte_of_any_result(server, undisturbed, tmp_path):
+def test_20_kills_cost_one_unit_each_at_most_and_change_no_byte_of_any_result(
+    server, undisturbed, tmp_path
+):
     kill_at_random(server, undisturbed, tmp_path, 20, seed=0)
 
 
 @pytest.mark.slow
-def test_100_kills_cost_one_unit_each_at_most_and_change_no_byte_of_any_result(server, undisturbed, tmp_path):
+def test_100_kills_cost_one_unit_each_at_most_and_change_no_byte_of_any_result(
+    server, undisturbed, tmp_path
+):
     kill_at_random(server, undisturbed, tmp_path, 100, seed=1)
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_study_that_is_asked_to_stop_does_so_in_seconds_and_resumes(server, undisturbed, tmp_path, number, status):
+def test_a_study_that_is_asked_to_stop_does_so_in_seconds_and_resumes(
+    server, undisturbed, tmp_path, number, status
+):
     runs = tmp_path / "asked"
     pid = server.start(runs)
     while len(computed(runs)) < 4:
@@ -224,22 +226,40 @@ def test_a_study_that_is_asked_to_stop_does_so_in_seconds_and_resumes(server, un
     asked = time.time()
     os.kill(pid, number)
     assert server.status() == status and time.time() - asked < 15
-    assert "the same command resumes" in said(runs) and str(runs / "default" / "units") in said(runs)
+    assert "the same command resumes" in said(runs) and str(runs / "default" / "units") in said(
+        runs
+    )
     kept = results(runs, (".parquet",))
     server.run(runs)
     assert results(runs) == results(undisturbed[0]) and kept.items() <= results(runs).items()
     assert len(computed(runs)) <= UNITS + 1
 
 
-# -- reproducible -----------------------------------------------------------------------------------------
-def test_a_fresh_process_makes_the_same_bytes_from_what_the_record_holds(server, undisturbed, tmp_path):
+# -- reproducible ----------------------------------------------------------------------------------
+def test_a_fresh_process_makes_the_same_bytes_from_what_the_record_holds(
+    server, undisturbed, tmp_path
+):
     """Another process with another hash seed, so that no order of a set can hide in a result."""
-    entry = read_record(undisturbed[0] / "default" / "results" / "demo--gpt2" / "ig" / "run.json")["small"]
+    entry = read_record(undisturbed[0] / "default" / "results" / "demo--gpt2" / "ig" / "run.json")[
+        "small"
+    ]
     assert {"torch", "transformers", "numpy", "python", "qlutils"} <= set(entry["versions"])
-    assert entry["model"].keys() == {"name", "revision", "fingerprint", "device", "dtype", "threads"}
+    assert entry["model"].keys() == {
+        "name",
+        "revision",
+        "fingerprint",
+        "device",
+        "dtype",
+        "threads",
+    }
     assert all(len(entry["inputs"][name]) == 64 for name in ("content", "facts"))
     assert entry["inputs"]["code"] == store.code_versions()
-    assert entry["inputs"]["seed"] == 0 and entry["command"] and entry["seconds"] > 0 and entry["platform"]
+    assert (
+        entry["inputs"]["seed"] == 0
+        and entry["command"]
+        and entry["seconds"] > 0
+        and entry["platform"]
+    )
     assert sum(work["units"] for work in entry["work"].values()) == UNITS
     assert all(work["version"] >= 1 and work["seconds"] >= 0 for work in entry["work"].values())
     fresh = Server(2)
@@ -251,22 +271,31 @@ def test_a_fresh_process_makes_the_same_bytes_from_what_the_record_holds(server,
 
 
 def test_two_threads_find_the_knowledge_neurons_of_one(server, undisturbed, tmp_path):
-    """Float sums depend on the number of threads, so a score may move by 1e-4 of the query's largest; a neuron may
-    then leave or enter the set only if its score is that close to the threshold."""
+    """Float sums depend on the number of threads, so a score may move by 1e-4 of the query's
+    largest; a neuron may then leave or enter the set only if its score is that close to the
+    threshold."""
     server.run(tmp_path / "two", threads=2)
-    one, two = (read_table(runs / "default" / "results" / "demo--gpt2" / "ig" / "queries.parquet")[0].to_pandas()
-                for runs in (undisturbed[0], tmp_path / "two"))
+    one, two = (
+        read_table(runs / "default" / "results" / "demo--gpt2" / "ig" / "queries.parquet")[
+            0
+        ].to_pandas()
+        for runs in (undisturbed[0], tmp_path / "two")
+    )
     assert (one["prompt"] == two["prompt"]).all() and (one["known"] == two["known"]).all()
     for a, b in zip(one.itertuples(), two.itertuples()):
-        scores = [dict(zip(zip(row.layer, row.neuron), row.score / row.score.max())) for row in (a, b)]
+        scores = [
+            dict(zip(zip(row.layer, row.neuron), row.score / row.score.max())) for row in (a, b)
+        ]
         for neuron in scores[0].keys() | scores[1].keys():
-            first, second = (part.get(neuron, 0.05) for part in scores)  # what is stored lies above 0.05
+            first, second = (
+                part.get(neuron, 0.05) for part in scores
+            )  # what is stored lies above 0.05
             assert abs(first - second) < 1e-4, (a.prompt, neuron)
             assert (first > 0.2) == (second > 0.2) or abs(first - 0.2) < 1e-4
         assert np.isclose(a.probability, b.probability, rtol=1e-5)
 
 
-# -- through the driver -----------------------------------------------------------------------------------
+# -- through the driver ----------------------------------------------------------------------------
 OPEN = """
 import os, time
 from qlutils.experiments import localize
@@ -290,19 +319,26 @@ from qlutils.experiments.consistency import consistency_summary, classified_fact
 facts = {{method: classified_facts(study.load("queries", method)) for method in study.methods_done()}}
 study.table(consistency_summary(facts), "table1")
 """
-HEAD = ("model = 'demo/gpt2'\n{}\ndata = 'demo'\nrelations = None\nfacts_per_relation = None\nseed = 0\n"
-        "output = 'default'\nsteps = 3")
+HEAD = (
+    "model = 'demo/gpt2'\n{}\ndata = 'demo'\nrelations = None\nfacts_per_relation = None\nseed = "
+    "0\n"
+    "output = 'default'\nsteps = 3"
+)
 
 
 def write_books(folder, log, pause):
     """Notebooks 01 and 02, small; every unit logs its key and first sleeps."""
     folder.mkdir()
-    for name, method, code in (("01_localize", "method = 'ig'", LOCALISE),
-                               ("02_consistency", "methods = ['ig']", COMPARE)):
+    for name, method, code in (
+        ("01_localize", "method = 'ig'", LOCALISE),
+        ("02_consistency", "methods = ['ig']", COMPARE),
+    ):
         kernel = {"name": "x", "display_name": "x", "language": "python"}
         book = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
-        book.cells = [nbformat.v4.new_code_cell(HEAD.format(method), metadata={"tags": ["parameters"]}),
-                      nbformat.v4.new_code_cell(OPEN.format(name) + code.format(log=str(log), pause=pause))]
+        book.cells = [
+            nbformat.v4.new_code_cell(HEAD.format(method), metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_code_cell(OPEN.format(name) + code.format(log=str(log), pause=pause)),
+        ]
         for number, cell in enumerate(book.cells):
             cell["id"] = f"cell{number}"
         nbformat.write(book, folder / f"{name}.ipynb")
@@ -310,15 +346,33 @@ def write_books(folder, log, pause):
 
 
 def drive(books, runs, log_seconds=60):
-    options = ["--models", "demo/gpt2", "--methods", "ig", "--relations", *RELATIONS, "--facts-per-relation", "1"]
+    options = [
+        "--models",
+        "demo/gpt2",
+        "--methods",
+        "ig",
+        "--relations",
+        *RELATIONS,
+        "--facts-per-relation",
+        "1",
+    ]
     env = {**os.environ, "QLUTILS_RUNS": str(runs), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    code = (f"import sys; from qlutils import run; run.LOG_SECONDS = {log_seconds}; "
-            f"sys.exit(run.main({options!r}, {str(books)!r}))")
-    return subprocess.Popen([sys.executable, "-c", code], env=env, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
+    code = (
+        f"import sys; from qlutils import run; run.LOG_SECONDS = {log_seconds}; "
+        f"sys.exit(run.main({options!r}, {str(books)!r}))"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
-def test_a_driver_killed_and_then_asked_to_stop_while_the_kernel_computes_loses_no_more(undisturbed, tmp_path):
+def test_a_driver_killed_and_then_asked_to_stop_while_the_kernel_computes_loses_no_more(
+    undisturbed, tmp_path
+):
     books, runs = write_books(tmp_path / "books", tmp_path / "runs.log", 0.4), tmp_path / "runs"
     for begun, number, status in ((1, signal.SIGKILL, -9), (3, signal.SIGTERM, 143)):
         driver = drive(books, runs)
@@ -328,7 +382,10 @@ def test_a_driver_killed_and_then_asked_to_stop_while_the_kernel_computes_loses_
         driver.send_signal(number)
         asked, output = time.time(), driver.communicate(timeout=30)
         assert driver.returncode == status and time.time() - asked < 20
-        assert number == signal.SIGKILL or "to go on:\n    ./run_all.sh --models demo/gpt2" in output[1]
+        assert (
+            number == signal.SIGKILL
+            or "to go on:\n    ./run_all.sh --models demo/gpt2" in output[1]
+        )
     driver = drive(books, runs)
     output = driver.communicate(timeout=120)
     assert driver.returncode == 0, output
@@ -349,15 +406,30 @@ def test_a_log_says_again_and_again_what_runs_how_far_it_is_and_for_how_long(tmp
     assert driver.returncode == 0, said
     lines = [line for line in said.splitlines() if "notebooks done; at work: " in line]
     told = "\n".join(re.sub(r"^\d+ min, ", "", line) for line in lines)
-    first, left = "0 of 2 notebooks done; at work: 01 gpt2 ig", r", (less than a|about \d+) min(ute)? left"
-    for state in (first, f"{first} 0/3 units", f"{first} 1/3 units{left}", f"{first} 2/3 units{left}",
-                  "1 of 2 notebooks done; at work: 02 gpt2"):
+    first, left = (
+        "0 of 2 notebooks done; at work: 01 gpt2 ig",
+        r", (less than a|about \d+) min(ute)? left",
+    )
+    for state in (
+        first,
+        f"{first} 0/3 units",
+        f"{first} 1/3 units{left}",
+        f"{first} 2/3 units{left}",
+        "1 of 2 notebooks done; at work: 02 gpt2",
+    ):
         assert re.search(f"^{state}$", told, re.M), (state, told)
 
 
-@pytest.mark.parametrize("seconds, said", [
-    (None, "4/9 units"), (0.0, "4/9 units"), (30.0, "4/9 units, less than a minute left"),
-    (61.0, "4/9 units, about 1 min left"), (3600.0, "4/9 units, about 60 min left")])
+@pytest.mark.parametrize(
+    "seconds, said",
+    [
+        (None, "4/9 units"),
+        (0.0, "4/9 units"),
+        (30.0, "4/9 units, less than a minute left"),
+        (61.0, "4/9 units, about 1 min left"),
+        (3600.0, "4/9 units, about 60 min left"),
+    ],
+)
 def test_the_time_left_is_told_in_minutes(tmp_path, seconds, said):
     job = run.Job(Path("01_localize.ipynb"), "demo/gpt2", "ig", {}, [])
     (tmp_path / job.name).write_text(json.dumps({"done": 4, "units": 9, "seconds_left": seconds}))

@@ -10,15 +10,12 @@ import pandas as pd
 import pytest
 import torch
 
-from qlutils import (Fact, load_facts, load_model)
-from qlutils.study import known
-from qlutils import paths
+from qlutils import Fact, load_facts, load_model, paths, run
 from qlutils.change import rows
-from qlutils import run
-from qlutils.study import store
-from qlutils.experiments.localize import (localise)
-from qlutils.experiments.report import (Run, work)
-from qlutils.study.notebook import (Study)
+from qlutils.experiments.localize import localise
+from qlutils.experiments.report import Run, work
+from qlutils.study import known, store
+from qlutils.study.notebook import Study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RELATIONS = ["P36", "P103"]
@@ -124,9 +121,7 @@ def test_a_relation_that_the_model_hardly_knows_is_not_scanned_to_its_end(study,
     assert few.scan["kept"].sum() == len(facts) < every.scan["kept"].sum()
 
 
-def test_all_notebooks_of_a_run_use_the_facts_that_were_found_once(
-    study, monkeypatch, capsys
-):
+def test_all_notebooks_of_a_run_use_the_facts_that_were_found_once(study, monkeypatch, capsys):
     first = study()
     facts = first.facts()
     [done] = first._work.values()

@@ -10,23 +10,36 @@ from scipy import stats as scipy_stats
 from skimage.filters import threshold_otsu
 from tiny import WORDS, save_checkpoint, save_dataset, word_tokenizer
 
-from qlutils import (attribute, consistency, knowledge_neurons, load_facts, load_model)
+from qlutils import attribute, consistency, knowledge_neurons, load_facts, load_model
 from qlutils.experiments import consistency as analysis
 from qlutils.experiments import localize
-from qlutils.experiments.localize import (PAPER_EXAMPLES, example_facts, example_maps, localise, localise_unit, localised)
-from qlutils.neurons.sets import (CAS_BETAS, cas_neurons, kn_sets)
-from qlutils.study.notebook import (Study)
+from qlutils.experiments.localize import (
+    PAPER_EXAMPLES,
+    example_facts,
+    example_maps,
+    localise,
+    localise_unit,
+    localised,
+)
+from qlutils.neurons.sets import CAS_BETAS, cas_neurons, kn_sets
+from qlutils.study.notebook import Study
 
 STEPS = 3
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A checkpoint that knows the words of the dataset but "house", and reads at most eight tokens."""
+    """A checkpoint that knows the words of the dataset but "house", and reads at most eight
+    tokens."""
     words = [word for word in WORDS if word != "house"]
     words += [f"filler{i}" for i in range(93 - len(words))]
-    return save_checkpoint(tmp_path_factory.mktemp("model"), "llama3", word_tokenizer(words, bos=True),
-                           vocab_size=97, max_position_embeddings=16)
+    return save_checkpoint(
+        tmp_path_factory.mktemp("model"),
+        "llama3",
+        word_tokenizer(words, bos=True),
+        vocab_size=97,
+        max_position_embeddings=16,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +48,24 @@ def data(tmp_path_factory):
 
 
 def study_of(model, data, method="ig", **parameters):
-    return Study("01_localize", model=model, method=method, data=data, device="cpu", dtype="float64", **parameters)
+    return Study(
+        "01_localize",
+        model=model,
+        method=method,
+        data=data,
+        device="cpu",
+        dtype="float64",
+        **parameters,
+    )
 
 
 def dense(lm, fact, method):
-    return attribute(lm, list(fact.prompts), [fact.object] * len(fact.prompts), method=method, steps=STEPS)
+    return attribute(
+        lm, list(fact.prompts), [fact.object] * len(fact.prompts), method=method, steps=STEPS
+    )
 
 
-# --- what is stored --------------------------------------------------------------------------------------
+# --- what is stored -------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", ["ig", "sig", "amig"])
 def test_the_stored_neurons_are_those_of_the_dense_scores(model, data, runs, method):
     study = study_of(model, data, method)
@@ -56,12 +79,20 @@ def test_the_stored_neurons_are_those_of_the_dense_scores(model, data, runs, met
         for t in (0.05, 0.1, 0.2, 0.5, 0.9):
             assert kn_sets(rows, t) == knowledge_neurons(result.scores, t)
         for i, (_, row) in enumerate(rows.iterrows()):
-            wanted = result.scores[i][torch.tensor(row["layer"]).long(), torch.tensor(row["neuron"]).long()]
+            wanted = result.scores[i][
+                torch.tensor(row["layer"]).long(), torch.tensor(row["neuron"]).long()
+            ]
             assert row["score"] == pytest.approx(wanted.numpy(), rel=1e-9, abs=1e-15)
-            assert row["gap"] == pytest.approx(result.completeness_gap[i].numpy(), rel=1e-6, abs=1e-12)
+            assert row["gap"] == pytest.approx(
+                result.completeness_gap[i].numpy(), rel=1e-6, abs=1e-12
+            )
             prompt, answer = lm.encode(fact.prompts[i], fact.object)
             assert (row["prompt_tokens"], row["answer_tokens"]) == (len(prompt), len(answer))
-            assert (row["relation"], row["subject"], row["object"]) == (fact.relation, fact.subject, fact.object)
+            assert (row["relation"], row["subject"], row["object"]) == (
+                fact.relation,
+                fact.subject,
+                fact.object,
+            )
         assert rows["probability"].to_numpy() == pytest.approx(result.probability.numpy(), rel=1e-9)
         assert rows["known"].tolist() == result.known.tolist()
     assert queries["answer_tokens"].max() == 2  # "new york"
@@ -81,9 +112,14 @@ def test_the_stored_cas_lists_give_the_cas_neurons_of_the_dense_scores(model, da
         for b1, b2 in CAS_BETAS:
             cas = b1 * scores.mean(0) - b2 * scores.std(0)
             for threshold in (0.1, 0.3, 0.7):
-                layers, neurons = np.nonzero(cas > threshold * cas.max()) if cas.max() > 0 else ((), ())
+                layers, neurons = (
+                    np.nonzero(cas > threshold * cas.max()) if cas.max() > 0 else ((), ())
+                )
                 wanted = {(int(layer), int(neuron)) for layer, neuron in zip(layers, neurons)}
-                assert cas_neurons(rows.iloc[0], b1=b1, b2=b2, threshold=threshold, score=score) == wanted
+                assert (
+                    cas_neurons(rows.iloc[0], b1=b1, b2=b2, threshold=threshold, score=score)
+                    == wanted
+                )
                 found += len(wanted)
     assert found > 100
 
@@ -104,13 +140,18 @@ def test_a_query_without_a_positive_score_has_no_neurons(model, data, monkeypatc
     assert kn_sets(frame)[0] == set()
 
 
-# --- what is left out ------------------------------------------------------------------------------------
-def test_queries_that_cannot_be_read_are_counted_and_named_and_so_is_a_fact_left_with_one(model, tmp_path, runs):
+# --- what is left out -----------------------------------------------------------------------------
+def test_queries_that_cannot_be_read_are_counted_and_named_and_so_is_a_fact_left_with_one(
+    model, tmp_path, runs
+):
     long = " ".join(["the"] * 12)
-    patterns = {"P1": ["[X] lives in [Y] .", "the home of [X] is [Y] .", f"{long} [X] is [Y] ."],
-                "P2": ["[X] speaks [Y] .", f"{long} the [X] has [Y] .", f"{long} the [X] is in [Y] ."]}
-    data = save_dataset(tmp_path, patterns,
-                        {"P1": [("ann", "rome"), ("bob", "new york")], "P2": [("dan", "latin")]})
+    patterns = {
+        "P1": ["[X] lives in [Y] .", "the home of [X] is [Y] .", f"{long} [X] is [Y] ."],
+        "P2": ["[X] speaks [Y] .", f"{long} the [X] has [Y] .", f"{long} the [X] is in [Y] ."],
+    }
+    data = save_dataset(
+        tmp_path, patterns, {"P1": [("ann", "rome"), ("bob", "new york")], "P2": [("dan", "latin")]}
+    )
     queries = localise(study := study_of(model, data), steps=2)
     lost = study.load("left_out")
     assert queries["fact"].tolist() == ["P1|ann|rome"] * 3 + ["P1|bob|new york"] * 2
@@ -119,10 +160,15 @@ def test_queries_that_cannot_be_read_are_counted_and_named_and_so_is_a_fact_left
     assert len(lost) == 4
     reason = reasons["P1|bob|new york", f"{long} bob is"]  # one token more than with rome
     assert "17 tokens" in reason and "reads 16" in reason
-    assert reasons["P2|dan|latin", "dan speaks"] == "the only usable query of its fact; consistency needs two"
+    assert (
+        reasons["P2|dan|latin", "dan speaks"]
+        == "the only usable query of its fact; consistency needs two"
+    )
     # the fact's moments are over its usable queries alone
     first = queries[queries["fact"] == "P1|bob|new york"].iloc[0]
-    scores = attribute(study.lm(), ["bob lives in", "the home of bob is"], ["new york"] * 2, steps=2).scores.numpy()
+    scores = attribute(
+        study.lm(), ["bob lives in", "the home of bob is"], ["new york"] * 2, steps=2
+    ).scores.numpy()
     at = (np.asarray(first["cas_layer"]), np.asarray(first["cas_neuron"]))
     assert np.asarray(first["cas_mean"]) == pytest.approx(scores.mean(0)[at], rel=1e-9)
     assert np.asarray(first["cas_std"]) == pytest.approx(scores.std(0)[at], rel=1e-6, abs=1e-12)
@@ -130,8 +176,11 @@ def test_queries_that_cannot_be_read_are_counted_and_named_and_so_is_a_fact_left
 
 def test_the_first_query_may_be_the_one_left_out(model, tmp_path, runs):
     long = " ".join(["the"] * 14)
-    data = save_dataset(tmp_path, {"P1": [f"{long} [X] is [Y] .", "[X] lives in [Y] .", "the home of [X] is [Y] ."]},
-                        {"P1": [("ann", "rome")]})
+    data = save_dataset(
+        tmp_path,
+        {"P1": [f"{long} [X] is [Y] .", "[X] lives in [Y] .", "the home of [X] is [Y] ."]},
+        {"P1": [("ann", "rome")]},
+    )
     queries = localise(study_of(model, data), steps=2)
     assert queries["prompt_index"].tolist() == [1, 2]
     assert cas_neurons(queries.iloc[0]), "a fact's first stored row carries its moments"
@@ -139,20 +188,26 @@ def test_the_first_query_may_be_the_one_left_out(model, tmp_path, runs):
 
 def test_a_run_without_a_usable_fact_says_why(model, tmp_path, runs):
     long = " ".join(["the"] * 20)
-    data = save_dataset(tmp_path, {"P1": [f"{long} [X] {word} [Y] ." for word in ("is", "has", "in")]},
-                        {"P1": [("ann", "rome")]})
+    data = save_dataset(
+        tmp_path,
+        {"P1": [f"{long} [X] {word} [Y] ." for word in ("is", "has", "in")]},
+        {"P1": [("ann", "rome")]},
+    )
     with pytest.raises(ValueError, match="no fact of this run has two usable queries.*23 tokens"):
         localise(study_of(model, data), steps=2)
 
 
-# --- reruns ----------------------------------------------------------------------------------------------
+# --- reruns ---------------------------------------------------------------------------------------
 def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.parquet"))}
 
 
 def test_a_rerun_reads_its_units_and_writes_the_same_bytes(model, data, runs, monkeypatch):
     first = localise(study_of(model, data), steps=STEPS)
-    before, stamps = contents(runs), {p: p.stat().st_mtime_ns for p in (runs / "default" / "units").glob("*")}
+    before, stamps = (
+        contents(runs),
+        {p: p.stat().st_mtime_ns for p in (runs / "default" / "units").glob("*")},
+    )
     with monkeypatch.context() as patch:
         patch.setattr("qlutils.experiments.localize.attribute_encoded", None)  # nothing is computed
         again = localise(study_of(model, data), steps=STEPS)
@@ -171,8 +226,13 @@ def test_other_settings_are_other_units(model, data, runs):
         return {path.name for path in (runs / "default" / "units").glob("*.parquet")}
 
     seen = units(steps=2)
-    for method, spec in (("sig", dict(steps=2)), ("ig", dict(steps=3)), ("ig", dict(steps=2, rule="midpoint")),
-                         ("ig", dict(steps=2, answer="first")), ("ig", dict(steps=2, site="pre_activation"))):
+    for method, spec in (
+        ("sig", dict(steps=2)),
+        ("ig", dict(steps=3)),
+        ("ig", dict(steps=2, rule="midpoint")),
+        ("ig", dict(steps=2, answer="first")),
+        ("ig", dict(steps=2, site="pre_activation")),
+    ):
         now = units(method, **spec)
         assert len(now) == 1 + len(seen), (method, spec)
         seen = now
@@ -200,27 +260,45 @@ def test_what_was_made_from_another_localisation_is_not_read(model, data, runs):
         study_of(model, data).load("made_from_it")
 
 
-# --- the examples of Figure 1 ----------------------------------------------------------------------------
+# --- the examples of Figure 1 ---------------------------------------------------------------------
 def hand_made(*facts):
     """A `queries` frame of (id, known of each query, KN sets): every KN scores 1."""
     rows = []
     for fact, known, sets in facts:
         relation, subject, answer = fact.split("|")
         for index, (knows, one) in enumerate(zip(known, sets)):
-            rows.append(dict(fact=fact, relation=relation, subject=subject, object=answer, prompt_index=index,
-                             prompt=f"{subject} {index}", known=knows, probability=0.5,
-                             layer=[0] * len(one), neuron=list(one), score=[1.0] * len(one)))
+            rows.append(
+                dict(
+                    fact=fact,
+                    relation=relation,
+                    subject=subject,
+                    object=answer,
+                    prompt_index=index,
+                    prompt=f"{subject} {index}",
+                    known=knows,
+                    probability=0.5,
+                    layer=[0] * len(one),
+                    neuron=list(one),
+                    score=[1.0] * len(one),
+                )
+            )
     return pd.DataFrame(rows)
 
 
 def test_example_facts_are_the_papers_else_the_most_and_the_least_consistent_known_ones():
-    low, high, middle = ("P1|low|x", [1, 1], [{1, 2}, {3}]), ("P1|high|x", [1, 1], [{1}, {1}]), (
-        "P1|middle|x", [1, 1], [{1}, {1, 2}])
+    low, high, middle = (
+        ("P1|low|x", [1, 1], [{1, 2}, {3}]),
+        ("P1|high|x", [1, 1], [{1}, {1}]),
+        ("P1|middle|x", [1, 1], [{1}, {1, 2}]),
+    )
     unknown = ("P1|unknown|x", [1, 0], [{1}, {1}])
     empty = ("P1|empty|x", [1, 1], [set(), set()])
     assert example_facts(hand_made(low, unknown, middle, empty)) == ["P1|middle|x", "P1|low|x"]
     assert example_facts(hand_made(unknown, low, high, middle)) == ["P1|high|x", "P1|low|x"]
-    assert example_facts(hand_made(unknown, ("P1|other|x", [0, 0], [{1}, {2}]))) == ["P1|unknown|x", "P1|other|x"]
+    assert example_facts(hand_made(unknown, ("P1|other|x", [0, 0], [{1}, {2}]))) == [
+        "P1|unknown|x",
+        "P1|other|x",
+    ]
     paper = [("|".join(key), [0, 0], [{1}, {2}]) for key in PAPER_EXAMPLES]
     assert example_facts(hand_made(high, *paper, low)) == [fact for fact, *_ in paper]
 
@@ -236,7 +314,10 @@ def test_example_maps_are_the_dense_attribution_and_the_activation(model, data, 
         scores = attribute(lm, [one["prompt"]], [fact.object], steps=2).scores[0].numpy()
         assert one["attribution"] == pytest.approx(scores, abs=1e-12)
         seen = []
-        handles = [down.register_forward_pre_hook(lambda _, x: seen.append(x[0][0, -1])) for down in lm.downs]
+        handles = [
+            down.register_forward_pre_hook(lambda _, x: seen.append(x[0][0, -1]))
+            for down in lm.downs
+        ]
         with torch.no_grad():
             lm.model(torch.tensor([lm.encode(one["prompt"], fact.object)[0]]))
         for handle in handles:
@@ -244,9 +325,10 @@ def test_example_maps_are_the_dense_attribution_and_the_activation(model, data, 
         assert one["activation"] == pytest.approx(torch.stack(seen).numpy(), rel=1e-5, abs=1e-6)
 
 
-# --- Tables 1, 4 and 5 -----------------------------------------------------------------------------------
+# --- Tables 1, 4 and 5 ----------------------------------------------------------------------------
 def facts_of(cs2, relations=("P1", "P2")):
-    """A `queries` frame of facts with these CS2: of ten neurons, so many tenths occur in more than one query."""
+    """A `queries` frame of facts with these CS2: of ten neurons, so many tenths occur in more than
+    one query."""
     rows = []
     for i, value in enumerate(cs2):
         name, relation = f"s{i}", relations[i % len(relations)]
@@ -278,12 +360,16 @@ def test_table_1_by_hand():
     assert (static["S_I"], static["S_II"]) == pytest.approx((one.mean(), two.mean()))
     assert static["S_I_low"] <= static["S_I"] <= static["S_I_high"]
     welch = scipy_stats.ttest_ind(one, two, equal_var=False)
-    assert (static["t"], static["p"], static["df"]) == pytest.approx((welch.statistic, welch.pvalue, welch.df))
+    assert (static["t"], static["p"], static["df"]) == pytest.approx(
+        (welch.statistic, welch.pvalue, welch.df)
+    )
     assert not [column for column in table if column.endswith("_paper")]
 
 
 def test_an_empty_class_is_shown_as_empty_with_nothing_made_up():
-    table = analysis.table_1({"ig": analysis.classified_facts(facts_of((0.5, 0.6, 0.7, 0.7)))}, "demo/gpt2")
+    table = analysis.table_1(
+        {"ig": analysis.classified_facts(facts_of((0.5, 0.6, 0.7, 0.7)))}, "demo/gpt2"
+    )
     static = table[table["threshold"] == "static"].iloc[0]
     assert (static["n"], static["n_I"], static["n_II"]) == (4, 4, 0)
     assert static["R_II"] == 0 and static["R_I"] == 1
@@ -292,14 +378,27 @@ def test_an_empty_class_is_shown_as_empty_with_nothing_made_up():
 
 
 def test_facts_without_neurons_or_with_two_prompts_stand_apart():
-    queries = pd.concat([facts_of(CS2), hand_made(("P1|empty|x", [1, 1, 1], [set(), set(), set()]),
-                                                  ("P1|two|x", [1, 1], [{1}, {1}]))], ignore_index=True)
+    queries = pd.concat(
+        [
+            facts_of(CS2),
+            hand_made(
+                ("P1|empty|x", [1, 1, 1], [set(), set(), set()]), ("P1|two|x", [1, 1], [{1}, {1}])
+            ),
+        ],
+        ignore_index=True,
+    )
     frame = analysis.classified_facts(queries).set_index("fact")
-    assert frame.loc[["P1|empty|x", "P1|two|x"], "cs2"].isna().all() and frame.loc["P1|two|x", "cs1"] == 1
+    assert (
+        frame.loc[["P1|empty|x", "P1|two|x"], "cs2"].isna().all()
+        and frame.loc["P1|two|x", "cs1"] == 1
+    )
     assert frame["undefined"].sum() == 1 and frame.loc["P1|empty|x", "undefined"]
     assert frame["two_prompts"].sum() == 1 and frame.loc["P1|two|x", "two_prompts"]
     for name in ("class_static", "class_otsu"):
-        assert frame.loc[["P1|empty|x", "P1|two|x"], name].isna().all() and frame[name].notna().sum() == 6
+        assert (
+            frame.loc[["P1|empty|x", "P1|two|x"], name].isna().all()
+            and frame[name].notna().sum() == 6
+        )
     table = analysis.table_1({"ig": frame.reset_index()}, "demo/gpt2")
     assert table["n"].tolist() == [6, 6]
     summary = analysis.consistency_summary({"ig": frame.reset_index()}).iloc[0]
@@ -314,15 +413,23 @@ def test_facts_that_all_have_one_cs2_have_no_otsu_threshold():
 
 
 def test_cap_ii_is_the_share_that_all_three_methods_put_into_k_ii():
-    three = {"ig": facts_of((0.0, 0.1, 0.1, 0.9)), "sig": facts_of((0.1, 0.0, 0.8, 0.9)),
-             "amig": facts_of((0.0, 0.9, 0.0, 0.9))}
+    three = {
+        "ig": facts_of((0.0, 0.1, 0.1, 0.9)),
+        "sig": facts_of((0.1, 0.0, 0.8, 0.9)),
+        "amig": facts_of((0.0, 0.9, 0.0, 0.9)),
+    }
     facts = {name: analysis.classified_facts(frame) for name, frame in three.items()}
     assert analysis.common_class_two(facts, "static") == 1 / 4
     table = analysis.table_1(facts, "demo/gpt2")
     assert table[table["threshold"] == "static"]["cap_II"].tolist() == [0.25] * 3
     assert np.isnan(analysis.common_class_two({k: facts[k] for k in ("ig", "sig")}, "static"))
     # a fact that one method cannot classify is in nobody's share
-    undefined = hand_made(*[(f"P{1 + i % 2}|s{i}|x", [1] * 3, [{1}, {2}, {3}] if i else [set()] * 3) for i in range(4)])
+    undefined = hand_made(
+        *[
+            (f"P{1 + i % 2}|s{i}|x", [1] * 3, [{1}, {2}, {3}] if i else [set()] * 3)
+            for i in range(4)
+        ]
+    )
     facts["amig"] = analysis.classified_facts(undefined)
     assert analysis.common_class_two(facts, "static") == 1 / 3
 
@@ -339,7 +446,10 @@ def test_the_papers_values_stand_beside_ours_for_its_models_alone():
 
 def test_table_5_is_the_first_query_of_each_relation():
     table = analysis.table_5(facts_of(CS2))
-    assert table["relation"].tolist() == ["P1", "P2"] and table["example query"].tolist() == ["s0 0", "s1 0"]
+    assert table["relation"].tolist() == ["P1", "P2"] and table["example query"].tolist() == [
+        "s0 0",
+        "s1 0",
+    ]
     assert table["answer"].tolist() == ["x", "x"]
 
 
@@ -348,18 +458,29 @@ def test_noise_is_cut_near_its_middle_and_its_classes_differ_enormously():
     null = analysis.otsu_null(facts, draws=50)
     assert 0.4 < null["R_II_low"] < null["R_II"] < null["R_II_high"] < 0.6 and null["n"] == 400
     # halves of a normal distribution: means 2 sqrt(2 / pi) apart, variance 1 - 2 / pi each
-    assert null["t"] == pytest.approx(2 * np.sqrt(2 / np.pi) / np.sqrt((1 - 2 / np.pi) * 4 / 400), rel=0.05)
-    assert null == analysis.otsu_null(facts, draws=50) and null != analysis.otsu_null(facts, draws=50, seed=1)
+    assert null["t"] == pytest.approx(
+        2 * np.sqrt(2 / np.pi) / np.sqrt((1 - 2 / np.pi) * 4 / 400), rel=0.05
+    )
+    assert null == analysis.otsu_null(facts, draws=50) and null != analysis.otsu_null(
+        facts, draws=50, seed=1
+    )
     for few in ([], [0.5], [0.5, 0.5]):
         empty = analysis.otsu_null(pd.DataFrame(dict(cs2=np.array(few, float))))
-        assert all(np.isnan(value) for name, value in empty.items() if name != "n") and empty["n"] == len(few)
+        assert all(np.isnan(value) for name, value in empty.items() if name != "n") and empty[
+            "n"
+        ] == len(few)
 
 
 def test_threshold_sensitivity_by_hand():
-    queries = hand_made(("P1|a|x", [1, 1, 1], [{1, 2}] * 3), ("P1|b|x", [1, 1, 1], [{1, 2}, {1, 3}, {1, 4}]),
-                        ("P1|two prompts|x", [1, 1], [{1, 2}, {1, 3}]))  # which are left out
+    queries = hand_made(
+        ("P1|a|x", [1, 1, 1], [{1, 2}] * 3),
+        ("P1|b|x", [1, 1, 1], [{1, 2}, {1, 3}, {1, 4}]),
+        ("P1|two prompts|x", [1, 1], [{1, 2}, {1, 3}]),
+    )  # which are left out
     queries["score"] = [[1.0, 0.15]] * 8  # neurons 2, 3 and 4 are there at t = 0.1 alone
-    table = analysis.threshold_sensitivity(queries, (0.1, 0.2), (0.3, 0.5)).set_index(["t", "static"])
+    table = analysis.threshold_sensitivity(queries, (0.1, 0.2), (0.3, 0.5)).set_index(
+        ["t", "static"]
+    )
     assert table.loc[0.1, "cs2"].tolist() == pytest.approx([(1 + 1 / 4) / 2] * 2)
     assert table.loc[0.2, "cs2"].tolist() == [1, 1] and (table["n"] == 2).all()
     assert table["R_II"].tolist() == [0.5, 0.5, 0, 0]
@@ -371,18 +492,30 @@ def test_the_tables_agree_with_consistency_of_the_dense_scores(model, data, runs
     for fact in study.facts():
         wanted = consistency(knowledge_neurons(dense(study.lm(), fact, "ig").scores))
         assert facts.loc[fact.id, ["cs1", "cs2", "jaccard"]].tolist() == pytest.approx(
-            [wanted.cs1, wanted.cs2, wanted.jaccard])
+            [wanted.cs1, wanted.cs2, wanted.jaccard]
+        )
         assert facts.loc[fact.id, "mean_size"] == pytest.approx(np.mean(wanted.sizes))
 
 
 def test_units_are_not_computed_or_read_while_a_context_changes_the_model(tmp_path, monkeypatch):
-    from qlutils import (scale_neurons, scale_synapses)
+    from qlutils import scale_neurons, scale_synapses
     from qlutils.study import store
 
     lm = load_model("demo/gpt2")
     monkeypatch.setattr(store, "cached_model", lambda *_: lm)
-    unit = [[dict(relation="P1", subject="France", object="Paris", prompts=["The capital of France is", "France has the capital"])]]
-    run = lambda: store.run_units(localise_unit, "demo/gpt2", unit, {"steps": 2}, desc="x", root=tmp_path)  # noqa: E731
+    unit = [
+        [
+            dict(
+                relation="P1",
+                subject="France",
+                object="Paris",
+                prompts=["The capital of France is", "France has the capital"],
+            )
+        ]
+    ]
+    run = lambda: store.run_units(
+        localise_unit, "demo/gpt2", unit, {"steps": 2}, desc="x", root=tmp_path
+    )  # noqa: E731
     clean = run()
     for context in (scale_neurons(lm, [(0, 1)], 0.0), scale_synapses(lm, [(0, 1, 2)], 0.0)):
         with context, pytest.raises(ValueError, match="demo/gpt2 is being changed"):

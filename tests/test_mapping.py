@@ -1,30 +1,59 @@
-"""Notebook 04's interventions and the numbers of notebooks 04-06, against hand-made cases and one-by-one evaluation."""
+"""Notebook 04's interventions and the numbers of notebooks 04-06, against hand-made cases and
+one-by-one evaluation."""
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from test_synapses import Words, make
 
+from qlutils.change import synapses
+from qlutils.change.scaling import answer_probability, scale_neurons
 from qlutils.experiments import effects
 from qlutils.experiments import query_kn_mapping as mapping
-from qlutils.change import synapses
+from qlutils.neurons.sets import active_neurons, random_neurons
 from qlutils.show import tables
-from qlutils.change.scaling import (answer_probability, scale_neurons)
-from qlutils.neurons.sets import (active_neurons, random_neurons)
 
-UNIT = [dict(fact="R1|a|8 6", relation="R1", object="8 6", prompts=["3 17 8 25", "5 17 8", "9 3 30 2"], prompt_index=[0, 2, 3],
-             layer=[[0, 0, 2], [0, 1], []], neuron=[[3, 7, 40], [3, 5], []], same_relation=[[[2, 9]], [], []],
-             other_relation=[[[0, 1], [0, 2]], [], []])]
-QUERIES = pd.DataFrame([
-    dict(fact=f"{relation}|{subject}|x", relation=relation, subject=subject, object="x", prompt_index=i,
-         prompt=f"{relation} {subject} {i}", prompt_tokens=tokens, probability=0.5, known=i != 2,
-         layer=layer, neuron=[1, 2], score=[1.0, score])
-    for relation, subject, tokens, score in (("R1", "a", 3, 0.1), ("R1", "b", 4, 0.9), ("R2", "c", 3, 0.9))
-    for i, layer in enumerate(([0, 1], [0, 1], [1, 0]))])
+UNIT = [
+    dict(
+        fact="R1|a|8 6",
+        relation="R1",
+        object="8 6",
+        prompts=["3 17 8 25", "5 17 8", "9 3 30 2"],
+        prompt_index=[0, 2, 3],
+        layer=[[0, 0, 2], [0, 1], []],
+        neuron=[[3, 7, 40], [3, 5], []],
+        same_relation=[[[2, 9]], [], []],
+        other_relation=[[[0, 1], [0, 2]], [], []],
+    )
+]
+QUERIES = pd.DataFrame(
+    [
+        dict(
+            fact=f"{relation}|{subject}|x",
+            relation=relation,
+            subject=subject,
+            object="x",
+            prompt_index=i,
+            prompt=f"{relation} {subject} {i}",
+            prompt_tokens=tokens,
+            probability=0.5,
+            known=i != 2,
+            layer=layer,
+            neuron=[1, 2],
+            score=[1.0, score],
+        )
+        for relation, subject, tokens, score in (
+            ("R1", "a", 3, 0.1),
+            ("R1", "b", 4, 0.9),
+            ("R2", "c", 3, 0.9),
+        )
+        for i, layer in enumerate(([0, 1], [0, 1], [1, 0]))
+    ]
+)
 
 
-# --- sets ------------------------------------------------------------------------------------------------
+# --- sets -----------------------------------------------------------------------------------------
+
 
 def test_every_set_of_a_query_by_hand():
     kns = [{(0, 1), (0, 2), (1, 5)}, {(0, 1), (1, 6)}, {(0, 1), (0, 2), (1, 6), (1, 7)}]
@@ -33,13 +62,25 @@ def test_every_set_of_a_query_by_hand():
     assert sets["self"] == kns[0] and sets["union"] == kns[1] | kns[2]
     assert sets["intersection"] == sets["refine"] == {(0, 1), (1, 6)}
     assert sets["union_others"] == {(1, 6), (1, 7)} and sets["refine_others"] == {(1, 6)}
-    assert len(sets["union_matched"]) == 3 and sets["union_matched"] <= sets["union"] and sets["self_as_union"] == kns[0]
-    assert sets["intersection_matched"] == sets["intersection"] and len(sets["self_as_intersection"]) == 2
+    assert (
+        len(sets["union_matched"]) == 3
+        and sets["union_matched"] <= sets["union"]
+        and sets["self_as_union"] == kns[0]
+    )
+    assert (
+        sets["intersection_matched"] == sets["intersection"]
+        and len(sets["self_as_intersection"]) == 2
+    )
     assert sets["self_active"] == {(0, 4), (0, 3), (1, 0)}
     for name, like in (("self_random", sets["self"]), ("union_random", sets["union"])):
         drawn = sets[name]
-        assert not drawn & like and [sum(l == k for l, _ in drawn) for k in (0, 1)] == [sum(l == k for l, _ in like) for k in (0, 1)]
-    assert {*sets, "self_same_relation", "self_other_relation"} == {*mapping.PAPER_SETS, *mapping.CONTROL_SETS}
+        assert not drawn & like and [sum(l == k for l, _ in drawn) for k in (0, 1)] == [
+            sum(l == k for l, _ in like) for k in (0, 1)
+        ]
+    assert {*sets, "self_same_relation", "self_other_relation"} == {
+        *mapping.PAPER_SETS,
+        *mapping.CONTROL_SETS,
+    }
 
 
 def test_random_and_matched_neurons_end_where_a_layer_is_used_up():
@@ -56,7 +97,9 @@ def test_neurons_are_drawn_from_a_given_pool_and_never_from_their_own_set():
 
 
 def test_the_most_active_neuron_is_matched_first():
-    active = np.array([[3.0, -5.0, 3.9, 2.0, 6.9]])  # neuron 2 is nearest to both 0 and 1, and 1 takes it
+    active = np.array(
+        [[3.0, -5.0, 3.9, 2.0, 6.9]]
+    )  # neuron 2 is nearest to both 0 and 1, and 1 takes it
     assert active_neurons({(0, 0), (0, 1)}, active) == {(0, 2), (0, 3)}
     assert active_neurons({(0, 0)}, active) == active_neurons({(0, 1)}, active) == {(0, 2)}
 
@@ -71,8 +114,12 @@ def test_rows_of_the_batch_equal_one_set_at_a_time(name):
             continue
         i = [0, 2, 3].index(row["prompt_index"])
         others = [s for k, s in enumerate(sets) if k != i]
-        chosen = {"self": sets[i], "union": others[0] | others[1], "intersection": others[0] & others[1],
-                  "refine": others[0] & others[1]}[row["set"]]
+        chosen = {
+            "self": sets[i],
+            "union": others[0] | others[1],
+            "intersection": others[0] & others[1],
+            "refine": others[0] & others[1],
+        }[row["set"]]
         ask = [UNIT[0]["prompts"][i]], ["8 6"]
         before = float(answer_probability(lm, *ask))
         with scale_neurons(lm, chosen, 3.0 if row["direction"] == "enhance" else 0.0):
@@ -88,14 +135,21 @@ def test_a_fact_with_one_query_is_named():
         mapping.scale_kns(make("gpt2"), [dict(UNIT[0], prompts=["3 4 5"])])
 
 
-# --- units -----------------------------------------------------------------------------------------------
+# --- units ----------------------------------------------------------------------------------------
+
 
 def test_units_hold_the_neurons_above_the_threshold_and_an_irrelevant_prompt_of_equal_length():
     [[a, b], [c]] = effects.units(QUERIES, 0.2, irrelevant=0, size=2)
     assert a["layer"] == [[0], [0], [1]] and a["neuron"] == [[1], [1], [1]]
-    assert sorted(zip(b["layer"][2], b["neuron"][2])) == [(0, 2), (1, 1)] and b["prompt_index"] == [0, 1, 2]
+    assert sorted(zip(b["layer"][2], b["neuron"][2])) == [(0, 2), (1, 1)] and b["prompt_index"] == [
+        0,
+        1,
+        2,
+    ]
     assert all(prompt.startswith("R2 c") for prompt in a["irrelevant"] + b["irrelevant"])
-    assert all(prompt.startswith("R1 a") for prompt in c["irrelevant"])  # of R1 only fact a has prompts of 3 tokens
+    assert all(
+        prompt.startswith("R1 a") for prompt in c["irrelevant"]
+    )  # of R1 only fact a has prompts of 3 tokens
     again = effects.units(QUERIES[::-1], 0.2, irrelevant=0)
     assert effects.units(QUERIES, 0.2, irrelevant=1) != effects.units(QUERIES, 0.2, irrelevant=0)
     assert {fact["fact"] for fact in again[0]} == {a["fact"], b["fact"], c["fact"]}
@@ -104,38 +158,77 @@ def test_units_hold_the_neurons_above_the_threshold_and_an_irrelevant_prompt_of_
 
 
 def test_another_fact_s_neurons_are_of_one_fact_and_none_of_this_one():
-    rows = [("R1", "a", "x", [[(0, 1), (0, 2), (1, 5)], [(0, 3)]]), ("R1", "b", "y", [[(0, 1), (0, 6)], [(1, 7), (2, 8)]]),
-            ("R2", "c", "z", [[(0, 3), (0, 4)], [(0, 5), (1, 6)]]), ("R2", "d", "z", [[(0, 9)], [(1, 9)]]),
-            ("R3", "a", "w", [[(0, 10)], [(0, 10)]]), ("R3", "e", "x", [[(0, 11)], [(0, 11)]])]
-    frame = pd.DataFrame([dict(fact=f"{relation} {subject}", relation=relation, subject=subject, object=object, prompt_index=i,
-                               prompt=f"{subject} {i}", score=[1.0] * len(kns), layer=[layer for layer, _ in kns],
-                               neuron=[neuron for _, neuron in kns])
-                          for relation, subject, object, sets in rows for i, kns in enumerate(sets)])
+    rows = [
+        ("R1", "a", "x", [[(0, 1), (0, 2), (1, 5)], [(0, 3)]]),
+        ("R1", "b", "y", [[(0, 1), (0, 6)], [(1, 7), (2, 8)]]),
+        ("R2", "c", "z", [[(0, 3), (0, 4)], [(0, 5), (1, 6)]]),
+        ("R2", "d", "z", [[(0, 9)], [(1, 9)]]),
+        ("R3", "a", "w", [[(0, 10)], [(0, 10)]]),
+        ("R3", "e", "x", [[(0, 11)], [(0, 11)]]),
+    ]
+    frame = pd.DataFrame(
+        [
+            dict(
+                fact=f"{relation} {subject}",
+                relation=relation,
+                subject=subject,
+                object=object,
+                prompt_index=i,
+                prompt=f"{subject} {i}",
+                score=[1.0] * len(kns),
+                layer=[layer for layer, _ in kns],
+                neuron=[neuron for _, neuron in kns],
+            )
+            for relation, subject, object, sets in rows
+            for i, kns in enumerate(sets)
+        ]
+    )
     drawn = {}
     for seed in range(40):
         for fact in effects.units(frame, 0.2, other=seed)[0]:
             for kind in ("same_relation", "other_relation"):
                 drawn.setdefault((fact["fact"], kind), set()).add(tuple(map(tuple, fact[kind])))
-    # of b, less (0, 1), which both have; layer 0 has one neuron left for two, and the second query has none in layer 1
+    # of b, less (0, 1), which both have; layer 0 has one neuron left for two, and the second query
+    # has none in layer 1
     assert drawn["R1 a", "same_relation"] == {(((0, 6), (1, 7)), ((0, 6),))}
-    # of c (less (0, 3)) or of d; "R3 a" has a's subject and "R3 e" its object. Never of both facts at once
+    # of c (less (0, 3)) or of d; "R3 a" has a's subject and "R3 e" its object. Never of both facts
+    # at once
     first = {one for one, _ in drawn["R1 a", "other_relation"]}
     assert first == {((0, 4), (0, 5), (1, 6)), ((0, 9), (1, 9))}
     assert drawn["R2 c", "same_relation"] == {((), ())}  # d has the same object
     assert "same_relation" not in effects.units(frame, 0.2)[0][0]
 
 
-# --- relative changes ------------------------------------------------------------------------------------
+# --- relative changes -----------------------------------------------------------------------------
+
 
 def changes(rows):
-    return pd.DataFrame(rows, columns=["fact", "relation", "prompt_index", "set", "direction", "size", "probability",
-                                       "probability_before"])
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "fact",
+            "relation",
+            "prompt_index",
+            "set",
+            "direction",
+            "size",
+            "probability",
+            "probability_before",
+        ],
+    )
 
 
 def test_relative_changes_are_signed_by_direction_and_undefined_at_zero():
-    frame = changes([("f", "R", 0, "self", "enhance", 2, 0.6, 0.5), ("f", "R", 0, "self", "suppress", 2, 0.1, 0.5),
-                     ("f", "R", 1, "self", "enhance", 0, 0.0, 0.0), ("f", "R", 1, "self", "suppress", 0, 0.0, 0.0),
-                     ("f", "R", 2, "self", "enhance", 1, 0.4, 0.5), ("f", "R", 2, "self", "suppress", 1, 0.5, 0.5)])
+    frame = changes(
+        [
+            ("f", "R", 0, "self", "enhance", 2, 0.6, 0.5),
+            ("f", "R", 0, "self", "suppress", 2, 0.1, 0.5),
+            ("f", "R", 1, "self", "enhance", 0, 0.0, 0.0),
+            ("f", "R", 1, "self", "suppress", 0, 0.0, 0.0),
+            ("f", "R", 2, "self", "enhance", 1, 0.4, 0.5),
+            ("f", "R", 2, "self", "suppress", 1, 0.5, 0.5),
+        ]
+    )
     rates = effects.rates(frame).set_index(["prompt_index", "direction"])["rate"]
     assert rates[0, "enhance"] == pytest.approx(0.2) and rates[0, "suppress"] == pytest.approx(0.8)
     assert rates[0, "average"] == pytest.approx(0.5) and rates[2, "average"] == pytest.approx(-0.1)
@@ -149,20 +242,37 @@ def with_classes(frame, classes):
 
 
 def test_summary_counts_empty_sets_undefined_values_and_classes_without_facts():
-    rows = [(f"f{k}", f"R{k % 2}", 0, "self", d, size, 0.5 + 0.1 * k * (1 if d == "enhance" else -1), before)
-            for k, (size, before) in enumerate([(2, 0.5), (0, 0.5), (3, 0.0)]) for d in ("enhance", "suppress")]
+    rows = [
+        (
+            f"f{k}",
+            f"R{k % 2}",
+            0,
+            "self",
+            d,
+            size,
+            0.5 + 0.1 * k * (1 if d == "enhance" else -1),
+            before,
+        )
+        for k, (size, before) in enumerate([(2, 0.5), (0, 0.5), (3, 0.0)])
+        for d in ("enhance", "suppress")
+    ]
     frame = with_classes(effects.rates(changes(rows)), dict.fromkeys(["f0", "f1", "f2"], "I"))
-    table = effects.summary(frame, ["self"], directions=("average",), populations=("known", "known, not empty"))
+    table = effects.summary(
+        frame, ["self"], directions=("average",), populations=("known", "known, not empty")
+    )
     assert np.isnan(table[["mean_low", "median_high", "trimmed_low"]]).all(axis=None)  # three facts
     one = tables.pick(table, threshold="static", queries="known", class_="I")
     assert one["n"] == 2 and one["undefined"] == 1 and one["empty"] == pytest.approx(1 / 3)
     assert one["mean"] == pytest.approx((0 + 0.2) / 2)
-    assert tables.pick(table, threshold="static", queries="known, not empty", class_="I")["mean"] == pytest.approx(0)
+    assert tables.pick(table, threshold="static", queries="known, not empty", class_="I")[
+        "mean"
+    ] == pytest.approx(0)
     for name in ("I", "II"):
         none = tables.pick(table, threshold="otsu", queries="known", class_=name)
         assert none["n"] == 0 and np.isnan(none["mean"])
     assert tables.with_interval(none) == "undefined (n = 0)" and tables.verdict(none) == (
-        "not testable here (0 facts; an interval needs 10)")
+        "not testable here (0 facts; an interval needs 10)"
+    )
 
 
 def test_contrast_pairs_queries_and_leaves_out_those_without_both():
@@ -170,9 +280,13 @@ def test_contrast_pairs_queries_and_leaves_out_those_without_both():
     for k in range(6):
         for name, after in (("self", 0.1 + 0.05 * k), ("union", 0.3), ("refine", 0.5)):
             if (k, name) != (5, "refine"):
-                rows += [(f"f{k}", f"R{k % 2}", 0, name, d, 1, value, 0.5)
-                         for d, value in (("enhance", 0.5), ("suppress", after))]
-    frame = with_classes(effects.rates(changes(rows)), {f"f{k}": "I" if k < 3 else "II" for k in range(6)})
+                rows += [
+                    (f"f{k}", f"R{k % 2}", 0, name, d, 1, value, 0.5)
+                    for d, value in (("enhance", 0.5), ("suppress", after))
+                ]
+    frame = with_classes(
+        effects.rates(changes(rows)), {f"f{k}": "I" if k < 3 else "II" for k in range(6)}
+    )
     table = effects.contrast(frame, "self", ["union", "refine"])
     drop = lambda after: (0.5 - after) / 0.5 / 2  # the mean of both directions  # noqa: E731
     gap = [drop(0.1 + 0.05 * k) - (drop(0.3) + drop(0.5)) / 2 for k in range(5)]
@@ -217,18 +331,32 @@ def test_all_queries_are_counted_first_and_the_known_ones_beside():
 
 def test_verdict_reads_the_interval():
     row = lambda low, high: dict(mean=(low + high) / 2, mean_low=low, mean_high=high)  # noqa: E731
-    assert tables.verdict(row(0.1, 0.2)) == "lies above 0" and tables.verdict(row(-0.2, -0.1)) == "lies below 0"
+    assert (
+        tables.verdict(row(0.1, 0.2)) == "lies above 0"
+        and tables.verdict(row(-0.2, -0.1)) == "lies below 0"
+    )
     assert tables.verdict(row(-0.1, 0.2)) == "cannot be told from 0"
 
 
-# --- predominance on hand-made matrices ------------------------------------------------------------------
+# --- predominance on hand-made matrices -----------------------------------------------------------
+
 
 def test_predominance_of_hand_made_attention_matrices(monkeypatch):
-    """Three queries of three tokens; the columns that collect most are tokens 7, 7 and 9, without the first 5, 7, 9."""
-    matrices = {(7, 5, 6): [[1, 0, 0], [0.7, 0.3, 0], [0.5, 0.3, 0.2]], (4, 7, 6): [[1, 0, 0], [0.1, 0.9, 0], [0, 1, 0]],
-                (8, 6, 9): [[0, 0, 1], [0, 0.2, 0.8], [0, 0, 1]]}
-    monkeypatch.setattr(synapses, "column_scores", lambda lm, prompts: [
-        (np.broadcast_to(np.array(matrices[tuple(ids)]).sum(0), (2, 4, 3)),) * 2 for ids in prompts])
+    """Three queries of three tokens; the columns that collect most are tokens 7, 7 and 9, without
+    the first 5, 7, 9."""
+    matrices = {
+        (7, 5, 6): [[1, 0, 0], [0.7, 0.3, 0], [0.5, 0.3, 0.2]],
+        (4, 7, 6): [[1, 0, 0], [0.1, 0.9, 0], [0, 1, 0]],
+        (8, 6, 9): [[0, 0, 1], [0, 0.2, 0.8], [0, 0, 1]],
+    }
+    monkeypatch.setattr(
+        synapses,
+        "column_scores",
+        lambda lm, prompts: [
+            (np.broadcast_to(np.array(matrices[tuple(ids)]).sum(0), (2, 4, 3)),) * 2
+            for ids in prompts
+        ],
+    )
 
     class Model:
         tokenizer, bos_offset = Words(), 0
@@ -236,13 +364,23 @@ def test_predominance_of_hand_made_attention_matrices(monkeypatch):
         def encode_prompt(self, prompt):
             return [int(word) for word in prompt.split()]
 
-    unit = [dict(fact="f", relation="R", prompts=["7 5 6", "4 7 6", "8 6 9"], prompt_index=[0, 1, 2])]
+    unit = [
+        dict(fact="f", relation="R", prompts=["7 5 6", "4 7 6", "8 6 9"], prompt_index=[0, 1, 2])
+    ]
     winners = synapses.attend(Model(), unit)
-    assert winners["token_id"].tolist() == [7, 7, 9] and winners["token_id_rest"].tolist() == [5, 7, 9]
-    assert winners.loc[0, "share"] == pytest.approx(2.2 / 3) and winners.loc[0, "first_share"] == pytest.approx(2.2 / 3)
+    assert winners["token_id"].tolist() == [7, 7, 9] and winners["token_id_rest"].tolist() == [
+        5,
+        7,
+        9,
+    ]
+    assert winners.loc[0, "share"] == pytest.approx(2.2 / 3) and winners.loc[
+        0, "first_share"
+    ] == pytest.approx(2.2 / 3)
     [fact] = effects.predominance(winners).to_dict("records")
     assert fact["predominance"] == pytest.approx(2 / 3) and fact["modal"] == "7"
-    assert fact["predominance_rest"] == pytest.approx(1 / 3) and fact["first"] == pytest.approx(1 / 3)
+    assert fact["predominance_rest"] == pytest.approx(1 / 3) and fact["first"] == pytest.approx(
+        1 / 3
+    )
     assert fact["same_first"] == pytest.approx(1 / 3) and fact["n_queries"] == 3
     top = effects.top_tokens(winners).set_index(["counted", "token"])
     assert top.loc[("all tokens", "'7'"), "queries"] == 2
@@ -250,16 +388,42 @@ def test_predominance_of_hand_made_attention_matrices(monkeypatch):
 
 def test_a_synapse_reaches_the_neurons_of_its_layer_and_of_later_ones():
     found = pd.DataFrame(dict(by_layer=[[1, 0, 2], [0, 1, 0]]))
-    assert effects.reach([{(0, 5), (2, 1)}, {(0, 9)}], found) == pytest.approx((2 * 1 + 4) / (3 * 4))
+    assert effects.reach([{(0, 5), (2, 1)}, {(0, 9)}], found) == pytest.approx(
+        (2 * 1 + 4) / (3 * 4)
+    )
     assert effects.reach([set(), set()], found) == 0
 
 
 def test_synapse_counts_by_hand():
-    found = pd.DataFrame([dict(fact="f", relation="R", n_self=4, n_self_rest=1, n_irrelevant=2, n_irrelevant_rest=0,
-                               jaccard=0.5, jaccard_rest=0.0, by_layer=[3, 0, 1]),
-                          dict(fact="g", relation="R", n_self=0, n_self_rest=0, n_irrelevant=np.nan,
-                               n_irrelevant_rest=np.nan, jaccard=np.nan, jaccard_rest=np.nan, by_layer=[0, 0, 0])])
+    found = pd.DataFrame(
+        [
+            dict(
+                fact="f",
+                relation="R",
+                n_self=4,
+                n_self_rest=1,
+                n_irrelevant=2,
+                n_irrelevant_rest=0,
+                jaccard=0.5,
+                jaccard_rest=0.0,
+                by_layer=[3, 0, 1],
+            ),
+            dict(
+                fact="g",
+                relation="R",
+                n_self=0,
+                n_self_rest=0,
+                n_irrelevant=np.nan,
+                n_irrelevant_rest=np.nan,
+                jaccard=np.nan,
+                jaccard_rest=np.nan,
+                by_layer=[0, 0, 0],
+            ),
+        ]
+    )
     table = effects.synapse_counts(found).set_index("quantity")
     assert table.loc["n_self", "mean"] == 2 and table.loc["n_irrelevant", "n"] == 1
-    assert table.loc["share in column 0", "mean"] == 0.75 and table.loc["mean depth", "mean"] == 0.25
+    assert (
+        table.loc["share in column 0", "mean"] == 0.75 and table.loc["mean depth", "mean"] == 0.25
+    )
     assert table.loc["no synapse", "mean"] == 0.5

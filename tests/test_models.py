@@ -1,4 +1,5 @@
-"""Finding the parts of a model, refusing what cannot be studied, loading from folders, fingerprints."""
+"""Finding the parts of a model, refusing what cannot be studied, loading from folders,
+fingerprints."""
 
 import copy
 import json
@@ -11,18 +12,34 @@ from contextlib import nullcontext
 import pytest
 import torch
 import transformers
-from tiny import CACHE, FAMILIES, GPT, GPTJ_METHOD, SMALL, save_checkpoint, tiny_lm, tiny_model, word_tokenizer
+from tiny import (
+    CACHE,
+    FAMILIES,
+    GPT,
+    GPTJ_METHOD,
+    SMALL,
+    save_checkpoint,
+    tiny_lm,
+    tiny_model,
+    word_tokenizer,
+)
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from qlutils import (answer_probability, attribute, edit_weights, find_synapses, load_model, scale_neurons)
+from qlutils import (
+    answer_probability,
+    attribute,
+    edit_weights,
+    find_synapses,
+    load_model,
+    scale_neurons,
+)
 from qlutils.model import architecture as arch
 from qlutils.model import language_model as models
+from qlutils.model.architecture import UnsupportedModel
+from qlutils.model.check import sharply
+from qlutils.model.language_model import BUNDLED, LanguageModel
 from qlutils.study import store
-from qlutils.model.architecture import (UnsupportedModel)
-from qlutils.model.check import (sharply)
-from qlutils.model.language_model import (BUNDLED, LanguageModel)
-
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -34,34 +51,60 @@ def random_model(config, **options):
     return kind.from_config(config)
 
 
-# --- the parts of a model --------------------------------------------------------------------------------
+# --- the parts of a model -------------------------------------------------------------------------
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_layers_and_projections_are_found(family):
     lm, spec = tiny_lm(family, torch.float32), FAMILIES[family]
-    assert lm.downs == spec.modules(lm.model, "down") and lm.arch.ups == spec.modules(lm.model, "up")
+    assert lm.downs == spec.modules(lm.model, "down") and lm.arch.ups == spec.modules(
+        lm.model, "up"
+    )
     assert lm.layers == [lm.model.get_submodule(spec.layer.format(i)) for i in range(lm.num_layers)]
     assert lm.num_layers == lm.model.config.num_hidden_layers and lm.num_heads == 4
-    wide = {"n_embd", "n_layer"} & set(spec.options) or family in ("falcon", "falcon-alibi", "gpt-neo")
-    assert lm.num_neurons == (128 if wide else 48)  # four times the width where the config states no number
+    wide = {"n_embd", "n_layer"} & set(spec.options) or family in (
+        "falcon",
+        "falcon-alibi",
+        "gpt-neo",
+    )
+    assert lm.num_neurons == (
+        128 if wide else 48
+    )  # four times the width where the config states no number
     assert not lm.model.training and not any(p.requires_grad for p in lm.model.parameters())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_share_the_prefix_in_every_family_that_can(family):
-    """A family whose fast layout fails falls back to the slow one, which is exact, so no other test would notice."""
-    slow = ["gpt-neo", "falcon", "falcon-alibi", "bloom", "opt", "opt-350m", "granite-swa",
-            *["gptj", "codegen"] * GPTJ_METHOD]
+    """A family whose fast layout fails falls back to the slow one, which is exact, so no other test
+    would notice."""
+    slow = [
+        "gpt-neo",
+        "falcon",
+        "falcon-alibi",
+        "bloom",
+        "opt",
+        "opt-350m",
+        "granite-swa",
+        *["gptj", "codegen"] * GPTJ_METHOD,
+    ]
     for dtype in DTYPES:
         assert tiny_lm(family, dtype).layout == ("batch" if family in slow else "sequence"), dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family, multiplier, adds", [
-    ("granite", 0.95, False), ("granite", 1.05, False), ("granite", 1.0, True),
-    ("llama3", None, True), ("gemma2", None, False), ("olmo2", None, False),
-    ("opt-350m", None, False)])
-def test_only_a_layer_that_adds_its_mlps_output_as_it_is_need_not_run(family, multiplier, adds,
-                                                                      dtype):
+@pytest.mark.parametrize(
+    "family, multiplier, adds",
+    [
+        ("granite", 0.95, False),
+        ("granite", 1.05, False),
+        ("granite", 1.0, True),
+        ("llama3", None, True),
+        ("gemma2", None, False),
+        ("olmo2", None, False),
+        ("opt-350m", None, False),
+    ],
+)
+def test_only_a_layer_that_adds_its_mlps_output_as_it_is_need_not_run(
+    family, multiplier, adds, dtype
+):
     changes = {} if multiplier is None else {"residual_multiplier": multiplier}
     assert tiny_lm(family, dtype, **changes).adds_mlp_output is adds
 
@@ -91,19 +134,48 @@ def test_neurons_outside_the_model_are_refused():
             lm.check_neurons([neuron])
 
 
-# --- what cannot be studied ------------------------------------------------------------------------------
-@pytest.mark.parametrize("config, options, named", [
-    ("MixtralConfig", dict(SMALL, num_local_experts=2), "mixture-of-experts"),
-    ("Qwen3MoeConfig", dict(SMALL, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8),
-     "mixture-of-experts"),
-    ("GptOssConfig", dict(SMALL, num_local_experts=2, num_key_value_heads=2, head_dim=8), "mixture-of-experts"),
-    ("T5Config", dict(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4),
-     "encoder-decoder.*causal"),
-    ("BartConfig", dict(vocab_size=97, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
-                        decoder_attention_heads=4, encoder_ffn_dim=8, decoder_ffn_dim=8), "encoder-decoder.*causal"),
-    ("BertConfig", SMALL, "not causal|down-projection"),
-    ("MambaConfig", dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4),
-     "recurrent")])
+# --- what cannot be studied -----------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "config, options, named",
+    [
+        ("MixtralConfig", dict(SMALL, num_local_experts=2), "mixture-of-experts"),
+        (
+            "Qwen3MoeConfig",
+            dict(SMALL, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8),
+            "mixture-of-experts",
+        ),
+        (
+            "GptOssConfig",
+            dict(SMALL, num_local_experts=2, num_key_value_heads=2, head_dim=8),
+            "mixture-of-experts",
+        ),
+        (
+            "T5Config",
+            dict(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4),
+            "encoder-decoder.*causal",
+        ),
+        (
+            "BartConfig",
+            dict(
+                vocab_size=97,
+                d_model=32,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=8,
+                decoder_ffn_dim=8,
+            ),
+            "encoder-decoder.*causal",
+        ),
+        ("BertConfig", SMALL, "not causal|down-projection"),
+        (
+            "MambaConfig",
+            dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4),
+            "recurrent",
+        ),
+    ],
+)
 def test_other_kinds_of_models_are_refused_by_name_and_reason(config, options, named):
     with pytest.raises(UnsupportedModel, match=f"^the-model.*({named})"):
         LanguageModel(random_model(config, **options), word_tokenizer(), "the-model")
@@ -114,7 +186,10 @@ def test_a_model_that_looks_ahead_is_refused():
     bidirectional = lambda ids: torch.zeros(1, 1, ids.shape[1], ids.shape[1], dtype=torch.float64)  # noqa: E731
     forward = model.forward
     model.forward = lambda input_ids, **kwargs: forward(
-        input_ids, **kwargs, **({} if CACHE in kwargs else {"attention_mask": bidirectional(input_ids)}))
+        input_ids,
+        **kwargs,
+        **({} if CACHE in kwargs else {"attention_mask": bidirectional(input_ids)}),
+    )
     with pytest.raises(UnsupportedModel, match="looks-ahead: not causal"):
         LanguageModel(model, word_tokenizer(), "looks-ahead")
 
@@ -127,6 +202,7 @@ def extra_logit_step(model):
         out = forward(*args, **kwargs)
         out.logits = 30 * torch.tanh(out.logits / 3)
         return out
+
     model.forward = changed
 
 
@@ -138,7 +214,8 @@ def extra_hidden_step(model):
 
 
 def mixing_layer(model):
-    """A layer whose output depends on the other tokens of the pass, not through attention: a running mean."""
+    """A layer whose output depends on the other tokens of the pass, not through attention: a
+    running mean."""
     layer = model.model.layers[1]
     forward = layer.forward
 
@@ -146,6 +223,7 @@ def mixing_layer(model):
         out = forward(hidden_states, **kwargs)
         count = torch.arange(1, out.shape[1] + 1, dtype=out.dtype)[:, None]
         return out + out.cumsum(1) / count
+
     layer.forward = changed
 
 
@@ -154,7 +232,9 @@ def test_a_model_whose_logits_are_not_reproduced_is_refused(change):
     model = tiny_model("llama2")
     LanguageModel(model, word_tokenizer(), "plain")
     change(model)
-    with pytest.raises(UnsupportedModel, match="odd-model.*LlamaForCausalLM.*cannot be replayed exactly"):
+    with pytest.raises(
+        UnsupportedModel, match="odd-model.*LlamaForCausalLM.*cannot be replayed exactly"
+    ):
         LanguageModel(model, word_tokenizer(), "odd-model")
 
 
@@ -164,6 +244,7 @@ def a_little_of(module, share):
 
     def changed(x, *args, **kwargs):
         return forward(x * (1 - share * (x.shape[1] == 1)), *args, **kwargs)
+
     module.forward = changed
 
 
@@ -187,6 +268,7 @@ def test_a_logit_multiplier_nobody_knows_of_is_noticed_in_every_dtype(multiplier
         out = forward(*args, **kwargs)
         out.logits = multiplier * out.logits
         return out
+
     model.forward = changed
     with pytest.raises(UnsupportedModel, match="odd-model.*cannot be replayed exactly"):
         LanguageModel(model, word_tokenizer(), "odd-model")
@@ -262,10 +344,12 @@ def test_tokens_that_the_unembedding_cannot_give_are_refused():
         answer_probability(lm, ["10 11"], ["95"])
 
 
-# --- loading ---------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"), "llama3", word_tokenizer(bos=True))
+    return save_checkpoint(
+        tmp_path_factory.mktemp("checkpoint"), "llama3", word_tokenizer(bos=True)
+    )
 
 
 def test_a_folder_loads_as_the_model_that_was_saved(checkpoint):
@@ -282,13 +366,18 @@ def test_a_folder_loads_as_the_model_that_was_saved(checkpoint):
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 def test_the_dtype_is_the_one_asked_for(checkpoint, dtype):
     lm = load_model(checkpoint, device="cpu", dtype=dtype)
-    assert lm.dtype == getattr(torch, dtype) and {p.dtype for p in lm.model.parameters()} == {lm.dtype}
+    assert lm.dtype == getattr(torch, dtype) and {p.dtype for p in lm.model.parameters()} == {
+        lm.dtype
+    }
     assert lm.score_dtype == (torch.float64 if dtype == "float64" else torch.float32)
     assert lm.device == torch.device("cpu")
 
 
 def test_on_a_cpu_a_bfloat16_checkpoint_becomes_float32(tmp_path):
-    assert load_model(save_checkpoint(tmp_path, "gpt2", dtype=torch.bfloat16), device="cpu").dtype == torch.float32
+    assert (
+        load_model(save_checkpoint(tmp_path, "gpt2", dtype=torch.bfloat16), device="cpu").dtype
+        == torch.float32
+    )
 
 
 def with_files(folder, *names):
@@ -300,11 +389,15 @@ def with_files(folder, *names):
 
 def test_names_that_lead_nowhere_say_what_would(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name, message in (("demo/gpt5", "no bundled model 'demo/gpt5'.*demo/gpt2, demo/llama2, demo/llama3"),
-                          (str(tmp_path / "absent"), "no model folder"), ("./absent", "no model folder"),
-                          (with_files(tmp_path / "empty"), "no config.json.*save_pretrained"),
-                          (with_files(tmp_path / "bare", "config.json"), "no .safetensors weights"),
-                          ("", "a name or a folder"), (None, "a name or a folder")):
+    for name, message in (
+        ("demo/gpt5", "no bundled model 'demo/gpt5'.*demo/gpt2, demo/llama2, demo/llama3"),
+        (str(tmp_path / "absent"), "no model folder"),
+        ("./absent", "no model folder"),
+        (with_files(tmp_path / "empty"), "no config.json.*save_pretrained"),
+        (with_files(tmp_path / "bare", "config.json"), "no .safetensors weights"),
+        ("", "a name or a folder"),
+        (None, "a name or a folder"),
+    ):
         with pytest.raises(ValueError, match=message):
             load_model(name)
 
@@ -328,9 +421,11 @@ def test_a_hub_model_with_an_adapter_is_refused(tmp_path, monkeypatch):
 
 
 def test_dtypes_and_devices_are_checked_before_anything_is_read(tmp_path):
-    for options, message in ((dict(dtype="int8"), "dtype 'int8'.*float64, float32, bfloat16, float16"),
-                             (dict(device="gpu"), "device 'gpu' is unknown; use cpu, cuda"),
-                             (dict(device="cuda:99x"), "device 'cuda:99x' is unknown")):
+    for options, message in (
+        (dict(dtype="int8"), "dtype 'int8'.*float64, float32, bfloat16, float16"),
+        (dict(device="gpu"), "device 'gpu' is unknown; use cpu, cuda"),
+        (dict(device="cuda:99x"), "device 'cuda:99x' is unknown"),
+    ):
         with pytest.raises(ValueError, match=message):
             load_model(str(tmp_path), **options)
     if not torch.cuda.is_available():
@@ -340,12 +435,21 @@ def test_dtypes_and_devices_are_checked_before_anything_is_read(tmp_path):
 
 def test_an_unreachable_hub_model_says_what_to_do_offline():
     """In a process of its own: the hub's client reads its environment at import."""
-    code = ("import qlutils\ntry:\n qlutils.load_model('some-one/some-model')\n"
-            "except ValueError as error:\n print(error)")
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
-                         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"})
+    code = (
+        "import qlutils\ntry:\n qlutils.load_model('some-one/some-model')\n"
+        "except ValueError as error:\n print(error)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"},
+    )
     assert "could not load model 'some-one/some-model'" in out.stdout, out.stderr
-    assert "offline, pass the folder of a downloaded copy" in out.stdout and "demo/gpt2" in out.stdout
+    assert (
+        "offline, pass the folder of a downloaded copy" in out.stdout and "demo/gpt2" in out.stdout
+    )
 
 
 class Sentinel:
@@ -364,7 +468,9 @@ def test_pickled_weights_are_refused_and_never_unpickled(tmp_path):
     (folder / "model.safetensors").unlink()
     with open(folder / "pytorch_model.bin", "wb") as file:
         pickle.dump({"lm_head.weight": Sentinel(str(sentinel))}, file)
-    with pytest.raises(ValueError, match="pickled.*no .safetensors weights.*pickled weights are never read"):
+    with pytest.raises(
+        ValueError, match="pickled.*no .safetensors weights.*pickled weights are never read"
+    ):
         load_model(str(folder))
     # and with some safetensors file beside it that is not the weights
     save_checkpoint(tmp_path / "other", "gpt2")
@@ -379,9 +485,22 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path, model_type):
     folder, sentinel = tmp_path / "model", tmp_path / "was-run"
     save_checkpoint(folder, "llama2")
     (folder / "modeling_own.py").write_text(f"open({str(sentinel)!r}, 'w')\nclass Own: pass\n")
-    for name, part in (("config.json", {"model_type": model_type, "auto_map": {
-            "AutoConfig": "modeling_own.Own", "AutoModelForCausalLM": "modeling_own.Own"}}),
-            ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["modeling_own.Own", "modeling_own.Own"]}})):
+    for name, part in (
+        (
+            "config.json",
+            {
+                "model_type": model_type,
+                "auto_map": {
+                    "AutoConfig": "modeling_own.Own",
+                    "AutoModelForCausalLM": "modeling_own.Own",
+                },
+            },
+        ),
+        (
+            "tokenizer_config.json",
+            {"auto_map": {"AutoTokenizer": ["modeling_own.Own", "modeling_own.Own"]}},
+        ),
+    ):
         path = folder / name
         path.write_text(json.dumps({**json.loads(path.read_text()), **part}))
     if model_type == "llama":  # transformers has this kind itself
@@ -403,6 +522,7 @@ def test_a_damaged_weight_file_is_named(tmp_path):
 def test_weights_that_do_not_fill_the_model_are_refused(tmp_path):
     """Transformers itself fills a missing tensor with random numbers and only warns."""
     from safetensors.torch import load_file, save_file
+
     save_checkpoint(tmp_path, "llama2")
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.1.mlp.down_proj.weight"]
@@ -411,7 +531,7 @@ def test_weights_that_do_not_fill_the_model_are_refused(tmp_path):
         load_model(str(tmp_path))
 
 
-# --- fingerprints ----------------------------------------------------------------------------------------
+# --- fingerprints ---------------------------------------------------------------------------------
 def test_two_loads_have_one_fingerprint_and_the_folders_name_does_not_count(checkpoint, tmp_path):
     first = load_model(checkpoint).fingerprint
     copy = save_checkpoint(tmp_path / "copy", "llama3", word_tokenizer(bos=True))
@@ -466,13 +586,22 @@ def test_a_model_saved_again_into_its_folder_is_loaded_anew(tmp_path):
     assert again is not first and again.fingerprint == first.fingerprint
 
 
-@pytest.mark.parametrize("spoil, said", [(lambda lm: lm.model.train(), "training mode"),
-                                         (lambda lm: lm.model.compile(backend="eager"), "compiled")])
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda lm: lm.model.train(), "training mode"),
+        (lambda lm: lm.model.compile(backend="eager"), "compiled"),
+    ],
+)
 def test_a_model_in_a_state_in_which_numbers_would_be_wrong_is_refused(spoil, said):
     lm, query = tiny_lm("gpt2", torch.float32), (["10 11 12"], ["13"])
     spoil(lm)
-    for use in (lambda: attribute(lm, *query), lambda: answer_probability(lm, *query), lambda: find_synapses(lm, *query[0]),
-                lambda: scale_neurons(lm, {(0, 1)}, 0.0).__enter__()):
+    for use in (
+        lambda: attribute(lm, *query),
+        lambda: answer_probability(lm, *query),
+        lambda: find_synapses(lm, *query[0]),
+        lambda: scale_neurons(lm, {(0, 1)}, 0.0).__enter__(),
+    ):
         with pytest.raises(ValueError, match=said):
             use()
 
@@ -510,16 +639,20 @@ def made_in_inference_mode(_):
         return tiny_model("llama2", torch.float32)
 
 
-@pytest.mark.parametrize("wrap, said", [
-    (quantised, "its unembedding is a Linear without a matrix of floating-point weights"),
-    (with_head_of_two_steps, "its unembedding is a Sequential"),
-    (nn.DataParallel, "a DataParallel.*its `module`"),
-    (PeftModel, "a PeftModel.*merge_and_unload"),
-    (lambda model: model.to("meta"), "its unembedding is offloaded.*device_map"),
-    (with_a_layer_in_bfloat16, "a pass over a few tokens failed with RuntimeError"),
-    (that_fails, "a pass over a few tokens failed with IndexError"),
-    (made_in_inference_mode, "inference_mode.*make it outside"),
-    (lambda _: None, "a NoneType, not a transformers model")])
+@pytest.mark.parametrize(
+    "wrap, said",
+    [
+        (quantised, "its unembedding is a Linear without a matrix of floating-point weights"),
+        (with_head_of_two_steps, "its unembedding is a Sequential"),
+        (nn.DataParallel, "a DataParallel.*its `module`"),
+        (PeftModel, "a PeftModel.*merge_and_unload"),
+        (lambda model: model.to("meta"), "its unembedding is offloaded.*device_map"),
+        (with_a_layer_in_bfloat16, "a pass over a few tokens failed with RuntimeError"),
+        (that_fails, "a pass over a few tokens failed with IndexError"),
+        (made_in_inference_mode, "inference_mode.*make it outside"),
+        (lambda _: None, "a NoneType, not a transformers model"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_whatever_fails_while_a_model_is_looked_at_names_the_model_and_the_step(wrap, said):
     with pytest.raises(UnsupportedModel, match=f"^the-model: .*{said}"):
@@ -539,6 +672,7 @@ def test_memory_that_runs_out_is_not_said_to_be_the_models_fault():
 
     def full(*_, **__):
         raise torch.OutOfMemoryError("pretended")
+
     model.model.layers[1].forward = full
     with pytest.raises(torch.OutOfMemoryError, match="pretended"):
         LanguageModel(model, word_tokenizer(), "large")
@@ -553,8 +687,13 @@ def test_a_model_loads_inside_inference_mode(checkpoint):
 @pytest.mark.skipif("gemma4" not in FAMILIES, reason="transformers has no Gemma 4")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layers_that_share_keys_and_values_are_refused(dtype):
-    model = tiny_model("gemma4", dtype, num_kv_shared_layers=2, num_hidden_layers=4,
-                       layer_types=["sliding_attention", "full_attention"] * 2)
+    model = tiny_model(
+        "gemma4",
+        dtype,
+        num_kv_shared_layers=2,
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
     said = "the-model: a pass in which layers hand on nothing but hidden states"
     with pytest.raises(UnsupportedModel, match=said):
         LanguageModel(model, word_tokenizer(), "the-model")
@@ -562,8 +701,10 @@ def test_layers_that_share_keys_and_values_are_refused(dtype):
 
 # --- a model in half precision is checked in float32 -------------------------------------------
 def weights(lm):
-    return {name: (tensor.data_ptr(), tensor.dtype, tensor.clone())
-            for name, tensor in lm.model.state_dict().items()}
+    return {
+        name: (tensor.data_ptr(), tensor.dtype, tensor.clone())
+        for name, tensor in lm.model.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma", "opt-350m"])
@@ -598,7 +739,9 @@ def test_inside_the_check_one_layer_at_a_time_is_float32_and_afterwards_none(fam
 
 def test_a_compiled_model_is_refused():
     with pytest.raises(UnsupportedModel, match="the-model: a compiled model"):
-        LanguageModel(torch.compile(tiny_model("gpt2"), backend="eager"), word_tokenizer(), "the-model")
+        LanguageModel(
+            torch.compile(tiny_model("gpt2"), backend="eager"), word_tokenizer(), "the-model"
+        )
 
 
 def test_bundled_models_load():
@@ -614,7 +757,7 @@ def test_a_gpt_big_code_model_is_supported_by_the_same_mechanism():
     assert (lm.num_layers, lm.num_neurons) == (3, 128)
 
 
-# --- faster modules in place of the model's own --------------------------------------------------------------
+# --- faster modules in place of the model's own ---------------------------------------------------
 class CentredRMSNorm(nn.Module):
     """Looks like the others, and takes the mean off first."""
 
@@ -628,17 +771,39 @@ class CentredRMSNorm(nn.Module):
 
 
 def norms(model):
-    return {name: module for name, module in model.named_modules() if type(module).__name__.endswith("RMSNorm")}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("RMSNorm")
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family, fused", [("llama3", True), ("qwen3", True), ("olmo2", True), ("phi3", True), ("mistral", True),
-                                           ("gemma", False), ("gemma2", False), ("gemma3", False)])
-def test_torch_s_rms_norm_stands_in_for_norms_that_compute_the_same_and_for_no_other(family, fused, dtype):
-    """And the logits are as near to those of float64 as the model's own are, which round once more."""
+@pytest.mark.parametrize(
+    "family, fused",
+    [
+        ("llama3", True),
+        ("qwen3", True),
+        ("olmo2", True),
+        ("phi3", True),
+        ("mistral", True),
+        ("gemma", False),
+        ("gemma2", False),
+        ("gemma3", False),
+    ],
+)
+def test_torch_s_rms_norm_stands_in_for_norms_that_compute_the_same_and_for_no_other(
+    family, fused, dtype
+):
+    """And the logits are as near to those of float64 as the model's own are, which round once
+    more."""
     model, exact = tiny_model(family, dtype), tiny_model(family)
     exact.load_state_dict(model.state_dict())
-    ids, own, weights = torch.arange(5, 45).reshape(8, 5), norms(model), {k: v.data_ptr() for k, v in model.state_dict().items()}
+    ids, own, weights = (
+        torch.arange(5, 45).reshape(8, 5),
+        norms(model),
+        {k: v.data_ptr() for k, v in model.state_dict().items()},
+    )
     with torch.no_grad():
         wanted, before = exact(ids).logits, model(ids).logits
         arch.use_fused_norms(model)

@@ -8,7 +8,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlutils.neurons.sets import (CAS_BETAS, cas_candidates, cas_neurons, classify, consistency, cs2_subsampled, fact_table, kn_sets, knowledge_neurons, neighbour_sets, otsu_threshold)
+from qlutils.neurons.sets import (
+    CAS_BETAS,
+    cas_candidates,
+    cas_neurons,
+    classify,
+    consistency,
+    cs2_subsampled,
+    fact_table,
+    kn_sets,
+    knowledge_neurons,
+    neighbour_sets,
+    otsu_threshold,
+)
 
 A, B, C, D = (0, 1), (0, 2), (1, 0), (3, 7)
 neurons = st.tuples(st.integers(0, 2), st.integers(0, 3))
@@ -16,19 +28,33 @@ some_sets = st.lists(st.sets(neurons, max_size=6), min_size=2, max_size=6)
 
 
 def queries_frame(scores, floor=0.05, **columns):
-    """What a localisation stores of dense scores, written here a second time from its description."""
+    """What a localisation stores of dense scores, written here a second time from its
+    description."""
     rows = []
     for i, score in enumerate(scores):
         top = score.max()
         where = np.argwhere(score > floor * top) if top > 0 else np.zeros((0, 2), int)
-        rows.append(dict(fact="P1|s|o", relation="P1", subject="s", object="o", prompt_index=i,
-                         prompt=f"p{i}", probability=0.5, known=True,
-                         layer=where[:, 0].tolist(), neuron=where[:, 1].tolist(),
-                         score=[float(score[tuple(w)]) for w in where]) | columns)
+        rows.append(
+            dict(
+                fact="P1|s|o",
+                relation="P1",
+                subject="s",
+                object="o",
+                prompt_index=i,
+                prompt=f"p{i}",
+                probability=0.5,
+                known=True,
+                layer=where[:, 0].tolist(),
+                neuron=where[:, 1].tolist(),
+                score=[float(score[tuple(w)]) for w in where],
+            )
+            | columns
+        )
     return pd.DataFrame(rows)
 
 
-# --- knowledge neurons -----------------------------------------------------------------------------------
+# --- knowledge neurons ----------------------------------------------------------------------------
+
 
 def test_knowledge_neurons_score_strictly_above_t_times_the_largest():
     scores = np.zeros((1, 2, 4))
@@ -46,7 +72,9 @@ def test_a_query_without_a_positive_score_has_no_knowledge_neurons():
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 def test_tensors_give_what_arrays_give(dtype):
     torch = pytest.importorskip("torch")
-    tensor = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
+    tensor = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0)).to(
+        getattr(torch, dtype)
+    )
     sets = knowledge_neurons(tensor.requires_grad_())
     assert sets == knowledge_neurons(tensor.detach().double().numpy()) and all(sets)
     assert all(type(i) is int for one in sets for neuron in one for i in neuron)
@@ -97,13 +125,19 @@ def test_null_lists_mean_no_knowledge_neurons(tmp_path):
     assert kn_sets(frame) == kn_sets(pd.read_parquet(tmp_path / "q.parquet")) == [set(), set()]
 
 
-# --- consistency -----------------------------------------------------------------------------------------
+# --- consistency ----------------------------------------------------------------------------------
+
 
 def test_consistency_of_hand_made_sets():
     result = consistency([{A, B}, {A, B, C}, {A, D}])
     assert (result.cs1, result.cs2) == (1 / 4, 2 / 4)
     assert result.jaccard == pytest.approx((2 / 3 + 1 / 3 + 1 / 4) / 3)
-    assert (result.n_queries, result.n_union, result.n_intersection, result.sizes) == (3, 4, 1, (2, 3, 2))
+    assert (result.n_queries, result.n_union, result.n_intersection, result.sizes) == (
+        3,
+        4,
+        1,
+        (2, 3, 2),
+    )
 
 
 def test_equal_sets_agree_fully_and_disjoint_sets_not_at_all():
@@ -155,7 +189,11 @@ def test_subsampled_cs2_of_many_sets_is_seeded_and_near_the_full_mean():
     rng = np.random.default_rng(1)
     sets = [{(0, int(n)) for n in rng.choice(12, 5, replace=False)} for _ in range(12)]
     full = np.mean([consistency(subset).cs2 for subset in combinations(sets, 3)])
-    assert cs2_subsampled(sets, seed=0) == cs2_subsampled(sets, seed=0) == pytest.approx(full, abs=0.06)
+    assert (
+        cs2_subsampled(sets, seed=0)
+        == cs2_subsampled(sets, seed=0)
+        == pytest.approx(full, abs=0.06)
+    )
     assert len({cs2_subsampled(sets, seed=s) for s in range(5)}) > 1
 
 
@@ -165,7 +203,9 @@ def test_neighbour_sets_of_a_hand_made_fact():
 
 
 def test_with_two_queries_refine_is_empty():
-    assert neighbour_sets([{A}, {A, B}], 1) == dict(self={A, B}, union={A}, intersection={A}, refine=set())
+    assert neighbour_sets([{A}, {A, B}], 1) == dict(
+        self={A, B}, union={A}, intersection={A}, refine=set()
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -174,7 +214,9 @@ def test_neighbour_sets_follow_equation_three(sets, data):
     i = data.draw(st.integers(0, len(sets) - 1))
     others = [s for j, s in enumerate(sets) if j != i]
     result = neighbour_sets(sets, i)
-    assert result["union"] == set.union(*others) and result["intersection"] == set.intersection(*others)
+    assert result["union"] == set.union(*others) and result["intersection"] == set.intersection(
+        *others
+    )
     assert result["refine"] == {n for n in result["union"] if sum(n in s for s in others) >= 2}
 
 
@@ -183,7 +225,8 @@ def test_a_query_that_is_not_there_is_refused():
         neighbour_sets([{A}, {B}], 2)
 
 
-# --- CAS -------------------------------------------------------------------------------------------------
+# --- CAS ------------------------------------------------------------------------------------------
+
 
 def brute_cas(scores, b1, b2, threshold, kind):
     scores = scores.astype(float)
@@ -230,16 +273,23 @@ def test_a_fact_without_a_positive_score_has_no_cas_neurons():
     assert len(kept["layer"]) == 0 and cas_neurons(kept) == set()
 
 
-@pytest.mark.parametrize("setting, message", [
-    (dict(b1=0.75, b2=0.25), r"\(0.75, 0.25\) is not offered"), (dict(score="mean"), "'mean'"),
-    (dict(threshold=0.05), "threshold 0.05"), (dict(threshold=1.0), "threshold 1.0"),
-    (dict(threshold=np.nan), "threshold nan")])
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        (dict(b1=0.75, b2=0.25), r"\(0.75, 0.25\) is not offered"),
+        (dict(score="mean"), "'mean'"),
+        (dict(threshold=0.05), "threshold 0.05"),
+        (dict(threshold=1.0), "threshold 1.0"),
+        (dict(threshold=np.nan), "threshold nan"),
+    ],
+)
 def test_cas_settings_outside_the_grid_are_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         cas_neurons(cas_candidates(np.ones((2, 1, 2))), **setting)
 
 
-# --- classes and the table -------------------------------------------------------------------------------
+# --- classes and the table ------------------------------------------------------------------------
+
 
 def test_classes_split_above_the_threshold_and_nan_has_none():
     assert list(classify([0.0, 0.1, 0.1001, np.nan, 1.0], 0.1)) == ["II", "II", "I", None, "I"]

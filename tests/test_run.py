@@ -1,4 +1,5 @@
-"""The driver, on tiny notebooks: order, parameters, kernel, what is done, what failed, what is stopped."""
+"""The driver, on tiny notebooks: order, parameters, kernel, what is done, what failed, what is
+stopped."""
 
 import json
 import os
@@ -16,21 +17,21 @@ import pandas as pd
 import pytest
 from tiny import FACTS, PATTERNS, save_checkpoint, save_dataset
 
-from qlutils import (load_facts)
-from qlutils import paths
-from qlutils import run
-from qlutils.study.notebook import (Study, check_parameters, model_content)
+from qlutils import load_facts, paths, run
+from qlutils.study.notebook import Study, check_parameters, model_content
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = (
-    "model = 'demo/gpt2'\nmethod = 'ig'\ndata = 'demo'\nrelations = None\nfacts_per_relation = 3\nseed = 0\n"
+    "model = 'demo/gpt2'\nmethod = 'ig'\ndata = 'demo'\nrelations = None\nfacts_per_relation = "
+    "3\nseed = 0\n"
     "output = 'default'\nt = 0.2"
 )
 OPEN = "from qlutils.study.notebook import Study\nstudy = Study.open('{}', In)"
 LOCALIZE = (
     "import os, sys\nimport pandas as pd\nif os.path.exists({fail!r} + study.method):\n"
     "    raise RuntimeError('no such luck\\nmore')\n"
-    "study.save(pd.DataFrame({{'t': [t], 'kernel': [sys.executable]}}), 'queries')\nstudy.record(note=1)"
+    "study.save(pd.DataFrame({{'t': [t], 'kernel': [sys.executable]}}), "
+    "'queries')\nstudy.record(note=1)"
 )
 COMPARE = (
     "import pandas as pd\nrows = [study.load('queries', m) for m in study.methods_done()]\n"
@@ -69,7 +70,11 @@ def write_localize(folder, more=""):
     """A notebook that fails for the methods m for which a file `fail-m` lies beside it."""
     fail = str(folder / "fail-")
     write_notebook(
-        folder, "01_localize", PARAMETERS, OPEN.format("01_localize"), LOCALIZE.format(fail=fail) + more
+        folder,
+        "01_localize",
+        PARAMETERS,
+        OPEN.format("01_localize"),
+        LOCALIZE.format(fail=fail) + more,
     )
 
 
@@ -127,9 +132,13 @@ def test_a_run_goes_through_models_and_methods_once_and_names_what_failed(
     frame = pd.read_parquet(results / "all" / "comparison.parquet")
     assert frame.method.tolist() == ["ig"] and frame.kernel.tolist() == [sys.executable]
     record = json.loads((results / "ig" / "run.json").read_text())["01_localize"]
-    assert record["parameters"]["model"] == model and record["command"].startswith("./run_all.sh --models")
+    assert record["parameters"]["model"] == model and record["command"].startswith(
+        "./run_all.sh --models"
+    )
     assert (
-        record["facts"] == 1 and record["note"] == 1 and record["inputs"]["content"] == model_content(model)
+        record["facts"] == 1
+        and record["note"] == 1
+        and record["inputs"]["content"] == model_content(model)
     )
     made = sorted(path.name for path in (runs / "default" / "notebooks").iterdir())
     assert made == [
@@ -154,7 +163,9 @@ def test_a_run_goes_through_models_and_methods_once_and_names_what_failed(
 
     # a lost result is made again; a notebook parameter reaches the notebooks that have it
     (results / "sig" / "queries.parquet").unlink()
-    assert run.main(options(model, "-p", "t", "0.3", "--only", "01", "--methods", "sig"), books) == 0
+    assert (
+        run.main(options(model, "-p", "t", "0.3", "--only", "01", "--methods", "sig"), books) == 0
+    )
     assert pd.read_parquet(results / "sig" / "queries.parquet").t.tolist() == [0.3]
     summary = json.loads((runs / "default" / "run.json").read_text())
     assert summary["jobs"][0]["parameters"]["t"] == 0.3 and summary["jobs"][0]["status"] == "done"
@@ -167,19 +178,26 @@ def test_a_run_goes_through_models_and_methods_once_and_names_what_failed(
 
 
 def test_what_the_data_leaves_out_is_said_once(books, model, runs, caplog, tmp_path):
-    """A sample's facts and all facts are loaded, the latter because edits draw new objects from them."""
+    """A sample's facts and all facts are loaded, the latter because edits draw new objects from
+    them."""
     patterns = {**PATTERNS, "P3": ["[X] is near [Y] .", "[X] is by [Y] ."]}
     data = save_dataset(tmp_path / "facts", patterns, {**FACTS, "P3": [("ann", "rome")]})
-    args = run._parser().parse_args(["--models", model, "--data", data, "--facts-per-relation", "1"])
+    args = run._parser().parse_args(
+        ["--models", model, "--data", data, "--facts-per-relation", "1"]
+    )
     run.plan_jobs(args, books)
-    study = Study("01_localize", model=model, method="ig", data=data, facts_per_relation=1, embedding="input")
+    study = Study(
+        "01_localize", model=model, method="ig", data=data, facts_per_relation=1, embedding="input"
+    )
     assert caplog.text.count("1 relations left out") == 1
     caplog.clear()
     study.facts(), study.inputs()
     assert caplog.text.count("1 relations left out") == 1
 
 
-def test_a_job_is_done_while_its_cells_and_the_versions_of_the_code_stay(books, model, runs, capsys, monkeypatch):
+def test_a_job_is_done_while_its_cells_and_the_versions_of_the_code_stay(
+    books, model, runs, capsys, monkeypatch
+):
     """Whatever else changes in the package or in a notebook's outputs, nothing is run again."""
     arguments, statuses = options(model, "--only", "01", "--methods", "ig"), []
 
@@ -204,7 +222,10 @@ def test_a_job_is_done_while_its_cells_and_the_versions_of_the_code_stay(books, 
 @pytest.mark.parametrize(
     "bad, said",
     [
-        (["-p", "steps", "20"], "-p steps: none of these notebooks has this parameter; they have t"),
+        (
+            ["-p", "steps", "20"],
+            "-p steps: none of these notebooks has this parameter; they have t",
+        ),
         (["-p", "seed", "1"], "-p seed: an option"),
         (["-p", "t", "high"], "t='high'"),
         (["--models", "demo/gpt9"], "demo/gpt9"),
@@ -247,21 +268,32 @@ def test_the_committed_figures_are_nobody_s_output(capsys):
     assert "figures/demo holds the reference run" in capsys.readouterr().err
 
 
-def test_a_model_whose_files_change_while_a_notebook_runs_gives_no_result(books, model, runs, capsys):
+def test_a_model_whose_files_change_while_a_notebook_runs_gives_no_result(
+    books, model, runs, capsys
+):
     config = Path(model, "config.json")
     write_localize(books, f"\nopen({str(config)!r}, 'a').write(' ')")
     assert run.main(options(model, "--only", "01"), books) == 1
-    assert all("changed while it ran" in problem for _, problem in table(capsys.readouterr().out).values())
+    assert all(
+        "changed while it ran" in problem for _, problem in table(capsys.readouterr().out).values()
+    )
     write_localize(books)
     assert run.main(options(model, "--only", "01"), books) == 0
     assert {status for status, _ in table(capsys.readouterr().out).values()} == {"done"}
 
 
-def test_a_job_runs_again_when_its_corpus_changes_which_may_be_named_from_here(books, model, runs, capsys, tmp_path, monkeypatch):
+def test_a_job_runs_again_when_its_corpus_changes_which_may_be_named_from_here(
+    books, model, runs, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("one")
-    write_notebook(books, "01_localize", PARAMETERS + '\ncorpus = "demo"', OPEN.format("01_localize"),
-                   "assert open(corpus).read()")
+    write_notebook(
+        books,
+        "01_localize",
+        PARAMETERS + '\ncorpus = "demo"',
+        OPEN.format("01_localize"),
+        "assert open(corpus).read()",
+    )
     arguments = options(model, "--only", "01", "-p", "corpus", "./text.txt")
     for wanted in ("done", "cached"):
         assert run.main(arguments, books) == 0
@@ -271,14 +303,33 @@ def test_a_job_runs_again_when_its_corpus_changes_which_may_be_named_from_here(b
     assert {status for status, _ in table(capsys.readouterr().out).values()} == {"done"}
 
 
-def test_a_job_runs_again_when_facts_that_were_not_sampled_or_a_corpus_folder_change(books, model, runs, capsys, tmp_path):
+def test_a_job_runs_again_when_facts_that_were_not_sampled_or_a_corpus_folder_change(
+    books, model, runs, capsys, tmp_path
+):
     """Edits draw new objects from all facts of a relation, and texts from a folder's test.txt."""
     data, corpus = Path(save_dataset(tmp_path / "facts")), tmp_path / "corpus"
     corpus.mkdir()
-    write_notebook(books, "01_localize", PARAMETERS + '\ncorpus = "demo"', OPEN.format("01_localize"))
+    write_notebook(
+        books, "01_localize", PARAMETERS + '\ncorpus = "demo"', OPEN.format("01_localize")
+    )
     relation = sorted((data / "trex_lms_vocab").glob("*.jsonl"))[0]
-    arguments = ["--models", model, "--methods", "ig", "--data", str(data), "--relations", relation.stem,
-                 "--facts-per-relation", "1", "--only", "01", "-p", "corpus", str(corpus)]
+    arguments = [
+        "--models",
+        model,
+        "--methods",
+        "ig",
+        "--data",
+        str(data),
+        "--relations",
+        relation.stem,
+        "--facts-per-relation",
+        "1",
+        "--only",
+        "01",
+        "-p",
+        "corpus",
+        str(corpus),
+    ]
     sampled = load_facts(data, relations=[relation.stem], facts_per_relation=1)
     (corpus / "test.txt").write_text("one")
     statuses = []
@@ -335,7 +386,9 @@ def test_every_01_comes_before_the_first_02_and_03_takes_the_downstream_methods(
         ("03", "other", "amig"),
         ("re", "", None),
     ]
-    assert jobs[0].parameters["facts_per_relation"] is None and jobs[-1].parameters == {"output": "default"}
+    assert jobs[0].parameters["facts_per_relation"] is None and jobs[-1].parameters == {
+        "output": "default"
+    }
     assert jobs[4].parameters["methods"] == ["ig", "amig"] and "method" not in jobs[4].parameters
     assert jobs[6].needs == [f"01_localize--{paths.slug(model)}--amig"] and len(jobs[-1].needs) == 8
 
@@ -344,7 +397,11 @@ def start(books, model, runs, *more):
     code = f"import sys; from qlutils import run; sys.exit(run.main({options(model, *more)!r}, {str(books)!r}))"
     env = {**os.environ, "QLUTILS_RUNS": str(runs), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -355,7 +412,9 @@ def is_running(pid):
         return False
 
 
-def test_a_killed_kernel_and_a_killed_notebook_process_fail_alone(books, model, runs, capsys, tmp_path):
+def test_a_killed_kernel_and_a_killed_notebook_process_fail_alone(
+    books, model, runs, capsys, tmp_path
+):
     """As the system kills them when memory runs out."""
     pids = tmp_path / "pids"
     write_localize(
@@ -366,7 +425,10 @@ def test_a_killed_kernel_and_a_killed_notebook_process_fail_alone(books, model, 
     )
     assert run.main([*options(model, "--only", "01"), "--methods", "ig", "sig"], books) == 1
     (_, first), (_, second) = table(capsys.readouterr().out).values()
-    assert "DeadKernelError: Kernel died" in first and second == "its process was killed by signal 9 (out of memory?)"
+    assert (
+        "DeadKernelError: Kernel died" in first
+        and second == "its process was killed by signal 9 (out of memory?)"
+    )
     until = time.time() + 20
     while any(is_running(int(pid)) for pid in pids.read_text().split()) and time.time() < until:
         time.sleep(0.05)
@@ -374,19 +436,24 @@ def test_a_killed_kernel_and_a_killed_notebook_process_fail_alone(books, model, 
 
 
 def test_a_model_that_does_not_load_or_is_gone_ends_its_own_row_only(books, model, runs, capsys):
-    broken, gone = (Path(save_checkpoint(Path(model).with_name(name))) for name in ("broken", "gone"))
+    broken, gone = (
+        Path(save_checkpoint(Path(model).with_name(name))) for name in ("broken", "gone")
+    )
     weights = str(broken / "model.safetensors")
     write_localize(
         books,
         more=f"\nif 'broken' in study.model:\n    import shutil\n    shutil.rmtree({str(gone)!r})\n"
-             f"    open({weights!r}, 'w').close()\n    study.lm()",
+        f"    open({weights!r}, 'w').close()\n    study.lm()",
     )
     chosen = ["--models", str(broken), str(gone), model, "--methods", "ig", "--only", "01"]
     assert run.main([*options(model), *chosen], books) == 1
     rows = table(capsys.readouterr().out)
     assert [status for status, _ in rows.values()] == ["failed", "failed", "done"]
     assert "ValueError: could not load model" in rows["01_localize broken ig"][1]
-    assert "there is no model" in rows["01_localize gone ig"][1] or "gone" in rows["01_localize gone ig"][1]
+    assert (
+        "there is no model" in rows["01_localize gone ig"][1]
+        or "gone" in rows["01_localize gone ig"][1]
+    )
 
 
 def unreachable(*_, **__):
@@ -397,15 +464,41 @@ def cut_short(file):
     file.write_bytes(file.read_bytes()[:-1000])
 
 
-@pytest.mark.parametrize("spoil, named", [
-    (lambda patch, folder: patch.setattr("huggingface_hub.hf_hub_download", unreachable), "WikiText-2 .*no route to host"),
-    (lambda patch, folder: patch.setattr("qlutils.model.language_model.snapshot_download", unreachable), "model 'some/model'.*no route"),
-    (lambda patch, folder: cut_short(folder / "model.safetensors"), "could not load model .*tiny model"),
-    (lambda patch, folder: (folder / "tokenizer.json").write_text("{}"), "could not load model .*tiny model")])
-def test_what_a_run_would_miss_hours_later_is_missed_before_it_starts(spoil, named, books, model, runs, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "spoil, named",
+    [
+        (
+            lambda patch, folder: patch.setattr("huggingface_hub.hf_hub_download", unreachable),
+            "WikiText-2 .*no route to host",
+        ),
+        (
+            lambda patch, folder: patch.setattr(
+                "qlutils.model.language_model.snapshot_download", unreachable
+            ),
+            "model 'some/model'.*no route",
+        ),
+        (
+            lambda patch, folder: cut_short(folder / "model.safetensors"),
+            "could not load model .*tiny model",
+        ),
+        (
+            lambda patch, folder: (folder / "tokenizer.json").write_text("{}"),
+            "could not load model .*tiny model",
+        ),
+    ],
+)
+def test_what_a_run_would_miss_hours_later_is_missed_before_it_starts(
+    spoil, named, books, model, runs, capsys, monkeypatch
+):
     write_notebook(books, "03_editing", PARAMETERS + '\ncorpus = "demo"', OPEN.format("03_editing"))
     spoil(monkeypatch, Path(model))
-    chosen = ["--models", "demo/gpt2", *(["some/model"] if "some" in named else [model]), "--methods", "ig"]
+    chosen = [
+        "--models",
+        "demo/gpt2",
+        *(["some/model"] if "some" in named else [model]),
+        "--methods",
+        "ig",
+    ]
     assert run.main([*options(model), *chosen, "-p", "corpus", "wikitext-2"], books) == 2
     assert re.search(f"run_all.sh: .*{named}", capsys.readouterr().err)
     assert not list((runs / "default").rglob("*.ipynb"))
@@ -421,12 +514,22 @@ def test_what_the_chosen_notebooks_do_not_read_is_not_fetched(books, model, monk
         assert fetched == wanted
 
 
-def test_tables_and_figures_name_a_local_model_by_the_end_of_its_path(books, model, runs, tmp_path, capsys):
+def test_tables_and_figures_name_a_local_model_by_the_end_of_its_path(
+    books, model, runs, tmp_path, capsys
+):
     twins = [save_checkpoint(tmp_path / where / "twin") for where in ("a", "b")]
-    write_localize(books, "\nfrom pathlib import Path\ntable = pd.DataFrame({'model': [study.model], 'n': [1]})\n"
-                          "study.table(table, 'shown', f'Table 1. Of {model}, {method}')\n"
-                          "(study.results / 'legend.csv').write_text(study.label)")
-    assert run.main([*options(model), "--models", model, *twins, "--methods", "ig", "--only", "01"], books) == 0
+    write_localize(
+        books,
+        "\nfrom pathlib import Path\ntable = pd.DataFrame({'model': [study.model], 'n': [1]})\n"
+        "study.table(table, 'shown', f'Table 1. Of {model}, {method}')\n"
+        "(study.results / 'legend.csv').write_text(study.label)",
+    )
+    assert (
+        run.main(
+            [*options(model), "--models", model, *twins, "--methods", "ig", "--only", "01"], books
+        )
+        == 0
+    )
     for folder, label in ((model, "tiny model"), (twins[0], "a/twin"), (twins[1], "b/twin")):
         results = runs / "default" / "results" / paths.slug(folder) / "ig"
         assert pd.read_csv(results / "shown.csv")["model"].tolist() == [label]
@@ -435,7 +538,9 @@ def test_tables_and_figures_name_a_local_model_by_the_end_of_its_path(books, mod
         assert all(label in text and str(tmp_path) not in text for text in texts)
         record = json.loads((results / "run.json").read_text())["01_localize"]
         assert record["model"]["name"] == folder == record["parameters"]["model"]
-    assert set(table(capsys.readouterr().out)) == {f"01_localize {name} ig" for name in ("tiny model", "a/twin", "b/twin")}
+    assert set(table(capsys.readouterr().out)) == {
+        f"01_localize {name} ig" for name in ("tiny model", "a/twin", "b/twin")
+    }
 
 
 def test_what_a_notebook_prints_names_the_model_by_its_label():
@@ -445,48 +550,74 @@ def test_what_a_notebook_prints_names_the_model_by_its_label():
             assert cell["cell_type"] != "code" or not shown, path.name
 
 
-@pytest.mark.parametrize("model, among, label", [
-    ("demo/gpt2", [], "demo/gpt2"), ("meta-llama/Llama-2-7b-hf", [], "meta-llama/Llama-2-7b-hf"),
-    ("/x/run/gpt2", ["gpt2"], "run/gpt2"), ("/x/run/gpt2", ["/x/run/gpt2", "demo/gpt2"], "run/gpt2"),
-    ("/x/m.gguf", ["/y/n.gguf"], "m.gguf"), ("/a/x/m", ["/b/x/m", "/c/m"], "a/x/m")])
+@pytest.mark.parametrize(
+    "model, among, label",
+    [
+        ("demo/gpt2", [], "demo/gpt2"),
+        ("meta-llama/Llama-2-7b-hf", [], "meta-llama/Llama-2-7b-hf"),
+        ("/x/run/gpt2", ["gpt2"], "run/gpt2"),
+        ("/x/run/gpt2", ["/x/run/gpt2", "demo/gpt2"], "run/gpt2"),
+        ("/x/m.gguf", ["/y/n.gguf"], "m.gguf"),
+        ("/a/x/m", ["/b/x/m", "/c/m"], "a/x/m"),
+    ],
+)
 def test_a_label_is_as_short_as_the_other_models_allow(model, among, label):
     assert paths.label(model, among) == label
 
 
-def test_notebooks_run_side_by_side_but_not_before_what_they_read_nor_into_one_folder(books, model, runs, capsys):
-    """Each 01 waits until the other is there; a 03 and a 04 of one model and method never overlap."""
+def test_notebooks_run_side_by_side_but_not_before_what_they_read_nor_into_one_folder(
+    books, model, runs, capsys
+):
+    """Each 01 waits until the other is there; a 03 and a 04 of one model and method never
+    overlap."""
     alone = "import os, time\nfor _ in range(20):\n    os.mkdir({0!r}); time.sleep(0.02); os.rmdir({0!r})"
     write_localize(
         books,
-        more=f"\nimport os, time\nopen({str(books / 'here-')!r} + study.method, 'w').close()\nuntil = time.time() + 60\n"
+        more=f"\nimport os, time\nopen({str(books / 'here-')!r} + study.method, "
+        f"'w').close()\nuntil = time.time() + 60\n"
         f"while not all(os.path.exists({str(books / 'here-')!r} + m) for m in ('ig', 'sig')):\n"
         "    assert time.time() < until\n    time.sleep(0.02)",
     )
     for stem in ("03_edit", "04_more"):
         write_notebook(
-            books, stem, PARAMETERS, OPEN.format(stem), 'study.load("queries")\n' + alone.format(str(books / "one"))
+            books,
+            stem,
+            PARAMETERS,
+            OPEN.format(stem),
+            'study.load("queries")\n' + alone.format(str(books / "one")),
         )
     assert run.main(options(model, "--only", "01", "02", "03", "04", "--jobs", "3"), books) == 0
     assert [status for status, _ in table(capsys.readouterr().out).values()] == 5 * ["done"]
-    assert run.main(options(model, "--jobs", "0"), books) == 2 and "--jobs 0" in capsys.readouterr().err
+    assert (
+        run.main(options(model, "--jobs", "0"), books) == 2
+        and "--jobs 0" in capsys.readouterr().err
+    )
 
 
-def test_what_needs_a_failed_job_is_not_run_and_a_path_that_cannot_be_written_fails_alone(books, model, runs, capsys):
+def test_what_needs_a_failed_job_is_not_run_and_a_path_that_cannot_be_written_fails_alone(
+    books, model, runs, capsys
+):
     (books / "fail-ig").touch()
     write_notebook(books, "03_edit", PARAMETERS, OPEN.format("03_edit"))
-    blocked = runs / "default" / "notebooks" / f"{run.job_name('02_consistency', model, None)}.ipynb"
+    blocked = (
+        runs / "default" / "notebooks" / f"{run.job_name('02_consistency', model, None)}.ipynb"
+    )
     blocked.mkdir(parents=True)
     assert run.main(options(model, "--only", "01", "02", "03", "--jobs", "2"), books) == 1
     rows = table(capsys.readouterr().out)
     assert [status for status, _ in rows.values()] == ["failed", "done", "failed", "not run"]
     problems = [problem for _, problem in rows.values()]
     assert "Is a directory" in problems[2] and problems[3].endswith("failed")
-    assert json.loads((runs / "default" / "run.json").read_text())["jobs"][3]["problem"].startswith("01_localize--")
+    assert json.loads((runs / "default" / "run.json").read_text())["jobs"][3]["problem"].startswith(
+        "01_localize--"
+    )
 
 
 def test_two_jobs_that_would_both_make_what_they_need_do_not_run_side_by_side(tmp_path):
-    one, two = (run.Job(Path(f"{stem}.ipynb"), "m", method, {}, ["01_localize--m--ig"])
-                for stem, method in (("02_consistency", None), ("03_edit", "ig")))
+    one, two = (
+        run.Job(Path(f"{stem}.ipynb"), "m", method, {}, ["01_localize--m--ig"])
+        for stem, method in (("02_consistency", None), ("03_edit", "ig"))
+    )
     assert run._next([one, two], [], tmp_path) is one and run._next([two], [one], tmp_path) is None
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks" / "01_localize--m--ig.json").touch()
@@ -494,18 +625,30 @@ def test_two_jobs_that_would_both_make_what_they_need_do_not_run_side_by_side(tm
 
 
 @pytest.mark.parametrize("given", [["--workers", "0"], ["--workers", "-1"], ["--only", ""]])
-def test_numbers_and_names_that_mean_nothing_are_refused_before_anything_starts(books, model, runs, capsys, given):
+def test_numbers_and_names_that_mean_nothing_are_refused_before_anything_starts(
+    books, model, runs, capsys, given
+):
     assert run.main(options(model, *given), books) == 2 and given[0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("threads", ["0", "abc", "-2", "1.5"])
-def test_a_number_of_threads_that_is_none_is_refused_by_name(books, model, runs, capsys, monkeypatch, threads):
+def test_a_number_of_threads_that_is_none_is_refused_by_name(
+    books, model, runs, capsys, monkeypatch, threads
+):
     monkeypatch.setenv("QLUTILS_THREADS", threads)
-    assert run.main(options(model), books) == 2 and f"QLUTILS_THREADS {threads}" in capsys.readouterr().err
+    assert (
+        run.main(options(model), books) == 2
+        and f"QLUTILS_THREADS {threads}" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
-    "number, status, held", [(signal.SIGINT, 130, ["sig"]), (signal.SIGKILL, -9, ["sig"]), (signal.SIGTERM, 143, ["ig", "sig"])]
+    "number, status, held",
+    [
+        (signal.SIGINT, 130, ["sig"]),
+        (signal.SIGKILL, -9, ["sig"]),
+        (signal.SIGTERM, 143, ["ig", "sig"]),
+    ],
 )
 def test_stopping_the_driver_ends_its_kernels_soon_and_the_next_run_goes_on(
     books, model, runs, tmp_path, number, status, held
@@ -514,7 +657,8 @@ def test_stopping_the_driver_ends_its_kernels_soon_and_the_next_run_goes_on(
     pid_file = str(tmp_path / "pid-")
     write_localize(
         books,
-        more=f"\nimport os, time\nif study.method in {held} and not os.path.exists({pid_file!r} + study.method):\n"
+        more=f"\nimport os, time\nif study.method in {held} and not os.path.exists({pid_file!r} + "
+        f"study.method):\n"
         f"    open({pid_file!r} + study.method, 'w').write(str(os.getpid()))\n    time.sleep(60)",
     )
     driver = start(books, model, runs, "--jobs", str(len(held)))
@@ -532,23 +676,26 @@ def test_stopping_the_driver_ends_its_kernels_soon_and_the_next_run_goes_on(
         time.sleep(0.05)
     assert not any(is_running(int(file.read_text())) for file in files)
     if status > 0:
-        assert [job["status"] for job in json.loads((runs / "default" / "run.json").read_text())["jobs"]] == [
-            *["stopped" if method in held else "done" for method in ("ig", "sig")], "not run"
-        ]
+        assert [
+            job["status"] for job in json.loads((runs / "default" / "run.json").read_text())["jobs"]
+        ] == [*["stopped" if method in held else "done" for method in ("ig", "sig")], "not run"]
         assert run.main(options(model, "--only", "01"), books) == 0
         summary = json.loads((runs / "default" / "run.json").read_text())
-        assert [job["status"] for job in summary["jobs"]] == ["done" if "ig" in held else "cached", "done"]
+        assert [job["status"] for job in summary["jobs"]] == [
+            "done" if "ig" in held else "cached",
+            "done",
+        ]
 
 
 def test_two_drivers_on_one_output_are_refused(books, model, runs, capsys):
-    from qlutils.files import (locked)
+    from qlutils.files import locked
 
     with locked(runs / "default" / ".lock"):
         assert run.main(options(model), books) == 2
     assert str(runs / "default" / ".lock") in capsys.readouterr().err
 
 
-# -- what a notebook checks by itself, without the driver ---------------------------------------------
+# -- what a notebook checks by itself, without the driver ------------------------------------------
 @pytest.mark.parametrize(
     "injected, said",
     [
@@ -575,25 +722,39 @@ def test_a_value_out_of_range_is_refused_in_the_parameters_cell_too():
         check_parameters([f"{PARAMETERS}\nstatic_threshold = 7\n"])
 
 
-def test_a_plan_costs_what_the_options_ask_for_and_each_model_and_method_once(books, model, runs, capsys, monkeypatch):
+def test_a_plan_costs_what_the_options_ask_for_and_each_model_and_method_once(
+    books, model, runs, capsys, monkeypatch
+):
     write_notebook(books, "01_localize", f"{PARAMETERS}\nsteps = 20\nanswer = 'all'")
 
     def flops(*more):
-        assert run.main(["--plan", "--models", "demo/gpt2", "demo/gpt2", "--methods", "ig", "ig", *more], books) == 0
+        assert (
+            run.main(
+                ["--plan", "--models", "demo/gpt2", "demo/gpt2", "--methods", "ig", "ig", *more],
+                books,
+            )
+            == 0
+        )
         columns, row, _ = capsys.readouterr().out.splitlines()
         return float(row.split()[columns.split().index("PFLOP")])
 
     with monkeypatch.context() as patch:
         patch.setattr("qlutils.driver.plan.matmul_rate", lambda *_: ("a device", "float32", 1e15))
         assert flops() == pytest.approx(4 * flops("-p", "steps", "5"), rel=1e-2)
-    for said, more in {"no CUDA device|torch sees": ["--device", "cuda:99"], "none of these notebooks": ["-p", "stepz", "5"],
-                       "steps is 0": ["-p", "steps", "0"], "answer 'lst' is unknown": ["-p", "answer", "lst"]}.items():
+    for said, more in {
+        "no CUDA device|torch sees": ["--device", "cuda:99"],
+        "none of these notebooks": ["-p", "stepz", "5"],
+        "steps is 0": ["-p", "steps", "0"],
+        "answer 'lst' is unknown": ["-p", "answer", "lst"],
+    }.items():
         assert run.main(["--plan", "--models", "demo/gpt2", *more], books) == 2
         assert re.search(said, capsys.readouterr().err)
     assert not runs.exists() or not list(runs.glob("*"))
 
 
-@pytest.mark.parametrize("line", ["relations = 'P36 P17'.split()", "t: float = 0.2", "import os", "%time x = 1"])
+@pytest.mark.parametrize(
+    "line", ["relations = 'P36 P17'.split()", "t: float = 0.2", "import os", "%time x = 1"]
+)
 def test_a_parameters_cell_that_is_not_literal_is_refused_and_no_older_one_taken_for_it(line):
     edited = PARAMETERS.replace("demo/gpt2", "demo/llama2") + f"\n{line}\n"
     with pytest.raises(ValueError, match="parameters cell") as caught:
@@ -605,9 +766,18 @@ def test_a_parameters_cell_that_is_not_literal_is_refused_and_no_older_one_taken
 
 def test_injected_values_win_and_none_means_all():
     values = check_parameters(
-        ["", f"{PARAMETERS}\nlambda1 = 2.0", "# Parameters\nfacts_per_relation = None\nlambda1 = 1\n", "import qlutils"]
+        [
+            "",
+            f"{PARAMETERS}\nlambda1 = 2.0",
+            "# Parameters\nfacts_per_relation = None\nlambda1 = 1\n",
+            "import qlutils",
+        ]
     )
-    assert values["facts_per_relation"] is None and values["lambda1"] == 1 and values["model"] == "demo/gpt2"
+    assert (
+        values["facts_per_relation"] is None
+        and values["lambda1"] == 1
+        and values["model"] == "demo/gpt2"
+    )
 
 
 @pytest.mark.parametrize(
@@ -642,7 +812,10 @@ def test_results_from_other_inputs_are_not_read(model, runs):
     assert study.methods_done() == []
     path = study.results / "queries.parquet"
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.warns(UserWarning, match="queries.parquet"), pytest.raises(ValueError, match="damaged"):
+    with (
+        pytest.warns(UserWarning, match="queries.parquet"),
+        pytest.raises(ValueError, match="damaged"),
+    ):
         study.load("queries")
 
 
@@ -673,9 +846,7 @@ def test_a_model_folder_with_a_long_name_keeps_a_short_one(tmp_path):
 
 
 def test_a_results_notebook_opens_without_torch(runs):
-    code = (
-        "import sys, qlutils, qlutils.study.notebook, qlutils.run; print({'torch', 'transformers'} & set(sys.modules))"
-    )
+    code = "import sys, qlutils, qlutils.study.notebook, qlutils.run; print({'torch', 'transformers'} & set(sys.modules))"
     said = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -726,7 +897,9 @@ def test_the_script_says_in_one_line_what_to_install(checkout, tmp_path):
         (tools / tool).symlink_to(shutil.which(tool))
     said = shell(checkout, tmp_path, PATH=str(tools))
     assert (
-        said.returncode == 1 and said.stderr.count("\n") == 1 and "needs Python 3.11 or newer" in said.stderr
+        said.returncode == 1
+        and said.stderr.count("\n") == 1
+        and "needs Python 3.11 or newer" in said.stderr
     )
     broken = tools / "python3"  # a Python without venv, as on a bare Debian
     broken.write_text(f'#!/bin/sh\n[ "$1" = -m ] && exit 1\nexec \'{sys.executable}\' "$@"\n')
@@ -741,12 +914,19 @@ def test_the_script_says_in_one_line_what_to_install(checkout, tmp_path):
 
 
 def test_the_plan_of_a_gpu_is_what_was_measured_on_one():
-    """Every row of the H200's table by the paper's rule, from the matmul rate that was measured beside it."""
-    from qlutils.driver.plan import (SHAPES, query_seconds)
+    """Every row of the H200's table by the paper's rule, from the matmul rate that was measured
+    beside it."""
+    from qlutils.driver.plan import SHAPES, query_seconds
 
     text = (ROOT / "tests/benchmarks/results/h200.md").read_text(encoding="utf-8")
-    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
-    assert {(shape, method) for shape, method, *_ in rows} == {(shape, method) for shape in SHAPES for method in ("ig", "sig", "amig")}
+    rows = [
+        [cell.strip(" `") for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if line.startswith("| `")
+    ]
+    assert {(shape, method) for shape, method, *_ in rows} == {
+        (shape, method) for shape in SHAPES for method in ("ig", "sig", "amig")
+    }
     for shape, method, milliseconds, speed, share, _ in rows:
         rate = float(speed) * 1e12 / (float(share.rstrip("%")) / 100)
         planned = 1e3 * query_seconds(SHAPES[shape], method, 20, 10, rate, gpu=True)
@@ -757,10 +937,17 @@ def test_folders_of_other_letters_work_in_a_bare_c_locale(books, model, tmp_path
     folder = tmp_path / "l\u00e4ufe \u6771"
     ours = ("LC_", "LANG", "PYTHON")
     bare = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    bare |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT),
-             "QLUTILS_RUNS": str(folder)}
-    start = ("import sys; from qlutils import run; run._in_utf8()\n"
-             f"sys.exit(run.main(None, {str(books)!r}))")
+    bare |= {
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONPATH": str(ROOT),
+        "QLUTILS_RUNS": str(folder),
+    }
+    start = (
+        "import sys; from qlutils import run; run._in_utf8()\n"
+        f"sys.exit(run.main(None, {str(books)!r}))"
+    )
     command = [sys.executable, "-c", start]
     asked = [*options(model, "--only", "01"), "--output", "\u00fc"]
     done = subprocess.run([*command, *asked], env=bare, capture_output=True, timeout=120)
@@ -768,11 +955,17 @@ def test_folders_of_other_letters_work_in_a_bare_c_locale(books, model, tmp_path
     assert done.returncode == 0 and f"see {folder}/\u00fc" in said, (said, done.stderr)
     record = json.loads((folder / "\u00fc" / "run.json").read_text(encoding="utf-8"))
     assert shlex.split(record["command"])[-1] == "\u00fc"
-    script = ("from qlutils.study.notebook import Study, read_record\nimport pandas as pd\n"
-              "study = Study('01_localize', model='demo/gpt2', method='ig', facts_per_relation=1)\n"
-              "study.save(pd.DataFrame({'a': [1]}), 'queries')\n"
-              "study.load('queries'); study.record()\n"
-              "assert list(read_record(study.results / 'run.json')) == ['01_localize']")
-    alone = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True,
-                           timeout=120, env=bare | {"QLUTILS_COMMAND": "./run_all.sh --output \u00fc"})
+    script = (
+        "from qlutils.study.notebook import Study, read_record\nimport pandas as pd\n"
+        "study = Study('01_localize', model='demo/gpt2', method='ig', facts_per_relation=1)\n"
+        "study.save(pd.DataFrame({'a': [1]}), 'queries')\n"
+        "study.load('queries'); study.record()\n"
+        "assert list(read_record(study.results / 'run.json')) == ['01_localize']"
+    )
+    alone = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        capture_output=True,
+        timeout=120,
+        env=bare | {"QLUTILS_COMMAND": "./run_all.sh --output \u00fc"},
+    )
     assert alone.returncode == 0, alone.stderr

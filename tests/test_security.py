@@ -1,8 +1,8 @@
 """What a checkpoint, a data set, a parameter or a neighbour on the network cannot do.
 
-Pickled weights, code in a checkpoint and wrong checksums are also in test_models.py and test_data.py; what is here is
-the rest: nothing in the project could unpickle or evaluate, no text is a path out of the run's folder, nothing listens
-beyond this machine.
+Pickled weights, code in a checkpoint and wrong checksums are also in test_models.py and
+test_data.py; what is here is the rest: nothing in the project could unpickle or evaluate, no text
+is a path out of the run's folder, nothing listens beyond this machine.
 """
 
 import ast
@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 import nbformat
-import papermill.parameterize
 import pandas as pd
+import papermill.parameterize
 import psutil
 import pytest
 import torch
@@ -25,29 +25,66 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tiny import WORDS, save_checkpoint, save_dataset, word_tokenizer
 
-from qlutils import (load_model)
 from qlutils import facts as data
-from qlutils import paths
-from qlutils import run
-from qlutils.study.execute import (kernel_environment)
-from qlutils.experiments.localize import (localise)
-from qlutils.show.plots import (save_figure)
-from qlutils.study.notebook import (Study, check_parameters, check_values, literals)
-from qlutils.show.tables import (write_table)
+from qlutils import load_model, paths, run
+from qlutils.experiments.localize import localise
+from qlutils.show.plots import save_figure
+from qlutils.show.tables import write_table
+from qlutils.study.execute import kernel_environment
+from qlutils.study.notebook import Study, check_parameters, check_values, literals
 
 ROOT = Path(__file__).resolve().parents[1]
-FIXED = settings(max_examples=60, deadline=None, derandomize=True, database=None,
-                 suppress_health_check=list(HealthCheck))
+FIXED = settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 
 
-# --- nothing in the project evaluates, unpickles or trusts -----------------------------------------------
-UNPICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
-CALLS = {"eval", "exec", "compile", "__import__", "input", "breakpoint"}  # as plain names: `model.eval()` is another
-METHODS = {"os.system", "os.popen", "os.execv", "torch.load", "yaml.load", "yaml.unsafe_load", "pd.read_pickle",
-           "pandas.read_pickle", "np.fromfile", "subprocess.getoutput", "pty.spawn", "torch.hub.load", "ctypes.CDLL",
-           "importlib.reload", "runpy.run_path"}
+# --- nothing in the project evaluates, unpickles or trusts ----------------------------------------
+UNPICKLING = {
+    "pickle",
+    "cPickle",
+    "_pickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "shelve",
+    "marshal",
+    "jsonpickle",
+}
+CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "input",
+    "breakpoint",
+}  # as plain names: `model.eval()` is another
+METHODS = {
+    "os.system",
+    "os.popen",
+    "os.execv",
+    "torch.load",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "pd.read_pickle",
+    "pandas.read_pickle",
+    "np.fromfile",
+    "subprocess.getoutput",
+    "pty.spawn",
+    "torch.hub.load",
+    "ctypes.CDLL",
+    "importlib.reload",
+    "runpy.run_path",
+}
 RESTARTS = {("qlutils/run.py", "os.execv")}  # this very interpreter and command line, in UTF-8 mode
-DYNAMIC = {"qlutils/__init__.py", "qlutils/study/store.py"}  # import modules by a name that the package itself made
+DYNAMIC = {
+    "qlutils/__init__.py",
+    "qlutils/study/store.py",
+}  # import modules by a name that the package itself made
 
 
 def dotted(node):
@@ -55,14 +92,22 @@ def dotted(node):
     while isinstance(node, ast.Attribute):
         parts.append(node.attr)
         node = node.value
-    return ".".join(reversed([*parts, node.id])) if isinstance(node, ast.Name) else ".".join(reversed(parts))
+    return (
+        ".".join(reversed([*parts, node.id]))
+        if isinstance(node, ast.Name)
+        else ".".join(reversed(parts))
+    )
 
 
 def dangers(source, where="<text>"):
     """What of the above a Python source does, as texts."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+            )
             yield from (f"imports {name}" for name in names if name.split(".")[0] in UNPICKLING)
         if not isinstance(node, ast.Call):
             continue
@@ -74,7 +119,9 @@ def dangers(source, where="<text>"):
         if name.endswith("import_module") and where not in DYNAMIC:
             yield f"calls {name}"
         for option in ("shell", "allow_pickle", "trust_remote_code"):
-            if option in options and not (isinstance(options[option], ast.Constant) and options[option].value is False):
+            if option in options and not (
+                isinstance(options[option], ast.Constant) and options[option].value is False
+            ):
                 yield f"{option} is not False in {name}"
         if name.endswith(".from_pretrained"):
             if "trust_remote_code" not in options:
@@ -85,13 +132,16 @@ def dangers(source, where="<text>"):
 
 
 def sources():
-    """(name, Python source) of the package, the notebooks' code cells, and the Python inside run_all.sh."""
+    """(name, Python source) of the package, the notebooks' code cells, and the Python inside
+    run_all.sh."""
     for file in sorted((ROOT / "qlutils").rglob("*.py")):
         yield file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8")
     for file in sorted((ROOT / "notebooks").glob("*.ipynb")):
         for cell in nbformat.read(file, as_version=4).cells:
             if cell.cell_type == "code":
-                assert not re.search(r"^\s*[%!]", cell.source, re.MULTILINE), f"{file.name} has a magic or a shell line"
+                assert not re.search(r"^\s*[%!]", cell.source, re.MULTILINE), (
+                    f"{file.name} has a magic or a shell line"
+                )
                 yield file.name, cell.source
     for program in re.findall(r"-c '([^']*)'", (ROOT / "run_all.sh").read_text(encoding="utf-8")):
         yield "run_all.sh", program
@@ -100,37 +150,65 @@ def sources():
 def test_no_source_unpickles_evaluates_starts_a_shell_or_trusts_remote_code():
     found = [(name, danger) for name, source in sources() for danger in dangers(source, name)]
     assert not found
-    assert sum("from_pretrained(" in source for _, source in sources()) >= 1 and len(list(sources())) > 100
+    assert (
+        sum("from_pretrained(" in source for _, source in sources()) >= 1
+        and len(list(sources())) > 100
+    )
 
 
-@pytest.mark.parametrize("line", [
-    "import pickle", "from joblib import load", "import shelve as s", "eval('1')", "exec(code)",
-    "compile('1', '', 'eval')",
-    "__import__('os')", "os.system('ls')", "torch.load(path)", "yaml.load(text)", "np.load(path, allow_pickle=True)",
-    "np.load(path, allow_pickle=flag)", "subprocess.run('ls', shell=True)", "pd.read_pickle(path)",
-    "frame.to_pickle(path)",
-    "AutoModel.from_pretrained(name, use_safetensors=True)", "AutoModel.from_pretrained(name, trust_remote_code=False)",
-    "AutoTokenizer.from_pretrained(name, trust_remote_code=True)",
-    "AutoConfig.from_pretrained(n, trust_remote_code=yes)",
-    "torch.hub.load('a/b', 'c')", "import_module(name)", "importlib.import_module(name)"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from joblib import load",
+        "import shelve as s",
+        "eval('1')",
+        "exec(code)",
+        "compile('1', '', 'eval')",
+        "__import__('os')",
+        "os.system('ls')",
+        "torch.load(path)",
+        "yaml.load(text)",
+        "np.load(path, allow_pickle=True)",
+        "np.load(path, allow_pickle=flag)",
+        "subprocess.run('ls', shell=True)",
+        "pd.read_pickle(path)",
+        "frame.to_pickle(path)",
+        "AutoModel.from_pretrained(name, use_safetensors=True)",
+        "AutoModel.from_pretrained(name, trust_remote_code=False)",
+        "AutoTokenizer.from_pretrained(name, trust_remote_code=True)",
+        "AutoConfig.from_pretrained(n, trust_remote_code=yes)",
+        "torch.hub.load('a/b', 'c')",
+        "import_module(name)",
+        "importlib.import_module(name)",
+    ],
+)
 def test_the_scan_finds_what_it_looks_for(line):
     assert list(dangers(line))
 
 
 def test_the_scan_passes_what_is_harmless():
-    assert not list(dangers("model.eval()\nast.literal_eval(text)\nre.compile('a')\njson.load(f)\nnp.load(p)\n"
-                            "AutoModel.from_pretrained(n, use_safetensors=True, trust_remote_code=False)\n"
-                            "subprocess.run(['ls'], shell=False)"))
+    assert not list(
+        dangers(
+            "model.eval()\nast.literal_eval(text)\nre.compile('a')\njson.load(f)\nnp.load(p)\n"
+            "AutoModel.from_pretrained(n, use_safetensors=True, trust_remote_code=False)\n"
+            "subprocess.run(['ls'], shell=False)"
+        )
+    )
 
 
 def test_the_script_evaluates_and_downloads_nothing_itself():
     text = (ROOT / "run_all.sh").read_text(encoding="utf-8")
-    code = "\n".join(re.sub(r'"(\\.|[^"\\])*"', '""', line.split(" #")[0]) for line in text.splitlines())
+    code = "\n".join(
+        re.sub(r'"(\\.|[^"\\])*"', '""', line.split(" #")[0]) for line in text.splitlines()
+    )
     assert not re.search(r"\b(eval|source|curl|wget|sudo)\b|\|\s*(ba)?sh\b", code)
-    assert "set -euo pipefail" in text and "--index-url" not in text and "--trusted-host" not in text
+    assert (
+        "set -euo pipefail" in text and "--index-url" not in text and "--trusted-host" not in text
+    )
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 class Sentinel:
     def __init__(self, path):
         self.path = path
@@ -144,15 +222,31 @@ def no_unpickling(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("something was unpickled")
 
-    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+    for module, name in (
+        (torch, "load"),
+        (pickle, "load"),
+        (pickle, "loads"),
+        (pickle, "Unpickler"),
+    ):
         monkeypatch.setattr(module, name, refuse)
 
 
 def test_pickles_beside_the_weights_are_not_opened(tmp_path, no_unpickling):
     name = save_checkpoint(tmp_path / "model", "gpt2")
-    for file in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth",
-                 "tokenizer.pkl", "model.pkl", "adapter_model.bin", "vocab.bin"):
-        (tmp_path / "model" / file).write_bytes(pickle.dumps(Sentinel(str(tmp_path / "was-unpickled"))))
+    for file in (
+        "pytorch_model.bin",
+        "training_args.bin",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "tokenizer.pkl",
+        "model.pkl",
+        "adapter_model.bin",
+        "vocab.bin",
+    ):
+        (tmp_path / "model" / file).write_bytes(
+            pickle.dumps(Sentinel(str(tmp_path / "was-unpickled")))
+        )
     assert load_model(name, device="cpu").num_layers == 3
     assert not (tmp_path / "was-unpickled").exists()
 
@@ -163,20 +257,32 @@ def test_an_index_cannot_lead_from_safetensors_to_a_pickle(tmp_path, shard, no_u
     folder = tmp_path / "model"
     save_checkpoint(folder, "gpt2")
     from safetensors.torch import load_file
+
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").rename(folder / "other.safetensors")
     torch.save(weights, folder / shard)
     index = {"metadata": {"total_size": 1}, "weight_map": {name: shard for name in weights}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=rf"model.safetensors.index.json.*{shard}.*only safetensors"):
+    with pytest.raises(
+        ValueError, match=rf"model.safetensors.index.json.*{shard}.*only safetensors"
+    ):
         load_model(str(folder), device="cpu")
 
 
-@pytest.mark.parametrize("key, value", [
-    ("attn_implementation", "some-one/some-kernel"), ("_attn_implementation", "some-one/some-kernel"),
-    ("quantization_config", {"quant_method": "bitsandbytes", "load_in_8bit": True}),
-    ("architectures", ["os.system"]), ("torch_dtype", "__import__('os')"), ("model_type", "../../evil")])
-def test_a_configuration_cannot_make_the_loader_fetch_or_run_anything(tmp_path, key, value, monkeypatch):
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("attn_implementation", "some-one/some-kernel"),
+        ("_attn_implementation", "some-one/some-kernel"),
+        ("quantization_config", {"quant_method": "bitsandbytes", "load_in_8bit": True}),
+        ("architectures", ["os.system"]),
+        ("torch_dtype", "__import__('os')"),
+        ("model_type", "../../evil"),
+    ],
+)
+def test_a_configuration_cannot_make_the_loader_fetch_or_run_anything(
+    tmp_path, key, value, monkeypatch
+):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     name = save_checkpoint(tmp_path / "model", "llama2")
     path = tmp_path / "model" / "config.json"
@@ -197,13 +303,19 @@ def test_a_configuration_cannot_make_the_loader_fetch_or_run_anything(tmp_path, 
     assert not any("kernels" == name.split(".")[0] for name in set(sys.modules) - before)
 
 
-# --- downloads -------------------------------------------------------------------------------------------
+# --- downloads ------------------------------------------------------------------------------------
 def test_every_file_that_is_downloaded_is_pinned_and_has_a_checksum(monkeypatch):
     registry = data._pararel_registry()
     assert registry and all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in registry.values())
-    assert all(re.fullmatch(r"(pattern_data/graphs_json|trex_lms_vocab)/P\d+\.jsonl", name) for name in registry)
-    assert data.PARAREL_URL.startswith("https://") and re.search(r"/[0-9a-f]{40}/", data.PARAREL_URL)
+    assert all(
+        re.fullmatch(r"(pattern_data/graphs_json|trex_lms_vocab)/P\d+\.jsonl", name)
+        for name in registry
+    )
+    assert data.PARAREL_URL.startswith("https://") and re.search(
+        r"/[0-9a-f]{40}/", data.PARAREL_URL
+    )
     import huggingface_hub
+
     asked = {}
 
     def download(*args, **options):
@@ -218,19 +330,41 @@ def test_every_file_that_is_downloaded_is_pinned_and_has_a_checksum(monkeypatch)
 
 def test_only_the_loaders_of_facts_texts_and_models_download():
     """Others may name a place to read about, never to fetch from."""
-    fetching = {"urlopen", "urlretrieve", "requests.get", "httpx.get", "hf_hub_download", "snapshot_download",
-                "pooch.create", "pooch.retrieve"}
-    found = {name for name, source in sources() for node in ast.walk(ast.parse(source))
-             if isinstance(node, ast.Call) and fetching & {dotted(node.func), dotted(node.func).split(".")[-1]}}
+    fetching = {
+        "urlopen",
+        "urlretrieve",
+        "requests.get",
+        "httpx.get",
+        "hf_hub_download",
+        "snapshot_download",
+        "pooch.create",
+        "pooch.retrieve",
+    }
+    found = {
+        name
+        for name, source in sources()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and fetching & {dotted(node.func), dotted(node.func).split(".")[-1]}
+    }
     assert found == {"qlutils/facts.py", "qlutils/model/language_model.py"}
 
 
-# --- parameters ------------------------------------------------------------------------------------------
-SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False),
-                    st.text(st.characters(exclude_categories=("Cs",))))
-VALUES = st.recursive(SCALARS, lambda inner: st.one_of(
-    st.lists(inner, max_size=3),
-    st.dictionaries(st.text(st.characters(exclude_categories=("Cs",))), inner, max_size=3)))
+# --- parameters -----------------------------------------------------------------------------------
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(st.characters(exclude_categories=("Cs",))),
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.text(st.characters(exclude_categories=("Cs",))), inner, max_size=3),
+    ),
+)
 EVIL = "'\"\"\"\n'''\\'\nimport os; os.system('touch was-run')\n#"
 
 
@@ -252,12 +386,26 @@ def test_what_is_injected_into_a_notebook_is_the_value_and_no_code(value):
     assert found == {"x": value} and check_parameters(["x = None", cell.source])["x"] == value
 
 
-@pytest.mark.parametrize("source", [
-    "t = __import__('os').system('touch was-run')", "t = open('was-run', 'w')",
-    "t = [open('was-run', 'w') for _ in 'a']",
-    "import os\nt = 0.2", "t = 0.2\nopen('was-run', 'w')", "t = (lambda: open('was-run', 'w'))()", "def t(): pass",
-    "t = f'{open(\"was-run\", \"w\")}'", "t = 1 if open('was-run', 'w') else 2", "t: float = open('was-run', 'w')",
-    "t = s = 0.2", "t.x = 1", "t, s = 1, 2", "t = float('nan')", "t = "])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "t = __import__('os').system('touch was-run')",
+        "t = open('was-run', 'w')",
+        "t = [open('was-run', 'w') for _ in 'a']",
+        "import os\nt = 0.2",
+        "t = 0.2\nopen('was-run', 'w')",
+        "t = (lambda: open('was-run', 'w'))()",
+        "def t(): pass",
+        't = f\'{open("was-run", "w")}\'',
+        "t = 1 if open('was-run', 'w') else 2",
+        "t: float = open('was-run', 'w')",
+        "t = s = 0.2",
+        "t.x = 1",
+        "t, s = 1, 2",
+        "t = float('nan')",
+        "t = ",
+    ],
+)
 def test_a_parameter_that_is_code_is_refused_and_never_run(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert literals(source) is None
@@ -266,10 +414,17 @@ def test_a_parameter_that_is_code_is_refused_and_never_run(source, tmp_path, mon
     assert not (tmp_path / "was-run").exists()
 
 
-@pytest.mark.parametrize("name, value", [
-    ("t", "__import__('os').system('touch was-run')"), ("t; import os", "0.2"), ("t\nimport os", "0.2"),
-    ("__class__", "1"),
-    ("t", "[].__class__"), ("t", "open('was-run', 'w')")])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("t", "__import__('os').system('touch was-run')"),
+        ("t; import os", "0.2"),
+        ("t\nimport os", "0.2"),
+        ("__class__", "1"),
+        ("t", "[].__class__"),
+        ("t", "open('was-run', 'w')"),
+    ],
+)
 def test_the_driver_passes_on_no_code(name, value, tmp_path, monkeypatch, runs, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError):
@@ -278,26 +433,54 @@ def test_the_driver_passes_on_no_code(name, value, tmp_path, monkeypatch, runs, 
     assert "was-run" not in os.listdir(tmp_path) and "run_all.sh: " in capsys.readouterr().err
 
 
-# --- paths -----------------------------------------------------------------------------------------------
-NAMES = st.one_of(st.text(max_size=30), st.text("./\\~\0:* aä\n", max_size=12), st.sampled_from(
-    ["..", ".", "/", "../..", "a/../../b", "/etc/passwd", "~", "~root", "C:\\x", "\\\\host\\share", "..\\..", "a\0b",
-     "con",
-     "\u202e..", "．．／", "..%2f..", "a" * 200]))
+# --- paths ----------------------------------------------------------------------------------------
+NAMES = st.one_of(
+    st.text(max_size=30),
+    st.text("./\\~\0:* aä\n", max_size=12),
+    st.sampled_from(
+        [
+            "..",
+            ".",
+            "/",
+            "../..",
+            "a/../../b",
+            "/etc/passwd",
+            "~",
+            "~root",
+            "C:\\x",
+            "\\\\host\\share",
+            "..\\..",
+            "a\0b",
+            "con",
+            "\u202e..",
+            "．．／",
+            "..%2f..",
+            "a" * 200,
+        ]
+    ),
+)
 
 
 @FIXED
 @given(name=NAMES)
 def test_no_name_is_a_path_out_of_the_run(name):
-    for make in (lambda: paths.RUNS / "run" / "results" / paths.slug(name), lambda: paths.run_folder(name),
-                 lambda: paths.RUNS / "run" / f"{run.job_name('01_localize', name, 'ig')}.ipynb",
-                 lambda: Study("01", model=name, method="ig", output="run").results):
+    for make in (
+        lambda: paths.RUNS / "run" / "results" / paths.slug(name),
+        lambda: paths.run_folder(name),
+        lambda: paths.RUNS / "run" / f"{run.job_name('01_localize', name, 'ig')}.ipynb",
+        lambda: Study("01", model=name, method="ig", output="run").results,
+    ):
         try:
             place = make()
         except ValueError as error:
             assert "model" in str(error) or "output" in str(error)
             continue
-        inside = paths.RUNS / "run" if "run" in place.parts[len(paths.RUNS.parts):] else paths.RUNS
-        assert Path(os.path.normpath(place)) == place and place.is_relative_to(inside) and place != inside
+        inside = paths.RUNS / "run" if "run" in place.parts[len(paths.RUNS.parts) :] else paths.RUNS
+        assert (
+            Path(os.path.normpath(place)) == place
+            and place.is_relative_to(inside)
+            and place != inside
+        )
         assert "\0" not in str(place) and place.resolve().is_relative_to(paths.RUNS.resolve())
 
 
@@ -308,7 +491,9 @@ def test_no_stem_of_a_table_is_a_path_out_of_its_folder(stem, tmp_path_factory):
     try:
         written = write_table(pd.DataFrame({"a": [1]}), stem, folder)
     except (ValueError, OSError) as error:
-        assert stem[:20] in str(error) or repr(stem)[1:15] in str(error) or isinstance(error, OSError)
+        assert (
+            stem[:20] in str(error) or repr(stem)[1:15] in str(error) or isinstance(error, OSError)
+        )
     else:
         assert all(path.resolve().parent == folder.resolve() for path in written.values())
     assert [path.name for path in folder.parent.iterdir()] in ([], ["results"])
@@ -327,16 +512,27 @@ def everything(folder):
     return {path.relative_to(folder) for path in folder.rglob("*")}
 
 
-def test_a_run_on_a_data_set_of_hostile_names_writes_in_its_own_folder_only(tmp_path, runs, monkeypatch):
-    evil = {"..": "../../outside", "P1 ; touch was-run": "$(touch was-run)", "~": "/etc/outside",
-            "..P2": "`touch was-run`"}
-    patterns = {name: ["[X] lives in [Y] .", "[X] has a house in [Y] .", "the home of [X] is [Y] ."] for name in evil}
+def test_a_run_on_a_data_set_of_hostile_names_writes_in_its_own_folder_only(
+    tmp_path, runs, monkeypatch
+):
+    evil = {
+        "..": "../../outside",
+        "P1 ; touch was-run": "$(touch was-run)",
+        "~": "/etc/outside",
+        "..P2": "`touch was-run`",
+    }
+    patterns = {
+        name: ["[X] lives in [Y] .", "[X] has a house in [Y] .", "the home of [X] is [Y] ."]
+        for name in evil
+    }
     facts = {name: [(subject, "rome")] for name, subject in evil.items()}
     monkeypatch.chdir(tmp_path)
     folder = save_dataset(tmp_path / "data", patterns, facts)
     model = save_checkpoint(tmp_path / "model ..", "gpt2", word_tokenizer([*WORDS, *evil.values()]))
     before = everything(tmp_path)
-    study = Study("01_localize", model=model, method="ig", data=folder, device="cpu", output="safe..name")
+    study = Study(
+        "01_localize", model=model, method="ig", data=folder, device="cpu", output="safe..name"
+    )
     queries = localise(study, steps=2)
     study.table(queries[["fact", "prompt"]], "t")
     study.record()
@@ -347,14 +543,17 @@ def test_a_run_on_a_data_set_of_hostile_names_writes_in_its_own_folder_only(tmp_
     assert all((tmp_path / path).resolve().is_relative_to(tmp_path) for path in made)
 
 
-# --- the network -----------------------------------------------------------------------------------------
+# --- the network ----------------------------------------------------------------------------------
 def listening(*processes):
     """Addresses on which these processes and their children wait for connections."""
     found = set()
     for process in processes:
         for one in [process, *process.children(recursive=True)]:
-            found |= {connection.laddr.ip for connection in one.net_connections(kind="inet")
-                      if connection.status == psutil.CONN_LISTEN}
+            found |= {
+                connection.laddr.ip
+                for connection in one.net_connections(kind="inet")
+                if connection.status == psutil.CONN_LISTEN
+            }
     return found
 
 
@@ -374,15 +573,24 @@ def test_the_check_sees_a_socket_that_is_open_to_the_network():
 def test_a_local_cluster_listens_on_this_machine_only(tmp_path):
     """In a process of its own: scheduler, nanny and worker, with their web servers."""
     pytest.importorskip("distributed")
-    code = ("import argparse, time, sys\nfrom qlutils import run\nif __name__ == '__main__':\n"
-            " with run._scheduler(argparse.Namespace(workers=1, scheduler=None)) as address:\n"
-            "  from distributed import Client\n"
-            "  with Client(address, set_as_default=False) as client:\n   client.wait_for_workers(1, timeout=60)\n"
-            "   print(address, flush=True)\n   sys.stdin.read()\n")
+    code = (
+        "import argparse, time, sys\nfrom qlutils import run\nif __name__ == '__main__':\n"
+        " with run._scheduler(argparse.Namespace(workers=1, scheduler=None)) as address:\n"
+        "  from distributed import Client\n"
+        "  with Client(address, set_as_default=False) as client:\n   client.wait_for_workers(1, "
+        "timeout=60)\n"
+        "   print(address, flush=True)\n   sys.stdin.read()\n"
+    )
     script = tmp_path / "cluster.py"
     script.write_text(code)
-    child = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                             cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    child = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
     try:
         assert child.stdout.readline().startswith("tcp://127.0.0.1:")
         open_at = listening(psutil.Process(child.pid))
@@ -413,14 +621,21 @@ def test_a_kernel_listens_on_this_machine_only(tmp_path, monkeypatch):
 def test_jupyter_is_only_ever_told_to_listen_on_this_machine():
     from jupyter_server.serverapp import ServerApp
 
-    assert ServerApp.ip.default_value in ("localhost", "127.0.0.1")  # what the README's `jupyter lab` does
+    assert ServerApp.ip.default_value in (
+        "localhost",
+        "127.0.0.1",
+    )  # what the README's `jupyter lab` does
     kinds = ("tests/**/*.py", "qlutils/**/*.py", "*.sh", "*.md", ".ci/*")
-    texts = {file: file.read_text(encoding="utf-8") for kind in kinds
-             for file in ROOT.glob(kind) if file != Path(__file__)}
+    texts = {
+        file: file.read_text(encoding="utf-8")
+        for kind in kinds
+        for file in ROOT.glob(kind)
+        if file != Path(__file__)
+    }
     started = 0
     for file, text in texts.items():
         for place in re.finditer(r'"jupyter(lab|_server)"|-m jupyter', text):
-            command = text[place.start():place.start() + 300]
+            command = text[place.start() : place.start() + 300]
             if "--version" not in command[:40]:
                 started += 1
                 assert "--ip=127.0.0.1" in command, file

@@ -1,4 +1,5 @@
-"""Welch, bootstrap and permutation against scipy, closed formulas, brute force and coverage by simulation."""
+"""Welch, bootstrap and permutation against scipy, closed formulas, brute force and coverage by
+simulation."""
 
 import numpy as np
 import pandas as pd
@@ -6,9 +7,19 @@ import pytest
 from scipy import stats as scipy_stats
 
 from qlutils.experiments import consistency as analysis
-from qlutils.neurons.sets import (otsu_threshold)
+from qlutils.neurons.sets import otsu_threshold
 from qlutils.show import stats
-from qlutils.show.stats import (LEAST, _weighted, bootstrap_difference, bootstrap_mean, bootstrap_statistic, mean_columns, permutation_test, resampling_weights, welch)
+from qlutils.show.stats import (
+    LEAST,
+    _weighted,
+    bootstrap_difference,
+    bootstrap_mean,
+    bootstrap_statistic,
+    mean_columns,
+    permutation_test,
+    resampling_weights,
+    welch,
+)
 
 
 def facts_frame(rng, facts_per_relation, relations=12, queries=1, spread=1.0):
@@ -17,19 +28,23 @@ def facts_frame(rng, facts_per_relation, relations=12, queries=1, spread=1.0):
     for r, centre in enumerate(rng.normal(0, 3, relations)):
         for f in range(facts_per_relation):
             level = centre + rng.normal(0, spread)
-            rows += [dict(relation=f"P{r}", fact=f"P{r}|{f}", value=level + rng.normal(0, 0.2))
-                     for _ in range(queries)]
+            rows += [
+                dict(relation=f"P{r}", fact=f"P{r}|{f}", value=level + rng.normal(0, 0.2))
+                for _ in range(queries)
+            ]
     return pd.DataFrame(rows)
 
 
 def stratified_error(frame):
-    """Textbook standard error of the mean over facts (equal numbers of rows), stratified by relation."""
+    """Textbook standard error of the mean over facts (equal numbers of rows), stratified by
+    relation."""
     facts = frame.groupby(["relation", "fact"]).value.mean()
     parts = facts.groupby("relation").agg(["size", "var"])
     return np.sqrt((parts["size"] * parts["var"]).sum()) / len(facts)
 
 
-# --- Welch -----------------------------------------------------------------------------------------------
+# --- Welch ----------------------------------------------------------------------------------------
+
 
 def test_welch_is_scipys_with_missing_values_left_out():
     rng = np.random.default_rng(0)
@@ -59,7 +74,8 @@ def test_an_undefined_t_test_is_nan(a, b, recwarn):
     assert not recwarn.list
 
 
-# --- bootstrap -------------------------------------------------------------------------------------------
+# --- bootstrap ------------------------------------------------------------------------------------
+
 
 def test_estimates_are_numpys_and_scipys():
     frame = facts_frame(np.random.default_rng(0), 5, queries=3)
@@ -112,10 +128,14 @@ def test_the_interval_covers_the_truth_about_95_times_in_100():
     rng, hits = np.random.default_rng(5), 0
     for trial in range(300):
         values = rng.normal(size=(30, 3))  # 30 relations of 3 facts, true mean 0
-        frame = pd.DataFrame(dict(value=values.ravel(), relation=np.arange(90) // 3, fact=np.arange(90)))
+        frame = pd.DataFrame(
+            dict(value=values.ravel(), relation=np.arange(90) // 3, fact=np.arange(90))
+        )
         found = bootstrap_mean(frame, "value", draws=300, seed=trial)
         hits += found.mean_low <= 0 <= found.mean_high
-    assert 0.91 <= hits / 300 <= 0.98  # the plain bootstrap of n facts out of n covers about 0.89 here
+    assert (
+        0.91 <= hits / 300 <= 0.98
+    )  # the plain bootstrap of n facts out of n covers about 0.89 here
 
 
 def test_relations_with_one_fact_are_resampled_together():
@@ -123,10 +143,14 @@ def test_relations_with_one_fact_are_resampled_together():
     values = rng.normal(size=36)
     frame = pd.DataFrame(dict(value=values, relation=np.arange(36), fact=np.arange(36)))
     found = bootstrap_mean(frame, "value", draws=4000)
-    assert (found.mean_high - found.mean_low) / 3.92 == pytest.approx(values.std(ddof=1) / 6, rel=0.06)
+    assert (found.mean_high - found.mean_low) / 3.92 == pytest.approx(
+        values.std(ddof=1) / 6, rel=0.06
+    )
     strata = np.array([0, 0, 0, 1, 2, 2])  # a lone single fact joins the smallest other relation
     weights = resampling_weights(strata, 500, 0)
-    assert (weights[:, :3].sum(1) == pytest.approx(3)) and (weights[:, 3:].sum(1) == pytest.approx(3))
+    assert (weights[:, :3].sum(1) == pytest.approx(3)) and (
+        weights[:, 3:].sum(1) == pytest.approx(3)
+    )
 
 
 def test_missing_values_are_dropped_and_counted_and_undefined_estimates_are_nan():
@@ -137,7 +161,11 @@ def test_missing_values_are_dropped_and_counted_and_undefined_estimates_are_nan(
     assert np.isnan([empty.mean, empty.mean_low, empty.trimmed_high]).all()
     assert (empty.n, empty.n_missing) == (0, 1)
     single = bootstrap_mean(frame.iloc[:1], "value")
-    assert single.mean == 1 and np.isnan([single.mean_low, single.mean_high]).all() and single.n_draws == 0
+    assert (
+        single.mean == 1
+        and np.isnan([single.mean_low, single.mean_high]).all()
+        and single.n_draws == 0
+    )
 
 
 def test_draws_are_seeded_and_do_not_depend_on_the_order_of_rows():
@@ -146,17 +174,25 @@ def test_draws_are_seeded_and_do_not_depend_on_the_order_of_rows():
     assert bootstrap_mean(frame, "value", seed=1) != bootstrap_mean(frame, "value", seed=2)
     straight = bootstrap_mean(frame, "value")
     mixed = bootstrap_mean(frame.sample(frac=1, random_state=0), "value")
-    assert (mixed.mean_low, mixed.median_high) == pytest.approx((straight.mean_low, straight.median_high))
+    assert (mixed.mean_low, mixed.median_high) == pytest.approx(
+        (straight.mean_low, straight.median_high)
+    )
 
 
 def test_one_statistic_becomes_columns_of_a_table():
     found = bootstrap_mean(facts_frame(np.random.default_rng(8), 4), "value")
-    assert found.row("median", "CS2") == {"CS2": found.median, "CS2_low": found.median_low,
-                                          "CS2_high": found.median_high, "n": found.n}
+    assert found.row("median", "CS2") == {
+        "CS2": found.median,
+        "CS2_low": found.median_low,
+        "CS2_high": found.median_high,
+        "n": found.n,
+    }
 
 
 def test_several_means_stand_side_by_side_each_with_its_n():
-    frame = facts_frame(np.random.default_rng(8), 4).assign(half=lambda f: f["value"].where(f.index % 2 == 0))
+    frame = facts_frame(np.random.default_rng(8), 4).assign(
+        half=lambda f: f["value"].where(f.index % 2 == 0)
+    )
     row = mean_columns(frame, ["value", "half"])
     assert list(row) == [
         "value",
@@ -169,7 +205,9 @@ def test_several_means_stand_side_by_side_each_with_its_n():
         "n_value",
     ]
     assert (row["n"], row["n_value"]) == (24, 48)
-    assert row["value"] == pytest.approx(frame["value"].mean()) and row["half"] == pytest.approx(frame["half"].mean())
+    assert row["value"] == pytest.approx(frame["value"].mean()) and row["half"] == pytest.approx(
+        frame["half"].mean()
+    )
 
 
 def test_infinite_values_and_unknown_columns_are_refused():
@@ -182,16 +220,21 @@ def test_infinite_values_and_unknown_columns_are_refused():
         bootstrap_difference(frame, "value", "kind", ("a", "b"))
 
 
-# --- differences -----------------------------------------------------------------------------------------
+# --- differences ----------------------------------------------------------------------------------
+
 
 def test_two_conditions_on_the_same_facts_are_compared_paired():
     rng = np.random.default_rng(10)
     base = facts_frame(rng, 5, relations=20, spread=3)
     shift = rng.normal(0.2, 0.1, len(base))
-    frame = pd.concat([base.assign(condition="a", value=base.value + shift), base.assign(condition="b")])
+    frame = pd.concat(
+        [base.assign(condition="a", value=base.value + shift), base.assign(condition="b")]
+    )
     found = bootstrap_difference(frame, "value", "condition", ("a", "b"), draws=3000)
     assert found.mean == pytest.approx(shift.mean())
-    error = stratified_error(base.assign(value=shift))  # far below the spread of 3 of either condition
+    error = stratified_error(
+        base.assign(value=shift)
+    )  # far below the spread of 3 of either condition
     assert (found.mean_high - found.mean_low) / 3.92 == pytest.approx(error, rel=0.08)
     swapped = bootstrap_difference(frame, "value", "condition", ("b", "a"), draws=3000)
     assert (swapped.mean, swapped.mean_low) == pytest.approx((-found.mean, -found.mean_high))
@@ -200,7 +243,9 @@ def test_two_conditions_on_the_same_facts_are_compared_paired():
 def test_two_classes_of_facts_are_compared_with_both_their_errors():
     rng = np.random.default_rng(11)
     n = 400
-    frame = pd.DataFrame(dict(fact=np.arange(n), relation="P1", kind=np.where(np.arange(n) % 4, "I", "II")))
+    frame = pd.DataFrame(
+        dict(fact=np.arange(n), relation="P1", kind=np.where(np.arange(n) % 4, "I", "II"))
+    )
     frame["value"] = rng.normal(np.where(frame.kind == "I", 1.0, 0.4), 1)
     found = bootstrap_difference(frame, "value", "kind", ("I", "II"), draws=3000)
     one, two = (frame.value[frame.kind == kind] for kind in ("I", "II"))
@@ -217,21 +262,31 @@ def test_a_difference_with_an_empty_side_is_nan():
 
 
 def test_rounding_does_not_decide_on_which_side_of_zero_an_interval_lies():
-    frame = pd.DataFrame([dict(fact=f"{kind}{f}", relation=f"P{f % 3}", kind=kind, value=value)
-                          for f in range(12) for kind, value in (("a", 0.1 + 0.2), ("b", 0.3))])  # 5.6e-17 apart
+    frame = pd.DataFrame(
+        [
+            dict(fact=f"{kind}{f}", relation=f"P{f % 3}", kind=kind, value=value)
+            for f in range(12)
+            for kind, value in (("a", 0.1 + 0.2), ("b", 0.3))
+        ]
+    )  # 5.6e-17 apart
     found = bootstrap_difference(frame, "value", "kind", ("a", "b"))
     assert (found.mean, found.mean_low, found.mean_high) == (0, 0, 0)
     large = frame.assign(value=frame["value"] + np.where(frame["kind"] == "a", 1e-9, 0))
     assert bootstrap_difference(large, "value", "kind", ("a", "b")).mean_low > 0
 
 
-# --- permutation -----------------------------------------------------------------------------------------
+# --- permutation ----------------------------------------------------------------------------------
+
 
 def test_the_permutation_test_is_exact_on_a_small_case():
-    frame = pd.DataFrame(dict(fact=range(6), relation="P1", kind=list("aaabbb"), value=[5.0, 6, 7, 1, 2, 3]))
+    frame = pd.DataFrame(
+        dict(fact=range(6), relation="P1", kind=list("aaabbb"), value=[5.0, 6, 7, 1, 2, 3])
+    )
     found = permutation_test(frame, "value", "kind", ("a", "b"), draws=20_000)
     assert found["within"] == 4 and (found["n1"], found["n2"]) == (3, 3)
-    assert found["p"] == pytest.approx(2 / 20, abs=0.01)  # 20 divisions, this one and its mirror image
+    assert found["p"] == pytest.approx(
+        2 / 20, abs=0.01
+    )  # 20 divisions, this one and its mirror image
 
 
 def test_a_difference_between_relations_alone_is_not_significant():
@@ -248,37 +303,58 @@ def test_a_difference_between_relations_alone_is_not_significant():
 def test_p_values_under_the_null_are_uniform():
     rng, p = np.random.default_rng(14), []
     for trial in range(200):
-        frame = pd.DataFrame(dict(fact=range(40), relation=np.repeat(list("abcd"), 10),
-                                  kind=rng.choice(["I", "II"], 40), value=rng.normal(size=40)))
+        frame = pd.DataFrame(
+            dict(
+                fact=range(40),
+                relation=np.repeat(list("abcd"), 10),
+                kind=rng.choice(["I", "II"], 40),
+                value=rng.normal(size=40),
+            )
+        )
         p.append(permutation_test(frame, "value", "kind", draws=199, seed=trial)["p"])
     assert scipy_stats.kstest(p, "uniform").pvalue > 0.01
 
 
 def test_permutation_counts_facts_not_queries():
-    frame = pd.DataFrame(dict(fact=range(6), relation="P1", kind=list("aaabbb"), value=[5.0, 6, 7, 1, 2, 3]))
-    found = permutation_test(frame.loc[frame.index.repeat(9)], "value", "kind", ("a", "b"), draws=5000)
+    frame = pd.DataFrame(
+        dict(fact=range(6), relation="P1", kind=list("aaabbb"), value=[5.0, 6, 7, 1, 2, 3])
+    )
+    found = permutation_test(
+        frame.loc[frame.index.repeat(9)], "value", "kind", ("a", "b"), draws=5000
+    )
     assert found["n1"] == 3 and found["p"] == pytest.approx(0.1, abs=0.02)
 
 
 def test_an_undefined_permutation_test_is_nan():
-    frame = pd.DataFrame(dict(fact=range(4), relation=list("aabb"), kind=["I", "I", "II", "II"],
-                              value=[1.0, 2, 3, 4]))
+    frame = pd.DataFrame(
+        dict(
+            fact=range(4), relation=list("aabb"), kind=["I", "I", "II", "II"], value=[1.0, 2, 3, 4]
+        )
+    )
     never_mixed = permutation_test(frame, "value", "kind")
-    assert np.isnan([never_mixed["p"], never_mixed["within"]]).all() and (never_mixed["n1"], never_mixed["n2"]) == (2, 2)
+    assert np.isnan([never_mixed["p"], never_mixed["within"]]).all() and (
+        never_mixed["n1"],
+        never_mixed["n2"],
+    ) == (2, 2)
     assert np.isnan(permutation_test(frame[:2], "value", "kind")["within"])
     with pytest.raises(ValueError, match="two labels"):
         permutation_test(frame.assign(fact=[0, 1, 0, 2], relation="a"), "value", "kind")
 
 
-# --- shares, and statistics that are computed anew from each draw -----------------------------------------------
+# --- shares, and statistics that are computed anew from each draw ---------------------------------
+
 
 @pytest.mark.parametrize("value, n", [(0.0, 18), (1.0, 720), (0.0, LEAST)])
 def test_a_share_that_was_never_or_always_seen_has_clopper_and_pearsons_interval(value, n):
-    frame = pd.DataFrame({"fact": range(n), "relation": [f"P{i % 3}" for i in range(n)], "x": value})
+    frame = pd.DataFrame(
+        {"fact": range(n), "relation": [f"P{i % 3}" for i in range(n)], "x": value}
+    )
     found = bootstrap_mean(frame, "x", share=True)
     bound = 0.025 ** (1 / n)  # the share at which n of n is that unlikely
     assert found.mean == value
-    assert (found.mean_low, found.mean_high) == pytest.approx((0, 1 - bound) if value == 0 else (bound, 1))
+    assert (found.mean_low, found.mean_high) == pytest.approx(
+        (0, 1 - bound) if value == 0 else (bound, 1)
+    )
     assert bootstrap_mean(frame, "x").mean_high == value  # not for what has other bounds
     mixed = bootstrap_mean(frame.assign(x=[1 - value, *[value] * (n - 1)]), "x", share=True)
     exact = scipy_stats.binomtest(1 if value == 0 else n - 1, n).proportion_ci()
@@ -289,8 +365,13 @@ def test_a_share_that_was_never_or_always_seen_has_clopper_and_pearsons_interval
 
 def test_a_statistic_of_weighted_facts_equals_that_of_repeated_ones_and_of_the_mean():
     rng = np.random.default_rng(0)
-    frame = pd.DataFrame({"fact": [f"f{i}" for i in range(40)], "relation": [f"P{i % 4}" for i in range(40)],
-                          "cs2": rng.random(40)})
+    frame = pd.DataFrame(
+        {
+            "fact": [f"f{i}" for i in range(40)],
+            "relation": [f"P{i % 4}" for i in range(40)],
+            "cs2": rng.random(40),
+        }
+    )
     mean = bootstrap_statistic([frame], lambda part, w: (part["cs2"] * w).sum() / w.sum(), seed=3)
     known = bootstrap_mean(frame, "cs2", seed=3)
     stretch = scipy_stats.t.ppf(0.975, 36) / scipy_stats.norm.ppf(
@@ -304,7 +385,9 @@ def test_a_statistic_of_weighted_facts_equals_that_of_repeated_ones_and_of_the_m
     )
     other = frame.assign(cs2=frame["cs2"] - 0.25)
     both = bootstrap_statistic([frame, other], lambda part, w: (part["cs2"] * w).sum() / w.sum())
-    assert (both.mean, both.mean_low, both.mean_high) == pytest.approx((0.25,) * 3)  # the same facts are drawn for both
+    assert (both.mean, both.mean_low, both.mean_high) == pytest.approx(
+        (0.25,) * 3
+    )  # the same facts are drawn for both
     assert np.isnan(bootstrap_statistic([frame.head(0)], lambda part, w: 1.0).mean)
     few = bootstrap_statistic(
         [frame, frame.head(LEAST - 1)], lambda part, w: (part["cs2"] * w).sum() / w.sum()
@@ -312,18 +395,25 @@ def test_a_statistic_of_weighted_facts_equals_that_of_repeated_ones_and_of_the_m
     assert np.isnan(few.mean_low) and few.mean != 0 and (few.n, few.n_other) == (40, LEAST - 1)
     repeats = rng.integers(1, 4, size=40)
     whole = np.repeat(frame["cs2"].to_numpy(), repeats)
-    for what, wanted in (("at", otsu_threshold(whole)), ("II", np.mean(whole <= otsu_threshold(whole)))):
+    for what, wanted in (
+        ("at", otsu_threshold(whole)),
+        ("II", np.mean(whole <= otsu_threshold(whole))),
+    ):
         assert analysis._otsu(what, frame, repeats) == pytest.approx(wanted)
     facts = frame.assign(threshold_otsu=otsu_threshold(frame["cs2"]))
     facts["class_otsu"] = np.where(facts["cs2"] > facts["threshold_otsu"], "I", "II")
     one, two = (analysis.share_of_class(facts, "otsu", name) for name in ("I", "II"))
-    assert two.mean == pytest.approx((facts["class_otsu"] == "II").mean()) and one.mean == pytest.approx(1 - two.mean)
+    assert two.mean == pytest.approx(
+        (facts["class_otsu"] == "II").mean()
+    ) and one.mean == pytest.approx(1 - two.mean)
     assert two.mean_low < two.mean < two.mean_high
     facts["some"] = facts["cs2"] > 0.3
     for threshold in ("otsu", "static"):
         facts["class_static"] = np.where(facts["cs2"] > 0.5, "I", "II")
         known = analysis.share_of_class(facts, threshold, among="some")
-        assert known.mean == pytest.approx((facts[facts["some"]][f"class_{threshold}"] == "II").mean())
+        assert known.mean == pytest.approx(
+            (facts[facts["some"]][f"class_{threshold}"] == "II").mean()
+        )
         assert known.n == facts["some"].sum()
     fixed = bootstrap_mean(facts.assign(x=(facts["class_otsu"] == "II").astype(float)), "x")
     assert two.mean_high - two.mean_low > fixed.mean_high - fixed.mean_low
@@ -331,6 +421,7 @@ def test_a_statistic_of_weighted_facts_equals_that_of_repeated_ones_and_of_the_m
 
 # --- few facts -----------------------------------------------------------------------------------
 # ----------------
+
 
 def lopsided(small, large, rng=None, spread=1.0):
     """Facts of class II (`small` of them) and I, two a relation, drawn together."""
@@ -380,8 +471,11 @@ def test_the_two_sides_of_a_difference_are_counted_apart():
 @pytest.mark.parametrize("hits, n", [((0, 4), (12, 40)), ((12, 0), (12, 12)), ((0, 0), (10, 50))])
 def test_a_difference_from_a_class_that_never_or_always_does_is_not_certain(hits, n):
     """By hand: Newcombe's interval from Clopper and Pearson's of the classes."""
-    rows = [dict(fact=f"{side} {i}", relation=f"P{i % 5}", kind=side, value=float(i < hits[side]))
-            for side in (0, 1) for i in range(n[side])]
+    rows = [
+        dict(fact=f"{side} {i}", relation=f"P{i % 5}", kind=side, value=float(i < hits[side]))
+        for side in (0, 1)
+        for i in range(n[side])
+    ]
     found = bootstrap_difference(pd.DataFrame(rows), "value", "kind", (0, 1), share=True)
     one, two = (scipy_stats.binomtest(k, size).proportion_ci() for k, size in zip(hits, n))
     p, q = (k / size for k, size in zip(hits, n))
@@ -432,8 +526,11 @@ def coverage(kind, facts, per_relation, other=0, samples=200):
         options = dict(
             draws=20 if share else 150, seed=sample, share=share
         )  # shares of facts hang on no draw
-        found = (bootstrap_difference(frame, "value", "kind", ("II", "I"), **options) if other else
-                 bootstrap_mean(frame, "value", **options))
+        found = (
+            bootstrap_difference(frame, "value", "kind", ("II", "I"), **options)
+            if other
+            else bootstrap_mean(frame, "value", **options)
+        )
         for at, name in enumerate(("mean", "median", "trimmed")):
             low, high = getattr(found, f"{name}_low"), getattr(found, f"{name}_high")
             hits[at] += low <= (0.0 if other else truth[at]) <= high

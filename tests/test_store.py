@@ -16,15 +16,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qlutils import files
-from qlutils import paths
+from qlutils import files, paths
 from qlutils.study import store
 
 UNITS = [[{"x": i, "name": f"é{i}"}, {"x": i + 1, "name": "‏עברית 🦉"}] for i in range(4)]
 
 
 def fake_model(fingerprint="abc", dtype="torch.float32"):
-    return SimpleNamespace(fingerprint=fingerprint, device=SimpleNamespace(type="cpu"), dtype=dtype, check_untouched=lambda: None)
+    return SimpleNamespace(
+        fingerprint=fingerprint,
+        device=SimpleNamespace(type="cpu"),
+        dtype=dtype,
+        check_untouched=lambda: None,
+    )
 
 
 def numbers(lm, unit, scale=1.0):
@@ -86,9 +90,13 @@ def tiny_checkpoint(folder):
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0")
+    )
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1").save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1").save_pretrained(
+        folder
+    )
     return str(folder)
 
 
@@ -101,7 +109,9 @@ def run(root, task=numbers, config=None, units=UNITS, **options):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         info = {}
-        frame = store.run_units(task, "m", units, config, desc="test", root=root, info=info, **options)
+        frame = store.run_units(
+            task, "m", units, config, desc="test", root=root, info=info, **options
+        )
     return frame, info, [str(w.message) for w in caught]
 
 
@@ -132,7 +142,9 @@ def test_a_result_is_the_same_whether_it_was_computed_or_read(tmp_path, model):
 def test_units_are_byte_identical_when_made_again(tmp_path, model):
     run(tmp_path / "a"), run(tmp_path / "b")
     assert unit_files(tmp_path / "a") == unit_files(tmp_path / "b") != {}
-    assert {path.name for path in (tmp_path / "a" / "units").iterdir()} == set(unit_files(tmp_path / "a"))
+    assert {path.name for path in (tmp_path / "a" / "units").iterdir()} == set(
+        unit_files(tmp_path / "a")
+    )
 
 
 @pytest.mark.parametrize("change", ["config", "fingerprint", "dtype", "task", "unit"])
@@ -151,7 +163,9 @@ def test_another_input_gives_another_file(tmp_path, model, monkeypatch, change):
             store,
             "cached_model",
             lambda *_: fake_model(
-                **{"fingerprint": {"fingerprint": "other"}, "dtype": {"dtype": "torch.bfloat16"}}[change]
+                **{"fingerprint": {"fingerprint": "other"}, "dtype": {"dtype": "torch.bfloat16"}}[
+                    change
+                ]
             ),
         )
     assert run(tmp_path, **options)[1]["computed"] == len(options.get("units", UNITS))
@@ -182,7 +196,9 @@ def test_a_task_without_a_version_is_refused_before_it_computes(tmp_path, model,
 
     if version is not None:
         numbers.VERSION = version
-    with pytest.raises(ValueError, match=r"task .*numbers has no VERSION.*numbers.VERSION = 1 below it"):
+    with pytest.raises(
+        ValueError, match=r"task .*numbers has no VERSION.*numbers.VERSION = 1 below it"
+    ):
         run(tmp_path, task=numbers)
     assert not (tmp_path / "units").exists()
 
@@ -217,7 +233,12 @@ def test_a_unit_holds_as_many_facts_as_cost_about_a_minute_and_between_1_and_24(
     assert sizes([minute / 4] * 9) == [4, 4, 1]
     assert sizes([minute / 4] * 4, times=2) == [2, 2]
     assert sizes([minute * 3, minute / 2, minute / 2, minute / 2]) == [1, 2, 1]  # at least one
-    assert sizes([minute / 4] * 4, lm=sized_model(layers=23)) == [1, 1, 1, 1]  # eight times the parameters
+    assert sizes([minute / 4] * 4, lm=sized_model(layers=23)) == [
+        1,
+        1,
+        1,
+        1,
+    ]  # eight times the parameters
     assert sizes([minute * 3] * 30, lm=sized_model(device="cuda")) == [24, 6]
     assert sizes([]) == []
 
@@ -261,7 +282,9 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path, model, m
     run(tmp_path, units=UNITS[:1])
     with monkeypatch.context() as patch:
         patch.setattr(
-            os, call, lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+            os,
+            call,
+            lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")),
         )
         with pytest.raises(files.StoreError, match="No space left") as caught:
             run(tmp_path)
@@ -270,7 +293,9 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path, model, m
     assert run(tmp_path)[1]["computed"] == 3
 
 
-def test_a_folder_that_cannot_be_written_is_named_before_anything_is_computed(tmp_path, model, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_computed(
+    tmp_path, model, monkeypatch
+):
     def read_only(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 
@@ -303,7 +328,9 @@ def lock(tmp_path, model):
     return lock_of(tmp_path)
 
 
-def test_the_same_work_twice_at_once_is_refused_by_the_name_of_the_lock_and_other_work_is_not(tmp_path, lock):
+def test_the_same_work_twice_at_once_is_refused_by_the_name_of_the_lock_and_other_work_is_not(
+    tmp_path, lock
+):
     with files.locked(lock):
         with pytest.raises(files.StoreError, match=rf"\.lock is held by process {os.getpid()} on "):
             run(tmp_path)
@@ -337,7 +364,9 @@ def test_an_error_names_the_unit_and_earlier_units_stay(tmp_path, model):
     assert "breaks_at_two" in caught.value.__notes__[0] and len(unit_files(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("bad", [{"scale": float("nan")}, {"scale": {1, 2}}, {"scale": np.float32(1)}])
+@pytest.mark.parametrize(
+    "bad", [{"scale": float("nan")}, {"scale": {1, 2}}, {"scale": np.float32(1)}]
+)
 def test_a_configuration_that_json_cannot_hold_is_refused(tmp_path, model, bad):
     with pytest.raises(ValueError, match="JSON"):
         run(tmp_path, config=bad)
@@ -413,7 +442,11 @@ def test_workers_write_the_same_bytes_as_a_plain_loop(tmp_path, model):
     plain = run(tmp_path / "plain")[0]
     with (
         distributed.LocalCluster(
-            n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None, silence_logs=50
+            n_workers=1,
+            threads_per_worker=2,
+            processes=False,
+            dashboard_address=None,
+            silence_logs=50,
         ) as cluster,
         distributed.Client(cluster, set_as_default=False) as client,  # as the notebooks' own
     ):
@@ -437,17 +470,24 @@ def signed(lm, unit, log="", pause=0.5):
 signed.VERSION = 1
 
 
-@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "with a model"])
-def test_a_worker_killed_while_it_computes_costs_its_unit_and_changes_no_byte(tmp_path, monkeypatch, real):
+@pytest.mark.parametrize(
+    "real", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "with a model"]
+)
+def test_a_worker_killed_while_it_computes_costs_its_unit_and_changes_no_byte(
+    tmp_path, monkeypatch, real
+):
     distributed = pytest.importorskip("distributed")
-    from qlutils.run import (_scheduler)
+    from qlutils.run import _scheduler
 
     class WithoutModel(distributed.WorkerPlugin):
         def setup(self, worker):
             import test_store
+
             test_store.store.cached_model = lambda *_: fake_model()
 
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(paths.PACKAGE.parent)]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(paths.PACKAGE.parent)])
+    )
     log, options, killed = tmp_path / "log", dict(desc="two workers", device="cpu"), []
     checkpoint = tiny_checkpoint(tmp_path / "model") if real else "m"
     if not real:
@@ -459,7 +499,9 @@ def test_a_worker_killed_while_it_computes_costs_its_unit_and_changes_no_byte(tm
         killed.append(int(log.read_text().splitlines()[0]))
         os.kill(killed[0], signal.SIGKILL)
 
-    frame = store.run_units(signed, checkpoint, UNITS, dict(log=str(log)), root=tmp_path / "plain", **options)
+    frame = store.run_units(
+        signed, checkpoint, UNITS, dict(log=str(log)), root=tmp_path / "plain", **options
+    )
     log.unlink()
     killer = threading.Thread(target=kill, daemon=True)
     with _scheduler(SimpleNamespace(workers=2, scheduler=None)) as address:
@@ -470,8 +512,15 @@ def test_a_worker_killed_while_it_computes_costs_its_unit_and_changes_no_byte(tm
             client.submit(store.identity, checkpoint, "cpu", None, pure=False).result()
             killer.start()
             start = time.time()
-            found = store.run_units(signed, checkpoint, UNITS, dict(log=str(log)), root=tmp_path / "workers",
-                                    client=client, **options)
+            found = store.run_units(
+                signed,
+                checkpoint,
+                UNITS,
+                dict(log=str(log)),
+                root=tmp_path / "workers",
+                client=client,
+                **options,
+            )
             took = time.time() - start
     killer.join(5)
     workers = log.read_text().split()

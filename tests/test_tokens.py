@@ -1,4 +1,5 @@
-"""(prompt, answer) -> tokens, with small tokenizers and with the real ones of GPT-2, LLaMA 2 and LLaMA 3."""
+"""(prompt, answer) -> tokens, with small tokenizers and with the real ones of GPT-2, LLaMA 2 and
+LLaMA 3."""
 
 import warnings
 from itertools import product
@@ -12,21 +13,23 @@ from test_attribution import Naive
 from tiny import CACHE, SPECIAL, tiny_lm, word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
-from qlutils import (attribute, load_facts, perplexity)
-from qlutils.experiments.localize import (localise)
-from qlutils.model.language_model import (LanguageModel)
-from qlutils.attribution.quadrature import (quadrature)
-from qlutils.model.passes import (attention_implementation)
-from qlutils.change.rows import (Change, score_rows)
-from qlutils.study.notebook import (Study)
-from qlutils.change.synapses import (attend, column_scores, scale_synapse_columns)
+from qlutils import attribute, load_facts, perplexity
+from qlutils.attribution.quadrature import quadrature
+from qlutils.change.rows import Change, score_rows
+from qlutils.change.synapses import attend, column_scores, scale_synapse_columns
+from qlutils.experiments.localize import localise
+from qlutils.model.language_model import LanguageModel
+from qlutils.model.passes import attention_implementation
+from qlutils.study.notebook import Study
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 NAMES = ("gpt2", "llama2", "llama3")
-needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data is not at ../shared/data")
+needs_data = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="the real data is not at ../shared/data"
+)
 
 
-# --- small tokenizers ------------------------------------------------------------------------------------
+# --- small tokenizers -----------------------------------------------------------------------------
 def test_an_answer_is_what_it_adds_to_its_prompt():
     lm = tiny_lm("gpt2", torch.float32)
     assert lm.encode("5 6", "7 8") == ([5, 6], [7, 8])
@@ -87,28 +90,46 @@ def test_perplexity_does_not_score_what_the_tokenizer_puts_in_front(kind):
 @pytest.mark.parametrize("kind", PREFIXES)
 def test_attention_without_the_first_tokens_is_without_all_that_the_tokenizer_puts_in_front(kind):
     lm, prefix = prefixed(kind)
-    unit = [dict(fact="f", relation="R", object="80", prompts=["50 61 77 9"], prompt_index=[0],
-                 layer=[[0]], neuron=[[3]], irrelevant=["33 44 55 66"])]
+    unit = [
+        dict(
+            fact="f",
+            relation="R",
+            object="80",
+            prompts=["50 61 77 9"],
+            prompt_index=[0],
+            layer=[[0]],
+            neuron=[[3]],
+            irrelevant=["33 44 55 66"],
+        )
+    ]
     ids = torch.tensor([lm.encode_prompt("50 61 77 9")])
     with attention_implementation(lm.model, "eager"):
         matrices = lm.model(ids, output_attentions=True).attentions
     matrices = torch.stack(matrices, 1)[0]  # (L, H, T, T)
     [row] = attend(lm, unit).to_dict("records")
-    most = int(matrices.mean((0, 1)).sum(0)[len(prefix):].argmax())
+    most = int(matrices.mean((0, 1)).sum(0)[len(prefix) :].argmax())
     assert row["column_rest"] == len(prefix) + most
     frame = scale_synapse_columns(lm, unit, alpha=0.1).set_index("set")
     own = matrices.sum(-2) > 0.1 * ids.shape[1]
-    assert own[..., :len(prefix)].any() and own[..., len(prefix):].any()
-    assert frame.loc["none", "n_self_rest"] == own[..., len(prefix):].sum()
-    assert set(frame.loc["self_without_first", "size"]) == {int(own[..., len(prefix):].sum())}
+    assert own[..., : len(prefix)].any() and own[..., len(prefix) :].any()
+    assert frame.loc["none", "n_self_rest"] == own[..., len(prefix) :].sum()
+    assert set(frame.loc["self_without_first", "size"]) == {int(own[..., len(prefix) :].sum())}
 
 
 def test_an_answer_that_changes_the_prompts_tokens_is_refused():
     """A tokenizer that merges across the boundary: "in the" -> one token."""
     lm = tiny_lm("gpt2", torch.float32)
     plain = lm.tokenizer
-    merged = type("Merging", (), {"eos_token_id": 0, "eos_token": "<eos>", "bos_token_id": None, "__call__": (
-        lambda self, text, **kwargs: plain(text.replace("6 7", "67"), **kwargs))})()
+    merged = type(
+        "Merging",
+        (),
+        {
+            "eos_token_id": 0,
+            "eos_token": "<eos>",
+            "bos_token_id": None,
+            "__call__": (lambda self, text, **kwargs: plain(text.replace("6 7", "67"), **kwargs)),
+        },
+    )()
     lm.tokenizer = merged
     with pytest.raises(ValueError, match="answer '7' is not a continuation of the prompt '5 6'"):
         lm.encode("5 6", "7")
@@ -188,7 +209,7 @@ def test_a_dynamic_rope_is_read_as_if_no_longer_text_had_been(one_thread):
         lm.encode_prompt(" ".join(map(str, range(10, 22))))
 
 
-# --- the real ones ---------------------------------------------------------------------------------------
+# --- the real ones --------------------------------------------------------------------------------
 class NoModel(LanguageModel):
     """A tokenizer alone: `encode` needs no more."""
 
@@ -200,7 +221,10 @@ class NoModel(LanguageModel):
 
 @pytest.fixture(scope="module")
 def real():
-    return {name: NoModel(AutoTokenizer.from_pretrained(SHARED / "tokenizers" / name), name) for name in NAMES}
+    return {
+        name: NoModel(AutoTokenizer.from_pretrained(SHARED / "tokenizers" / name), name)
+        for name in NAMES
+    }
 
 
 @pytest.fixture(scope="module")
@@ -243,22 +267,32 @@ def test_the_share_of_answers_of_one_token_is_the_measured_one(real, name, share
     facts = load_facts(str(SHARED / "pararel"))
     rng = np.random.default_rng(0)
     sample = [facts[i] for i in rng.choice(len(facts), 600, replace=False)]
-    single = np.mean([len(real[name].encode(fact.prompts[0], fact.object)[1]) == 1 for fact in sample])
+    single = np.mean(
+        [len(real[name].encode(fact.prompts[0], fact.object)[1]) == 1 for fact in sample]
+    )
     assert single == pytest.approx(share, abs=4 * np.sqrt(share * (1 - share) / 600) + 0.001)
 
 
 @needs_data
-@pytest.mark.parametrize("name, text", [("gpt2", "<|endoftext|>"), ("llama2", "<s>"), ("llama2", "</s>"),
-                                        ("llama3", "<|begin_of_text|>"), ("llama3", "<|end_of_text|>")])
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("gpt2", "<|endoftext|>"),
+        ("llama2", "<s>"),
+        ("llama2", "</s>"),
+        ("llama3", "<|begin_of_text|>"),
+        ("llama3", "<|end_of_text|>"),
+    ],
+)
 def test_text_that_spells_a_special_token_stays_text(real, name, text):
     lm = real[name]
     token = lm.tokenizer.convert_tokens_to_ids(text)
     assert token in lm.tokenizer.all_special_ids
     for prompt in (f"The band {text} plays in", f"{text} plays in", f"They play in {text}"):
         ids, answer = lm.encode(prompt, "Paris")
-        assert token not in ids[lm.bos_offset:] and token not in answer, prompt
-        assert ids[:lm.bos_offset] == [lm.tokenizer.bos_token_id] * lm.bos_offset
-        assert text in lm.tokenizer.decode(ids[lm.bos_offset:])
+        assert token not in ids[lm.bos_offset :] and token not in answer, prompt
+        assert ids[: lm.bos_offset] == [lm.tokenizer.bos_token_id] * lm.bos_offset
+        assert text in lm.tokenizer.decode(ids[lm.bos_offset :])
     _, answer = lm.encode("They play in", text)
     assert token not in answer and lm.tokenizer.decode(answer).strip() == text
 
@@ -268,9 +302,25 @@ def checkpoints(tmp_path_factory):
     """Random models of two layers with the real vocabularies."""
     folder, found = tmp_path_factory.mktemp("real-vocabulary"), {}
     for name, size, config in (
-            ("gpt2", 50257, GPT2Config(vocab_size=50257, n_embd=16, n_layer=2, n_head=2, n_positions=128)),
-            ("llama3", 128256, LlamaConfig(vocab_size=128256, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                                           num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True))):
+        (
+            "gpt2",
+            50257,
+            GPT2Config(vocab_size=50257, n_embd=16, n_layer=2, n_head=2, n_positions=128),
+        ),
+        (
+            "llama3",
+            128256,
+            LlamaConfig(
+                vocab_size=128256,
+                hidden_size=16,
+                intermediate_size=24,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                tie_word_embeddings=True,
+            ),
+        ),
+    ):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():
@@ -285,9 +335,19 @@ def checkpoints(tmp_path_factory):
 @needs_data
 @pytest.mark.parametrize("method", ["ig", "sig", "amig"])
 @pytest.mark.parametrize("name", ["gpt2", "llama3"])
-def test_localising_real_pararel_with_a_real_vocabulary(checkpoints, runs, monkeypatch, name, method):
-    study = Study("01_localize", model=checkpoints[name], method=method, data=str(SHARED / "pararel"),
-                  relations=["P36", "P103", "P1412"], facts_per_relation=1, dtype="float64", device="cpu")
+def test_localising_real_pararel_with_a_real_vocabulary(
+    checkpoints, runs, monkeypatch, name, method
+):
+    study = Study(
+        "01_localize",
+        model=checkpoints[name],
+        method=method,
+        data=str(SHARED / "pararel"),
+        relations=["P36", "P103", "P1412"],
+        facts_per_relation=1,
+        dtype="float64",
+        device="cpu",
+    )
     queries = localise(study, steps=3)
     facts = study.facts()
     assert queries["fact"].unique().tolist() == [fact.id for fact in facts] and len(facts) == 3
@@ -304,7 +364,9 @@ def test_localising_real_pararel_with_a_real_vocabulary(checkpoints, runs, monke
     monkeypatch.setattr(test_attribution, "EOS", lm.tokenizer.eos_token_id)
     wanted, gap = naive.attribute(prompt, answer, method, *quadrature("right", 3))
     dense = torch.zeros_like(wanted)
-    dense[torch.tensor(row["layer"]).long(), torch.tensor(row["neuron"]).long()] = torch.tensor(row["score"])
+    dense[torch.tensor(row["layer"]).long(), torch.tensor(row["neuron"]).long()] = torch.tensor(
+        row["score"]
+    )
     kept = wanted > 0.05 * wanted.max()
     assert (dense - wanted.where(kept, torch.zeros(()).double())).abs().max() <= 1e-9 * wanted.max()
     assert row["gap"] == pytest.approx(gap.numpy(), rel=1e-6, abs=1e-9 * float(wanted.abs().max()))

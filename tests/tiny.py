@@ -1,6 +1,8 @@
-"""Small random models of every family, word tokenizers for them, and a small dataset in ParaRel's layout.
+"""Small random models of every family, word tokenizers for them, and a small dataset in ParaRel's
+layout.
 
-The place of each family's MLP is written down here, on purpose not taken from `qlutils.model.architecture`.
+The place of each family's MLP is written down here, on purpose not taken from
+`qlutils.model.architecture`.
 """
 
 import inspect
@@ -12,26 +14,43 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from qlutils.model.language_model import (LanguageModel)
+from qlutils.model.language_model import LanguageModel
 
 VOCABULARY = 97
 SPECIAL = ("<eos>", "<bos>", "<unk>", "<mask>")
 # transformers 5.24 renamed the cache and took GPT-J's attention to its interface.
-CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters else "past_key_values"
+CACHE = (
+    "cache"
+    if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters
+    else "past_key_values"
+)
 GPTJ_METHOD = hasattr(transformers.models.gptj.modeling_gptj.GPTJAttention, "_attn")
-SMALL = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-             max_position_embeddings=64)
+SMALL = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+)
 GPT = dict(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64)
 GROUPED = dict(SMALL, num_key_value_heads=2)
 WINDOW = dict(GROUPED, sliding_window=3)  # shorter than the prompts of the tests
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
-LLAMA3_ROPE = dict(rope_type="llama3", rope_theta=10_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                   original_max_position_embeddings=16)
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=10_000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
 
 
 @dataclass(frozen=True)
 class Family:
-    """`down`, `up`: dotted paths, with {} for the layer, of the MLP's last and first (or gate) projection."""
+    """`down`, `up`: dotted paths, with {} for the layer, of the MLP's last and first (or gate)
+    projection."""
 
     config: str
     options: dict = field(hash=False)
@@ -41,7 +60,10 @@ class Family:
 
     def modules(self, model, which):
         count = model.config.get_text_config().num_hidden_layers
-        return [model.get_submodule(f"{self.layer.format(i)}.{getattr(self, which)}") for i in range(count)]
+        return [
+            model.get_submodule(f"{self.layer.format(i)}.{getattr(self, which)}")
+            for i in range(count)
+        ]
 
 
 def _gpt(config, down, up, layer="transformer.h.{}", **options):
@@ -52,51 +74,147 @@ FAMILIES = {
     "gpt2": _gpt("GPT2Config", "c_proj", "c_fc", **GPT),
     "gptj": _gpt("GPTJConfig", "fc_out", "fc_in", **GPT, rotary_dim=4),
     "neox": _gpt("GPTNeoXConfig", "dense_4h_to_h", "dense_h_to_4h", "gpt_neox.layers.{}", **SMALL),
-    "neox-serial": _gpt("GPTNeoXConfig", "dense_4h_to_h", "dense_h_to_4h", "gpt_neox.layers.{}", **SMALL,
-                        use_parallel_residual=False),
-    "gpt-neo": _gpt("GPTNeoConfig", "c_proj", "c_fc", vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=4,
-                    attention_types=[[["global", "local"], 1]], max_position_embeddings=64, window_size=3),
+    "neox-serial": _gpt(
+        "GPTNeoXConfig",
+        "dense_4h_to_h",
+        "dense_h_to_4h",
+        "gpt_neox.layers.{}",
+        **SMALL,
+        use_parallel_residual=False,
+    ),
+    "gpt-neo": _gpt(
+        "GPTNeoConfig",
+        "c_proj",
+        "c_fc",
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=64,
+        window_size=3,
+    ),
     "codegen": _gpt("CodeGenConfig", "fc_out", "fc_in", **GPT, rotary_dim=4),
-    "opt": Family("OPTConfig", dict(vocab_size=VOCABULARY, hidden_size=32, ffn_dim=48, num_hidden_layers=3,
-                                    num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=32),
-                  "model.decoder.layers.{}", "fc2", "fc1"),
-    "opt-350m": Family("OPTConfig", dict(vocab_size=VOCABULARY, hidden_size=32, ffn_dim=48, num_hidden_layers=3,
-                                         num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=16,
-                                         do_layer_norm_before=False), "model.decoder.layers.{}", "fc2", "fc1"),
+    "opt": Family(
+        "OPTConfig",
+        dict(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            word_embed_proj_dim=32,
+        ),
+        "model.decoder.layers.{}",
+        "fc2",
+        "fc1",
+    ),
+    "opt-350m": Family(
+        "OPTConfig",
+        dict(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            word_embed_proj_dim=16,
+            do_layer_norm_before=False,
+        ),
+        "model.decoder.layers.{}",
+        "fc2",
+        "fc1",
+    ),
     "llama2": Family("LlamaConfig", SMALL),
-    "llama3": Family("LlamaConfig", dict(GROUPED, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE)),
+    "llama3": Family(
+        "LlamaConfig", dict(GROUPED, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE)
+    ),
     "mistral": Family("MistralConfig", WINDOW),
     "qwen2": Family("Qwen2Config", GROUPED),
-    "qwen2-window": Family("Qwen2Config", dict(WINDOW, use_sliding_window=True, layer_types=ALTERNATING)),
+    "qwen2-window": Family(
+        "Qwen2Config", dict(WINDOW, use_sliding_window=True, layer_types=ALTERNATING)
+    ),
     "qwen3": Family("Qwen3Config", dict(GROUPED, head_dim=8)),
     "gemma": Family("GemmaConfig", dict(SMALL, num_key_value_heads=1, head_dim=8)),
-    "gemma2": Family("Gemma2Config", dict(WINDOW, head_dim=8, layer_types=ALTERNATING, attn_logit_softcapping=2.0,
-                                          final_logit_softcapping=5.0)),
+    "gemma2": Family(
+        "Gemma2Config",
+        dict(
+            WINDOW,
+            head_dim=8,
+            layer_types=ALTERNATING,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=5.0,
+        ),
+    ),
     "gemma3": Family("Gemma3TextConfig", dict(WINDOW, head_dim=8, layer_types=ALTERNATING)),
     "phi": Family("PhiConfig", SMALL, down="mlp.fc2", up="mlp.fc1"),
     "phi3": Family("Phi3Config", dict(SMALL, pad_token_id=0), up="mlp.gate_up_proj"),
     "olmo2": Family("Olmo2Config", SMALL),
     "starcoder2": Family("Starcoder2Config", GROUPED, down="mlp.c_proj", up="mlp.c_fc"),
-    "granite": Family("GraniteConfig", dict(SMALL, logits_scaling=3.0, residual_multiplier=0.5,
-                                            attention_multiplier=0.7, embedding_multiplier=2.0)),
+    "granite": Family(
+        "GraniteConfig",
+        dict(
+            SMALL,
+            logits_scaling=3.0,
+            residual_multiplier=0.5,
+            attention_multiplier=0.7,
+            embedding_multiplier=2.0,
+        ),
+    ),
     "cohere": Family("CohereConfig", dict(SMALL, logit_scale=0.3)),
     "stablelm": Family("StableLmConfig", dict(SMALL, num_key_value_heads=4)),
-    "falcon": _gpt("FalconConfig", "dense_4h_to_h", "dense_h_to_4h", vocab_size=VOCABULARY, hidden_size=32,
-                   num_hidden_layers=3, num_attention_heads=4),
-    "falcon-alibi": _gpt("FalconConfig", "dense_4h_to_h", "dense_h_to_4h", vocab_size=VOCABULARY, hidden_size=32,
-                         num_hidden_layers=3, num_attention_heads=4, alibi=True, multi_query=False,
-                         parallel_attn=False),
-    "bloom": _gpt("BloomConfig", "dense_4h_to_h", "dense_h_to_4h", vocab_size=VOCABULARY, hidden_size=32, n_layer=3,
-                  n_head=4),
+    "falcon": _gpt(
+        "FalconConfig",
+        "dense_4h_to_h",
+        "dense_h_to_4h",
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+    ),
+    "falcon-alibi": _gpt(
+        "FalconConfig",
+        "dense_4h_to_h",
+        "dense_h_to_4h",
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        alibi=True,
+        multi_query=False,
+        parallel_attn=False,
+    ),
+    "bloom": _gpt(
+        "BloomConfig",
+        "dense_4h_to_h",
+        "dense_h_to_4h",
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        n_layer=3,
+        n_head=4,
+    ),
     "granite-swa": Family("GraniteSWAConfig", WINDOW),  # attention sinks
-    "gemma4": Family("Gemma4TextConfig", dict(  # each layer has an input of its own, from the token
-        WINDOW, layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-        head_dim=8, global_head_dim=8, num_global_key_value_heads=2,
-        hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY,
-        num_kv_shared_layers=0, use_double_wide_mlp=False)),
+    "gemma4": Family(
+        "Gemma4TextConfig",
+        dict(  # each layer has an input of its own, from the token
+            WINDOW,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+            head_dim=8,
+            global_head_dim=8,
+            num_global_key_value_heads=2,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=VOCABULARY,
+            num_kv_shared_layers=0,
+            use_double_wide_mlp=False,
+        ),
+    ),
 }
-FAMILIES = {name: family for name, family in FAMILIES.items()  # older releases lack the newest
-            if hasattr(transformers, family.config)}
+FAMILIES = {
+    name: family
+    for name, family in FAMILIES.items()  # older releases lack the newest
+    if hasattr(transformers, family.config)
+}
 
 
 def spec_of(family) -> Family:
@@ -104,7 +222,8 @@ def spec_of(family) -> Family:
 
 
 def tiny_model(family, dtype=torch.float64, seed=0, scale=4.0, **changes):
-    """A random model whose attention is far from uniform and whose every parameter, biases and norms too, counts.
+    """A random model whose attention is far from uniform and whose every parameter, biases and
+    norms too, counts.
 
     `family`: a name of FAMILIES or a `Family`. A smaller `scale` makes a smoother one."""
     torch.manual_seed(seed)
@@ -119,11 +238,14 @@ def tiny_model(family, dtype=torch.float64, seed=0, scale=4.0, **changes):
 
 
 def tiny_lm(family: str, dtype=torch.float64, bos=False, seed=0, **changes):
-    return LanguageModel(tiny_model(family, dtype, seed, **changes), word_tokenizer(bos=bos), f"tiny-{family}")
+    return LanguageModel(
+        tiny_model(family, dtype, seed, **changes), word_tokenizer(bos=bos), f"tiny-{family}"
+    )
 
 
 def word_tokenizer(words=None, bos=False, eos_after=False, before=(), **special):
-    """A tokenizer of whole words, by default the numbers from 4 on, each its own id: "17" is token 17.
+    """A tokenizer of whole words, by default the numbers from 4 on, each its own id: "17" is token
+    17.
 
     `bos`, `eos_after`: what it puts around a text; `before`: tokens of SPECIAL that it puts in
     front instead of BOS. `special`: mask_token="<mask>" and the like."""
@@ -135,32 +257,52 @@ def word_tokenizer(words=None, bos=False, eos_after=False, before=(), **special)
     if before or eos_after:
         backend.post_processor = processors.TemplateProcessing(
             single=" ".join([*before, "$A"]) + " <eos>" * eos_after,
-            special_tokens=[(token, SPECIAL.index(token)) for token in SPECIAL])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>",
-                                   **({"bos_token": "<bos>"} if bos else {}), **special)
+            special_tokens=[(token, SPECIAL.index(token)) for token in SPECIAL],
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<eos>",
+        unk_token="<unk>",
+        **({"bos_token": "<bos>"} if bos else {}),
+        **special,
+    )
 
 
-def save_checkpoint(folder, family="llama3", tokenizer=None, dtype=torch.float32, seed=0, **changes):
+def save_checkpoint(
+    folder, family="llama3", tokenizer=None, dtype=torch.float32, seed=0, **changes
+):
     """A folder that `load_model` reads; returns its name."""
     tiny_model(family, dtype, seed, **changes).save_pretrained(folder)
     (tokenizer or word_tokenizer()).save_pretrained(folder)
     return str(folder)
 
 
-# --- a dataset -------------------------------------------------------------------------------------------
+# --- a dataset ------------------------------------------------------------------------------------
 PATTERNS = {
-    "P1": ["[X] lives in [Y] .", "the home of [X] is [Y] .", "[X] has a house in [Y] .", "you find [X] in [Y] ."],
+    "P1": [
+        "[X] lives in [Y] .",
+        "the home of [X] is [Y] .",
+        "[X] has a house in [Y] .",
+        "you find [X] in [Y] .",
+    ],
     "P2": ["[X] speaks [Y] .", "the language of [X] is [Y] .", "[X] writes in [Y] ."],
 }
-FACTS = {"P1": [("ann", "rome"), ("bob", "oslo"), ("cy", "new york")], "P2": [("ann", "latin"), ("dan", "norse")]}
-WORDS = sorted({word for texts in PATTERNS.values() for text in texts for word in text.split()}
-               | {word for pairs in FACTS.values() for pair in pairs for text in pair for word in text.split()})
+FACTS = {
+    "P1": [("ann", "rome"), ("bob", "oslo"), ("cy", "new york")],
+    "P2": [("ann", "latin"), ("dan", "norse")],
+}
+WORDS = sorted(
+    {word for texts in PATTERNS.values() for text in texts for word in text.split()}
+    | {word for pairs in FACTS.values() for pair in pairs for text in pair for word in text.split()}
+)
 
 
 def save_dataset(folder, patterns=None, facts=None):
     """PATTERNS and FACTS (or others) as a folder in ParaRel's layout; returns its name."""
-    for kind, content, names in (("pattern_data/graphs_json", patterns or PATTERNS, ("pattern",)),
-                                 ("trex_lms_vocab", facts or FACTS, ("sub_label", "obj_label"))):
+    for kind, content, names in (
+        ("pattern_data/graphs_json", patterns or PATTERNS, ("pattern",)),
+        ("trex_lms_vocab", facts or FACTS, ("sub_label", "obj_label")),
+    ):
         (folder / kind).mkdir(parents=True)
         for relation, rows in content.items():
             rows = [row if isinstance(row, tuple) else (row,) for row in rows]
@@ -170,6 +312,7 @@ def save_dataset(folder, patterns=None, facts=None):
 
 
 def trusted(hook):
-    """A hook of a test that only watches or fails, passed off as one of the package's own: others are refused."""
+    """A hook of a test that only watches or fails, passed off as one of the package's own: others
+    are refused."""
     hook.__module__ = "qlutils.tests"
     return hook

@@ -129,6 +129,7 @@ class Intervals:
 
     def pick(self, chosen: Tensor) -> Intervals:
         """Those at `chosen`, a mask or indices."""
+
         def part(name):
             value = getattr(self, name)
             return value[:, chosen] if name == "path" else value[chosen.to(value.device)]
@@ -139,10 +140,12 @@ class Intervals:
     def join(parts: list[Intervals]) -> Intervals:
         """All intervals of several."""
         names = [field.name for field in fields(Intervals)]
-        return Intervals(**{
-            name: torch.cat([getattr(part, name) for part in parts], 1 if name == "path" else 0)
-            for name in names
-        })
+        return Intervals(
+            **{
+                name: torch.cat([getattr(part, name) for part in parts], 1 if name == "path" else 0)
+                for name in names
+            }
+        )
 
     def halves(self) -> Intervals:
         """Two intervals for each, which need their quarter points."""
@@ -152,8 +155,13 @@ class Intervals:
         def half(first, start):
             points = slice(first, first + 3)
             return Intervals(
-                self.path, start, width, _spread(self.gradient[:, points]),
-                _spread(self.probability[:, points]), ready, self.error,
+                self.path,
+                start,
+                width,
+                _spread(self.gradient[:, points]),
+                _spread(self.probability[:, points]),
+                ready,
+                self.error,
             )
 
         return Intervals.join([half(0, self.start), half(2, self.start + width)])
@@ -242,9 +250,12 @@ def bisect(
             converged[query[moving]] = False
             return Integral(mean, converged, evaluations)
         chosen = intervals.pick(refined)
-        chosen = Intervals.join([
-            chosen.pick(~chosen.quartered), chosen.pick(chosen.quartered).halves(),
-        ])
+        chosen = Intervals.join(
+            [
+                chosen.pick(~chosen.quartered),
+                chosen.pick(chosen.quartered).halves(),
+            ]
+        )
         _add_quarter_points(chosen, integrand, coordinate)
         chosen.judge(integrand, SIMPSON, BOOLE)
         where = chosen.path[0], chosen.path[2]

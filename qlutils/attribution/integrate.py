@@ -17,10 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlutils.model.architecture import (UnsupportedModel)
-from qlutils.attribution.bisection import (Coordinate, Integral, Intervals, bisect)
-from qlutils.attribution.quadrature import (fixed_plan)
-from qlutils.model.passes import (CleanPass, answer_probabilities, hooked, on_device, replaying, run_layer, site_module, start_rows)
+from qlutils.attribution.bisection import Coordinate, Integral, Intervals, bisect
+from qlutils.attribution.quadrature import fixed_plan
+from qlutils.model.architecture import UnsupportedModel
+from qlutils.model.passes import (
+    CleanPass,
+    answer_probabilities,
+    hooked,
+    on_device,
+    replaying,
+    run_layer,
+    site_module,
+    start_rows,
+)
 
 ROUNDING = 4  # units in the last place by which a probability may be off: bfloat16 has 8 bits
 
@@ -79,7 +88,7 @@ class Paths:
             size = (*gradient.shape[:-1], self.lm.num_neurons)
             neurons = self.begin[layer].new_zeros(size).requires_grad_()
             written = self.lm.downs[layer](neurons)
-            found, = torch.autograd.grad(written, neurons, gradient.to(written))
+            (found,) = torch.autograd.grad(written, neurons, gradient.to(written))
         return found.to(gradient.dtype)
 
     def change(self, path: Tensor) -> Tensor:
@@ -387,6 +396,7 @@ def _grow(lm, clean, rows, slots, with_clean, site):
                 at_end[layer] = clean_row.to(lm.score_dtype)
 
             output.register_hook(store)
+
         return hook
 
     with replaying(lm):

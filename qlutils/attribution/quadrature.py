@@ -1,4 +1,5 @@
-"""How to sum the integral: nodes and weights of each rule, and how far each is from the converged integral."""
+"""How to sum the integral: nodes and weights of each rule, and how far each is from the converged
+integral."""
 
 from __future__ import annotations
 
@@ -59,12 +60,13 @@ def _clenshaw_curtis(count: int) -> tuple[np.ndarray, np.ndarray]:
 def fixed_plan(
     rule: str, steps: int, baselines: int
 ) -> tuple[tuple[Tensor, Tensor, Tensor], float | None]:
-    """(baseline, node, weight), each (1, P), of the points of a rule with the same nodes everywhere.
+    """(baseline, node, weight), each (1, P), of the points of a rule with the same nodes
+    everywhere.
 
-    The first points are the paths' beginnings, of weight 0 where the rule has no node there, because
-    the completeness gap needs P at them. A node at the end of a path is the clean pass, for every
-    baseline and layer; it is left out and its weight returned, for the one row that serves them
-    all."""
+    The first points are the paths' beginnings, of weight 0 where the rule has no node there,
+    because the completeness gap needs P at them. A node at the end of a path is the clean pass, for
+    every baseline and layer; it is left out and its weight returned, for the one row that serves
+    them all."""
     nodes, weights = (torch.from_numpy(x) for x in quadrature(rule, steps))
     at_end = float(weights[-1]) if nodes[-1] == 1 else None
     if at_end is not None:
@@ -86,15 +88,16 @@ def compare_rules(
     seed: int = 0,
     compared=COMPARED,
 ) -> pd.DataFrame:
-    """Each rule against "converged" with a tolerance of 0.005, on a seeded sample of a run's queries.
+    """Each rule against "converged" with a tolerance of 0.005, on a seeded sample of a run's
+    queries.
 
     A row a rule: gradient evaluations a layer (and baseline), mean and 5th percentile over queries
     of the Jaccard index of the KN sets at `t`; mean over queries of the largest error of a score
     and of a layer's largest completeness gap, both over the query's largest score (the latter NaN
     where scores are normalised); share of the queries that the rule calls converged (NaN where it
     cannot tell), n. The last row is the reference's own."""
-    from qlutils.attribution.attribute import (attribute_encoded)
-    from qlutils.neurons.sets import (knowledge_neurons)
+    from qlutils.attribution.attribute import attribute_encoded
+    from qlutils.neurons.sets import knowledge_neurons
 
     rows = queries.iloc[np.sort(np.random.default_rng(seed).permutation(len(queries))[:sample])]
     encoded = [lm.encode(prompt, answer) for prompt, answer in zip(rows["prompt"], rows["object"])]
@@ -112,19 +115,23 @@ def compare_rules(
     for rule, steps, tolerance in (*compared, ("converged", None, EXACT)):
         result = reference if tolerance == EXACT else scored(rule, steps, tolerance)
         sets = knowledge_neurons(result.scores, t)
-        jaccard = np.array([len(a & b) / len(a | b) if a | b else 1.0 for a, b in zip(sets, wanted)])
+        jaccard = np.array(
+            [len(a & b) / len(a | b) if a | b else 1.0 for a, b in zip(sets, wanted)]
+        )
         settled = np.nan if result.converged is None else float(result.converged.float().mean())
         gap = float((result.completeness_gap.amax(1) / top).mean())
         gap = gap if spec.method == "ig" else np.nan
-        out.append({
-            "rule": rule,
-            "steps or tolerance": steps or tolerance,
-            "evaluations": float(result.evaluations.mean()),
-            "jaccard": jaccard.mean(),
-            "jaccard_p5": np.percentile(jaccard, 5),
-            "error": float(((result.scores - exact).abs().flatten(1).amax(1) / top).mean()),
-            "gap": gap,
-            "converged": settled,
-            "n": len(jaccard),
-        })
+        out.append(
+            {
+                "rule": rule,
+                "steps or tolerance": steps or tolerance,
+                "evaluations": float(result.evaluations.mean()),
+                "jaccard": jaccard.mean(),
+                "jaccard_p5": np.percentile(jaccard, 5),
+                "error": float(((result.scores - exact).abs().flatten(1).amax(1) / top).mean()),
+                "gap": gap,
+                "converged": settled,
+                "n": len(jaccard),
+            }
+        )
     return pd.DataFrame(out)

@@ -1,9 +1,10 @@
-"""Editing knowledge neurons: erasing or rewriting their value vectors (Eq. 2, 20-25), and perplexity.
+"""Editing knowledge neurons: erasing or rewriting their value vectors (Eq. 2, 20-25), and
+perplexity.
 
-The value vector of neuron (l, p) is what layer l's down-projection multiplies its activation with. There are
-two ways to edit, which give the same logits: `edit_weights` changes the weights inside a context and restores
-them bit for bit; `virtual_edit` is a `Change` for `rows.score_rows`, which evaluates many edits in one batch
-and never touches a weight.
+The value vector of neuron (l, p) is what layer l's down-projection multiplies its activation with.
+There are two ways to edit, which give the same logits: `edit_weights` changes the weights inside a
+context and restores them bit for bit; `virtual_edit` is a `Change` for `rows.score_rows`, which
+evaluates many edits in one batch and never touches a weight.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlutils.model.architecture import (UnsupportedModel, check_sole_owner, plain_weight)
-from qlutils.facts import (check_text)
-from qlutils.model.language_model import (whole_numbers)
-from qlutils.change.rows import (Change, score_queries)
+from qlutils.change.rows import Change, score_queries
+from qlutils.facts import check_text
+from qlutils.model.architecture import UnsupportedModel, check_sole_owner, plain_weight
+from qlutils.model.language_model import whole_numbers
 
 OPERATIONS = ("erase", "update")
 EMBEDDINGS = ("input", "output")
@@ -32,8 +33,8 @@ CARRIER = "is"  # a word for an object to continue, so that it is tokenised as i
 
 @dataclass(frozen=True)
 class Edit:
-    """What `edit_weights` did: the operation, the neurons edited (sorted, possibly none) and the layers they
-    sit in."""
+    """What `edit_weights` did: the operation, the neurons edited (sorted, possibly none) and the
+    layers they sit in."""
 
     op: str
     neurons: tuple[tuple[int, int], ...]
@@ -48,22 +49,27 @@ class Edit:
 
 
 @contextmanager
-def edit_weights(lm, neurons, op, *, old=None, new=None, lambda1=2.0, lambda2=2.0, embedding="input"):
-    """Edit the value vectors of `neurons`, (layer, index) pairs, in the model's weights while inside:
+def edit_weights(
+    lm, neurons, op, *, old=None, new=None, lambda1=2.0, lambda2=2.0, embedding="input"
+):
+    """Edit the value vectors of `neurons`, (layer, index) pairs, in the model's weights while
+    inside:
 
         with edit_weights(lm, {(3, 17)}, "update", old="Paris", new="Rome") as edit:
             text = lm.model.generate(**tokens)
 
-    `op="erase"` sets them to zero (Eq. 2); `op="update"` adds -lambda1 E(old) + lambda2 E(new) to each (Eq.
-    2), E the mean embedding of the object's tokens, which may be ids or text. `embedding`: "input" word
-    embedding or "output" (unembedding). Yields an `Edit`. The weights are bit-identical afterwards, whatever
-    happens inside; where several edits are active, each can end before the others and they stay. ValueError: a
-    neuron outside the model, an unknown operation or embedding, an object without an embedding,
-    weights that no forward pass reads as they stand (quantised, offloaded, pruned, parametrised) or
-    that layers share.
+    `op="erase"` sets them to zero (Eq. 2); `op="update"` adds -lambda1 E(old) + lambda2 E(new) to
+    each (Eq. 2), E the mean embedding of the object's tokens, which may be ids or text.
+    `embedding`: "input" word embedding or "output" (unembedding). Yields an `Edit`. The weights are
+    bit-identical afterwards, whatever happens inside; where several edits are active, each can end
+    before the others and they stay. ValueError: a neuron outside the model, an unknown operation or
+    embedding, an object without an embedding, weights that no forward pass reads as they stand
+    (quantised, offloaded, pruned, parametrised) or that layers share.
     """
     neurons = lm.check_neurons(neurons)
-    delta = edit_vector(lm, op, old=old, new=new, lambda1=lambda1, lambda2=lambda2, embedding=embedding)
+    delta = edit_vector(
+        lm, op, old=old, new=new, lambda1=lambda1, lambda2=lambda2, embedding=embedding
+    )
     by_layer: dict[int, list[int]] = {}
     for layer, index in neurons:
         by_layer.setdefault(layer, []).append(index)
@@ -82,7 +88,7 @@ def edit_weights(lm, neurons, op, *, old=None, new=None, lambda1=2.0, lambda2=2.
         with torch.no_grad():
             place = next(i for i, one in enumerate(active) if one is this)
             for layer, (index, rows) in this.before.items():
-                for later in active[place + 1:]:
+                for later in active[place + 1 :]:
                     later.rebase(layer, index, rows)
                 views[layer][index] = rows
             del active[place]
@@ -90,7 +96,8 @@ def edit_weights(lm, neurons, op, *, old=None, new=None, lambda1=2.0, lambda2=2.
 
 @dataclass(eq=False)
 class _Written:
-    """An edit that is in the weights: what it adds (None: it erases), and {layer: (neurons, rows before it)}."""
+    """An edit that is in the weights: what it adds (None: it erases), and {layer: (neurons, rows
+    before it)}."""
 
     delta: Tensor | None
     before: dict[int, tuple[list[int], Tensor]]
@@ -99,10 +106,12 @@ class _Written:
         return torch.zeros_like(rows) if self.delta is None else rows + self.delta
 
     def rebase(self, layer: int, index: list[int], rows: Tensor) -> None:
-        """An earlier edit of `index` ends: have `rows` without it as the rows before this one, and put this one's into
-        `rows`."""
+        """An earlier edit of `index` ends: have `rows` without it as the rows before this one, and
+        put this one's into `rows`."""
         mine, before = self.before.get(layer, ((), None))
-        shared = [(mine.index(neuron), place) for place, neuron in enumerate(index) if neuron in mine]
+        shared = [
+            (mine.index(neuron), place) for place, neuron in enumerate(index) if neuron in mine
+        ]
         if shared:
             own, theirs = map(list, zip(*shared))
             before[own] = rows[theirs]
@@ -110,23 +119,29 @@ class _Written:
 
 
 def save_edited(lm, folder, neurons, op, **options) -> Path:
-    """Write the model as `edit_weights(lm, neurons, op, **options)` makes it, with its tokenizer, as a
-    checkpoint that `from_pretrained` loads anywhere. `lm` itself is unchanged. ValueError when `folder`
-    already holds a checkpoint or when the edit changes no weight."""
+    """Write the model as `edit_weights(lm, neurons, op, **options)` makes it, with its tokenizer,
+    as a checkpoint that `from_pretrained` loads anywhere. `lm` itself is unchanged. ValueError when
+    `folder` already holds a checkpoint or when the edit changes no weight."""
     if not isinstance(folder, (str, Path)):
         raise ValueError(f"folder must be a path, not {folder!r}")
     folder = Path(os.path.expanduser(folder))
     if os.path.exists(folder / "config.json") or os.path.isfile(folder):
         raise ValueError(f"{folder} already holds a checkpoint or is a file; name a new folder")
     if getattr(lm.model, "_hf_peft_config_loaded", False):
-        raise UnsupportedModel(f"{lm.name} carries an adapter, and transformers would save nothing "
-                               "else; merge it into the weights first")
+        raise UnsupportedModel(
+            f"{lm.name} carries an adapter, and transformers would save nothing "
+            "else; merge it into the weights first"
+        )
     with edit_weights(lm, neurons, op, **options):
-        kept = [torch.equal(lm.value_vectors(layer)[index], rows)
-                for layer, (index, rows) in lm.edits[-1].before.items()]
+        kept = [
+            torch.equal(lm.value_vectors(layer)[index], rows)
+            for layer, (index, rows) in lm.edits[-1].before.items()
+        ]
         if all(kept):
-            raise ValueError(f"this edit changes no weight of {lm.name} (no neurons, or a change "
-                             f"too small for {lm.dtype}), so there is no edited model to save")
+            raise ValueError(
+                f"this edit changes no weight of {lm.name} (no neurons, or a change "
+                f"too small for {lm.dtype}), so there is no edited model to save"
+            )
         lm.model.save_pretrained(folder)
     lm.tokenizer.save_pretrained(folder)
     return folder
@@ -142,60 +157,83 @@ def virtual_edit(lm, neurons, op, **options) -> Change:
     return change
 
 
-def edit_vector(lm, op, *, old=None, new=None, lambda1=2.0, lambda2=2.0, embedding="input") -> Tensor | None:
-    """What an update adds to every edited value vector, (d,) in the model's dtype; None for an erasure."""
+def edit_vector(
+    lm, op, *, old=None, new=None, lambda1=2.0, lambda2=2.0, embedding="input"
+) -> Tensor | None:
+    """What an update adds to every edited value vector, (d,) in the model's dtype; None for an
+    erasure."""
     if op not in OPERATIONS:
         raise ValueError(f"op {op!r} is unknown; use one of {', '.join(OPERATIONS)}")
     for name, value in (("lambda1", lambda1), ("lambda2", lambda2)):
         number = isinstance(value, Real) and not isinstance(value, bool)
         if not number or not abs(value) <= torch.finfo(lm.dtype).max:  # not, for NaN
-            raise ValueError(f"{name} is {value!r}; it must be a finite number that {lm.dtype} holds")
+            raise ValueError(
+                f"{name} is {value!r}; it must be a finite number that {lm.dtype} holds"
+            )
     if embedding not in EMBEDDINGS:
         raise ValueError(f"embedding {embedding!r} is unknown; use one of {', '.join(EMBEDDINGS)}")
     if op == "erase":
         return None
     if old is None or new is None:
         raise ValueError("an update needs both objects: old, which the neurons wrote, and new")
-    delta = lambda2 * object_embedding(lm, new, embedding) - lambda1 * object_embedding(lm, old, embedding)
+    delta = lambda2 * object_embedding(lm, new, embedding) - lambda1 * object_embedding(
+        lm, old, embedding
+    )
     if not torch.isfinite(delta).all():
-        raise ValueError(f"lambda1 {lambda1} or lambda2 {lambda2} is so large that the edit overflows {lm.dtype}")
+        raise ValueError(
+            f"lambda1 {lambda1} or lambda2 {lambda2} is so large that the edit overflows {lm.dtype}"
+        )
     return delta
 
 
 def object_embedding(lm, words, embedding="input") -> Tensor:
-    """(d,) mean embedding of an object's tokens, given as ids or as text (see `object_tokens`); a copy."""
+    """(d,) mean embedding of an object's tokens, given as ids or as text (see `object_tokens`); a
+    copy."""
     if isinstance(words, str):
         ids = object_tokens(lm, words)
     elif isinstance(words, Iterable) and not isinstance(words, bytes):
-        ids = [token for token, in whole_numbers(([token] for token in words), ("id",), "token")]
+        ids = [token for (token,) in whole_numbers(([token] for token in words), ("id",), "token")]
     else:
         raise ValueError(f"object {words!r} must be text or a list of token ids")
-    module = lm.model.get_input_embeddings() if embedding == "input" else lm.model.get_output_embeddings()
+    module = (
+        lm.model.get_input_embeddings()
+        if embedding == "input"
+        else lm.model.get_output_embeddings()
+    )
     try:
         weight = plain_weight(module)
     except UnsupportedModel as error:
         said = f"{lm.name}: its {embedding} embeddings cannot be read: {error}"
         raise UnsupportedModel(said) from None
     if not ids or not all(0 <= token < weight.shape[0] for token in ids):
-        raise ValueError(f"object {words!r} has no embedding: {lm.name} embeds the tokens 0 to "
-                         f"{weight.shape[0] - 1}")
+        raise ValueError(
+            f"object {words!r} has no embedding: {lm.name} embeds the tokens 0 to "
+            f"{weight.shape[0] - 1}"
+        )
     width = _editable(lm, 0).shape[1]
     if weight.shape[1] != width:
-        raise ValueError(f"{lm.name}: its {embedding} embeddings have {weight.shape[1]} dimensions and its "
-                         f"value vectors {width}; an update cannot add one to the other")
+        raise ValueError(
+            f"{lm.name}: its {embedding} embeddings have {weight.shape[1]} dimensions and its "
+            f"value vectors {width}; an update cannot add one to the other"
+        )
     return weight[ids].mean(0)
 
 
 def object_tokens(lm, text: str) -> list[int]:
-    """Token ids of `text` as it stands after a word: never with BOS, and without the lone space token that
-    SentencePiece puts at the start of a text. ValueError when it does not continue a word. For an
-    object that no space comes before, give its ids: `lm.encode("法国的首都是[Y]", "巴黎")[1]`."""
+    """Token ids of `text` as it stands after a word: never with BOS, and without the lone space
+    token that SentencePiece puts at the start of a text. ValueError when it does not continue a
+    word. For an object that no space comes before, give its ids: `lm.encode("法国的首都是[Y]",
+    "巴黎")[1]`."""
     check_text(text, "object")
-    before, ids = (list(lm.tokenizer(words, add_special_tokens=False, split_special_tokens=True).input_ids)
-                   for words in (CARRIER, f"{CARRIER} {text.strip()}"))
-    if not text.strip() or ids[:len(before)] != before or len(ids) == len(before):
-        raise ValueError(f"object {text!r} cannot be tokenised as the continuation of a word; give token ids")
-    return ids[len(before):]
+    before, ids = (
+        list(lm.tokenizer(words, add_special_tokens=False, split_special_tokens=True).input_ids)
+        for words in (CARRIER, f"{CARRIER} {text.strip()}")
+    )
+    if not text.strip() or ids[: len(before)] != before or len(ids) == len(before):
+        raise ValueError(
+            f"object {text!r} cannot be tokenised as the continuation of a word; give token ids"
+        )
+    return ids[len(before) :]
 
 
 def _editable(lm, layer) -> Tensor:
@@ -210,11 +248,12 @@ def _editable(lm, layer) -> Tensor:
     return vectors
 
 
-# --- perplexity ------------------------------------------------------------------------------------------
+# --- perplexity -----------------------------------------------------------------------------------
+
 
 def perplexity(lm, texts, max_tokens=256) -> float:
-    """exp(sum of NLL / number of scored tokens) over all `texts` together, each cut to its first `max_tokens`
-    tokens.
+    """exp(sum of NLL / number of scored tokens) over all `texts` together, each cut to its first
+    `max_tokens` tokens.
 
     What the tokenizer puts before a text (BOS), or its first token, is context and not scored.
     ValueError: no text, an empty one or one of a single token, max_tokens that leave none."""
@@ -230,8 +269,9 @@ def encode_entries(lm, texts, max_tokens) -> list[tuple[list[int], list[int]]]:
     """(what precedes the text, or its first token; the tokens to score) of each text."""
     first = max(1, lm.bos_offset)
     if isinstance(max_tokens, bool) or not isinstance(max_tokens, Integral) or max_tokens <= first:
-        raise ValueError(f"max_tokens is {max_tokens!r}; it must be a whole number of at least "
-                         f"{first + 1}")
+        raise ValueError(
+            f"max_tokens is {max_tokens!r}; it must be a whole number of at least {first + 1}"
+        )
     if not texts:
         raise ValueError("perplexity needs at least one text")
     entries = []
@@ -240,11 +280,15 @@ def encode_entries(lm, texts, max_tokens) -> list[tuple[list[int], list[int]]]:
             raise ValueError(f"a text must be a string, got {type(text).__name__}: {text!r}")
         ids = lm._tokenize(text)[:max_tokens]
         if len(ids) <= first:
-            raise ValueError(f"text {text[:60]!r} has fewer than two tokens, so nothing of it can be scored; "
-                             "leave it out")
+            raise ValueError(
+                f"text {text[:60]!r} has fewer than two tokens, so nothing of it can be scored; "
+                "leave it out"
+            )
         if len(ids) > lm.context:
-            raise ValueError(f"text {text[:60]!r}... has {len(ids)} tokens of {max_tokens} allowed; "
-                             f"{lm.name} reads at most {lm.context}: lower max_tokens")
+            raise ValueError(
+                f"text {text[:60]!r}... has {len(ids)} tokens of {max_tokens} allowed; "
+                f"{lm.name} reads at most {lm.context}: lower max_tokens"
+            )
         entries.append((ids[:first], ids[first:]))
     return entries
 

@@ -1,13 +1,13 @@
 """Scoring answers with a different change of the neurons in every row of a batch.
 
-A *query* is (prompt ids, target ids), scored by teacher forcing. A *row* evaluates one query under one
-`Change`. Queries of equal length share a batch, so there is no padding. What a change cannot reach is
-computed once a query and shared by all its rows: the layers below the lowest changed neuron and, where
-changes begin at the last prompt token, the keys and values of the tokens before it. Logits are computed at
-scored positions only.
+A *query* is (prompt ids, target ids), scored by teacher forcing. A *row* evaluates one query under
+one `Change`. Queries of equal length share a batch, so there is no padding. What a change cannot
+reach is computed once a query and shared by all its rows: the layers below the lowest changed
+neuron and, where changes begin at the last prompt token, the keys and values of the tokens before
+it. Logits are computed at scored positions only.
 
-Shapes: Q queries, R rows, S tokens a row (after P tokens of shared prefix), d residual width, N neurons a
-layer.
+Shapes: Q queries, R rows, S tokens a row (after P tokens of shared prefix), d residual width, N
+neurons a layer.
 """
 
 from __future__ import annotations
@@ -22,10 +22,17 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from qlutils.model.architecture import (UnsupportedModel)
-from qlutils.model.attention import (with_cache)
-from qlutils.model.check import (sharply)
-from qlutils.model.passes import (call_layer, computing, final_hidden, hooked, to_logits, within_memory)
+from qlutils.model.architecture import UnsupportedModel
+from qlutils.model.attention import with_cache
+from qlutils.model.check import sharply
+from qlutils.model.passes import (
+    call_layer,
+    computing,
+    final_hidden,
+    hooked,
+    to_logits,
+    within_memory,
+)
 
 LOGITS = 2**23  # logits held at once
 CPU_TOKENS = 2048  # tokens of a batch on a CPU; from 1,024 on the time is flat
@@ -33,8 +40,8 @@ CPU_TOKENS = 2048  # tokens of a batch on a CPU; from 1,024 on the time is flat
 
 class Change:
     """What a row does to the neurons `neurons`, at every token the row feeds: their activations are
-    multiplied by `factor`, and `vector` (d,) times the sum of their activations is added to the MLP's output
-    of their layer."""
+    multiplied by `factor`, and `vector` (d,) times the sum of their activations is added to the
+    MLP's output of their layer."""
 
     def __init__(self, lm, neurons, factor: float = 1.0, vector: Tensor | None = None):
         self.neurons, self.vector = lm.check_neurons(neurons), vector
@@ -49,16 +56,19 @@ def check_factor(lm, factor) -> float:
     """`factor` as a float; ValueError for what is no finite number of the model's dtype."""
     largest = torch.finfo(lm.dtype).max
     if isinstance(factor, bool) or not isinstance(factor, Real) or not abs(factor) <= largest:
-        raise ValueError(f"factor is {factor!r}; it must be a finite number of at most {largest:.0e} in magnitude, what "
-                         f"{lm.dtype} holds (0 suppresses, 2 doubles)")
+        raise ValueError(
+            f"factor is {factor!r}; it must be a finite number of at most {largest:.0e} in "
+            f"magnitude, what "
+            f"{lm.dtype} holds (0 suppresses, 2 doubles)"
+        )
     return float(factor)
 
 
 @dataclass
 class Scores:
-    """Of R rows: `log_probability` (R,) of the whole target, float64; `exact` (R,), whether every teacher-
-    forced greedy token is the target's (then greedy decoding gives the target); `match` (R,), the share of
-    tokens that are; `greedy`, those greedy tokens, a list a row."""
+    """Of R rows: `log_probability` (R,) of the whole target, float64; `exact` (R,), whether every
+    teacher- forced greedy token is the target's (then greedy decoding gives the target); `match`
+    (R,), the share of tokens that are; `greedy`, those greedy tokens, a list a row."""
 
     log_probability: np.ndarray
     exact: np.ndarray
@@ -77,15 +87,17 @@ class _Shared:
 
 
 class _RowCache:
-    """Stands in for the key-value cache: gives each row the clean prefix of its query and is never written
-    to."""
+    """Stands in for the key-value cache: gives each row the clean prefix of its query and is never
+    written to."""
 
     def __init__(self, layers):
         self.layers, self.index = layers, None  # index (R,): the query of each row
 
     def update(self, key, value, layer_idx, *_, **__):
         old_key, old_value = self.layers[layer_idx]  # (Q, Hkv, P, dh)
-        return torch.cat([old_key[self.index], key], -2), torch.cat([old_value[self.index], value], -2)
+        return torch.cat([old_key[self.index], key], -2), torch.cat(
+            [old_value[self.index], value], -2
+        )
 
     def get_seq_length(self, layer_idx=0):
         return self.layers[layer_idx][0].shape[-2]
@@ -95,8 +107,9 @@ class _RowCache:
 def score_rows(lm, queries, rows, *, everywhere=False, tokens=None) -> Scores:
     """Score `rows`, pairs (index into `queries`, `Change` or None).
 
-    `everywhere`: changes act at every token (an edited weight); else at the last prompt token and later ones.
-    `tokens` bounds the tokens of a batch. Equal rows (same query, same `Change` object) are computed once."""
+    `everywhere`: changes act at every token (an edited weight); else at the last prompt token and
+    later ones. `tokens` bounds the tokens of a batch. Equal rows (same query, same `Change` object)
+    are computed once."""
     lm.check_ready()
     with computing(lm):
         if not lm.__dict__.get("rows_verified"):
@@ -114,13 +127,17 @@ def score_rows(lm, queries, rows, *, everywhere=False, tokens=None) -> Scores:
         changed = _scales(lm) or any(change for change, _ in by_query[query])
         prefix = len(prompt) - 1 if changed and not everywhere else 0
         groups.setdefault((prefix, len(prompt) + len(target) - 1 - prefix), []).append(query)
-    out = Scores(np.zeros(len(rows)), np.zeros(len(rows), bool), np.zeros(len(rows)), [[]] * len(rows))
+    out = Scores(
+        np.zeros(len(rows)), np.zeros(len(rows), bool), np.zeros(len(rows)), [[]] * len(rows)
+    )
 
     def score(tokens):
         for (prefix, length), members in sorted(groups.items()):
             size = max(1, tokens // length)
             for start in range(0, len(members), size):
-                _score_group(lm, queries, members[start:start + size], by_query, prefix, size, out)
+                _score_group(
+                    lm, queries, members[start : start + size], by_query, prefix, size, out
+                )
 
     with computing(lm), scoring(lm):
         within_memory(score, tokens or token_budget(lm))
@@ -137,7 +154,8 @@ def _scales(lm):
 
 
 def token_budget(lm) -> int:
-    """Tokens a batch of forward passes may hold: fixed on a CPU, from the model's size and the free memory on a GPU."""
+    """Tokens a batch of forward passes may hold: fixed on a CPU, from the model's size and the free
+    memory on a GPU."""
     if lm.device.type != "cuda":
         return CPU_TOKENS
     free = torch.cuda.mem_get_info(lm.device)[0]
@@ -151,34 +169,45 @@ def _score_group(lm, queries, members, by_query, prefix, size, out) -> None:
     starts = {change.start for q in members for change, _ in by_query[q] if change}
     shared = _clean(lm, ids, prefix, starts)
     low = min([change.start for change in _scales(lm)], default=lm.num_layers)
-    rows = [(local, change, min(low, change.start if change else lm.num_layers), places)
-            for local, q in enumerate(members) for change, places in by_query[q]]
+    rows = [
+        (local, change, min(low, change.start if change else lm.num_layers), places)
+        for local, q in enumerate(members)
+        for change, places in by_query[q]
+    ]
     seen = {id(change): place for place, (_, change, *_) in enumerate(rows)}
-    rows.sort(key=lambda row: (row[2], seen[id(row[1])]))  # by the layer they begin in, a change's rows together
+    rows.sort(
+        key=lambda row: (row[2], seen[id(row[1])])
+    )  # by the layer they begin in, a change's rows together
     for start in range(0, len(rows), size):
-        part = rows[start:start + size]
+        part = rows[start : start + size]
         scored = [queries[members[local]] for local, *_ in part]
         first = [len(prompt) - 1 - prefix for prompt, _ in scored]
         who = np.repeat(np.arange(len(part)), [len(target) for _, target in scored])
-        at = np.concatenate([np.arange(begin, begin + len(target)) for begin, (_, target) in zip(first, scored)])
+        at = np.concatenate(
+            [np.arange(begin, begin + len(target)) for begin, (_, target) in zip(first, scored)]
+        )
         who, at = (torch.from_numpy(one).to(lm.device) for one in (who, at))
         hidden = _grow(lm, shared, part, first, who, at)
         _read(lm, hidden[who, at], scored, [places for *_, places in part], out)
 
 
 def _clean(lm, ids, prefix, starts) -> _Shared:
-    """Run the `prefix` first tokens of `ids` into a cache, then the rest, recording how each layer is called
-    and the neurons of the layers `starts`."""
+    """Run the `prefix` first tokens of `ids` into a cache, then the rest, recording how each layer
+    is called and the neurons of the layers `starts`."""
     cache = None
     if prefix:
         cache = DynamicCache()
-        lm.model.base_model(input_ids=ids[:, :prefix], use_cache=True, **with_cache(lm.model.base_model, cache))
+        lm.model.base_model(
+            input_ids=ids[:, :prefix], use_cache=True, **with_cache(lm.model.base_model, cache)
+        )
         kept = _RowCache([(layer.keys, layer.values) for layer in cache.layers])
     calls, inputs, last, neurons = [], [], [], {}
     length = ids.shape[1] - prefix
 
     def keep(layer):
-        return lambda _, inputs: neurons.__setitem__(layer, inputs[0].reshape(-1, length, lm.num_neurons))
+        return lambda _, inputs: neurons.__setitem__(
+            layer, inputs[0].reshape(-1, length, lm.num_neurons)
+        )
 
     def before(_, args, kwargs):
         inputs.append(args[0] if args else kwargs["hidden_states"])
@@ -190,19 +219,27 @@ def _clean(lm, ids, prefix, starts) -> _Shared:
         for layer in starts:
             yield lm.downs[layer].register_forward_pre_hook(keep(layer))
         yield lm.layers[-1].register_forward_hook(
-            lambda _, __, output: last.append(output[0] if isinstance(output, tuple) else output))
+            lambda _, __, output: last.append(output[0] if isinstance(output, tuple) else output)
+        )
 
     with hooked(watched()):
-        lm.model.base_model(input_ids=ids[:, prefix:], use_cache=bool(prefix), **with_cache(lm.model.base_model, cache))
+        lm.model.base_model(
+            input_ids=ids[:, prefix:],
+            use_cache=bool(prefix),
+            **with_cache(lm.model.base_model, cache),
+        )
     return _Shared(calls, [*inputs, last[0]], neurons, kept if prefix else None)
 
 
 def _grow(lm, shared: _Shared, rows, prompt_ends, who, at) -> Tensor:
-    """(R, S, d) output of the last layer for `rows`, sorted by the layer in which they leave the clean pass; of use at
-    the scored places only, tokens `at` of rows `who`, since nothing after the last attention looks elsewhere."""
+    """(R, S, d) output of the last layer for `rows`, sorted by the layer in which they leave the
+    clean pass; of use at the scored places only, tokens `at` of rows `who`, since nothing after the
+    last attention looks elsewhere."""
     index = torch.tensor([local for local, *_ in rows], device=lm.device)
     starts = np.array([start for _, _, start, _ in rows])
-    skip = lm.adds_mlp_output and not _scales(lm)  # then a row's first changed layer need not be run
+    skip = lm.adds_mlp_output and not _scales(
+        lm
+    )  # then a row's first changed layer need not be run
     entry = np.minimum(starts + skip, lm.num_layers)
     hidden = None
     for layer in range(int(entry[0]), lm.num_layers + 1):
@@ -219,14 +256,21 @@ def _grow(lm, shared: _Shared, rows, prompt_ends, who, at) -> Tensor:
             with _changed(lm, layer, rows[:running], prompt_ends, scored):
                 if shared.prefix is not None:
                     shared.prefix.index = index[:running]
-                hidden = call_layer(lm, layer, hidden, shared.calls[layer], shared.prefix,
-                                    len(shared.inputs[0]), index[:running])
+                hidden = call_layer(
+                    lm,
+                    layer,
+                    hidden,
+                    shared.calls[layer],
+                    shared.prefix,
+                    len(shared.inputs[0]),
+                    index[:running],
+                )
     return hidden
 
 
 def _write(lm, shared, layer, rows, index, hidden) -> None:
-    """Add to the clean output `hidden` (R, S, d) of `layer` what the changes of `rows` make its neurons
-    write."""
+    """Add to the clean output `hidden` (R, S, d) of `layer` what the changes of `rows` make its
+    neurons write."""
     first = 0
     for _, group in groupby(rows, key=lambda row: id(row[1])):
         count, change = len(group := list(group)), group[0][1]
@@ -234,31 +278,43 @@ def _write(lm, shared, layer, rows, index, hidden) -> None:
         if change is None or group[0][2] != layer:
             continue
         neurons = change.by_layer[layer]
-        activation = shared.neurons[layer][index[here]][..., neurons]  # (rows of the change, S, neurons)
+        activation = shared.neurons[layer][index[here]][
+            ..., neurons
+        ]  # (rows of the change, S, neurons)
         if change.factor != 1.0:
-            hidden[here].add_(activation @ lm.value_vectors(layer)[neurons], alpha=change.factor - 1)
+            hidden[here].add_(
+                activation @ lm.value_vectors(layer)[neurons], alpha=change.factor - 1
+            )
         if change.vector is not None:
             hidden[here].add_(activation.sum(-1, keepdim=True) * change.vector.to(hidden))
 
 
 @contextmanager
 def _changed(lm, layer, rows, prompt_ends, scored):
-    """Inside, the down-projection of `layer` sees and gives what each row's change asks for. With `scored` (rows, tokens)
-    the layer's MLP runs at those places only, its output being 0 elsewhere."""
+    """Inside, the down-projection of `layer` sees and gives what each row's change asks for. With
+    `scored` (rows, tokens) the layer's MLP runs at those places only, its output being 0
+    elsewhere."""
     handles, owners, length = (), range(len(rows)), -1
-    if scored is not None:  # then what is a row here is one scored token, and all of them come after the prompt's end
+    if (
+        scored is not None
+    ):  # then what is a row here is one scored token, and all of them come after the prompt's end
         of, at = (one[scored[0] < len(rows)] for one in scored)
         handles, owners, length = _only_at(lm.arch.mlps[layer], of, at), of.tolist(), 1
         prompt_ends = [0] * len(owners)
-    place = [(row, index, change) for row, owner in enumerate(owners)
-             if (change := rows[owner][1]) and (index := change.by_layer.get(layer))]
+    place = [
+        (row, index, change)
+        for row, owner in enumerate(owners)
+        if (change := rows[owner][1]) and (index := change.by_layer.get(layer))
+    ]
     scales = [change for change in _scales(lm) if layer in change.by_layer]
     as_index = lambda parts: torch.tensor(np.concatenate(parts), device=lm.device)  # noqa: E731
     added = None
 
     def before(_, inputs):
         nonlocal added
-        x = inputs[0].reshape(len(owners), length, inputs[0].shape[-1])  # OPT flattens batch and sequence
+        x = inputs[0].reshape(
+            len(owners), length, inputs[0].shape[-1]
+        )  # OPT flattens batch and sequence
         for change in scales:
             for row, end in zip(range(len(owners)), prompt_ends):
                 x[row, end:, change.by_layer[layer]] *= change.factor
@@ -267,8 +323,13 @@ def _changed(lm, layer, rows, prompt_ends, scored):
             flat = as_index([index for _, index, _ in adding])
             owner = as_index([[k] * len(index) for k, (_, index, _) in enumerate(adding)])
             who = torch.tensor([row for row, *_ in adding], device=lm.device)
-            total = x.new_zeros(len(adding), x.shape[1]).index_add_(0, owner, x[who[owner], :, flat])
-            added = who, total[..., None] * torch.stack([c.vector for *_, c in adding]).to(x)[:, None]
+            total = x.new_zeros(len(adding), x.shape[1]).index_add_(
+                0, owner, x[who[owner], :, flat]
+            )
+            added = (
+                who,
+                total[..., None] * torch.stack([c.vector for *_, c in adding]).to(x)[:, None],
+            )
         scaled = [(row, index, change) for row, index, change in place if change.factor != 1.0]
         if scaled:
             flat = as_index([index for _, index, _ in scaled])
@@ -281,7 +342,11 @@ def _changed(lm, layer, rows, prompt_ends, scored):
         if added is None:
             return output
         who, vectors = added
-        return output.reshape(len(owners), -1, output.shape[-1]).index_add(0, who, vectors).reshape(output.shape)
+        return (
+            output.reshape(len(owners), -1, output.shape[-1])
+            .index_add(0, who, vectors)
+            .reshape(output.shape)
+        )
 
     def changing():
         yield from handles
@@ -294,14 +359,17 @@ def _changed(lm, layer, rows, prompt_ends, scored):
 
 
 def _only_at(mlp, who, at):
-    """Hooks, registered one by one, with which `mlp` runs at tokens `at` of rows `who` of its input (R, S, d) and gives 0
-    elsewhere."""
+    """Hooks, registered one by one, with which `mlp` runs at tokens `at` of rows `who` of its input
+    (R, S, d) and gives 0 elsewhere."""
     shape = None
 
     def before(_, inputs):
         nonlocal shape
         shape = inputs[0].shape
-        return tuple(one[who, at][None] if isinstance(one, Tensor) and one.shape == shape else one for one in inputs)
+        return tuple(
+            one[who, at][None] if isinstance(one, Tensor) and one.shape == shape else one
+            for one in inputs
+        )
 
     def after(_, __, output):
         whole = output.new_zeros(*shape[:-1], output.shape[-1])
@@ -313,7 +381,8 @@ def _only_at(mlp, who, at):
 
 
 def _read(lm, picked, queries, places, out: Scores) -> None:
-    """Fill `out` from the last layer's output `picked` (scored tokens, d) of rows that score `queries`."""
+    """Fill `out` from the last layer's output `picked` (scored tokens, d) of rows that score
+    `queries`."""
     counts = [len(target) for _, target in queries]
     target = torch.tensor([token for _, tokens in queries for token in tokens], device=lm.device)
     size, log_p, best = max(1, LOGITS // lm.arch.head.weight.shape[0]), [], []
@@ -324,7 +393,9 @@ def _read(lm, picked, queries, places, out: Scores) -> None:
         best.append(logits.argmax(-1))
     log_p, best = torch.cat(log_p).double().cpu().numpy(), torch.cat(best).cpu().numpy()
     if not np.isfinite(log_p).all():
-        prompt, _ = queries[int(np.searchsorted(np.cumsum(counts), np.flatnonzero(~np.isfinite(log_p))[0], "right"))]
+        prompt, _ = queries[
+            int(np.searchsorted(np.cumsum(counts), np.flatnonzero(~np.isfinite(log_p))[0], "right"))
+        ]
         refuse_numbers(lm, prompt)
     hits = best == target.cpu().numpy()
     for row, (end, count) in enumerate(zip(np.cumsum(counts), counts)):
@@ -335,9 +406,13 @@ def _read(lm, picked, queries, places, out: Scores) -> None:
 
 
 def refuse_numbers(lm, prompt: list[int]):
-    """ValueError for a prompt (token ids) that the model answers with numbers that are not finite."""
-    raise ValueError(f"{lm.name} gives infinite or NaN numbers for {lm.tokenizer.decode(prompt, skip_special_tokens=True)!r} "
-                     f"in {lm.dtype}; try float32")
+    """ValueError for a prompt (token ids) that the model answers with numbers that are not
+    finite."""
+    raise ValueError(
+        f"{lm.name} gives infinite or NaN numbers for "
+        f"{lm.tokenizer.decode(prompt, skip_special_tokens=True)!r} "
+        f"in {lm.dtype}; try float32"
+    )
 
 
 def _verify(lm) -> None:
@@ -359,7 +434,8 @@ def _verify(lm) -> None:
                     raise UnsupportedModel(
                         f"{lm.name} ({type(lm.model).__name__}): its layers do not give the "
                         "model's own probabilities when run row by row, so changes to its neurons "
-                        "would be scored wrongly")
+                        "would be scored wrongly"
+                    )
     except BaseException:
         lm.rows_verified = False
         raise
@@ -367,7 +443,8 @@ def _verify(lm) -> None:
 
 @contextmanager
 def scoring(lm):
-    """Inside, the hooks of `interventions.scale_neurons` rest: `score_rows` applies what is active itself."""
+    """Inside, the hooks of `interventions.scale_neurons` rest: `score_rows` applies what is active
+    itself."""
     outer, lm.scoring = lm.__dict__.get("scoring"), True
     try:
         yield

@@ -1,5 +1,5 @@
-"""Answers and their probabilities, as the model gives them and with some of its neurons scaled (section 3.1).
-"""
+"""Answers and their probabilities, as the model gives them and with some of its neurons scaled
+(section 3.1)."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from qlutils.model.attention import (cache_of, forward_passes, tokens_of)
-from qlutils.change.rows import (Change, score_queries, score_rows)
+from qlutils.change.rows import Change, score_queries, score_rows
+from qlutils.model.attention import cache_of, forward_passes, tokens_of
 
 
 def answer_probability(lm, prompts, answers, *, answer="all") -> Tensor:
-    """P(answer | prompt) of Q queries, float32 (Q,) on the CPU: the product of the answer's teacher-forced
-    token probabilities, or the first token's with `answer="first"`. Prompts may differ in length: no padding
-    is used.
+    """P(answer | prompt) of Q queries, float32 (Q,) on the CPU: the product of the answer's
+    teacher-forced token probabilities, or the first token's with `answer="first"`. Prompts may
+    differ in length: no padding is used.
 
-    Inside `scale_neurons` or `edit_weights` the changed model answers. ValueError names an unusable prompt.
+    Inside `scale_neurons` or `edit_weights` the changed model answers. ValueError names an unusable
+    prompt.
     """
     if answer not in ("all", "first"):
         raise ValueError(f"answer {answer!r} is unknown; use all, first")
@@ -30,8 +31,9 @@ def answer_probability(lm, prompts, answers, *, answer="all") -> Tensor:
 
 
 def scaled_answer_probabilities(lm, rows, *, answer="all") -> np.ndarray:
-    """(R,) P(answer | prompt) for rows (prompt ids, answer ids, neurons, factor), each with its own set of
-    neurons scaled at the last prompt token and every later one (float64). An empty set changes nothing."""
+    """(R,) P(answer | prompt) for rows (prompt ids, answer ids, neurons, factor), each with its own
+    set of neurons scaled at the last prompt token and every later one (float64). An empty set
+    changes nothing."""
     queries, order, changes, plan = [], {}, {}, []
     for prompt, target, neurons, factor in rows:
         target = target if answer == "all" else target[:1]
@@ -51,7 +53,9 @@ def greedy_answers(lm, prompts, lengths) -> list[list[int]]:
     found: list[list[int]] = [[] for _ in prompts]
     for step in range(max(lengths, default=0)):
         going = [i for i, length in enumerate(lengths) if length > step]
-        scores = score_queries(lm, [(prompts[i], [*found[i], 0]) for i in going])  # the 0 is never fed
+        scores = score_queries(
+            lm, [(prompts[i], [*found[i], 0]) for i in going]
+        )  # the 0 is never fed
         for i, greedy in zip(going, scores.greedy):
             found[i].append(greedy[-1])
     return found
@@ -59,17 +63,18 @@ def greedy_answers(lm, prompts, lengths) -> list[list[int]]:
 
 @contextmanager
 def scale_neurons(lm, neurons, factor):
-    """Multiply the activations of `neurons`, (layer, index) pairs, by `factor` in every forward pass inside,
-    at the last prompt token and every later one (section 3.1; 0 suppresses, 2 enhances).
+    """Multiply the activations of `neurons`, (layer, index) pairs, by `factor` in every forward
+    pass inside, at the last prompt token and every later one (section 3.1; 0 suppresses, 2
+    enhances).
 
         with scale_neurons(lm, {(3, 17), (4, 2)}, 0):
             p = answer_probability(lm, prompts, answers)
             text = lm.model.generate(**tokens)
 
-    In a bare `lm.model(...)` the whole input is the prompt, its end read from a 2-D `attention_mask` on
-    either padding side; a call that continues the cache of an earlier one inside the context is "later"
-    throughout. Nested contexts compose. ValueError names a neuron outside the model. `attribute` cannot be
-    used inside.
+    In a bare `lm.model(...)` the whole input is the prompt, its end read from a 2-D
+    `attention_mask` on either padding side; a call that continues the cache of an earlier one
+    inside the context is "later" throughout. Nested contexts compose. ValueError names a neuron
+    outside the model. `attribute` cannot be used inside.
     """
     lm.check_ready()
     change = Change(lm, neurons, factor)
@@ -93,7 +98,10 @@ class _Watch:
         self.seen = weakref.WeakSet()  # caches that already hold a prompt
         self.prompt_end = None  # inside `generate`: index of the last prompt token
         self.reach: Tensor | None = None  # (B, S) tokens to scale in the forward now running
-        self.generate, self.ended = None, False  # what `generate` of the model's own dict this watch replaced
+        self.generate, self.ended = (
+            None,
+            False,
+        )  # what `generate` of the model's own dict this watch replaced
 
     def start(self):
         for handle in forward_passes(self.lm.model, self.lm.layers[0], self._before, self._after):
@@ -106,7 +114,9 @@ class _Watch:
         for handle in self.handles:
             handle.remove()
         self.ended, methods = True, self.lm.model.__dict__
-        while (top := getattr(methods.get("generate"), "watch", None)) and top.ended:  # contexts may end in any order
+        while (
+            top := getattr(methods.get("generate"), "watch", None)
+        ) and top.ended:  # contexts may end in any order
             methods["generate"] = top.generate
         if methods.get("generate") is None:
             methods.pop("generate", None)  # the class's method shows again
@@ -115,7 +125,10 @@ class _Watch:
         def run(inputs=None, *args, **kwargs):
             given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
             tokens = next((part for part in given if part is not None), None)
-            outer, self.prompt_end = self.prompt_end, tokens.shape[1] - 1 if tokens is not None else 0
+            outer, self.prompt_end = (
+                self.prompt_end,
+                tokens.shape[1] - 1 if tokens is not None else 0,
+            )
             try:
                 return generate(inputs, *args, **kwargs)
             finally:
@@ -140,8 +153,10 @@ class _Watch:
         elif isinstance(mask, Tensor) and mask.dim() == 2:
             first = (mask[:, -length:].to(tokens.device).bool() * place).amax(1, keepdim=True)
         else:
-            raise ValueError("scale_neurons finds the last prompt token in a 2-D attention_mask (1: a token, "
-                             "0: padding); this forward pass was given another kind of mask")
+            raise ValueError(
+                "scale_neurons finds the last prompt token in a 2-D attention_mask (1: a token, "
+                "0: padding); this forward pass was given another kind of mask"
+            )
         if cache is not None:
             self.seen.add(cache)
         self.reach = place >= first
@@ -158,10 +173,13 @@ class _Watch:
             if self.lm.__dict__.get("scoring"):  # `score_rows` applies the active scales itself
                 return None
             if self.reach is None:
-                raise ValueError("scale_neurons acts on whole forward passes; attribute outside of it")
+                raise ValueError(
+                    "scale_neurons acts on whole forward passes; attribute outside of it"
+                )
             x = inputs[0]
             factors = x.new_ones(x.shape[-1])
             factors[index] = self.change.factor
             reach = self.reach.to(x.device).reshape(*x.shape[:-1], 1)
             return (torch.where(reach, x * factors, x), *inputs[1:])
+
         return hook

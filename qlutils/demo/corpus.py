@@ -1,10 +1,12 @@
-"""The bundled text: facts in their phrasings, and general English written by a small seeded grammar.
+"""The bundled text: facts in their phrasings, and general English written by a small seeded
+grammar.
 
-The general text is about invented people and places, so it says nothing about the bundled facts; its words and
-templates are in ``grammar.json``. A paragraph is a run of sentences on one topic about one cast of characters.
-No sentence of the held-out paragraphs (``heldout.txt``, the bundled perplexity corpus, written by
-``python -m qlutils.demo.corpus``) occurs in the training text.
+The general text is about invented people and places, so it says nothing about the bundled facts;
+its words and templates are in ``grammar.json``. A paragraph is a run of sentences on one topic
+about one cast of characters. No sentence of the held-out paragraphs (``heldout.txt``, the bundled
+perplexity corpus, written by ``python -m qlutils.demo.corpus``) occurs in the training text.
 """
+
 import json
 import random
 import re
@@ -15,11 +17,11 @@ PATTERNS = FOLDER / "pararel" / "data" / "pattern_data" / "graphs_json"
 VOCAB = FOLDER / "pararel" / "data" / "trex_lms_vocab"
 HELDOUT_TEXT = FOLDER / "heldout.txt"
 SEED = 0
-HELDOUT_EVERY = 5          # one (fact, prompt) pair in five is never trained on
+HELDOUT_EVERY = 5  # one (fact, prompt) pair in five is never trained on
 HELDOUT_PARAGRAPHS = 120
 
 
-# ---- facts -----------------------------------------------------------------------------------------------
+# ---- facts ---------------------------------------------------------------------------------------
 def relations() -> list[str]:
     """Names of the bundled relations, in numerical order ("P17" first)."""
     return sorted((path.stem for path in PATTERNS.glob("P*.jsonl")), key=lambda name: int(name[1:]))
@@ -31,10 +33,12 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def held_out(relation: str, fact_index: int, prompt_index: int) -> bool:
-    """Whether this pair is kept from training; indices are line numbers in the relation's two files.
+    """Whether this pair is kept from training; indices are line numbers in the relation's two
+    files.
 
-    The facts of a relation are shuffled (seeded by the relation's name) and laid against its prompts in a
-    Latin pattern: each prompt is held out for exactly a fifth of the facts, each fact for one or two prompts.
+    The facts of a relation are shuffled (seeded by the relation's name) and laid against its
+    prompts in a Latin pattern: each prompt is held out for exactly a fifth of the facts, each fact
+    for one or two prompts.
     """
     rows = list(range(len(read_jsonl(VOCAB / f"{relation}.jsonl"))))
     random.Random(f"{SEED} {relation}").shuffle(rows)
@@ -50,13 +54,22 @@ def pairs() -> list[dict]:
         for f, fact in enumerate(facts):
             for p, pattern in enumerate(patterns):
                 prompt = pattern[: pattern.index("[Y]")].strip().replace("[X]", fact["sub_label"])
-                found.append({"relation": relation, "fact_index": f, "prompt_index": p, "prompt": prompt,
-                              "answer": fact["obj_label"], "held_out": held_out(relation, f, p)})
+                found.append(
+                    {
+                        "relation": relation,
+                        "fact_index": f,
+                        "prompt_index": p,
+                        "prompt": prompt,
+                        "answer": fact["obj_label"],
+                        "held_out": held_out(relation, f, p),
+                    }
+                )
     return found
 
 
-# ---- general text ----------------------------------------------------------------------------------------
-# lists: what a {slot} draws from (a paragraph's cast keeps its own draws); topics: sentence templates.
+# ---- general text --------------------------------------------------------------------------------
+# lists: what a {slot} draws from (a paragraph's cast keeps its own draws); topics: sentence
+# templates.
 GRAMMAR = json.loads((FOLDER / "grammar.json").read_text(encoding="utf-8"))
 LISTS, TOPICS = GRAMMAR["lists"], GRAMMAR["topics"]
 
@@ -64,13 +77,15 @@ LISTS, TOPICS = GRAMMAR["lists"], GRAMMAR["topics"]
 def _sentence(rng: random.Random, template: str, cast: dict[str, str]) -> str:
     def fill(match: re.Match) -> str:
         return cast.get(match[1]) or rng.choice(LISTS[match[1]])
+
     text = re.sub(r"\{(\w+)\}", fill, template)
     text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
     return text[0].upper() + text[1:]
 
 
 def paragraph(rng: random.Random) -> list[str]:
-    """Sentences of one paragraph: five or six of one topic, in the topic's order, then one of another."""
+    """Sentences of one paragraph: five or six of one topic, in the topic's order, then one of
+    another."""
     name, friend = rng.sample(LISTS["name"], 2)
     cast = {key: rng.choice(LISTS[key]) for key in ("town", "day", "dish", "game", "craft")}
     cast |= {"name": name, "friend": friend}
@@ -98,4 +113,6 @@ def training_paragraphs(count: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    HELDOUT_TEXT.write_text("".join(" ".join(s) + "\n" for s in heldout_paragraphs()), encoding="utf-8")
+    HELDOUT_TEXT.write_text(
+        "".join(" ".join(s) + "\n" for s in heldout_paragraphs()), encoding="utf-8"
+    )

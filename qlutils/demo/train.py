@@ -1,9 +1,12 @@
-"""Train the bundled tokenizers and models from scratch: ``python -m qlutils.demo.train [--only NAME]``.
+"""Train the bundled tokenizers and models from scratch: ``python -m qlutils.demo.train [--only
+NAME]``.
 
-One recipe for the three models; what differs between them is in ``RECIPES``. A model sees each row from its
-first position, as at inference: a fact's sentence alone, or one to four paragraphs of general text. Rows end
-with the end-of-text token, and start with BOS where the tokenizer adds one. Nothing is downloaded.
+One recipe for the three models; what differs between them is in ``RECIPES``. A model sees each row
+from its first position, as at inference: a fact's sentence alone, or one to four paragraphs of
+general text. Rows end with the end-of-text token, and start with BOS where the tokenizer adds one.
+Nothing is downloaded.
 """
+
 import argparse
 import csv
 import math
@@ -15,22 +18,28 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
-                          PreTrainedTokenizerFast)
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from qlutils.demo import (corpus)
+from qlutils.demo import corpus
 
 MODELS = Path(__file__).parent / "models"
 CONTEXT = 512
-PARAGRAPHS = 1500             # of general text for training
+PARAGRAPHS = 1500  # of general text for training
 PARAGRAPHS_PER_EPOCH = 300
-TOKENS_PER_BATCH = 1280       # padded
+TOKENS_PER_BATCH = 1280  # padded
 SEED = 0
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What differs between the bundled models."""
+
     vocabulary: int
     bos: str | None
     eos: str
@@ -51,41 +60,73 @@ RECIPES = {
 }
 
 
-# ---- tokenizers and models -------------------------------------------------------------------------------
+# ---- tokenizers and models -----------------------------------------------------------------------
 def build_tokenizer(recipe: Recipe, texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; the post-processor adds BOS where there is one; no pad token, as in the originals."""
+    """Byte-level BPE; the post-processor adds BOS where there is one; no pad token, as in the
+    originals."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     specials = [token for token in (recipe.bos, recipe.eos) if token]
-    trainer = trainers.BpeTrainer(vocab_size=recipe.vocabulary, special_tokens=specials, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=recipe.vocabulary,
+        special_tokens=specials,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(texts, trainer)
     if recipe.bos:
         bos_id = tokenizer.token_to_id(recipe.bos)
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{recipe.bos} $A", pair=f"{recipe.bos} $A {recipe.bos}:1 $B:1",
-            special_tokens=[(recipe.bos, bos_id)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=recipe.bos or recipe.eos,
-                                   eos_token=recipe.eos, model_max_length=CONTEXT)
+            single=f"{recipe.bos} $A",
+            pair=f"{recipe.bos} $A {recipe.bos}:1 $B:1",
+            special_tokens=[(recipe.bos, bos_id)],
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=recipe.bos or recipe.eos,
+        eos_token=recipe.eos,
+        model_max_length=CONTEXT,
+    )
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast):
     """A causal language model of the recipe's shape with random weights."""
-    common = dict(vocab_size=len(tokenizer), tie_word_embeddings=recipe.tied,
-                  bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    common = dict(
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=recipe.tied,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     if recipe.bos is None:
-        return GPT2LMHeadModel(GPT2Config(
-            n_positions=CONTEXT, n_embd=recipe.width, n_layer=recipe.layers, n_head=recipe.heads,
-            n_inner=recipe.mlp, activation_function="gelu_pytorch_tanh",  # gelu_new, faster
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **common))
-    return LlamaForCausalLM(LlamaConfig(
-        hidden_size=recipe.width, num_hidden_layers=recipe.layers, num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.kv_heads, intermediate_size=recipe.mlp, max_position_embeddings=CONTEXT,
-        **common))
+        return GPT2LMHeadModel(
+            GPT2Config(
+                n_positions=CONTEXT,
+                n_embd=recipe.width,
+                n_layer=recipe.layers,
+                n_head=recipe.heads,
+                n_inner=recipe.mlp,
+                activation_function="gelu_pytorch_tanh",  # gelu_new, faster
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                **common,
+            )
+        )
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=recipe.width,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.heads,
+            num_key_value_heads=recipe.kv_heads,
+            intermediate_size=recipe.mlp,
+            max_position_embeddings=CONTEXT,
+            **common,
+        )
+    )
 
 
-# ---- rows and batches ------------------------------------------------------------------------------------
+# ---- rows and batches ----------------------------------------------------------------------------
 def fact_rows(tokenizer, pairs: list[dict]) -> list[list[int]]:
     """Token ids of each pair's full sentence, ended by EOS."""
     sentences = [f"{pair['prompt']} {pair['answer']}." for pair in pairs]
@@ -97,7 +138,7 @@ def text_rows(tokenizer, paragraphs: list[list[int]], rng: random.Random) -> lis
     chosen, rows, start = rng.sample(paragraphs, PARAGRAPHS_PER_EPOCH), [], 0
     while start < len(chosen):
         length = rng.choice((1, 1, 1, 2, 4))
-        rows.append([token for ids in chosen[start:start + length] for token in ids][:CONTEXT])
+        rows.append([token for ids in chosen[start : start + length] for token in ids][:CONTEXT])
         start += length
     return rows
 
@@ -114,25 +155,27 @@ def batches(rows: list[list[int]], rng: random.Random) -> list[list[list[int]]]:
 
 
 def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
-    """(rows, longest), filled on the right: in a causal model padding after a row cannot touch it."""
+    """(rows, longest), filled on the right: in a causal model padding after a row cannot touch
+    it."""
     longest = max(map(len, rows))
     return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
 
 
-# ---- measures --------------------------------------------------------------------------------------------
+# ---- measures ------------------------------------------------------------------------------------
 @torch.no_grad()
 def knows(model, tokenizer, pairs: list[dict], batch_size: int = 128) -> list[bool]:
-    """Per pair: is the whole answer the greedy continuation? One forward decides it: the continuation is
-    the answer exactly when every answer token is the argmax after the prompt and the tokens before it."""
+    """Per pair: is the whole answer the greedy continuation? One forward decides it: the
+    continuation is the answer exactly when every answer token is the argmax after the prompt and
+    the tokens before it."""
     prompts = tokenizer([pair["prompt"] for pair in pairs]).input_ids
     wholes = tokenizer([f"{pair['prompt']} {pair['answer']}" for pair in pairs]).input_ids
     order, right = sorted(range(len(pairs)), key=lambda i: len(wholes[i])), [False] * len(pairs)
     for start in range(0, len(order), batch_size):
-        some = order[start:start + batch_size]
+        some = order[start : start + batch_size]
         guesses = model(padded([wholes[i] for i in some], 0)).logits.argmax(-1).tolist()
         for i, guess in zip(some, guesses):
             n, whole = len(prompts[i]), wholes[i]
-            right[i] = whole[:n] == prompts[i] and guess[n - 1:len(whole) - 1] == whole[n:]
+            right[i] = whole[:n] == prompts[i] and guess[n - 1 : len(whole) - 1] == whole[n:]
     return right
 
 
@@ -151,14 +194,19 @@ def measure(model, tokenizer, pairs: list[dict]) -> dict[str, float]:
     """Accuracy on trained and on held-out pairs, by greedy decoding of the whole answer."""
     model.eval()
     right = knows(model, tokenizer, pairs)
-    share = {held: [r for r, pair in zip(right, pairs) if pair["held_out"] == held] for held in (False, True)}
+    share = {
+        held: [r for r, pair in zip(right, pairs) if pair["held_out"] == held]
+        for held in (False, True)
+    }
     texts = corpus.HELDOUT_TEXT.read_text(encoding="utf-8").splitlines()
-    return {"trained_accuracy": sum(share[False]) / len(share[False]),
-            "heldout_accuracy": sum(share[True]) / len(share[True]),
-            "heldout_perplexity": heldout_perplexity(model, tokenizer, texts)}
+    return {
+        "trained_accuracy": sum(share[False]) / len(share[False]),
+        "heldout_accuracy": sum(share[True]) / len(share[True]),
+        "heldout_perplexity": heldout_perplexity(model, tokenizer, texts),
+    }
 
 
-# ---- training --------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 def optimiser(model, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
@@ -173,8 +221,12 @@ def train_epoch(model, groups, optimizer, schedule) -> float:
     total, count = 0.0, 0
     for group in groups:
         ids = padded(group, 0)
-        targets = F.pad(padded(group, -100)[:, 1:], (0, 1), value=-100)  # shifting the logits would copy them
-        loss = F.cross_entropy(model(ids).logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        targets = F.pad(
+            padded(group, -100)[:, 1:], (0, 1), value=-100
+        )  # shifting the logits would copy them
+        loss = F.cross_entropy(
+            model(ids).logits.flatten(0, 1), targets.flatten(), ignore_index=-100
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -186,7 +238,8 @@ def train_epoch(model, groups, optimizer, schedule) -> float:
 
 
 def train(name: str) -> None:
-    """Train one bundled model and write its folder: weights, config, tokenizer, training_log.csv."""
+    """Train one bundled model and write its folder: weights, config, tokenizer,
+    training_log.csv."""
     recipe, folder, started = RECIPES[name], MODELS / name, time.perf_counter()
     torch.manual_seed(SEED)
     torch.set_num_threads(1)  # so that the result does not depend on the number of cores
@@ -199,11 +252,15 @@ def train(name: str) -> None:
     model = build_model(recipe, tokenizer)
     facts = fact_rows(tokenizer, trained)
     paragraphs = [ids + [tokenizer.eos_token_id] for ids in tokenizer(general).input_ids]
-    epochs = [batches(facts + text_rows(tokenizer, paragraphs, rng), rng) for _ in range(recipe.epochs)]
+    epochs = [
+        batches(facts + text_rows(tokenizer, paragraphs, rng), rng) for _ in range(recipe.epochs)
+    ]
     steps = sum(map(len, epochs))
     optimizer = optimiser(model, recipe)
     schedule = torch.optim.lr_scheduler.LambdaLR(  # linear warm-up, then cosine to a hundredth
-        optimizer, lambda step: min(step / 100, 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2))
+        optimizer,
+        lambda step: min(step / 100, 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2),
+    )
     log = []
     for epoch, groups in enumerate(epochs, start=1):
         row = {"epoch": epoch, "loss": train_epoch(model, groups, optimizer, schedule)}
@@ -212,9 +269,18 @@ def train(name: str) -> None:
         row["seconds"] = time.perf_counter() - started
         log.append({key: round(value, 4) for key, value in row.items()})
         print(name, log[-1], flush=True)
-    tokenizer.save_pretrained(folder)  # only now: a stopped run leaves the old model and its tokenizer whole
+    tokenizer.save_pretrained(
+        folder
+    )  # only now: a stopped run leaves the old model and its tokenizer whole
     model.eval().save_pretrained(folder)
-    columns = ["epoch", "loss", "trained_accuracy", "heldout_accuracy", "heldout_perplexity", "seconds"]
+    columns = [
+        "epoch",
+        "loss",
+        "trained_accuracy",
+        "heldout_accuracy",
+        "heldout_perplexity",
+        "seconds",
+    ]
     with open(folder / "training_log.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
@@ -223,7 +289,9 @@ def train(name: str) -> None:
 
 def main() -> None:
     """Train the models named on the command line; all by default."""
-    parser = argparse.ArgumentParser(description="Train the bundled models from scratch, one by one.")
+    parser = argparse.ArgumentParser(
+        description="Train the bundled models from scratch, one by one."
+    )
     parser.add_argument("--only", choices=sorted(RECIPES), help="train this model only")
     only = parser.parse_args().only
     for name in [only] if only else RECIPES:

@@ -1,12 +1,13 @@
-"""The paper's claims, each decided by one statistic of a run's saved results and its 95 % interval over facts.
+"""The paper's claims, each decided by one statistic of a run's saved results and its 95 % interval
+over facts.
 
-A claim has parts; a part is a mean, or a difference of two, that is claimed to lie above a bound. It *holds* where the
-interval lies above it, *does not hold* where it lies below (*the opposite holds* where the bound is 0), *cannot be told* where
-it holds the bound, and is *not testable here* where the statistic or its interval is not defined
-(fewer than `stats.LEAST` facts on a side) or would say nothing; then `why` says so. Claims 6-8, 10
-and 11, about changes of P(answer), are decided by the 10 % trimmed mean over all queries, as the
-paper counts them; the same over the known ones stands beside and decides nothing. Nothing is
-written by hand for a model, nothing needs torch.
+A claim has parts; a part is a mean, or a difference of two, that is claimed to lie above a bound.
+It *holds* where the interval lies above it, *does not hold* where it lies below (*the opposite
+holds* where the bound is 0), *cannot be told* where it holds the bound, and is *not testable here*
+where the statistic or its interval is not defined (fewer than `stats.LEAST` facts on a side) or
+would say nothing; then `why` says so. Claims 6-8, 10 and 11, about changes of P(answer), are
+decided by the 10 % trimmed mean over all queries, as the paper counts them; the same over the known
+ones stands beside and decides nothing. Nothing is written by hand for a model, nothing needs torch.
 """
 
 from __future__ import annotations
@@ -20,13 +21,20 @@ import pandas as pd
 from IPython.display import HTML
 
 from qlutils import paths
-from qlutils.experiments.consistency import (CLASSES, THRESHOLDS, classified_facts, difference_of_shares, second_class, share_of_class)
-from qlutils.experiments.controls import (split_frames)
-from qlutils.experiments.edit_tables import (PAPER_OP)
-from qlutils.experiments.effects import (COUNTED, DIRECTIONS, POPULATIONS, query_gaps, rates)
-from qlutils.show.page import (folded, missing_html, table_html)
-from qlutils.show.stats import (LEAST, Estimate, bootstrap_difference, bootstrap_mean)
-from qlutils.show.tables import (display_table, too_few)
+from qlutils.experiments.consistency import (
+    CLASSES,
+    THRESHOLDS,
+    classified_facts,
+    difference_of_shares,
+    second_class,
+    share_of_class,
+)
+from qlutils.experiments.controls import split_frames
+from qlutils.experiments.edit_tables import PAPER_OP
+from qlutils.experiments.effects import COUNTED, DIRECTIONS, POPULATIONS, query_gaps, rates
+from qlutils.show.page import folded, missing_html, table_html
+from qlutils.show.stats import LEAST, Estimate, bootstrap_difference, bootstrap_mean
+from qlutils.show.tables import display_table, too_few
 
 HOLDS, FAILS, OPPOSITE = "holds", "does not hold", "the opposite holds"
 UNTOLD, OPEN = "cannot be told", "not testable here"
@@ -52,7 +60,8 @@ class Missing(Exception):
 
 @dataclass
 class Claim:
-    """What the paper claims, the notebook whose results decide it, and the function that gives its parts."""
+    """What the paper claims, the notebook whose results decide it, and the function that gives its
+    parts."""
 
     text: str
     notebook: str
@@ -77,7 +86,8 @@ class Part:
 
 @dataclass
 class Case:
-    """The saved results of one model and method, as claims read them; `before`: the next smaller model, or None."""
+    """The saved results of one model and method, as claims read them; `before`: the next smaller
+    model, or None."""
 
     get: Callable  # (model, method, name) -> frame, or raises Missing
     model: str
@@ -91,7 +101,9 @@ class Case:
         return self.get(self.model, self.method, name)
 
     def facts(self, model=None) -> pd.DataFrame:
-        return classified_facts(self.get(model or self.model, self.method, "queries"), self.t, self.static)
+        return classified_facts(
+            self.get(model or self.model, self.method, "queries"), self.t, self.static
+        )
 
     def edits(self, name) -> pd.DataFrame:
         """A notebook's edits of knowledge neurons (not its controls), with the facts' classes."""
@@ -102,19 +114,27 @@ class Case:
                 "run it again"
             )
         frame = frame[(frame["control"] == "none") & frame["note"].isna()]
-        return frame.merge(self.facts()[["fact", "class_static", "class_otsu"]], on="fact", how="left")
+        return frame.merge(
+            self.facts()[["fact", "class_static", "class_otsu"]], on="fact", how="left"
+        )
 
     def moved(self):
-        """(name, rates) of what scaling synapses moves: signed as in the paper, and in size, since signs can cancel."""
+        """(name, rates) of what scaling synapses moves: signed as in the paper, and in size, since
+        signs can cancel."""
         frame = self.frame("knowledge_synapses")
         for name, quantity in (("dValue", "value"), ("dProb", "probability")):
             part = frame[(frame["quantity"] == quantity) & ~frame["renormalise"].astype(bool)]
             yield name, part
-            yield f"|{name}|", rates(part[part["direction"] != "average"].drop(columns="rate"), quantity, size=True)
+            yield (
+                f"|{name}|",
+                rates(
+                    part[part["direction"] != "average"].drop(columns="rate"), quantity, size=True
+                ),
+            )
 
     def neighbour_gaps(self):
-        """As the paper counts, empty sets changing nothing; without the Intersection, which is nearly empty; and Union with
-        both sets cut to one size."""
+        """As the paper counts, empty sets changing nothing; without the Intersection, which is
+        nearly empty; and Union with both sets cut to one size."""
         frame = self.frame("query_kn_mapping")
         yield "mean of all three", query_gaps(frame, "self", NEIGHBOURS)
         yield "Union alone", query_gaps(frame, "self", ("union",))
@@ -156,6 +176,7 @@ CLAIMS: dict[int, Claim] = {}
 
 def claim(number, notebook, text, **bounds):
     """The function below decides this claim: of a `Case` it gives the parts."""
+
     def register(parts):
         CLAIMS[number] = Claim(text, notebook, parts, **bounds)
         return parts
@@ -163,7 +184,8 @@ def claim(number, notebook, text, **bounds):
     return register
 
 
-# --- section 2: consistency and edits ---------------------------------------------------------------------
+# --- section 2: consistency and edits -------------------------------------------------------------
+
 
 @claim(1, "02", f"K_II is common (here: more than {COMMON:.0%} of the facts)", above=COMMON)
 def _common(case):
@@ -175,17 +197,26 @@ def _common(case):
 
 @claim(2, "02", "the classes' CS differ (classes from one half of the queries, CS2 from the other)")
 def _differ(case):
-    for threshold, _, _, frame in split_frames(case.frame("queries"), t=case.t, static=case.static, seed=case.seed):
+    for threshold, _, _, frame in split_frames(
+        case.frame("queries"), t=case.t, static=case.static, seed=case.seed
+    ):
         found = case.apart(frame, "value", "label", ("I", "II"))
         yield Part("all facts", "CS2 of K_I - CS2 of K_II", threshold, found)
         frame = frame[frame["label"].notna() & frame["value"].notna()]
         both = frame[frame.groupby("relation")["label"].transform("nunique") == 2]
-        both = both.assign(value=both["value"] - both.groupby("relation")["value"].transform("mean"))
-        # relations are resampled, not facts: less its mean, one of two facts is the other's negative
-        within = bootstrap_difference(both, "value", "label", ("I", "II"), cluster="relation", strata=None, seed=case.seed)
+        both = both.assign(
+            value=both["value"] - both.groupby("relation")["value"].transform("mean")
+        )
+        # relations are resampled, not facts: less its mean, one of two facts is the other's
+        # negative
+        within = bootstrap_difference(
+            both, "value", "label", ("I", "II"), cluster="relation", strata=None, seed=case.seed
+        )
         relations = both["relation"].nunique()
-        why = (f"{relations} relations have facts of both classes; an interval over relations "
-               f"needs {LEAST}")
+        why = (
+            f"{relations} relations have facts of both classes; an interval over relations "
+            f"needs {LEAST}"
+        )
         one, two = (int((both["label"] == name).sum()) for name in CLASSES)
         yield Part(
             "within relations",
@@ -200,8 +231,14 @@ def _differ(case):
 def _size(case):
     if case.before is None:
         raise Missing("it needs a smaller model, earlier in the list, to compare with")
-    both = pd.concat([case.facts(model).assign(model=model) for model in (case.before, case.model)], ignore_index=True)
-    second, shares = both.assign(second=second_class(both, "static")), f"share of K_II less that of {case.before}"
+    both = pd.concat(
+        [case.facts(model).assign(model=model) for model in (case.before, case.model)],
+        ignore_index=True,
+    )
+    second, shares = (
+        both.assign(second=second_class(both, "static")),
+        f"share of K_II less that of {case.before}",
+    )
     found = case.apart(second, "second", "model", (case.model, case.before), share=True)
     yield Part("more K_II", shares, "static", found)
     yield Part(
@@ -252,11 +289,17 @@ def _global(case):
 
 
 def _idle(edits) -> str:
-    """Why edits prove nothing that are all without effect: sets of neurons that do nothing are alike."""
-    return "no edit changes its own query's answer (Rel is 0)" if len(edits) and not edits["rel"].fillna(0).any() else ""
+    """Why edits prove nothing that are all without effect: sets of neurons that do nothing are
+    alike."""
+    return (
+        "no edit changes its own query's answer (Rel is 0)"
+        if len(edits) and not edits["rel"].fillna(0).any()
+        else ""
+    )
 
 
-# --- section 3: expression --------------------------------------------------------------------------------
+# --- section 3: expression ------------------------------------------------------------------------
+
 
 @claim(6, "04", f"a query's own KNs matter, in both classes (more than random neurons; {QUERIES})")
 def _own(case):
@@ -277,16 +320,26 @@ def _own(case):
 def _neighbours(case):
     for (kind, gaps), threshold in product(case.neighbour_gaps(), THRESHOLDS):
         part = gaps[gaps[f"class_{threshold}"] == "II"]
-        yield from case.counted(part, kind, "dProb of own - of neighbours' KNs, K_II", threshold,
-                                lambda rows: case.mean(rows, "gap"))
+        yield from case.counted(
+            part,
+            kind,
+            "dProb of own - of neighbours' KNs, K_II",
+            threshold,
+            lambda rows: case.mean(rows, "gap"),
+        )
 
 
 @claim(8, "04", f"this gap is smaller for K_I ({QUERIES})")
 def _less(case):
     for (kind, gaps), threshold in product(case.neighbour_gaps(), THRESHOLDS):
         label = f"class_{threshold}"
-        yield from case.counted(gaps, kind, "the gap of K_II - the gap of K_I", threshold,
-                                lambda rows, label=label: case.apart(rows, "gap", label))
+        yield from case.counted(
+            gaps,
+            kind,
+            "the gap of K_II - the gap of K_I",
+            threshold,
+            lambda rows, label=label: case.apart(rows, "gap", label),
+        )
 
 
 @claim(9, "05", f"predominance is high (here: above {HIGH:g})", above=HIGH)
@@ -326,11 +379,17 @@ def _synapses(case):
 def _synapse_classes(case):
     for (name, frame), threshold in product(case.moved(), THRESHOLDS):
         gaps, label = query_gaps(frame, "self"), f"class_{threshold}"
-        yield from case.counted(gaps, name, f"{name} of K_II - of K_I", threshold,
-                                lambda rows, label=label: case.apart(rows, "gap", label))
+        yield from case.counted(
+            gaps,
+            name,
+            f"{name} of K_II - of K_I",
+            threshold,
+            lambda rows, label=label: case.apart(rows, "gap", label),
+        )
 
 
-# --- section 3.3: CAS -------------------------------------------------------------------------------------
+# --- section 3.3: CAS -----------------------------------------------------------------------------
+
 
 @claim(12, "07", "for K_II, CAS beats local on Gen, global on Loc and perplexity, and both on Avg")
 def _cas(case):
@@ -353,7 +412,12 @@ def _cas(case):
         yield case.edited(part, PAPER_OP[op], measure, sides, "neurons", levels, threshold)
 
 
-@claim(13, "07", f"for K_I, CAS is comparable to local and global (here: Avg within {MARGIN:g})", within=MARGIN)
+@claim(
+    13,
+    "07",
+    f"for K_I, CAS is comparable to local and global (here: Avg within {MARGIN:g})",
+    within=MARGIN,
+)
 def _comparable(case):
     edits = case.edits("cas_edits")
     for op, other, threshold in product(PAPER_OP, ("local", "global"), THRESHOLDS):
@@ -373,20 +437,24 @@ def _comparable(case):
         )
 
 
-# --- the scoreboard ---------------------------------------------------------------------------------------
+# --- the scoreboard -------------------------------------------------------------------------------
 
-def scoreboard(get, models, methods, downstream, *, notebook=None, t=0.2, static=0.1, seed=0) -> pd.DataFrame:
+
+def scoreboard(
+    get, models, methods, downstream, *, notebook=None, t=0.2, static=0.1, seed=0
+) -> pd.DataFrame:
     """A row a claim, part, model, method and threshold.
 
-    get(model, method, name): a saved frame, or raises `Missing`. `methods` localise (claims 1-3), `downstream` those of
-    claims 4-13. models: smallest first, as claim 3 compares neighbours in this order. notebook: only the claims that its
-    results decide."""
+    get(model, method, name): a saved frame, or raises `Missing`. `methods` localise (claims 1-3),
+    `downstream` those of claims 4-13. models: smallest first, as claim 3 compares neighbours in
+    this order. notebook: only the claims that its results decide."""
     rows = []
     for number, one in CLAIMS.items():
         if notebook not in (None, one.notebook):
             continue
-        for method, (before, model) in product(methods if one.notebook == LOCALISED else downstream,
-                                               zip([None, *models], models)):
+        for method, (before, model) in product(
+            methods if one.notebook == LOCALISED else downstream, zip([None, *models], models)
+        ):
             here = dict(claim=number, text=one.text, model=paths.label(model), method=method)
             try:
                 case = Case(get, model, method, before, t, static, seed)
@@ -420,7 +488,8 @@ def _row(claim: Claim, part: Part) -> dict:
         why = (
             "nothing to compare"
             + (
-                f": a class is empty by the {part.threshold} threshold, or nothing in it has a value"
+                f": a class is empty by the {part.threshold} threshold, or nothing in it has a "
+                f"value"
                 if part.threshold
                 else ", as no value is defined"
             )
@@ -431,7 +500,10 @@ def _row(claim: Claim, part: Part) -> dict:
     if claim.within is None:
         holds, fails = low > claim.above, high < claim.above
     else:
-        holds, fails = -claim.within < low and high < claim.within, low >= claim.within or high <= -claim.within
+        holds, fails = (
+            -claim.within < low and high < claim.within,
+            low >= claim.within or high <= -claim.within,
+        )
     opposite = OPPOSITE if claim.within is None and claim.above == 0 else FAILS
     verdict = OPEN if why else HOLDS if holds else opposite if fails else UNTOLD
     return dict(
@@ -482,7 +554,9 @@ def _together(part) -> str:
 
 
 def tell(study, notebook, methods=None, *, t=0.2, static=0.1) -> HTML:
-    """Print the verdicts on the claims that a notebook's saved results decide, for its model; returns their parts."""
+    """Print the verdicts on the claims that a notebook's saved results decide, for its model;
+    returns their parts."""
+
     def get(model, method, name):
         try:
             return study.load(name, method)
@@ -490,39 +564,68 @@ def tell(study, notebook, methods=None, *, t=0.2, static=0.1) -> HTML:
             raise Missing(str(error)) from None
 
     methods = methods or [study.method]
-    board = scoreboard(get, [study.model], methods, methods, notebook=notebook, t=t, static=static, seed=study.seed)
+    board = scoreboard(
+        get, [study.model], methods, methods, notebook=notebook, t=t, static=static, seed=study.seed
+    )
     for row in overall(board).itertuples():
         print(
-            f"({row.claim}) {row.text}{f', {row.method}' if len(methods) > 1 else ''}:\n    {row.verdict}"
-            + (f"\n    known queries alone: {row.known}" if row.known else "")
+            f"({row.claim}) {row.text}{f', {row.method}' if len(methods) > 1 else ''}:\n    "
+            f"{row.verdict}" + (f"\n    known queries alone: {row.known}" if row.known else "")
         )
     parts = board.drop(columns=["text", "model"] + ["method"] * (len(methods) == 1))
     return HTML(table_html(display_table(parts, 3), tint=_tint))
 
 
 def show_scoreboard(board: pd.DataFrame) -> HTML:
-    """The claims as rows, models (and methods) as columns, verdicts as words on a tint, in a table for those that every
-    method decides and one for those of the downstream methods; every part of every claim, folded, below. Models and
-    methods without a single result are named once."""
-    ran, shown = board.groupby(["model", "method"], sort=False)["statistic"].transform(lambda names: (names != "").any()), []
+    """The claims as rows, models (and methods) as columns, verdicts as words on a tint, in a table
+    for those that every method decides and one for those of the downstream methods; every part of
+    every claim, folded, below. Models and methods without a single result are named once."""
+    ran, shown = (
+        board.groupby(["model", "method"], sort=False)["statistic"].transform(
+            lambda names: (names != "").any()
+        ),
+        [],
+    )
     for localised, what in ((True, "about where neurons are"), (False, "about what they do")):
-        numbers = [number for number, one in CLAIMS.items() if (one.notebook == LOCALISED) == localised]
+        numbers = [
+            number for number, one in CLAIMS.items() if (one.notebook == LOCALISED) == localised
+        ]
         part = board[ran & board["claim"].isin(numbers)]
-        table = pd.DataFrame({"claim": numbers, f"what the paper claims {what}": [CLAIMS[one].text for one in numbers]})
+        table = pd.DataFrame(
+            {
+                "claim": numbers,
+                f"what the paper claims {what}": [CLAIMS[one].text for one in numbers],
+            }
+        )
         several = part["method"].nunique() > 1
-        for (model, method), one in overall(part).groupby(["model", "method"], sort=False) if len(part) else ():
+        for (model, method), one in (
+            overall(part).groupby(["model", "method"], sort=False) if len(part) else ()
+        ):
             verdicts = table["claim"].map(one.set_index("claim")["verdict"]).fillna("–")
             table[f"{model} · {method}" if several else model] = verdicts
         shown.append(table_html(table, tint=_tint))
     absent = board[~ran].groupby("model", sort=False)["method"].unique()
-    details = [folded(f"({number}) {CLAIMS[number].text}", part.drop(columns=["claim", "text"])).data
-               for number, part in board[ran].groupby("claim", sort=False)]
+    details = [
+        folded(f"({number}) {CLAIMS[number].text}", part.drop(columns=["claim", "text"])).data
+        for number, part in board[ran].groupby("claim", sort=False)
+    ]
     not_run = missing_html([f"{model} ({', '.join(names)})" for model, names in absent.items()])
     return HTML("\n".join([*shown, not_run, *details]))
 
 
 def _tint(text) -> str:
     """The class of a cell with a verdict, for its colour."""
-    starts = {f"{HOLDS} (": "holds", "holds in part": "part", FAILS: "not", OPPOSITE: "not", UNTOLD: "open", OPEN: "open",
-              "–": "open"}
-    return "holds" if text == HOLDS else next((name for start, name in starts.items() if str(text).startswith(start)), "")
+    starts = {
+        f"{HOLDS} (": "holds",
+        "holds in part": "part",
+        FAILS: "not",
+        OPPOSITE: "not",
+        UNTOLD: "open",
+        OPEN: "open",
+        "–": "open",
+    }
+    return (
+        "holds"
+        if text == HOLDS
+        else next((name for start, name in starts.items() if str(text).startswith(start)), "")
+    )

@@ -7,11 +7,14 @@ from contextlib import suppress
 import numpy as np
 import pandas as pd
 
-from qlutils.experiments.consistency import (cells)
-from qlutils.show.stats import (bootstrap_difference, bootstrap_mean)
-from qlutils.show.tables import (paper_value, verdict, with_interval, without_empty_paper_columns)
+from qlutils.experiments.consistency import cells
+from qlutils.show.stats import bootstrap_difference, bootstrap_mean
+from qlutils.show.tables import paper_value, verdict, with_interval, without_empty_paper_columns
 
-PAPER_SETS = {2: ("local", "global"), 3: ("local", "global", "cas")}  # those for which a table of the paper has values
+PAPER_SETS = {
+    2: ("local", "global"),
+    3: ("local", "global", "cas"),
+}  # those for which a table of the paper has values
 METRICS = ("rel", "gen", "loc", "avg", "dppl", "broken")
 MEDIANS = ("dppl",)  # a few broken texts decide its mean
 AVG_NOTE = (
@@ -24,8 +27,11 @@ AVG_NOTE = (
 PAPER_OP = {"erase": "erasure", "update": "update"}
 
 
-def edit_table(frame, classes, model, *, table=2, sets=("local", "global"), controls=("random",), seed=0):
-    """Table 2 or 3: a row a split of the facts, operation and neuron set; its random control right below it.
+def edit_table(
+    frame, classes, model, *, table=2, sets=("local", "global"), controls=("random",), seed=0
+):
+    """Table 2 or 3: a row a split of the facts, operation and neuron set; its random control right
+    below it.
 
     classes: a frame with fact, class_static, class_otsu. Rel, Gen, Loc and Avg are means over
     edits with 95 % intervals (facts resampled within relations), and so is broken; dppl is the
@@ -35,15 +41,24 @@ def edit_table(frame, classes, model, *, table=2, sets=("local", "global"), cont
     models and methods; they are left out for others."""
     classes = classes[["fact", "class_static", "class_otsu"]]
     frame, rows = frame[frame["note"].isna()].merge(classes, on="fact", how="left"), []
-    levels = {"threshold": ("all", "static", "otsu"), "class": ("all", "I", "II"), "op": PAPER_OP, "neurons": sets,
-              "control": ("none", *controls)}
+    levels = {
+        "threshold": ("all", "static", "otsu"),
+        "class": ("all", "I", "II"),
+        "op": PAPER_OP,
+        "neurons": sets,
+        "control": ("none", *controls),
+    }
     for keys, part in cells(frame, levels):
         control, operation, neurons = keys.pop("control"), PAPER_OP[keys["op"]], keys["neurons"]
         if control != "none" and part.empty:  # a class without a fact is one row, n = 0
             continue
-        row = keys | {"op": operation, "neurons": neurons if control == "none" else f"{neurons} ({control})",
-                      "n": len(part), "n_empty": int((part["n_neurons"] == 0).sum()),
-                      "neurons_edited": part["n_neurons"].mean()}
+        row = keys | {
+            "op": operation,
+            "neurons": neurons if control == "none" else f"{neurons} ({control})",
+            "n": len(part),
+            "n_empty": int((part["n_neurons"] == 0).sum()),
+            "neurons_edited": part["n_neurons"].mean(),
+        }
         for metric in METRICS:
             estimate = bootstrap_mean(part, metric, seed=seed, share=metric not in MEDIANS)
             row |= estimate.row("median" if metric in MEDIANS else "mean", metric)
@@ -72,9 +87,15 @@ def contrasts(frame, by, levels, metrics=METRICS, within=("op", "neurons"), seed
             estimate = bootstrap_difference(
                 part, metric, by, levels, seed=seed, share=metric not in MEDIANS
             )
-            rows.append({**dict(zip(within, keys)), "metric": metric,
-                         **estimate.row("median" if metric in MEDIANS else "mean", "difference"),
-                         "n": estimate.n_clusters, "n_other": estimate.n_clusters_other})
+            rows.append(
+                {
+                    **dict(zip(within, keys)),
+                    "metric": metric,
+                    **estimate.row("median" if metric in MEDIANS else "mean", "difference"),
+                    "n": estimate.n_clusters,
+                    "n_other": estimate.n_clusters_other,
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -88,7 +109,8 @@ def tell(frame, what) -> None:
 
 
 def sweep_table(frame, sweep, classes, seed=0) -> pd.DataFrame:
-    """Rel, Gen, Loc and Avg over all facts for every CAS setting of a `cas_sweep`, with 95 % intervals."""
+    """Rel, Gen, Loc and Avg over all facts for every CAS setting of a `cas_sweep`, with 95 %
+    intervals."""
     parts = []
     for kind, part in sweep.groupby("varied", sort=False):
         rows = edit_table(frame, classes, "", sets=list(part["name"]), controls=[], seed=seed)
@@ -110,21 +132,28 @@ def sweep_table(frame, sweep, classes, seed=0) -> pd.DataFrame:
 
 def tell_sweep(table) -> None:
     """Print the range of Avg over each setting that a `sweep_table` varies."""
-    for (kind, op), part in table.dropna(subset="avg").sort_values("avg", kind="stable").groupby(["varied", "op"]):
-        low, high = (f"{row['avg']:.2f} ({row['neurons']}, {row['neurons_edited']:.1f} neurons)"
-                     for row in (part.iloc[0], part.iloc[-1]))
+    for (kind, op), part in (
+        table.dropna(subset="avg").sort_values("avg", kind="stable").groupby(["varied", "op"])
+    ):
+        low, high = (
+            f"{row['avg']:.2f} ({row['neurons']}, {row['neurons_edited']:.1f} neurons)"
+            for row in (part.iloc[0], part.iloc[-1])
+        )
         print(f"{op}, {kind} varied: Avg from {low} to {high}")
 
 
-# --- one fact, to be read ---------------------------------------------------------------------------------
+# --- one fact, to be read -------------------------------------------------------------------------
+
 
 def worked_example(lm, plan, tokens=12, **options):
-    """(answers, side effects, texts) of erasing and updating one planned fact by each of its sets, in the weights.
+    """(answers, side effects, texts) of erasing and updating one planned fact by each of its sets,
+    in the weights.
 
-    answers: op, neurons, prompt, the probability of the object an operation is about before and after, and the greedy
-    answers. side effects: locality queries whose greedy answer changes. texts: `tokens` tokens after q_i."""
-    from qlutils.change.editing import (edit_weights)
-    from qlutils.change.scaling import (answer_probability, greedy_answers)
+    answers: op, neurons, prompt, the probability of the object an operation is about before and
+    after, and the greedy answers. side effects: locality queries whose greedy answer changes.
+    texts: `tokens` tokens after q_i."""
+    from qlutils.change.editing import edit_weights
+    from qlutils.change.scaling import answer_probability, greedy_answers
 
     prompts, goals = plan["prompts"], {"erase": plan["object"], "update": plan["new_object"]}
     own, far = {}, [lm.encode(one["prompt"], one["object"]) for one in plan["locality"]]
@@ -135,35 +164,67 @@ def worked_example(lm, plan, tokens=12, **options):
 
     def look(op):
         asked = [*own[op], *far, (own["erase"][plan["query"]][0], [None] * tokens)]
-        said = greedy_answers(lm, [prompt for prompt, _ in asked], [len(answer) for _, answer in asked])
+        said = greedy_answers(
+            lm, [prompt for prompt, _ in asked], [len(answer) for _, answer in asked]
+        )
         said = [lm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said]
         p = answer_probability(lm, prompts, [goals[op]] * len(prompts)).tolist()
-        return p, said[:len(prompts)], said[len(prompts):-1], said[-1]
+        return p, said[: len(prompts)], said[len(prompts) : -1], said[-1]
 
     answers, effects, texts = [], [], [dict(op="none", neurons="", text=look("erase")[-1])]
     for op in own:
         before, target = look(op), own[op][plan["query"]][1]
         for edit in plan["edits"]:
-            with edit_weights(lm, edit["set"], op, old=own["erase"][plan["query"]][1], new=target, **options):
+            with edit_weights(
+                lm, edit["set"], op, old=own["erase"][plan["query"]][1], new=target, **options
+            ):
                 after = look(op)
             keys = dict(op=PAPER_OP[op], neurons=edit["neurons"], n_neurons=len(edit["set"]))
-            answers += [keys | dict(prompt=prompt, object=goals[op], edited_on=k == plan["query"],
-                                    p_before=before[0][k], answer_before=before[1][k],
-                                    p_after=after[0][k], answer_after=after[1][k]) for k, prompt in enumerate(prompts)]
-            effects += [keys | dict(prompt=one["prompt"], answer_before=old, answer_after=new)
-                        for one, old, new in zip(plan["locality"], before[2], after[2]) if old != new]
+            answers += [
+                keys
+                | dict(
+                    prompt=prompt,
+                    object=goals[op],
+                    edited_on=k == plan["query"],
+                    p_before=before[0][k],
+                    answer_before=before[1][k],
+                    p_after=after[0][k],
+                    answer_after=after[1][k],
+                )
+                for k, prompt in enumerate(prompts)
+            ]
+            effects += [
+                keys | dict(prompt=one["prompt"], answer_before=old, answer_after=new)
+                for one, old, new in zip(plan["locality"], before[2], after[2])
+                if old != new
+            ]
             texts.append(dict(op=PAPER_OP[op], neurons=edit["neurons"], text=after[3]))
     columns = ["op", "neurons", "n_neurons", "prompt", "answer_before", "answer_after"]
     return pd.DataFrame(answers), pd.DataFrame(effects, columns=columns), pd.DataFrame(texts)
 
 
 def example_table(answers) -> pd.DataFrame:
-    """The answers of `worked_example`, a row a prompt and operation: the answer, and P of the operation's object."""
-    def shown(when):
-        return [f"{answer}; P({goal}) = {p:.2f}" for answer, goal, p in
-                zip(answers[f"answer_{when}"], answers["object"], answers[f"p_{when}"])]
+    """The answers of `worked_example`, a row a prompt and operation: the answer, and P of the
+    operation's object."""
 
-    frame = answers.assign(before=shown("before"), after=shown("after"),
-                           prompt=answers["prompt"] + np.where(answers["edited_on"], "  ← q_i", ""))
-    wide = frame.pivot(index=["op", "object", "prompt", "before"], columns="neurons", values="after")
-    return wide[list(dict.fromkeys(answers["neurons"]))].reset_index("before").rename_axis(columns=None)
+    def shown(when):
+        return [
+            f"{answer}; P({goal}) = {p:.2f}"
+            for answer, goal, p in zip(
+                answers[f"answer_{when}"], answers["object"], answers[f"p_{when}"]
+            )
+        ]
+
+    frame = answers.assign(
+        before=shown("before"),
+        after=shown("after"),
+        prompt=answers["prompt"] + np.where(answers["edited_on"], "  ← q_i", ""),
+    )
+    wide = frame.pivot(
+        index=["op", "object", "prompt", "before"], columns="neurons", values="after"
+    )
+    return (
+        wide[list(dict.fromkeys(answers["neurons"]))]
+        .reset_index("before")
+        .rename_axis(columns=None)
+    )

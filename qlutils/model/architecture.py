@@ -1,9 +1,10 @@
 """Everything that differs between model families, and nothing else.
 
 The rest of the package sees a model through the `Architecture` found here: its decoder layers, the
-down-projection of each MLP (whose *input* holds the neurons), the modules between the last layer and the
-unembedding, and the elementwise map from unembedding output to logits. What is found is not trusted: at
-load `models.LanguageModel` replays a row through it and compares the logits with the model's own.
+down-projection of each MLP (whose *input* holds the neurons), the modules between the last layer
+and the unembedding, and the elementwise map from unembedding output to logits. What is found is not
+trusted: at load `models.LanguageModel` replays a row through it and compares the logits with the
+model's own.
 """
 
 from __future__ import annotations
@@ -30,8 +31,16 @@ DOWN_PROJECTIONS = (
     "shared_mlp.output_linear",  # Granite 4 without experts
 )
 # The projection whose output is the pre-activation, a sibling of the down-projection.
-UP_PROJECTIONS = ("gate_proj", "gate_up_proj", "c_fc", "dense_h_to_4h", "fc_in", "fc1", "up_proj",
-                  "input_linear")
+UP_PROJECTIONS = (
+    "gate_proj",
+    "gate_up_proj",
+    "c_fc",
+    "dense_h_to_4h",
+    "fc_in",
+    "fc1",
+    "up_proj",
+    "input_linear",
+)
 # Kinds of layers, in transformers' names, that keep a state which a key-value cache does not hold.
 RECURRENT = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
 
@@ -69,9 +78,9 @@ def describe(error: Exception) -> str:
 class Architecture:
     """The parts of one causal language model.
 
-    `layers` are the decoder layers, `downs` their down-projections, `tail` the modules between the last layer
-    and the unembedding `head`. Logits are `softcap * tanh(scale * head(x) / softcap)`, or `scale * head(x)`
-    where there is no soft cap.
+    `layers` are the decoder layers, `downs` their down-projections, `tail` the modules between the
+    last layer and the unembedding `head`. Logits are `softcap * tanh(scale * head(x) / softcap)`,
+    or `scale * head(x)` where there is no soft cap.
     """
 
     name: str
@@ -87,7 +96,9 @@ class Architecture:
     tail: list[nn.Module] = field(default_factory=list)
     norm_epsilons: list[float | None] = field(default_factory=list)  # see the function of that name
     uses_attention_interface: bool = True
-    attention_method: str | None = None  # where a layer computes attention itself, if it can be replaced there
+    attention_method: str | None = (
+        None  # where a layer computes attention itself, if it can be replaced there
+    )
 
 
 def find_architecture(model: nn.Module, name: str) -> Architecture:
@@ -96,41 +107,71 @@ def find_architecture(model: nn.Module, name: str) -> Architecture:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     _check_kind(model, config, text, name)
     if getattr(text, "attn_logit_softcapping", None):
-        # Gemma 2 caps its attention scores; transformers' default fused attention silently leaves the cap out.
+        # Gemma 2 caps its attention scores; transformers' default fused attention silently leaves
+        # the cap out.
         model.set_attn_implementation(attention.NAME)
     layers = _decoder_layers(model, text.num_hidden_layers, name)
-    downs = [_first(layer, DOWN_PROJECTIONS, f"{name}: layer {i} ({type(layer).__name__})", "down-projection")
-             for i, layer in enumerate(layers)]
+    downs = [
+        _first(
+            layer,
+            DOWN_PROJECTIONS,
+            f"{name}: layer {i} ({type(layer).__name__})",
+            "down-projection",
+        )
+        for i, layer in enumerate(layers)
+    ]
     parents = [_parent(layer, down) for layer, down in zip(layers, downs)]
-    ups = [_first(parent, UP_PROJECTIONS, f"{name}: layer {i}", "up-projection") for i, parent in enumerate(parents)]
+    ups = [
+        _first(parent, UP_PROJECTIONS, f"{name}: layer {i}", "up-projection")
+        for i, parent in enumerate(parents)
+    ]
     for what, found in (("layer", layers), ("down-projection", downs), ("up-projection", ups)):
         if len({id(one) for one in found}) < len(found):
-            raise UnsupportedModel(f"{name}: one {what} module serves several layers, so a change "
-                                   "of one layer's neurons would be a change of the others' too; "
-                                   "give each layer modules of its own")
+            raise UnsupportedModel(
+                f"{name}: one {what} module serves several layers, so a change "
+                "of one layer's neurons would be a change of the others' too; "
+                "give each layer modules of its own"
+            )
     widths = {_in_features(down) for down in downs}
     if len(widths) != 1:
         raise UnsupportedModel(f"{name}: layers have different numbers of neurons {sorted(widths)}")
     head = model.get_output_embeddings()
     if head is None:
-        raise UnsupportedModel(f"{name}: {type(model).__name__} has no unembedding (language-model head)")
+        raise UnsupportedModel(
+            f"{name}: {type(model).__name__} has no unembedding (language-model head)"
+        )
     matrix = getattr(head, "weight", None)
     if not isinstance(matrix, Tensor) or matrix.dim() != 2 or not matrix.is_floating_point():
         kind = type(head).__name__
-        raise UnsupportedModel(f"{name}: its unembedding is a {kind} without a matrix of "
-                               "floating-point weights (quantised, or of several steps?); give the "
-                               "model in float32 or bfloat16")
+        raise UnsupportedModel(
+            f"{name}: its unembedding is a {kind} without a matrix of "
+            "floating-point weights (quantised, or of several steps?); give the "
+            "model in float32 or bfloat16"
+        )
     if matrix.is_meta:
-        raise UnsupportedModel(f"{name}: its unembedding is offloaded; load the model without "
-                               "device_map, or with one that keeps the unembedding on a device")
+        raise UnsupportedModel(
+            f"{name}: its unembedding is offloaded; load the model without "
+            "device_map, or with one that keeps the unembedding on a device"
+        )
     return Architecture(
-        name=name, layers=layers, downs=downs, ups=ups, head=head,
-        mlps=[None if parent is layer else parent for layer, parent in zip(layers, parents)], num_neurons=widths.pop(),
-        num_heads=text.num_attention_heads, scale=_logit_scale(model, text),
+        name=name,
+        layers=layers,
+        downs=downs,
+        ups=ups,
+        head=head,
+        mlps=[None if parent is layer else parent for layer, parent in zip(layers, parents)],
+        num_neurons=widths.pop(),
+        num_heads=text.num_attention_heads,
+        scale=_logit_scale(model, text),
         softcap=getattr(text, "final_logit_softcapping", None),
-        # Falcon, BLOOM and GPT-Neo write attention out in their own module; so did GPT-J and CodeGen before transformers 5.24.
-        uses_attention_interface=hasattr(sys.modules[type(layers[0]).__module__], "ALL_ATTENTION_FUNCTIONS"),
-        attention_method="attn._attn" if text.model_type == "gptj" and _get(layers[0], "attn._attn") else None,
+        # Falcon, BLOOM and GPT-Neo write attention out in their own module; so did GPT-J and
+        # CodeGen before transformers 5.24.
+        uses_attention_interface=hasattr(
+            sys.modules[type(layers[0]).__module__], "ALL_ATTENTION_FUNCTIONS"
+        ),
+        attention_method="attn._attn"
+        if text.model_type == "gptj" and _get(layers[0], "attn._attn")
+        else None,
     )
 
 
@@ -138,13 +179,15 @@ def _check_kind(model, config, text, name) -> None:
     """`UnsupportedModel` for a kind of model that has no neurons of its own a layer, or no last
     token that could be replayed."""
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModel(f"{name}: an encoder-decoder model; this study needs a causal "
-                               "(decoder-only) one")
+        raise UnsupportedModel(
+            f"{name}: an encoder-decoder model; this study needs a causal (decoder-only) one"
+        )
     experts = [n for n, _ in model.named_modules() if n.rsplit(".", 1)[-1] in ("experts", "router")]
     if experts:
         raise UnsupportedModel(
             f"{name}: a mixture-of-experts model ({experts[0]}); its MLP has no single set of "
-            "neurons a layer")
+            "neurons a layer"
+        )
     recurrent = [kind for kind in getattr(text, "layer_types", None) or () if kind in RECURRENT]
     if recurrent:
         raise UnsupportedModel(
@@ -154,9 +197,13 @@ def _check_kind(model, config, text, name) -> None:
 
 
 def _decoder_layers(model, depth, name):
-    found = [module for module in model.modules()
-             if isinstance(module, nn.ModuleList) and len(module) == depth
-             and any(_get(module[0], path) is not None for path in DOWN_PROJECTIONS)]
+    found = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == depth
+        and any(_get(module[0], path) is not None for path in DOWN_PROJECTIONS)
+    ]
     if len(found) > 1:  # a vision tower as deep as the decoder
         found = [layers for layers in found if _runs_on_text(model, layers)]
     if not found:
@@ -170,7 +217,8 @@ def _decoder_layers(model, depth, name):
             raise UnsupportedModel(
                 f"{name}: the decoder of an encoder-decoder model ({type(model).__name__}; "
                 f"{path}), whose layers attend to an encoder that a text alone does not have; this "
-                "study needs a causal one")
+                "study needs a causal one"
+            )
     return layers
 
 
@@ -219,26 +267,34 @@ def _in_features(down) -> int:
 
 
 def tail_modules(model: nn.Module, arch: Architecture, input_ids: Tensor) -> list[nn.Module]:
-    """The modules called between the last decoder layer and the unembedding, in order (the final norm; OPT-350m
-    adds a projection). Found by watching one forward pass instead of by name."""
-    parent = next(m for m in model.modules()
-                  if any(isinstance(c, nn.ModuleList) and len(c) and c[0] is arch.layers[0] for c in m.children()))
+    """The modules called between the last decoder layer and the unembedding, in order (the final
+    norm; OPT-350m adds a projection). Found by watching one forward pass instead of by name."""
+    parent = next(
+        m
+        for m in model.modules()
+        if any(
+            isinstance(c, nn.ModuleList) and len(c) and c[0] is arch.layers[0] for c in m.children()
+        )
+    )
     called: list[nn.Module] = []
-    handles = [child.register_forward_hook(lambda module, *_: called.append(module))
-               for child in [*parent.children(), arch.layers[-1]]]
+    handles = [
+        child.register_forward_hook(lambda module, *_: called.append(module))
+        for child in [*parent.children(), arch.layers[-1]]
+    ]
     try:
         with torch.no_grad():
             model(input_ids=input_ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return called[called.index(arch.layers[-1]) + 1:]
+    return called[called.index(arch.layers[-1]) + 1 :]
 
 
 def norm_epsilons(model: nn.Module, arch: Architecture, input_ids: Tensor) -> list[float | None]:
     """For each layer, the epsilon of the norm that what its MLP writes goes through (Gemma 2 and 3,
-    OLMo 2, GLM 4), None where it goes to the residual stream as it is. The norm is found by watching
-    one forward pass: it is the module that is given the very tensor the down-projection made."""
+    OLMo 2, GLM 4), None where it goes to the residual stream as it is. The norm is found by
+    watching one forward pass: it is the module that is given the very tensor the down-projection
+    made."""
     written: dict[int, Tensor] = {}
     found: list[float | None] = [None] * len(arch.layers)
 
@@ -250,13 +306,16 @@ def norm_epsilons(model: nn.Module, arch: Architecture, input_ids: Tensor) -> li
             epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
             if epsilon is not None and inputs and inputs[0] is written.get(layer):
                 found[layer] = float(epsilon)
+
         return hook
 
     handles = []
     try:
         for layer, (module, down) in enumerate(zip(arch.layers, arch.downs)):
             handles.append(down.register_forward_hook(keep(layer)))
-            handles += [child.register_forward_pre_hook(compare(layer)) for child in module.children()]
+            handles += [
+                child.register_forward_pre_hook(compare(layer)) for child in module.children()
+            ]
         with torch.no_grad():
             model(input_ids=input_ids, use_cache=False)
     finally:
@@ -266,8 +325,9 @@ def norm_epsilons(model: nn.Module, arch: Architecture, input_ids: Tensor) -> li
 
 
 def use_fused_gelu(model: nn.Module) -> None:
-    """GPT-2's `gelu_new` in Python is eight memory-bound kernels; torch's tanh GELU is the same function in one.
-    (Differences are of the order of rounding; BLOOM's own GELU has its own backward and is left alone.)"""
+    """GPT-2's `gelu_new` in Python is eight memory-bound kernels; torch's tanh GELU is the same
+    function in one. (Differences are of the order of rounding; BLOOM's own GELU has its own
+    backward and is left alone.)"""
     for module in list(model.modules()):
         for child_name, child in module.named_children():
             if type(child).__name__ in ("NewGELUActivation", "FastGELUActivation", "GELUTanh"):
@@ -275,20 +335,34 @@ def use_fused_gelu(model: nn.Module) -> None:
 
 
 def use_fused_norms(model: nn.Module) -> None:
-    """RMSNorm in Python is six memory-bound kernels on a GPU, and more backward; torch's is one each, and rounds once instead
-    of twice. Norms of other formulas (Gemma's 1 + w) are told by what they compute and left alone, and so is what a loader
-    or a hook has changed."""
+    """RMSNorm in Python is six memory-bound kernels on a GPU, and more backward; torch's is one
+    each, and rounds once instead of twice. Norms of other formulas (Gemma's 1 + w) are told by what
+    they compute and left alone, and so is what a loader or a hook has changed."""
     for module in list(model.modules()):
         for child_name, child in module.named_children():
-            weight, eps = getattr(child, "weight", None), getattr(child, "variance_epsilon", getattr(child, "eps", None))
-            changed = "forward" in child.__dict__ or child._forward_hooks or child._forward_pre_hooks
-            if not type(child).__name__.endswith("RMSNorm") or changed or weight is None or eps is None:
+            weight, eps = (
+                getattr(child, "weight", None),
+                getattr(child, "variance_epsilon", getattr(child, "eps", None)),
+            )
+            changed = (
+                "forward" in child.__dict__ or child._forward_hooks or child._forward_pre_hooks
+            )
+            if (
+                not type(child).__name__.endswith("RMSNorm")
+                or changed
+                or weight is None
+                or eps is None
+            ):
                 continue
             fused = nn.RMSNorm(weight.shape, eps=eps, device="meta").train(False)
             fused.weight = child.weight
-            x = torch.linspace(-1, 3, weight.numel(), device=weight.device, dtype=weight.dtype)[None]
+            x = torch.linspace(-1, 3, weight.numel(), device=weight.device, dtype=weight.dtype)[
+                None
+            ]
             with torch.no_grad():
-                if torch.allclose(fused(x), child(x), rtol=4 * torch.finfo(weight.dtype).eps, atol=1e-6):
+                if torch.allclose(
+                    fused(x), child(x), rtol=4 * torch.finfo(weight.dtype).eps, atol=1e-6
+                ):
                     setattr(module, child_name, fused)
 
 
@@ -312,7 +386,8 @@ def expand_call_argument(key: str | None, value, batch: int, query_of_row: Tenso
 
 
 def pick_call_argument(key: str | None, value, batch: int, queries: Tensor):
-    """One captured argument of a decoder layer for some `queries` of the `batch` it was captured for."""
+    """One captured argument of a decoder layer for some `queries` of the `batch` it was captured
+    for."""
     if isinstance(value, tuple):
         return tuple(pick_call_argument(key, one, batch, queries) for one in value)
     if not isinstance(value, Tensor) or value.dim() < 2:  # positions, equal for all queries
@@ -330,8 +405,9 @@ def value_vectors(down: nn.Module) -> Tensor:
     `UnsupportedModel` unless a forward pass reads what stands there (see `plain_weight`)."""
     weight = plain_weight(down)
     if not isinstance(down, (nn.Linear, Conv1D)):
-        raise UnsupportedModel(f"{type(down).__name__}: not a linear projection, so its neurons "
-                               "have no value vectors")
+        raise UnsupportedModel(
+            f"{type(down).__name__}: not a linear projection, so its neurons have no value vectors"
+        )
     return weight if isinstance(down, Conv1D) else weight.T
 
 
@@ -340,22 +416,32 @@ def plain_weight(module: nn.Module) -> Tensor:
     may use another: what is written to this one would be lost, what is read from it be wrong."""
     weight = module._parameters.get("weight")
     if weight is None:
-        reason = ("its weight is made from other tensors before each use (pruning, weight_norm, "
-                  "parametrize, quantisation, an adapter?); write it into the weights first "
-                  "(prune.remove, remove_parametrizations, merge_and_unload)")
+        reason = (
+            "its weight is made from other tensors before each use (pruning, weight_norm, "
+            "parametrize, quantisation, an adapter?); write it into the weights first "
+            "(prune.remove, remove_parametrizations, merge_and_unload)"
+        )
     elif not _is_plain(weight):
-        reason = (f"quantised weights ({weight.dtype}) cannot be edited exactly; load the model in "
-                  "float32 or bfloat16")
+        reason = (
+            f"quantised weights ({weight.dtype}) cannot be edited exactly; load the model in "
+            "float32 or bfloat16"
+        )
     elif weight.device.type == "meta":
-        reason = ("its weight is offloaded (device_map, disk or CPU offload) and fetched anew for "
-                  "each forward pass; load the model without device_map, whole on one device")
+        reason = (
+            "its weight is offloaded (device_map, disk or CPU offload) and fetched anew for "
+            "each forward pass; load the model without device_map, whole on one device"
+        )
     elif not type(module).__module__.startswith(PLAIN_MODULES):
-        reason = ("a module that may write more than its weights say (an adapter?) or round them "
-                  "cannot be edited exactly; merge the adapter into the weights first, or load the "
-                  "model unquantised")
+        reason = (
+            "a module that may write more than its weights say (an adapter?) or round them "
+            "cannot be edited exactly; merge the adapter into the weights first, or load the "
+            "model unquantised"
+        )
     elif _is_altered(module):
-        reason = ("other code hangs on it (a hook, or a forward method of its own), which may "
-                  "change its weight or its output; remove it")
+        reason = (
+            "other code hangs on it (a hook, or a forward method of its own), which may "
+            "change its weight or its output; remove it"
+        )
     else:
         return weight
     raise UnsupportedModel(f"{type(module).__name__}: {reason}")
@@ -381,23 +467,29 @@ def check_sole_owner(model: nn.Module, module: nn.Module) -> None:
     held = model.named_parameters(remove_duplicate=False)
     owners = [name.removesuffix(".weight") for name, one in held if one.data_ptr() == place]
     if len(owners) != 1:
-        raise UnsupportedModel(f"{type(module).__name__}: its weight is shared by "
-                               f"{', '.join(owners)}, so an edit would change the value vectors of "
-                               "each; give them weights of their own first")
+        raise UnsupportedModel(
+            f"{type(module).__name__}: its weight is shared by "
+            f"{', '.join(owners)}, so an edit would change the value vectors of "
+            "each; give them weights of their own first"
+        )
 
 
 def rope_kinds(config) -> list[dict]:
     """The rotary settings of a text configuration: one for all layers, or one a kind of layer."""
     given = getattr(config, "rope_parameters", None) or {}
-    return [rope for rope in (given, *given.values())
-            if isinstance(rope, dict) and "rope_type" in rope]
+    return [
+        rope for rope in (given, *given.values()) if isinstance(rope, dict) and "rope_type" in rope
+    ]
 
 
 def rope_switches(config) -> list[int]:
     """Lengths in tokens beyond which a forward pass uses other rotary frequencies, for all of its
     tokens: "longrope", as in Phi-3."""
-    return [rope["original_max_position_embeddings"] for rope in rope_kinds(config)
-            if rope["rope_type"] == "longrope"]
+    return [
+        rope["original_max_position_embeddings"]
+        for rope in rope_kinds(config)
+        if rope["rope_type"] == "longrope"
+    ]
 
 
 def context_length(config) -> int:

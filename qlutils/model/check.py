@@ -21,15 +21,35 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from qlutils.model.architecture import (UnsupportedModel, describe, norm_epsilons, refusing, tail_modules)
-from qlutils.model.attention import (with_cache)
-from qlutils.model.passes import (ONE_AT_A_TIME, SITES, CleanPass, PrefixCache, answer_probabilities, call_layer, clean_pass, hooked, replaying, run_layer, site_module, start_rows)
+from qlutils.model.architecture import (
+    UnsupportedModel,
+    describe,
+    norm_epsilons,
+    refusing,
+    tail_modules,
+)
+from qlutils.model.attention import with_cache
+from qlutils.model.passes import (
+    ONE_AT_A_TIME,
+    SITES,
+    CleanPass,
+    PrefixCache,
+    answer_probabilities,
+    call_layer,
+    clean_pass,
+    hooked,
+    replaying,
+    run_layer,
+    site_module,
+    start_rows,
+)
 
 # By how much, relative to the largest number, two ways of computing the same may differ in a dtype.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
 # --- computing in float32 ------------------------------------------------------------------------
+
 
 @contextmanager
 def sharply(lm):
@@ -103,6 +123,7 @@ def _in_float32(value):
 
 # --- the check at load ---------------------------------------------------------------------------
 
+
 @torch.no_grad()
 def verify(lm) -> None:
     """Find the modules behind the last layer and the layout of rows that replays the model exactly;
@@ -157,11 +178,15 @@ def _causal_logits(lm, ids, tolerance) -> Tensor:
     other[:, -1] = ids.flip(0)[:, -1]
     own, changed = (lm.model(input_ids=one, use_cache=False).logits for one in (ids, other))
     if not torch.isfinite(own).all():
-        raise UnsupportedModel(f"{lm.name}: gives infinite or NaN logits in {lm.dtype}; check its "
-                               "weights, or try float32")
+        raise UnsupportedModel(
+            f"{lm.name}: gives infinite or NaN logits in {lm.dtype}; check its "
+            "weights, or try float32"
+        )
     if differ(changed[:, :-1], own[:, :-1], own, tolerance):
-        raise UnsupportedModel(f"{lm.name}: not causal: a later token changes an earlier position's"
-                               " prediction (of itself, or as activations are quantised together)")
+        raise UnsupportedModel(
+            f"{lm.name}: not causal: a later token changes an earlier position's"
+            " prediction (of itself, or as activations are quantised together)"
+        )
     return own[:, -1]
 
 
@@ -217,9 +242,12 @@ class _Layer:
         self.changes = {site: self._changed(site) for site in SITES}
         entry, prefix = cache.layers[layer], list(clean.cache.prefix)
         prefix[layer] = entry.keys[..., :-1, :], entry.values[..., :-1, :]
-        self.clean = replace(clean, cache=PrefixCache(prefix, lm.layout),
-                             written={layer: self.written["down_input"]},
-                             inputs={layer: self.last, layer + 1: self.own})
+        self.clean = replace(
+            clean,
+            cache=PrefixCache(prefix, lm.layout),
+            written={layer: self.written["down_input"]},
+            inputs={layer: self.last, layer + 1: self.own},
+        )
 
     def whole(self, token: Tensor, handles=(), cache=None) -> Tensor:
         """(Q, 1, d) output at the last position of whole sequences with `token` (Q, 1, d) there."""
@@ -233,6 +261,7 @@ class _Layer:
         def keep(site):
             def hook(_, __, output):
                 self.written[site] = self._at_last(output).clone()
+
             return hook
 
         for site in SITES:
@@ -246,12 +275,12 @@ class _Layer:
         layer's (Q, 1, d) with the latter."""
         out = self.written[site]
         if site == "pre_activation":  # a fused gate_up_proj gives more
-            out = out[..., :self.lm.num_neurons]
+            out = out[..., : self.lm.num_neurons]
         new = out + out.std() * torch.linspace(-1, 1, out.shape[-1]).to(out)
 
         def put(_, __, output):
             output = output.contiguous().clone()  # of which the next line takes a view
-            self._at_last(output)[..., :new.shape[-1]] = new
+            self._at_last(output)[..., : new.shape[-1]] = new
             return output
 
         module = site_module(self.lm, self.layer, site)

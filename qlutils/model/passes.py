@@ -1,11 +1,13 @@
 """Replaying the last token of many queries: the machinery under the fast exact attribution.
 
-In a causal model a change at the last position leaves every earlier key and value as it was. So the prefix is
-run once, its keys and values are kept, and any number of changed copies ("rows") of the last token are pushed
-through the decoder layers, each attending to the shared prefix and to itself. Layers are the model's own modules,
-called with the arguments captured from a clean pass; nothing is rebuilt by hand.
+In a causal model a change at the last position leaves every earlier key and value as it was. So the
+prefix is run once, its keys and values are kept, and any number of changed copies ("rows") of the
+last token are pushed through the decoder layers, each attending to the shared prefix and to itself.
+Layers are the model's own modules, called with the arguments captured from a clean pass; nothing is
+rebuilt by hand.
 
-Shapes: Q queries of equal length T, P rows a query, d the residual width, N neurons a layer, V the vocabulary.
+Shapes: Q queries of equal length T, P rows a query, d the residual width, N neurons a layer, V the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -21,46 +23,60 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import Cache
 
-from qlutils.model.architecture import (expand_call_argument, pick_call_argument)
-from qlutils.model.attention import (check_arguments, controlled_weights, with_cache)
+from qlutils.model.architecture import expand_call_argument, pick_call_argument
+from qlutils.model.attention import check_arguments, controlled_weights, with_cache
 
 SITES = ("down_input", "pre_activation")  # where neurons are read and changed, see `site_module`
 _LOCAL = threading.local()  # the prefix the layer now running attends to
-ONE_AT_A_TIME = threading.RLock()  # hooks are the model's, not a thread's: another thread's pass would run into them
-VOCAB_CHUNK = {"cpu": 1024, "cuda": 16384}  # of the unembedding at a time; with ROW_CHUNK rows it fits a core's cache
+ONE_AT_A_TIME = (
+    threading.RLock()
+)  # hooks are the model's, not a thread's: another thread's pass would run into them
+VOCAB_CHUNK = {
+    "cpu": 1024,
+    "cuda": 16384,
+}  # of the unembedding at a time; with ROW_CHUNK rows it fits a core's cache
 ROW_CHUNK = {"cpu": 256, "cuda": 2**20}
 
 
 class PrefixCache:
-    """Stands in for a model's key-value cache: hands every row the clean prefix and is never written to."""
+    """Stands in for a model's key-value cache: hands every row the clean prefix and is never
+    written to."""
 
     def __init__(self, prefix: list[tuple[Tensor, Tensor]], layout: str):
         self.prefix, self.layout = prefix, layout
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_, **__):
         prefix_key, prefix_value = self.prefix[layer_idx]  # (Q, Hkv, T-1, dh)
-        if self.layout == "sequence":  # `prefix_attention` joins them without copying the prefix for every row
+        if (
+            self.layout == "sequence"
+        ):  # `prefix_attention` joins them without copying the prefix for every row
             _LOCAL.prefix = prefix_key, prefix_value
             return key, value
         repeats = key.shape[0] // prefix_key.shape[0]
-        return (torch.cat([prefix_key.repeat_interleave(repeats, 0), key], -2),
-                torch.cat([prefix_value.repeat_interleave(repeats, 0), value], -2))
+        return (
+            torch.cat([prefix_key.repeat_interleave(repeats, 0), key], -2),
+            torch.cat([prefix_value.repeat_interleave(repeats, 0), value], -2),
+        )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.prefix[layer_idx][0].shape[-2]
 
 
-def prefix_attention(module, query, key, value, attention_mask, scaling=None, softcap=None,
-                     **other):
+def prefix_attention(
+    module, query, key, value, attention_mask, scaling=None, softcap=None, **other
+):
     """Attention of P independent rows, each over the shared prefix and itself.
 
-    query (Q, H, P, dh), key and value (Q, Hkv, P, dh) of the rows themselves; the prefix comes from `PrefixCache`.
-    Returns (Q, P, H, dh) as transformers' attention interface asks."""
+    query (Q, H, P, dh), key and value (Q, Hkv, P, dh) of the rows themselves; the prefix comes from
+    `PrefixCache`. Returns (Q, P, H, dh) as transformers' attention interface asks."""
     check_arguments(module, other)
     prefix_key, prefix_value = _LOCAL.prefix
     (queries, heads, rows, width), groups = query.shape, query.shape[1] // key.shape[1]
     query = query.reshape(queries, heads // groups, groups, rows, width)
-    key, value = key[:, :, None], value[:, :, None]  # (Q, Hkv, 1, P, dh): one for the heads of its group
+    key, value = (
+        key[:, :, None],
+        value[:, :, None],
+    )  # (Q, Hkv, 1, P, dh): one for the heads of its group
     own = (query * key).sum(-1).flatten(2)
     scores = torch.cat([query.flatten(2, 3) @ prefix_key.transpose(-1, -2), own[..., None]], -1)
     scores = scores * (width**-0.5 if scaling is None else scaling)
@@ -71,8 +87,14 @@ def prefix_attention(module, query, key, value, attention_mask, scaling=None, so
             scores = scores.masked_fill(~attention_mask, float("-inf"))
         else:
             scores = scores + attention_mask
-    weights = torch.softmax(scores, -1, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
-    weights = controlled_weights(module, weights.view(queries, heads, rows, -1), None).view_as(weights).to(value.dtype)
+    weights = torch.softmax(
+        scores, -1, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32
+    )
+    weights = (
+        controlled_weights(module, weights.view(queries, heads, rows, -1), None)
+        .view_as(weights)
+        .to(value.dtype)
+    )
     own = weights[..., -1].view(queries, heads // groups, groups, rows, 1)
     out = torch.addcmul((weights[..., :-1] @ prefix_value).view(*own.shape[:-1], -1), own, value)
     return out.view(queries, heads, rows, -1).transpose(1, 2), None
@@ -81,15 +103,22 @@ def prefix_attention(module, query, key, value, attention_mask, scaling=None, so
 AttentionInterface.register("qlutils_prefix", prefix_attention)
 
 
-_IMPLEMENTATIONS: dict[int, tuple] = {}  # id of a configuration: its own implementation, {context: the one it runs}
+_IMPLEMENTATIONS: dict[
+    int, tuple
+] = {}  # id of a configuration: its own implementation, {context: the one it runs}
 
 
 @contextmanager
 def attention_implementation(model, name: str):
-    """Run `model` with another attention implementation; the old one is back afterwards, whatever happens and in whatever
-    order such contexts end."""
-    configs = [config for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
-               if getattr(config, "_attn_implementation", None)]
+    """Run `model` with another attention implementation; the old one is back afterwards, whatever
+    happens and in whatever order such contexts end."""
+    configs = [
+        config
+        for config in {
+            id(m.config): m.config for m in model.modules() if hasattr(m, "config")
+        }.values()
+        if getattr(config, "_attn_implementation", None)
+    ]
     context = object()
     try:
         for config in configs:
@@ -115,9 +144,11 @@ def full_precision(device: torch.device):
     if chosen is None:  # torch before 2.9
         chosen = torch.get_float32_matmul_precision()
     if chosen not in ("none", "ieee", "highest"):
-        raise ValueError(f"torch rounds float32 products to another precision here ({chosen!r}), "
-                         "which would change every number under the same dtype; call "
-                         "torch.set_float32_matmul_precision('highest')")
+        raise ValueError(
+            f"torch rounds float32 products to another precision here ({chosen!r}), "
+            "which would change every number under the same dtype; call "
+            "torch.set_float32_matmul_precision('highest')"
+        )
     with ExitStack() as stack:
         known = torch.amp.is_autocast_available(device.type)
         if known and torch.is_autocast_enabled(device.type):
@@ -138,8 +169,8 @@ def computing(lm):
 
 @contextmanager
 def hooked(handles):
-    """Inside, the hooks whose registration the iterable `handles` yields are there. They are registered one by one within
-    the `try`, so that an interruption leaves none behind."""
+    """Inside, the hooks whose registration the iterable `handles` yields are there. They are
+    registered one by one within the `try`, so that an interruption leaves none behind."""
     held = []
     try:
         for handle in handles:
@@ -156,7 +187,9 @@ def within_memory(compute, size: int, least: int = 1):
         try:
             return compute(size)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+            full = isinstance(
+                error, (torch.OutOfMemoryError, MemoryError)
+            ) or "can't allocate memory" in str(error)
             if not full or size <= least:
                 raise
         if torch.cuda.is_available():
@@ -176,7 +209,9 @@ class CleanPass:
     """What one clean pass over Q queries of equal length leaves behind (all without gradients)."""
 
     calls: list[tuple[tuple, dict]]  # the arguments of each decoder layer after the hidden state
-    inputs: list[Tensor]  # L + 1 x (Q, 1, d): each layer's input at the last token, and the last one's output
+    inputs: list[
+        Tensor
+    ]  # L + 1 x (Q, 1, d): each layer's input at the last token, and the last one's output
     neurons: list[Tensor]  # L x (Q, N): the neuron vectors at the last token
     written: list[Tensor]  # L x (Q, 1, W): the output of each layer's site module at the last token
     logits: Tensor  # (Q, V), at least float32
@@ -189,7 +224,7 @@ class CleanPass:
         for args, kwargs in self.calls:
             some = [(None, value) for value in args] + list(kwargs.items())
             some = [pick_call_argument(k, v, batch, queries) for k, v in some]
-            calls.append((tuple(some[:len(args)]), dict(zip(kwargs, some[len(args):]))))
+            calls.append((tuple(some[: len(args)]), dict(zip(kwargs, some[len(args) :]))))
         inputs, neurons, written = (
             [one[queries] for one in tensors]
             for tensors in (self.inputs, self.neurons, self.written)
@@ -200,7 +235,8 @@ class CleanPass:
 
 
 def site_module(lm, layer: int, site: str):
-    """The module at whose input (down_input) or output (pre_activation) a layer's neurons are read."""
+    """The module at whose input (down_input) or output (pre_activation) a layer's neurons are
+    read."""
     return lm.downs[layer] if site == "down_input" else lm.arch.ups[layer]
 
 
@@ -215,11 +251,14 @@ def neuron_vectors(lm, ids: Tensor, site: str = "down_input", chunk: int = 256) 
 
     def keep(layer):
         return lambda _, inputs, output: kept[layer].append(
-            _read(site, lm.num_neurons, inputs, output).view(-1, seq, lm.num_neurons)[:, -1])
+            _read(site, lm.num_neurons, inputs, output).view(-1, seq, lm.num_neurons)[:, -1]
+        )
 
     seq = ids.shape[1]
-    watched = (site_module(lm, layer, site).register_forward_hook(keep(layer))
-               for layer in range(lm.num_layers))
+    watched = (
+        site_module(lm, layer, site).register_forward_hook(keep(layer))
+        for layer in range(lm.num_layers)
+    )
     with computing(lm), hooked(watched):
         for part in ids.split(chunk):
             lm.model.base_model(input_ids=part, use_cache=False)
@@ -228,41 +267,55 @@ def neuron_vectors(lm, ids: Tensor, site: str = "down_input", chunk: int = 256) 
 
 @torch.no_grad()
 def clean_pass(lm, ids: Tensor, site: str = "down_input") -> CleanPass:
-    """Run `ids` (Q, T), T >= 2, once, and record how every layer would be called for the last token alone."""
+    """Run `ids` (Q, T), T >= 2, once, and record how every layer would be called for the last token
+    alone."""
     cache, (queries, length) = DynamicCache(), ids.shape
     inputs, neurons, written = ([None] * lm.num_layers for _ in range(3))
     outputs: list = [None] * lm.num_layers
 
     def before(layer):
         return lambda _, args, kwargs: inputs.__setitem__(
-            layer, (args[0] if args else kwargs["hidden_states"])[:, -1:])
+            layer, (args[0] if args else kwargs["hidden_states"])[:, -1:]
+        )
 
     def at_site(layer):
         def hook(_, site_inputs, output):  # OPT flattens batch and sequence before its MLP
             at = _read(site, lm.num_neurons, site_inputs, output)
             neurons[layer] = at.reshape(queries, length, -1)[:, -1]
-            written[layer] = output.reshape(queries, length, -1)[:, -1:].clone()  # Falcon adds to it in place
+            written[layer] = output.reshape(queries, length, -1)[
+                :, -1:
+            ].clone()  # Falcon adds to it in place
+
         return hook
 
     def watched():
         for layer, module in enumerate(lm.layers):
             yield module.register_forward_pre_hook(before(layer), with_kwargs=True)
-            yield module.register_forward_hook(lambda _, __, out, layer=layer: outputs.__setitem__(layer, out))
+            yield module.register_forward_hook(
+                lambda _, __, out, layer=layer: outputs.__setitem__(layer, out)
+            )
             yield site_module(lm, layer, site).register_forward_hook(at_site(layer))
 
     with hooked(watched()):
-        body = lm.model.base_model(input_ids=ids, use_cache=True, **with_cache(lm.model.base_model, cache))
-    logits, _ = to_logits(lm.arch.head(body[0][:, -1]).to(lm.score_dtype), lm.arch.scale, lm.arch.softcap)
+        body = lm.model.base_model(
+            input_ids=ids, use_cache=True, **with_cache(lm.model.base_model, cache)
+        )
+    logits, _ = to_logits(
+        lm.arch.head(body[0][:, -1]).to(lm.score_dtype), lm.arch.scale, lm.arch.softcap
+    )
     cache.crop(-1)
     calls = _calls(lm, ids[:, -1:], cache, outputs)
     last = outputs[-1][0] if isinstance(outputs[-1], tuple) else outputs[-1]
     prefix = [(layer.keys, layer.values) for layer in cache.layers]
-    return CleanPass(calls, [*inputs, last[:, -1:]], neurons, written, logits, PrefixCache(prefix, lm.layout))
+    return CleanPass(
+        calls, [*inputs, last[:, -1:]], neurons, written, logits, PrefixCache(prefix, lm.layout)
+    )
 
 
 def _calls(lm, ids: Tensor, cache, outputs) -> list[tuple[tuple, dict]]:
-    """The arguments, after the hidden state, with which the model calls each layer for one more token `ids` (Q, 1). The
-    layers themselves do not run: each hands its input on, in the shape of its entry of `outputs`."""
+    """The arguments, after the hidden state, with which the model calls each layer for one more
+    token `ids` (Q, 1). The layers themselves do not run: each hands its input on, in the shape of
+    its entry of `outputs`."""
     calls = []
 
     def stand_in(output):
@@ -270,9 +323,12 @@ def _calls(lm, ids: Tensor, cache, outputs) -> list[tuple[tuple, dict]]:
             hidden = args[0] if args else kwargs.pop("hidden_states")
             calls.append((tuple(args[1:]), kwargs))
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
         return forward
 
-    own = [layer.__dict__.get("forward") for layer in lm.layers]  # wrappers set one; else it is the class's
+    own = [
+        layer.__dict__.get("forward") for layer in lm.layers
+    ]  # wrappers set one; else it is the class's
     try:
         for layer, output in zip(lm.layers, outputs):
             layer.forward = stand_in(output)
@@ -286,10 +342,11 @@ def _calls(lm, ids: Tensor, cache, outputs) -> list[tuple[tuple, dict]]:
 
 
 def run_layer(lm, clean: CleanPass, layer: int, hidden: Tensor) -> Tensor:
-    """Decoder layer `layer` on rows (Q, P, d), with the arguments of the clean pass and the shared prefix.
+    """Decoder layer `layer` on rows (Q, P, d), with the arguments of the clean pass and the shared
+    prefix.
 
-    In the "sequence" layout rows lie along the sequence (all at the last position); models whose attention does not
-    go through transformers' interface get them along the batch instead."""
+    In the "sequence" layout rows lie along the sequence (all at the last position); models whose
+    attention does not go through transformers' interface get them along the batch instead."""
     queries, rows, width = hidden.shape
     query_of_row = None  # rows along the sequence: what belongs to a query broadcasts over them
     if lm.layout == "batch":
@@ -299,12 +356,14 @@ def run_layer(lm, clean: CleanPass, layer: int, hidden: Tensor) -> Tensor:
     return out.reshape(queries, -1, out.shape[-1])
 
 
-def call_layer(lm, layer: int, hidden: Tensor, call, cache, batch: int,
-               query_of_row: Tensor | None = None) -> Tensor:
+def call_layer(
+    lm, layer: int, hidden: Tensor, call, cache, batch: int, query_of_row: Tensor | None = None
+) -> Tensor:
     """The output of decoder layer `layer` for other hidden states than those of the pass over
     `batch` queries in which its arguments `call` were captured, with `cache` in place of its own.
     `query_of_row` (R,): to which of those queries each row of the new batch belongs; None where the
     batch is the old one."""
+
     def fit(key, value):
         if isinstance(value, Cache):
             return cache
@@ -317,16 +376,19 @@ def call_layer(lm, layer: int, hidden: Tensor, call, cache, batch: int,
         return expand_call_argument(key, value, batch, query_of_row)
 
     args, kwargs = call
-    out = lm.layers[layer](hidden, *[fit(None, a) for a in args], **{k: fit(k, v) for k, v in kwargs.items()})
+    out = lm.layers[layer](
+        hidden, *[fit(None, a) for a in args], **{k: fit(k, v) for k, v in kwargs.items()}
+    )
     return out[0] if isinstance(out, tuple) else out
 
 
 def start_rows(lm, clean: CleanPass, layer: int, rows: Tensor, site: str = "down_input") -> Tensor:
-    """(Q, P, d) output of `layer` for rows that are clean except that its site module (the down-projection, or the
-    up-projection for pre-activations) gives `rows` (Q, P, W).
+    """(Q, P, d) output of `layer` for rows that are clean except that its site module (the
+    down-projection, or the up-projection for pre-activations) gives `rows` (Q, P, W).
 
-    Where the layer adds what its MLP writes to the residual stream as it is, it need not run. Else, in the sequence
-    layout, its part before the site runs once a query: the rows appear at the site, and the residual broadcasts."""
+    Where the layer adds what its MLP writes to the residual stream as it is, it need not run. Else,
+    in the sequence layout, its part before the site runs once a query: the rows appear at the site,
+    and the residual broadcasts."""
     if site == "down_input" and lm.adds_mlp_output:
         return clean.inputs[layer + 1] + (rows - clean.written[layer])
     hidden = clean.inputs[layer]
@@ -334,8 +396,12 @@ def start_rows(lm, clean: CleanPass, layer: int, rows: Tensor, site: str = "down
         hidden = hidden.expand(-1, rows.shape[1], -1)
 
     def put(_, __, output):
-        new = rows.clone() if lm.layout == "sequence" else rows.reshape(*output.shape[:-1], -1).clone()
-        rest = output[..., rows.shape[-1]:]  # the other half of a fused gate_up_proj
+        new = (
+            rows.clone()
+            if lm.layout == "sequence"
+            else rows.reshape(*output.shape[:-1], -1).clone()
+        )
+        rest = output[..., rows.shape[-1] :]  # the other half of a fused gate_up_proj
         return torch.cat([new, rest.expand(*new.shape[:-1], -1)], -1) if rest.shape[-1] else new
 
     with hooked(module.register_forward_hook(put) for module in [site_module(lm, layer, site)]):
@@ -344,7 +410,8 @@ def start_rows(lm, clean: CleanPass, layer: int, rows: Tensor, site: str = "down
 
 @contextmanager
 def replaying(lm):
-    """Inside, the model's attention is `prefix_attention` where the model uses transformers' interface."""
+    """Inside, the model's attention is `prefix_attention` where the model uses transformers'
+    interface."""
     if lm.layout == "batch":
         yield
     else:
@@ -360,7 +427,8 @@ def final_hidden(lm, hidden: Tensor) -> Tensor:
 
 
 def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b accumulated and returned in `dtype`, without rounding the result to bfloat16 in between."""
+    """a @ b accumulated and returned in `dtype`, without rounding the result to bfloat16 in
+    between."""
     if a.dtype == b.dtype == dtype:
         return a @ b
     if a.is_cuda and a.dtype == b.dtype:
@@ -372,10 +440,12 @@ def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class AnswerProbability(torch.autograd.Function):
-    """p_y = softmax(logits(h))_y for rows h (R, d) and one answer token y (R,) a row, with its analytic gradient.
+    """p_y = softmax(logits(h))_y for rows h (R, d) and one answer token y (R,) a row, with its
+    analytic gradient.
 
-    dp_y/dh = p_y (t'_y W_y - sum_v p_v t'_v W_v), t the map from unembedding output to logits. Both sums run over the
-    vocabulary in chunks with a running maximum, so no (R, V) matrix is ever kept."""
+    dp_y/dh = p_y (t'_y W_y - sum_v p_v t'_v W_v), t the map from unembedding output to logits. Both
+    sums run over the vocabulary in chunks with a running maximum, so no (R, V) matrix is ever
+    kept."""
 
     @staticmethod
     def forward(ctx, hidden, lm, target, need_grad):
@@ -402,10 +472,10 @@ def _answer_probability(hidden, lm, target, need_grad):
     mean = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if need_grad else None
     size = VOCAB_CHUNK.get(hidden.device.type, 8192)
     for start in range(0, weight.shape[0], size):
-        part = weight[start:start + size]
+        part = weight[start : start + size]
         z = _matmul(hidden, part.T, dtype)
         if bias is not None:
-            z += bias[start:start + size]
+            z += bias[start : start + size]
         z, slope = to_logits(z, scale, cap)
         new_top = torch.maximum(top, z.amax(-1, keepdim=True))
         shrink = (top - new_top).exp_()
@@ -428,7 +498,8 @@ def _answer_probability(hidden, lm, target, need_grad):
 
 
 def to_logits(z, scale, cap):
-    """Logits from the unembedding's output, and the slope of the map where it is not the constant `scale`."""
+    """Logits from the unembedding's output, and the slope of the map where it is not the constant
+    `scale`."""
     if scale != 1.0:
         z = z * scale
     if cap is None:
@@ -438,7 +509,10 @@ def to_logits(z, scale, cap):
 
 
 def answer_probabilities(lm, hidden: Tensor, target: Tensor, need_grad: bool) -> Tensor:
-    """(Q, P) probabilities of each query's answer token `target` (Q,) for rows `hidden` (Q, P, d)."""
+    """(Q, P) probabilities of each query's answer token `target` (Q,) for rows `hidden` (Q, P,
+    d)."""
     queries, rows, width = hidden.shape
     flat = final_hidden(lm, hidden).reshape(-1, lm.arch.head.weight.shape[1])
-    return AnswerProbability.apply(flat, lm, target.repeat_interleave(rows), need_grad).view(queries, rows)
+    return AnswerProbability.apply(flat, lm, target.repeat_interleave(rows), need_grad).view(
+        queries, rows
+    )

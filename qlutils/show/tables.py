@@ -1,4 +1,5 @@
-"""Tables as CSV (full precision), Markdown and LaTeX, sentences about their rows, the paper's values beside ours."""
+"""Tables as CSV (full precision), Markdown and LaTeX, sentences about their rows, the paper's
+values beside ours."""
 
 import csv
 import json
@@ -9,41 +10,85 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from qlutils.files import (write_bytes)
-from qlutils.show.stats import (LEAST)
+from qlutils.files import write_bytes
+from qlutils.show.stats import LEAST
 
 UNDEFINED = "–"
 PAPER_MODELS = ("gpt2", "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B")
 _ALIASES = {"openai-community/gpt2": "gpt2"}
-_LATEX = str.maketrans({
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", "–": "--", "—": "---", "−": "$-$", "Δ": r"$\Delta$", "∩": r"$\cap$", "×": r"$\times$",
-    "±": r"$\pm$", "≥": r"$\geq$", "≤": r"$\leq$", "λ": r"$\lambda$", "β": r"$\beta$", "α": r"$\alpha$",
-    "τ": r"$\tau$", "σ": r"$\sigma$", "μ": r"$\mu$", "→": r"$\rightarrow$", "’": "'", "“": "``", "”": "''",
-    "…": r"\ldots{}", "\n": " ", "\r": " "})
+_LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "&": r"\&",
+        "%": r"\%",
+        "$": r"\$",
+        "#": r"\#",
+        "_": r"\_",
+        "{": r"\{",
+        "}": r"\}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        "–": "--",
+        "—": "---",
+        "−": "$-$",
+        "Δ": r"$\Delta$",
+        "∩": r"$\cap$",
+        "×": r"$\times$",
+        "±": r"$\pm$",
+        "≥": r"$\geq$",
+        "≤": r"$\leq$",
+        "λ": r"$\lambda$",
+        "β": r"$\beta$",
+        "α": r"$\alpha$",
+        "τ": r"$\tau$",
+        "σ": r"$\sigma$",
+        "μ": r"$\mu$",
+        "→": r"$\rightarrow$",
+        "’": "'",
+        "“": "``",
+        "”": "''",
+        "…": r"\ldots{}",
+        "\n": " ",
+        "\r": " ",
+    }
+)
 
 
-# --- numbers and sentences --------------------------------------------------------------------------------
+# --- numbers and sentences ------------------------------------------------------------------------
+
 
 def format_value(value, low=None, high=None, n=None, digits=2) -> str:
     """One number for reading: "0.52 [0.47, 0.57] (n = 12)"; the interval and n are optional.
 
-    "–" where undefined; an undefined interval shows as [–, –], since a number without one is not a result. A value that
-    would round to zero keeps its first digit, 0.004; below 0.0001 and from 10,000 on numbers are written as 1.2e-07. The
-    bounds are written as the value is; they can ask for more digits, too, as for 0.00001 [-0.003, 0.003], and so can the one
-    that tells an interval from 0."""
+    "–" where undefined; an undefined interval shows as [–, –], since a number without one is not a
+    result. A value that would round to zero keeps its first digit, 0.004; below 0.0001 and from
+    10,000 on numbers are written as 1.2e-07. The bounds are written as the value is; they can ask
+    for more digits, too, as for 0.00001 [-0.003, 0.003], and so can the one that tells an interval
+    from 0."""
     if low is None or high is None or _number(value, digits) == UNDEFINED:
         text = _number(value, digits)
     else:
         value, low, high = float(value), float(low), float(high)
         size = np.nanmax([abs(value), (high - low) / 10])
-        whole = digits == 0 or size == 0 or 1e-4 <= size and np.nanmax(np.abs([value, low, high])) < 1e4
-        edge = low if low > 0 else -high if high < 0 else size  # a bound that is not 0 is not shown as 0
+        whole = (
+            digits == 0 or size == 0 or 1e-4 <= size and np.nanmax(np.abs([value, low, high])) < 1e4
+        )
+        edge = (
+            low if low > 0 else -high if high < 0 else size
+        )  # a bound that is not 0 is not shown as 0
         least = min(size, edge if edge >= 5e-5 else size) if whole and size and digits else 1
         places = max(digits, min(4, int(np.ceil(-np.log10(2 * least)))))
-        text, low, high = (UNDEFINED if np.isnan(one) else f"{round(one, places) + 0.0:.{places}f}" if whole else f"{one:.1e}"
-                           for one in (value, low, high))
+        text, low, high = (
+            UNDEFINED
+            if np.isnan(one)
+            else f"{round(one, places) + 0.0:.{places}f}"
+            if whole
+            else f"{one:.1e}"
+            for one in (value, low, high)
+        )
         text += f" [{low}, {high}]"
     return text if n is None else f"{text} (n = {_number(n, 0)})"
 
@@ -92,7 +137,11 @@ def pick(table: pd.DataFrame, **keys) -> pd.Series:
 
 
 def _number(value, digits):
-    if value is None or value is pd.NA or (isinstance(value, (float, np.floating)) and np.isnan(value)):
+    if (
+        value is None
+        or value is pd.NA
+        or (isinstance(value, (float, np.floating)) and np.isnan(value))
+    ):
         return UNDEFINED
     if isinstance(value, (bool, np.bool_)):
         return "yes" if value else "no"
@@ -107,16 +156,20 @@ def _number(value, digits):
     return f"{value + 0.0:.{digits}f}"  # + 0.0 turns -0.0 into 0.0
 
 
-# --- tables -----------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
+
 
 def display_table(frame, digits=2) -> pd.DataFrame:
-    """The table as texts, without row numbers: columns x, x_low, x_high become one column "x [95 %]"."""
+    """The table as texts, without row numbers: columns x, x_low, x_high become one column "x [95
+    %]"."""
     frame, shown = _flat(frame), {}
     for name in _without_bounds(frame):
         values = frame[name].tolist()
         if {f"{name}_low", f"{name}_high"} <= set(frame):
             low, high = frame[f"{name}_low"].tolist(), frame[f"{name}_high"].tolist()
-            shown[f"{name} [95 %]"] = [format_value(*row, digits=digits) for row in zip(values, low, high)]
+            shown[f"{name} [95 %]"] = [
+                format_value(*row, digits=digits) for row in zip(values, low, high)
+            ]
         else:  # counts may have become floats where one is missing
             places = 0 if re.fullmatch(r"n|n_.*|.*_n", name) else digits
             shown[name] = [format_value(value, digits=places) for value in values]
@@ -124,12 +177,16 @@ def display_table(frame, digits=2) -> pd.DataFrame:
 
 
 def write_table(frame, stem, folder, caption="", note="", *, digits=2) -> dict[str, Path]:
-    """Write `stem`.csv (every column, full precision), .md and .tex (as `display_table`) into folder; their paths."""
+    """Write `stem`.csv (every column, full precision), .md and .tex (as `display_table`) into
+    folder; their paths."""
     paths = files_of(stem, folder, ("csv", "md", "tex"))
     flat, shown = _flat(frame), display_table(frame, digits)
     numeric = [pd.api.types.is_numeric_dtype(flat[name]) for name in _without_bounds(flat)]
-    texts = {"csv": csv_text(flat), "md": _markdown(shown, numeric, caption, note),
-             "tex": _latex(shown, numeric, caption, note, stem)}
+    texts = {
+        "csv": csv_text(flat),
+        "md": _markdown(shown, numeric, caption, note),
+        "tex": _latex(shown, numeric, caption, note, stem),
+    }
     for kind, text in texts.items():
         write_bytes(paths[kind], text.encode("utf-8"))
     return paths
@@ -145,15 +202,21 @@ def files_of(stem, folder, kinds) -> dict[str, Path]:
 def csv_text(frame) -> str:
     """A frame without its index as CSV, rows ended by a line feed."""
     text = frame.to_csv(index=False, lineterminator="\n")
-    if "\r" in text:  # which the csv module need not quote, but every reader takes for the end of a row
+    if (
+        "\r" in text
+    ):  # which the csv module need not quote, but every reader takes for the end of a row
         text = frame.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     return text
 
 
 def _without_bounds(frame) -> list[str]:
     """The columns less the x_low and x_high that belong to a column x."""
-    bounds = {f"{name}{end}" for name in frame for end in ("_low", "_high")
-              if {f"{name}_low", f"{name}_high"} <= set(frame)}
+    bounds = {
+        f"{name}{end}"
+        for name in frame
+        for end in ("_low", "_high")
+        if {f"{name}_low", f"{name}_high"} <= set(frame)
+    }
     return [name for name in frame if name not in bounds]
 
 
@@ -170,7 +233,9 @@ def _markdown(shown, numeric, caption, note):
     def line(cells):
         return "| " + " | ".join(map(escaped, cells)) + " |"
 
-    def escaped(cell):  # backslashes before a pipe are doubled, else they would escape the one that escapes it
+    def escaped(
+        cell,
+    ):  # backslashes before a pipe are doubled, else they would escape the one that escapes it
         return re.sub(r"(\\*)\|", r"\1\1\|", re.sub(r"\r\n|\r|\n", " ", str(cell)))
 
     lines = [f"**{caption}**", ""] if caption else []
@@ -182,53 +247,90 @@ def _markdown(shown, numeric, caption, note):
 def _latex(shown, numeric, caption, note, stem):
     def line(cells):
         text = " & ".join(str(cell).translate(_LATEX) for cell in cells) + r" \\"
-        return "{}" + text if text.startswith("[") else text  # else an argument of the row end before it
+        return (
+            "{}" + text if text.startswith("[") else text
+        )  # else an argument of the row end before it
 
     alignment = "".join("r" if right else "l" for right in numeric)
-    return "\n".join([
-        r"% needs \usepackage{booktabs}", r"\begin{table}", r"\centering", r"\small",
-        *([rf"\caption{{{caption.translate(_LATEX)}}}"] if caption else []),
-        rf"\label{{tab:{stem}}}", rf"\begin{{tabular}}{{{alignment}}}", r"\toprule", line(shown.columns), r"\midrule",
-        *map(line, shown.itertuples(index=False)), r"\bottomrule", r"\end{tabular}",
-        *([rf"\par\smallskip{{\footnotesize {note.translate(_LATEX)}}}"] if note else []), r"\end{table}"]) + "\n"
+    return (
+        "\n".join(
+            [
+                r"% needs \usepackage{booktabs}",
+                r"\begin{table}",
+                r"\centering",
+                r"\small",
+                *([rf"\caption{{{caption.translate(_LATEX)}}}"] if caption else []),
+                rf"\label{{tab:{stem}}}",
+                rf"\begin{{tabular}}{{{alignment}}}",
+                r"\toprule",
+                line(shown.columns),
+                r"\midrule",
+                *map(line, shown.itertuples(index=False)),
+                r"\bottomrule",
+                r"\end{tabular}",
+                *([rf"\par\smallskip{{\footnotesize {note.translate(_LATEX)}}}"] if note else []),
+                r"\end{table}",
+            ]
+        )
+        + "\n"
+    )
 
 
-# --- the paper's values -----------------------------------------------------------------------------------
+# --- the paper's values ---------------------------------------------------------------------------
+
 
 def paper_value(table, model, column, **keys) -> float:
     """A value the paper prints, NaN where it has none for this model.
 
-    `paper_values.json` names each table's columns and keys; the key class is written `class_`. ValueError, naming what
-    there is, for a table, column or key that the paper does not have."""
+    `paper_values.json` names each table's columns and keys; the key class is written `class_`.
+    ValueError, naming what there is, for a table, column or key that the paper does not have."""
     tables = paper()["tables"]
     if str(table) not in tables:
-        raise ValueError(f"the paper's values are kept of tables {', '.join(tables)}, not {table!r}")
+        raise ValueError(
+            f"the paper's values are kept of tables {', '.join(tables)}, not {table!r}"
+        )
     names, columns, rows = (tables[str(table)][part] for part in ("keys", "columns", "rows"))
     keys = {name.rstrip("_"): value for name, value in keys.items()}
-    wanted, known = "|".join(str(keys.get(name)) for name in names[1:]), {row.split("|", 1)[1] for row in rows}
+    wanted, known = (
+        "|".join(str(keys.get(name)) for name in names[1:]),
+        {row.split("|", 1)[1] for row in rows},
+    )
     if column not in columns or set(keys) != set(names[1:]) or wanted not in known:
-        raise ValueError(f"Table {table} has the columns {', '.join(columns)} and, by {', '.join(names[1:])}, the rows "
-                         f"{', '.join(sorted(known))}; got {column!r} and {keys}")
+        raise ValueError(
+            f"Table {table} has the columns {', '.join(columns)} and, by {', '.join(names[1:])}, "
+            f"the rows "
+            f"{', '.join(sorted(known))}; got {column!r} and {keys}"
+        )
     row = rows.get(f"{_ALIASES.get(model, model)}|{wanted}")
     value = row[columns.index(column)] if row else None
     return np.nan if value is None else float(value)
 
 
 def without_empty_paper_columns(frame: pd.DataFrame) -> pd.DataFrame:
-    """Columns of the paper's values (`..._paper`) are dropped where it has none; ours stay, undefined or not."""
-    return frame.drop(columns=[name for name in frame if name.endswith("_paper") and frame[name].isna().all()])
+    """Columns of the paper's values (`..._paper`) are dropped where it has none; ours stay,
+    undefined or not."""
+    return frame.drop(
+        columns=[name for name in frame if name.endswith("_paper") and frame[name].isna().all()]
+    )
 
 
 def paper_notes(table, model) -> list[str]:
-    """What to know about the paper's printed values of a table for a model (misprints); nothing for other models."""
+    """What to know about the paper's printed values of a table for a model (misprints); nothing for
+    other models."""
     model = _ALIASES.get(model, model)
     if model not in PAPER_MODELS:
         return []
-    return list(dict.fromkeys(note["text"] for note in paper()["notes"]
-                              if str(note["table"]) == str(table) and note["model"] in ("*", model)))
+    return list(
+        dict.fromkeys(
+            note["text"]
+            for note in paper()["notes"]
+            if str(note["table"]) == str(table) and note["model"] in ("*", model)
+        )
+    )
 
 
 @cache
 def paper() -> dict:
-    """`paper_values.json`: the values of the paper's tables, notes on misprints, its experimental settings."""
+    """`paper_values.json`: the values of the paper's tables, notes on misprints, its experimental
+    settings."""
     return json.loads(Path(__file__).with_name("paper_values.json").read_text("utf-8"))

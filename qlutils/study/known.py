@@ -1,9 +1,9 @@
 """Facts that a model knows: it answers at least `known_prompts` of their prompts greedily.
 
 They are looked for in the seeded order of each relation until `facts_per_relation` are found, or
-that many times `SCAN_PER_FACT` were looked at. What was looked at is kept beside the model's results, so that every notebook of a run uses the same
-facts and only the first one needs the model. Models know different facts: tables that put models
-side by side rest on other facts for each.
+that many times `SCAN_PER_FACT` were looked at. What was looked at is kept beside the model's
+results, so that every notebook of a run uses the same facts and only the first one needs the model.
+Models know different facts: tables that put models side by side rest on other facts for each.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import asdict
 import pandas as pd
 
 from qlutils import paths
-from qlutils.facts import (Fact, seeded_order)
-from qlutils.files import (as_frame, locked, read_metadata, read_table, sha256, write_table)
+from qlutils.facts import Fact, seeded_order
+from qlutils.files import as_frame, locked, read_metadata, read_table, sha256, write_table
 
 UNIT_FACTS = 32
 SCAN_PER_FACT = 32  # a relation of which less than one fact in 32 is known may stay short
@@ -27,7 +27,7 @@ def count_known(lm, unit: list[dict]) -> pd.DataFrame:
 
     A row a fact: fact, relation, queries (its prompts), answered (greedy decoding gives the whole
     answer). What cannot be read is not answered."""
-    from qlutils.change.rows import (score_queries)
+    from qlutils.change.rows import score_queries
 
     facts, encoded, owner = [Fact(**record) for record in unit], [], []
     for place, fact in enumerate(facts):
@@ -39,23 +39,31 @@ def count_known(lm, unit: list[dict]) -> pd.DataFrame:
                 continue
     exact = score_queries(lm, encoded).exact if encoded else []
     answered = Counter(place for place, right in zip(owner, exact) if right)
-    return pd.DataFrame({
-        "fact": [fact.id for fact in facts], "relation": [fact.relation for fact in facts],
-        "queries": [len(fact.prompts) for fact in facts],
-        "answered": [answered[place] for place in range(len(facts))]})
+    return pd.DataFrame(
+        {
+            "fact": [fact.id for fact in facts],
+            "relation": [fact.relation for fact in facts],
+            "queries": [len(fact.prompts) for fact in facts],
+            "answered": [answered[place] for place in range(len(facts))],
+        }
+    )
 
 
 count_known.VERSION = 1
+
 
 def check_known_prompts(known_prompts: int, facts: list[Fact], name="known_prompts") -> None:
     """ValueError for a number of prompts that is none, or that no fact has."""
     most = max(len(fact.prompts) for fact in facts)
     if isinstance(known_prompts, bool) or not isinstance(known_prompts, int) or known_prompts < 0:
-        raise ValueError(f"{name} {known_prompts!r}: want a number of prompts, at least 0 "
-                         "(0: all facts)")
+        raise ValueError(
+            f"{name} {known_prompts!r}: want a number of prompts, at least 0 (0: all facts)"
+        )
     if known_prompts > most:
-        raise ValueError(f"{name} {known_prompts}: no fact of this data has more than {most} "
-                         f"prompts; want at most {most}")
+        raise ValueError(
+            f"{name} {known_prompts}: no fact of this data has more than {most} "
+            f"prompts; want at most {most}"
+        )
 
 
 def known_facts(study) -> tuple[list[Fact], pd.DataFrame]:
@@ -67,8 +75,10 @@ def known_facts(study) -> tuple[list[Fact], pd.DataFrame]:
     path = study.root / "results" / paths.slug(study.model) / "known_facts.parquet"
     if (scanned := _read(path, study, every)) is None:
         if not study.may_scan:
-            raise ValueError(f"which facts {study.model} knows was not looked for with these "
-                             "parameters; run notebook 01")
+            raise ValueError(
+                f"which facts {study.model} knows was not looked for with these "
+                "parameters; run notebook 01"
+            )
         # another method's notebook may be looking
         with locked(path.with_name(".known_facts.lock"), math.inf):
             if (scanned := _read(path, study, every)) is None:
@@ -82,7 +92,8 @@ def known_facts(study) -> tuple[list[Fact], pd.DataFrame]:
             f"{study.model} answers at least known_prompts={study.known_prompts} prompts of none "
             f"of the {len(scanned)} facts of {study.data}; it answers {answered.sum()} of "
             f"{queries} queries, at most {answered.max()} of one fact: lower known_prompts, or "
-            "take other facts or another model")
+            "take other facts or another model"
+        )
     facts = [fact for fact in every if fact.id in kept]
     return facts, by_relation(scanned, every, study.known_prompts)
 
@@ -98,8 +109,11 @@ def by_relation(scanned: pd.DataFrame, every: list[Fact], known_prompts: int) ->
 
 
 def _inputs(study, every) -> dict:
-    return {**study.origin(every), "known_prompts": study.known_prompts,
-            "facts_per_relation": study.facts_per_relation}
+    return {
+        **study.origin(every),
+        "known_prompts": study.known_prompts,
+        "facts_per_relation": study.facts_per_relation,
+    }
 
 
 def _read(path, study, every) -> pd.DataFrame | None:
@@ -127,8 +141,11 @@ def _scan(study, every) -> pd.DataFrame:
         known = parts[-1]["answered"] >= study.known_prompts
         for relation, count in known.groupby(parts[-1]["relation"]).sum().items():
             found[relation] += count
-        waiting = {relation: rest[len(rest[:ask]):] for relation, rest in waiting.items()
-                   if found[relation] < wanted}
+        waiting = {
+            relation: rest[len(rest[:ask]) :]
+            for relation, rest in waiting.items()
+            if found[relation] < wanted
+        }
     scanned = pd.concat(parts, ignore_index=True)
     known = scanned["answered"] >= study.known_prompts
     return scanned.assign(kept=known & (known.groupby(scanned["relation"]).cumsum() <= wanted))
@@ -140,5 +157,5 @@ def _units(every, seed) -> dict[str, list[list[dict]]]:
     for relation in dict.fromkeys(fact.relation for fact in every):
         facts = [fact for fact in every if fact.relation == relation]
         ordered = [asdict(facts[place]) for place in seeded_order(facts, relation, seed)]
-        units[relation] = [ordered[i:i + UNIT_FACTS] for i in range(0, len(ordered), UNIT_FACTS)]
+        units[relation] = [ordered[i : i + UNIT_FACTS] for i in range(0, len(ordered), UNIT_FACTS)]
     return units

@@ -2,6 +2,7 @@
 
 Present and valid means done, so a run that was stopped at any moment goes on where it was.
 """
+
 import importlib
 import json
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from qlutils import paths
-from qlutils.files import (StoreError, as_frame, canonical, locked, read_table, sha256, write_table)
+from qlutils.files import StoreError, as_frame, canonical, locked, read_table, sha256, write_table
 
 UNIT_FACTS = 24  # batches of equal lengths are full from there on
 UNIT_FLOPS = {"cpu": 1e13, "cuda": 1e15}  # a unit: about a minute, on two cores and on a GPU
@@ -26,20 +27,32 @@ RESULTS_VERSION = 1
 _BUSY = threading.Lock()  # a model carries hooks: one task at a time in a process
 
 
-def run_units(task, model_name, units, config=None, *, root, desc, device=None, dtype=None, client=None,
-              info=None):
-    """DataFrame of the rows of `task(lm, unit, **config)` over all units, in order; a unit is computed once.
+def run_units(
+    task,
+    model_name,
+    units,
+    config=None,
+    *,
+    root,
+    desc,
+    device=None,
+    dtype=None,
+    client=None,
+    info=None,
+):
+    """DataFrame of the rows of `task(lm, unit, **config)` over all units, in order; a unit is
+    computed once.
 
-    task: a top-level function returning a DataFrame (columns of numbers, text, lists of numbers). Its
-        `VERSION` stands for its code: units of another version are computed again.
+    task: a top-level function returning a DataFrame (columns of numbers, text, lists of numbers).
+        Its `VERSION` stands for its code: units of another version are computed again.
     units: lists of JSON-able dicts. config: JSON-able keyword arguments of `task`.
-    client: a dask.distributed client whose workers compute; default: the scheduler that QLUTILS_SCHEDULER
-        names; without one, units are computed here, one after the other.
+    client: a dask.distributed client whose workers compute; default: the scheduler that
+        QLUTILS_SCHEDULER names; without one, units are computed here, one after the other.
     root: the run's folder; a unit with a valid file in `<root>/units` is read, not computed.
     info: a dict to fill with the model's identity and the counts.
 
-    StoreError: the folder cannot be written, or another run is computing the same. Whatever `task` raises comes
-    through, and finished units stay.
+    StoreError: the folder cannot be written, or another run is computing the same. Whatever `task`
+    raises comes through, and finished units stay.
     """
     folder = Path(root) / "units"
     units, config = json.loads(canonical(list(units))), json.loads(canonical(config or {}))
@@ -47,8 +60,14 @@ def run_units(task, model_name, units, config=None, *, root, desc, device=None, 
     job = (f"{task.__module__}:{task.__qualname__}", model_name, device, dtype)
     who = client.submit(identity, *job[1:], pure=False).result() if client else identity(*job[1:])
     # by the task's name, not its module's: code that moves within the package keeps its results
-    same = {"task": task.__qualname__, "fingerprint": who["fingerprint"], "device": who["device"], "dtype": who["dtype"],
-            "config": config, "version": task_version(task)}
+    same = {
+        "task": task.__qualname__,
+        "fingerprint": who["fingerprint"],
+        "device": who["device"],
+        "dtype": who["dtype"],
+        "config": config,
+        "version": task_version(task),
+    }
     keys = [sha256({**same, "unit": unit}) for unit in units]
     files, tables = {key: folder / f"{key}.parquet" for key in keys}, {}
 
@@ -61,13 +80,20 @@ def run_units(task, model_name, units, config=None, *, root, desc, device=None, 
     if len(tables) < len(files):
         with locked(folder / f".{sha256(same)[:16]}.lock"), _resumable(folder, desc) as done:
             read(absent)  # what another run has finished since
-            todo = [(*job, unit, config, files[key], key) for key, unit in dict(zip(keys, units)).items()
-                    if key not in tables]
-            for key in _progress(_compute(todo, client, who["threads"]), desc, len(files), len(tables)):
+            todo = [
+                (*job, unit, config, files[key], key)
+                for key, unit in dict(zip(keys, units)).items()
+                if key not in tables
+            ]
+            for key in _progress(
+                _compute(todo, client, who["threads"]), desc, len(files), len(tables)
+            ):
                 tables[key], problem = read_table(files[key], key)
                 if tables[key] is None:
-                    raise StoreError(f"{files[key]} was just written, but: {problem}. Check the disk, and "
-                                     "that every worker sees this folder")
+                    raise StoreError(
+                        f"{files[key]} was just written, but: {problem}. Check the disk, and "
+                        "that every worker sees this folder"
+                    )
                 done.append(key)
     if info is not None:
         info.update(who, units=len(files), computed=len(todo), version=same["version"])
@@ -76,7 +102,7 @@ def run_units(task, model_name, units, config=None, *, root, desc, device=None, 
 
 def cached_model(name, device=None, dtype=None):
     """The process's one loaded model, loaded anew when the files of a local one have changed."""
-    from qlutils.study.notebook import (model_content)
+    from qlutils.study.notebook import model_content
 
     local = str(name).startswith("demo/") or paths.is_local(name)
     return _loaded(name, device, dtype, model_content(name) if local else None)
@@ -85,21 +111,27 @@ def cached_model(name, device=None, dtype=None):
 @lru_cache(maxsize=1)
 def _loaded(name, device, dtype, content):
     """QLUTILS_THREADS, if set, fixes torch's number of threads."""
-    from qlutils.model.language_model import (load_model)
+    from qlutils.model.language_model import load_model
 
     if os.environ.get("QLUTILS_THREADS"):
         import torch
+
         torch.set_num_threads(int(os.environ["QLUTILS_THREADS"]))
     return load_model(name, device=device, dtype=dtype)
 
 
 def identity(model_name, device=None, dtype=None):
-    """What results owe to the model: fingerprint, device kind, dtype; and the process's number of threads."""
+    """What results owe to the model: fingerprint, device kind, dtype; and the process's number of
+    threads."""
     lm = cached_model(model_name, device, dtype)
     lm.check_untouched()
     torch = sys.modules.get("torch")
-    return {"fingerprint": lm.fingerprint, "device": lm.device.type,
-            "dtype": str(lm.dtype).removeprefix("torch."), "threads": torch.get_num_threads() if torch else 1}
+    return {
+        "fingerprint": lm.fingerprint,
+        "device": lm.device.type,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads() if torch else 1,
+    }
 
 
 @cache
@@ -117,12 +149,15 @@ def code_versions():
 
 
 def task_version(task):
-    """The integer that stands for the code of `task` in a unit's key; ValueError where it has none."""
+    """The integer that stands for the code of `task` in a unit's key; ValueError where it has
+    none."""
     version = getattr(task, "VERSION", None)
     if type(version) is not int:
         name = task.__qualname__
-        raise ValueError(f"task {name} has no VERSION, so results of an older code could be taken for its "
-                         f"own: write {name}.VERSION = 1 below it, and raise it when its numbers change")
+        raise ValueError(
+            f"task {name} has no VERSION, so results of an older code could be taken for its "
+            f"own: write {name}.VERSION = 1 below it, and raise it when its numbers change"
+        )
     return version
 
 
@@ -153,7 +188,10 @@ def _compute(todo, client, threads):
             yield _work(*item)
         return
     from distributed import as_completed
-    for future in as_completed([client.submit(_work, *item, threads, pure=False) for item in todo], loop=client.loop):
+
+    for future in as_completed(
+        [client.submit(_work, *item, threads, pure=False) for item in todo], loop=client.loop
+    ):
         yield future.result()
 
 
@@ -162,7 +200,9 @@ def _work(task, model_name, device, dtype, unit, config, file, key, threads=None
     module, name = task.split(":")
     with _BUSY:
         lm = cached_model(model_name, device, dtype)
-        if threads and "torch" in sys.modules:  # float sums depend on it: workers use as many as the caller
+        if (
+            threads and "torch" in sys.modules
+        ):  # float sums depend on it: workers use as many as the caller
             sys.modules["torch"].set_num_threads(threads)
         try:
             frame = getattr(importlib.import_module(module), name)(lm, unit, **config)
@@ -175,10 +215,13 @@ def _work(task, model_name, device, dtype, unit, config, file, key, threads=None
 
 @contextmanager
 def _resumable(folder, desc):
-    """Say how to go on when interrupted; SIGTERM ends a run as Ctrl-C does, with nothing half-written."""
+    """Say how to go on when interrupted; SIGTERM ends a run as Ctrl-C does, with nothing
+    half-written."""
     done = []
-    ours = (threading.current_thread() is threading.main_thread()
-            and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    )
 
     def stop(*_):
         raise SystemExit(128 + signal.SIGTERM)
@@ -188,8 +231,11 @@ def _resumable(folder, desc):
     try:
         yield done
     except (KeyboardInterrupt, SystemExit):
-        print(f"{desc}: stopped; {len(done)} new units are kept in {folder}, the same command resumes",
-              file=sys.stderr)
+        print(
+            f"{desc}: stopped; {len(done)} new units are kept in {folder}, the same command "
+            f"resumes",
+            file=sys.stderr,
+        )
         raise
     finally:
         if ours:
@@ -199,8 +245,16 @@ def _resumable(folder, desc):
 def _progress(keys, desc, total, initial):
     """A bar on a terminal and in JupyterLab; under the driver, a file says what a bar would."""
     note, started = os.environ.get("QLUTILS_PROGRESS"), time.time()
-    bar = tqdm(keys, desc=desc, total=total, initial=initial, unit="unit", disable=bool(note), mininterval=1,
-               delay=0 if sys.stderr.isatty() else 5)  # a short run leaves no bar in a notebook
+    bar = tqdm(
+        keys,
+        desc=desc,
+        total=total,
+        initial=initial,
+        unit="unit",
+        disable=bool(note),
+        mininterval=1,
+        delay=0 if sys.stderr.isatty() else 5,
+    )  # a short run leaves no bar in a notebook
 
     def say(done):
         left = None
@@ -223,4 +277,5 @@ def _client(address):
     if not address:
         return None
     from distributed import Client
+
     return Client(address, set_as_default=False)

@@ -2,11 +2,11 @@
 
     python tests/benchmarks/bench_editing.py [model] [facts]
 
-The plain way edits the weights, evaluates the edit's queries (q_i, its neighbours, 20 locality queries) in
-one padded batch, and restores. It is timed twice: with a single teacher-forced pass, from which an expert reads
-everything, and as one would write it down: greedy decoding by `generate` for the answers, and that pass for
-their probabilities.
-Times are of the process (all cores) and of the clock; ratios of the clock.
+The plain way edits the weights, evaluates the edit's queries (q_i, its neighbours, 20 locality
+queries) in one padded batch, and restores. It is timed twice: with a single teacher-forced pass,
+from which an expert reads everything, and as one would write it down: greedy decoding by `generate`
+for the answers, and that pass for their probabilities. Times are of the process (all cores) and of
+the clock; ratios of the clock.
 """
 
 import sys
@@ -16,11 +16,11 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-from qlutils import (edit_weights, load_facts, load_model, perplexity)
-from qlutils.facts import (perplexity_texts)
-from qlutils.experiments.kn_modification import (edit_facts, plan_edits)
-from qlutils.change.editing import (usable_texts)
-from qlutils.experiments.localize import (localise_unit)
+from qlutils import edit_weights, load_facts, load_model, perplexity
+from qlutils.change.editing import usable_texts
+from qlutils.experiments.kn_modification import edit_facts, plan_edits
+from qlutils.experiments.localize import localise_unit
+from qlutils.facts import perplexity_texts
 
 SETS = {"local": None, "global": None, "cas": {}}
 
@@ -72,8 +72,13 @@ def evaluate(lm, encoded):
     logits = lm.model(input_ids=ids, attention_mask=mask).logits
     found = []
     for row, (p, a) in enumerate(encoded):
-        log_p, gold = torch.log_softmax(logits[row, len(p) - 1 : len(p) - 1 + len(a)], -1), torch.tensor(a)
-        found.append((bool((log_p.argmax(-1) == gold).all()), float(log_p.gather(1, gold[:, None]).sum())))
+        log_p, gold = (
+            torch.log_softmax(logits[row, len(p) - 1 : len(p) - 1 + len(a)], -1),
+            torch.tensor(a),
+        )
+        found.append(
+            (bool((log_p.argmax(-1) == gold).all()), float(log_p.gather(1, gold[:, None]).sum()))
+        )
     return found
 
 
@@ -104,9 +109,12 @@ def main(name="demo/gpt2", count=24, tokens=64):
     ):
         slow, slow_cpu, rows = clock(lambda: plain(lm, plans, generate))
         print(
-            f"  {label + ':':35} {slow:6.2f} s clock, {slow_cpu:6.2f} s process, {slow / wall:.1f} times ours"
+            f"  {label + ':':35} {slow:6.2f} s clock, {slow_cpu:6.2f} s process, "
+            f"{slow / wall:.1f} times ours"
         )
-    at = np.cumsum([0] + [len(plan["prompts"]) for plan in plans for _ in range(2 * len(plan["edits"]))])
+    at = np.cumsum(
+        [0] + [len(plan["prompts"]) for plan in plans for _ in range(2 * len(plan["edits"]))]
+    )
     chosen = [plan["query"] for plan in plans for _ in range(2 * len(plan["edits"]))]
     gap = np.abs(np.log(frame["p_after"]) - rows[at[:-1] + chosen, 1]).max()
     print(f"  largest difference of log P at q_i: {gap:.1e}")

@@ -1,10 +1,12 @@
-"""Attribution on a GPU at the true shapes of the paper's models: `python tests/benchmarks/bench_gpu.py [--shapes ...]`.
+"""Attribution on a GPU at the true shapes of the paper's models: `python
+tests/benchmarks/bench_gpu.py [--shapes ...]`.
 
-Weights are random and made on the device, nothing is downloaded; plain torch, transformers and this package are enough.
-For each shape and method, a unit of a run as `localise` computes it, from text to the frame that is stored: milliseconds a
-query at T tokens, TFLOP/s reached, its share of the device's own matmul rate (8,192 rows through the MLP's first matrix),
-and peak memory. Prints a table and, with --output, writes it as Markdown. Without a GPU it says so and does nothing,
-unless --device cpu asks for a rehearsal.
+Weights are random and made on the device, nothing is downloaded; plain torch, transformers and this
+package are enough. For each shape and method, a unit of a run as `localise` computes it, from text
+to the frame that is stored: milliseconds a query at T tokens, TFLOP/s reached, its share of the
+device's own matmul rate (8,192 rows through the MLP's first matrix), and peak memory. Prints a
+table and, with --output, writes it as Markdown. Without a GPU it says so and does nothing, unless
+--device cpu asks for a rehearsal.
 """
 
 import argparse
@@ -17,19 +19,26 @@ import transformers
 from bench_attribution import NoTokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from qlutils.attribution.attribute import (METHODS)
-from qlutils.facts import (Fact)
-from qlutils.experiments.localize import (localise_unit)
-from qlutils.model.language_model import (LanguageModel)
-from qlutils.driver.plan import (SHAPES, query_flops)
-from qlutils.attribution.quadrature import (RULES)
+from qlutils.attribution.attribute import METHODS
+from qlutils.attribution.quadrature import RULES
+from qlutils.driver.plan import SHAPES, query_flops
+from qlutils.experiments.localize import localise_unit
+from qlutils.facts import Fact
+from qlutils.model.language_model import LanguageModel
 
 CONFIGS = {
     "gpt2": GPT2Config(),
     "meta-llama/Llama-2-7b-hf": LlamaConfig(),  # its defaults are LLaMA-2-7B's shape
     "meta-llama/Meta-Llama-3-8B": LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-        vocab_size=128256, max_position_embeddings=8192, rope_parameters=dict(rope_type="default", rope_theta=500000.0)),
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+        rope_parameters=dict(rope_type="default", rope_theta=500000.0),
+    ),
 }
 FACTS, PROMPTS = {"ig": 20, "sig": 3, "amig": 20}, 7  # a unit of a run
 
@@ -38,13 +47,21 @@ class Numbers(NoTokenizer):
     """Text is token ids: "17 5" is the tokens 17 and 5."""
 
     def __call__(self, text, **_):
-        return type("Ids", (), {"input_ids": [int(word) for word in text.split() if word.isdigit()]})
+        return type(
+            "Ids", (), {"input_ids": [int(word) for word in text.split() if word.isdigit()]}
+        )
 
 
 def facts(count, tokens):
-    """`count` facts of `PROMPTS` prompts of `tokens` tokens and an answer of one, as `localise_unit` takes them."""
-    ids = torch.randint(1, 30000, (count, PROMPTS, tokens), generator=torch.Generator().manual_seed(0)).tolist()
-    return [asdict(Fact("P1", str(i), "5", tuple(" ".join(map(str, one)) for one in prompts))) for i, prompts in enumerate(ids)]
+    """`count` facts of `PROMPTS` prompts of `tokens` tokens and an answer of one, as
+    `localise_unit` takes them."""
+    ids = torch.randint(
+        1, 30000, (count, PROMPTS, tokens), generator=torch.Generator().manual_seed(0)
+    ).tolist()
+    return [
+        asdict(Fact("P1", str(i), "5", tuple(" ".join(map(str, one)) for one in prompts)))
+        for i, prompts in enumerate(ids)
+    ]
 
 
 def clock(function, device, repeats):
@@ -66,7 +83,9 @@ def matmul_rate(device, dtype, width, inner):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--device", default="cuda")
@@ -84,9 +103,14 @@ def main():
         return
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    lines = [f"{name}, {args.dtype} weights, T = {args.tokens}, rule {args.rule}, m = {args.steps}, "
-             f"torch {torch.__version__}, transformers {transformers.__version__}; random weights at the models' shapes", "",
-             "| shape | method | ms a query | TFLOP/s | of the matmul rate | peak memory, GB |", "| --- | --- | --: | --: | --: | --: |"]
+    lines = [
+        f"{name}, {args.dtype} weights, T = {args.tokens}, rule {args.rule}, m = {args.steps}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}; random weights at "
+        f"the models' shapes",
+        "",
+        "| shape | method | ms a query | TFLOP/s | of the matmul rate | peak memory, GB |",
+        "| --- | --- | --: | --: | --: | --: |",
+    ]
     print("\n".join(lines), flush=True)
     for shape in args.shapes:
         torch.manual_seed(0)
@@ -99,10 +123,17 @@ def main():
             spec = dict(method=method, rule=args.rule, steps=args.steps, row_budget=args.row_budget)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            seconds = clock(lambda: localise_unit(lm, unit, **spec), device, args.repeats) / (PROMPTS * len(unit))
+            seconds = clock(lambda: localise_unit(lm, unit, **spec), device, args.repeats) / (
+                PROMPTS * len(unit)
+            )
             speed = query_flops(SHAPES[shape], method, args.steps, args.tokens) / seconds
-            peak = f"{torch.cuda.max_memory_allocated() / 1e9:.0f}" if device.type == "cuda" else "–"
-            lines.append(f"| `{shape}` | `{method}` | {1e3 * seconds:,.1f} | {speed / 1e12:,.2f} | {speed / rate:.0%} | {peak} |")
+            peak = (
+                f"{torch.cuda.max_memory_allocated() / 1e9:.0f}" if device.type == "cuda" else "–"
+            )
+            lines.append(
+                f"| `{shape}` | `{method}` | {1e3 * seconds:,.1f} | {speed / 1e12:,.2f} | "
+                f"{speed / rate:.0%} | {peak} |"
+            )
             print(lines[-1], flush=True)
         del lm, model
         if device.type == "cuda":

@@ -1,4 +1,5 @@
-"""Which rule finds the converged knowledge neurons: `python tests/benchmarks/bench_rules.py [options]`.
+"""Which rule finds the converged knowledge neurons: `python tests/benchmarks/bench_rules.py
+[options]`.
 
 For each model and method: the KN sets (t = 0.2) of queries that the model answers and of queries
 that it does not, by each rule against Clenshaw-Curtis with 257 nodes (after alpha = u**3); the
@@ -13,10 +14,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from qlutils import (knowledge_neurons, load_facts, load_model)
-from qlutils.attribution.attribute import (METHODS, Spec, attribute_encoded)
-from qlutils.attribution.quadrature import (REFERENCE)
-from qlutils.change.rows import (score_queries)
+from qlutils import knowledge_neurons, load_facts, load_model
+from qlutils.attribution.attribute import METHODS, Spec, attribute_encoded
+from qlutils.attribution.quadrature import REFERENCE
+from qlutils.change.rows import score_queries
 
 RULES = (
     Spec(rule="right", steps=20),
@@ -64,13 +65,21 @@ def rows(lm, name, method, kind, queries):
         base = base or seconds
         same = [len(a & b) / len(a | b) if a | b else 1.0 for a, b in zip(sets, wanted)]
         settled = np.nan if found.converged is None else float(found.converged.float().mean())
-        table.append({
-            "model": name, "method": method, "queries": kind, "n": len(queries),
-            "rule": rule.rule if settled == settled else f"{rule.rule} {rule.steps}",
-            "evaluations": float(found.evaluations.mean()), "Jaccard": np.mean(same),
-            "5th percentile": np.percentile(same, 5), "converged": settled,
-            "time / paper's rule": seconds / base, "gap of the reference": gap,
-        })
+        table.append(
+            {
+                "model": name,
+                "method": method,
+                "queries": kind,
+                "n": len(queries),
+                "rule": rule.rule if settled == settled else f"{rule.rule} {rule.steps}",
+                "evaluations": float(found.evaluations.mean()),
+                "Jaccard": np.mean(same),
+                "5th percentile": np.percentile(same, 5),
+                "converged": settled,
+                "time / paper's rule": seconds / base,
+                "gap of the reference": gap,
+            }
+        )
     return table
 
 
