@@ -26,7 +26,7 @@ if not _chosen:
         )
 
 _HOME = {
-    "load_model": "model.language_model",
+    "load_model": "model.loading",
     "LanguageModel": "model.language_model",
     "UnsupportedModel": "model.architecture",
     "Fact": "facts",

@@ -448,7 +448,7 @@ def fetch_inputs(jobs):
         corpora += [known["corpus"]] if "corpus" in known else []
     for model in dict.fromkeys(models):
         if not model.startswith("demo/"):  # bundled
-            from qlutils.model.language_model import fetch_model
+            from qlutils.model.loading import fetch_model
 
             fetch_model(model)
     for corpus in dict.fromkeys(corpora):

@@ -20,10 +20,10 @@ from qlutils.attribution.integrate import Paths
 from qlutils.attribution.quadrature import RULES, quadrature
 from qlutils.change.rows import Change, score_queries, score_rows
 from qlutils.change.synapses import Row, column_scores, run_rows
-from qlutils.model import passes as replay
-from qlutils.model.attention import exact_attention
+from qlutils.model import answer as replay
+from qlutils.model.attention import exact_attention, prefix_attention
 from qlutils.model.language_model import LanguageModel
-from qlutils.model.passes import clean_pass, prefix_attention
+from qlutils.model.passes import clean_pass
 
 EOS, BOS = 0, 1
 # Families whose attention, in transformers' own code, rounds to float32 whatever the model's dtype.

@@ -12,7 +12,7 @@ import transformers
 from families import MORE, REFUSED, SUPPORTED
 from test_attribution import Naive, keeping_float64
 from test_readme import README, table
-from tiny import CACHE, Family, tiny_model, word_tokenizer
+from tiny import Family, tiny_model, word_tokenizer
 
 from qlutils import edit_weights, scale_neurons, scale_synapses
 from qlutils.attribution.attribute import Spec, attribute_encoded
@@ -262,8 +262,7 @@ def test_scaled_neurons_find_the_prompt_through_the_parts_around_the_text_model(
     for lm in twins:
         with scale_neurons(lm, NEURONS, 3.0), torch.no_grad():
             first = lm.model(input_ids=ids, attention_mask=mask, use_cache=True)
-            cache = getattr(first, CACHE)
-            second = lm.model(input_ids=later, attention_mask=longer, **{CACHE: cache})
+            second = lm.model(input_ids=later, attention_mask=longer, cache=first.cache)
             written = lm.model.generate(
                 input_ids=ids,
                 attention_mask=mask,

@@ -41,7 +41,7 @@ WHERE = {"results": "RESULTS_VERSION in qlutils/study/store.py"} | {
 
 @cache
 def model():
-    from qlutils.model.language_model import load_model
+    from qlutils.model.loading import load_model
 
     return load_model("demo/gpt2", device="cpu", dtype="float64")
 

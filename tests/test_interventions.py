@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import pytest
 import torch
-from tiny import CACHE, FAMILIES, tiny_lm
+from tiny import FAMILIES, tiny_lm
 
 from qlutils import answer_probability, attribute, scale_neurons
 from qlutils.change import rows
@@ -236,13 +236,13 @@ def test_generation_is_scaled_at_the_last_prompt_token_and_all_later_ones(family
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "name", sorted({CACHE, "past_key_values"})
+    "name", ["cache", "past_key_values"]
 )  # transformers takes the old name, too
 def test_a_call_that_continues_a_cache_is_later_throughout(name):
     lm, prompt, later = tiny_lm("llama3"), [10, 11, 12, 13], [14, 15, 16]
     with scale_neurons(lm, NEURONS, 4.0):
         first = lm.model(input_ids=torch.tensor([prompt]), use_cache=True)
-        second = lm.model(input_ids=torch.tensor([later]), **{name: first[CACHE]})
+        second = lm.model(input_ids=torch.tensor([later]), **{name: first.cache})
     with by_hand(lm, "llama3", NEURONS, 4.0, len(prompt) - 1):
         expected = lm.model(input_ids=torch.tensor([prompt + later])).logits
     torch.testing.assert_close(second.logits, expected[:, -3:])

@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from tiny import GPTJ_METHOD, tiny_lm, trusted
+from tiny import tiny_lm, trusted
 from torch import nn
 
 from qlutils import (
@@ -30,15 +30,13 @@ from qlutils import (
 from qlutils.change import rows, synapses
 from qlutils.change.rows import Change
 from qlutils.change.scaling import greedy_answers, scaled_answer_probabilities
-from qlutils.model import attention
+from qlutils.model import answer, attention
 from qlutils.model import passes as replay
 
 FAMILIES = ("gpt2", "llama3", "opt", "gptj", "neox", "gemma2", "bloom")
 ATTENTION = tuple(
     family for family in FAMILIES if family != "bloom"
 )  # BLOOM's attention cannot be replaced
-METHOD = ("gptj",) if GPTJ_METHOD else ()  # attention replaced by another road than the interface
-INTERFACE = tuple(family for family in ATTENTION if family not in METHOD)
 NEURONS, OTHERS = {(0, 3), (1, 7), (1, 9), (2, 0)}, {(1, 7), (1, 9), (0, 5)}  # they overlap
 PROMPTS, ANSWERS = ["10 11 12", "20 21 22 23"], ["13 14", "24"]
 IDS = torch.tensor([[10, 11, 12, 13]])
@@ -108,7 +106,7 @@ def state(lm):
     for name, module in lm.model.named_modules():
         for kind in HOOKS:
             found[f"{kind} of {name}"] = list(getattr(module, kind))
-        found[f"controls of {name}"] = (list(attention._CONTROLS.get(module, ())), module.training)
+        found[f"controls of {name}"] = (list(attention.ACTIVE), module.training)
         found[f"dictionary of {name}"] = {
             key: id(value)
             for key, value in vars(module).items()
@@ -166,10 +164,9 @@ CONTEXTS = {
         FAMILIES,
         lambda lm: attention.Control(factors(lm, 0.0)).on(lm.model, lm.layers),
     ),
-    "replaced_methods": (METHOD, lambda lm: attention.replaced_methods(lm.layers, "attn._attn")),
     "attention_implementation": (
-        INTERFACE,
-        lambda lm: replay.attention_implementation(lm.model, attention.NAME),
+        ATTENTION,
+        lambda lm: attention.attention_implementation(lm.model, attention.EXACT),
     ),
     "replaying": (FAMILIES, replay.replaying),
     "scoring": (FAMILIES, rows.scoring),
@@ -312,7 +309,7 @@ def interrupted_everywhere(lm, run, monkeypatch, methods):
     [
         case
         for case in CASES
-        if case[0] in PUBLIC or "control" in case[0].lower() or case[0] == "replaced_methods"
+        if case[0] in PUBLIC or "control" in case[0].lower()
     ],
 )
 def test_an_interrupt_while_a_context_is_entered_undoes_what_it_began(name, family, monkeypatch):
@@ -521,8 +518,8 @@ def test_an_attribution_that_fails_while_gradients_flow_back_leaves_the_model_as
 ):
     lm = model(family)
     for where, name in (
-        (replay.AnswerProbability, "backward"),
-        (replay.AnswerProbability, "forward"),
+        (answer.AnswerProbability, "backward"),
+        (answer.AnswerProbability, "forward"),
     ):
         for error in (RuntimeError("on purpose"), KeyboardInterrupt("on purpose")):
             with unchanged(lm), monkeypatch.context() as patch:

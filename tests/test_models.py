@@ -13,10 +13,8 @@ import pytest
 import torch
 import transformers
 from tiny import (
-    CACHE,
     FAMILIES,
     GPT,
-    GPTJ_METHOD,
     SMALL,
     save_checkpoint,
     tiny_lm,
@@ -35,10 +33,11 @@ from qlutils import (
     scale_neurons,
 )
 from qlutils.model import architecture as arch
-from qlutils.model import language_model as models
+from qlutils.model import loading
 from qlutils.model.architecture import UnsupportedModel
 from qlutils.model.check import sharply
-from qlutils.model.language_model import BUNDLED, LanguageModel
+from qlutils.model.language_model import LanguageModel
+from qlutils.model.loading import BUNDLED
 from qlutils.study import store
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -83,7 +82,6 @@ def test_rows_share_the_prefix_in_every_family_that_can(family):
         "opt",
         "opt-350m",
         "granite-swa",
-        *["gptj", "codegen"] * GPTJ_METHOD,
     ]
     for dtype in DTYPES:
         assert tiny_lm(family, dtype).layout == ("batch" if family in slow else "sequence"), dtype
@@ -188,7 +186,7 @@ def test_a_model_that_looks_ahead_is_refused():
     model.forward = lambda input_ids, **kwargs: forward(
         input_ids,
         **kwargs,
-        **({} if CACHE in kwargs else {"attention_mask": bidirectional(input_ids)}),
+        **({} if "cache" in kwargs else {"attention_mask": bidirectional(input_ids)}),
     )
     with pytest.raises(UnsupportedModel, match="looks-ahead: not causal"):
         LanguageModel(model, word_tokenizer(), "looks-ahead")
@@ -415,7 +413,7 @@ def test_a_folder_with_an_adapter_is_refused(alone, tmp_path):
 def test_a_hub_model_with_an_adapter_is_refused(tmp_path, monkeypatch):
     (tmp_path / "adapter_config.json").write_text("{}")
     held = {"adapter_config.json": str(tmp_path / "adapter_config.json")}
-    monkeypatch.setattr(models, "cached_file", lambda source, file, **_: held.get(file))
+    monkeypatch.setattr(loading, "cached_file", lambda source, file, **_: held.get(file))
     with pytest.raises(ValueError, match="some-one/tuned holds an adapter.*merge it first"):
         load_model("some-one/tuned", device="cpu")
 

@@ -28,7 +28,7 @@ from qlutils import facts as data
 from qlutils import paths, run
 from qlutils.driver import plan
 from qlutils.model import pretrained
-from qlutils.model.language_model import BUNDLED
+from qlutils.model.loading import BUNDLED
 
 ROOT = Path(__file__).resolve().parents[1]
 README, LIST = (

@@ -473,7 +473,7 @@ def cut_short(file):
         ),
         (
             lambda patch, folder: patch.setattr(
-                "qlutils.model.language_model.snapshot_download", unreachable
+                "qlutils.model.loading.snapshot_download", unreachable
             ),
             "model 'some/model'.*no route",
         ),

@@ -347,7 +347,7 @@ def test_only_the_loaders_of_facts_texts_and_models_download():
         if isinstance(node, ast.Call)
         and fetching & {dotted(node.func), dotted(node.func).split(".")[-1]}
     }
-    assert found == {"qlutils/facts.py", "qlutils/model/language_model.py"}
+    assert found == {"qlutils/facts.py", "qlutils/model/loading.py"}
 
 
 # --- parameters -----------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from tiny import CACHE, GPTJ_METHOD
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -168,7 +167,7 @@ def test_an_architecture_without_the_interface_is_refused_by_name():
     before = falcon.model.config._attn_implementation
     with pytest.raises(UnsupportedModel, match="falcon"), scale_synapses(falcon, set(), 0.0):
         pass
-    assert falcon.model.config._attn_implementation == before and not attention._CONTROLS
+    assert falcon.model.config._attn_implementation == before and not attention.ACTIVE
 
 
 # --- finding synapses -----------------------------------------------------------------------------
@@ -257,37 +256,12 @@ def edited_eager(lm, ids, chosen, factor, renormalise, shift=0):
     "factor,renormalise", [(0.0, False), (2.0, False), (0.0, True), (0.5, True)]
 )
 def test_scaling_a_column_is_editing_the_softmax_matrix(lm, factor, renormalise):
-    if lm.name == "gptj" and GPTJ_METHOD:
-        pytest.skip("GPT-J computes attention in its own method here; see the next test")
     chosen = {(0, 0, 1), (2, 0, 1), (3, 1, 0), (6, 2, 3)}
     with scale_synapses(lm, chosen, factor, renormalise=renormalise):
         ours = logits(lm, [PROMPT])
     expected = edited_eager(lm, [PROMPT], chosen, factor, renormalise)
     assert torch.allclose(ours, expected, atol=1e-11 * float(expected.abs().max()), rtol=0)
     assert not torch.allclose(ours, logits(lm, [PROMPT]), atol=1e-4)
-
-
-@pytest.mark.skipif(
-    not GPTJ_METHOD, reason="GPT-J is on the attention interface since transformers 5.24"
-)
-def test_gptj_is_changed_through_its_own_attention_method():
-    lm = make("gptj")
-    chosen, factor = {(0, 0, 1), (2, 1, 3)}, 0.0
-    with scale_synapses(lm, chosen, factor):
-        ours = logits(lm, [PROMPT])
-    for layer, block in enumerate(lm.layers):
-        original = block.attn._attn
-
-        def patched(query, key, value, mask, layer=layer, original=original):
-            _, a = original(query, key, value, mask)
-            for column, l, head in chosen:
-                if l == layer:
-                    a[:, head, :, column] *= factor
-            return a @ value, a
-
-        block.attn._attn = patched
-    expected = logits(lm, [PROMPT])
-    assert torch.allclose(ours, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
 
 
 def test_columns_count_prompt_tokens_on_either_padding_side_and_with_a_cache(lm):
@@ -312,7 +286,7 @@ def test_columns_count_prompt_tokens_on_either_padding_side_and_with_a_cache(lm)
             )
         first = lm.model(input_ids=torch.tensor([PROMPT[:4]]), use_cache=True)
         rest = [
-            lm.model(input_ids=torch.tensor([[token]]), **{CACHE: first[CACHE]}).logits[0]
+            lm.model(input_ids=torch.tensor([[token]]), cache=first.cache).logits[0]
             for token in PROMPT[4:]
         ]
         cached = torch.cat([first.logits[0], *rest])
@@ -366,7 +340,7 @@ def test_contexts_compose_and_leave_no_trace_even_after_an_error(lm):
         with scale_synapses(lm, b, 0.0):
             raise RuntimeError("on purpose")
     assert torch.equal(own, logits(lm, [PROMPT]))
-    assert lm.model.config._attn_implementation == before and not attention._CONTROLS
+    assert lm.model.config._attn_implementation == before and not attention.ACTIVE
     assert not any(part._forward_pre_hooks for part in lm.model.modules())
 
 

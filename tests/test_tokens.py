@@ -10,7 +10,7 @@ import pytest
 import test_attribution
 import torch
 from test_attribution import Naive
-from tiny import CACHE, SPECIAL, tiny_lm, word_tokenizer
+from tiny import SPECIAL, tiny_lm, word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
 from qlutils import attribute, load_facts, perplexity
@@ -141,7 +141,7 @@ def by_passes(lm, prompt, answer):
     and in a pass that continues the cache of all but the prompt's last token."""
     whole, start = torch.tensor([[*prompt, *answer[:-1]]]), len(prompt) - 1
     cached = lm.model(whole[:, :start], use_cache=True)
-    rest = lm.model(whole[:, start:], **{CACHE: cached[CACHE]}).logits[0]
+    rest = lm.model(whole[:, start:], cache=cached.cache).logits[0]
     own = [
         lm.model(whole[:, : len(prompt) + k], use_cache=False).logits[0, -1]
         for k in range(len(answer))

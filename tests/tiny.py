@@ -5,7 +5,6 @@ The place of each family's MLP is written down here, on purpose not taken from
 `qlutils.model.architecture`.
 """
 
-import inspect
 import json
 from dataclasses import dataclass, field
 
@@ -18,13 +17,6 @@ from qlutils.model.language_model import LanguageModel
 
 VOCABULARY = 97
 SPECIAL = ("<eos>", "<bos>", "<unk>", "<mask>")
-# transformers 5.24 renamed the cache and took GPT-J's attention to its interface.
-CACHE = (
-    "cache"
-    if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters
-    else "past_key_values"
-)
-GPTJ_METHOD = hasattr(transformers.models.gptj.modeling_gptj.GPTJAttention, "_attn")
 SMALL = dict(
     vocab_size=VOCABULARY,
     hidden_size=32,

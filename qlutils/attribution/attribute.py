@@ -25,6 +25,7 @@ from torch import Tensor
 from qlutils.attribution.integrate import integrate
 from qlutils.attribution.quadrature import RULES
 from qlutils.change.rows import score_queries
+from qlutils.model.answer import final_logits
 from qlutils.model.passes import (
     SITES,
     clean_pass,
@@ -196,7 +197,8 @@ def _attribute(lm, queries, spec, names) -> Attribution:
             on_device([item[place] for item in batch], device) for place in range(1, 5)
         )
         clean = clean_pass(lm, ids, spec.site)
-        p_clean = torch.softmax(clean.logits, -1).gather(1, target[:, None])[:, 0]
+        logits = final_logits(lm, clean.inputs[lm.num_layers][:, -1])
+        p_clean = torch.softmax(logits, -1).gather(1, target[:, None])[:, 0]
         starts = _baselines(lm, ids, [length for length, *_ in batch], spec)
         found = integrate(lm, clean, target, starts, p_clean, spec)
         # no two tokens of one answer share a batch: they have prompts of different lengths
@@ -207,7 +209,7 @@ def _attribute(lm, queries, spec, names) -> Attribution:
         if converged is not None:
             converged[query] &= found.converged.to(device)
         probability[query] *= p_clean
-        known[query] &= clean.logits.argmax(-1) == target
+        known[query] &= logits.argmax(-1) == target
     if spec.answer == "first":
         whole = score_queries(lm, queries)
         probability = torch.from_numpy(np.exp(whole.log_probability)).to(probability)

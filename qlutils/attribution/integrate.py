@@ -19,17 +19,17 @@ from torch import Tensor
 
 from qlutils.attribution.bisection import Coordinate, Integral, Intervals, bisect
 from qlutils.attribution.quadrature import fixed_plan
+from qlutils.model.answer import answer_probabilities, final_logits
 from qlutils.model.architecture import UnsupportedModel
 from qlutils.model.passes import (
     CleanPass,
-    answer_probabilities,
-    hooked,
     on_device,
     replaying,
     run_layer,
     site_module,
     start_rows,
 )
+from qlutils.model.trace import edited
 
 ROUNDING = 4  # units in the last place by which a probability may be off: bfloat16 has 8 bits
 
@@ -51,13 +51,13 @@ class Paths:
     @classmethod
     def of(cls, lm, clean: CleanPass, starts: Tensor | None, spec) -> Paths:
         """From the baselines `starts` (Q, B, L, N), None standing for zero."""
-        w = torch.stack(clean.neurons, 1)[:, None]  # (Q, 1, L, N)
+        w = torch.cat([*clean.neurons.values()], 1)[:, None]  # (Q, 1, L, N)
         starts = torch.zeros_like(w) if starts is None else starts
         begin = [starts[:, :, layer] for layer in range(lm.num_layers)]
         if spec.site == "pre_activation":
-            end = [one[:, None] for one in clean.neurons]
+            end = [*clean.neurons.values()]
         else:
-            end = clean.written
+            end = [*clean.written.values()]
             with torch.no_grad():
                 begin = [down(one) for down, one in zip(lm.downs, begin)]
         of_w = spec.method == "amig" and spec.amig_factor == "w"
@@ -220,7 +220,8 @@ class _Batch:
             [one.probability.unflatten(1, (layers, -1)).mT for one in found], 1
         )  # (Q, 2B, L)
         end = torch.stack(found[0].end, 1)[:, None].expand(-1, baselines, -1, -1)
-        p_end = torch.softmax(self.clean.logits, -1).gather(1, self.target[:, None])
+        logits = final_logits(lm, self.clean.inputs[layers][:, -1])
+        p_end = torch.softmax(logits, -1).gather(1, self.target[:, None])
         p_end = p_end[..., None].expand(-1, baselines, layers)
         gradient = torch.stack([*gradient.to(end).chunk(2, 1), end], 3).flatten(0, 2)  # (K, 3, W)
         probability = torch.stack([*probability.chunk(2, 1), p_end], 3).flatten(0, 2)
@@ -407,7 +408,7 @@ def _grow(lm, clean, rows, slots, with_clean, site):
             leaves.append(leaf)
             if hidden is not None:
                 watched = [site_module(lm, layer, site)] if with_clean else []
-                with hooked(module.register_forward_hook(keep(layer)) for module in watched):
+                with edited(watched, after=keep(layer)):
                     hidden = run_layer(lm, clean, layer, hidden)
             if leaf.shape[1]:
                 new = start_rows(lm, clean, layer, leaf, site)

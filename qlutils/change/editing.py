@@ -75,7 +75,7 @@ def edit_weights(
         by_layer.setdefault(layer, []).append(index)
     views = {layer: _editable(lm, layer) for layer in by_layer}
     this = _Written(delta, {})
-    active = lm.__dict__.setdefault("edits", [])
+    active = lm.edits
     try:
         active.append(this)
         with torch.no_grad():
@@ -278,7 +278,7 @@ def encode_entries(lm, texts, max_tokens) -> list[tuple[list[int], list[int]]]:
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"a text must be a string, got {type(text).__name__}: {text!r}")
-        ids = lm._tokenize(text)[:max_tokens]
+        ids = lm.tokenize(text)[:max_tokens]
         if len(ids) <= first:
             raise ValueError(
                 f"text {text[:60]!r} has fewer than two tokens, so nothing of it can be scored; "
@@ -295,4 +295,4 @@ def encode_entries(lm, texts, max_tokens) -> list[tuple[list[int], list[int]]]:
 
 def usable_texts(lm, texts, min_tokens=MIN_TOKENS) -> list[str]:
     """The texts of at least `min_tokens` tokens: the entries that perplexity may be measured on."""
-    return [text for text in texts if len(lm._tokenize(text)) >= min_tokens]
+    return [text for text in texts if len(lm.tokenize(text)) >= min_tokens]

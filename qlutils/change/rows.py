@@ -20,21 +20,13 @@ from numbers import Real
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from qlutils.model.answer import token_scores
 from qlutils.model.architecture import UnsupportedModel
-from qlutils.model.attention import with_cache
 from qlutils.model.check import sharply
-from qlutils.model.passes import (
-    call_layer,
-    computing,
-    final_hidden,
-    hooked,
-    to_logits,
-    within_memory,
-)
+from qlutils.model.passes import CleanPass, clean_pass, computing, run_rows, within_memory
+from qlutils.model.trace import hooked
 
-LOGITS = 2**23  # logits held at once
 CPU_TOKENS = 2048  # tokens of a batch on a CPU; from 1,024 on the time is flat
 
 
@@ -76,33 +68,6 @@ class Scores:
     greedy: list[list[int]]
 
 
-@dataclass
-class _Shared:
-    """What all rows of Q queries of equal length share, from one clean pass."""
-
-    calls: list[tuple[tuple, dict]]  # each layer's call arguments after the hidden state
-    inputs: list[Tensor]  # L + 1 tensors (Q, S, d): each layer's input, and the last one's output
-    neurons: dict[int, Tensor]  # (Q, S, N) of the layers in which rows begin to differ
-    prefix: _RowCache | None
-
-
-class _RowCache:
-    """Stands in for the key-value cache: gives each row the clean prefix of its query and is never
-    written to."""
-
-    def __init__(self, layers):
-        self.layers, self.index = layers, None  # index (R,): the query of each row
-
-    def update(self, key, value, layer_idx, *_, **__):
-        old_key, old_value = self.layers[layer_idx]  # (Q, Hkv, P, dh)
-        return torch.cat([old_key[self.index], key], -2), torch.cat(
-            [old_value[self.index], value], -2
-        )
-
-    def get_seq_length(self, layer_idx=0):
-        return self.layers[layer_idx][0].shape[-2]
-
-
 @torch.no_grad()
 def score_rows(lm, queries, rows, *, everywhere=False, tokens=None) -> Scores:
     """Score `rows`, pairs (index into `queries`, `Change` or None).
@@ -112,7 +77,7 @@ def score_rows(lm, queries, rows, *, everywhere=False, tokens=None) -> Scores:
     are computed once."""
     lm.check_ready()
     with computing(lm):
-        if not lm.__dict__.get("rows_verified"):
+        if "rows" not in lm.passed:
             _verify(lm)
     plan: dict[tuple, list[int]] = {}
     for place, (query, change) in enumerate(rows):
@@ -150,7 +115,7 @@ def score_queries(lm, queries, **options) -> Scores:
 
 
 def _scales(lm):
-    return [change for change in lm.__dict__.get("scales", ()) if change.by_layer]
+    return [change for change in lm.scales if change.by_layer]
 
 
 def token_budget(lm) -> int:
@@ -167,7 +132,7 @@ def token_budget(lm) -> int:
 def _score_group(lm, queries, members, by_query, prefix, size, out) -> None:
     ids = torch.tensor([[*queries[q][0], *queries[q][1][:-1]] for q in members], device=lm.device)
     starts = {change.start for q in members for change, _ in by_query[q] if change}
-    shared = _clean(lm, ids, prefix, starts)
+    shared = clean_pass(lm, ids, prefix=prefix, layers=starts)
     low = min([change.start for change in _scales(lm)], default=lm.num_layers)
     rows = [
         (local, change, min(low, change.start if change else lm.num_layers), places)
@@ -191,47 +156,7 @@ def _score_group(lm, queries, members, by_query, prefix, size, out) -> None:
         _read(lm, hidden[who, at], scored, [places for *_, places in part], out)
 
 
-def _clean(lm, ids, prefix, starts) -> _Shared:
-    """Run the `prefix` first tokens of `ids` into a cache, then the rest, recording how each layer
-    is called and the neurons of the layers `starts`."""
-    cache = None
-    if prefix:
-        cache = DynamicCache()
-        lm.model.base_model(
-            input_ids=ids[:, :prefix], use_cache=True, **with_cache(lm.model.base_model, cache)
-        )
-        kept = _RowCache([(layer.keys, layer.values) for layer in cache.layers])
-    calls, inputs, last, neurons = [], [], [], {}
-    length = ids.shape[1] - prefix
-
-    def keep(layer):
-        return lambda _, inputs: neurons.__setitem__(
-            layer, inputs[0].reshape(-1, length, lm.num_neurons)
-        )
-
-    def before(_, args, kwargs):
-        inputs.append(args[0] if args else kwargs["hidden_states"])
-        calls.append((tuple(args[1:]), {k: v for k, v in kwargs.items() if k != "hidden_states"}))
-
-    def watched():
-        for layer in lm.layers:
-            yield layer.register_forward_pre_hook(before, with_kwargs=True)
-        for layer in starts:
-            yield lm.downs[layer].register_forward_pre_hook(keep(layer))
-        yield lm.layers[-1].register_forward_hook(
-            lambda _, __, output: last.append(output[0] if isinstance(output, tuple) else output)
-        )
-
-    with hooked(watched()):
-        lm.model.base_model(
-            input_ids=ids[:, prefix:],
-            use_cache=bool(prefix),
-            **with_cache(lm.model.base_model, cache),
-        )
-    return _Shared(calls, [*inputs, last[0]], neurons, kept if prefix else None)
-
-
-def _grow(lm, shared: _Shared, rows, prompt_ends, who, at) -> Tensor:
+def _grow(lm, shared: CleanPass, rows, prompt_ends, who, at) -> Tensor:
     """(R, S, d) output of the last layer for `rows`, sorted by the layer in which they leave the
     clean pass; of use at the scored places only, tokens `at` of rows `who`, since nothing after the
     last attention looks elsewhere."""
@@ -254,17 +179,7 @@ def _grow(lm, shared: _Shared, rows, prompt_ends, who, at) -> Tensor:
             few = layer == lm.num_layers - 1 and 2 * len(who) < hidden.shape[0] * hidden.shape[1]
             scored = (who, at) if few and lm.arch.mlps[layer] is not None else None
             with _changed(lm, layer, rows[:running], prompt_ends, scored):
-                if shared.prefix is not None:
-                    shared.prefix.index = index[:running]
-                hidden = call_layer(
-                    lm,
-                    layer,
-                    hidden,
-                    shared.calls[layer],
-                    shared.prefix,
-                    len(shared.inputs[0]),
-                    index[:running],
-                )
+                hidden = run_rows(lm, shared, layer, hidden, index[:running])
     return hidden
 
 
@@ -385,13 +300,8 @@ def _read(lm, picked, queries, places, out: Scores) -> None:
     `queries`."""
     counts = [len(target) for _, target in queries]
     target = torch.tensor([token for _, tokens in queries for token in tokens], device=lm.device)
-    size, log_p, best = max(1, LOGITS // lm.arch.head.weight.shape[0]), [], []
-    for part, gold in zip(picked.split(size), target.split(size)):
-        logits = lm.arch.head(final_hidden(lm, part)).to(lm.score_dtype)
-        logits, _ = to_logits(logits, lm.arch.scale, lm.arch.softcap)
-        log_p.append(logits.gather(1, gold[:, None])[:, 0] - torch.logsumexp(logits, -1))
-        best.append(logits.argmax(-1))
-    log_p, best = torch.cat(log_p).double().cpu().numpy(), torch.cat(best).cpu().numpy()
+    log_p, best = token_scores(lm, picked, target)
+    log_p, best = log_p.double().cpu().numpy(), best.cpu().numpy()
     if not np.isfinite(log_p).all():
         prompt, _ = queries[
             int(np.searchsorted(np.cumsum(counts), np.flatnonzero(~np.isfinite(log_p))[0], "right"))
@@ -421,7 +331,7 @@ def _verify(lm) -> None:
     queries = [(row[:3], row[3:]) for row in ids.tolist()]
     nothing, again = Change(lm, [(0, 0)], 1.0), Change(lm, [(0, 0)], 1.0)
     rows = [(1, nothing), (0, nothing), (1, again)]  # not as many as queries, nor in their order
-    lm.rows_verified = True  # from here on `score_rows` may be called; taken back if it fails
+    lm.passed.add("rows")  # from here on `score_rows` may be called; taken back if it fails
     try:
         with sharply(lm) as tolerance:
             logits = lm.model(input_ids=ids[:, :-1], use_cache=False).logits[:, -1]
@@ -437,7 +347,7 @@ def _verify(lm) -> None:
                         "would be scored wrongly"
                     )
     except BaseException:
-        lm.rows_verified = False
+        lm.passed.discard("rows")
         raise
 
 
@@ -445,7 +355,7 @@ def _verify(lm) -> None:
 def scoring(lm):
     """Inside, the hooks of `interventions.scale_neurons` rest: `score_rows` applies what is active
     itself."""
-    outer, lm.scoring = lm.__dict__.get("scoring"), True
+    outer, lm.scoring = lm.scoring, True
     try:
         yield
     finally:

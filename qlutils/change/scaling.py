@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from qlutils.change.rows import Change, score_queries, score_rows
-from qlutils.model.attention import cache_of, forward_passes, tokens_of
+from qlutils.model.attention import forward_passes, tokens_of
 
 
 def answer_probability(lm, prompts, answers, *, answer="all") -> Tensor:
@@ -79,7 +79,7 @@ def scale_neurons(lm, neurons, factor):
     lm.check_ready()
     change = Change(lm, neurons, factor)
     watch = _Watch(lm, change)
-    active = lm.__dict__.setdefault("scales", [])
+    active = lm.scales
     try:
         active.append(change)
         watch.start()
@@ -138,7 +138,7 @@ class _Watch:
         return run
 
     def _before(self, call):
-        tokens, mask, cache = tokens_of(call), call.get("attention_mask"), cache_of(call)
+        tokens, mask, cache = tokens_of(call), call.get("attention_mask"), call["cache"]
         if tokens is None:  # the model says so itself
             return
         batch, length = tokens.shape[:2]
@@ -170,7 +170,7 @@ class _Watch:
 
     def _scaler(self, index):
         def hook(_, inputs):
-            if self.lm.__dict__.get("scoring"):  # `score_rows` applies the active scales itself
+            if self.lm.scoring:  # `score_rows` applies the active scales itself
                 return None
             if self.reach is None:
                 raise ValueError(

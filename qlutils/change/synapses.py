@@ -22,19 +22,18 @@ from torch import Tensor
 from qlutils.attribution.attribute import Spec, attribute_encoded
 from qlutils.change.rows import check_factor, refuse_numbers, token_budget
 from qlutils.facts import prompt_tokens
+from qlutils.model.answer import AnswerProbability
 from qlutils.model.architecture import UnsupportedModel, describe
-from qlutils.model.attention import NAME, Control, replaced_methods
+from qlutils.model.attention import EXACT, Control, attention_implementation
 from qlutils.model.check import differ, sharply
 from qlutils.model.language_model import whole_numbers
 from qlutils.model.passes import (
-    AnswerProbability,
-    attention_implementation,
     computing,
     full_precision,
-    hooked,
     neuron_vectors,
     within_memory,
 )
+from qlutils.model.trace import hooked
 
 SCORES = ("sum", "visible_mean")
 # What is scaled for a query, beside its own synapses S and those of an irrelevant query S_ir.
@@ -65,17 +64,14 @@ def controlled(lm, factors=None, renormalise=False, observe=None):
 
 
 def _exact(lm):
-    method = getattr(lm.arch, "attention_method", None)
-    return (
-        replaced_methods(lm.layers, method) if method else attention_implementation(lm.model, NAME)
-    )
+    return attention_implementation(lm.model, EXACT)
 
 
 @torch.no_grad()
 def _check_replaceable(lm) -> None:
     """Refuse a model unless each of its layers reports an attention matrix and its own logits come
     out; once a model."""
-    if getattr(lm, "_attention_checked", False):
+    if "attention" in lm.passed:
         return
     ids = torch.randint(
         0,
@@ -91,7 +87,7 @@ def _check_replaceable(lm) -> None:
             f"{lm.name} ({lm.model.config.model_type}): its attention can be neither read nor "
             f"changed exactly ({problem}); notebooks 05 and 06 need another model"
         )
-    lm._attention_checked = True
+    lm.passed.add("attention")
 
 
 def _replacement_error(lm, ids) -> str:

@@ -38,13 +38,13 @@ def model_shape(name: str) -> tuple:
     the paper's table."""
     from transformers import AutoConfig
 
-    from qlutils.model.language_model import _source
+    from qlutils.model.loading import find_source
 
     if name in PRETRAINED_SHAPES:
         return PRETRAINED_SHAPES[name]
     bundled_or_file = name.startswith("demo/") or paths.is_gguf_path(name)
     folder = Path(
-        _source(name) if bundled_or_file else name
+        find_source(name) if bundled_or_file else name
     ).expanduser()  # a plan needs no weights
     if name in SHAPES and not folder.is_dir():
         return SHAPES[name]
@@ -114,9 +114,9 @@ def matmul_rate(
     seconds."""
     import torch
 
-    from qlutils.model.language_model import _device
+    from qlutils.model.loading import find_device
 
-    device = _device(device)
+    device = find_device(device)
     kind = getattr(torch, dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     rows = 512 if device.type == "cpu" else 8192
     a = torch.randn(rows, shape[1], device=device, dtype=kind)

@@ -12,7 +12,7 @@ import numpy as np
 
 from qlutils.explorer import fact as ex
 from qlutils.facts import load_facts
-from qlutils.model.language_model import BUNDLED
+from qlutils.model.loading import BUNDLED
 from qlutils.neurons.sets import STORE_THRESHOLD
 from qlutils.study import store
 from qlutils.study.notebook import METHODS

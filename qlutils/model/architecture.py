@@ -3,21 +3,21 @@
 The rest of the package sees a model through the `Architecture` found here: its decoder layers, the
 down-projection of each MLP (whose *input* holds the neurons), the modules between the last layer
 and the unembedding, and the elementwise map from unembedding output to logits. What is found is not
-trusted: at load `models.LanguageModel` replays a row through it and compares the logits with the
-model's own.
+trusted: at load `check.verify` replays rows through it and compares them with the model's own.
 """
 
 from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qlutils.model import attention
+from qlutils.model.trace import Call, Trace
 
 # Where the down-projection sits inside a decoder layer, by family.
 DOWN_PROJECTIONS = (
@@ -74,111 +74,72 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Architecture:
-    """The parts of one causal language model.
+    """The parts of one causal language model of L layers.
 
-    `layers` are the decoder layers, `downs` their down-projections, `tail` the modules between the
-    last layer and the unembedding `head`. Logits are `softcap * tanh(scale * head(x) / softcap)`,
-    or `scale * head(x)` where there is no soft cap.
+    `tail` are the modules between the last layer and the unembedding `head`. Logits are
+    `softcap * tanh(scale * head(x) / softcap)`, or `scale * head(x)` where there is no soft cap.
     """
 
     name: str
-    layers: list[nn.Module]
-    downs: list[nn.Module]
-    ups: list[nn.Module]
+    layers: list[nn.Module]  # L decoder layers
+    downs: list[nn.Module]  # L down-projections
+    ups: list[nn.Module]  # L projections whose output is the pre-activation
     mlps: list[nn.Module | None]  # None where the projections sit in the layer itself (OPT)
+    tail: list[nn.Module]
     head: nn.Module
-    num_neurons: int
+    norm_epsilons: list[float | None]  # see `_norm_epsilon`
+    num_neurons: int  # of a layer
     num_heads: int
-    scale: float = 1.0
-    softcap: float | None = None
-    tail: list[nn.Module] = field(default_factory=list)
-    norm_epsilons: list[float | None] = field(default_factory=list)  # see the function of that name
-    uses_attention_interface: bool = True
-    attention_method: str | None = (
-        None  # where a layer computes attention itself, if it can be replaced there
-    )
+    scale: float
+    softcap: float | None
+    uses_attention_interface: bool  # Falcon, BLOOM and GPT-Neo write attention in their own module
 
 
 def find_architecture(model: nn.Module, name: str) -> Architecture:
     """Locate the parts of `model`; `UnsupportedModel` names what is missing."""
-    config = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    _check_kind(model, config, text, name)
+    text = model.config.get_text_config()
+    _refuse_kind(model, text, name)
     if getattr(text, "attn_logit_softcapping", None):
         # Gemma 2 caps its attention scores; transformers' default fused attention silently leaves
         # the cap out.
-        model.set_attn_implementation(attention.NAME)
-    layers = _decoder_layers(model, text.num_hidden_layers, name)
-    downs = [
-        _first(
-            layer,
-            DOWN_PROJECTIONS,
-            f"{name}: layer {i} ({type(layer).__name__})",
-            "down-projection",
-        )
-        for i, layer in enumerate(layers)
-    ]
-    parents = [_parent(layer, down) for layer, down in zip(layers, downs)]
-    ups = [
-        _first(parent, UP_PROJECTIONS, f"{name}: layer {i}", "up-projection")
-        for i, parent in enumerate(parents)
-    ]
+        model.set_attn_implementation(attention.EXACT)
+    stack = _decoder_layers(model, text.num_hidden_layers, name)
+    layers = list(stack)
+    downs = [_first(layer, DOWN_PROJECTIONS, i, name) for i, layer in enumerate(layers)]
+    owners = [_owner(layer, down) for layer, down in zip(layers, downs)]
+    ups = [_first(owner, UP_PROJECTIONS, i, name) for i, owner in enumerate(owners)]
     for what, found in (("layer", layers), ("down-projection", downs), ("up-projection", ups)):
-        if len({id(one) for one in found}) < len(found):
-            raise UnsupportedModel(
-                f"{name}: one {what} module serves several layers, so a change "
-                "of one layer's neurons would be a change of the others' too; "
-                "give each layer modules of its own"
-            )
-    widths = {_in_features(down) for down in downs}
+        _refuse_shared(what, found, name)
+    widths = {down.weight.shape[0] if _is_conv(down) else down.in_features for down in downs}
     if len(widths) != 1:
         raise UnsupportedModel(f"{name}: layers have different numbers of neurons {sorted(widths)}")
-    head = model.get_output_embeddings()
-    if head is None:
-        raise UnsupportedModel(
-            f"{name}: {type(model).__name__} has no unembedding (language-model head)"
-        )
-    matrix = getattr(head, "weight", None)
-    if not isinstance(matrix, Tensor) or matrix.dim() != 2 or not matrix.is_floating_point():
-        kind = type(head).__name__
-        raise UnsupportedModel(
-            f"{name}: its unembedding is a {kind} without a matrix of "
-            "floating-point weights (quantised, or of several steps?); give the "
-            "model in float32 or bfloat16"
-        )
-    if matrix.is_meta:
-        raise UnsupportedModel(
-            f"{name}: its unembedding is offloaded; load the model without "
-            "device_map, or with one that keeps the unembedding on a device"
-        )
+    head = _unembedding(model, name)
+    with refusing(name, "a pass over a few tokens"):
+        tail, epsilons = _watch_a_pass(model, stack, downs, head.weight.device)
+    module = sys.modules[type(layers[0]).__module__]
     return Architecture(
         name=name,
         layers=layers,
         downs=downs,
         ups=ups,
+        mlps=[None if owner is layer else owner for layer, owner in zip(layers, owners)],
+        tail=tail,
         head=head,
-        mlps=[None if parent is layer else parent for layer, parent in zip(layers, parents)],
+        norm_epsilons=epsilons,
         num_neurons=widths.pop(),
         num_heads=text.num_attention_heads,
         scale=_logit_scale(model, text),
         softcap=getattr(text, "final_logit_softcapping", None),
-        # Falcon, BLOOM and GPT-Neo write attention out in their own module; so did GPT-J and
-        # CodeGen before transformers 5.24.
-        uses_attention_interface=hasattr(
-            sys.modules[type(layers[0]).__module__], "ALL_ATTENTION_FUNCTIONS"
-        ),
-        attention_method="attn._attn"
-        if text.model_type == "gptj" and _get(layers[0], "attn._attn")
-        else None,
+        uses_attention_interface=hasattr(module, "ALL_ATTENTION_FUNCTIONS"),
     )
 
 
-def _check_kind(model, config, text, name) -> None:
+def _refuse_kind(model, text, name) -> None:
     """`UnsupportedModel` for a kind of model that has no neurons of its own a layer, or no last
     token that could be replayed."""
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModel(
             f"{name}: an encoder-decoder model; this study needs a causal (decoder-only) one"
         )
@@ -196,7 +157,7 @@ def _check_kind(model, config, text, name) -> None:
         )
 
 
-def _decoder_layers(model, depth, name):
+def _decoder_layers(model, depth, name) -> nn.ModuleList:
     found = [
         module
         for module in model.modules()
@@ -205,33 +166,80 @@ def _decoder_layers(model, depth, name):
         and any(_get(module[0], path) is not None for path in DOWN_PROJECTIONS)
     ]
     if len(found) > 1:  # a vision tower as deep as the decoder
-        found = [layers for layers in found if _runs_on_text(model, layers)]
+        with torch.no_grad(), Trace(stack[0] for stack in found) as trace:
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
+        called = [call.module for call in trace.kept]
+        found = [stack for stack in found if stack[0] in called]
     if not found:
         raise UnsupportedModel(
             f"{name}: found no list of {depth} decoder layers with a down-projection named one of "
             f"{', '.join(DOWN_PROJECTIONS)} ({type(model).__name__})"
         )
-    layers = list(found[0])
     for path in CROSS_ATTENTION:
-        if any(_get(layer, path) is not None for layer in layers):
+        if any(_get(layer, path) is not None for layer in found[0]):
             raise UnsupportedModel(
                 f"{name}: the decoder of an encoder-decoder model ({type(model).__name__}; "
                 f"{path}), whose layers attend to an encoder that a text alone does not have; this "
                 "study needs a causal one"
             )
-    return layers
+    return found[0]
+
+
+def _refuse_shared(what, modules, name) -> None:
+    if len(set(modules)) < len(modules):
+        raise UnsupportedModel(
+            f"{name}: one {what} module serves several layers, so a change of one layer's neurons "
+            "would be a change of the others' too; give each layer modules of its own"
+        )
+
+
+def _unembedding(model, name) -> nn.Module:
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UnsupportedModel(
+            f"{name}: {type(model).__name__} has no unembedding (language-model head)"
+        )
+    matrix = getattr(head, "weight", None)
+    if not isinstance(matrix, Tensor) or matrix.dim() != 2 or not matrix.is_floating_point():
+        raise UnsupportedModel(
+            f"{name}: its unembedding is a {type(head).__name__} without a matrix of "
+            "floating-point weights (quantised, or of several steps?); give the model in float32 "
+            "or bfloat16"
+        )
+    if matrix.is_meta:
+        raise UnsupportedModel(
+            f"{name}: its unembedding is offloaded; load the model without device_map, or with one "
+            "that keeps the unembedding on a device"
+        )
+    return head
 
 
 @torch.no_grad()
-def _runs_on_text(model, layers) -> bool:
-    """Whether `model` runs `layers` when it is given nothing but tokens."""
-    called: list[nn.Module] = []
-    handle = layers[0].register_forward_hook(lambda module, *_: called.append(module))
-    try:
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
-    finally:
-        handle.remove()
-    return bool(called)
+def _watch_a_pass(model, stack, downs, device) -> tuple[list[nn.Module], list[float | None]]:
+    """What a pass over two tokens shows: the modules called between the last decoder layer and the
+    unembedding, in order (the final norm; OPT-350m adds a projection); `_norm_epsilon` of each
+    layer."""
+    around = [*_owner(model, stack).children(), stack[-1]]
+    inside = [part for layer in stack for part in layer.children()]
+    with Trace(around) as of_model, Trace(inside) as of_layers, Trace(downs) as of_downs:
+        model(input_ids=torch.arange(2, device=device)[None], use_cache=False)
+    called = [call.module for call in of_model.kept]
+    tail = called[called.index(stack[-1]) + 1 :]
+    return tail, [_norm_epsilon(call.output, of_layers.kept) for call in of_downs.kept]
+
+
+def _norm_epsilon(written: Tensor, calls: list[Call]) -> float | None:
+    """The epsilon of the norm that what an MLP writes goes through (Gemma 2 and 3, OLMo 2, GLM 4):
+    the module that is given the very tensor `written` that the down-projection made. None where it
+    goes to the residual stream as it is."""
+    for call in calls:
+        if call.args and call.args[0] is written and _epsilon(call.module) is not None:
+            return float(_epsilon(call.module))
+    return None
+
+
+def _epsilon(norm: nn.Module) -> float | None:
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
 def _logit_scale(model, config) -> float:
@@ -243,85 +251,31 @@ def _logit_scale(model, config) -> float:
 def _get(module, path):
     for part in path.split("."):
         module = getattr(module, part, None)
-        if module is None:
-            return None
     return module
 
 
-def _first(module, paths, where, what):
+def _first(module, paths, layer, name) -> nn.Module:
+    """The first of `paths` that `module`, (a part of) a decoder layer, has."""
     for path in paths:
         found = _get(module, path)
         if found is not None:
             return found
-    raise UnsupportedModel(f"{where}: no {what} named one of {', '.join(paths)}")
-
-
-def _parent(layer, child):
-    for module in layer.modules():
-        if any(candidate is child for candidate in module.children()):
-            return module
-
-
-def _in_features(down) -> int:
-    return down.weight.shape[0] if isinstance(down, Conv1D) else down.in_features
-
-
-def tail_modules(model: nn.Module, arch: Architecture, input_ids: Tensor) -> list[nn.Module]:
-    """The modules called between the last decoder layer and the unembedding, in order (the final
-    norm; OPT-350m adds a projection). Found by watching one forward pass instead of by name."""
-    parent = next(
-        m
-        for m in model.modules()
-        if any(
-            isinstance(c, nn.ModuleList) and len(c) and c[0] is arch.layers[0] for c in m.children()
-        )
+    raise UnsupportedModel(
+        f"{name}: layer {layer} ({type(module).__name__}): no projection named one of "
+        f"{', '.join(paths)}"
     )
-    called: list[nn.Module] = []
-    handles = [
-        child.register_forward_hook(lambda module, *_: called.append(module))
-        for child in [*parent.children(), arch.layers[-1]]
-    ]
-    try:
-        with torch.no_grad():
-            model(input_ids=input_ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return called[called.index(arch.layers[-1]) + 1 :]
 
 
-def norm_epsilons(model: nn.Module, arch: Architecture, input_ids: Tensor) -> list[float | None]:
-    """For each layer, the epsilon of the norm that what its MLP writes goes through (Gemma 2 and 3,
-    OLMo 2, GLM 4), None where it goes to the residual stream as it is. The norm is found by
-    watching one forward pass: it is the module that is given the very tensor the down-projection
-    made."""
-    written: dict[int, Tensor] = {}
-    found: list[float | None] = [None] * len(arch.layers)
+def _owner(module: nn.Module, child: nn.Module) -> nn.Module:
+    """The module inside `module` of which `child` is a direct part."""
+    return next(one for one in module.modules() if any(part is child for part in one.children()))
 
-    def keep(layer):
-        return lambda _, __, output: written.__setitem__(layer, output)
 
-    def compare(layer):
-        def hook(module, inputs):
-            epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-            if epsilon is not None and inputs and inputs[0] is written.get(layer):
-                found[layer] = float(epsilon)
+def _is_conv(projection: nn.Module) -> bool:
+    return isinstance(projection, Conv1D)  # GPT-2's: a Linear with its matrix transposed
 
-        return hook
 
-    handles = []
-    try:
-        for layer, (module, down) in enumerate(zip(arch.layers, arch.downs)):
-            handles.append(down.register_forward_hook(keep(layer)))
-            handles += [
-                child.register_forward_pre_hook(compare(layer)) for child in module.children()
-            ]
-        with torch.no_grad():
-            model(input_ids=input_ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+# --- faster modules in place of the model's own ---------------------------------------------------
 
 
 def use_fused_gelu(model: nn.Module) -> None:
@@ -340,63 +294,49 @@ def use_fused_norms(model: nn.Module) -> None:
     they compute and left alone, and so is what a loader or a hook has changed."""
     for module in list(model.modules()):
         for child_name, child in module.named_children():
-            weight, eps = (
-                getattr(child, "weight", None),
-                getattr(child, "variance_epsilon", getattr(child, "eps", None)),
-            )
-            changed = (
-                "forward" in child.__dict__ or child._forward_hooks or child._forward_pre_hooks
-            )
-            if (
-                not type(child).__name__.endswith("RMSNorm")
-                or changed
-                or weight is None
-                or eps is None
-            ):
+            changed = "forward" in child.__dict__ or hooks_of(child)
+            weight, epsilon = getattr(child, "weight", None), _epsilon(child)
+            if not type(child).__name__.endswith("RMSNorm") or changed:
                 continue
-            fused = nn.RMSNorm(weight.shape, eps=eps, device="meta").train(False)
+            if weight is None or epsilon is None:
+                continue
+            fused = nn.RMSNorm(weight.shape, eps=epsilon, device="meta").train(False)
             fused.weight = child.weight
-            x = torch.linspace(-1, 3, weight.numel(), device=weight.device, dtype=weight.dtype)[
-                None
-            ]
-            with torch.no_grad():
-                if torch.allclose(
-                    fused(x), child(x), rtol=4 * torch.finfo(weight.dtype).eps, atol=1e-6
-                ):
-                    setattr(module, child_name, fused)
+            if _compute_the_same(fused, child):
+                setattr(module, child_name, fused)
 
 
-def expand_call_argument(key: str | None, value, batch: int, query_of_row: Tensor):
-    """Make one argument of a decoder layer, captured in a pass over `batch` queries, fit rows of
-    these queries; `query_of_row` (R,).
+@torch.no_grad()
+def _compute_the_same(fused: nn.Module, own: nn.Module) -> bool:
+    weight = own.weight
+    x = torch.linspace(-1, 3, weight.numel(), device=weight.device, dtype=weight.dtype)[None]
+    rounding = 4 * torch.finfo(weight.dtype).eps
+    return torch.allclose(fused(x), own(x), rtol=rounding, atol=1e-6)
+
+
+# --- arguments of decoder layers ------------------------------------------------------------------
+
+
+def pick_call_argument(name: str | None, value, batch: int, queries: Tensor):
+    """One argument of a decoder layer, captured in a pass over `batch` queries, for rows of these
+    queries; `queries` (R,) says which query each row belongs to.
 
     A tensor with an entry for each query (Gemma 4's inputs of each layer, say) gives every row its
-    query's. ALiBi biases (BLOOM, older Falcons) fold the heads into the batch."""
-    if not isinstance(value, Tensor) or value.dim() < 2:  # positions, equal for all rows
-        return value
-    if key == "alibi":
-        return value.unflatten(0, (batch, -1))[query_of_row].flatten(0, 1)
-    if key == "position_bias" or value.shape[0] != batch:  # MPT's ALiBi has a row a head
-        return value
-    if batch > 1 and value.stride(0) != 0:
-        return value[query_of_row]
-    if value.dim() == 4:  # one mask, which all rows see; XGLM counts its rows
-        return value[:1].expand(len(query_of_row), -1, -1, -1)
-    return value[:1]
-
-
-def pick_call_argument(key: str | None, value, batch: int, queries: Tensor):
-    """One captured argument of a decoder layer for some `queries` of the `batch` it was captured
-    for."""
-    if isinstance(value, tuple):
-        return tuple(pick_call_argument(key, one, batch, queries) for one in value)
-    if not isinstance(value, Tensor) or value.dim() < 2:  # positions, equal for all queries
-        return value
-    if key == "alibi":
+    query's. ALiBi biases (BLOOM, older Falcons) fold the heads into the batch; MPT's have a row a
+    head.
+    """
+    if not isinstance(value, Tensor) or value.dim() < 2 or name == "position_bias":
+        return value  # equal for all queries
+    if name == "alibi":
         return value.unflatten(0, (batch, -1))[queries].flatten(0, 1)
-    if key == "position_bias":  # MPT's ALiBi has a row a head
+    if value.shape[0] != batch:
         return value
-    return value[queries] if value.shape[0] == batch else value
+    if batch == 1 or value.stride(0) == 0:  # one for all, which need not be copied
+        return value[:1].expand(len(queries), *value.shape[1:])
+    return value[queries]
+
+
+# --- weights --------------------------------------------------------------------------------------
 
 
 def value_vectors(down: nn.Module) -> Tensor:
@@ -408,7 +348,7 @@ def value_vectors(down: nn.Module) -> Tensor:
         raise UnsupportedModel(
             f"{type(down).__name__}: not a linear projection, so its neurons have no value vectors"
         )
-    return weight if isinstance(down, Conv1D) else weight.T
+    return weight if _is_conv(down) else weight.T
 
 
 def plain_weight(module: nn.Module) -> Tensor:
@@ -451,11 +391,20 @@ def _is_plain(weight: Tensor) -> bool:
     return type(weight) is nn.Parameter and weight.dtype in PLAIN_DTYPES and weight.dim() == 2
 
 
+def hooks_of(module: nn.Module) -> list:
+    """The hooks that run in a module's forward pass."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def package_of(hook) -> str:
+    """The name of the package that a hook comes from."""
+    return (getattr(hook, "__module__", None) or "").split(".")[0]
+
+
 def _is_altered(module: nn.Module) -> bool:
     """Whether code that is neither the module's class nor ours runs in its forward pass."""
-    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-        if (getattr(hook, "__module__", None) or "").split(".")[0] != "qlutils":
-            return True
+    if any(package_of(hook) != "qlutils" for hook in hooks_of(module)):
+        return True
     # accelerate's own moves inputs between devices; where it fetches weights, they are on `meta`
     return "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
 

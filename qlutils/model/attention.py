@@ -1,29 +1,32 @@
-"""An attention that can be watched and changed, the same for every architecture on transformers'
-interface.
+"""Attention written out, the same for every architecture on transformers' interface: it can be
+watched and changed, and rows can share a prefix.
 
-Importing this module registers it as "qlutils_exact", with its mask function: without one a name
-gets no mask, and the softmax silently sees the future. It is what transformers' "eager" computes,
-except that a float64 model keeps float64 (eager rounds the softmax to float32) and that Gemma 2's
-soft cap is kept (the fused "sdpa" leaves it out).
+Importing this module registers two implementations. `EXACT`, with a mask function (without one a
+name gets no mask, and the softmax silently sees the future), is what transformers' "eager"
+computes, except that a float64 model keeps float64 (eager rounds the softmax to float32) and that
+Gemma 2's soft cap is kept (the fused "sdpa" leaves it out). `PREFIX` is for `passes.run_layer`.
 
 Shapes: B rows of a batch, H query heads, Hkv key heads, R attending positions, K attended-to
-positions, C columns."""
+positions, C columns, dh width of a head.
+"""
 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import Cache
 from transformers.masking_utils import eager_mask
 
-NAME = "qlutils_exact"
-_CONTROLS: WeakKeyDictionary[nn.Module, list[tuple[Control, int]]] = WeakKeyDictionary()
+from qlutils.model.trace import hooked
+
+EXACT, PREFIX = "qlutils_exact", "qlutils_prefix"
+ACTIVE: list[Control] = []  # the controls whose contexts are entered, outermost first
+SHARED = threading.local()  # `prefix`: keys and values that the layer now running attends to
 # What the interface's further arguments may say without changing what is computed here: the window
 # is in the mask, positions are in queries and keys, models are evaluated without dropout, and what
 # is not causal is refused at load.
@@ -39,20 +42,9 @@ HARMLESS = {
     "return_dict",
     "token_type_ids",
 }
-_REPLACED: WeakKeyDictionary[nn.Module, int] = (
-    WeakKeyDictionary()
-)  # contexts of `replaced_methods` a module is in
 
 
-def check_arguments(module: nn.Module, others: dict) -> None:
-    """ValueError for an argument of the attention interface that our attention would leave out:
-    logits of attention sinks (`s_aux`), a bias of positions, chosen columns."""
-    for name, value in others.items():
-        if value is not None and value is not False and name not in HARMLESS:
-            raise ValueError(
-                f"the attention of {type(module).__name__} takes {name!r} into "
-                "account, which is not supported"
-            )
+# --- the two implementations ----------------------------------------------------------------------
 
 
 def exact_attention(module, query, key, value, attention_mask, scaling=None, softcap=None, **other):
@@ -60,52 +52,99 @@ def exact_attention(module, query, key, value, attention_mask, scaling=None, sof
 
     query (B, H, R, dh), key and value (B, Hkv, K, dh), Hkv dividing H; attention_mask (B or 1, 1 or
     H, R, K), additive or boolean, None for plain causal. Returns (B, R, H, dh) and the post-softmax
-    weights (B, H, R, K), both after the `Control`s active on `module`. No dropout: models are
-    evaluated."""
-    check_arguments(module, other)
+    weights (B, H, R, K), both after the controls active on `module`.
+    """
+    _check_arguments(module, other)
     (batch, heads, rows, width), kv_heads, columns = query.shape, key.shape[1], key.shape[2]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads * rows, width)
     scores = (grouped @ key.transpose(-1, -2)).view(batch, heads, rows, columns)
-    scores = scores * (width**-0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is None and rows > 1:
-        attention_mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(
-            columns - rows
-        )
+        seen = torch.ones(rows, columns, dtype=torch.bool, device=query.device)
+        attention_mask = seen.tril(columns - rows)
     if attention_mask is not None:
         attention_mask = attention_mask[..., :columns]
-        if (
-            attention_mask.dtype == torch.bool
-        ):  # not infinity: a row of padding may see nothing at all
-            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-        else:
-            scores = scores + attention_mask
-    weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    weights = controlled_weights(module, weights, attention_mask).to(value.dtype)
+    weights = _weights(module, scores, attention_mask, width, scaling, softcap).to(value.dtype)
     out = weights.view(batch, kv_heads, -1, columns) @ value
     return out.view(batch, heads, rows, -1).transpose(1, 2).contiguous(), weights
 
 
-AttentionInterface.register(NAME, exact_attention)
-AttentionMaskInterface.register(NAME, eager_mask)
+def prefix_attention(
+    module, query, key, value, attention_mask, scaling=None, softcap=None, **other
+):
+    """Attention of P independent rows, each over the shared prefix and itself.
+
+    query (Q, H, P, dh), key and value (Q, Hkv, P, dh) of the rows themselves; the prefix's,
+    (Q, Hkv, T - 1, dh), are `SHARED.prefix`. attention_mask (1, 1, 1, T) is the window of a
+    sliding-window layer. Returns (Q, P, H, dh).
+    """
+    _check_arguments(module, other)
+    prefix_key, prefix_value = SHARED.prefix
+    (queries, heads, rows, width), kv_heads = query.shape, key.shape[1]
+    grouped = query.reshape(queries, kv_heads, heads // kv_heads, rows, width)
+    key, value = key[:, :, None], value[:, :, None]  # (Q, Hkv, 1, P, dh), one for all of a group
+    own = (grouped * key).sum(-1).flatten(2)  # (Q, Hkv, H / Hkv * P)
+    before = grouped.flatten(2, 3) @ prefix_key.transpose(-1, -2)
+    scores = torch.cat([before, own[..., None]], -1).view(queries, heads, rows, -1)
+    weights = _weights(module, scores, attention_mask, width, scaling, softcap).to(value.dtype)
+    weights = weights.view(queries, kv_heads, heads // kv_heads * rows, -1)
+    before = (weights[..., :-1] @ prefix_value).view(*grouped.shape[:-1], -1)
+    out = torch.addcmul(before, weights[..., -1].view(*grouped.shape[:-1], 1), value)
+    return out.view(queries, heads, rows, -1).transpose(1, 2), None
 
 
-def with_cache(model: nn.Module, cache: Cache) -> dict:
-    """The keyword argument by which `model` takes a key-value cache; transformers 5.24 renamed
-    it."""
-    return {
-        "cache"
-        if "cache" in inspect.signature(model.forward).parameters
-        else "past_key_values": cache
-    }
+def _weights(module, scores: Tensor, mask: Tensor | None, width: int, scaling, softcap) -> Tensor:
+    """Post-softmax weights, in float32 at least, of `scores` (B, H, R, K), after the controls
+    active on `module`."""
+    scores = scores * (width**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None and mask.dtype == torch.bool:
+        # not infinity: a row of padding may see nothing at all
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    for control in ACTIVE:
+        if module in control.layer_of:
+            weights = control.apply(control.layer_of[module], weights, mask)
+    return weights
 
 
-def cache_of(given) -> Cache | None:
-    """The key-value cache among the named arguments or outputs `given` of a forward pass, under its
-    new or old name."""
-    cache = given.get("cache")
-    return given.get("past_key_values") if cache is None else cache
+def _check_arguments(module: nn.Module, others: dict) -> None:
+    """ValueError for an argument of the attention interface that our attention would leave out:
+    logits of attention sinks (`s_aux`), a bias of positions, chosen columns."""
+    for name, value in others.items():
+        if value is not None and value is not False and name not in HARMLESS:
+            raise ValueError(
+                f"the attention of {type(module).__name__} takes {name!r} into account, which is "
+                "not supported"
+            )
+
+
+AttentionInterface.register(EXACT, exact_attention)
+AttentionMaskInterface.register(EXACT, eager_mask)
+AttentionInterface.register(PREFIX, prefix_attention)
+
+
+@contextmanager
+def attention_implementation(model: nn.Module, name: str):
+    """Run `model` with another attention implementation; its own is back afterwards."""
+    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+    own = [
+        (config, config._attn_implementation)
+        for config in configs.values()
+        if getattr(config, "_attn_implementation", None)
+    ]
+    try:
+        for config, _ in own:
+            config._attn_implementation_internal = name
+        yield
+    finally:
+        for config, before in own:
+            config._attn_implementation_internal = before
+
+
+# --- watching and changing it ---------------------------------------------------------------------
 
 
 def forward_passes(model: nn.Module, layer: nn.Module, before: Callable, after: Callable):
@@ -115,7 +154,8 @@ def forward_passes(model: nn.Module, layer: nn.Module, before: Callable, after: 
 
     A pass is that of the outermost part that is called: the masks that parts inside get are what
     those around them made of the caller's (Gemma 3's text model gets a dict), and some parts are
-    passed by (OPT's base model)."""
+    passed by (OPT's base model).
+    """
     running: list[nn.Module] = []
 
     def enter(forward):
@@ -124,7 +164,9 @@ def forward_passes(model: nn.Module, layer: nn.Module, before: Callable, after: 
                 return
             running[:] = [module]
             call = inspect.signature(forward).bind_partial(*args, **kwargs).arguments
-            before({**call, **call.get("kwargs", {})})
+            call = {**call, **call.get("kwargs", {})}
+            # the cache's old name, which transformers takes until 5.40
+            before({"cache": call.get("past_key_values"), **call})
 
         return hook
 
@@ -141,20 +183,13 @@ def forward_passes(model: nn.Module, layer: nn.Module, before: Callable, after: 
 
 def tokens_of(call: dict) -> Tensor | None:
     """The token ids or embeddings (B, S, ...) among the named arguments of a forward pass."""
-    return next((call[k] for k in ("input_ids", "inputs_embeds") if call.get(k) is not None), None)
+    tokens = call.get("input_ids")
+    return call.get("inputs_embeds") if tokens is None else tokens
 
 
 def is_controlled(model: nn.Module) -> bool:
     """Whether a `Control` is active on a part of `model`."""
-    return any(module in _CONTROLS for module in model.modules())
-
-
-def controlled_weights(module, weights: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Post-softmax `weights` (B, H, R, K) of `module` after the controls active on it, outermost
-    first."""
-    for control, layer in _CONTROLS.get(module, ()):
-        weights = control.apply(layer, weights, attention_mask)
-    return weights
+    return any(part in control.layer_of for control in ACTIVE for part in model.modules())
 
 
 class Control:
@@ -165,7 +200,8 @@ class Control:
     from a cache are not counted); a column that a row does not have changes nothing. `renormalise`:
     divide each row by its new sum; a row left with no mass stays zero. `observe(layer, weights,
     visible)` is called with (B, H, R, K) and the boolean mask (B or 1, 1 or H, R, K) of the
-    attended positions that a row may see, or None where it sees all."""
+    attended positions that a row may see, or None where it sees all.
+    """
 
     def __init__(
         self,
@@ -174,18 +210,29 @@ class Control:
         observe: Callable | None = None,
     ):
         self.factors, self.renormalise, self.observe = factors or {}, renormalise, observe
-        self.total, self.padding = (
-            0,
-            None,
-        )  # positions so far, padding included; (B,) padding on the left
+        self.layer_of: dict[nn.Module, int] = {}  # of every module in a layer while active
+        self.total = 0  # positions so far, padding included
+        self.padding: Tensor | None = None  # (B,) positions of padding on the left
 
-    def locate(self, call: dict) -> None:
+    @contextmanager
+    def on(self, model: nn.Module, layers: list[nn.Module]):
+        """Active inside, on every forward pass of `model` whose attention is written out here."""
+        for index, layer in enumerate(layers):
+            self.layer_of |= dict.fromkeys(layer.modules(), index)
+        with hooked(forward_passes(model, layers[0], self._locate, lambda output: None)):
+            ACTIVE.append(self)
+            try:
+                yield self
+            finally:
+                ACTIVE.remove(self)
+
+    def _locate(self, call: dict) -> None:
         """Before a forward pass: how many positions it brings the cache to, and where each row's
         tokens begin."""
         tokens = tokens_of(call)
         if tokens is None:
             return
-        cache, mask = cache_of(call), call.get("attention_mask")
+        cache, mask = call["cache"], call.get("attention_mask")
         self.total = (cache.get_seq_length() if cache is not None else 0) + tokens.shape[1]
         self.padding = None
         if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -197,91 +244,29 @@ class Control:
                 f"columns from padding; got {shape}"
             )
 
-    def apply(self, layer: int, weights: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def apply(self, layer: int, weights: Tensor, mask: Tensor | None) -> Tensor:
+        """`weights` (B, H, R, K) of a layer as they are to be; `mask` as `exact_attention`'s."""
         if layer in self.factors:
             weights = weights * self._by_position(self.factors[layer].to(weights), weights)
             if self.renormalise:
                 mass = weights.sum(-1, keepdim=True)
                 weights = weights / mass.where(mass > 0, 1.0)
         if self.observe is not None:
-            if attention_mask is not None and attention_mask.dtype != torch.bool:
-                attention_mask = attention_mask > torch.finfo(attention_mask.dtype).min / 2
-            self.observe(layer, weights, attention_mask)
+            if mask is not None and mask.dtype != torch.bool:
+                mask = mask > torch.finfo(mask.dtype).min / 2
+            self.observe(layer, weights, mask)
         return weights
 
     def _by_position(self, factors: Tensor, weights: Tensor) -> Tensor:
         """(B or 1, H, 1, K) factors of the attended positions, from those of the columns (B or 1,
         H, C)."""
+        columns = factors.shape[-1]
         positions = torch.arange(weights.shape[-1], device=weights.device)[None]  # (B or 1, K)
         positions = positions + max(0, self.total - weights.shape[-1])  # what a window has dropped
         if self.padding is not None:
             positions = positions - self.padding.to(weights.device)[:, None]
-        inside = (positions >= 0) & (positions < factors.shape[-1])
         batch = max(len(positions), len(factors))
-        index = positions.clamp(0, factors.shape[-1] - 1)[:, None].expand(
-            batch, factors.shape[1], -1
-        )
+        index = positions.clamp(0, columns - 1)[:, None].expand(batch, factors.shape[1], -1)
         taken = factors.expand(batch, -1, -1).gather(-1, index)
+        inside = (positions >= 0) & (positions < columns)
         return taken.where(inside[:, None], torch.ones_like(taken))[:, :, None]
-
-    @contextmanager
-    def on(self, model: nn.Module, layers: list[nn.Module]):
-        """Active inside, on every forward pass of `model` whose attention is `exact_attention`."""
-        handles, inside = [], []
-        try:
-            for handle in forward_passes(model, layers[0], self.locate, lambda output: None):
-                handles.append(handle)
-            for index, layer in enumerate(layers):
-                for module in layer.modules():
-                    inside.append((module, (self, index)))
-                    _CONTROLS.setdefault(module, []).append(inside[-1][1])
-            yield self
-        finally:
-            for handle in handles:
-                handle.remove()
-            for module, entry in inside:
-                _CONTROLS[module].remove(entry)
-                if not _CONTROLS[module]:
-                    del _CONTROLS[module]
-
-
-@contextmanager
-def replaced_methods(layers: list[nn.Module], path: str):
-    """Inside, `exact_attention` stands in for the method that a family without the interface
-    computes attention with.
-
-    `path` is where it sits in a layer ("attn._attn" in GPT-J before transformers 5.24): a method of
-    (query, key, value, attention_mask) that divides by the attribute `scale_attn` and returns (B,
-    H, R, dh) and the weights. Contexts nest, and may end in any order: the class's method shows
-    again when the last one does."""
-    *where, name = path.split(".")
-    owners = [layer.get_submodule(".".join(where)) for layer in layers]
-
-    def stand_in(owner):
-        def attend(query, key, value, attention_mask=None):
-            wide = torch.promote_types(query.dtype, torch.float32)  # as GPT-J does
-            out, weights = exact_attention(
-                owner,
-                query.to(wide),
-                key.to(wide),
-                value,
-                attention_mask,
-                scaling=1 / float(owner.scale_attn),
-            )
-            return out.transpose(1, 2), weights
-
-        return attend
-
-    inside = []
-    try:
-        for owner in owners:
-            inside.append(owner)
-            _REPLACED[owner] = _REPLACED.get(owner, 0) + 1
-            setattr(owner, name, stand_in(owner))
-        yield
-    finally:
-        for owner in inside:
-            _REPLACED[owner] -= 1
-            if not _REPLACED[owner]:
-                del _REPLACED[owner]
-                owner.__dict__.pop(name, None)

@@ -1,137 +1,36 @@
-"""Replaying the last token of many queries: the machinery under the fast exact attribution.
+"""One clean pass over queries, and rows that go on from it: the machinery under the fast exact
+attribution and under scoring many changes at once.
 
-In a causal model a change at the last position leaves every earlier key and value as it was. So the
-prefix is run once, its keys and values are kept, and any number of changed copies ("rows") of the
-last token are pushed through the decoder layers, each attending to the shared prefix and to itself.
-Layers are the model's own modules, called with the arguments captured from a clean pass; nothing is
+In a causal model a change at one position leaves every earlier key and value as it was. So a prefix
+is run once, its keys and values are kept, and any number of changed copies ("rows") of what follows
+are pushed through the decoder layers, each attending to its query's prefix and to itself. Layers
+are the model's own modules, called with the arguments captured in the clean pass; nothing is
 rebuilt by hand.
 
-Shapes: Q queries of equal length T, P rows a query, d the residual width, N neurons a layer, V the
-vocabulary.
+Shapes: Q queries of equal length T, the last S tokens of which are recorded; R rows, or P rows a
+query; d residual width, N neurons a layer, W width of what a site module gives.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from transformers import AttentionInterface, DynamicCache
+from torch import Tensor, nn
+from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from qlutils.model.architecture import expand_call_argument, pick_call_argument
-from qlutils.model.attention import check_arguments, controlled_weights, with_cache
+from qlutils.model.architecture import pick_call_argument
+from qlutils.model.attention import PREFIX, SHARED, attention_implementation
+from qlutils.model.trace import Call, Trace, edited, first
 
 SITES = ("down_input", "pre_activation")  # where neurons are read and changed, see `site_module`
-_LOCAL = threading.local()  # the prefix the layer now running attends to
-ONE_AT_A_TIME = (
-    threading.RLock()
-)  # hooks are the model's, not a thread's: another thread's pass would run into them
-VOCAB_CHUNK = {
-    "cpu": 1024,
-    "cuda": 16384,
-}  # of the unembedding at a time; with ROW_CHUNK rows it fits a core's cache
-ROW_CHUNK = {"cpu": 256, "cuda": 2**20}
 
 
-class PrefixCache:
-    """Stands in for a model's key-value cache: hands every row the clean prefix and is never
-    written to."""
-
-    def __init__(self, prefix: list[tuple[Tensor, Tensor]], layout: str):
-        self.prefix, self.layout = prefix, layout
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_, **__):
-        prefix_key, prefix_value = self.prefix[layer_idx]  # (Q, Hkv, T-1, dh)
-        if (
-            self.layout == "sequence"
-        ):  # `prefix_attention` joins them without copying the prefix for every row
-            _LOCAL.prefix = prefix_key, prefix_value
-            return key, value
-        repeats = key.shape[0] // prefix_key.shape[0]
-        return (
-            torch.cat([prefix_key.repeat_interleave(repeats, 0), key], -2),
-            torch.cat([prefix_value.repeat_interleave(repeats, 0), value], -2),
-        )
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.prefix[layer_idx][0].shape[-2]
-
-
-def prefix_attention(
-    module, query, key, value, attention_mask, scaling=None, softcap=None, **other
-):
-    """Attention of P independent rows, each over the shared prefix and itself.
-
-    query (Q, H, P, dh), key and value (Q, Hkv, P, dh) of the rows themselves; the prefix comes from
-    `PrefixCache`. Returns (Q, P, H, dh) as transformers' attention interface asks."""
-    check_arguments(module, other)
-    prefix_key, prefix_value = _LOCAL.prefix
-    (queries, heads, rows, width), groups = query.shape, query.shape[1] // key.shape[1]
-    query = query.reshape(queries, heads // groups, groups, rows, width)
-    key, value = (
-        key[:, :, None],
-        value[:, :, None],
-    )  # (Q, Hkv, 1, P, dh): one for the heads of its group
-    own = (query * key).sum(-1).flatten(2)
-    scores = torch.cat([query.flatten(2, 3) @ prefix_key.transpose(-1, -2), own[..., None]], -1)
-    scores = scores * (width**-0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if attention_mask is not None:  # (1, 1, 1, T): the window of a sliding-window layer
-        if attention_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attention_mask, float("-inf"))
-        else:
-            scores = scores + attention_mask
-    weights = torch.softmax(
-        scores, -1, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32
-    )
-    weights = (
-        controlled_weights(module, weights.view(queries, heads, rows, -1), None)
-        .view_as(weights)
-        .to(value.dtype)
-    )
-    own = weights[..., -1].view(queries, heads // groups, groups, rows, 1)
-    out = torch.addcmul((weights[..., :-1] @ prefix_value).view(*own.shape[:-1], -1), own, value)
-    return out.view(queries, heads, rows, -1).transpose(1, 2), None
-
-
-AttentionInterface.register("qlutils_prefix", prefix_attention)
-
-
-_IMPLEMENTATIONS: dict[
-    int, tuple
-] = {}  # id of a configuration: its own implementation, {context: the one it runs}
-
-
-@contextmanager
-def attention_implementation(model, name: str):
-    """Run `model` with another attention implementation; the old one is back afterwards, whatever
-    happens and in whatever order such contexts end."""
-    configs = [
-        config
-        for config in {
-            id(m.config): m.config for m in model.modules() if hasattr(m, "config")
-        }.values()
-        if getattr(config, "_attn_implementation", None)
-    ]
-    context = object()
-    try:
-        for config in configs:
-            _, running = _IMPLEMENTATIONS.setdefault(id(config), (config._attn_implementation, {}))
-            running[context] = config._attn_implementation_internal = name
-        yield
-    finally:
-        for config in configs:
-            own, running = _IMPLEMENTATIONS.get(id(config), (config._attn_implementation, {}))
-            running.pop(context, None)
-            config._attn_implementation_internal = [own, *running.values()][-1]
-            if not running:
-                _IMPLEMENTATIONS.pop(id(config), None)
+# --- how a model computes -------------------------------------------------------------------------
 
 
 @contextmanager
@@ -145,8 +44,8 @@ def full_precision(device: torch.device):
         chosen = torch.get_float32_matmul_precision()
     if chosen not in ("none", "ieee", "highest"):
         raise ValueError(
-            f"torch rounds float32 products to another precision here ({chosen!r}), "
-            "which would change every number under the same dtype; call "
+            f"torch rounds float32 products to another precision here ({chosen!r}), which would "
+            "change every number under the same dtype; call "
             "torch.set_float32_matmul_precision('highest')"
         )
     with ExitStack() as stack:
@@ -160,37 +59,28 @@ def full_precision(device: torch.device):
 
 @contextmanager
 def computing(lm):
-    """Inside, this thread alone computes with the model, in the model's precision; ValueError for
-    other code's hooks."""
-    with ONE_AT_A_TIME, full_precision(lm.device):
-        lm.check_hooks()
-        yield
-
-
-@contextmanager
-def hooked(handles):
-    """Inside, the hooks whose registration the iterable `handles` yields are there. They are
-    registered one by one within the `try`, so that an interruption leaves none behind."""
-    held = []
+    """Inside, this thread computes with the model, in the model's precision. ValueError while
+    another thread does (hooks are the model's, not a thread's), or for other code's hooks."""
+    if not lm.in_use.acquire(blocking=False):
+        raise ValueError(
+            f"{lm.name} is in use by another thread; wait for it, or load the model once a thread"
+        )
     try:
-        for handle in handles:
-            held.append(handle)
-        yield
+        with full_precision(lm.device):
+            lm.check_hooks()
+            yield
     finally:
-        for handle in held:
-            handle.remove()
+        lm.in_use.release()
 
 
-def within_memory(compute, size: int, least: int = 1):
+def within_memory(compute: Callable, size: int, least: int = 1):
     """compute(size), with `size` halved down to `least` as long as memory runs out."""
     while True:
         try:
             return compute(size)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            full = isinstance(
-                error, (torch.OutOfMemoryError, MemoryError)
-            ) or "can't allocate memory" in str(error)
-            if not full or size <= least:
+        except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is the latter
+            known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            if not (known or "can't allocate memory" in str(error)) or size <= least:
                 raise
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -204,182 +94,193 @@ def on_device(data, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if pinned else tensor.to(device)
 
 
+# --- what a clean pass leaves behind --------------------------------------------------------------
+
+
+@dataclass
+class Arguments:
+    """What a decoder layer is called with beside its hidden states."""
+
+    args: tuple
+    kwargs: dict
+
+    @classmethod
+    def of(cls, call: Call) -> Arguments:
+        kwargs = {name: one for name, one in call.kwargs.items() if name != "hidden_states"}
+        return cls(call.args[1:], kwargs)
+
+    def map(self, change: Callable) -> Arguments:
+        """The same with change(name or None, value) in place of each value; of a tuple, in place of
+        each of its entries."""
+
+        def fit(name, value):
+            if isinstance(value, tuple):
+                return tuple(fit(name, one) for one in value)
+            return change(name, value)
+
+        args = tuple(fit(None, value) for value in self.args)
+        return Arguments(args, {name: fit(name, value) for name, value in self.kwargs.items()})
+
+    def pick(self, batch: int, queries: Tensor | None) -> Arguments:
+        """Those of a pass over `batch` queries for rows of the queries `queries` (R,); None: as
+        they are."""
+        if queries is None:
+            return self
+        return self.map(lambda name, value: pick_call_argument(name, value, batch, queries))
+
+
+@dataclass
+class PrefixCache:
+    """Stands in for a model's key-value cache: hands every row its query's prefix and is never
+    written to. `prefix`: each layer's keys and values, (Q, Hkv, T - S, dh); `query_of_row` (R,),
+    None where `prefix_attention` joins them without copying the prefix for every row."""
+
+    prefix: Mapping[int, tuple[Tensor, Tensor]]
+    query_of_row: Tensor | None = None
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_, **__):
+        if self.query_of_row is None:
+            SHARED.prefix = self.prefix[layer_idx]
+            return key, value
+        old_key, old_value = (one[self.query_of_row] for one in self.prefix[layer_idx])
+        return torch.cat([old_key, key], -2), torch.cat([old_value, value], -2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        key, _ = next(iter(self.prefix.values()))  # as long in every layer
+        return key.shape[-2]
+
+
 @dataclass
 class CleanPass:
-    """What one clean pass over Q queries of equal length leaves behind (all without gradients)."""
+    """What one clean pass over Q queries leaves behind of their last S tokens, without
+    gradients."""
 
-    calls: list[tuple[tuple, dict]]  # the arguments of each decoder layer after the hidden state
-    inputs: list[
-        Tensor
-    ]  # L + 1 x (Q, 1, d): each layer's input at the last token, and the last one's output
-    neurons: list[Tensor]  # L x (Q, N): the neuron vectors at the last token
-    written: list[Tensor]  # L x (Q, 1, W): the output of each layer's site module at the last token
-    logits: Tensor  # (Q, V), at least float32
-    cache: PrefixCache
+    calls: Mapping[int, Arguments]  # of each layer
+    inputs: Mapping[int, Tensor]  # L + 1 of (Q, S, d): each layer's input, the last one's output
+    neurons: dict[int, Tensor]  # (Q, S, N) neuron vectors of the layers asked for
+    written: dict[int, Tensor]  # (Q, S, W) what their site modules gave
+    prefix: Mapping[int, tuple[Tensor, Tensor]] | None  # keys and values of the tokens before
+
+    def cache(self, query_of_row: Tensor | None) -> PrefixCache | None:
+        return None if self.prefix is None else PrefixCache(self.prefix, query_of_row)
 
     def pick(self, queries: Tensor) -> CleanPass:
         """What the pass leaves behind for some of its queries."""
-        batch = len(self.logits)
-        calls = []
-        for args, kwargs in self.calls:
-            some = [(None, value) for value in args] + list(kwargs.items())
-            some = [pick_call_argument(k, v, batch, queries) for k, v in some]
-            calls.append((tuple(some[: len(args)]), dict(zip(kwargs, some[len(args) :]))))
-        inputs, neurons, written = (
-            [one[queries] for one in tensors]
-            for tensors in (self.inputs, self.neurons, self.written)
+        batch = len(self.inputs[0])
+        return CleanPass(
+            {layer: call.pick(batch, queries) for layer, call in self.calls.items()},
+            {layer: one[queries] for layer, one in self.inputs.items()},
+            {layer: one[queries] for layer, one in self.neurons.items()},
+            {layer: one[queries] for layer, one in self.written.items()},
+            {layer: (key[queries], value[queries]) for layer, (key, value) in self.prefix.items()},
         )
-        prefix = [(key[queries], value[queries]) for key, value in self.cache.prefix]
-        cache = PrefixCache(prefix, self.cache.layout)
-        return CleanPass(calls, inputs, neurons, written, self.logits[queries], cache)
 
 
-def site_module(lm, layer: int, site: str):
+def site_module(lm, layer: int, site: str) -> nn.Module:
     """The module at whose input (down_input) or output (pre_activation) a layer's neurons are
     read."""
     return lm.downs[layer] if site == "down_input" else lm.arch.ups[layer]
 
 
-def _read(site: str, num_neurons: int, inputs, output) -> Tensor:
-    return inputs[0] if site == "down_input" else output[..., :num_neurons]
+def _neurons(lm, site: str, call: Call) -> Tensor:
+    """(..., N) neuron vectors at a call of a site module (a fused gate_up_proj gives more)."""
+    return call.args[0] if site == "down_input" else call.output[..., : lm.num_neurons]
 
 
 @torch.no_grad()
 def neuron_vectors(lm, ids: Tensor, site: str = "down_input", chunk: int = 256) -> Tensor:
     """(R, L, N) neuron vectors at the last position of the sequences `ids` (R, T), no padding."""
-    kept: list[list[Tensor]] = [[] for _ in range(lm.num_layers)]
+    modules = [site_module(lm, layer, site) for layer in range(lm.num_layers)]
 
-    def keep(layer):
-        return lambda _, inputs, output: kept[layer].append(
-            _read(site, lm.num_neurons, inputs, output).view(-1, seq, lm.num_neurons)[:, -1]
-        )
+    def at_last(call):  # OPT flattens batch and sequence before its MLP
+        return _neurons(lm, site, call).view(-1, ids.shape[1], lm.num_neurons)[:, -1]
 
-    seq = ids.shape[1]
-    watched = (
-        site_module(lm, layer, site).register_forward_hook(keep(layer))
-        for layer in range(lm.num_layers)
-    )
-    with computing(lm), hooked(watched):
+    found = []
+    with computing(lm):
         for part in ids.split(chunk):
-            lm.model.base_model(input_ids=part, use_cache=False)
-    return torch.stack([torch.cat(parts) for parts in kept], 1)
+            with Trace(modules, at_last) as trace:
+                lm.model.base_model(input_ids=part, use_cache=False)
+            found.append(torch.stack(trace.kept, 1))
+    return torch.cat(found)
 
 
 @torch.no_grad()
-def clean_pass(lm, ids: Tensor, site: str = "down_input") -> CleanPass:
-    """Run `ids` (Q, T), T >= 2, once, and record how every layer would be called for the last token
-    alone."""
-    cache, (queries, length) = DynamicCache(), ids.shape
-    inputs, neurons, written = ([None] * lm.num_layers for _ in range(3))
-    outputs: list = [None] * lm.num_layers
+def clean_pass(
+    lm,
+    ids: Tensor,
+    site: str = "down_input",
+    *,
+    prefix: int | None = None,
+    layers: Iterable[int] | None = None,
+) -> CleanPass:
+    """Run the first `prefix` tokens (default: all but the last one) of `ids` (Q, T), then the
+    others, and record how every layer is called for these. `layers`: those whose neurons are kept
+    (default: all)."""
+    prefix = ids.shape[1] - 1 if prefix is None else prefix
+    layers = range(lm.num_layers) if layers is None else sorted(layers)
+    body, cache, held = lm.model.base_model, None, None
+    if prefix:
+        cache = DynamicCache()
+        body(input_ids=ids[:, :prefix], use_cache=True, cache=cache)
+        held = {layer: (one.keys, one.values) for layer, one in enumerate(cache.layers)}
+    rest = ids[:, prefix:]
 
-    def before(layer):
-        return lambda _, args, kwargs: inputs.__setitem__(
-            layer, (args[0] if args else kwargs["hidden_states"])[:, -1:]
-        )
+    def read(call):  # OPT flattens batch and sequence; Falcon adds to what is written in place
+        shape = (*rest.shape, -1)
+        return _neurons(lm, site, call).reshape(shape), call.output.reshape(shape).clone()
 
-    def at_site(layer):
-        def hook(_, site_inputs, output):  # OPT flattens batch and sequence before its MLP
-            at = _read(site, lm.num_neurons, site_inputs, output)
-            neurons[layer] = at.reshape(queries, length, -1)[:, -1]
-            written[layer] = output.reshape(queries, length, -1)[
-                :, -1:
-            ].clone()  # Falcon adds to it in place
-
-        return hook
-
-    def watched():
-        for layer, module in enumerate(lm.layers):
-            yield module.register_forward_pre_hook(before(layer), with_kwargs=True)
-            yield module.register_forward_hook(
-                lambda _, __, out, layer=layer: outputs.__setitem__(layer, out)
-            )
-            yield site_module(lm, layer, site).register_forward_hook(at_site(layer))
-
-    with hooked(watched()):
-        body = lm.model.base_model(
-            input_ids=ids, use_cache=True, **with_cache(lm.model.base_model, cache)
-        )
-    logits, _ = to_logits(
-        lm.arch.head(body[0][:, -1]).to(lm.score_dtype), lm.arch.scale, lm.arch.softcap
-    )
-    cache.crop(-1)
-    calls = _calls(lm, ids[:, -1:], cache, outputs)
-    last = outputs[-1][0] if isinstance(outputs[-1], tuple) else outputs[-1]
-    prefix = [(layer.keys, layer.values) for layer in cache.layers]
+    sites = [site_module(lm, layer, site) for layer in layers]
+    with Trace(lm.layers) as trace, Trace(sites, read) as at_sites:
+        body(input_ids=rest, use_cache=bool(prefix), cache=cache)
+    inputs = [call.hidden for call in trace.kept] + [first(trace.kept[-1].output)]
     return CleanPass(
-        calls, [*inputs, last[:, -1:]], neurons, written, logits, PrefixCache(prefix, lm.layout)
+        calls={layer: Arguments.of(call) for layer, call in enumerate(trace.kept)},
+        inputs=dict(enumerate(inputs)),
+        neurons={layer: neurons for layer, (neurons, _) in zip(layers, at_sites.kept)},
+        written={layer: written for layer, (_, written) in zip(layers, at_sites.kept)},
+        prefix=held,
     )
 
 
-def _calls(lm, ids: Tensor, cache, outputs) -> list[tuple[tuple, dict]]:
-    """The arguments, after the hidden state, with which the model calls each layer for one more
-    token `ids` (Q, 1). The layers themselves do not run: each hands its input on, in the shape of
-    its entry of `outputs`."""
-    calls = []
+# --- rows -----------------------------------------------------------------------------------------
 
-    def stand_in(output):
-        def forward(*args, **kwargs):
-            hidden = args[0] if args else kwargs.pop("hidden_states")
-            calls.append((tuple(args[1:]), kwargs))
-            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-        return forward
+def call_layer(module: nn.Module, hidden: Tensor, arguments: Arguments, cache) -> Tensor:
+    """The output of a decoder layer for hidden states of ours, with `cache` in place of the cache
+    among its `arguments`."""
 
-    own = [
-        layer.__dict__.get("forward") for layer in lm.layers
-    ]  # wrappers set one; else it is the class's
-    try:
-        for layer, output in zip(lm.layers, outputs):
-            layer.forward = stand_in(output)
-        lm.model.base_model(input_ids=ids, use_cache=True, **with_cache(lm.model.base_model, cache))
-    finally:
-        for layer, forward in zip(lm.layers, own):
-            layer.__dict__.pop("forward", None)
-            if forward is not None:
-                layer.forward = forward
-    return calls
+    def fit(_, value):
+        if isinstance(value, Cache):
+            return cache
+        return copy(value) if isinstance(value, Mapping) else value  # a layer may write into it
+
+    call = arguments.map(fit)
+    return first(module(hidden, *call.args, **call.kwargs))
+
+
+def run_rows(
+    lm, clean: CleanPass, layer: int, hidden: Tensor, query_of_row: Tensor | None
+) -> Tensor:
+    """(R, S, d) output of decoder layer `layer` for rows `hidden` (R, S, d) of the queries
+    `query_of_row` (R,) of the clean pass; None: see `run_layer`."""
+    arguments = clean.calls[layer].pick(len(clean.inputs[0]), query_of_row)
+    return call_layer(lm.layers[layer], hidden, arguments, clean.cache(query_of_row))
 
 
 def run_layer(lm, clean: CleanPass, layer: int, hidden: Tensor) -> Tensor:
-    """Decoder layer `layer` on rows (Q, P, d), with the arguments of the clean pass and the shared
-    prefix.
+    """(Q, P, d) output of decoder layer `layer` for rows `hidden` (Q, P, d) of the one token that
+    was recorded.
 
-    In the "sequence" layout rows lie along the sequence (all at the last position); models whose
-    attention does not go through transformers' interface get them along the batch instead."""
+    In the layout "sequence" rows lie along the sequence, all at the last position, and what belongs
+    to a query broadcasts over them; models whose attention does not go through transformers'
+    interface get them along the batch instead.
+    """
+    if lm.layout == "sequence":
+        return run_rows(lm, clean, layer, hidden, None)
     queries, rows, width = hidden.shape
-    query_of_row = None  # rows along the sequence: what belongs to a query broadcasts over them
-    if lm.layout == "batch":
-        hidden = hidden.reshape(queries * rows, 1, width)
-        query_of_row = torch.arange(queries, device=hidden.device).repeat_interleave(rows)
-    out = call_layer(lm, layer, hidden, clean.calls[layer], clean.cache, queries, query_of_row)
-    return out.reshape(queries, -1, out.shape[-1])
-
-
-def call_layer(
-    lm, layer: int, hidden: Tensor, call, cache, batch: int, query_of_row: Tensor | None = None
-) -> Tensor:
-    """The output of decoder layer `layer` for other hidden states than those of the pass over
-    `batch` queries in which its arguments `call` were captured, with `cache` in place of its own.
-    `query_of_row` (R,): to which of those queries each row of the new batch belongs; None where the
-    batch is the old one."""
-
-    def fit(key, value):
-        if isinstance(value, Cache):
-            return cache
-        if isinstance(value, tuple):
-            return tuple(fit(key, v) for v in value)
-        if isinstance(value, Mapping):  # into which a layer may write
-            return copy(value)
-        if query_of_row is None:
-            return value
-        return expand_call_argument(key, value, batch, query_of_row)
-
-    args, kwargs = call
-    out = lm.layers[layer](
-        hidden, *[fit(None, a) for a in args], **{k: fit(k, v) for k, v in kwargs.items()}
-    )
-    return out[0] if isinstance(out, tuple) else out
+    query_of_row = torch.arange(queries, device=hidden.device).repeat_interleave(rows)
+    out = run_rows(lm, clean, layer, hidden.reshape(-1, 1, width), query_of_row)
+    return out.reshape(queries, rows, -1)
 
 
 def start_rows(lm, clean: CleanPass, layer: int, rows: Tensor, site: str = "down_input") -> Tensor:
@@ -387,8 +288,9 @@ def start_rows(lm, clean: CleanPass, layer: int, rows: Tensor, site: str = "down
     down-projection, or the up-projection for pre-activations) gives `rows` (Q, P, W).
 
     Where the layer adds what its MLP writes to the residual stream as it is, it need not run. Else,
-    in the sequence layout, its part before the site runs once a query: the rows appear at the site,
-    and the residual broadcasts."""
+    in the layout "sequence", its part before the site runs once a query: the rows appear at the
+    site, and the residual broadcasts.
+    """
     if site == "down_input" and lm.adds_mlp_output:
         return clean.inputs[layer + 1] + (rows - clean.written[layer])
     hidden = clean.inputs[layer]
@@ -396,123 +298,17 @@ def start_rows(lm, clean: CleanPass, layer: int, rows: Tensor, site: str = "down
         hidden = hidden.expand(-1, rows.shape[1], -1)
 
     def put(_, __, output):
-        new = (
-            rows.clone()
-            if lm.layout == "sequence"
-            else rows.reshape(*output.shape[:-1], -1).clone()
-        )
+        shape = rows.shape if lm.layout == "sequence" else (*output.shape[:-1], -1)
+        new = rows.reshape(shape).clone()
         rest = output[..., rows.shape[-1] :]  # the other half of a fused gate_up_proj
         return torch.cat([new, rest.expand(*new.shape[:-1], -1)], -1) if rest.shape[-1] else new
 
-    with hooked(module.register_forward_hook(put) for module in [site_module(lm, layer, site)]):
+    with edited([site_module(lm, layer, site)], after=put):
         return run_layer(lm, clean, layer, hidden)
 
 
-@contextmanager
 def replaying(lm):
-    """Inside, the model's attention is `prefix_attention` where the model uses transformers'
-    interface."""
+    """Inside, rows may lie along the sequence: the model's attention is `prefix_attention`."""
     if lm.layout == "batch":
-        yield
-    else:
-        with attention_implementation(lm.model, "qlutils_prefix"):
-            yield
-
-
-def final_hidden(lm, hidden: Tensor) -> Tensor:
-    """From the last layer's output to the unembedding's input."""
-    for module in lm.arch.tail:
-        hidden = module(hidden)
-    return hidden
-
-
-def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b accumulated and returned in `dtype`, without rounding the result to bfloat16 in
-    between."""
-    if a.dtype == b.dtype == dtype:
-        return a @ b
-    if a.is_cuda and a.dtype == b.dtype:
-        try:
-            return torch.mm(a, b, out_dtype=dtype)
-        except TypeError:  # torch before 2.8
-            pass
-    return a.to(dtype) @ b.to(dtype)
-
-
-class AnswerProbability(torch.autograd.Function):
-    """p_y = softmax(logits(h))_y for rows h (R, d) and one answer token y (R,) a row, with its
-    analytic gradient.
-
-    dp_y/dh = p_y (t'_y W_y - sum_v p_v t'_v W_v), t the map from unembedding output to logits. Both
-    sums run over the vocabulary in chunks with a running maximum, so no (R, V) matrix is ever
-    kept."""
-
-    @staticmethod
-    def forward(ctx, hidden, lm, target, need_grad):
-        size, parts = ROW_CHUNK.get(hidden.device.type, 2**20), []
-        for part, own in zip(hidden.split(size), target.split(size)):
-            parts.append(_answer_probability(part, lm, own, need_grad))
-        p, grad = (torch.cat(one) if one[0] is not None else None for one in zip(*parts))
-        if need_grad:
-            ctx.save_for_backward(grad)
-        ctx.hidden_dtype = hidden.dtype
-        return p
-
-    @staticmethod
-    def backward(ctx, grad):
-        return (ctx.saved_tensors[0] * grad.unsqueeze(-1)).to(ctx.hidden_dtype), None, None, None
-
-
-def _answer_probability(hidden, lm, target, need_grad):
-    """(R,) probabilities of the tokens `target` and, if needed, their gradients (R, d)."""
-    weight, bias = lm.arch.head.weight, getattr(lm.arch.head, "bias", None)
-    dtype, scale, cap = lm.score_dtype, lm.arch.scale, lm.arch.softcap
-    top = torch.full((len(hidden), 1), float("-inf"), dtype=dtype, device=hidden.device)
-    total = torch.zeros_like(top)
-    mean = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if need_grad else None
-    size = VOCAB_CHUNK.get(hidden.device.type, 8192)
-    for start in range(0, weight.shape[0], size):
-        part = weight[start : start + size]
-        z = _matmul(hidden, part.T, dtype)
-        if bias is not None:
-            z += bias[start : start + size]
-        z, slope = to_logits(z, scale, cap)
-        new_top = torch.maximum(top, z.amax(-1, keepdim=True))
-        shrink = (top - new_top).exp_()
-        z = z.sub_(new_top).exp_()
-        total = total.mul_(shrink).add_(z.sum(-1, keepdim=True))
-        if need_grad:
-            z = z if slope is None else z.mul_(slope)
-            mean = mean.mul_(shrink).add_(_matmul(z.to(part.dtype), part, dtype))
-        top = new_top
-    own_weight = weight[target]
-    z_own = (hidden.to(dtype) * own_weight.to(dtype)).sum(-1, keepdim=True)
-    if bias is not None:
-        z_own = z_own + bias[target, None]
-    z_own, slope = to_logits(z_own, scale, cap)
-    p = (z_own - top).exp_() / total
-    if not need_grad:
-        return p.squeeze(-1), None
-    own = own_weight.to(dtype) if slope is None else own_weight.to(dtype) * slope
-    return p.squeeze(-1), (p * (own - mean.div_(total))) * (scale if cap is None else 1.0)
-
-
-def to_logits(z, scale, cap):
-    """Logits from the unembedding's output, and the slope of the map where it is not the constant
-    `scale`."""
-    if scale != 1.0:
-        z = z * scale
-    if cap is None:
-        return z, None
-    squashed = torch.tanh(z / cap)
-    return cap * squashed, scale * (1 - squashed**2)
-
-
-def answer_probabilities(lm, hidden: Tensor, target: Tensor, need_grad: bool) -> Tensor:
-    """(Q, P) probabilities of each query's answer token `target` (Q,) for rows `hidden` (Q, P,
-    d)."""
-    queries, rows, width = hidden.shape
-    flat = final_hidden(lm, hidden).reshape(-1, lm.arch.head.weight.shape[1])
-    return AnswerProbability.apply(flat, lm, target.repeat_interleave(rows), need_grad).view(
-        queries, rows
-    )
+        return nullcontext()
+    return attention_implementation(lm.model, PREFIX)

@@ -111,7 +111,7 @@ def cached_model(name, device=None, dtype=None):
 @lru_cache(maxsize=1)
 def _loaded(name, device, dtype, content):
     """QLUTILS_THREADS, if set, fixes torch's number of threads."""
-    from qlutils.model.language_model import load_model
+    from qlutils.model.loading import load_model
 
     if os.environ.get("QLUTILS_THREADS"):
         import torch

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from qlutils.attribution.attribute import Spec, attribute_encoded
+from qlutils.model.answer import VOCAB_CHUNK
 from qlutils.model.language_model import LanguageModel
-from qlutils.model.passes import VOCAB_CHUNK
 
 SHAPES = {"gpt2": dict(n_layer=12, n_embd=768, n_head=12, vocab_size=50257)}
 

@@ -20,7 +20,6 @@ from qlutils.change.synapses import Row, above_threshold, column_scores, run_row
 from qlutils.experiments.effects import units
 from qlutils.experiments.localize import localise_unit
 from qlutils.experiments.query_kn_mapping import _activations, query_sets
-from qlutils.model.attention import cache_of, with_cache
 
 
 def clock(function):
@@ -36,7 +35,7 @@ def probability(lm, prompt, answer):
     if len(answer) > 1:
         rest = torch.tensor([answer[:-1]], device=lm.device)
         logits = torch.cat(
-            [logits, lm.model(input_ids=rest, **with_cache(lm.model, cache_of(run))).logits[0]]
+            [logits, lm.model(input_ids=rest, cache=run.cache).logits[0]]
         )
     p = torch.softmax(logits.to(lm.score_dtype), -1)
     return float(p.gather(1, torch.tensor(answer, device=lm.device)[:, None]).prod())

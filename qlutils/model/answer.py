@@ -1,0 +1,134 @@
+"""From the last layer's output to the answer: logits, log-probabilities, and the probability of one
+token with its gradient, without ever holding the logits of all rows.
+
+Shapes: Q queries, P rows a query, R rows, K tokens, d residual width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LOGITS = 2**23  # logits held at once in `token_scores`
+# Of the unembedding at a time, and rows: on a CPU both together fit a core's cache.
+VOCAB_CHUNK = {"cpu": 1024, "cuda": 16384}
+ROW_CHUNK = {"cpu": 256, "cuda": 2**20}
+
+
+def final_hidden(lm, hidden: Tensor) -> Tensor:
+    """From the last layer's output to the unembedding's input."""
+    for module in lm.arch.tail:
+        hidden = module(hidden)
+    return hidden
+
+
+def final_logits(lm, hidden: Tensor) -> Tensor:
+    """(..., V) logits, float32 at least, from the last layer's output (..., d)."""
+    raw = lm.arch.head(final_hidden(lm, hidden)).to(lm.score_dtype)
+    return _to_logits(raw, lm.arch)[0]
+
+
+def token_scores(lm, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """For the last layer's output `hidden` (K, d): log-probabilities (K,) of the tokens `target`
+    (K,), and the most probable tokens (K,)."""
+    size, log_p, best = max(1, LOGITS // lm.arch.head.weight.shape[0]), [], []
+    for part, token in zip(hidden.split(size), target.split(size)):
+        logits = final_logits(lm, part)
+        log_p.append(logits.gather(1, token[:, None])[:, 0] - torch.logsumexp(logits, -1))
+        best.append(logits.argmax(-1))
+    return torch.cat(log_p), torch.cat(best)
+
+
+def answer_probabilities(lm, hidden: Tensor, target: Tensor, need_grad: bool) -> Tensor:
+    """(Q, P) probabilities of each query's answer token `target` (Q,) for the last layer's output
+    `hidden` (Q, P, d)."""
+    queries, rows, _ = hidden.shape
+    flat = final_hidden(lm, hidden).reshape(-1, lm.arch.head.weight.shape[1])
+    p = AnswerProbability.apply(flat, lm, target.repeat_interleave(rows), need_grad)
+    return p.view(queries, rows)
+
+
+class AnswerProbability(torch.autograd.Function):
+    """p_y = softmax(logits(h))_y for the unembedding's inputs h (R, d) and one answer token y (R,)
+    a row, with its analytic gradient
+
+        dp_y/dh = p_y (t'_y W_y - sum_v p_v t'_v W_v),
+
+    t the map from the unembedding's output to logits.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, lm, target, need_grad):
+        size = ROW_CHUNK.get(hidden.device.type, 2**20)
+        parts = [
+            _probability(part, lm, own, need_grad)
+            for part, own in zip(hidden.split(size), target.split(size))
+        ]
+        if need_grad:
+            ctx.save_for_backward(torch.cat([gradient for _, gradient in parts]))
+        ctx.hidden_dtype = hidden.dtype
+        return torch.cat([p for p, _ in parts])
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (ctx.saved_tensors[0] * grad.unsqueeze(-1)).to(ctx.hidden_dtype), None, None, None
+
+
+def _probability(hidden: Tensor, lm, target: Tensor, need_grad: bool):
+    """(R,) probabilities of the tokens `target` (R,) and, if needed, their gradients (R, d).
+
+    Both sums over the vocabulary run in chunks with a running maximum, so no (R, V) matrix is kept.
+    """
+    weight, bias, dtype = lm.arch.head.weight, getattr(lm.arch.head, "bias", None), lm.score_dtype
+    top = torch.full((len(hidden), 1), float("-inf"), dtype=dtype, device=hidden.device)
+    total = torch.zeros_like(top)  # sum_v exp(logit_v - top)
+    mean = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if need_grad else None
+    size = VOCAB_CHUNK.get(hidden.device.type, 8192)
+    for start in range(0, weight.shape[0], size):
+        part = weight[start : start + size]
+        z = _matmul(hidden, part.T, dtype)
+        if bias is not None:
+            z += bias[start : start + size]
+        z, slope = _to_logits(z, lm.arch)
+        new_top = torch.maximum(top, z.amax(-1, keepdim=True))
+        shrink = (top - new_top).exp_()
+        z = z.sub_(new_top).exp_()
+        total = total.mul_(shrink).add_(z.sum(-1, keepdim=True))
+        if need_grad:
+            z = z if slope is None else z.mul_(slope)
+            mean = mean.mul_(shrink).add_(_matmul(z.to(part.dtype), part, dtype))
+        top = new_top
+    own = weight[target].to(dtype)
+    z = (hidden.to(dtype) * own).sum(-1, keepdim=True)
+    if bias is not None:
+        z = z + bias[target, None]
+    z, slope = _to_logits(z, lm.arch)
+    p = (z - top).exp_() / total
+    if not need_grad:
+        return p.squeeze(-1), None
+    own, slope = (own, lm.arch.scale) if slope is None else (own * slope, 1.0)
+    return p.squeeze(-1), (p * (own - mean.div_(total))) * slope
+
+
+def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b accumulated and returned in `dtype`, without rounding the result to bfloat16 in
+    between."""
+    if a.dtype == b.dtype == dtype:
+        return a @ b
+    if a.is_cuda and a.dtype == b.dtype:
+        try:
+            return torch.mm(a, b, out_dtype=dtype)
+        except TypeError:  # torch before 2.8
+            pass
+    return a.to(dtype) @ b.to(dtype)
+
+
+def _to_logits(z: Tensor, arch) -> tuple[Tensor, Tensor | None]:
+    """Logits from the unembedding's output `z`, and the slope of the map where it is not the
+    constant `arch.scale`."""
+    if arch.scale != 1.0:
+        z = z * arch.scale
+    if arch.softcap is None:
+        return z, None
+    squashed = torch.tanh(z / arch.softcap)
+    return arch.softcap * squashed, arch.scale * (1 - squashed**2)

@@ -1,0 +1,262 @@
+"""Loading a model by name: bundled, pretrained, of the Hugging Face Hub, a folder or a GGUF file.
+
+Only safetensors and GGUF weights are read, and no code from a checkpoint is run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
+
+from qlutils import paths
+from qlutils.model import pretrained
+from qlutils.model.language_model import LanguageModel
+
+DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
+# What transformers reads of a repository with safetensors weights.
+MODEL_FILES = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+)
+ADAPTER, INDEX = "adapter_config.json", "model.safetensors.index.json"
+BUNDLED = ("demo/gpt2", "demo/llama2", "demo/llama3")
+
+
+@torch.inference_mode(False)  # whose tensors take no gradients
+def load_model(
+    name_or_path: str, *, device: str | None = None, dtype: str | None = None
+) -> LanguageModel:
+    """Load a bundled model ("demo/gpt2"), a pretrained one that the package index carries
+    ("pretrained/smollm2-135m", dequantised to float32), a Hugging Face id, a local folder, or a
+    GGUF file.
+
+    `device`: "cpu", "cuda", "cuda:1"; default: CUDA where there is one. `dtype`: "float64",
+    "float32", "bfloat16", "float16"; default: float32 on a CPU, the checkpoint's own on CUDA. Only
+    safetensors and GGUF are read and no code from a checkpoint is run. ValueError
+    (`UnsupportedModel` for a kind of model) says what to do.
+    """
+    if not isinstance(name_or_path, (str, Path)) or not str(name_or_path).strip():
+        raise ValueError(f"model must be a name or a folder, got {name_or_path!r}")
+    name, device = str(name_or_path), find_device(device)
+    dtype = _dtype(dtype, device)
+    source = find_source(name)
+    if name in BUNDLED or pretrained.is_gguf(name):  # loaded at once: a bar would be litter
+        transformers.utils.logging.disable_progress_bar()
+    try:
+        _check_files(source)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds; each becomes one with a way out
+        raise ValueError(f"could not load model {name!r}: {_advice(error)}") from error
+    if info["missing_keys"]:  # transformers would fill them with random numbers and only warn
+        missing = ", ".join(sorted(info["missing_keys"])[:5])
+        raise ValueError(f"model {name!r} is incomplete: its weights lack {missing}")
+    return LanguageModel(model.to(device), tokenizer, name)
+
+
+def fetch_model(name: str) -> None:
+    """Have everything of a model on this machine that `load_model` will read, without loading its
+    weights; what is there is not downloaded again. ValueError as `load_model`'s."""
+    source = find_source(name)
+    try:
+        _check_files(source)
+        if not os.path.isdir(source):
+            source = snapshot_download(source, allow_patterns=MODEL_FILES)
+        files = _shards(source) or list(Path(source).glob("model*.safetensors"))
+        if not files:
+            raise ValueError("it has no .safetensors weights")
+        for file in files:
+            with safe_open(Path(source, file), "pt"):  # its header does not fit a file cut short
+                pass
+        AutoConfig.from_pretrained(source, trust_remote_code=False)
+        AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # the hub and transformers raise many kinds
+        raise ValueError(f"could not load model {name!r}: {_advice(error)}") from error
+
+
+def find_device(device: str | None) -> torch.device:
+    """The device of that name; None: CUDA where there is one. ValueError for one that is not
+    there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or isinstance(device, int) or found.type not in ("cpu", "mps", "cuda"):
+        raise ValueError(f"device {device!r} is unknown; use cpu, cuda or cuda:N")
+    there, lack = True, "no Apple GPU"
+    if found.type == "mps":
+        there = torch.backends.mps.is_available()
+    if found.type == "cuda":
+        count = torch.cuda.device_count()
+        there = (found.index or 0) < count
+        lack = f"{count}, counted from 0" if torch.cuda.is_available() else "no CUDA device"
+    if not there:
+        raise ValueError(
+            f"device {str(device)!r} was asked for, but torch sees {lack}; use cpu or one that is "
+            "there"
+        )
+    return found
+
+
+def _dtype(dtype, device: torch.device):
+    """What transformers takes for a dtype; ValueError for one that is unknown."""
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else "auto"
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    if not (isinstance(name, str) and name in DTYPES):
+        raise ValueError(f"dtype {name!r} is unknown; use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def find_source(name: str) -> str:
+    """The folder of a model, or its Hugging Face id; ValueError for a name that leads nowhere."""
+    if name.startswith("demo/"):
+        if name not in BUNDLED:
+            raise ValueError(
+                f"there is no bundled model {name!r}; bundled are {', '.join(BUNDLED)}"
+            )
+        return str(paths.DEMO / "models" / name.split("/", 1)[1])
+    where = os.path.expanduser(name)
+    if pretrained.is_gguf(name):
+        beside = os.path.dirname(where) or "."
+        if paths.is_gguf_path(name) and os.path.isdir(beside):
+            _check_adapter(beside)  # transformers would take it for the file's
+        return str(pretrained.folder(name))
+    if not os.path.isdir(where):  # False, where `Path.is_dir` raises, for what cannot be a path
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise ValueError(f"there is no model folder {name!r}")
+        return name
+    _check_adapter(where)
+    if not Path(where, "config.json").is_file():
+        raise ValueError(
+            f"the folder {name} holds no config.json; a model folder is what save_pretrained writes"
+        )
+    if not list(Path(where).glob("*.safetensors")):
+        raise ValueError(
+            f"the folder {name} holds no .safetensors weights; save the model with safetensors "
+            "(pickled weights are never read)"
+        )
+    return where
+
+
+# --- what may be read -----------------------------------------------------------------------------
+
+
+def _check_files(source: str) -> None:
+    """ValueError for files of a model that must not be read with it."""
+    if not os.path.isdir(source):
+        _check_adapter(source)
+    _shards(source)
+
+
+def _file_of(source: str, file: str) -> str | None:
+    """The path of a file of a model, in its folder or fetched from the Hub, if it has it."""
+    return cached_file(
+        source,
+        file,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def _check_adapter(source: str) -> None:
+    """Refuse an adapter: transformers loads it with the model where peft is installed and overlooks
+    it elsewhere, two models of one name."""
+    if _file_of(source, ADAPTER):
+        raise ValueError(
+            f"the model {source} holds an adapter ({ADAPTER}), which changes it or not depending "
+            "on what is installed; merge it first (peft: merge_and_unload, then save_pretrained) "
+            "or take the file away"
+        )
+
+
+def _shards(source: str) -> list[str]:
+    """The files that the index of a model lists, [] without an index. ValueError unless all are
+    safetensors: `use_safetensors` binds transformers to the index's name only, and a pickle that is
+    listed in it would be opened."""
+    index = _file_of(source, INDEX)
+    if not index:
+        return []
+    shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    for shard in shards:
+        if not str(shard).endswith(".safetensors") or Path(shard).name != shard:
+            raise ValueError(
+                f"{INDEX} lists {shard!r}, and only safetensors files of its own folder are read"
+            )
+    return shards
+
+
+# Words of an error, in lower case, and what to do about it; the first row that fits.
+GATED = ("gated", "401", "403")
+UNREACHABLE = (
+    "connect",
+    "offline",
+    "resolve",
+    "not a valid model identifier",
+    "not a local folder",
+    "couldn't",
+    "can't load",
+    "timed out",
+)
+ADVICE = (
+    (
+        GATED,
+        "the model is gated. Accept its licence on its Hugging Face page, then run "
+        "`hf auth login`. ",
+    ),
+    (
+        ("safetensors",),
+        "only safetensors weights are read; convert the checkpoint or pick a revision that has "
+        "them. ",
+    ),
+    (
+        UNREACHABLE,
+        "it is neither a local folder nor reachable on the Hugging Face Hub. Check the spelling "
+        "and the network; offline, pass the folder of a downloaded copy, or a bundled model "
+        f"({', '.join(BUNDLED)}). ",
+    ),
+    (
+        ("unrecognized configuration", "trust_remote_code"),
+        f"transformers {transformers.__version__} has no causal language model of this kind. ",
+    ),
+)
+
+
+def _advice(error: Exception) -> str:
+    text = f"{type(error).__name__}: {error}"
+    first = text.strip().splitlines()[0][:300]
+    if isinstance(error, UnicodeError) and sys.getfilesystemencoding() != "utf-8":
+        return (
+            "its name needs UTF-8, which this locale has not: start Python with PYTHONUTF8=1. "
+            f"({first})"
+        )
+    for words, advice in ADVICE:
+        if any(word in text.lower() for word in words):
+            return f"{advice}({first})"
+    return first
