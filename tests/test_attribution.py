@@ -3,14 +3,14 @@ path, Captum, completeness; and what must hold whatever the scores are (batches,
 afterwards, refusals)."""
 
 import copy
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, spec_of, tiny_lm, tiny_model, trusted, word_tokenizer
+from naive import Naive, hooked, keeping_float64
+from tiny import FAMILIES, tiny_lm, tiny_model, trusted, word_tokenizer
 from torch import nn
 
 from qlutils import attribute
@@ -23,7 +23,7 @@ from qlutils.change.synapses import Row, column_scores, run_rows
 from qlutils.model import answer as replay
 from qlutils.model.attention import exact_attention, prefix_attention
 from qlutils.model.language_model import LanguageModel
-from qlutils.model.passes import clean_pass
+from qlutils.model.passes import clean_pass, computing
 
 EOS, BOS = 0, 1
 # Families whose attention, in transformers' own code, rounds to float32 whatever the model's dtype.
@@ -47,149 +47,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- the naive reference --------------------------------------------------------------------------
-@contextmanager
-def hooked(handle):
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def keeping_float64():
-    """In here, neither a softmax nor `.to(torch.float32)` or `.float()` rounds what is float64."""
-    softmax, to, to_float = nn.functional.softmax, torch.Tensor.to, torch.Tensor.float
-
-    def exact_softmax(scores, dim=None, dtype=None, **kwargs):
-        return softmax(
-            scores, dim=dim, dtype=None if scores.dtype == torch.float64 else dtype, **kwargs
-        )
-
-    def exact_to(tensor, *args, **kwargs):
-        return (
-            tensor
-            if tensor.dtype == torch.float64 and args == (torch.float32,)
-            else to(tensor, *args, **kwargs)
-        )
-
-    def exact_float(tensor):
-        return tensor if tensor.dtype == torch.float64 else to_float(tensor)
-
-    nn.functional.softmax, torch.Tensor.to = exact_softmax, exact_to
-    torch.Tensor.float = exact_float
-    try:
-        yield
-    finally:
-        nn.functional.softmax, torch.Tensor.to, torch.Tensor.float = softmax, to, to_float
-
-
-class Naive:
-    """One layer at a time, whole sequences, the model's own logits, autograd: section 2's table,
-    word for word."""
-
-    def __init__(self, model, family, site="down_input", bos=False):
-        self.model, self.site, self.first = model, site, int(bos)
-        self.modules = spec_of(family).modules(model, "down" if site == "down_input" else "up")
-        downs = spec_of(family).modules(model, "down")[0]
-        self.width = downs.in_features if isinstance(downs, nn.Linear) else downs.weight.shape[0]
-
-    def logits(self, ids):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return self.model(input_ids=ids, use_cache=False).logits[:, -1]
-
-    def _hook(self, module, change):
-        """Call `change` on the (B, T, N) values of the neurons; what it returns, if anything, takes
-        their place."""
-
-        def around(values):
-            whole = values.reshape(self.shape + (-1,))
-            new = change(whole[..., : self.width])
-            if new is None:
-                return None
-            return torch.cat([new, whole[..., self.width :]], -1).reshape(values.shape)
-
-        if self.site == "pre_activation":
-            return module.register_forward_hook(lambda _, inputs, output: around(output))
-
-        def before(_, inputs):
-            new = around(inputs[0])
-            return None if new is None else (new,)
-
-        return module.register_forward_pre_hook(before)
-
-    def vectors(self, ids):
-        """(L, N) neuron vectors at the last position of `ids` (T,)."""
-        seen, self.shape = [], (1, len(ids))
-        handles = [
-            self._hook(module, lambda values: seen.append(values[0, -1].clone()))
-            for module in self.modules
-        ]
-        with torch.no_grad():
-            self.logits(torch.tensor([ids]))
-        for handle in handles:
-            handle.remove()
-        return torch.stack(seen)
-
-    def probability(self, ids, token, layer, vectors):
-        """(B,) probability of `token` after `ids`, `layer`'s neurons at the last position being
-        `vectors`."""
-        self.shape = (len(vectors), len(ids))
-
-        def put(values):
-            return torch.cat([values[:, :-1], vectors[:, None]], 1)
-
-        with hooked(self._hook(self.modules[layer], put)):
-            return torch.softmax(self.logits(torch.tensor([ids] * len(vectors))).double(), -1)[
-                :, token
-            ]
-
-    def baselines(self, prompt, gold, method):
-        if method == "ig":
-            return [torch.zeros_like(self.vectors(prompt + gold))]
-        if method == "amig":
-            return [self.vectors(prompt[: self.first] + [EOS] * (len(prompt) - self.first) + gold)]
-        return [
-            self.vectors(prompt[:i] + [EOS] + prompt[i + 1 :] + gold)
-            for i in range(self.first, len(prompt))
-        ]
-
-    def attribute(self, prompt, answer, method, nodes, weights, answers="all", factor="w-b"):
-        """(scores (L, N), completeness gap (L,)) of one query."""
-        used = answer if answers == "all" else answer[:1]
-        raw, missing = 0, 0
-        for k, token in enumerate(used):
-            ids = prompt + used[:k]
-            w, starts = self.vectors(ids), torch.stack(self.baselines(prompt, used[:k], method), 1)
-            paths = [
-                self._paths(ids, token, layer, w[layer], starts[layer], nodes, weights, factor)
-                for layer in range(len(w))
-            ]
-            raw = raw + torch.stack([scores for scores, _ in paths]) / len(used)
-            missing = missing + torch.stack([lost for _, lost in paths]) / len(used)
-        if method == "sig":
-            return raw / raw.norm(), missing.abs()
-        return (raw / raw.sum().abs() if method == "amig" else raw), missing.abs()
-
-    def _paths(self, ids, token, layer, w, starts, nodes, weights, factor):
-        """Scores (N,) of one layer, summed over its baselines `starts` (B, N), and what they lack
-        to completeness."""
-        points = torch.stack(
-            [b + node * (w - b) for b in starts for node in nodes]
-        ).requires_grad_()
-        gradients = torch.autograd.grad(self.probability(ids, token, layer, points).sum(), points)[
-            0
-        ]
-        scores, missing = 0, 0
-        with torch.no_grad():
-            p_w, *p_starts = self.probability(ids, token, layer, torch.cat([w[None], starts]))
-        for b, p_b, along in zip(starts, p_starts, gradients.view(len(starts), len(nodes), -1)):
-            mean = sum(weight * gradient for weight, gradient in zip(weights, along))
-            raw = (w if factor == "w" else w - b) * mean
-            scores, missing = scores + raw, missing + raw.sum() - (p_w - p_b)
-        return scores, missing
-
-
 def some_queries(model, bos=False, seed=0):
     """Three queries: two of one length, one with an answer of two tokens. Each answer token is a
     likely one, so that scores are not lost in rounding."""
@@ -696,15 +553,12 @@ def test_weights_that_take_gradients_keep_none():
         lm.model.requires_grad_(False)
 
 
-def test_threads_that_share_a_model_wait_for_one_another():
+def test_a_second_thread_that_computes_with_a_model_is_refused():
     lm, spec = tiny_lm("llama3"), Spec(steps=4)
-    queries = [([5, 6, 7, 8 + i], [9]) for i in range(8)]
-    wanted = [attribute_encoded(lm, [query], spec).scores for query in queries]
-    with ThreadPoolExecutor(4) as pool:
-        found = list(
-            pool.map(lambda query: attribute_encoded(lm, [query], spec).scores, queries * 4)
-        )
-    assert all(torch.equal(one, other) for one, other in zip(found, wanted * 4))
+    with computing(lm), ThreadPoolExecutor(1) as pool:
+        other = pool.submit(attribute_encoded, lm, [([5, 6, 7, 8], [9])], spec)
+        with pytest.raises(ValueError, match="tiny-llama3 is in use by another thread"):
+            other.result()
 
 
 # --- bfloat16 -------------------------------------------------------------------------------------

@@ -10,9 +10,8 @@ import pytest
 import torch
 import transformers
 from families import MORE, REFUSED, SUPPORTED
-from test_attribution import Naive, keeping_float64
-from test_readme import README, table
-from tiny import Family, tiny_model, word_tokenizer
+from naive import Naive, keeping_float64
+from tiny import Family, readme_table, tiny_model, word_tokenizer
 
 from qlutils import edit_weights, scale_neurons, scale_synapses
 from qlutils.attribution.attribute import Spec, attribute_encoded
@@ -413,7 +412,7 @@ def test_the_table_in_the_readme_is_what_was_found():
     found |= dict(map(refused, REFUSED))
     stated = {
         name: row["models"]
-        for row in table(README, "### Which models")
+        for row in readme_table("### Which models")
         for name in row["`model_type`"].split(", ")
     }
     assert stated == found

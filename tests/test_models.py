@@ -421,13 +421,13 @@ def test_a_hub_model_with_an_adapter_is_refused(tmp_path, monkeypatch):
 def test_dtypes_and_devices_are_checked_before_anything_is_read(tmp_path):
     for options, message in (
         (dict(dtype="int8"), "dtype 'int8'.*float64, float32, bfloat16, float16"),
-        (dict(device="gpu"), "device 'gpu' is unknown; use cpu, cuda"),
+        (dict(device="gpu"), "device 'gpu' is unknown.*use cpu, cuda"),
         (dict(device="cuda:99x"), "device 'cuda:99x' is unknown"),
     ):
         with pytest.raises(ValueError, match=message):
             load_model(str(tmp_path), **options)
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="'cuda' was asked for.*no CUDA device"):
+        with pytest.raises(ValueError, match="device 'cuda' is unknown or not there.*CUDA"):
             load_model(str(tmp_path), device="cuda")
 
 

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from test_attribution import Naive
+from naive import Naive
 from tiny import tiny_model
 
 from qlutils import attribute, edit_weights, load_model, paths, save_edited

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_attribution
 import torch
-from test_attribution import Naive
+from naive import Naive
 from tiny import SPECIAL, tiny_lm, word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
@@ -335,9 +334,7 @@ def checkpoints(tmp_path_factory):
 @needs_data
 @pytest.mark.parametrize("method", ["ig", "sig", "amig"])
 @pytest.mark.parametrize("name", ["gpt2", "llama3"])
-def test_localising_real_pararel_with_a_real_vocabulary(
-    checkpoints, runs, monkeypatch, name, method
-):
+def test_localising_real_pararel_with_a_real_vocabulary(checkpoints, runs, name, method):
     study = Study(
         "01_localize",
         model=checkpoints[name],
@@ -361,7 +358,7 @@ def test_localising_real_pararel_with_a_real_vocabulary(
     naive = Naive(lm.model, family, bos=bos)
     prompt, answer = lm.encode(row["prompt"], row["object"])
     assert bos == (prompt[0] == 128000)
-    monkeypatch.setattr(test_attribution, "EOS", lm.tokenizer.eos_token_id)
+    naive.eos = lm.tokenizer.eos_token_id
     wanted, gap = naive.attribute(prompt, answer, method, *quadrature("right", 3))
     dense = torch.zeros_like(wanted)
     dense[torch.tensor(row["layer"]).long(), torch.tensor(row["neuron"]).long()] = torch.tensor(

@@ -6,6 +6,7 @@ The place of each family's MLP is written down here, on purpose not taken from
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from qlutils.model.language_model import LanguageModel
+from qlutils.paths import ROOT
 
 VOCABULARY = 97
 SPECIAL = ("<eos>", "<bos>", "<unk>", "<mask>")
@@ -308,3 +310,11 @@ def trusted(hook):
     are refused."""
     hook.__module__ = "qlutils.tests"
     return hook
+
+
+def readme_table(heading):
+    """The first table after a heading of README.md, as dicts."""
+    text = (ROOT / "README.md").read_text("utf-8").split(heading, 1)[1]
+    rows = re.search(r"(^\|.*\n)+", text, re.M)[0].splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]

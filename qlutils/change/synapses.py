@@ -22,7 +22,7 @@ from torch import Tensor
 from qlutils.attribution.attribute import Spec, attribute_encoded
 from qlutils.change.rows import check_factor, refuse_numbers, token_budget
 from qlutils.facts import prompt_tokens
-from qlutils.model.answer import AnswerProbability
+from qlutils.model.answer import token_probabilities
 from qlutils.model.architecture import UnsupportedModel, describe
 from qlutils.model.attention import EXACT, Control, attention_implementation
 from qlutils.model.check import differ, sharply
@@ -296,7 +296,7 @@ def _run_batch(lm, rows, length, answer, renormalise) -> np.ndarray:
     with hooked(kns.hooks()), controlled(lm, _factors(lm, rows), renormalise):
         hidden = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     hidden = hidden[:, length - 1 :].flatten(0, 1)  # (B * A, d)
-    p = AnswerProbability.apply(hidden, lm, target.flatten(), False)
+    p = token_probabilities(lm, hidden, target.flatten())
     p = p.view(len(rows), answer).prod(-1).double().cpu().numpy()
     size, signed = kns.means()
     usable = np.isfinite(p) & ~np.isinf(

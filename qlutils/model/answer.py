@@ -43,35 +43,30 @@ def answer_probabilities(lm, hidden: Tensor, target: Tensor, need_grad: bool) ->
     """(Q, P) probabilities of each query's answer token `target` (Q,) for the last layer's output
     `hidden` (Q, P, d)."""
     queries, rows, _ = hidden.shape
-    flat = final_hidden(lm, hidden).reshape(-1, lm.arch.head.weight.shape[1])
-    p = AnswerProbability.apply(flat, lm, target.repeat_interleave(rows), need_grad)
+    flat = final_hidden(lm, hidden).flatten(0, 1)
+    p = token_probabilities(lm, flat, target.repeat_interleave(rows), need_grad)
     return p.view(queries, rows)
 
 
-class AnswerProbability(torch.autograd.Function):
-    """p_y = softmax(logits(h))_y for the unembedding's inputs h (R, d) and one answer token y (R,)
-    a row, with its analytic gradient
+def token_probabilities(lm, final: Tensor, target: Tensor, need_grad: bool = False) -> Tensor:
+    """p_y = softmax(logits(h))_y for the unembedding's inputs h = `final` (R, d) and one token y of
+    `target` (R,) a row, with its analytic gradient if `need_grad`
 
         dp_y/dh = p_y (t'_y W_y - sum_v p_v t'_v W_v),
 
     t the map from the unembedding's output to logits.
     """
-
-    @staticmethod
-    def forward(ctx, hidden, lm, target, need_grad):
-        size = ROW_CHUNK.get(hidden.device.type, 2**20)
+    size = ROW_CHUNK.get(final.device.type, 2**20)
+    with torch.no_grad():
         parts = [
             _probability(part, lm, own, need_grad)
-            for part, own in zip(hidden.split(size), target.split(size))
+            for part, own in zip(final.split(size), target.split(size))
         ]
-        if need_grad:
-            ctx.save_for_backward(torch.cat([gradient for _, gradient in parts]))
-        ctx.hidden_dtype = hidden.dtype
-        return torch.cat([p for p, _ in parts])
-
-    @staticmethod
-    def backward(ctx, grad):
-        return (ctx.saved_tensors[0] * grad.unsqueeze(-1)).to(ctx.hidden_dtype), None, None, None
+    p = torch.cat([p for p, _ in parts])
+    if not need_grad:
+        return p
+    gradient = torch.cat([gradient for _, gradient in parts])
+    return p + (gradient * (final - final.detach())).sum(-1)  # adds nothing but the gradient
 
 
 def _probability(hidden: Tensor, lm, target: Tensor, need_grad: bool):

@@ -8,7 +8,6 @@ trusted: at load `check.verify` replays rows through it and compares them with t
 
 from __future__ import annotations
 
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -58,15 +57,24 @@ class UnsupportedModel(ValueError):
 
 
 @contextmanager
-def refusing(name: str, step: str):
-    """Inside, whatever fails is an `UnsupportedModel` that names the model and the `step`. Memory
-    that runs out is not the model's fault."""
+def naming(name: str):
+    """Inside, what an `UnsupportedModel` says begins with the model's name."""
+    try:
+        yield
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{name}: {error}") from error
+
+
+@contextmanager
+def refusing(step: str):
+    """Inside, whatever fails is an `UnsupportedModel` that names the `step`. Memory that runs out
+    is not the model's fault."""
     try:
         yield
     except (UnsupportedModel, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of any kind: it comes from other libraries' code
-        raise UnsupportedModel(f"{name}: {step} failed with {describe(error)}") from error
+        raise UnsupportedModel(f"{step} failed with {describe(error)}") from error
 
 
 def describe(error: Exception) -> str:
@@ -82,7 +90,6 @@ class Architecture:
     `softcap * tanh(scale * head(x) / softcap)`, or `scale * head(x)` where there is no soft cap.
     """
 
-    name: str
     layers: list[nn.Module]  # L decoder layers
     downs: list[nn.Module]  # L down-projections
     ups: list[nn.Module]  # L projections whose output is the pre-activation
@@ -94,34 +101,34 @@ class Architecture:
     num_heads: int
     scale: float
     softcap: float | None
-    uses_attention_interface: bool  # Falcon, BLOOM and GPT-Neo write attention in their own module
 
 
-def find_architecture(model: nn.Module, name: str) -> Architecture:
-    """Locate the parts of `model`; `UnsupportedModel` names what is missing."""
+def find_architecture(model: nn.Module) -> Architecture:
+    """Locate the parts of `model`; `UnsupportedModel` says what is missing."""
     text = model.config.get_text_config()
-    _refuse_kind(model, text, name)
+    _refuse_kind(model, text)
     if getattr(text, "attn_logit_softcapping", None):
         # Gemma 2 caps its attention scores; transformers' default fused attention silently leaves
         # the cap out.
         model.set_attn_implementation(attention.EXACT)
-    stack = _decoder_layers(model, text.num_hidden_layers, name)
-    layers = list(stack)
-    downs = [_first(layer, DOWN_PROJECTIONS, i, name) for i, layer in enumerate(layers)]
+    layers = _decoder_layers(model, text.num_hidden_layers)
+    downs = [_first(layer, DOWN_PROJECTIONS, i) for i, layer in enumerate(layers)]
     owners = [_owner(layer, down) for layer, down in zip(layers, downs)]
-    ups = [_first(owner, UP_PROJECTIONS, i, name) for i, owner in enumerate(owners)]
+    ups = [_first(owner, UP_PROJECTIONS, i) for i, owner in enumerate(owners)]
     for what, found in (("layer", layers), ("down-projection", downs), ("up-projection", ups)):
-        _refuse_shared(what, found, name)
+        if len(set(found)) < len(found):
+            raise UnsupportedModel(
+                f"one {what} module serves several layers, so a change of one layer's neurons "
+                "would be a change of the others' too; give each layer modules of its own"
+            )
     widths = {down.weight.shape[0] if _is_conv(down) else down.in_features for down in downs}
     if len(widths) != 1:
-        raise UnsupportedModel(f"{name}: layers have different numbers of neurons {sorted(widths)}")
-    head = _unembedding(model, name)
-    with refusing(name, "a pass over a few tokens"):
-        tail, epsilons = _watch_a_pass(model, stack, downs, head.weight.device)
-    module = sys.modules[type(layers[0]).__module__]
+        raise UnsupportedModel(f"layers have different numbers of neurons {sorted(widths)}")
+    head = _unembedding(model)
+    with refusing("a pass over a few tokens"):
+        tail, epsilons = _watch_a_pass(model, layers, downs, head.weight.device)
     return Architecture(
-        name=name,
-        layers=layers,
+        layers=list(layers),
         downs=downs,
         ups=ups,
         mlps=[None if owner is layer else owner for layer, owner in zip(layers, owners)],
@@ -132,32 +139,30 @@ def find_architecture(model: nn.Module, name: str) -> Architecture:
         num_heads=text.num_attention_heads,
         scale=_logit_scale(model, text),
         softcap=getattr(text, "final_logit_softcapping", None),
-        uses_attention_interface=hasattr(module, "ALL_ATTENTION_FUNCTIONS"),
     )
 
 
-def _refuse_kind(model, text, name) -> None:
+def _refuse_kind(model, text) -> None:
     """`UnsupportedModel` for a kind of model that has no neurons of its own a layer, or no last
     token that could be replayed."""
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModel(
-            f"{name}: an encoder-decoder model; this study needs a causal (decoder-only) one"
+            "an encoder-decoder model; this study needs a causal (decoder-only) one"
         )
-    experts = [n for n, _ in model.named_modules() if n.rsplit(".", 1)[-1] in ("experts", "router")]
-    if experts:
-        raise UnsupportedModel(
-            f"{name}: a mixture-of-experts model ({experts[0]}); its MLP has no single set of "
-            "neurons a layer"
-        )
-    recurrent = [kind for kind in getattr(text, "layer_types", None) or () if kind in RECURRENT]
-    if recurrent:
-        raise UnsupportedModel(
-            f"{name}: has recurrent or convolutional layers ({recurrent[0]}); its last token "
-            "depends on earlier ones through more than keys and values, so it cannot be replayed"
-        )
+    for name, _ in model.named_modules():
+        if name.rpartition(".")[2] in ("experts", "router"):
+            raise UnsupportedModel(
+                f"a mixture-of-experts model ({name}); its MLP has no single set of neurons a layer"
+            )
+    for kind in getattr(text, "layer_types", None) or ():
+        if kind in RECURRENT:
+            raise UnsupportedModel(
+                f"has recurrent or convolutional layers ({kind}); its last token depends on "
+                "earlier ones through more than keys and values, so it cannot be replayed"
+            )
 
 
-def _decoder_layers(model, depth, name) -> nn.ModuleList:
+def _decoder_layers(model, depth: int) -> nn.ModuleList:
     found = [
         module
         for module in model.modules()
@@ -166,65 +171,53 @@ def _decoder_layers(model, depth, name) -> nn.ModuleList:
         and any(_get(module[0], path) is not None for path in DOWN_PROJECTIONS)
     ]
     if len(found) > 1:  # a vision tower as deep as the decoder
-        with torch.no_grad(), Trace(stack[0] for stack in found) as trace:
+        with torch.no_grad(), Trace(layers[0] for layers in found) as trace:
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
         called = [call.module for call in trace.kept]
-        found = [stack for stack in found if stack[0] in called]
+        found = [layers for layers in found if layers[0] in called]
     if not found:
         raise UnsupportedModel(
-            f"{name}: found no list of {depth} decoder layers with a down-projection named one of "
+            f"found no list of {depth} decoder layers with a down-projection named one of "
             f"{', '.join(DOWN_PROJECTIONS)} ({type(model).__name__})"
         )
     for path in CROSS_ATTENTION:
         if any(_get(layer, path) is not None for layer in found[0]):
             raise UnsupportedModel(
-                f"{name}: the decoder of an encoder-decoder model ({type(model).__name__}; "
-                f"{path}), whose layers attend to an encoder that a text alone does not have; this "
-                "study needs a causal one"
+                f"the decoder of an encoder-decoder model ({type(model).__name__}; {path}), whose "
+                "layers attend to an encoder that a text alone does not have; this study needs a "
+                "causal one"
             )
     return found[0]
 
 
-def _refuse_shared(what, modules, name) -> None:
-    if len(set(modules)) < len(modules):
-        raise UnsupportedModel(
-            f"{name}: one {what} module serves several layers, so a change of one layer's neurons "
-            "would be a change of the others' too; give each layer modules of its own"
-        )
-
-
-def _unembedding(model, name) -> nn.Module:
+def _unembedding(model) -> nn.Module:
     head = model.get_output_embeddings()
-    if head is None:
-        raise UnsupportedModel(
-            f"{name}: {type(model).__name__} has no unembedding (language-model head)"
-        )
     matrix = getattr(head, "weight", None)
     if not isinstance(matrix, Tensor) or matrix.dim() != 2 or not matrix.is_floating_point():
         raise UnsupportedModel(
-            f"{name}: its unembedding is a {type(head).__name__} without a matrix of "
-            "floating-point weights (quantised, or of several steps?); give the model in float32 "
-            "or bfloat16"
+            f"its unembedding is a {type(head).__name__} without a matrix of floating-point "
+            "weights (none, quantised, or of several steps?); give a language model in float32 or "
+            "bfloat16"
         )
     if matrix.is_meta:
         raise UnsupportedModel(
-            f"{name}: its unembedding is offloaded; load the model without device_map, or with one "
-            "that keeps the unembedding on a device"
+            "its unembedding is offloaded; load the model without device_map, or with one that "
+            "keeps the unembedding on a device"
         )
     return head
 
 
 @torch.no_grad()
-def _watch_a_pass(model, stack, downs, device) -> tuple[list[nn.Module], list[float | None]]:
+def _watch_a_pass(model, layers, downs, device) -> tuple[list[nn.Module], list[float | None]]:
     """What a pass over two tokens shows: the modules called between the last decoder layer and the
     unembedding, in order (the final norm; OPT-350m adds a projection); `_norm_epsilon` of each
     layer."""
-    around = [*_owner(model, stack).children(), stack[-1]]
-    inside = [part for layer in stack for part in layer.children()]
+    around = [*_owner(model, layers).children(), layers[-1]]
+    inside = [part for layer in layers for part in layer.children()]
     with Trace(around) as of_model, Trace(inside) as of_layers, Trace(downs) as of_downs:
         model(input_ids=torch.arange(2, device=device)[None], use_cache=False)
     called = [call.module for call in of_model.kept]
-    tail = called[called.index(stack[-1]) + 1 :]
+    tail = called[called.index(layers[-1]) + 1 :]
     return tail, [_norm_epsilon(call.output, of_layers.kept) for call in of_downs.kept]
 
 
@@ -254,15 +247,14 @@ def _get(module, path):
     return module
 
 
-def _first(module, paths, layer, name) -> nn.Module:
+def _first(module, paths, layer: int) -> nn.Module:
     """The first of `paths` that `module`, (a part of) a decoder layer, has."""
     for path in paths:
         found = _get(module, path)
         if found is not None:
             return found
     raise UnsupportedModel(
-        f"{name}: layer {layer} ({type(module).__name__}): no projection named one of "
-        f"{', '.join(paths)}"
+        f"layer {layer} ({type(module).__name__}): no projection named one of {', '.join(paths)}"
     )
 
 
@@ -293,25 +285,23 @@ def use_fused_norms(model: nn.Module) -> None:
     each, and rounds once instead of twice. Norms of other formulas (Gemma's 1 + w) are told by what
     they compute and left alone, and so is what a loader or a hook has changed."""
     for module in list(model.modules()):
-        for child_name, child in module.named_children():
-            changed = "forward" in child.__dict__ or hooks_of(child)
-            weight, epsilon = getattr(child, "weight", None), _epsilon(child)
-            if not type(child).__name__.endswith("RMSNorm") or changed:
-                continue
-            if weight is None or epsilon is None:
-                continue
-            fused = nn.RMSNorm(weight.shape, eps=epsilon, device="meta").train(False)
-            fused.weight = child.weight
-            if _compute_the_same(fused, child):
-                setattr(module, child_name, fused)
+        for name, norm in module.named_children():
+            changed = "forward" in norm.__dict__ or hooks_of(norm)
+            if type(norm).__name__.endswith("RMSNorm") and not changed:
+                setattr(module, name, _fused(norm))
 
 
 @torch.no_grad()
-def _compute_the_same(fused: nn.Module, own: nn.Module) -> bool:
-    weight = own.weight
+def _fused(norm: nn.Module) -> nn.Module:
+    """torch's RMSNorm if it computes what `norm` does, else `norm` itself."""
+    weight, epsilon = getattr(norm, "weight", None), _epsilon(norm)
+    if weight is None or epsilon is None:
+        return norm
+    fused = nn.RMSNorm(weight.shape, eps=epsilon, device="meta").train(False)
+    fused.weight = weight
     x = torch.linspace(-1, 3, weight.numel(), device=weight.device, dtype=weight.dtype)[None]
     rounding = 4 * torch.finfo(weight.dtype).eps
-    return torch.allclose(fused(x), own(x), rtol=rounding, atol=1e-6)
+    return fused if torch.allclose(fused(x), norm(x), rtol=rounding, atol=1e-6) else norm
 
 
 # --- arguments of decoder layers ------------------------------------------------------------------
@@ -354,19 +344,19 @@ def value_vectors(down: nn.Module) -> Tensor:
 def plain_weight(module: nn.Module) -> Tensor:
     """The matrix that a projection or an embedding holds. `UnsupportedModel` where a forward pass
     may use another: what is written to this one would be lost, what is read from it be wrong."""
-    weight = module._parameters.get("weight")
+    weight, reason = module._parameters.get("weight"), ""
     if weight is None:
         reason = (
             "its weight is made from other tensors before each use (pruning, weight_norm, "
             "parametrize, quantisation, an adapter?); write it into the weights first "
             "(prune.remove, remove_parametrizations, merge_and_unload)"
         )
-    elif not _is_plain(weight):
+    elif type(weight) is not nn.Parameter or weight.dtype not in PLAIN_DTYPES or weight.dim() != 2:
         reason = (
             f"quantised weights ({weight.dtype}) cannot be edited exactly; load the model in "
             "float32 or bfloat16"
         )
-    elif weight.device.type == "meta":
+    elif weight.is_meta:
         reason = (
             "its weight is offloaded (device_map, disk or CPU offload) and fetched anew for "
             "each forward pass; load the model without device_map, whole on one device"
@@ -382,13 +372,9 @@ def plain_weight(module: nn.Module) -> Tensor:
             "other code hangs on it (a hook, or a forward method of its own), which may "
             "change its weight or its output; remove it"
         )
-    else:
-        return weight
-    raise UnsupportedModel(f"{type(module).__name__}: {reason}")
-
-
-def _is_plain(weight: Tensor) -> bool:
-    return type(weight) is nn.Parameter and weight.dtype in PLAIN_DTYPES and weight.dim() == 2
+    if reason:
+        raise UnsupportedModel(f"{type(module).__name__}: {reason}")
+    return weight
 
 
 def hooks_of(module: nn.Module) -> list:
@@ -412,41 +398,39 @@ def _is_altered(module: nn.Module) -> bool:
 def check_sole_owner(model: nn.Module, module: nn.Module) -> None:
     """`UnsupportedModel` where the weight of `module` is another module's too, so that an edit
     would change both."""
-    place = module.weight.data_ptr()
-    held = model.named_parameters(remove_duplicate=False)
-    owners = [name.removesuffix(".weight") for name, one in held if one.data_ptr() == place]
+    owners = [
+        name.removesuffix(".weight")
+        for name, one in model.named_parameters(remove_duplicate=False)
+        if one.data_ptr() == module.weight.data_ptr()
+    ]
     if len(owners) != 1:
         raise UnsupportedModel(
-            f"{type(module).__name__}: its weight is shared by "
-            f"{', '.join(owners)}, so an edit would change the value vectors of "
-            "each; give them weights of their own first"
+            f"{type(module).__name__}: its weight is shared by {', '.join(owners)}, so an edit "
+            "would change the value vectors of each; give them weights of their own first"
         )
 
 
-def rope_kinds(config) -> list[dict]:
+# --- positions ------------------------------------------------------------------------------------
+
+
+def rope_kinds(text) -> list[dict]:
     """The rotary settings of a text configuration: one for all layers, or one a kind of layer."""
-    given = getattr(config, "rope_parameters", None) or {}
-    return [
-        rope for rope in (given, *given.values()) if isinstance(rope, dict) and "rope_type" in rope
-    ]
+    given = getattr(text, "rope_parameters", None) or {}
+    found = (given, *given.values())
+    return [rope for rope in found if isinstance(rope, dict) and "rope_type" in rope]
 
 
-def rope_switches(config) -> list[int]:
+def rope_switches(text) -> list[int]:
     """Lengths in tokens beyond which a forward pass uses other rotary frequencies, for all of its
     tokens: "longrope", as in Phi-3."""
-    return [
-        rope["original_max_position_embeddings"]
-        for rope in rope_kinds(config)
-        if rope["rope_type"] == "longrope"
-    ]
+    key = "original_max_position_embeddings"
+    return [rope[key] for rope in rope_kinds(text) if rope["rope_type"] == "longrope"]
 
 
-def context_length(config) -> int:
+def context_length(text) -> int:
     """Longest input in tokens (a large number where the configuration states none). One less with
     "dynamic" rotary scaling: beyond `max_position_embeddings` its frequencies grow with the input,
     and an input of just that length would be read with those that a longer one before it left."""
-    text = config.get_text_config()
-    keys = ("max_position_embeddings", "max_seq_len")  # the latter MPT's
-    given = (getattr(text, key, None) for key in keys)
-    stated = next((length for length in given if length), 10**9)
+    stated = getattr(text, "max_position_embeddings", None)
+    stated = stated or getattr(text, "max_seq_len", None) or 10**9  # the latter MPT's
     return stated - any("dynamic" in rope["rope_type"] for rope in rope_kinds(text))

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from copy import copy
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -73,10 +72,9 @@ def sharply(lm):
     are the same tensors afterwards.
 
     Quantised or offloaded weights have to stay what they are, and with them the model's dtype."""
-    parameters, buffers = list(lm.model.parameters()), lm.model.buffers()
-    ordinary = all(one.is_floating_point() for one in parameters) and all(
-        type(one) in (nn.Parameter, Tensor) and not one.is_meta for one in [*parameters, *buffers]
-    )
+    tensors = _tensors(lm.model)
+    ordinary = all(type(one) in (nn.Parameter, Tensor) and not one.is_meta for one in tensors)
+    ordinary &= all(one.is_floating_point() for one in lm.model.parameters())
     with torch.inference_mode(False), torch.no_grad():
         if lm.dtype.itemsize > 2 or not ordinary:
             yield TOLERANCE[lm.dtype]
@@ -87,52 +85,36 @@ def sharply(lm):
 
 @contextmanager
 def _widened(lm):
-    """Inside, each decoder layer and each module outside them computes in float32. One of them at a
-    time has its weights cast, until another is called. What is looked up in an embedding is cast
-    instead of the whole table."""
-    inside = {module for layer in lm.layers for module in layer.modules()}
-    outside = [module for module in lm.model.modules() if module not in inside]
-    embeddings = [module for module in outside if isinstance(module, nn.Embedding)]
-    cast: list[tuple[Tensor, Tensor]] = []  # (tensor, what it held)
+    """Inside, the model computes in float32: what is outside its decoder layers is cast, and one
+    layer at a time while it runs."""
+    inside = {id(one) for layer in lm.layers for one in _tensors(layer)}
+    cast: dict[Tensor, Tensor] = {}  # {tensor: what it held}
 
-    def restore():
-        while cast:
-            tensor, own = cast.pop()
-            tensor.data = own
+    def widen(tensors):
+        for one in tensors:
+            if one.is_floating_point() and one.dtype.itemsize < 4:
+                cast[one], one.data = one.data, one.data.float()
 
-    def before(module, args, kwargs):
-        whole = module in inside  # a layer may read the weights of its parts
-        tensors = chain(module.parameters(whole), module.buffers(whole))
-        narrow = [one for one in tensors if _is_narrow(one)]
-        if narrow:  # an embedding's table may be the unembedding's
-            restore()
-        if module not in embeddings:
-            for tensor in narrow:
-                cast.append((tensor, tensor.data))
-                tensor.data = tensor.data.float()
-        return _in_float32(args), _in_float32(kwargs)
+    def restore(tensors):
+        for one in tensors:
+            one.data = cast.pop(one, one.data)
 
-    def after(_, __, output):
-        return _in_float32(output)
+    def before(layer, args, kwargs):
+        widen(_tensors(layer))
+
+    def after(layer, args, output):
+        restore(_tensors(layer))
 
     try:
-        with edited([*lm.layers, *outside], before=before), edited(embeddings, after=after):
+        widen(one for one in _tensors(lm.model) if id(one) not in inside)
+        with edited(lm.layers, before=before, after=after):
             yield
     finally:
-        restore()
+        restore(list(cast))
 
 
-def _is_narrow(value) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < 4
-
-
-def _in_float32(value):
-    """`value`, an argument of a module, with the half-precision tensors in it cast."""
-    if isinstance(value, tuple):
-        return tuple(map(_in_float32, value))
-    if type(value) is dict:
-        return {key: _in_float32(one) for key, one in value.items()}
-    return value.float() if _is_narrow(value) else value
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 # --- the check at load ----------------------------------------------------------------------------
@@ -142,24 +124,22 @@ def _in_float32(value):
 def verify(lm) -> None:
     """Find the layout of rows that replays the model exactly, and whether layers add what their
     MLPs write as it is: `lm.layout` and `lm.adds_mlp_output`, which nobody else sets.
-    `UnsupportedModel`, with the model's name, where there is none."""
+    `UnsupportedModel` where there is none."""
     ids = sample_ids(lm, 5)
     ids[0, :2] = ids[1, :2]
-    with refusing(lm.name, "a pass over a few tokens"), sharply(lm) as tolerance:
+    with refusing("a pass over a few tokens"), sharply(lm) as tolerance:
         own = _causal_logits(lm, ids, tolerance)
     step = "a pass in which layers hand on nothing but hidden states (no shared keys and values)"
-    with refusing(lm.name, step), sharply(lm):
+    with refusing(step), sharply(lm):
         calls = _whole_calls(lm, ids)
-    for layout in ("sequence", "batch"):
-        if layout == "sequence" and not lm.arch.uses_attention_interface:
-            continue
+    for layout in ("sequence", "batch"):  # the first is faster
         lm.layout, lm.adds_mlp_output = layout, False
         problem = problem_of(lambda: _replay_problem(lm, ids, calls, own))
         if not problem:
             return
     raise UnsupportedModel(
-        f"{lm.name} ({type(lm.model).__name__}): its last token cannot be replayed exactly, so its "
-        f"neurons would be attributed wrongly. {problem}"
+        f"{type(lm.model).__name__}: its last token cannot be replayed exactly, so its neurons "
+        f"would be attributed wrongly. {problem}"
     )
 
 
@@ -170,13 +150,12 @@ def _causal_logits(lm, ids, tolerance) -> Tensor:
     own, changed = (lm.model(input_ids=one, use_cache=False).logits for one in (ids, other))
     if not torch.isfinite(own).all():
         raise UnsupportedModel(
-            f"{lm.name}: gives infinite or NaN logits in {lm.dtype}; check its weights, or try "
-            "float32"
+            f"gives infinite or NaN logits in {lm.dtype}; check its weights, or try float32"
         )
     if differ(changed[:, :-1], own[:, :-1], own, tolerance):
         raise UnsupportedModel(
-            f"{lm.name}: not causal: a later token changes an earlier position's prediction (of "
-            "itself, or as activations are quantised together)"
+            "not causal: a later token changes an earlier position's prediction (of itself, or as "
+            "activations are quantised together)"
         )
     return own[:, -1]
 
@@ -208,11 +187,11 @@ def _replay_problem(lm, ids, calls, own) -> str:
     with sharply(lm) as tolerance:
         clean = clean_pass(lm, ids)
         for index, call in enumerate(calls):
-            layer = _Layer(lm, index, call, clean.calls[index])
-            problem = layer.problem(tolerance)
+            layer = _Layer(lm, index, call, clean.calls[index], tolerance)
+            problem = layer.problem()
             if problem:
                 return f"Layer {index}: {problem}"
-            adds = adds and layer.adds_mlp_output(tolerance)
+            adds = adds and layer.adds_mlp_output()
         problem = _logits_problem(lm, clean, own, tolerance)
     if not problem and lm.dtype.itemsize == 2:  # as it will run
         own = lm.model(input_ids=ids, use_cache=False).logits[:, -1]
@@ -226,27 +205,23 @@ class _Layer:
 
     `call`: what the model calls it with for whole sequences, hidden states (Q, T, d); `arguments`:
     for one more token. `last` (Q, 1, d): the last token's hidden states; `own` (Q, 1, d): its
-    output there; `changes`: see `_changed`."""
+    output there; `written`: {site: (Q, 1, W)}."""
 
-    def __init__(self, lm, layer: int, call: Call, arguments: Arguments):
-        self.lm, self.layer, self.call = lm, layer, call
+    def __init__(self, lm, index: int, call: Call, arguments: Arguments, tolerance: float):
+        self.lm, self.index, self.call, self.tolerance = lm, index, call, tolerance
         self.last, cache = call.hidden[:, -1:], DynamicCache()
-        self.sites = {site: site_module(lm, layer, site) for site in SITES}
-
-        def at_last(call):
-            return call.module, self._at_last(call.output).clone()
-
-        with Trace(self.sites.values(), at_last) as trace:
+        self.sites = {site: site_module(lm, index, site) for site in SITES}
+        with Trace(self.sites.values(), lambda site: self._at_last(site.output).clone()) as trace:
             self.own = self.whole(self.last, cache)
-        self.written = dict(trace.kept)  # {site module: (Q, 1, W)}
-        self.changes = {site: self._changed(site) for site in SITES}
-        entry = cache.layers[layer]
+        down, up = reversed(trace.kept)  # the down-projection runs last
+        self.written = {"down_input": down, "pre_activation": up[..., : lm.num_neurons]}
+        keys, values = cache.layers[index].keys, cache.layers[index].values
         self.clean = CleanPass(
-            calls={layer: arguments},
-            inputs={0: self.last, layer: self.last, layer + 1: self.own},
+            calls={index: arguments},
+            inputs={0: self.last, index: self.last, index + 1: self.own},
             neurons={},
-            written={layer: self.written[self.sites["down_input"]]},
-            prefix={layer: (entry.keys[..., :-1, :], entry.values[..., :-1, :])},
+            written={index: down},
+            prefix={index: (keys[..., :-1, :], values[..., :-1, :])},
         )
 
     def whole(self, token: Tensor, cache=None) -> Tensor:
@@ -255,15 +230,10 @@ class _Layer:
         cache = DynamicCache() if cache is None else cache
         return call_layer(self.call.module, hidden, Arguments.of(self.call), cache)[:, -1:]
 
-    def _at_last(self, output: Tensor) -> Tensor:  # OPT flattens batch and sequence
-        return output.reshape(len(self.last), -1, output.shape[-1])[:, -1:]
-
-    def _changed(self, site: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Clean and changed output of a site's module at the last token, (Q, 1, W) each, and the
-        layer's (Q, 1, d) with the latter."""
-        out = self.written[self.sites[site]]
-        if site == "pre_activation":  # a fused gate_up_proj gives more
-            out = out[..., : self.lm.num_neurons]
+    def changed(self, site: str) -> tuple[Tensor, Tensor]:
+        """A change of what a site's module gives at the last token, (Q, 1, W) as it is then, and
+        the layer's output (Q, 1, d) with it."""
+        out = self.written[site]
         new = out + out.std() * torch.linspace(-1, 1, out.shape[-1]).to(out)
 
         def put(_, __, output):
@@ -272,41 +242,47 @@ class _Layer:
             return output
 
         with edited([self.sites[site]], after=put):
-            return out, new, self.whole(self.last)
+            return new, self.whole(self.last)
 
-    def problem(self, tolerance: float) -> str:
-        lm, clean, layer = self.lm, self.clean, self.layer
-        other = self.last.flip(0) + self.last / 2
-        wanted = self.whole(other)
+    def _at_last(self, output: Tensor) -> Tensor:  # OPT flattens batch and sequence
+        return output.reshape(len(self.last), -1, output.shape[-1])[:, -1:]
+
+    def problem(self) -> str:
+        """What is wrong with rows of this layer, if anything: of three, not as many as there are
+        queries, the middle one is changed."""
+        lm, other = self.lm, self.last.flip(0) + self.last / 2
         with replaying(lm):
-            rows = run_layer(lm, clean, layer, torch.cat([self.last, other, self.last], 1))
-            if self._wrong(rows, wanted, tolerance):
-                return "rows at the last token differ from whole sequences."
-            for site, (out, new, wanted) in self.changes.items():
-                rows = start_rows(lm, clean, layer, torch.cat([out, new, out], 1), site)
-                if self._wrong(rows, wanted, tolerance):
-                    return f"rows of changed neurons ({site}) differ from whole sequences."
+            rows = torch.cat([self.last, other, self.last], 1)
+            rows = run_layer(lm, self.clean, self.index, rows)
+        if self._wrong(rows, self.whole(other)):
+            return "rows at the last token differ from whole sequences."
+        for site, out in self.written.items():
+            new, wanted = self.changed(site)
+            with replaying(lm):
+                rows = torch.cat([out, new, out], 1)
+                rows = start_rows(lm, self.clean, self.index, rows, site)
+            if self._wrong(rows, wanted):
+                return f"rows of changed neurons ({site}) differ from whole sequences."
         return ""
 
-    def _wrong(self, rows, wanted, tolerance) -> bool:
-        """Of three rows (not as many as there are queries) the middle one should be `wanted`, the
-        others clean."""
+    def _wrong(self, rows: Tensor, wanted: Tensor) -> bool:
         wanted = torch.cat([self.own, wanted, self.own], 1)
         added = self.own - self.last
-        return rows.shape != wanted.shape or differ(rows, wanted, added, tolerance)
+        return rows.shape != wanted.shape or differ(rows, wanted, added, self.tolerance)
 
-    def adds_mlp_output(self, tolerance: float) -> bool:
+    def adds_mlp_output(self) -> bool:
         """Whether the layer adds its down-projection's output to the residual stream as it is (no
         norm, no multiplier): then what changed neurons write can be added to the layer's clean
         output instead of running the layer."""
-        out, new, moved = self.changes["down_input"]
-        if tolerance > 0.01:  # a multiplier of 1.05 would pass
+        if self.tolerance > 0.01:  # a multiplier of 1.05 would pass
             return False
         try:
-            self.lm.value_vectors(self.layer)  # which rows need where the layer does not run
+            self.lm.value_vectors(self.index)  # which rows need where the layer does not run
         except UnsupportedModel:
             return False
-        return not differ(moved, self.own + (new - out), new - out, tolerance)
+        new, moved = self.changed("down_input")
+        more = new - self.written["down_input"]
+        return not differ(moved, self.own + more, more, self.tolerance)
 
 
 def _logits_problem(lm, clean, own, tolerance) -> str:

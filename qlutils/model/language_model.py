@@ -46,6 +46,7 @@ class LanguageModel:
     num_neurons: int  # of a layer
     num_heads: int
     num_embeddings: float = math.inf  # tokens with both embeddings; a tokenizer alone has no limit
+    context: int  # longest input in tokens (a large number where the configuration states none)
     rope_switches: Iterable[int] = ()  # lengths beyond which rotary frequencies are others
     # Set by `check.verify`: how rows lie ("sequence" or "batch", see `passes.run_layer`), and
     # whether every layer adds what its MLP writes to the residual stream as it is.
@@ -59,26 +60,33 @@ class LanguageModel:
     passed: set[str]  # checks that the model has passed
 
     def __init__(self, model, tokenizer, name: str):
-        _refuse_wrapped(model, name)
-        self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
-        self._fingerprint: tuple = (None, "")
-        self._forwards = self._replaced_forwards()  # some loaders set their own
-        with architecture.refusing(name, "finding its parts"):
-            architecture.use_fused_gelu(model)
-            if model.device.type == "cuda":
-                architecture.use_fused_norms(model)
-            self.arch = architecture.find_architecture(model, name)
-            embeddings = model.get_input_embeddings(), self.arch.head
-            self.num_embeddings = min(module.weight.shape[0] for module in embeddings)
-            self.rope_switches = architecture.rope_switches(model.config.get_text_config())
-        self._parts = list(model.modules())
+        with architecture.naming(name):
+            _refuse_wrapped(model)
+            self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
+            self.model.requires_grad_(False)
+            self._forwards = self._replaced_forwards()  # some loaders set their own
+            self._fingerprint = (None, "")
+            with architecture.refusing("finding its parts"):
+                self._find_parts()
+            self.in_use, self.scoring = RLock(), False
+            self.scales, self.edits, self.passed = [], [], set()
+            with full_precision(self.device):
+                verify(self)
+
+    def _find_parts(self) -> None:
+        architecture.use_fused_gelu(self.model)
+        if self.model.device.type == "cuda":
+            architecture.use_fused_norms(self.model)
+        self.arch = architecture.find_architecture(self.model)
         self.layers, self.downs = self.arch.layers, self.arch.downs
         self.num_layers, self.num_neurons = len(self.layers), self.arch.num_neurons
         self.num_heads = self.arch.num_heads
-        self.in_use, self.scoring = RLock(), False
-        self.scales, self.edits, self.passed = [], [], set()
-        with full_precision(self.device):
-            verify(self)
+        embeddings = self.model.get_input_embeddings(), self.arch.head
+        self.num_embeddings = min(module.weight.shape[0] for module in embeddings)
+        text = self.model.config.get_text_config()
+        self.rope_switches = architecture.rope_switches(text)
+        self.context = architecture.context_length(text)
+        self._parts = list(self.model.modules())
 
     @property
     def device(self) -> torch.device:
@@ -107,18 +115,12 @@ class LanguageModel:
             f"prompt, so no baseline can keep it: '1' is {ids} with it and {bare} without"
         )
 
-    @cached_property
-    def context(self) -> int:
-        """Longest input in tokens (a large number where the configuration states none)."""
-        return architecture.context_length(self.model.config)
-
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the weights' content, the configuration and the tokenizer: what a result
         depends on. Computed anew when a weight was changed in place."""
-        state = tuple(
-            (tensor.data_ptr(), tensor._version) for tensor in self.model.state_dict().values()
-        )
+        tensors = self.model.state_dict().values()
+        state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
         if self._fingerprint[0] != state:
             self._fingerprint = state, self._digest()
         return self._fingerprint[1]
@@ -326,21 +328,18 @@ class LanguageModel:
         return [self.encode(prompt, answer) for prompt, answer in zip(prompts, answers)]
 
 
-def _refuse_wrapped(model, name: str) -> None:
+def _refuse_wrapped(model) -> None:
     """`UnsupportedModel` unless `model` is a plain transformers model whose gradients flow."""
     if hasattr(model, "_orig_mod"):
-        raise UnsupportedModel(
-            f"{name}: a compiled model, which leaves out hooks; give the model itself"
-        )
+        raise UnsupportedModel("a compiled model, which leaves out hooks; give the model itself")
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModel(
-            f"{name}: a {type(model).__name__}, not a transformers model; give the model inside it "
+            f"a {type(model).__name__}, not a transformers model; give the model inside it "
             "(DataParallel: its `module`; PeftModel: what `merge_and_unload()` returns)"
         )
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise UnsupportedModel(
-            f"{name}: a model made inside torch.inference_mode(), which takes no gradients; make "
-            "it outside"
+            "a model made inside torch.inference_mode(), which takes no gradients; make it outside"
         )
 
 

@@ -19,6 +19,7 @@ from transformers.utils import cached_file
 
 from qlutils import paths
 from qlutils.model import pretrained
+from qlutils.model.architecture import describe
 from qlutils.model.language_model import LanguageModel
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
@@ -104,23 +105,15 @@ def find_device(device: str | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError):
-        found = None
-    if found is None or isinstance(device, int) or found.type not in ("cpu", "mps", "cuda"):
-        raise ValueError(f"device {device!r} is unknown; use cpu, cuda or cuda:N")
-    there, lack = True, "no Apple GPU"
-    if found.type == "mps":
-        there = torch.backends.mps.is_available()
-    if found.type == "cuda":
-        count = torch.cuda.device_count()
-        there = (found.index or 0) < count
-        lack = f"{count}, counted from 0" if torch.cuda.is_available() else "no CUDA device"
-    if not there:
+        found = None if isinstance(device, int) else torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, TypeError, AssertionError) as error:  # the last: torch without CUDA
+        reason = describe(error)
         raise ValueError(
-            f"device {str(device)!r} was asked for, but torch sees {lack}; use cpu or one that is "
-            "there"
-        )
+            f"device {device!r} is unknown or not there; use cpu, cuda or cuda:N ({reason})"
+        ) from None
+    if found is None or found.type not in ("cpu", "mps", "cuda"):
+        raise ValueError(f"device {device!r} is unknown; use cpu, cuda or cuda:N")
     return found
 
 

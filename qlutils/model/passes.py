@@ -167,13 +167,15 @@ class CleanPass:
     def pick(self, queries: Tensor) -> CleanPass:
         """What the pass leaves behind for some of its queries."""
         batch = len(self.inputs[0])
-        return CleanPass(
-            {layer: call.pick(batch, queries) for layer, call in self.calls.items()},
-            {layer: one[queries] for layer, one in self.inputs.items()},
-            {layer: one[queries] for layer, one in self.neurons.items()},
-            {layer: one[queries] for layer, one in self.written.items()},
-            {layer: (key[queries], value[queries]) for layer, (key, value) in self.prefix.items()},
-        )
+        tensors = [
+            {layer: one[queries] for layer, one in tensors.items()}
+            for tensors in (self.inputs, self.neurons, self.written)
+        ]
+        calls = {layer: call.pick(batch, queries) for layer, call in self.calls.items()}
+        prefix = {
+            layer: (key[queries], value[queries]) for layer, (key, value) in self.prefix.items()
+        }
+        return CleanPass(calls, *tensors, prefix)
 
 
 def site_module(lm, layer: int, site: str) -> nn.Module:

