@@ -529,7 +529,7 @@ def test_a_forward_that_was_replaced_since_loading_is_refused(monkeypatch):
     monkeypatch.setattr(
         lm.layers[0], "forward", lambda *args, **kwargs: doubled(None, None, own(*args, **kwargs))
     )
-    with pytest.raises(ValueError, match="forward method in tiny-gpt2 was replaced"):
+    with pytest.raises(ValueError, match="tiny-gpt2: modules .*a forward method was replaced"):
         attribute_encoded(lm, [query], Spec(steps=4))
     before = LanguageModel(lm.model, lm.tokenizer, "wrapped")  # a loader's own is the model's
     assert torch.isfinite(attribute_encoded(before, [query], Spec(steps=4)).scores).all()

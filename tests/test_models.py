@@ -11,18 +11,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import transformers
 from tiny import (
     FAMILIES,
-    GPT,
-    SMALL,
     save_checkpoint,
     tiny_lm,
     tiny_model,
     word_tokenizer,
 )
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from qlutils import (
     answer_probability,
@@ -34,20 +30,16 @@ from qlutils import (
 )
 from qlutils.model import architecture as arch
 from qlutils.model import loading
+from qlutils.model.answer import final_logits
 from qlutils.model.architecture import UnsupportedModel
 from qlutils.model.check import sharply
 from qlutils.model.language_model import LanguageModel
 from qlutils.model.loading import BUNDLED
+from qlutils.model.passes import clean_pass
+from qlutils.model.trace import Trace
 from qlutils.study import store
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-
-
-def random_model(config, **options):
-    torch.manual_seed(0)
-    config = getattr(transformers, config)(**options)
-    kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return kind.from_config(config)
 
 
 # --- the parts of a model -------------------------------------------------------------------------
@@ -132,53 +124,28 @@ def test_neurons_outside_the_model_are_refused():
             lm.check_neurons([neuron])
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gemma2", "bloom"])
+@pytest.mark.parametrize("prefix", [0, 2, None])
+def test_a_clean_pass_is_the_models_own_from_wherever_it_is_recorded(family, prefix):
+    lm, ids = tiny_lm(family), torch.tensor([[5, 6, 7, 8], [9, 8, 40, 6]])
+    start = ids.shape[1] - 1 if prefix is None else prefix
+    clean = clean_pass(lm, ids, prefix=prefix, layers=[2, 0])
+    with torch.no_grad(), Trace([lm.downs[0], lm.downs[2]]) as trace:
+        logits = lm.model(ids, use_cache=False).logits[:, start:]
+    torch.testing.assert_close(final_logits(lm, clean.inputs[3]), logits)
+    assert (clean.prefix is None) == (prefix == 0) and set(clean.neurons) == {0, 2}
+    for layer, call in zip((0, 2), trace.kept):
+        neurons, written = (
+            one.view(*ids.shape, -1)[:, start:] for one in (call.args[0], call.output)
+        )
+        torch.testing.assert_close(clean.neurons[layer], neurons)
+        if family != "bloom":  # which adds to what is written in place
+            torch.testing.assert_close(clean.written[layer], written)
+    one = clean.pick(torch.tensor([1])) if prefix else clean
+    assert torch.equal(one.inputs[3][-1], clean.inputs[3][-1])
+
+
 # --- what cannot be studied -----------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "config, options, named",
-    [
-        ("MixtralConfig", dict(SMALL, num_local_experts=2), "mixture-of-experts"),
-        (
-            "Qwen3MoeConfig",
-            dict(SMALL, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8),
-            "mixture-of-experts",
-        ),
-        (
-            "GptOssConfig",
-            dict(SMALL, num_local_experts=2, num_key_value_heads=2, head_dim=8),
-            "mixture-of-experts",
-        ),
-        (
-            "T5Config",
-            dict(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4),
-            "encoder-decoder.*causal",
-        ),
-        (
-            "BartConfig",
-            dict(
-                vocab_size=97,
-                d_model=32,
-                encoder_layers=1,
-                decoder_layers=1,
-                encoder_attention_heads=4,
-                decoder_attention_heads=4,
-                encoder_ffn_dim=8,
-                decoder_ffn_dim=8,
-            ),
-            "encoder-decoder.*causal",
-        ),
-        ("BertConfig", SMALL, "not causal|down-projection"),
-        (
-            "MambaConfig",
-            dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4),
-            "recurrent",
-        ),
-    ],
-)
-def test_other_kinds_of_models_are_refused_by_name_and_reason(config, options, named):
-    with pytest.raises(UnsupportedModel, match=f"^the-model.*({named})"):
-        LanguageModel(random_model(config, **options), word_tokenizer(), "the-model")
-
-
 def test_a_model_that_looks_ahead_is_refused():
     model = tiny_model("llama2")
     bidirectional = lambda ids: torch.zeros(1, 1, ids.shape[1], ids.shape[1], dtype=torch.float64)  # noqa: E731
@@ -748,11 +715,6 @@ def test_bundled_models_load():
         assert lm.name == name and lm.context >= 512 and lm.bos_offset == (name != "demo/gpt2")
         prompt, answer = lm.encode("The capital of France is", "Paris")
         assert lm.tokenizer.decode(answer).strip() == "Paris" and len(prompt) >= 2
-
-
-def test_a_gpt_big_code_model_is_supported_by_the_same_mechanism():
-    lm = LanguageModel(random_model("GPTBigCodeConfig", **GPT), word_tokenizer(), "bigcode")
-    assert (lm.num_layers, lm.num_neurons) == (3, 128)
 
 
 # --- faster modules in place of the model's own ---------------------------------------------------

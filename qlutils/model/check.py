@@ -10,7 +10,7 @@ gives (see `passes.site_module`), V the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager
 from copy import copy
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from qlutils.model.answer import answer_probabilities, final_logits
-from qlutils.model.architecture import UnsupportedModel, describe, refusing
+from qlutils.model.architecture import UnsupportedModel, refusing
 from qlutils.model.passes import (
     SITES,
     Arguments,
@@ -42,17 +42,6 @@ def differ(found: Tensor, wanted: Tensor, size: Tensor, tolerance: float) -> boo
     `size`, and by more than the numbers themselves are rounded."""
     rounding = 16 * torch.finfo(wanted.dtype).eps * wanted.abs().max()
     return not bool((found - wanted).abs().max() <= tolerance * size.abs().max() + rounding)
-
-
-def problem_of(check: Callable[[], str]) -> str:
-    """What `check` finds wrong, or what fails in it; "" where nothing does. Memory that runs out is
-    not the model's fault."""
-    try:
-        return check()
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # of any kind: it comes from other libraries' code
-        return describe(error)
 
 
 def sample_ids(lm, length: int) -> Tensor:
@@ -132,11 +121,15 @@ def verify(lm) -> None:
     step = "a pass in which layers hand on nothing but hidden states (no shared keys and values)"
     with refusing(step), sharply(lm):
         calls = _whole_calls(lm, ids)
+    problem = None
     for layout in ("sequence", "batch"):  # the first is faster
         lm.layout, lm.adds_mlp_output = layout, False
-        problem = problem_of(lambda: _replay_problem(lm, ids, calls, own))
-        if not problem:
+        try:
+            with refusing("A replay"):
+                lm.adds_mlp_output = _check_replay(lm, ids, calls, own)
             return
+        except UnsupportedModel as error:
+            problem = error
     raise UnsupportedModel(
         f"{type(lm.model).__name__}: its last token cannot be replayed exactly, so its neurons "
         f"would be attributed wrongly. {problem}"
@@ -180,24 +173,21 @@ def _whole_calls(lm, ids) -> list[Call]:
     return trace.kept
 
 
-def _replay_problem(lm, ids, calls, own) -> str:
-    """What is wrong with the replay in the layout that `lm` has now, if anything. Where nothing is,
-    `lm.adds_mlp_output` is known afterwards."""
+def _check_replay(lm, ids, calls, own) -> bool:
+    """`UnsupportedModel` unless rows in the layout that `lm` has now are what whole sequences give.
+    Whether every layer adds what its MLP writes as it is."""
     adds = True
     with sharply(lm) as tolerance:
         clean = clean_pass(lm, ids)
         for index, call in enumerate(calls):
             layer = _Layer(lm, index, call, clean.calls[index], tolerance)
-            problem = layer.problem()
-            if problem:
-                return f"Layer {index}: {problem}"
+            layer.check()
             adds = adds and layer.adds_mlp_output()
-        problem = _logits_problem(lm, clean, own, tolerance)
-    if not problem and lm.dtype.itemsize == 2:  # as it will run
+        _check_logits(lm, clean, own, tolerance)
+    if lm.dtype.itemsize == 2:  # as it will run
         own = lm.model(input_ids=ids, use_cache=False).logits[:, -1]
-        problem = _logits_problem(lm, clean_pass(lm, ids), own, TOLERANCE[lm.dtype])
-    lm.adds_mlp_output = adds
-    return problem
+        _check_logits(lm, clean_pass(lm, ids), own, TOLERANCE[lm.dtype])
+    return adds
 
 
 class _Layer:
@@ -247,28 +237,26 @@ class _Layer:
     def _at_last(self, output: Tensor) -> Tensor:  # OPT flattens batch and sequence
         return output.reshape(len(self.last), -1, output.shape[-1])[:, -1:]
 
-    def problem(self) -> str:
-        """What is wrong with rows of this layer, if anything: of three, not as many as there are
-        queries, the middle one is changed."""
+    def check(self) -> None:
+        """`UnsupportedModel` unless rows of this layer are right: of three, not as many as there
+        are queries, the middle one is changed."""
         lm, other = self.lm, self.last.flip(0) + self.last / 2
         with replaying(lm):
             rows = torch.cat([self.last, other, self.last], 1)
             rows = run_layer(lm, self.clean, self.index, rows)
-        if self._wrong(rows, self.whole(other)):
-            return "rows at the last token differ from whole sequences."
+        self._compare(rows, self.whole(other), "rows at the last token")
         for site, out in self.written.items():
             new, wanted = self.changed(site)
             with replaying(lm):
                 rows = torch.cat([out, new, out], 1)
                 rows = start_rows(lm, self.clean, self.index, rows, site)
-            if self._wrong(rows, wanted):
-                return f"rows of changed neurons ({site}) differ from whole sequences."
-        return ""
+            self._compare(rows, wanted, f"rows of changed neurons ({site})")
 
-    def _wrong(self, rows: Tensor, wanted: Tensor) -> bool:
+    def _compare(self, rows: Tensor, wanted: Tensor, what: str) -> None:
         wanted = torch.cat([self.own, wanted, self.own], 1)
         added = self.own - self.last
-        return rows.shape != wanted.shape or differ(rows, wanted, added, self.tolerance)
+        if rows.shape != wanted.shape or differ(rows, wanted, added, self.tolerance):
+            raise UnsupportedModel(f"Layer {self.index}: {what} differ from whole sequences.")
 
     def adds_mlp_output(self) -> bool:
         """Whether the layer adds its down-projection's output to the residual stream as it is (no
@@ -285,11 +273,11 @@ class _Layer:
         return not differ(moved, self.own + more, more, self.tolerance)
 
 
-def _logits_problem(lm, clean, own, tolerance) -> str:
-    """What is wrong with the replay of the whole model, if anything; `own` (Q, V): its logits."""
+def _check_logits(lm, clean: CleanPass, own: Tensor, tolerance: float) -> None:
+    """`UnsupportedModel` unless the replay of the whole model gives its logits `own` (Q, V)."""
     own, target = own.to(lm.score_dtype), own.argmax(-1)
     if differ(final_logits(lm, clean.inputs[lm.num_layers][:, -1]), own, own, tolerance):
-        return "A pass with a key-value cache gives other logits."
+        raise UnsupportedModel("A pass with a key-value cache gives other logits.")
     hidden = torch.cat([clean.inputs[0], clean.inputs[0] / 2], 1)
     with replaying(lm):
         for layer in range(lm.num_layers):
@@ -298,5 +286,6 @@ def _logits_problem(lm, clean, own, tolerance) -> str:
     wanted = torch.log_softmax(own, -1).gather(1, target[:, None])
     error = float((log_p - wanted).abs().max())  # that of the logits, which grows with them
     if not error <= tolerance * max(1.0, float(own.abs().max())):
-        return f"The replayed row gives another probability (relative error {error:.1e})."
-    return ""
+        raise UnsupportedModel(
+            f"The replayed row gives another probability (relative error {error:.1e})."
+        )

@@ -64,7 +64,6 @@ class LanguageModel:
             _refuse_wrapped(model)
             self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
             self.model.requires_grad_(False)
-            self._forwards = self._replaced_forwards()  # some loaders set their own
             self._fingerprint = (None, "")
             with architecture.refusing("finding its parts"):
                 self._find_parts()
@@ -86,7 +85,7 @@ class LanguageModel:
         text = self.model.config.get_text_config()
         self.rope_switches = architecture.rope_switches(text)
         self.context = architecture.context_length(text)
-        self._parts = list(self.model.modules())
+        self._loaded = self._parts()
 
     @property
     def device(self) -> torch.device:
@@ -165,18 +164,24 @@ class LanguageModel:
         self.check_parts()
 
     def check_parts(self) -> None:
-        """ValueError where a module was put into the model after loading (an adapter, a new
-        projection): forward passes may not go through the places this study looks at any more."""
-        if list(self.model.modules()) != self._parts:
+        """ValueError where a module or a forward method was put into the model after loading (an
+        adapter, a new projection): forward passes may not go through the places this study looks at
+        any more."""
+        if self._parts() != self._loaded:
             raise ValueError(
-                f"{self.name}: modules were added or exchanged after it was loaded (an adapter, "
-                "weight_norm, quantisation?); make a LanguageModel of it anew"
+                f"{self.name}: modules were added or exchanged after it was loaded, or a forward "
+                "method was replaced (an adapter, weight_norm, quantisation?), with which numbers "
+                "would be wrong without a word; make a LanguageModel of it anew"
             )
 
+    def _parts(self) -> list[tuple]:
+        """Every module and the forward method of its own, if it has one: some loaders set it."""
+        return [(module, vars(module).get("forward")) for module in self.model.modules()]
+
     def check_hooks(self) -> None:
-        """ValueError for what other code hangs on the model's forward passes: hooks, or a `forward`
-        replaced since loading. Rows stand side by side where a text's tokens would, and much of a
-        pass is left out: what it would do to them is not known."""
+        """ValueError for what other code hangs on the model's forward passes. Rows stand side by
+        side where a text's tokens would, and much of a pass is left out: what it would do to them
+        is not known."""
         hooks = [
             (name, hook)
             for name, module in self.model.named_modules()
@@ -191,18 +196,7 @@ class LanguageModel:
                     "which numbers would be wrong without a word: remove it, or write what it does "
                     "into the weights"
                 )
-        if self._replaced_forwards() != self._forwards:
-            raise ValueError(
-                f"a forward method in {self.name} was replaced since it was loaded, with which "
-                "numbers would be wrong without a word: put it back, or load the model anew"
-            )
-
-    def _replaced_forwards(self) -> dict:
-        return {
-            name: module.__dict__["forward"]
-            for name, module in self.model.named_modules()
-            if "forward" in module.__dict__
-        }
+        self.check_parts()
 
     def check_untouched(self) -> None:
         """ValueError while a context changes the model: what is computed then must not be kept as
