@@ -112,7 +112,7 @@ def test_the_vocabulary_may_be_read_in_pieces(monkeypatch):
     lm = tiny_lm("gpt2")
     queries, _ = queries_and_sets(lm)
     whole = score_queries(lm, queries)
-    monkeypatch.setattr(rows, "LOGITS", 200)  # two positions at a time
+    monkeypatch.setattr("qlutils.model.answer.LOGITS", 200)  # two positions at a time
     np.testing.assert_allclose(
         score_queries(lm, queries).log_probability, whole.log_probability, rtol=1e-13
     )
@@ -349,8 +349,8 @@ def test_attribution_inside_a_scaled_context_is_refused():
 
 
 def test_a_model_whose_layers_cannot_be_run_on_rows_is_refused_by_name(monkeypatch):
-    lm, run = tiny_lm("gpt2"), rows.call_layer
-    monkeypatch.setattr(rows, "call_layer", lambda *args: 2 * run(*args))
+    lm, run = tiny_lm("gpt2"), rows.run_rows
+    monkeypatch.setattr(rows, "run_rows", lambda *args: 2 * run(*args))
     for _ in range(2):
         with pytest.raises(UnsupportedModel, match="tiny-gpt2"):
             score_queries(lm, [([10, 11], [12])])

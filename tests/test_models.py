@@ -219,7 +219,7 @@ def test_rows_that_are_wrong_by_three_percent_are_noticed_in_every_dtype(place, 
     model = tiny_model("llama2", dtype, scale=2)
     LanguageModel(model, word_tokenizer(), "plain")
     a_little_of(model.get_submodule(place), 0.03)
-    with pytest.raises(UnsupportedModel, match="odd-model.*Layer 1: rows at the last token"):
+    with pytest.raises(UnsupportedModel, match="odd-model.*Layer 1: rows "):
         LanguageModel(model, word_tokenizer(), "odd-model")
 
 
@@ -659,7 +659,7 @@ def test_layers_that_share_keys_and_values_are_refused(dtype):
         num_hidden_layers=4,
         layer_types=["sliding_attention", "full_attention"] * 2,
     )
-    said = "the-model: a pass in which layers hand on nothing but hidden states"
+    said = "the-model: .*cannot be replayed exactly"
     with pytest.raises(UnsupportedModel, match=said):
         LanguageModel(model, word_tokenizer(), "the-model")
 

@@ -10,28 +10,24 @@ gives (see `passes.site_module`), V the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import contextmanager
-from copy import copy
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from qlutils.model.answer import answer_probabilities, final_logits
 from qlutils.model.architecture import UnsupportedModel, refusing
 from qlutils.model.passes import (
     SITES,
-    Arguments,
     CleanPass,
-    call_layer,
     clean_pass,
     replaying,
     run_layer,
     site_module,
     start_rows,
 )
-from qlutils.model.trace import Call, Trace, edited
+from qlutils.model.trace import Trace, edited, first
 
 # By how much, relative to the largest number, two ways of computing the same may differ in a dtype.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
@@ -118,15 +114,12 @@ def verify(lm) -> None:
     ids[0, :2] = ids[1, :2]
     with refusing("a pass over a few tokens"), sharply(lm) as tolerance:
         own = _causal_logits(lm, ids, tolerance)
-    step = "a pass in which layers hand on nothing but hidden states (no shared keys and values)"
-    with refusing(step), sharply(lm):
-        calls = _whole_calls(lm, ids)
     problem = None
     for layout in ("sequence", "batch"):  # the first is faster
         lm.layout, lm.adds_mlp_output = layout, False
         try:
             with refusing("A replay"):
-                lm.adds_mlp_output = _check_replay(lm, ids, calls, own)
+                lm.adds_mlp_output = _check_replay(lm, ids, own)
             return
         except UnsupportedModel as error:
             problem = error
@@ -153,124 +146,100 @@ def _causal_logits(lm, ids, tolerance) -> Tensor:
     return own[:, -1]
 
 
-def _whole_calls(lm, ids) -> list[Call]:
-    """What each layer is called with in a pass over whole sequences.
-
-    A layer may write into a mapping among its arguments for later layers to read (Gemma 4's shared
-    keys and values). A row that starts in between would not find there what its earlier layers
-    wrote: so here nobody finds anything."""
-    given = {}  # {id of a mapping: it, and its content when first given}
-
-    def forget(_, args, kwargs):
-        for name, value in kwargs.items():
-            if isinstance(value, Mapping):
-                _, content = given.setdefault(id(value), (value, copy(value)))
-                kwargs[name] = copy(content)
-        return args, kwargs
-
-    with edited(lm.layers, before=forget), Trace(lm.layers) as trace:
-        lm.model.base_model(input_ids=ids, use_cache=True, cache=DynamicCache())
-    return trace.kept
-
-
-def _check_replay(lm, ids, calls, own) -> bool:
-    """`UnsupportedModel` unless rows in the layout that `lm` has now are what whole sequences give.
-    Whether every layer adds what its MLP writes as it is."""
-    adds = True
+def _check_replay(lm, ids: Tensor, own: Tensor) -> bool:
+    """`UnsupportedModel` unless rows in the layout that `lm` has now are what whole sequences give;
+    `own` (Q, V): the model's logits. Whether every layer adds what its MLP writes as it is."""
     with sharply(lm) as tolerance:
-        clean = clean_pass(lm, ids)
-        for index, call in enumerate(calls):
-            layer = _Layer(lm, index, call, clean.calls[index], tolerance)
-            layer.check()
-            adds = adds and layer.adds_mlp_output()
-        _check_logits(lm, clean, own, tolerance)
+        adds = _check_layers(lm, ids, tolerance)
+        _check_logits(lm, clean_pass(lm, ids), own, tolerance)
     if lm.dtype.itemsize == 2:  # as it will run
         own = lm.model(input_ids=ids, use_cache=False).logits[:, -1]
         _check_logits(lm, clean_pass(lm, ids), own, TOLERANCE[lm.dtype])
     return adds
 
 
-class _Layer:
-    """One decoder layer, run on whole sequences and on rows at the last token, which should agree.
+@dataclass
+class _Change:
+    """Another output `new` of a layer's site module at the last token, instead of `old`, both
+    (Q, 1, W)."""
 
-    `call`: what the model calls it with for whole sequences, hidden states (Q, T, d); `arguments`:
-    for one more token. `last` (Q, 1, d): the last token's hidden states; `own` (Q, 1, d): its
-    output there; `written`: {site: (Q, 1, W)}."""
+    layer: int
+    site: str
+    old: Tensor
+    new: Tensor
 
-    def __init__(self, lm, index: int, call: Call, arguments: Arguments, tolerance: float):
-        self.lm, self.index, self.call, self.tolerance = lm, index, call, tolerance
-        self.last, cache = call.hidden[:, -1:], DynamicCache()
-        self.sites = {site: site_module(lm, index, site) for site in SITES}
-        with Trace(self.sites.values(), lambda site: self._at_last(site.output).clone()) as trace:
-            self.own = self.whole(self.last, cache)
-        down, up = reversed(trace.kept)  # the down-projection runs last
-        self.written = {"down_input": down, "pre_activation": up[..., : lm.num_neurons]}
-        keys, values = cache.layers[index].keys, cache.layers[index].values
-        self.clean = CleanPass(
-            calls={index: arguments},
-            inputs={0: self.last, index: self.last, index + 1: self.own},
-            neurons={},
-            written={index: down},
-            prefix={index: (keys[..., :-1, :], values[..., :-1, :])},
-        )
+    @classmethod
+    def of(cls, lm, clean: CleanPass, layer: int, site: str) -> _Change:
+        old = clean.written[layer]
+        if site == "pre_activation":  # a fused gate_up_proj gives more
+            old = old[..., : lm.num_neurons]
+        return cls(layer, site, old, old + old.std() * torch.linspace(-1, 1, old.shape[-1]).to(old))
 
-    def whole(self, token: Tensor, cache=None) -> Tensor:
-        """(Q, 1, d) output at the last position of whole sequences with `token` (Q, 1, d) there."""
-        hidden = torch.cat([self.call.hidden[:, :-1], token], 1)
-        cache = DynamicCache() if cache is None else cache
-        return call_layer(self.call.module, hidden, Arguments.of(self.call), cache)[:, -1:]
 
-    def changed(self, site: str) -> tuple[Tensor, Tensor]:
-        """A change of what a site's module gives at the last token, (Q, 1, W) as it is then, and
-        the layer's output (Q, 1, d) with it."""
-        out = self.written[site]
-        new = out + out.std() * torch.linspace(-1, 1, out.shape[-1]).to(out)
+def _check_layers(lm, ids: Tensor, tolerance: float) -> bool:
+    """`UnsupportedModel` unless each layer gives for rows what it gives for whole sequences, from
+    its input on and from changed neurons on. Whether every layer adds what its MLP writes."""
+    clean = {site: clean_pass(lm, ids, site) for site in SITES}
+    layers = range(lm.num_layers)
+    changes = [_Change.of(lm, clean[site], layer, site) for site in SITES for layer in layers]
+    adds = tolerance < 0.01  # else a multiplier of 1.05 would pass
+    for layer, (inputs, wanted) in enumerate(_changed_passes(lm, ids, changes)):
+        added = wanted[:, :1] - inputs[:, :1]
+        here = [n for n, change in enumerate(changes, 1) if change.layer == layer]
+        others = [n for n in range(len(changes) + 1) if n not in here]
+        with replaying(lm):
+            rows = run_layer(lm, clean["down_input"], layer, inputs[:, others])
+            if differ(rows, wanted[:, others], added, tolerance):
+                raise UnsupportedModel(f"Layer {layer}: rows differ from whole sequences.")
+            for n in here:
+                site, old, new = changes[n - 1].site, changes[n - 1].old, changes[n - 1].new
+                rows = start_rows(lm, clean[site], layer, torch.cat([old, new, old], 1), site)
+                if differ(rows, wanted[:, [0, n, 0]], added, tolerance):
+                    raise UnsupportedModel(
+                        f"Layer {layer}: rows of changed neurons ({site}) differ from whole "
+                        "sequences."
+                    )
+        down = changes[layer]
+        more = down.new - down.old
+        added_as_it_is = not differ(wanted[:, [1 + layer]], wanted[:, :1] + more, more, tolerance)
+        adds = adds and added_as_it_is and _has_value_vectors(lm, layer)
+    return adds
 
+
+def _has_value_vectors(lm, layer: int) -> bool:
+    """Whether they can be read, as rows need where a layer does not run."""
+    try:
+        lm.value_vectors(layer)
+    except UnsupportedModel:
+        return False
+    return True
+
+
+def _changed_passes(lm, ids: Tensor, changes: list[_Change]) -> list[tuple[Tensor, Tensor]]:
+    """Input and output of each layer at the last token, (Q, 1 + C, d) each, in passes over whole
+    sequences: a clean one, and one for each of C changes."""
+    shape = len(ids), 1 + len(changes)
+
+    def at_last(call):
+        ends = call.hidden[:, -1], first(call.output)[:, -1]
+        return tuple(one.unflatten(0, shape).clone() for one in ends)
+
+    def putting(n, new):
         def put(_, __, output):
             output = output.contiguous().clone()  # of which the next line takes a view
-            self._at_last(output)[..., : new.shape[-1]] = new
+            rows = output.view(*shape, ids.shape[1], -1)  # OPT flattens batch and sequence
+            rows[:, n, -1, : new.shape[-1]] = new[:, 0]
             return output
 
-        with edited([self.sites[site]], after=put):
-            return new, self.whole(self.last)
+        return put
 
-    def _at_last(self, output: Tensor) -> Tensor:  # OPT flattens batch and sequence
-        return output.reshape(len(self.last), -1, output.shape[-1])[:, -1:]
-
-    def check(self) -> None:
-        """`UnsupportedModel` unless rows of this layer are right: of three, not as many as there
-        are queries, the middle one is changed."""
-        lm, other = self.lm, self.last.flip(0) + self.last / 2
-        with replaying(lm):
-            rows = torch.cat([self.last, other, self.last], 1)
-            rows = run_layer(lm, self.clean, self.index, rows)
-        self._compare(rows, self.whole(other), "rows at the last token")
-        for site, out in self.written.items():
-            new, wanted = self.changed(site)
-            with replaying(lm):
-                rows = torch.cat([out, new, out], 1)
-                rows = start_rows(lm, self.clean, self.index, rows, site)
-            self._compare(rows, wanted, f"rows of changed neurons ({site})")
-
-    def _compare(self, rows: Tensor, wanted: Tensor, what: str) -> None:
-        wanted = torch.cat([self.own, wanted, self.own], 1)
-        added = self.own - self.last
-        if rows.shape != wanted.shape or differ(rows, wanted, added, self.tolerance):
-            raise UnsupportedModel(f"Layer {self.index}: {what} differ from whole sequences.")
-
-    def adds_mlp_output(self) -> bool:
-        """Whether the layer adds its down-projection's output to the residual stream as it is (no
-        norm, no multiplier): then what changed neurons write can be added to the layer's clean
-        output instead of running the layer."""
-        if self.tolerance > 0.01:  # a multiplier of 1.05 would pass
-            return False
-        try:
-            self.lm.value_vectors(self.index)  # which rows need where the layer does not run
-        except UnsupportedModel:
-            return False
-        new, moved = self.changed("down_input")
-        more = new - self.written["down_input"]
-        return not differ(moved, self.own + more, more, self.tolerance)
+    with ExitStack() as stack:
+        for n, change in enumerate(changes, 1):
+            module = site_module(lm, change.layer, change.site)
+            stack.enter_context(edited([module], after=putting(n, change.new)))
+        with Trace(lm.layers, at_last) as trace:
+            lm.model.base_model(input_ids=ids.repeat_interleave(shape[1], 0), use_cache=False)
+    return trace.kept
 
 
 def _check_logits(lm, clean: CleanPass, own: Tensor, tolerance: float) -> None:
