@@ -75,7 +75,7 @@ def edit_weights(
         by_layer.setdefault(layer, []).append(index)
     views = {layer: _editable(lm, layer) for layer in by_layer}
     this = _Written(delta, {})
-    active = lm.edits
+    active = lm.__dict__.setdefault("edits", [])
     try:
         active.append(this)
         with torch.no_grad():

@@ -77,7 +77,7 @@ def score_rows(lm, queries, rows, *, everywhere=False, tokens=None) -> Scores:
     are computed once."""
     lm.check_ready()
     with computing(lm):
-        if "rows" not in lm.passed:
+        if not lm.__dict__.get("rows_verified"):
             _verify(lm)
     plan: dict[tuple, list[int]] = {}
     for place, (query, change) in enumerate(rows):
@@ -331,7 +331,7 @@ def _verify(lm) -> None:
     queries = [(row[:3], row[3:]) for row in ids.tolist()]
     nothing, again = Change(lm, [(0, 0)], 1.0), Change(lm, [(0, 0)], 1.0)
     rows = [(1, nothing), (0, nothing), (1, again)]  # not as many as queries, nor in their order
-    lm.passed.add("rows")  # from here on `score_rows` may be called; taken back if it fails
+    lm.rows_verified = True  # from here on `score_rows` may be called; taken back if it fails
     try:
         with sharply(lm) as tolerance:
             logits = lm.model(input_ids=ids[:, :-1], use_cache=False).logits[:, -1]
@@ -347,7 +347,7 @@ def _verify(lm) -> None:
                         "would be scored wrongly"
                     )
     except BaseException:
-        lm.passed.discard("rows")
+        lm.rows_verified = False
         raise
 
 
@@ -355,7 +355,7 @@ def _verify(lm) -> None:
 def scoring(lm):
     """Inside, the hooks of `interventions.scale_neurons` rest: `score_rows` applies what is active
     itself."""
-    outer, lm.scoring = lm.scoring, True
+    outer, lm.scoring = lm.__dict__.get("scoring"), True
     try:
         yield
     finally:

@@ -170,7 +170,7 @@ class _Watch:
 
     def _scaler(self, index):
         def hook(_, inputs):
-            if self.lm.scoring:  # `score_rows` applies the active scales itself
+            if self.lm.__dict__.get("scoring"):  # `score_rows` applies the active scales itself
                 return None
             if self.reach is None:
                 raise ValueError(

@@ -53,11 +53,7 @@ class LanguageModel:
     layout: str
     adds_mlp_output: bool
     in_use: RLock  # held by the thread that computes, see `passes.computing`
-    # What contexts and once-a-model checks of `change` hold.
-    scales: list  # changes of `scale_neurons` that are active, outermost first
-    edits: list  # edits of `edit_weights` that are in the weights, the oldest first
-    scoring: bool  # while `rows.score_rows` applies the active scales itself
-    passed: set[str]  # checks that the model has passed
+    scales: list  # what contexts of `change.scaling` change now, outermost first
 
     def __init__(self, model, tokenizer, name: str):
         with architecture.naming(name):
@@ -67,8 +63,7 @@ class LanguageModel:
             self._fingerprint = (None, "")
             with architecture.refusing("finding its parts"):
                 self._find_parts()
-            self.in_use, self.scoring = RLock(), False
-            self.scales, self.edits, self.passed = [], [], set()
+            self.in_use, self.scales = RLock(), []
             with full_precision(self.device):
                 verify(self)
 
