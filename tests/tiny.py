@@ -204,11 +204,6 @@ FAMILIES = {
         ),
     ),
 }
-FAMILIES = {
-    name: family
-    for name, family in FAMILIES.items()  # older releases lack the newest
-    if hasattr(transformers, family.config)
-}
 
 
 def spec_of(family) -> Family:

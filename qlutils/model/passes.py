@@ -135,7 +135,7 @@ class PrefixCache:
     written to. `prefix`: each layer's keys and values, (Q, Hkv, T - S, dh); `query_of_row` (R,),
     None where `prefix_attention` joins them without copying the prefix for every row."""
 
-    prefix: Mapping[int, tuple[Tensor, Tensor]]
+    prefix: list[tuple[Tensor, Tensor]]
     query_of_row: Tensor | None = None
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_, **__):
@@ -146,8 +146,7 @@ class PrefixCache:
         return torch.cat([old_key, key], -2), torch.cat([old_value, value], -2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        key, _ = next(iter(self.prefix.values()))  # as long in every layer
-        return key.shape[-2]
+        return self.prefix[layer_idx][0].shape[-2]
 
 
 @dataclass
@@ -155,11 +154,11 @@ class CleanPass:
     """What one clean pass over Q queries leaves behind of their last S tokens, without
     gradients."""
 
-    calls: Mapping[int, Arguments]  # of each layer
-    inputs: Mapping[int, Tensor]  # L + 1 of (Q, S, d): each layer's input, the last one's output
+    calls: list[Arguments]  # of each layer
+    inputs: list[Tensor]  # L + 1 of (Q, S, d): each layer's input, and the last one's output
     neurons: dict[int, Tensor]  # (Q, S, N) neuron vectors of the layers asked for
     written: dict[int, Tensor]  # (Q, S, W) what their site modules gave
-    prefix: Mapping[int, tuple[Tensor, Tensor]] | None  # keys and values of the tokens before
+    prefix: list[tuple[Tensor, Tensor]] | None  # keys and values of the tokens before
 
     def cache(self, query_of_row: Tensor | None) -> PrefixCache | None:
         return None if self.prefix is None else PrefixCache(self.prefix, query_of_row)
@@ -167,15 +166,13 @@ class CleanPass:
     def pick(self, queries: Tensor) -> CleanPass:
         """What the pass leaves behind for some of its queries."""
         batch = len(self.inputs[0])
-        tensors = [
-            {layer: one[queries] for layer, one in tensors.items()}
-            for tensors in (self.inputs, self.neurons, self.written)
-        ]
-        calls = {layer: call.pick(batch, queries) for layer, call in self.calls.items()}
-        prefix = {
-            layer: (key[queries], value[queries]) for layer, (key, value) in self.prefix.items()
-        }
-        return CleanPass(calls, *tensors, prefix)
+        return CleanPass(
+            calls=[call.pick(batch, queries) for call in self.calls],
+            inputs=[one[queries] for one in self.inputs],
+            neurons={layer: one[queries] for layer, one in self.neurons.items()},
+            written={layer: one[queries] for layer, one in self.written.items()},
+            prefix=[(key[queries], value[queries]) for key, value in self.prefix],
+        )
 
 
 def site_module(lm, layer: int, site: str) -> nn.Module:
@@ -224,20 +221,20 @@ def clean_pass(
     if prefix:
         cache = DynamicCache()
         body(input_ids=ids[:, :prefix], use_cache=True, cache=cache)
-        held = {layer: (one.keys, one.values) for layer, one in enumerate(cache.layers)}
+        held = [(layer.keys, layer.values) for layer in cache.layers]
     rest = ids[:, prefix:]
 
     def read(call):  # OPT flattens batch and sequence; Falcon adds to what is written in place
-        shape = (*rest.shape, -1)
-        return _neurons(lm, site, call).reshape(shape), call.output.reshape(shape).clone()
+        neurons = _neurons(lm, site, call).reshape(*rest.shape, -1)
+        return neurons, call.output.reshape(*rest.shape, -1).clone()
 
     sites = [site_module(lm, layer, site) for layer in layers]
     with Trace(lm.layers) as trace, Trace(sites, read) as at_sites:
         body(input_ids=rest, use_cache=bool(prefix), cache=cache)
-    inputs = [call.hidden for call in trace.kept] + [first(trace.kept[-1].output)]
+    calls = trace.kept
     return CleanPass(
-        calls={layer: Arguments.of(call) for layer, call in enumerate(trace.kept)},
-        inputs=dict(enumerate(inputs)),
+        calls=[Arguments.of(call) for call in calls],
+        inputs=[*(call.hidden for call in calls), first(calls[-1].output)],
         neurons={layer: neurons for layer, (neurons, _) in zip(layers, at_sites.kept)},
         written={layer: written for layer, (_, written) in zip(layers, at_sites.kept)},
         prefix=held,
