@@ -63,7 +63,8 @@ def computing(lm):
     another thread does (hooks are the model's, not a thread's), or for other code's hooks."""
     if not lm.in_use.acquire(blocking=False):
         raise ValueError(
-            f"{lm.name} is in use by another thread; wait for it, or load the model once a thread"
+            f"{lm.name} is in use by another thread, and one at a time computes with a model (dask "
+            "workers: --nthreads 1)"
         )
     try:
         with full_precision(lm.device):
