@@ -54,6 +54,8 @@ class LanguageModel:
     adds_mlp_output: bool
     in_use: RLock  # held by the thread that computes, see `passes.computing`
     scales: list  # what contexts of `change.scaling` change now, outermost first
+    _fingerprint: tuple[list | None, str]  # state of the weights when the digest was taken, and it
+    _loaded: list[tuple]  # `_parts` at load
 
     def __init__(self, model, tokenizer, name: str):
         with architecture.naming(name):
@@ -174,9 +176,9 @@ class LanguageModel:
         return [(module, vars(module).get("forward")) for module in self.model.modules()]
 
     def check_hooks(self) -> None:
-        """ValueError for what other code hangs on the model's forward passes. Rows stand side by
-        side where a text's tokens would, and much of a pass is left out: what it would do to them
-        is not known."""
+        """ValueError for what other code hangs on the model's forward passes. Layers are run one by
+        one, on many changed copies of a token at once; a hook that expects the tokens of a text
+        there would compute something else without a word."""
         hooks = [
             (name, hook)
             for name, module in self.model.named_modules()

@@ -24,7 +24,7 @@ def hooked(handles: Iterable):
 
 def edited(modules: Iterable[nn.Module], *, before: Callable | None = None, after=None):
     """Inside, `modules` get the arguments that `before(module, args, kwargs)` returns and give what
-    `after(module, args, output)` returns."""
+    `after(module, args, output)` returns; where that is None, all stays as it is."""
 
     def handles():
         for module in modules:
