@@ -73,18 +73,20 @@ def prefix_attention(
 ):
     """Attention of P independent rows, each over the shared prefix and itself.
 
-    query (Q, H, P, dh), key and value (Q, Hkv, P, dh) of the rows themselves; the prefix's,
-    (Q, Hkv, T - 1, dh), are `SHARED.prefix`. attention_mask (1, 1, 1, T) is the window of a
-    sliding-window layer. Returns (Q, P, H, dh).
+    query (Q, H, P, dh), key and value (Q, Hkv, P, dh) of the rows themselves; `SHARED.prefix` has
+    the prefix's, (Q, Hkv, T - 1, dh), and their padding (Q, 1, 1, T) or None. attention_mask (Q or
+    1, 1, 1, T) is the window of a sliding-window layer. Returns (Q, P, H, dh).
     """
     _check_arguments(module, other)
-    prefix_key, prefix_value = SHARED.prefix
+    prefix_key, prefix_value, padding = SHARED.prefix
     (queries, heads, rows, width), kv_heads = query.shape, key.shape[1]
     grouped = query.reshape(queries, kv_heads, heads // kv_heads, rows, width)
     key, value = key[:, :, None], value[:, :, None]  # (Q, Hkv, 1, P, dh), one for all of a group
     own = (grouped * key).sum(-1).flatten(2)  # (Q, Hkv, H / Hkv * P)
     before = grouped.flatten(2, 3) @ prefix_key.transpose(-1, -2)
     scores = torch.cat([before, own[..., None]], -1).view(queries, heads, rows, -1)
+    if padding is not None:
+        attention_mask = _hide(attention_mask, padding)
     weights = _weights(module, scores, attention_mask, width, scaling, softcap).to(value.dtype)
     weights = weights.view(queries, kv_heads, heads // kv_heads * rows, -1)
     before = (weights[..., :-1] @ prefix_value).view(*grouped.shape[:-1], -1)
@@ -108,6 +110,14 @@ def _weights(module, scores: Tensor, mask: Tensor | None, width: int, scaling, s
         if module in control.layer_of:
             weights = control.apply(control.layer_of[module], weights, mask)
     return weights
+
+
+def _hide(mask: Tensor | None, padding: Tensor) -> Tensor:
+    """A mask, additive or boolean, that hides the positions `padding` as well."""
+    if mask is None:
+        return ~padding
+    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return mask.masked_fill(padding, hidden)
 
 
 def _check_arguments(module: nn.Module, others: dict) -> None:

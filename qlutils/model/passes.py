@@ -20,10 +20,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from qlutils.model.architecture import pick_call_argument
+from qlutils.model.architecture import join_call_arguments, pick_call_argument
 from qlutils.model.attention import PREFIX, SHARED, attention_implementation
 from qlutils.model.trace import Call, Trace, edited, first
 
@@ -122,6 +123,19 @@ class Arguments:
         args = tuple(fit(None, value) for value in self.args)
         return Arguments(args, {name: fit(name, value) for name, value in self.kwargs.items()})
 
+    @classmethod
+    def join(cls, calls: list[Arguments], queries: list[int], length: int) -> Arguments:
+        """Those of passes over `queries` prompts of different lengths, as of one over all."""
+
+        def fit(name, values):
+            if isinstance(values[0], tuple):
+                return tuple(fit(name, list(some)) for some in zip(*values))
+            return join_call_arguments(name, values, queries, length)
+
+        args = tuple(fit(None, list(some)) for some in zip(*(call.args for call in calls)))
+        kwargs = calls[0].kwargs
+        return cls(args, {name: fit(name, [one.kwargs[name] for one in calls]) for name in kwargs})
+
     def pick(self, batch: int, queries: Tensor | None) -> Arguments:
         """Those of a pass over `batch` queries for rows of the queries `queries` (R,); None: as
         they are."""
@@ -138,10 +152,11 @@ class PrefixCache:
 
     prefix: list[tuple[Tensor, Tensor]]
     query_of_row: Tensor | None = None
+    padding: Tensor | None = None  # see `CleanPass`; for `prefix_attention` alone
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_, **__):
         if self.query_of_row is None:
-            SHARED.prefix = self.prefix[layer_idx]
+            SHARED.prefix = (*self.prefix[layer_idx], self.padding)
             return key, value
         old_key, old_value = (one[self.query_of_row] for one in self.prefix[layer_idx])
         return torch.cat([old_key, key], -2), torch.cat([old_value, value], -2)
@@ -160,9 +175,12 @@ class CleanPass:
     neurons: dict[int, Tensor]  # (Q, S, N) neuron vectors of the layers asked for
     written: dict[int, Tensor]  # (Q, S, W) what their site modules gave
     prefix: list[tuple[Tensor, Tensor]] | None  # keys and values of the tokens before
+    padding: Tensor | None = None  # (Q, 1, 1, T), True where a shorter prompt has no token
 
     def cache(self, query_of_row: Tensor | None) -> PrefixCache | None:
-        return None if self.prefix is None else PrefixCache(self.prefix, query_of_row)
+        if self.prefix is None:
+            return None
+        return PrefixCache(self.prefix, query_of_row, self.padding)
 
     def pick(self, queries: Tensor) -> CleanPass:
         """What the pass leaves behind for some of its queries."""
@@ -173,6 +191,7 @@ class CleanPass:
             neurons={layer: one[queries] for layer, one in self.neurons.items()},
             written={layer: one[queries] for layer, one in self.written.items()},
             prefix=[(key[queries], value[queries]) for key, value in self.prefix],
+            padding=None if self.padding is None else self.padding[queries],
         )
 
 
@@ -240,6 +259,42 @@ def clean_pass(
         written={layer: written for layer, (_, written) in zip(layers, at_sites.kept)},
         prefix=held,
     )
+
+
+def join_passes(passes: list[CleanPass]) -> CleanPass:
+    """Clean passes over prompts of different lengths, recorded at their last tokens, as one, for
+    the layout "sequence": prefixes are padded on the left."""
+    if len(passes) == 1:
+        return passes[0]
+    queries = [len(one.inputs[0]) for one in passes]
+    lengths = [one.cache(None).get_seq_length() + 1 for one in passes]
+    length, device = max(lengths), passes[0].inputs[0].device
+
+    def pad_left(one):  # (Q, Hkv, tokens, dh) to as many tokens as the longest prefix has
+        return pad(one, (0, 0, length - 1 - one.shape[2], 0))
+
+    calls = zip(*(one.calls for one in passes))
+    prefixes = zip(*(one.prefix for one in passes))
+    missing = torch.tensor([length - one for one in lengths], device=device)
+    missing = missing.repeat_interleave(torch.tensor(queries, device=device))  # (Q,)
+    return CleanPass(
+        calls=[Arguments.join(list(of_layer), queries, length) for of_layer in calls],
+        inputs=[torch.cat(some) for some in zip(*(one.inputs for one in passes))],
+        neurons=_join([one.neurons for one in passes]),
+        written=_join([one.written for one in passes]),
+        prefix=[
+            (
+                torch.cat([pad_left(key) for key, _ in pairs]),
+                torch.cat([pad_left(v) for _, v in pairs]),
+            )
+            for pairs in prefixes
+        ],
+        padding=torch.arange(length, device=device) < missing[:, None, None, None],
+    )
+
+
+def _join(parts: list[dict[int, Tensor]]) -> dict[int, Tensor]:
+    return {layer: torch.cat([one[layer] for one in parts]) for layer in parts[0]}
 
 
 # --- rows -----------------------------------------------------------------------------------------
