@@ -35,7 +35,7 @@ from qlutils.model.architecture import UnsupportedModel
 from qlutils.model.check import sharply
 from qlutils.model.language_model import LanguageModel
 from qlutils.model.loading import BUNDLED
-from qlutils.model.passes import clean_pass
+from qlutils.model.passes import clean_pass, join_passes, replaying, run_layer
 from qlutils.model.trace import Trace
 from qlutils.study import store
 
@@ -129,6 +129,20 @@ def test_a_clean_pass_is_the_models_own_from_wherever_it_is_recorded(family, pre
             torch.testing.assert_close(clean.written[layer], written)
     one = clean.pick(torch.tensor([1])) if prefix else clean
     assert torch.equal(one.inputs[3][-1], clean.inputs[3][-1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "llama3", "mistral", "gemma2"])
+def test_joined_passes_over_prompts_of_two_lengths_replay_as_each_alone(family):
+    lm, short, long = tiny_lm(family), [[5, 6, 7], [9, 8, 4]], [[5, 6, 7, 8, 9, 10]]
+    passes = [clean_pass(lm, torch.tensor(ids)) for ids in (short, long)]
+    joined, hidden = join_passes(passes), torch.randn(3, 4, 32, dtype=torch.float64)
+    assert torch.equal(joined.pick(torch.tensor([2])).inputs[2], passes[1].inputs[2])
+    with replaying(lm):
+        for layer in range(lm.num_layers):
+            parts = zip(passes, hidden.split([2, 1]))
+            alone = [run_layer(lm, clean, layer, rows) for clean, rows in parts]
+            torch.testing.assert_close(run_layer(lm, joined, layer, hidden), torch.cat(alone))
 
 
 # --- what cannot be studied -----------------------------------------------------------------------
