@@ -9,12 +9,8 @@ from qlutils.show.plots import WIDE
 
 QUERIES = ("#0072B2", "#E69F00", "#009E73")
 GREY, INK, ATTENTION = "#c9ced4", "#1c2024", "#882255"
-SHARED = {
-    (1, 1),
-    (1, 5),
-    (3, 2),
-    (3, 6),
-}  # neurons as (row, column): those of all queries in (a), of each in (b)
+# neurons as (row, column): those of all queries in (a), of each query in (b)
+SHARED = {(1, 1), (1, 5), (3, 2), (3, 6)}
 OWN = ({(0, 1), (1, 4), (2, 2)}, {(1, 6), (2, 5), (3, 1)}, {(2, 2), (4, 4), (4, 6)})
 FEET = ((1.9, 7.1), (5.0, 7.1), (8.1, 7.1))  # where the arrows of the queries start
 
@@ -22,30 +18,18 @@ FEET = ((1.9, 7.1), (5.0, 7.1), (8.1, 7.1))  # where the arrows of the queries s
 def two_assumptions():
     """A figure of three panels: one fact, one set of neurons; one query, one set; attention helps
     to select it."""
-    fig, axes = plt.subplots(1, 3, figsize=(WIDE, 2.6))
-    first, second, third = axes
-    _panel(
-        first,
-        "(a) localisation: one fact,\none set of neurons",
-        "MLP neurons, a layer a row: the same for all",
-        {place: [INK] for place in SHARED},
-    )
-    _panel(
-        second,
-        "(b) query localisation: one\nquery, one set of neurons",
-        "the sets overlap little",
-        {
-            place: [color for color, own in zip(QUERIES, OWN) if place in own]
-            for place in set().union(*OWN)
-        },
-    )
-    _panel(
-        third,
-        "(c) attention helps to\nselect the query's set",
-        "from which one query reads its own",
-        {place: [QUERIES[0]] for place in OWN[0]},
-        faded=(1, 2),
-    )
+    fig, (first, second, third) = plt.subplots(1, 3, figsize=(WIDE, 2.5))
+    owners = {place: [] for place in set().union(*OWN)}
+    for color, own in zip(QUERIES, OWN):
+        for place in own:
+            owners[place].append(color)
+    everyone, one = dict.fromkeys(SHARED, [INK]), dict.fromkeys(OWN[0], [QUERIES[0]])
+    _panel(first, "(a) localisation: one fact,\none set of neurons", everyone)
+    _panel(second, "(b) query localisation: one\nquery, one set of neurons", owners)
+    _panel(third, "(c) attention helps to\nselect the query's set", one, faded=(1, 2))
+    first.set_xlabel("MLP neurons, a layer a row: the same for all")
+    second.set_xlabel("the sets overlap little")
+    third.set_xlabel("from which one query reads its own")
     for foot, color, own in zip(FEET, QUERIES, OWN):
         _arrow(first, foot, (5, 4.8), color)
         for place in own:
@@ -57,27 +41,21 @@ def two_assumptions():
     return fig
 
 
-def _panel(ax, title, caption, held, faded=()):
-    """Three queries above a layer a row of neurons; each neuron in `held` shows its holders'
-    colours side by side."""
-    ax.set(xlim=(0, 10), ylim=(-0.4, 8.6), aspect="equal")
-    ax.axis("off")
+def _panel(ax, title, owners, faded=()):
+    """Three queries above a layer a row of neurons; each neuron in `owners` shows the colours it
+    has there side by side."""
+    ax.set(xlim=(0, 10), ylim=(-0.1, 8.3), aspect="equal", xticks=[], yticks=[])
+    ax.spines[["left", "bottom"]].set_visible(False)
     ax.set_title(title, fontsize=7.5)
-    ax.text(5, -0.35, caption, ha="center", fontsize=6, color="#59636e")
+    ax.xaxis.label.set(fontsize=6, color="#59636e")
     _box(ax, (0.9, 0.1), (8.2, 4.6), "", "none", "#f7f8f9")
     for query, ((x, y), color) in enumerate(zip(FEET, QUERIES)):
         alpha = 0.25 if query in faded else 1.0
         _box(ax, (x - 1.05, y + 0.1), (2.1, 0.85), f"query $q_{query + 1}$", color, "white", alpha)
     for place in np.ndindex(5, 8):
-        colors, (x, y) = held.get(place, [GREY]), _at(place)
-        size = 0.27 if place in held else 0.17
-        for part, color in enumerate(colors):
-            angle = (
-                np.linspace(0, 2 * np.pi / len(colors), 40)
-                + 2 * np.pi * part / len(colors)
-                + np.pi / 2
-            )
-            ax.fill(x + size * np.cos(angle), y + size * np.sin(angle), color=color, linewidth=0)
+        colors, radius = owners.get(place, [GREY]), 0.27 if place in owners else 0.17
+        ax.pie(np.ones(len(colors)), radius=radius, colors=colors, center=_at(place), startangle=90)
+    ax.set(xlim=(0, 10), ylim=(-0.1, 8.3))  # a pie has set others
 
 
 def _at(place):
@@ -86,35 +64,12 @@ def _at(place):
 
 
 def _box(ax, corner, size, text, color, face, alpha=1.0):
-    ax.add_patch(
-        FancyBboxPatch(
-            corner, *size, boxstyle="round,pad=0.1", facecolor=face, edgecolor=color, alpha=alpha
-        )
-    )
-    ax.text(
-        corner[0] + size[0] / 2,
-        corner[1] + size[1] / 2,
-        text,
-        ha="center",
-        va="center",
-        fontsize=6.5,
-        color=color,
-        alpha=alpha,
-    )
+    style = dict(boxstyle="round,pad=0.1", facecolor=face, edgecolor=color, alpha=alpha)
+    ax.add_patch(FancyBboxPatch(corner, *size, **style))
+    middle = np.add(corner, np.divide(size, 2))
+    ax.text(*middle, text, ha="center", va="center", fontsize=6.5, color=color, alpha=alpha)
 
 
 def _arrow(ax, start, end, color, width=1.0):
-    ax.annotate(
-        "",
-        end,
-        start,
-        arrowprops=dict(
-            arrowstyle="-|>",
-            mutation_scale=6,
-            color=color,
-            linewidth=width,
-            alpha=0.85,
-            shrinkA=0,
-            shrinkB=2,
-        ),
-    )
+    style = dict(arrowstyle="-|>", mutation_scale=6, shrinkA=0, shrinkB=2, alpha=0.85)
+    ax.annotate("", end, start, arrowprops=style | dict(color=color, linewidth=width))
