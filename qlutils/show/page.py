@@ -6,13 +6,13 @@ import html
 import re
 from itertools import takewhile
 from pathlib import Path
-from string import Template
 
 from IPython.display import HTML
+from jinja2 import Environment, Template
 from markupsafe import Markup, escape
 
 from qlutils.files import write_bytes
-from qlutils.show.tables import display_table
+from qlutils.show.tables import display_table, format_value
 
 _MATH = re.compile(r"(`[^`]*`)|(?<!\\)\$\$?(?!\s)([^$]+?)(?<!\s)\$\$?", re.S)
 _SHIFT = {"_": "sub", "^": "sup"}
@@ -22,76 +22,33 @@ _ADDRESS = re.compile(
 )
 _STYLE = re.compile(r"<style[^>]*>(.*?)</style>|style\s*=\s*\"([^\"]*)\"", re.S | re.I)
 _STYLE_ADDRESS = re.compile(r"""@import\s+["']?([^"';\s]+)|\burl\(\s*["']?([^"')\s]+)""", re.I)
-_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light; }
-body { max-width: 82rem; margin: 0 auto; padding: 1.5rem 1.5rem 6rem; color: #1c2024;
-       background: #fff; font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans",
-       sans-serif; }
-h2 { font-size: 1.4rem; margin: 3rem 0 .8rem; padding-top: .8rem; border-top: 1px solid #d5d9de; }
-p, ul, ol { max-width: 48rem; }
-code, pre { font: .82rem/1.5 "DejaVu Sans Mono", ui-monospace, monospace; background: #f5f6f8;
-            white-space: pre-wrap; }
-pre { border-left: 3px solid #d5d9de; padding: .5rem .8rem; margin: .6rem 0; }
-img { max-width: 100%; height: auto; }
-sub, sup { line-height: 0; }
-.output_html, .rendered_html { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .76rem; line-height: 1.35;
-        font-variant-numeric: tabular-nums; }
-th, td { padding: .26rem .5rem; border-bottom: 1px solid #e4e7ea; vertical-align: top;
-         white-space: nowrap; }
-thead th, tbody tr:last-child > * { border-bottom: 1.5px solid #1c2024; }
-tbody tr:hover { background: #f2f6fa; }
-.text { white-space: normal; }
-caption { caption-side: top; text-align: left; font-weight: 600; padding: .3rem 0; }
-details { margin: .6rem 0; } summary, a { cursor: pointer; color: #0b5cad; text-decoration: none; }
-nav { background: #f7f8f9; padding: .8rem 1.2rem; border-radius: 6px; columns: 2;
-      font-size: .92rem; }
-nav a { display: block; }
-.holds { background: #d9efe5; } .not { background: #fbe3d6; }
-.open { background: #eff1f3; color: #59636e; }
-@media print {
-  body { max-width: none; } h2 { break-after: avoid; } img, tr { break-inside: avoid; }
-}
-</style>
-</head>
-<body>
-$body
-</body>
-</html>
-""")
+
+
+def template(path) -> Template:
+    """The Jinja template in a file; what it is given is escaped unless it is Markup. {{ x | number
+    }} formats as `format_value` does."""
+    templates = Environment(autoescape=True, keep_trailing_newline=True)
+    templates.filters["number"] = format_value
+    return templates.from_string(Path(path).read_text("utf-8"))
 
 
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def table_html(frame, caption="", tint=lambda cell: "") -> Markup:
+_TABLE = template(Path(__file__).with_name("table.html"))
+
+
+def table_html(frame, caption="", tint=lambda cell: "") -> str:
     """A DataFrame of texts, as `tables.display_table` gives it, or of `Markup`: numbers on the
     right, texts on the left, a model, method or threshold named once where it stays the same.
     tint(cell): the CSS class of a cell. Whatever is not `Markup` is escaped."""
-    is_text = [not frame[name].map(_numeric).all() for name in frame]
     texts, same = frame.copy(), True
     for name in takewhile(("model", "method", "threshold").__contains__, frame):
         same &= frame[name] == frame[name].shift()
         texts[name] = frame[name].mask(same, "")
-
-    def row(tag, cells):
-        made = []
-        for cell, left in zip(cells, is_text):
-            kind, side = f"{'text ' if left else ''}{tint(cell)}", "left" if left else "right"
-            start = f'<{tag} class="{kind}" style="text-align:{side}">'
-            made.append(f"{start}{escape(cell)}</{tag}>")
-        return f"<tr>{''.join(made)}</tr>"
-
-    head = f"<caption>{escape(caption)}</caption>" if caption else ""
-    rows = "\n".join(row("td", cells) for cells in texts.itertuples(index=False, name=None))
-    body = f"<thead>{row('th', frame.columns)}</thead>\n<tbody>{rows}</tbody>"
-    return Markup(f"<table>{head}{body}</table>")
+    left = [not frame[name].map(_numeric).all() for name in frame]
+    rows = list(texts.itertuples(index=False, name=None))
+    return _TABLE.render(caption=caption, names=list(frame), rows=rows, left=left, tint=tint)
 
 
 def _numeric(cell) -> bool:
@@ -185,7 +142,8 @@ def _page(body: str) -> str:
     title = re.search(r"<h1[^>]*>(.*?)</h1>", body, re.S)
     if title and links:
         body = body.replace(title[0], f"{title[0]}\n<nav>{''.join(links)}</nav>", 1)
-    return _PAGE.substitute(title=escape(_plain(title[1]) if title else "Report"), body=body)
+    document = template(Path(__file__).with_name("page.html"))
+    return document.render(title=_plain(title[1]) if title else "Report", body=Markup(body))
 
 
 def _plain(text: str) -> str:

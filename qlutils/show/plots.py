@@ -167,7 +167,7 @@ def figure_predominance(facts):
     both thresholds."""
     fig, axes = plt.subplots(2, 2, figsize=(WIDE, 4.0), sharey=True)
     values = {"predominance": "as in the paper", "predominance_rest": "without the first token"}
-    named = facts.assign(model=facts["model"].str.replace("/", "/\n"))  # three have to fit
+    named = facts.assign(model=facts["model"].str.replace("/", "/\n") + "\n")  # to fit
     for threshold, row in zip(("static", "otsu"), axes):
         for (value, title), ax in zip(values.items(), row):
             by = dict(x="model", hue=f"class_{threshold}", colors=CLASS_COLORS)
