@@ -389,10 +389,7 @@ def change(
         raise ValueError(f"action {action!r} is unknown; use one of {', '.join(ACTIONS)}")
     if action == "update" and not new.strip():
         raise ValueError("an update needs a new answer; type the one the model should give instead")
-    lm, fact = view.lm, view.fact
-    rows = [(f"q{i}", text, fact.object) for i, text in enumerate(fact.prompts)]
-    rows += [(f"control: {name}", other.prompts[0], other.object) for name, other in controls]
-    frame = pd.DataFrame(rows, columns=["role", "prompt", "answer"])
+    lm, frame = view.lm, _watched(view.fact, controls)
     prompts = frame["prompt"].tolist()
     answers = {"": frame["answer"].tolist()}
     if action == "update":
@@ -409,6 +406,13 @@ def change(
         measure("after")
     gap, known = frame["after"] - frame["before"], frame["before"] > 0
     return frame.assign(change=gap / frame["before"].where(known))
+
+
+def _watched(fact, controls) -> pd.DataFrame:
+    """The prompts that a change is measured on: role, prompt and answer of each."""
+    rows = [(f"q{i}", text, fact.object) for i, text in enumerate(fact.prompts)]
+    rows += [(f"control: {name}", other.prompts[0], other.object) for name, other in controls]
+    return pd.DataFrame(rows, columns=["role", "prompt", "answer"])
 
 
 @contextmanager
@@ -445,11 +449,10 @@ def as_code(
 ) -> str:
     """A script over the package's public names that computes what the explorer shows: `sets`,
     `neurons`, `before` and `after`, the probabilities of `change`, in its order."""
-    queries = [(text, view.fact.object) for text in view.fact.prompts]
-    queries += [(other.prompts[0], other.object) for _, other in controls]
+    watched = _watched(view.fact, controls)
     return _SCRIPT.render(
         view=view,
-        queries=queries,
+        queries=list(zip(watched["prompt"], watched["answer"])),
         t=t,
         which=which,
         picked=parse_neurons(view.lm, picked) if which == "picked" else set(),

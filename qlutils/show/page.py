@@ -38,7 +38,7 @@ def template(path) -> Template:
 _TABLE = template(Path(__file__).with_name("table.html"))
 
 
-def table_html(frame, caption="", tint=lambda cell: "") -> str:
+def table_html(frame, caption="", tint=lambda cell: "") -> Markup:
     """A DataFrame of texts, as `tables.display_table` gives it, or of `Markup`: numbers on the
     right, texts on the left, a model, method or threshold named once where it stays the same.
     tint(cell): the CSS class of a cell. Whatever is not `Markup` is escaped."""
@@ -48,7 +48,8 @@ def table_html(frame, caption="", tint=lambda cell: "") -> str:
         texts[name] = frame[name].mask(same, "")
     left = [not frame[name].map(_numeric).all() for name in frame]
     rows = list(texts.itertuples(index=False, name=None))
-    return _TABLE.render(caption=caption, names=list(frame), rows=rows, left=left, tint=tint)
+    table = _TABLE.render(caption=caption, names=list(frame), rows=rows, left=left, tint=tint)
+    return Markup(table)
 
 
 def _numeric(cell) -> bool:

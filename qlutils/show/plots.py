@@ -9,7 +9,7 @@ apart (Okabe & Ito for methods and classes, Tol's muted scheme for models).
 import io
 import textwrap
 from dataclasses import dataclass
-from itertools import cycle, groupby, product, zip_longest
+from itertools import cycle, groupby, product
 from operator import itemgetter
 from pathlib import Path
 
@@ -457,24 +457,21 @@ def figure_conditions(maps, conditions, kind):
 def figure_places(found, num_heads):
     """Where synapses sit: mean number in each layer and head, and how likely each column is one in
     a layer and head."""
-    counts = np.array(found["by_head"].tolist()).reshape(len(found), -1, num_heads)
-    heads = counts.mean(0)  # (layers, heads)
-    by_column = [*zip_longest(*found["by_column"], fillvalue=np.nan)]  # prompts differ in length
-    by_query = np.array(by_column, float).T.copy() / heads.size  # (queries, columns)
-    shares = np.nanmean(by_query, 0)
+    by_head = np.array(found["by_head"].tolist())  # (queries, layers * heads)
+    heads = by_head.mean(0).reshape(-1, num_heads)
+    by_column = pd.DataFrame(found["by_column"].tolist())  # NaN past the end of a prompt
+    by_column = by_column.to_numpy(float).copy() / heads.size  # (queries, columns)
+    shares = np.nanmean(by_column, 0)
     fig, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 2.2), gridspec_kw=dict(wspace=0.12))
-    edges = [np.arange(size + 1) - 0.5 for size in heads.shape[::-1]]
-    mesh = left.pcolormesh(*edges, heads, cmap="magma_r", vmin=0)
+    sns.heatmap(heads, ax=left, cmap="magma_r", vmin=0, cbar_kws={"label": "synapses a query"})
     left.set(xlabel="head", ylabel="layer")
-    for axis in (left.xaxis, left.yaxis):
-        axis.get_major_locator().set_params(integer=True)
-    fig.colorbar(mesh, ax=left, label="synapses a query")
+    left.invert_yaxis()
     right.bar(range(len(shares)), shares, color="0.4")
     right.set_xlim(-0.6, 0.6 + max(np.flatnonzero(shares > 0.002 * shares.max()), default=0))
     right.set_xlabel("column (token of the prompt)")
     right.set_ylabel("share of layers and heads\nin which it is a synapse")
     rows = [dict(layer=l, head=h, synapses=heads[l, h]) for l, h in np.ndindex(heads.shape)]
-    for column, n in enumerate((~np.isnan(by_query)).sum(0)):
+    for column, n in enumerate((~np.isnan(by_column)).sum(0)):
         rows.append(dict(column=column, share=shares[column], n=int(n)))
     return fig, pd.DataFrame(rows)
 
