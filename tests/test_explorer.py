@@ -181,9 +181,10 @@ def test_overlap_bars_count_each_neuron_in_exactly_one_combination_of_prompts(vi
 
 
 def test_the_map_has_a_dot_for_every_knowledge_neuron_and_rings_the_chosen_one(view):
-    dots, ring = kn_map(view, 0.2, (2, 7)).axes[0].collections[:2]
+    ax = kn_map(view, 0.2, (2, 7)).axes[0]
+    [dots], [ring] = ax.collections, ax.lines
     assert {(int(y), int(x)) for x, y in dots.get_offsets()} == set().union(*view.sets(0.2))
-    assert ring.get_offsets().tolist() == [[7, 2]]
+    assert ring.get_xydata().tolist() == [[7, 2]]
 
 
 def test_a_neurons_tokens_are_ordered_by_the_product_of_its_value_vector_and_the_unembedding(lm):

@@ -90,7 +90,13 @@ def saved_queries(
 ) -> pd.DataFrame | None:
     """What notebook 01 saved in run `output` for this very model, method and `attribution.Spec`, or
     None."""
-    study = Study("explore_fact", model=model, method=method, data=data, output=output)
+    study = Study(
+        "explore_fact",
+        model=model,
+        method=method,
+        data=data,
+        output=output,
+    )
     path = study.results / "queries.parquet"
     if not path.exists():
         return None
@@ -110,11 +116,13 @@ def look(lm, fact: Fact, method="ig", saved: pd.DataFrame | None = None, **spec)
     computed now.
 
     ValueError, with its prompt, for a query that cannot be read."""
-    frame, source = pd.DataFrame({"prompt": []}), "read from a saved run"
+    frame = pd.DataFrame({"prompt": []})
+    source = "read from a saved run"
     if saved is not None:
         frame = saved[saved["fact"] == fact.id].reset_index(drop=True)
     if tuple(frame["prompt"]) != fact.prompts:
-        frame, source = localise_unit(lm, [asdict(fact)], method=method, **spec), "computed now"
+        frame = localise_unit(lm, [asdict(fact)], method=method, **spec)
+        source = "computed now"
         if frame["left_out"].notna().any():
             raise ValueError(frame["left_out"].dropna().iloc[0])
     activations = []
@@ -148,7 +156,8 @@ def predictions(lm, prompts, answer: str, top: int = 4) -> pd.DataFrame:
     the answer's `first_token` and its `rank` (1: the likeliest next token); `runners_up`, the `top`
     likeliest others as (token, probability)."""
     encoded = [lm.encode(prompt, answer) for prompt in prompts]
-    scores, rows = score_queries(lm, encoded), []
+    scores = score_queries(lm, encoded)
+    rows = []
     for row, (prompt, (_, target)) in enumerate(zip(prompts, encoded)):
         p = next_token(lm, prompt)
         best = [i for i in p.topk(min(top + 1, len(p))).indices.tolist() if i != target[0]][:top]
@@ -184,13 +193,22 @@ def attention_received(lm, prompt: str) -> tuple[list[str], np.ndarray | None]:
 def kn_table(view: View, t: float) -> pd.DataFrame:
     """The neurons that are KNs of a prompt, most shared first: layer, neuron, n (prompts), prompts,
     and `score`, the largest share of a prompt's largest score."""
-    sets, shares, rows = view.sets(t), view.shares(), []
+    sets = view.sets(t)
+    shares = view.shares()
+    rows = []
     for neuron in set().union(*sets):
         where = [i for i, one in enumerate(sets) if neuron in one]
         score = max(shares[i][neuron] for i in where)
         rows.append((*neuron, len(where), " ".join(f"q{i}" for i in where), score))
     frame = pd.DataFrame(rows, columns=["layer", "neuron", "n", "prompts", "score"])
-    frame = frame.astype(dict(layer=int, neuron=int, n=int, score=float))
+    frame = frame.astype(
+        dict(
+            layer=int,
+            neuron=int,
+            n=int,
+            score=float,
+        )
+    )
     order = ["n", "score", "layer", "neuron"]
     return frame.sort_values(order, ascending=[False, False, True, True], ignore_index=True)
 
@@ -239,7 +257,8 @@ def neuron_tokens(lm, neuron, top: int = 8) -> pd.DataFrame:
     without the final normalisation, so only its order and sign mean something; a neuron whose
     activation is negative does the reverse."""
     [(layer, index)] = lm.check_neurons([neuron])
-    value, weight = lm.value_vectors(layer)[index], lm.arch.head.weight  # (d,), (V, d)
+    value = lm.value_vectors(layer)[index]
+    weight = lm.arch.head.weight  # (d,), (V, d)
     if weight.shape[1] != len(value):
         raise ValueError(
             f"{lm.name} projects its residual stream before the unembedding: value vectors have "
@@ -285,8 +304,10 @@ def facts_using(saved: pd.DataFrame | None, neuron, t: float, but: str = "") -> 
 def kn_map(view: View, t: float, neuron=None) -> Figure:
     """Layer by neuron: a dot for each KN, larger for a larger share of the top score, coloured by
     how many prompts have it; `neuron` is ringed."""
-    table, prompts = kn_table(view, t).iloc[::-1], len(view.fact.prompts)
-    layers, neurons = view.lm.num_layers, view.lm.num_neurons
+    table = kn_table(view, t).iloc[::-1]
+    prompts = len(view.fact.prompts)
+    layers = view.lm.num_layers
+    neurons = view.lm.num_neurons
     fig = Figure(figsize=(WIDE, 0.7 + 0.19 * min(layers, 16)))
     ax = fig.subplots()
     dots = ax.scatter(
@@ -298,17 +319,13 @@ def kn_map(view: View, t: float, neuron=None) -> Figure:
         cmap="viridis_r",
         vmin=0.5,
         vmax=prompts + 0.5,
-        linewidths=0.3,
-        edgecolors="white",
         clip_on=False,
-        zorder=3,
     )
     if neuron is not None:
-        ring = dict(facecolors="none", edgecolors="#D55E00", linewidths=1.4)
-        ax.scatter(neuron[1], neuron[0], s=110, zorder=4, **ring)
+        layer, index = neuron
+        ax.plot(index, layer, "o", markersize=10, fillstyle="none", color="#D55E00")
     ax.set(xlim=(-0.01 * neurons, 1.01 * neurons), ylim=(-0.5, layers - 0.5))
     ax.set(xlabel="neuron", ylabel="layer")
-    ax.grid(axis="y", linewidth=0.3, color="0.85")
     ax.set_title(f"{len(table)} knowledge neurons of {prompts} prompts, t = {t:.2f}", loc="left")
     bar = fig.colorbar(dots, ax=ax, label="prompts that share it", pad=0.01)
     for axis in (ax.yaxis, bar.ax.yaxis):
@@ -319,18 +336,27 @@ def kn_map(view: View, t: float, neuron=None) -> Figure:
 def overlap_figure(view: View, t: float, most: int = 14) -> Figure:
     """How many neurons exactly these prompts share: a bar for each combination, largest first (an
     UpSet plot)."""
-    sets, counts = view.sets(t), Counter()
+    sets = view.sets(t)
+    counts = Counter()
     for neuron in set().union(*sets):
         counts[tuple(i for i, one in enumerate(sets) if neuron in one)] += 1
     order = sorted(counts, key=lambda who: (-counts[who], -len(who), who))[:most]
     fig = Figure(figsize=(WIDE, 1.5 + 0.14 * len(sets)))
     bars, dots = fig.subplots(2, 1, sharex=True, height_ratios=[7, 1.2 * len(sets)])
     for x, who in enumerate(order):
-        everyone, several = len(who) == len(sets) > 1, len(who) > 1
+        everyone = len(who) == len(sets) > 1
+        several = len(who) > 1
         color = "#D55E00" if everyone else "#0072B2" if several else "0.65"
         bars.bar_label(bars.bar(x, counts[who], color=color, width=0.7), fontsize=6.5, padding=1)
         dots.plot([x] * len(sets), range(len(sets)), "o", color="0.88", markersize=3.5)
-        dots.plot([x] * len(who), who, "o-", color=color, markersize=4, linewidth=1.2)
+        dots.plot(
+            [x] * len(who),
+            who,
+            "o-",
+            color=color,
+            markersize=4,
+            linewidth=1.2,
+        )
     bars.margins(y=0.2)
     bars.yaxis.get_major_locator().set_params(integer=True)
     bars.set(ylabel="neurons", xlim=(-0.6, max(len(order), 1) - 0.4))
@@ -351,12 +377,14 @@ def control_facts(lm, facts, fact: Fact) -> list[tuple[str, Fact]]:
     """Facts to watch beside `fact`: one of the same relation, where there is one, and one of
     another, of other subject and object. Of a seeded sample, the first whose first prompt the model
     answers, else the first readable."""
-    found, rng = [], np.random.default_rng(0)
+    found = []
+    rng = np.random.default_rng(0)
     others = [one for one in facts if one.subject != fact.subject]
     others = [one for one in others if one.object.casefold() != fact.object.casefold()]
     for name, same in (("same relation", True), ("other relation", False)):
         pool = [one for one in others if (one.relation == fact.relation) == same]
-        readable, encoded = [], []
+        readable = []
+        encoded = []
         for i in rng.permutation(len(pool))[:12]:
             with suppress(ValueError):
                 encoded.append(lm.encode(pool[i].prompts[0], pool[i].object))
@@ -377,11 +405,11 @@ def change(
     synapses: float = 1.0,
     prompt: int = 0,
 ) -> pd.DataFrame:
-    """What a change does to every prompt of the fact and to the first prompt of each control fact.
+    """What a change does to every prompt of the fact and to the first prompt of each control fact;
+    the model is as before afterwards.
 
     action: one of ACTIONS; "update" writes `new` in place of the answer. synapses: the attention
-    columns that are knowledge synapses of prompt `prompt` are multiplied by it (1: left alone). The
-    model is as before afterwards.
+    columns that are knowledge synapses of prompt `prompt` are multiplied by it (1: left alone).
     Columns: role, prompt, answer, `before`, `after` (probability of the answer), `change`
     (relative; NaN where before is 0), `top_before`, `top_after` (likeliest next token) and, for an
     update, `new_before`, `new_after`."""
@@ -389,7 +417,8 @@ def change(
         raise ValueError(f"action {action!r} is unknown; use one of {', '.join(ACTIONS)}")
     if action == "update" and not new.strip():
         raise ValueError("an update needs a new answer; type the one the model should give instead")
-    lm, frame = view.lm, _watched(view.fact, controls)
+    lm = view.lm
+    frame = _watched(view.fact, controls)
     prompts = frame["prompt"].tolist()
     answers = {"": frame["answer"].tolist()}
     if action == "update":
@@ -404,8 +433,8 @@ def change(
     measure("before")
     with _changed(view, neurons, action, new, synapses, prompt):
         measure("after")
-    gap, known = frame["after"] - frame["before"], frame["before"] > 0
-    return frame.assign(change=gap / frame["before"].where(known))
+    before = frame["before"].where(frame["before"] > 0)
+    return frame.assign(change=(frame["after"] - frame["before"]) / before)
 
 
 def _watched(fact, controls) -> pd.DataFrame:
@@ -418,7 +447,8 @@ def _watched(fact, controls) -> pd.DataFrame:
 @contextmanager
 def _changed(view, neurons, action, new, synapses, prompt):
     """The model under a change of neurons, of synapses, or of both."""
-    lm, asked = view.lm, view.fact.prompts[prompt]
+    lm = view.lm
+    asked = view.fact.prompts[prompt]
     words = {"old": view.fact.object, "new": new} if action == "update" else {}
     words = {name: lm.encode(asked, text)[1] for name, text in words.items()}
     with ExitStack() as stack:

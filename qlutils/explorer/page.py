@@ -92,7 +92,11 @@ _SETS = {
     "cas": "CAS: consistency-aware",
     "picked": "hand-picked",
 }
-_SYNAPSES = {"left alone": 1.0, "off (× 0)": 0.0, "doubled (× 2)": 2.0}
+_SYNAPSES = {
+    "left alone": 1.0,
+    "off (× 0)": 0.0,
+    "doubled (× 2)": 2.0,
+}
 _BUTTONS = {
     "suppress": "Suppress",
     "enhance": "Enhance",
@@ -124,15 +128,28 @@ def _row(*widgets):
 
 
 def _choice(name, options=(), **where):
-    return w.Dropdown(description=name, options=options, **where)
+    return w.Dropdown(
+        description=name,
+        options=options,
+        **where,
+    )
 
 
 def _text(name, **where):
-    return w.Text(description=name, continuous_update=False, **where)
+    return w.Text(
+        description=name,
+        continuous_update=False,
+        **where,
+    )
 
 
 def _picture():
-    layout = dict(max_width="100%", width="900px", height="auto", object_fit="contain")
+    layout = dict(
+        max_width="100%",
+        width="900px",
+        height="auto",
+        object_fit="contain",
+    )
     return w.Image(format="png", layout=layout)
 
 
@@ -147,10 +164,15 @@ class Page(w.VBox):
         self, model="demo/gpt2", method="ig", data="demo", fact=None, output="default", t=0.2
     ):
         super().__init__()
-        self.data, self.output = data, output
-        self.view, self.saved, self.controls = None, None, []  # set by Run
+        self.data = data
+        self.output = output
+        self.view = None
+        self.saved = None
+        self.controls = []  # set by Run
         self.views = {}  # of the model in memory
-        self.facts, self.effects, self.action = [], None, "suppress"
+        self.facts = []
+        self.effects = None
+        self.action = "suppress"
         self.filling = False  # whether a list is being changed, which is no choice of the reader's
         self._make_question(model, method, t)
         self._make_answers()
@@ -182,7 +204,12 @@ class Page(w.VBox):
             description="Prompts", placeholder="one a line", rows=4, **_growing(420, 3)
         )
         self.answer = w.Text(description="Answer", **_growing(260))
-        self.run = w.Button(description="Run", button_style="primary", icon="play", **_fixed(110))
+        self.run = w.Button(
+            description="Run",
+            button_style="primary",
+            icon="play",
+            **_fixed(110),
+        )
         self.t = w.FloatSlider(
             description="threshold t",
             value=t,
@@ -194,11 +221,18 @@ class Page(w.VBox):
         self.status = w.HTML()
 
     def _make_answers(self):
-        self.page_prompts, self.page_numbers, self.page_table = w.HTML(), w.HTML(), w.HTML()
-        self.map, self.overlap = _picture(), _picture()
+        self.page_prompts = w.HTML()
+        self.page_numbers = w.HTML()
+        self.page_table = w.HTML()
+        self.map = _picture()
+        self.overlap = _picture()
         self.neuron = _choice("neuron", **_fixed(360))
         self.other = _text("or another", placeholder="layer:neuron", **_fixed(220))
-        self.pick = w.Button(description="add to hand-picked", icon="plus", **_fixed(170))
+        self.pick = w.Button(
+            description="add to hand-picked",
+            icon="plus",
+            **_fixed(170),
+        )
         self.page_neuron = w.HTML()
 
     def _make_changes(self):
@@ -212,12 +246,18 @@ class Page(w.VBox):
         self.buttons = {}
         for action, name in _BUTTONS.items():
             style = "warning" if action in ex.FACTORS else ""
-            self.buttons[action] = w.Button(description=name, button_style=style, **_fixed(130))
-        self.set_size, self.page_effects = w.HTML(), w.HTML()
+            self.buttons[action] = w.Button(
+                description=name,
+                button_style=style,
+                **_fixed(130),
+            )
+        self.set_size = w.HTML()
+        self.page_effects = w.HTML()
         self.code = w.Textarea(rows=24, layout=w.Layout(width="100%"))
 
     def _arrange(self):
-        self.of_data, self.of_user = _row(self.relation, self.fact), _row(self.prompts, self.answer)
+        self.of_data = _row(self.relation, self.fact)
+        self.of_user = _row(self.prompts, self.answer)
         copy = (
             "<i>Select all and copy. It does what the page says, and the button pressed last.</i>"
         )
@@ -291,14 +331,16 @@ class Page(w.VBox):
         """Give a list other options, which is no choice of the reader's."""
         self.filling = True
         try:
-            dropdown.options, dropdown.value = options, value
+            dropdown.options = options
+            dropdown.value = value
         finally:
             self.filling = False
 
     def _list_relations(self, fact):
         """Read the facts and choose one: `fact`, an id, or what a newcomer sees first."""
         self.facts = load_facts(self.data)
-        ids, examples = {one.id: one for one in self.facts}, {}
+        ids = {one.id: one for one in self.facts}
+        examples = {}
         for one in self.facts:
             text = one.prompts[0].replace(one.subject, "…")
             examples.setdefault(one.relation, f"{one.relation}: {text[:48]}")
@@ -312,7 +354,8 @@ class Page(w.VBox):
         self.relation.value = first.relation
         self._list_facts()
         self.fact.value = first.id
-        self.prompts.value, self.answer.value = "\n".join(first.prompts[:3]), first.object
+        self.prompts.value = "\n".join(first.prompts[:3])
+        self.answer.value = first.object
 
     def _list_facts(self):
         same = [one for one in self.facts if one.relation == self.relation.value]
@@ -332,14 +375,16 @@ class Page(w.VBox):
             self.view, self.saved, self.controls = self._looked_at(fact)
             # a new fact's page begins with its most shared neuron
             self._fill(self.neuron, [], None)
-            self.effects, self.page_effects.value = None, ""
+            self.effects = None
+            self.page_effects.value = ""
             self.page_prompts.value = prompts_html(self.view)
             self._fill(self.prompt, [(f"q{i} {text}", i) for i, text in enumerate(fact.prompts)], 0)
             self._refresh()
 
     def _looked_at(self, fact):
         """(view, saved queries, controls) of a fact, computed once while its model is in memory."""
-        name, method = self.model.value.strip(), self.method.value
+        name = self.model.value.strip()
+        method = self.method.value
         key = name, method, fact
         if key not in self.views:
             lm = store.cached_model(name)
@@ -351,7 +396,8 @@ class Page(w.VBox):
 
     def _refresh(self):
         """Everything that depends on t, from the scores at hand."""
-        t, table = self.t.value, ex.kn_table(self.view, self.t.value)
+        t = self.t.value
+        table = ex.kn_table(self.view, self.t.value)
         self.page_numbers.value = agreement_html(self.view, t)
         self.page_table.value = kn_html(self.view, t)
         self.overlap.value = png(ex.overlap_figure(self.view, t))
@@ -373,7 +419,8 @@ class Page(w.VBox):
         return min(ex.parse_neurons(self.view.lm, typed)) if typed else self.neuron.value
 
     def _show_neuron(self):
-        neuron, t = self._one(), self.t.value
+        neuron = self._one()
+        t = self.t.value
         self.map.value = png(ex.kn_map(self.view, t, neuron))
         self.page_neuron.value = "No prompt has a knowledge neuron; name one to see its page."
         if neuron:
@@ -394,7 +441,8 @@ class Page(w.VBox):
 
     def _show_set(self):
         """The size of the chosen set, and the script that does what is chosen."""
-        which, size = self.which.value, "type neurons, or add them from “One neuron”"
+        which = self.which.value
+        size = "type neurons, or add them from “One neuron”"
         if which == "picked" and not self.picked.value.strip():
             which = "self"  # in the script
         else:
@@ -432,7 +480,9 @@ class Page(w.VBox):
 
     def _done(self, action, count) -> str:
         """What a change was, as the title of its table."""
-        place, factor, title = self.prompt.value, self.synapses.value, _DONE[action]
+        place = self.prompt.value
+        factor = self.synapses.value
+        title = _DONE[action]
         if action != "none":
             which = _SETS[self.which.value].split(":")[0]
             title += f": {count} neurons ({which}, q{place}, t = {self.t.value:.2f})"

@@ -42,13 +42,20 @@ def table_html(frame, caption="", tint=lambda cell: "") -> Markup:
     """A DataFrame of texts, as `tables.display_table` gives it, or of `Markup`: numbers on the
     right, texts on the left, a model, method or threshold named once where it stays the same.
     tint(cell): the CSS class of a cell. Whatever is not `Markup` is escaped."""
-    texts, same = frame.copy(), True
+    texts = frame.copy()
+    same = True
     for name in takewhile(("model", "method", "threshold").__contains__, frame):
         same &= frame[name] == frame[name].shift()
         texts[name] = frame[name].mask(same, "")
     left = [not frame[name].map(_numeric).all() for name in frame]
     rows = list(texts.itertuples(index=False, name=None))
-    table = _TABLE.render(caption=caption, names=list(frame), rows=rows, left=left, tint=tint)
+    table = _TABLE.render(
+        caption=caption,
+        names=list(frame),
+        rows=rows,
+        left=left,
+        tint=tint,
+    )
     return Markup(table)
 
 
@@ -85,7 +92,8 @@ def export_html(notebook, path) -> Path:
     import nbformat
     from nbconvert import HTMLExporter
 
-    notebook, path = Path(notebook), Path(path)
+    notebook = Path(notebook)
+    path = Path(path)
     book = nbformat.read(notebook, as_version=4)
     if not any(cell.get("execution_count") for cell in book.cells):
         raise ValueError(f"{notebook.name} has not been executed: run it first, then export it")
@@ -126,7 +134,8 @@ def external_addresses(page: str) -> list[str]:
 def _page(body: str) -> str:
     """The document: a title, links to its parts, and pictures described by the last bold words
     before them."""
-    words, links = ["Figure"], []
+    words = ["Figure"]
+    links = []
 
     def described(match):
         if match[1] is None:

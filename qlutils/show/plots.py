@@ -9,7 +9,7 @@ apart (Okabe & Ito for methods and classes, Tol's muted scheme for models).
 import io
 import textwrap
 from dataclasses import dataclass
-from itertools import cycle, groupby, product
+from itertools import cycle, groupby, product, zip_longest
 from operator import itemgetter
 from pathlib import Path
 
@@ -28,7 +28,11 @@ from qlutils.show.tables import csv_text, files_of
 
 WIDE = 7.0  # inches: two columns of a paper
 CLASS_COLORS = {"I": "#56B4E9", "II": "#D55E00"}
-SET_COLORS = {"local": "#CC6677", "global": "#882255", "cas": "#117733"}
+SET_COLORS = {
+    "local": "#CC6677",
+    "global": "#882255",
+    "cas": "#117733",
+}
 KNOWN_COLORS = {"I, known": "#BBDFF6", "II, known": "#EFBF99"}  # the classes' colours, lighter
 BAR_COLORS = CLASS_COLORS | KNOWN_COLORS | SET_COLORS
 MODEL_COLORS = {
@@ -92,7 +96,12 @@ def _patches(colors):
 def _legend(fig, colors, title=None):
     """One legend above all panels."""
     where = dict(loc="outside upper center", ncols=len(colors))
-    fig.legend(handles=_patches(colors), title=title, title_fontsize=6.5, **where)
+    fig.legend(
+        handles=_patches(colors),
+        title=title,
+        title_fontsize=6.5,
+        **where,
+    )
 
 
 # --- violins --------------------------------------------------------------------------------------
@@ -104,7 +113,9 @@ def violins(frame, ax, *, x, hue, value, colors):
 
     frame: one row a fact; NaNs are not drawn. The numbers of facts drawn stand after each level of
     x, one where all are equal; a group without facts shows as 0."""
-    levels, width, labels = list(dict.fromkeys(frame[x])), 0.8 / len(colors), []
+    levels = list(dict.fromkeys(frame[x]))
+    width = 0.8 / len(colors)
+    labels = []
     frame = frame.dropna(subset=[value])
     for at, level in enumerate(levels):
         counts = []
@@ -114,7 +125,11 @@ def violins(frame, ax, *, x, hue, value, colors):
             counts.append(str(len(values)))
         labels.append(f"{level} ({' / '.join(counts if len(set(counts)) > 1 else counts[:1])})")
     ax.set_xticks(range(len(levels)), labels)
-    ax.set(xlim=(-0.6, len(levels) - 0.4), ylim=(-0.03, 1.03), ylabel=_label(value))
+    ax.set(
+        xlim=(-0.6, len(levels) - 0.4),
+        ylim=(-0.03, 1.03),
+        ylabel=_label(value),
+    )
     return ax
 
 
@@ -125,11 +140,24 @@ def _violin(ax, values, at, width, color):
         return
     found, counts = np.unique(np.round(values, 9), return_counts=True)
     if len(found) <= FEW and len(found) < len(values):
-        wide, high = width * counts / counts.max(), 0.6 * np.diff(found).min(initial=0.1)
-        ax.barh(found, wide, high, left=at - wide / 2, color=color, alpha=0.8)
+        wide = width * counts / counts.max()
+        high = 0.6 * np.diff(found).min(initial=0.1)
+        ax.barh(
+            found,
+            wide,
+            high,
+            left=at - wide / 2,
+            color=color,
+            alpha=0.8,
+        )
     elif len(found) > 1:
         [body] = ax.violinplot([values], [at], widths=width, showextrema=False)["bodies"]
-        body.set(facecolor=color, edgecolor=color, alpha=0.8, linewidth=0.3)
+        body.set(
+            facecolor=color,
+            edgecolor=color,
+            alpha=0.8,
+            linewidth=0.3,
+        )
     if len(values) <= FEW or len(found) == 1:
         ax.hlines(values, at - width / 3, at + width / 3, color="black", linewidth=0.4)
     ax.hlines(np.median(values), at - width / 2, at + width / 2, color="black", linewidth=0.9)
@@ -139,9 +167,25 @@ def figure_thresholds(frame):
     """Share of the facts in K_II by the KN threshold and the static threshold on CS2 (see
     `threshold_sensitivity`)."""
     fig, ax = plt.subplots(figsize=(WIDE / 2, 2.0))
-    shares = frame.pivot(index="t", columns="static", values="R_II")
-    scale = dict(vmin=0, vmax=1, cmap="magma_r", cbar_kws={"label": "share of $K_{II}$"})
-    sns.heatmap(shares, ax=ax, annot=True, fmt=".2f", annot_kws={"fontsize": 6.5}, **scale)
+    shares = frame.pivot(
+        index="t",
+        columns="static",
+        values="R_II",
+    )
+    scale = dict(
+        vmin=0,
+        vmax=1,
+        cmap="magma_r",
+        cbar_kws={"label": "share of $K_{II}$"},
+    )
+    sns.heatmap(
+        shares,
+        ax=ax,
+        annot=True,
+        fmt=".2f",
+        annot_kws={"fontsize": 6.5},
+        **scale,
+    )
     ax.set(xlabel="static threshold on $CS_2$", ylabel="KN threshold $t$")
     return fig, frame
 
@@ -152,10 +196,27 @@ def figure_cs2(frames, method, line=0.3):
     frame = pd.concat(frames, ignore_index=True)[["model", "relation", "fact", "cs2"]]
     fig, ax = plt.subplots(figsize=(WIDE, 2.6))
     colors = model_colors(dict.fromkeys(frame["model"]))
-    violins(frame, ax, x="relation", hue="model", value="cs2", colors=colors)
-    where = dict(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(colors), borderaxespad=0.2)
+    violins(
+        frame,
+        ax,
+        x="relation",
+        hue="model",
+        value="cs2",
+        colors=colors,
+    )
+    where = dict(
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.0),
+        ncols=len(colors),
+        borderaxespad=0.2,
+    )
     ax.legend(handles=_patches(colors), **where)
-    ax.axhline(line, color="black", linestyle="--", linewidth=0.7)
+    ax.axhline(
+        line,
+        color="black",
+        linestyle="--",
+        linewidth=0.7,
+    )
     ax.tick_params("x", rotation=90)
     ax.set_xlabel("relation (number of facts)")
     ax.set_title(f"localised by {method}", loc="left")
@@ -170,7 +231,11 @@ def figure_predominance(facts):
     named = facts.assign(model=facts["model"].str.replace("/", "/\n") + "\n")  # to fit
     for threshold, row in zip(("static", "otsu"), axes):
         for (value, title), ax in zip(values.items(), row):
-            by = dict(x="model", hue=f"class_{threshold}", colors=CLASS_COLORS)
+            by = dict(
+                x="model",
+                hue=f"class_{threshold}",
+                colors=CLASS_COLORS,
+            )
             violins(named, ax, value=value, **by)
             ax.set(title=title if ax in axes[0] else "", ylabel="")
         row[0].set_ylabel(f"{_label('predominance')}\n{_label(threshold)}")
@@ -189,34 +254,61 @@ def bars_with_intervals(frame, ax, *, x, hue, y="mean"):
     frame: one row a bar, with columns x, hue (in BAR_COLORS), y, y_low, y_high and perhaps n. A
     bar that is undefined, or whose interval is, is left out and marked "–"; n stands once where it
     depends on one of x and hue, else at every bar."""
-    groups, hues = list(dict.fromkeys(frame[x])), list(dict.fromkeys(frame[hue]))
-    width, ticks = 0.8 / len(hues), [_label(group) for group in groups]
-    n_of_hue, n_of_group = _counts(frame, hue), _counts(frame, x)
+    groups = list(dict.fromkeys(frame[x]))
+    hues = list(dict.fromkeys(frame[hue]))
+    width = 0.8 / len(hues)
+    ticks = [_label(group) for group in groups]
+    n_of_hue = _counts(frame, hue)
+    n_of_group = _counts(frame, x)
     if n_of_hue:
         counts = n_of_hue if len(set(n_of_hue)) > 1 else n_of_hue[:1]
-        corner = dict(xycoords="axes fraction", ha="right", va="top", fontsize=6)
-        ax.annotate(f"n = {' / '.join(counts)}", (0.99, 0.98), **corner)
+        ax.annotate(
+            f"n = {' / '.join(counts)}",
+            (0.99, 0.98),
+            xycoords="axes fraction",
+            ha="right",
+            va="top",
+            fontsize=6,
+        )
     elif n_of_group:
         ticks = [f"{tick}\nn = {count}" for tick, count in zip(ticks, n_of_group)]
     for row in frame.to_dict("records"):
         at = groups.index(row[x]) + (hues.index(row[hue]) - (len(hues) - 1) / 2) * width
-        low, high, top = row[f"{y}_low"], row[f"{y}_high"], 0.0
-        undefined = pd.isna([row[y], low, high]).any()
-        if undefined:
-            ax.annotate("–", (at, 0), ha="center", va="bottom")
-        else:
-            ax.bar(at, row[y], width * 0.92, color=BAR_COLORS[row[hue]])
-            ax.vlines(at, low, high, color="black", linewidth=0.7)  # the mean may lie outside
-            top = max(0.0, row[y], high)
+        bar = [row[y], row[f"{y}_low"], row[f"{y}_high"]]
+        top = _bar(ax, at, bar, width * 0.92, BAR_COLORS[row[hue]])
         if "n" in row and not (n_of_hue or n_of_group):
-            above = dict(xytext=(0, 6 if undefined else 2), textcoords="offset points")
-            style = dict(ha="center", va="bottom", rotation=90, fontsize=6)
-            ax.annotate(f"n = {row['n']:.0f}", (at, top), **above, **style)
+            _upright(ax, at, top, f"n = {row['n']:.0f}")
     ax.axhline(0, color="black", linewidth=0.6)
     ax.margins(y=0.2)
     ax.set_xticks(range(len(groups)), ticks)
     ax.set(xlim=(-0.6, len(groups) - 0.4), ylabel=_label(y))
     return ax
+
+
+def _bar(ax, at, bar, width, color):
+    """A bar (value, low, high) with its interval, in which the value need not lie; "–" where it is
+    undefined. Its top, None without a bar."""
+    if pd.isna(bar).any():
+        ax.annotate("–", (at, 0), ha="center", va="bottom")
+        return None
+    value, low, high = bar
+    ax.bar(at, value, width, color=color)
+    ax.vlines(at, low, high, color="black", linewidth=0.7)
+    return max(0.0, value, high)
+
+
+def _upright(ax, at, top, text):
+    """A number above a bar, or above the sign that there is none."""
+    ax.annotate(
+        text,
+        (at, top or 0.0),
+        xytext=(0, 6 if top is None else 2),
+        textcoords="offset points",
+        ha="center",
+        va="bottom",
+        rotation=90,
+        fontsize=6,
+    )
 
 
 def _counts(frame, by) -> list[str]:
@@ -242,7 +334,8 @@ def figure_bars(frame, *, row, column, x="set", y="trimmed", ylabel=""):
     queries beside where there are any; a row of panels each level of column `row` of the frame, a
     column each of `column`. `ylabel` stands before the row's level."""
     tops, sides = (list(dict.fromkeys(frame[name])) for name in (row, column))
-    bars, ways = _beside_known(frame), column == "direction"
+    bars = _beside_known(frame)
+    ways = column == "direction"
     fig, axes = plt.subplots(
         len(tops),
         len(sides),
@@ -252,7 +345,13 @@ def figure_bars(frame, *, row, column, x="set", y="trimmed", ylabel=""):
     )
     for (top, side), ax in zip(product(tops, sides), axes.flat):
         part = bars[(bars[row] == top) & (bars[column] == side)]
-        bars_with_intervals(part, ax, x=x, hue="bar", y=y)
+        bars_with_intervals(
+            part,
+            ax,
+            x=x,
+            hue="bar",
+            y=y,
+        )
         ax.set_title(_label(side) if ax in axes[0] else "", pad=8)
         ax.set_ylabel(f"{ylabel}{_label(top)}" if ax in axes[:, 0] else "")
     for ax in axes[0] if ways else axes[:, 0]:
@@ -267,9 +366,11 @@ def figure_edits(table, threshold, sets):
     class, each with the n edits for which it is defined, then the median dPPL."""
     table = table[(table["threshold"] == threshold) & table["neurons"].isin(sets)]
     plotted = _by_metric(table)
-    classes, ops = list(dict.fromkeys(table["class"])), list(dict.fromkeys(table["op"]))
+    classes = list(dict.fromkeys(table["class"]))
+    ops = list(dict.fromkeys(table["op"]))
     widths = [4] * len(classes) + [len(classes) + 1]
-    size, grid = (WIDE, 2.3 * len(ops)), dict(width_ratios=widths, squeeze=False)
+    size = (WIDE, 2.3 * len(ops))
+    grid = dict(width_ratios=widths, squeeze=False)
     fig, axes = plt.subplots(len(ops), len(widths), figsize=size, **grid)
     for op, (*panels, last) in zip(ops, axes):
         here = plotted[plotted["op"] == op]
@@ -277,7 +378,11 @@ def figure_edits(table, threshold, sets):
         for ax, name in zip(panels, classes):
             part = here[~is_dppl & (here["class"] == name)]
             bars_with_intervals(part, ax, x="metric", hue="neurons")
-            ax.set(title=f"{op}, {_label(name)}", ylabel="", ylim=(0, 1.02))
+            ax.set(
+                title=f"{op}, {_label(name)}",
+                ylabel="",
+                ylim=(0, 1.02),
+            )
         dppl = here[is_dppl]
         bars_with_intervals(dppl, last, x="class", hue="neurons")
         unbounded = dppl["mean"].abs().max() > 1  # broken texts
@@ -291,7 +396,8 @@ def figure_edits(table, threshold, sets):
 
 def _by_metric(table) -> pd.DataFrame:
     """A row a metric and row of a table of edits: its value as `mean`, its interval and n."""
-    keys, parts = ["threshold", "class", "op", "neurons"], []
+    keys = ["threshold", "class", "op", "neurons"]
+    parts = []
     for metric in ("rel", "gen", "loc", "avg", "dppl"):
         n = f"n_{metric}" if f"n_{metric}" in table else "n"
         part = table[[*keys, metric, f"{metric}_low", f"{metric}_high", n]]
@@ -313,11 +419,19 @@ def pool_neurons(values, bins=100) -> pd.DataFrame:
     if values.ndim != 2 or not np.isfinite(values).all():
         shape = values.shape
         raise ValueError(f"values must be finite and of shape (layers, neurons), not {shape}")
-    parts, layers = [], range(len(values))
+    parts = []
+    layers = range(len(values))
     for bin in np.array_split(np.arange(values.shape[1]), min(bins, values.shape[1])):
         block = values[:, bin]
         strongest = block[layers, np.abs(block).argmax(1)]
-        parts.append(dict(layer=layers, first=bin[0], last=bin[-1], value=strongest))
+        parts.append(
+            dict(
+                layer=layers,
+                first=bin[0],
+                last=bin[-1],
+                value=strongest,
+            )
+        )
     pooled = pd.concat(map(pd.DataFrame, parts), ignore_index=True)
     return pooled.sort_values(["layer", "first"], ignore_index=True)
 
@@ -334,10 +448,20 @@ def heatmap_neurons(frame, ax, norm):
     """Layer by neuron, from a frame of `pool_neurons`; darker is larger in magnitude.
 
     norm: from `shared_norm` over all panels that are to be compared."""
-    table = frame.pivot(index="layer", columns="first", values="value")
+    table = frame.pivot(
+        index="layer",
+        columns="first",
+        values="value",
+    )
     edges = [*table.columns, frame["last"].max() + 1], np.arange(len(table) + 1) - 0.5
     cmap = "RdBu_r" if norm.vmin < 0 else "magma_r"
-    ax.pcolormesh(*edges, table.to_numpy(), norm=norm, cmap=cmap, rasterized=True)
+    ax.pcolormesh(
+        *edges,
+        table.to_numpy(),
+        norm=norm,
+        cmap=cmap,
+        rasterized=True,
+    )
     ax.set(xlabel="neuron", ylabel="layer")
     ax.yaxis.get_major_locator().set_params(integer=True)
     return ax
@@ -356,7 +480,13 @@ class _Panel:
 def _heatmaps(fig, panels, kind, beside=()) -> list[pd.DataFrame]:
     """Draw the rows of `panels`; their pooled frames. `beside`: (scale, values) of maps that are
     not drawn, and count for the colour scales."""
-    axes = fig.subplots(len(panels), len(panels[0]), squeeze=False, sharex=True, sharey=True)
+    axes = fig.subplots(
+        len(panels),
+        len(panels[0]),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+    )
     drawn = sum(panels, [])
     frames = [pool_neurons(one.values) for one in drawn]
     scales = dict.fromkeys(one.scale for one in drawn)
@@ -377,12 +507,28 @@ def _heatmaps(fig, panels, kind, beside=()) -> list[pd.DataFrame]:
 def _colorbar(fig, axes, kind, alone):
     """The scale of the panels `axes`: beside all of them where there is no other, beside a single
     one, below a column."""
-    mesh, one = axes[0].collections[0], len(axes) == 1
+    mesh = axes[0].collections[0]
+    one = len(axes) == 1
     if alone:
-        fig.colorbar(mesh, ax=axes, label=kind, pad=0.02, shrink=0.8)
+        fig.colorbar(
+            mesh,
+            ax=axes,
+            label=kind,
+            pad=0.02,
+            shrink=0.8,
+        )
         return
-    place = dict(location="right" if one else "bottom", pad=0.03, shrink=0.9)
-    bar = fig.colorbar(mesh, ax=axes, label="" if one else kind, **place)
+    place = dict(
+        location="right" if one else "bottom",
+        pad=0.03,
+        shrink=0.9,
+    )
+    bar = fig.colorbar(
+        mesh,
+        ax=axes,
+        label="" if one else kind,
+        **place,
+    )
     bar.ax.tick_params(labelsize=6)
     bar.locator = MaxNLocator(3)
     bar.update_ticks()
@@ -406,7 +552,11 @@ def _subject(one) -> str:
 
 def _noted(frame, one, **notes) -> pd.DataFrame:
     """A pooled frame with the query it is of."""
-    return frame.assign(fact=one["fact"], prompt=one["prompt"], **notes)
+    return frame.assign(
+        fact=one["fact"],
+        prompt=one["prompt"],
+        **notes,
+    )
 
 
 def figure_1(maps):
@@ -421,7 +571,8 @@ def figure_1(maps):
         "attribution": "attribution, each query on a scale of its own",
         "activation": "activation",
     }
-    fig, frames = plt.figure(figsize=(WIDE, 1.5 * len(facts) + 0.2)), []
+    fig = plt.figure(figsize=(WIDE, 1.5 * len(facts) + 0.2))
+    frames = []
     for part, (kind, title) in zip(fig.subfigures(1, 2), titles.items()):
         rows = []
         for fact in facts:
@@ -439,7 +590,9 @@ def figure_conditions(maps, conditions, kind):
 
     maps: from `synapses.scaled_maps`. kind: "attribution" or "activation". Returns the figure and
     its numbers."""
-    fig, rows, every = plt.figure(figsize=(WIDE, 0.9 + 1.15 * len(conditions))), [], []
+    fig = plt.figure(figsize=(WIDE, 0.9 + 1.15 * len(conditions)))
+    rows = []
+    every = []
     for name in conditions:
         rows.append([])
         for one in maps:
@@ -448,7 +601,8 @@ def figure_conditions(maps, conditions, kind):
     for one, drawn in zip(maps, rows[0]):
         of_conditions = (value for value in one.values() if isinstance(value, dict))
         every += [(drawn.scale, value[kind]) for value in of_conditions]
-    pooled, frames = _heatmaps(fig, rows, kind, every), []
+    pooled = _heatmaps(fig, rows, kind, every)
+    frames = []
     for frame, (name, one) in zip(pooled, product(conditions, maps)):
         frames.append(_noted(frame, one, condition=name, kind=kind))
     return fig, pd.concat(frames, ignore_index=True)
@@ -459,21 +613,26 @@ def figure_places(found, num_heads):
     a layer and head."""
     by_head = np.array(found["by_head"].tolist())  # (queries, layers * heads)
     heads = by_head.mean(0).reshape(-1, num_heads)
-    by_column = pd.DataFrame(found["by_column"].tolist())  # NaN past the end of a prompt
-    by_column = by_column.to_numpy(float).copy() / heads.size  # (queries, columns)
+    by_column = [*zip_longest(*found["by_column"], fillvalue=np.nan)]  # prompts differ in length
+    by_column = np.array(by_column, float).T.copy() / heads.size  # (queries, columns)
     shares = np.nanmean(by_column, 0)
     fig, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 2.2), gridspec_kw=dict(wspace=0.12))
-    sns.heatmap(heads, ax=left, cmap="magma_r", vmin=0, cbar_kws={"label": "synapses a query"})
+    rows = np.arange(heads.shape[0] + 1) - 0.5
+    columns = np.arange(num_heads + 1) - 0.5
+    mesh = left.pcolormesh(columns, rows, heads, cmap="magma_r", vmin=0)
+    fig.colorbar(mesh, ax=left, label="synapses a query")
     left.set(xlabel="head", ylabel="layer")
-    left.invert_yaxis()
+    for axis in (left.xaxis, left.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     right.bar(range(len(shares)), shares, color="0.4")
     right.set_xlim(-0.6, 0.6 + max(np.flatnonzero(shares > 0.002 * shares.max()), default=0))
     right.set_xlabel("column (token of the prompt)")
     right.set_ylabel("share of layers and heads\nin which it is a synapse")
-    rows = [dict(layer=l, head=h, synapses=heads[l, h]) for l, h in np.ndindex(heads.shape)]
-    for column, n in enumerate((~np.isnan(by_column)).sum(0)):
-        rows.append(dict(column=column, share=shares[column], n=int(n)))
-    return fig, pd.DataFrame(rows)
+    cells = [(l, h, heads[l, h]) for l, h in np.ndindex(heads.shape)]
+    numbers = pd.DataFrame(cells, columns=["layer", "head", "synapses"])
+    counts = (~np.isnan(by_column)).sum(0)
+    places = pd.DataFrame({"column": range(len(shares)), "share": shares, "n": counts})
+    return fig, pd.concat([numbers, places], ignore_index=True)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -493,10 +652,16 @@ def save_figure(fig, stem, folder, data) -> dict[str, Path]:
 
 def _small_png(fig):
     for dpi in (200, 150, 100):
-        drawn, small = io.BytesIO(), io.BytesIO()
+        drawn = io.BytesIO()
+        small = io.BytesIO()
         fig.savefig(drawn, format="png", dpi=dpi)
         image = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        image.save(small, format="png", optimize=True, dpi=(dpi, dpi))
+        image.save(
+            small,
+            format="png",
+            optimize=True,
+            dpi=(dpi, dpi),
+        )
         if small.tell() <= MAX_PNG:
             break
     return small.getvalue()

@@ -8,7 +8,9 @@ from qlutils.show.plots import WIDE
 
 COLORS = ("#0072B2", "#E69F00", "#009E73")  # of the queries
 PLACES = (1.2, 4.5, 7.8)  # of the queries, above a grid of 8 neurons in each of 5 layers
-GREY, INK, ATTENTION = "#c9ced4", "#1c2024", "#882255"
+GREY = "#c9ced4"
+INK = "#1c2024"
+ATTENTION = "#882255"  # c9ced4", "#1c2024", "#882255"
 # neurons as (x, y): those of all queries in (a), of each query in (b)
 SHARED = [(2, 3), (6, 3), (3, 1), (7, 1)]
 OWN = ([(2, 4), (5, 3), (3, 2)], [(7, 3), (6, 2), (2, 1)], [(3, 2), (5, 0), (7, 0)])
@@ -28,7 +30,12 @@ def two_assumptions():
         second.scatter(*zip(*own), color=color)
         for neuron in own:
             _arrow(second, (x, 6.8), neuron, color)
-    second.scatter(*OWN[2][0], color=COLORS[2], edgecolor=COLORS[0], linewidth=2)  # of two
+    second.scatter(
+        *OWN[2][0],
+        color=COLORS[2],
+        edgecolor=COLORS[0],
+        linewidth=2,
+    )  # of two
     _panel(third, "(c) attention helps to\nselect the query's set", (COLORS[0], GREY, GREY))
     third.set_xlabel("from which one query reads its own")
     third.scatter(*zip(*OWN[0]), color=COLORS[0])
@@ -41,7 +48,12 @@ def two_assumptions():
 
 def _panel(ax, title, colors):
     """Three queries in their colours above a layer a row of neurons."""
-    ax.set(xlim=(0, 9), ylim=(-0.6, 8), xticks=[], yticks=[])
+    ax.set(
+        xlim=(0, 9),
+        ylim=(-0.6, 8),
+        xticks=[],
+        yticks=[],
+    )
     ax.set_title(title, fontsize=8)
     ax.xaxis.label.set_fontsize(6.5)
     ax.spines[:].set_visible(False)
@@ -52,10 +64,29 @@ def _panel(ax, title, colors):
 
 
 def _box(ax, x, y, text, color):
-    frame = dict(boxstyle="round", facecolor="white", edgecolor=color)
-    ax.text(x, y, text, ha="center", va="center", fontsize=7, color=color, bbox=frame)
+    frame = dict(
+        boxstyle="round",
+        facecolor="white",
+        edgecolor=color,
+    )
+    ax.text(
+        x,
+        y,
+        text,
+        ha="center",
+        va="center",
+        fontsize=7,
+        color=color,
+        bbox=frame,
+    )
 
 
 def _arrow(ax, start, end, color):
-    style = dict(arrowstyle="-|>", color=color, linewidth=0.8, shrinkA=0, shrinkB=2)
+    style = dict(
+        arrowstyle="-|>",
+        color=color,
+        linewidth=0.8,
+        shrinkA=0,
+        shrinkB=2,
+    )
     ax.annotate("", end, start, arrowprops=style)

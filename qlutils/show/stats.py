@@ -17,7 +17,11 @@ import pandas as pd
 LEVEL = 0.95
 TAILS = (100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2)  # percentiles
 TRIM = 0.1
-STATISTICS = {"trimmed": "10 % trimmed mean", "mean": "mean", "median": "median"}
+STATISTICS = {
+    "trimmed": "10 % trimmed mean",
+    "mean": "mean",
+    "median": "median",
+}
 # The least number of resampled clusters (facts, or relations where these are resampled) on each
 # side of an interval or test. A side of one fact has no spread, which a bootstrap takes for
 # certainty. By simulation (tests/test_stats.py), intervals of 10 facts cover what they estimate in
@@ -36,7 +40,8 @@ def welch(a, b) -> dict:
     from scipy.stats import ttest_ind
 
     a, b = (np.asarray(values, dtype=np.float64) for values in (a, b))
-    a, b = a[~np.isnan(a)], b[~np.isnan(b)]
+    a = a[~np.isnan(a)]
+    b = b[~np.isnan(b)]
     if min(len(a), len(b)) < LEAST or (np.ptp(a) == 0 and np.ptp(b) == 0):
         return dict.fromkeys(("t", "df", "p", "d"), np.nan)
     with warnings.catch_warnings():  # one class of equal values is no loss of precision
@@ -44,7 +49,12 @@ def welch(a, b) -> dict:
         test = ttest_ind(a, b, equal_var=False)
     pooled = ((len(a) - 1) * a.var(ddof=1) + (len(b) - 1) * b.var(ddof=1)) / (len(a) + len(b) - 2)
     d = (a.mean() - b.mean()) / np.sqrt(pooled)
-    return dict(t=float(test.statistic), df=float(test.df), p=float(test.pvalue), d=float(d))
+    return dict(
+        t=float(test.statistic),
+        df=float(test.df),
+        p=float(test.pvalue),
+        d=float(d),
+    )
 
 
 # --- bootstrap over facts -------------------------------------------------------------------------
@@ -183,7 +193,8 @@ def bootstrap_statistic(frames, statistic, draws=1000, seed=0) -> Estimate:
 def mean_columns(frame, values, seed=0, share=False) -> dict:
     """The means of several columns side by side, each with its interval, and n, as one row of a
     table. n is that of the last column; one with another n has its own, n_<column>."""
-    row, counts = {}, {}
+    row = {}
+    counts = {}
     for value in values:
         row |= bootstrap_mean(frame, value, seed=seed, share=share).row("mean", value)
         counts[f"n_{value}"] = row["n"]
@@ -241,7 +252,8 @@ def _resample(frames, statistics, draws, seed):
     def value(weights):
         return reduce(sub, (statistics(one, weights, at) for one, at in zip(frames, rows)))
 
-    point, stretch = value(np.ones((1, len(every))))[0], 1.0
+    point = value(np.ones((1, len(every))))[0]
+    stretch = 1.0
     sample = np.empty((0, len(point)))
     if min(sizes) >= LEAST and not np.isnan(point).any():
         strata, stretch = _strata(pd.factorize(every["relation"], sort=True)[0], members)
@@ -264,7 +276,8 @@ def _strata(strata, members) -> tuple[np.ndarray, float]:
 
     least = min(freedom(np.bincount(strata[inside])) for inside in members)
     if least < LEAST - 1:
-        strata, least = np.zeros_like(strata), min(map(len, members)) - 1
+        strata = np.zeros_like(strata)
+        least = min(map(len, members)) - 1
     return strata, float(t.ppf(TAILS[1] / 100, max(1, least)) / norm.ppf(TAILS[1] / 100))
 
 
@@ -293,7 +306,8 @@ def _statistics(values, weights, at):
     facts) of their facts `at` (n,)."""
     if not len(values):
         return np.full((len(weights), 3), np.nan)
-    step, parts = max(1, _CHUNK // len(values)), [np.empty((0, 3))]
+    step = max(1, _CHUNK // len(values))
+    parts = [np.empty((0, 3))]
     for start in range(0, len(weights), step):
         chunk = weights[start : start + step, at].astype(np.float64)
         parts.append(weighted_statistics(values, chunk))
@@ -340,15 +354,28 @@ def permutation_test(frame, value, label, draws=1000, seed=0) -> dict:
         raise ValueError(
             f"fact {facts['fact'][facts['fact'].duplicated()].iloc[0]!r} has two labels"
         )
-    relations, first = facts.groupby("relation"), (facts[label] == "I").to_numpy()
-    n1, n2 = int(first.sum()), int((~first).sum())
+    relations = facts.groupby("relation")
+    first = (facts[label] == "I").to_numpy()
+    n1 = int(first.sum())
+    n2 = int((~first).sum())
     if not (relations[label].nunique() > 1).any():
-        return dict(within=np.nan, p=np.nan, n1=n1, n2=n2)
+        return dict(
+            within=np.nan,
+            p=np.nan,
+            n1=n1,
+            n2=n2,
+        )
     centred = (facts[value] - relations[value].transform("mean")).to_numpy(np.float64)
     within = centred[first].mean() - centred[~first].mean()
-    rng, sums = np.random.default_rng(seed), np.zeros(draws)
+    rng = np.random.default_rng(seed)
+    sums = np.zeros(draws)
     for _, at in sorted(relations.indices.items()):
         sums += rng.permuted(np.tile(first[at], (draws, 1)), axis=1) @ centred[at]
     drawn = sums * (1 / n1 + 1 / n2)  # centred values sum to 0: the second class has -sums
     p = (1 + np.sum(np.abs(drawn) >= abs(within) - 1e-12)) / (1 + draws)
-    return dict(within=float(within), p=float(p), n1=n1, n2=n2)
+    return dict(
+        within=float(within),
+        p=float(p),
+        n1=n1,
+        n2=n2,
+    )

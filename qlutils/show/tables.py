@@ -80,7 +80,8 @@ def _decimals(numbers, digits) -> list[str]:
     0.00001 [-0.003, 0.003]."""
     low, high = numbers[1:] or numbers * 2
     size = np.nanmax([abs(numbers[0]), (high - low) / 10])
-    form, places = ".1e", digits
+    form = ".1e"
+    places = digits
     if not digits or not size or (size >= 1e-4 and np.nanmax(np.abs(numbers)) < 1e4):
         nearest = max(low, -high)  # of the bounds to 0; negative where they are on both sides
         least = min(size, nearest) if nearest >= 5e-5 else size
@@ -119,7 +120,8 @@ def too_few(row) -> str:
 
 def verdict(row, name="mean") -> str:
     """What the 95 % interval of a value says about 0, in words."""
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    low = row[f"{name}_low"]
+    high = row[f"{name}_high"]
     if pd.isna(row[name]) or pd.isna(low):
         return f"not testable here ({too_few(row)})"
     return "lies above 0" if low > 0 else "lies below 0" if high < 0 else "cannot be told from 0"
@@ -140,7 +142,8 @@ def pick(table: pd.DataFrame, **keys) -> pd.Series:
 def display_table(frame, digits=2) -> pd.DataFrame:
     """The table as texts, without row numbers: columns x, x_low, x_high become one column "x [95
     %]"."""
-    frame, shown = _flat(frame), {}
+    frame = _flat(frame)
+    shown = {}
     for name, bounds in _bounds(frame).items():
         columns = [frame[one].tolist() for one in (name, *bounds)]
         # counts may have become floats where one is missing
@@ -154,7 +157,8 @@ def write_table(frame, stem, folder, caption="", note="", *, digits=2) -> dict[s
     """Write `stem`.csv (every column, full precision), .md and .tex (as `display_table`) into
     folder; their paths."""
     paths = files_of(stem, folder, ("csv", "md", "tex"))
-    flat, shown = _flat(frame), display_table(frame, digits)
+    flat = _flat(frame)
+    shown = display_table(frame, digits)
     numeric = [pd.api.types.is_numeric_dtype(flat[name]) for name in _bounds(flat)]
     texts = {
         "csv": csv_text(flat),
@@ -177,7 +181,11 @@ def csv_text(frame) -> str:
     """A frame without its index as CSV, rows ended by a line feed."""
     text = frame.to_csv(index=False, lineterminator="\n")
     if "\r" in text:  # the csv module need not quote it; every reader takes it for a row's end
-        text = frame.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+        text = frame.to_csv(
+            index=False,
+            lineterminator="\n",
+            quoting=csv.QUOTE_NONNUMERIC,
+        )
     return text
 
 
