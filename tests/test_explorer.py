@@ -27,6 +27,7 @@ from qlutils.explorer.fact import (
     kn_map,
     kn_table,
     look,
+    losses,
     neuron_activations,
     neuron_tokens,
     overlap_figure,
@@ -330,6 +331,15 @@ def test_an_update_moves_probability_from_the_old_answer_to_the_new(view):
     assert (result["new_after"] > result["new_before"]).any() and (
         result["after"] < result["before"]
     ).any()
+
+
+def test_losses_are_means_of_what_is_defined_of_the_prompt_the_others_and_the_controls():
+    roles = ["q0", "q1", "q2", "control: same relation", "control: other relation"]
+    effects = pd.DataFrame({"role": roles, "change": [-0.9, -0.4, -0.2, 0.1, np.nan]})
+    shown = losses(effects, prompt=1)
+    assert shown["of"].tolist() == ["other wordings", "q1", "controls"]
+    assert shown["loss"].tolist() == pytest.approx([0.55, 0.4, -0.1])
+    assert shown["n"].tolist() == [2, 1, 1]
 
 
 @pytest.mark.parametrize("action", explorer.ACTIONS)

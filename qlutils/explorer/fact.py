@@ -75,6 +75,19 @@ class View:
         return found
 
 
+def find_fact(facts, fact=None) -> Fact:
+    """The fact of this id; without one, what a newcomer sees first. ValueError for another id."""
+    ids = {one.id: one for one in facts}
+    if fact is None:
+        return ids.get("P36|France|Paris", facts[0])
+    if fact not in ids:
+        raise ValueError(
+            f"fact {fact!r} is not in the data; a fact's id is relation|subject|object, such as "
+            f"{facts[0].id}"
+        )
+    return ids[fact]
+
+
 def typed_fact(prompts: str, answer: str) -> Fact:
     """A fact from typed text, one prompt a line. ValueError: no prompt, or no answer."""
     lines = tuple(dict.fromkeys(filter(None, map(str.strip, prompts.splitlines()))))
@@ -435,6 +448,16 @@ def change(
         measure("after")
     before = frame["before"].where(frame["before"] > 0)
     return frame.assign(change=(frame["after"] - frame["before"]) / before)
+
+
+def losses(effects, prompt=0) -> pd.DataFrame:
+    """The mean relative loss of the answer's probability in a table of `change`, and n, the
+    prompts for which it is defined: of prompt `prompt`, the fact's other prompts, the controls."""
+    role = effects["role"]
+    others = np.where(role.str.startswith("control"), "controls", "other wordings")
+    of = role.where(role == f"q{prompt}", others).rename("of")
+    found = (-effects["change"]).groupby(of, sort=False).agg(loss="mean", n="count")
+    return found.reset_index()
 
 
 def _watched(fact, controls) -> pd.DataFrame:

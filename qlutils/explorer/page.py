@@ -239,7 +239,7 @@ class Page(w.VBox):
         self.which = _choice(
             "neurons", [(text, name) for name, text in _SETS.items()], **_fixed(300)
         )
-        self.prompt = _choice("of prompt", **_growing(300))
+        self.prompt = _choice("prompt", **_growing(300))
         self.picked = _text("hand-picked", placeholder="3:17, 4:2", **_fixed(300))
         self.synapses = _choice("synapses", list(_SYNAPSES.items()), **_fixed(240))
         self.new = _text("new answer", placeholder="for update", **_fixed(240))
@@ -339,17 +339,11 @@ class Page(w.VBox):
     def _list_relations(self, fact):
         """Read the facts and choose one: `fact`, an id, or what a newcomer sees first."""
         self.facts = load_facts(self.data)
-        ids = {one.id: one for one in self.facts}
+        first = ex.find_fact(self.facts, fact)
         examples = {}
         for one in self.facts:
             text = one.prompts[0].replace(one.subject, "…")
             examples.setdefault(one.relation, f"{one.relation}: {text[:48]}")
-        if fact is not None and fact not in ids:
-            raise ValueError(
-                f"fact {fact!r} is not in {self.data!r}; a fact's id is relation|subject|object, "
-                f"such as {self.facts[0].id}"
-            )
-        first = ids[fact] if fact else ids.get("P36|France|Paris", self.facts[0])
         self.relation.options = [(text, name) for name, text in examples.items()]
         self.relation.value = first.relation
         self._list_facts()
