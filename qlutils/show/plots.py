@@ -467,19 +467,27 @@ def heatmap_neurons(frame, ax, norm):
     return ax
 
 
-@dataclass(eq=False)
+@dataclass
 class _Panel:
-    """A map (layers, neurons) to draw. Those of one `scale`, any key, share a colour scale."""
+    """A map (layers, neurons) to draw; those of one `norm` share a colour scale."""
 
     values: np.ndarray
     title: str
     label: str
-    scale: object
+    norm: Normalize
 
 
-def _heatmaps(fig, panels, kind, beside=()) -> list[pd.DataFrame]:
-    """Draw the rows of `panels`; their pooled frames. `beside`: (scale, values) of maps that are
-    not drawn, and count for the colour scales."""
+def _norms(values, kind) -> list[Normalize]:
+    """The colour scale of each query, given all its maps: its own for attributions, one for all
+    activations."""
+    frames = [[pool_neurons(one) for one in maps] for maps in values]
+    if kind == "attribution":
+        return [shared_norm(*of_query) for of_query in frames]
+    return [shared_norm(*sum(frames, []))] * len(frames)
+
+
+def _heatmaps(fig, panels, kind) -> list[pd.DataFrame]:
+    """Draw the rows of `panels`; their pooled frames."""
     axes = fig.subplots(
         len(panels),
         len(panels[0]),
@@ -487,20 +495,17 @@ def _heatmaps(fig, panels, kind, beside=()) -> list[pd.DataFrame]:
         sharex=True,
         sharey=True,
     )
-    drawn = sum(panels, [])
-    frames = [pool_neurons(one.values) for one in drawn]
-    scales = dict.fromkeys(one.scale for one in drawn)
-    for scale in scales:
-        here = [i for i, one in enumerate(drawn) if one.scale == scale]
-        others = [pool_neurons(values) for name, values in beside if name == scale]
-        norm = shared_norm(*(frames[i] for i in here), *others)
-        for i in here:
-            heatmap_neurons(frames[i], axes.flat[i], norm)
-        _colorbar(fig, [axes.flat[i] for i in here], kind, alone=len(scales) == 1)
-    for one, ax in zip(drawn, axes.flat):
+    frames = []
+    scales = {}  # the panels of each colour scale
+    for one, ax in zip(sum(panels, []), axes.flat):
+        frames.append(pool_neurons(one.values))
+        heatmap_neurons(frames[-1], ax, one.norm)
         ax.set_title(one.title, fontsize=6.5)
         ax.set_ylabel(f"{one.label}\nlayer", fontsize=6.5)
         ax.label_outer()
+        scales.setdefault(id(one.norm), []).append(ax)
+    for group in scales.values():
+        _colorbar(fig, group, kind, alone=len(scales) == 1)
     return frames
 
 
@@ -509,36 +514,19 @@ def _colorbar(fig, axes, kind, alone):
     one, below a column."""
     mesh = axes[0].collections[0]
     one = len(axes) == 1
-    if alone:
-        fig.colorbar(
-            mesh,
-            ax=axes,
-            label=kind,
-            pad=0.02,
-            shrink=0.8,
-        )
-        return
-    place = dict(
-        location="right" if one else "bottom",
-        pad=0.03,
-        shrink=0.9,
-    )
     bar = fig.colorbar(
         mesh,
         ax=axes,
+        location="right" if one or alone else "bottom",
         label="" if one else kind,
-        **place,
+        pad=0.03,
+        shrink=0.8,
     )
+    if alone:
+        return
     bar.ax.tick_params(labelsize=6)
     bar.locator = MaxNLocator(3)
     bar.update_ticks()
-
-
-def _panel(one, values, kind, title, label) -> _Panel:
-    """The panel of a query's map: attributions of the same query share a scale, activations of all
-    queries."""
-    scale = (one["fact"], one["prompt"]) if kind == "attribution" else None
-    return _Panel(values, title, label, scale)
 
 
 def _prompt(one, width) -> str:
@@ -574,13 +562,14 @@ def figure_1(maps):
     fig = plt.figure(figsize=(WIDE, 1.5 * len(facts) + 0.2))
     frames = []
     for part, (kind, title) in zip(fig.subfigures(1, 2), titles.items()):
+        norms = iter(_norms([[one[kind]] for one in maps], kind))
         rows = []
         for fact in facts:
             label = _subject(fact[0]).replace(" | ", "\n")
-            rows.append([_panel(one, one[kind], kind, _prompt(one, 22), label) for one in fact])
+            rows.append([_Panel(one[kind], _prompt(one, 22), label, next(norms)) for one in fact])
         pooled = _heatmaps(part, rows, kind)
         part.suptitle(title, fontsize=8)
-        frames += [_noted(frame, one, kind=kind) for frame, one in zip(pooled, sum(facts, []))]
+        frames += [_noted(frame, one, kind=kind) for frame, one in zip(pooled, maps)]
     return fig, pd.concat(frames, ignore_index=True)
 
 
@@ -591,17 +580,17 @@ def figure_conditions(maps, conditions, kind):
     maps: from `synapses.scaled_maps`. kind: "attribution" or "activation". Returns the figure and
     its numbers."""
     fig = plt.figure(figsize=(WIDE, 0.9 + 1.15 * len(conditions)))
+    every = []  # the maps of all conditions there are, of each query
+    for one in maps:
+        every.append([value[kind] for value in one.values() if isinstance(value, dict)])
+    norms = _norms(every, kind)
     rows = []
-    every = []
     for name in conditions:
         rows.append([])
-        for one in maps:
+        for one, norm in zip(maps, norms):
             title = f"{_subject(one)}\n{_prompt(one, 28)}" if name == conditions[0] else ""
-            rows[-1].append(_panel(one, one[name][kind], kind, title, name))
-    for one, drawn in zip(maps, rows[0]):
-        of_conditions = (value for value in one.values() if isinstance(value, dict))
-        every += [(drawn.scale, value[kind]) for value in of_conditions]
-    pooled = _heatmaps(fig, rows, kind, every)
+            rows[-1].append(_Panel(one[name][kind], title, name, norm))
+    pooled = _heatmaps(fig, rows, kind)
     frames = []
     for frame, (name, one) in zip(pooled, product(conditions, maps)):
         frames.append(_noted(frame, one, condition=name, kind=kind))
