@@ -166,10 +166,10 @@ class Page(w.VBox):
         super().__init__()
         self.data = data
         self.output = output
-        self.view = None
+        self.view = None  # this and the next two are set by Run
         self.saved = None
-        self.controls = []  # set by Run
-        self.views = {}  # of the model in memory
+        self.controls = []
+        self.views = {}  # what Run found, for each fact seen with the model in memory
         self.facts = []
         self.effects = None
         self.action = "suppress"
