@@ -13,9 +13,7 @@ import random
 import re
 from pathlib import Path
 
-from qlutils import paths
-
-FOLDER = paths.DEMO
+FOLDER = Path(__file__).parents[2] / "qlutils" / "demo"
 PATTERNS = FOLDER / "pararel" / "data" / "pattern_data" / "graphs_json"
 VOCAB = FOLDER / "pararel" / "data" / "trex_lms_vocab"
 HELDOUT_TEXT = FOLDER / "heldout.txt"
