@@ -206,24 +206,18 @@ def attention_received(lm, prompt: str) -> tuple[list[str], np.ndarray | None]:
 def kn_table(view: View, t: float) -> pd.DataFrame:
     """The neurons that are KNs of a prompt, most shared first: layer, neuron, n (prompts), prompts,
     and `score`, the largest share of a prompt's largest score."""
-    sets = view.sets(t)
-    shares = view.shares()
     rows = []
-    for neuron in set().union(*sets):
-        where = [i for i, one in enumerate(sets) if neuron in one]
-        score = max(shares[i][neuron] for i in where)
-        rows.append((*neuron, len(where), " ".join(f"q{i}" for i in where), score))
-    frame = pd.DataFrame(rows, columns=["layer", "neuron", "n", "prompts", "score"])
-    frame = frame.astype(
-        dict(
-            layer=int,
-            neuron=int,
-            n=int,
-            score=float,
-        )
+    for i, (kns, shares) in enumerate(zip(view.sets(t), view.shares())):
+        rows += [(*neuron, f"q{i}", shares[neuron]) for neuron in kns]
+    frame = pd.DataFrame(rows, columns=["layer", "neuron", "prompt", "score"])
+    frame = frame.astype({"layer": int, "neuron": int, "score": float})
+    table = frame.groupby(["layer", "neuron"], as_index=False).agg(
+        n=("prompt", "size"),
+        prompts=("prompt", " ".join),
+        score=("score", "max"),
     )
     order = ["n", "score", "layer", "neuron"]
-    return frame.sort_values(order, ascending=[False, False, True, True], ignore_index=True)
+    return table.sort_values(order, ascending=[False, False, True, True], ignore_index=True)
 
 
 def agreement(view: View, t: float) -> dict:
