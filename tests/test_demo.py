@@ -8,8 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-
-from qlutils.demo import corpus
+from demo_models import corpus
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAREL = ROOT.parent / "shared" / "data" / "pararel" / "data" / "pattern_data" / "graphs_json"
@@ -190,7 +189,7 @@ def log_of(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_log_and_the_card_state_what_the_weights_do(name, loaded, pairs):
-    from qlutils.demo.train import measure
+    from demo_models.train import measure
 
     found, logged = measure(*loaded(name), pairs), log_of(name)
     card = (corpus.FOLDER / "MODEL_CARD.md").read_text(encoding="utf-8")

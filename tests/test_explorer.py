@@ -2,6 +2,7 @@
 bundled GPT-2."""
 
 import json
+import os
 from dataclasses import replace
 
 import nbformat
@@ -22,11 +23,11 @@ from qlutils.explorer.fact import (
     change,
     choose_neurons,
     control_facts,
-    explore,
     facts_using,
     kn_map,
     kn_table,
     look,
+    losses,
     neuron_activations,
     neuron_tokens,
     overlap_figure,
@@ -39,10 +40,10 @@ from qlutils.explorer.page import (
     Page,
     agreement_html,
     effects_html,
+    explore,
     neuron_html,
     png,
     prompts_html,
-    table_html,
     tokens_html,
 )
 from qlutils.facts import Fact
@@ -181,9 +182,10 @@ def test_overlap_bars_count_each_neuron_in_exactly_one_combination_of_prompts(vi
 
 
 def test_the_map_has_a_dot_for_every_knowledge_neuron_and_rings_the_chosen_one(view):
-    dots, ring = kn_map(view, 0.2, (2, 7)).axes[0].collections[:2]
+    ax = kn_map(view, 0.2, (2, 7)).axes[0]
+    [dots], [ring] = ax.collections, ax.lines
     assert {(int(y), int(x)) for x, y in dots.get_offsets()} == set().union(*view.sets(0.2))
-    assert ring.get_offsets().tolist() == [[7, 2]]
+    assert ring.get_xydata().tolist() == [[7, 2]]
 
 
 def test_a_neurons_tokens_are_ordered_by_the_product_of_its_value_vector_and_the_unembedding(lm):
@@ -331,6 +333,15 @@ def test_an_update_moves_probability_from_the_old_answer_to_the_new(view):
     ).any()
 
 
+def test_losses_are_means_of_what_is_defined_of_the_prompt_the_others_and_the_controls():
+    roles = ["q0", "q1", "q2", "control: same relation", "control: other relation"]
+    effects = pd.DataFrame({"role": roles, "change": [-0.9, -0.4, -0.2, 0.1, np.nan]})
+    shown = losses(effects, prompt=1)
+    assert shown["of"].tolist() == ["other wordings", "q1", "controls"]
+    assert shown["loss"].tolist() == pytest.approx([0.55, 0.4, -0.1])
+    assert shown["n"].tolist() == [2, 1, 1]
+
+
 @pytest.mark.parametrize("action", explorer.ACTIONS)
 def test_weights_are_bit_identical_after_every_change_and_after_one_that_fails(
     view, action, monkeypatch
@@ -454,7 +465,6 @@ def test_no_text_from_outside_becomes_markup(lm):
         neuron_html(view, neuron, 0.05, saved),
         tokens_html([EVIL], None),
         tokens_html([EVIL], np.ones(1)),
-        table_html([EVIL], [], EVIL),
     ]
     for piece in pieces:
         assert "<script" not in piece and "<img" not in piece and "same <b>" not in piece
@@ -497,7 +507,7 @@ def test_buttons_show_before_and_after_beside_controls_and_leave_the_weights(pag
             action == "none"
         )  # synapses are left alone, too
         assert page.effects["role"].str.startswith("control").sum() == 2
-        assert ("edit_weights" in page.code.value) == (action in ("erase", "update"))
+        assert ("edit_weights(" in page.code.value) == (action in ("erase", "update"))
     assert all(
         torch.equal(before[name], tensor)
         for name, tensor in page.view.lm.model.state_dict().items()
@@ -531,9 +541,9 @@ def test_the_script_is_that_of_the_controls_and_the_button_pressed_last(page):
     page.t.value, page.which.value, page.prompt.value, page.synapses.value = 0.3, "union", 2, 0.0
     for line in (
         "t=0.3)",
-        "neighbour_sets(sets, 2)['union']",
-        "with scale_synapses(lm, find_synapses(lm, prompts[2]), 0.0), scale_neurons(lm, neurons, "
-        "2.0):",
+        "neurons = neighbour_sets(sets, 2)['union']",
+        "on_synapses = scale_synapses(lm, find_synapses(lm, prompts[2]), 0.0)",
+        "on_neurons = scale_neurons(lm, neurons, 2.0)",
     ):
         assert line in page.code.value
 
@@ -601,7 +611,7 @@ def test_a_wrong_start_is_said_on_the_page(runs):
 
 
 def test_without_a_front_end_a_line_says_where_to_look(capsys, monkeypatch):
-    for name in list(explorer.os.environ):
+    for name in list(os.environ):
         if name.startswith(("JPY_", "VSCODE_", "COLAB_")):
             monkeypatch.delenv(name)
     assert explore() is None and "JupyterLab" in capsys.readouterr().out

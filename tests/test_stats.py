@@ -11,13 +11,13 @@ from qlutils.neurons.sets import otsu_threshold
 from qlutils.show import stats
 from qlutils.show.stats import (
     LEAST,
-    _weighted,
     bootstrap_difference,
     bootstrap_mean,
     bootstrap_statistic,
     mean_columns,
     permutation_test,
     resampling_weights,
+    weighted_statistics,
     welch,
 )
 
@@ -92,7 +92,7 @@ def test_weighted_statistics_equal_those_of_repeated_values():
     for n in (1, 2, 5, 30):
         x = np.sort(rng.normal(size=n).round(1))
         weights = rng.integers(0, 4, size=(40, n)).astype(float)
-        for row, found in zip(weights, _weighted(x, weights)):
+        for row, found in zip(weights, weighted_statistics(x, weights)):
             repeated = np.repeat(x, row.astype(int))
             if not len(repeated):
                 assert np.isnan(found).all()
@@ -120,7 +120,7 @@ def test_a_facts_queries_stay_together():
 
 def test_relation_means_do_not_widen_the_interval_but_do_without_strata():
     frame = facts_frame(np.random.default_rng(4), 10, spread=0.1)
-    within, pooled = bootstrap_mean(frame, "value"), bootstrap_mean(frame, "value", strata=None)
+    within, pooled = (bootstrap_mean(one, "value") for one in (frame, frame.assign(relation="P")))
     assert pooled.mean_high - pooled.mean_low > 5 * (within.mean_high - within.mean_low)
 
 
@@ -280,9 +280,9 @@ def test_rounding_does_not_decide_on_which_side_of_zero_an_interval_lies():
 
 def test_the_permutation_test_is_exact_on_a_small_case():
     frame = pd.DataFrame(
-        dict(fact=range(6), relation="P1", kind=list("aaabbb"), value=[5.0, 6, 7, 1, 2, 3])
+        dict(fact=range(6), relation="P1", kind=["I"] * 3 + ["II"] * 3, value=[5.0, 6, 7, 1, 2, 3])
     )
-    found = permutation_test(frame, "value", "kind", ("a", "b"), draws=20_000)
+    found = permutation_test(frame, "value", "kind", draws=20_000)
     assert found["within"] == 4 and (found["n1"], found["n2"]) == (3, 3)
     assert found["p"] == pytest.approx(
         2 / 20, abs=0.01
@@ -297,7 +297,7 @@ def test_a_difference_between_relations_alone_is_not_significant():
     frame["value"] = np.where(relation == "P1", 5.0, 0.0) + rng.normal(0, 1, 120)
     found = permutation_test(frame, "value", "kind")
     assert abs(found["within"]) < 0.5 and found["p"] > 0.05
-    assert permutation_test(frame, "value", "kind", strata=None)["p"] < 0.01
+    assert permutation_test(frame.assign(relation="P"), "value", "kind")["p"] < 0.01
 
 
 def test_p_values_under_the_null_are_uniform():
@@ -317,11 +317,9 @@ def test_p_values_under_the_null_are_uniform():
 
 def test_permutation_counts_facts_not_queries():
     frame = pd.DataFrame(
-        dict(fact=range(6), relation="P1", kind=list("aaabbb"), value=[5.0, 6, 7, 1, 2, 3])
+        dict(fact=range(6), relation="P1", kind=["I"] * 3 + ["II"] * 3, value=[5.0, 6, 7, 1, 2, 3])
     )
-    found = permutation_test(
-        frame.loc[frame.index.repeat(9)], "value", "kind", ("a", "b"), draws=5000
-    )
+    found = permutation_test(frame.loc[frame.index.repeat(9)], "value", "kind", draws=5000)
     assert found["n1"] == 3 and found["p"] == pytest.approx(0.1, abs=0.02)
 
 
@@ -419,8 +417,7 @@ def test_a_statistic_of_weighted_facts_equals_that_of_repeated_ones_and_of_the_m
     assert two.mean_high - two.mean_low > fixed.mean_high - fixed.mean_low
 
 
-# --- few facts -----------------------------------------------------------------------------------
-# ----------------
+# --- few facts ------------------------------------------------------------------------------------
 
 
 def lopsided(small, large, rng=None, spread=1.0):

@@ -209,9 +209,8 @@ def _differ(case):
         )
         # relations are resampled, not facts: less its mean, one of two facts is the other's
         # negative
-        within = bootstrap_difference(
-            both, "value", "label", ("I", "II"), cluster="relation", strata=None, seed=case.seed
-        )
+        resampled = both.assign(fact=both["relation"], relation="all")
+        within = bootstrap_difference(resampled, "value", "label", ("I", "II"), seed=case.seed)
         relations = both["relation"].nunique()
         why = (
             f"{relations} relations have facts of both classes; an interval over relations "

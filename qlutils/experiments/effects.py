@@ -29,7 +29,6 @@ COUNTED = (
     "all",
     "known",
 )  # all queries, as in the paper, which decide; the known ones stand beside
-STATISTICS = {"trimmed": "10 % trimmed mean", "mean": "mean", "median": "median"}
 
 
 # --- units of work --------------------------------------------------------------------------------

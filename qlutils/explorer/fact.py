@@ -2,20 +2,21 @@
 when they change.
 
 Plain functions that return tables and figures, and a script that repeats what they show;
-`explorer_page` makes HTML and widgets of them and computes nothing itself. Prompts are called q0,
+`explorer.page` makes HTML and widgets of them and computes nothing itself. Prompts are called q0,
 q1, ...
 """
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from jinja2 import Template
 from matplotlib.figure import Figure
 
 from qlutils.attribution.attribute import Spec
@@ -29,18 +30,14 @@ from qlutils.files import as_frame, read_table
 from qlutils.model.architecture import UnsupportedModel
 from qlutils.model.passes import computing, neuron_vectors
 from qlutils.neurons.sets import cas_neurons, consistency, kn_sets, neighbour_sets
-from qlutils.show import plots
+from qlutils.show.plots import WIDE
 from qlutils.study.notebook import Study, model_content
 from qlutils.study.store import code_versions
 
 FACTORS = {"suppress": 0.0, "enhance": 2.0}  # section 3.1
-ACTIONS = (
-    *FACTORS,
-    "erase",
-    "update",
-    "none",
-)  # "none" leaves the neurons alone, to see the synapses' effect
-SETS = ("self", "union", "intersection", "refine", "cas", "picked")
+ACTIONS = (*FACTORS, "erase", "update", "none")  # "none": to see what synapses do by themselves
+NEIGHBOURS = ("union", "intersection", "refine")  # sets made of the other prompts' KNs
+SETS = ("self", *NEIGHBOURS, "cas", "picked")
 TYPED = "typed"  # the relation of facts that were typed in
 
 
@@ -52,7 +49,7 @@ class View:
     """A fact as one model sees it by one method. `frame`: a row a prompt, as in a run's `queries`;
     `predictions` as of the function; `attention`: (tokens, shares) a prompt, shares None where the
     attention cannot be read; `activations` (Q, L, N) at the last prompt token; `source`: where the
-    scores come from."""
+    scores come from; `spec`: further options of `attribute`."""
 
     lm: object
     fact: Fact
@@ -71,24 +68,34 @@ class View:
     def shares(self) -> list[dict]:
         """For each prompt {(layer, neuron): its score as a share of the prompt's largest}, of the
         neurons kept."""
-        return [
-            dict(
-                zip(zip(row.layer, row.neuron), np.asarray(row.score) / max(row.score, default=1.0))
-            )
-            for row in self.frame.itertuples()
-        ]
+        found = []
+        for row in self.frame.itertuples():
+            shares = np.asarray(row.score) / max(row.score, default=1.0)
+            found.append(dict(zip(zip(row.layer, row.neuron), shares)))
+        return found
+
+
+def find_fact(facts, fact=None) -> Fact:
+    """The fact of this id; without one, what a newcomer sees first. ValueError for another id."""
+    ids = {one.id: one for one in facts}
+    if fact is None:
+        return ids.get("P36|France|Paris", facts[0])
+    if fact not in ids:
+        raise ValueError(
+            f"fact {fact!r} is not in the data; a fact's id is relation|subject|object, such as "
+            f"{facts[0].id}"
+        )
+    return ids[fact]
 
 
 def typed_fact(prompts: str, answer: str) -> Fact:
     """A fact from typed text, one prompt a line. ValueError: no prompt, or no answer."""
-    lines = list(dict.fromkeys(line.strip() for line in prompts.splitlines() if line.strip()))
+    lines = tuple(dict.fromkeys(filter(None, map(str.strip, prompts.splitlines()))))
     if not lines:
-        raise ValueError(
-            "type at least one prompt, one a line: the text that leads up to the answer"
-        )
+        raise ValueError("type at least one prompt, one a line: what leads up to the answer")
     if not answer.strip():
         raise ValueError("type the answer that should follow the prompts")
-    return Fact(TYPED, "your prompts", answer.strip(), tuple(lines))
+    return Fact(TYPED, "your prompts", answer.strip(), lines)
 
 
 def saved_queries(
@@ -96,17 +103,24 @@ def saved_queries(
 ) -> pd.DataFrame | None:
     """What notebook 01 saved in run `output` for this very model, method and `attribution.Spec`, or
     None."""
-    path = (
-        Study("explore_fact", model=model, method=method, data=data, output=output).results
-        / "queries.parquet"
+    study = Study(
+        "explore_fact",
+        model=model,
+        method=method,
+        data=data,
+        output=output,
     )
-    table, made = read_table(path) if path.exists() else (None, None)
-    if table is None or made["inputs"]["content"] != model_content(model):
+    path = study.results / "queries.parquet"
+    if not path.exists():
         return None
-    if made["inputs"].get("code") != code_versions():
-        return None
-    wanted = asdict(Spec(method=method, **spec)).items()
-    same = made["inputs"]["dtype"] is None and dict(wanted) | made["localisation"] == dict(wanted)
+    table, made = read_table(path)
+    wanted = asdict(Spec(method=method, **spec))
+    same = (
+        made["inputs"]["content"] == model_content(model)
+        and made["inputs"].get("code") == code_versions()
+        and made["inputs"]["dtype"] is None
+        and wanted | made["localisation"] == wanted
+    )
     return as_frame([table]) if same else None
 
 
@@ -115,27 +129,29 @@ def look(lm, fact: Fact, method="ig", saved: pd.DataFrame | None = None, **spec)
     computed now.
 
     ValueError, with its prompt, for a query that cannot be read."""
-    frame, source = None, "read from a saved run"
+    frame = pd.DataFrame({"prompt": []})
+    source = "read from a saved run"
     if saved is not None:
         frame = saved[saved["fact"] == fact.id].reset_index(drop=True)
-    if frame is None or tuple(frame["prompt"]) != fact.prompts:
-        frame, source = localise_unit(lm, [asdict(fact)], method=method, **spec), "computed now"
+    if tuple(frame["prompt"]) != fact.prompts:
+        frame = localise_unit(lm, [asdict(fact)], method=method, **spec)
+        source = "computed now"
         if frame["left_out"].notna().any():
             raise ValueError(frame["left_out"].dropna().iloc[0])
-    ids = [lm.encode_prompt(prompt) for prompt in fact.prompts]
-    activations = torch.cat(
-        [neuron_vectors(lm, torch.tensor([one], device=lm.device)) for one in ids]
-    )
+    activations = []
+    for prompt in fact.prompts:
+        ids = torch.tensor([lm.encode_prompt(prompt)], device=lm.device)
+        activations.append(neuron_vectors(lm, ids))  # (1, L, N)
     return View(
-        lm,
-        fact,
-        method,
-        frame,
-        predictions(lm, fact.prompts, fact.object),
-        [attention_received(lm, prompt) for prompt in fact.prompts],
-        activations.float().cpu().numpy(),
-        source,
-        spec,
+        lm=lm,
+        fact=fact,
+        method=method,
+        frame=frame,
+        predictions=predictions(lm, fact.prompts, fact.object),
+        attention=[attention_received(lm, prompt) for prompt in fact.prompts],
+        activations=torch.cat(activations).float().cpu().numpy(),
+        source=source,
+        spec=spec,
     )
 
 
@@ -153,7 +169,8 @@ def predictions(lm, prompts, answer: str, top: int = 4) -> pd.DataFrame:
     the answer's `first_token` and its `rank` (1: the likeliest next token); `runners_up`, the `top`
     likeliest others as (token, probability)."""
     encoded = [lm.encode(prompt, answer) for prompt in prompts]
-    scores, rows = score_queries(lm, encoded), []
+    scores = score_queries(lm, encoded)
+    rows = []
     for row, (prompt, (_, target)) in enumerate(zip(prompts, encoded)):
         p = next_token(lm, prompt)
         best = [i for i in p.topk(min(top + 1, len(p))).indices.tolist() if i != target[0]][:top]
@@ -177,7 +194,7 @@ def attention_received(lm, prompt: str) -> tuple[list[str], np.ndarray | None]:
     ids = lm.encode_prompt(prompt)
     tokens = [lm.tokenizer.decode([i]) for i in ids]
     try:
-        [(total, _)] = column_scores(lm, [ids])
+        [(total, _)] = column_scores(lm, [ids])  # (L, H, T)
     except UnsupportedModel:
         return tokens, None
     return tokens, total.mean((0, 1)) / len(ids)
@@ -189,23 +206,18 @@ def attention_received(lm, prompt: str) -> tuple[list[str], np.ndarray | None]:
 def kn_table(view: View, t: float) -> pd.DataFrame:
     """The neurons that are KNs of a prompt, most shared first: layer, neuron, n (prompts), prompts,
     and `score`, the largest share of a prompt's largest score."""
-    sets, shares, rows = view.sets(t), view.shares(), []
-    for neuron in set().union(*sets):
-        where = [i for i, one in enumerate(sets) if neuron in one]
-        rows.append(
-            (
-                *neuron,
-                len(where),
-                " ".join(f"q{i}" for i in where),
-                max(shares[i][neuron] for i in where),
-            )
-        )
-    frame = pd.DataFrame(rows, columns=["layer", "neuron", "n", "prompts", "score"]).astype(
-        dict(layer=int, neuron=int, n=int, score=float)
+    rows = []
+    for i, (kns, shares) in enumerate(zip(view.sets(t), view.shares())):
+        rows += [(*neuron, f"q{i}", shares[neuron]) for neuron in kns]
+    frame = pd.DataFrame(rows, columns=["layer", "neuron", "prompt", "score"])
+    frame = frame.astype({"layer": int, "neuron": int, "score": float})
+    table = frame.groupby(["layer", "neuron"], as_index=False).agg(
+        n=("prompt", "size"),
+        prompts=("prompt", " ".join),
+        score=("score", "max"),
     )
-    return frame.sort_values(
-        ["n", "score", "layer", "neuron"], ascending=[False, False, True, True], ignore_index=True
-    )
+    order = ["n", "score", "layer", "neuron"]
+    return table.sort_values(order, ascending=[False, False, True, True], ignore_index=True)
 
 
 def agreement(view: View, t: float) -> dict:
@@ -213,11 +225,8 @@ def agreement(view: View, t: float) -> dict:
     prompt."""
     sets = view.sets(t)
     result = consistency(sets) if len(sets) > 1 else None
-    return dict(
-        {name: getattr(result, name, np.nan) for name in ("cs1", "cs2", "jaccard")},
-        union=len(set().union(*sets)),
-        sizes=[len(one) for one in sets],
-    )
+    shared = {name: getattr(result, name, np.nan) for name in ("cs1", "cs2", "jaccard")}
+    return shared | dict(union=len(set().union(*sets)), sizes=[len(one) for one in sets])
 
 
 def choose_neurons(view: View, t: float, which: str, prompt: int = 0, picked: str = "") -> set:
@@ -230,12 +239,10 @@ def choose_neurons(view: View, t: float, which: str, prompt: int = 0, picked: st
         return cas_neurons(view.frame.iloc[0])
     if which == "self":
         return sets[prompt]
-    if which not in SETS:
+    if which not in NEIGHBOURS:
         raise ValueError(f"set {which!r} is unknown; use one of {', '.join(SETS)}")
     if len(sets) < 2:
-        raise ValueError(
-            f"{which} is made of a fact's other prompts, and there is only one prompt; add another"
-        )
+        raise ValueError(f"{which} is made of a fact's other prompts; there is only one prompt")
     return neighbour_sets(sets, prompt)[which]
 
 
@@ -243,10 +250,8 @@ def parse_neurons(lm, text: str) -> set:
     """{(layer, neuron)} of text such as "3:17, 4:2"; ValueError for anything else or a neuron
     outside the model."""
     pairs = [part.split(":") for part in text.replace(",", " ").split()]
-    if not pairs or not all(len(pair) == 2 and all(n.isdecimal() for n in pair) for pair in pairs):
-        raise ValueError(
-            f"neurons are written layer:neuron, such as 3:17, 4:2, counted from 0; got {text!r}"
-        )
+    if not pairs or not all(len(pair) == 2 and "".join(pair).isdecimal() for pair in pairs):
+        raise ValueError(f"neurons are written layer:neuron, such as 3:17, 4:2; got {text!r}")
     return set(lm.check_neurons([(int(layer), int(index)) for layer, index in pairs]))
 
 
@@ -259,15 +264,14 @@ def neuron_tokens(lm, neuron, top: int = 8) -> pd.DataFrame:
     without the final normalisation, so only its order and sign mean something; a neuron whose
     activation is negative does the reverse."""
     [(layer, index)] = lm.check_neurons([neuron])
-    value, weight = lm.value_vectors(layer)[index], lm.arch.head.weight
-    if (
-        weight.shape[1] != value.shape[0]
-    ):  # a projection stands between the last layer and the unembedding
+    value = lm.value_vectors(layer)[index]
+    weight = lm.arch.head.weight  # (d,), (V, d)
+    if weight.shape[1] != len(value):
         raise ValueError(
             f"{lm.name} projects its residual stream before the unembedding: value vectors have "
             f"no tokens"
         )
-    score = (weight.to(lm.score_dtype) @ value.to(lm.score_dtype)).cpu()
+    score = (weight.to(lm.score_dtype) @ value.to(lm.score_dtype)).cpu()  # (V,)
     shown = {}
     for name, sign in (("promotes", 1), ("suppresses", -1)):
         best = (sign * score).topk(top)
@@ -281,17 +285,12 @@ def neuron_activations(view: View, neuron, t: float) -> pd.DataFrame:
     largest (0 where it is below what is kept), and whether it is a KN."""
     [(layer, index)] = view.lm.check_neurons([neuron])
     return pd.DataFrame(
-        [
-            dict(
-                prompt=f"q{i} {prompt}",
-                activation=float(view.activations[i, layer, index]),
-                share=float(shares.get((layer, index), 0.0)),
-                kn=(layer, index) in one,
-            )
-            for i, (prompt, shares, one) in enumerate(
-                zip(view.fact.prompts, view.shares(), view.sets(t))
-            )
-        ]
+        {
+            "prompt": [f"q{i} {prompt}" for i, prompt in enumerate(view.fact.prompts)],
+            "activation": view.activations[:, layer, index].astype(float),
+            "share": [float(shares.get((layer, index), 0.0)) for shares in view.shares()],
+            "kn": [(layer, index) in one for one in view.sets(t)],
+        }
     )
 
 
@@ -312,40 +311,29 @@ def facts_using(saved: pd.DataFrame | None, neuron, t: float, but: str = "") -> 
 def kn_map(view: View, t: float, neuron=None) -> Figure:
     """Layer by neuron: a dot for each KN, larger for a larger share of the top score, coloured by
     how many prompts have it; `neuron` is ringed."""
-    table, q, layers = kn_table(view, t).iloc[::-1], len(view.fact.prompts), view.lm.num_layers
-    fig = Figure(figsize=(plots.WIDE, 0.7 + 0.19 * min(layers, 16)))
+    table = kn_table(view, t).iloc[::-1]
+    prompts = len(view.fact.prompts)
+    layers = view.lm.num_layers
+    neurons = view.lm.num_neurons
+    fig = Figure(figsize=(WIDE, 0.7 + 0.19 * min(layers, 16)))
     ax = fig.subplots()
     dots = ax.scatter(
-        table["neuron"],
-        table["layer"],
+        "neuron",
+        "layer",
         s=6 + 50 * table["score"],
-        c=table["n"],
+        c="n",
+        data=table,
         cmap="viridis_r",
         vmin=0.5,
-        vmax=q + 0.5,
-        linewidths=0.3,
-        edgecolors="white",
+        vmax=prompts + 0.5,
         clip_on=False,
-        zorder=3,
     )
     if neuron is not None:
-        ax.scatter(
-            [neuron[1]],
-            [neuron[0]],
-            s=110,
-            facecolors="none",
-            edgecolors="#D55E00",
-            linewidths=1.4,
-            zorder=4,
-        )
-    ax.set(
-        xlim=(-0.01 * view.lm.num_neurons, 1.01 * view.lm.num_neurons),
-        ylim=(-0.5, layers - 0.5),
-        xlabel="neuron",
-        ylabel="layer",
-    )
-    ax.grid(axis="y", linewidth=0.3, color="0.85")
-    ax.set_title(f"{len(table)} knowledge neurons of {q} prompts, t = {t:.2f}", loc="left")
+        layer, index = neuron
+        ax.plot(index, layer, "o", markersize=10, fillstyle="none", color="#D55E00")
+    ax.set(xlim=(-0.01 * neurons, 1.01 * neurons), ylim=(-0.5, layers - 0.5))
+    ax.set(xlabel="neuron", ylabel="layer")
+    ax.set_title(f"{len(table)} knowledge neurons of {prompts} prompts, t = {t:.2f}", loc="left")
     bar = fig.colorbar(dots, ax=ax, label="prompts that share it", pad=0.01)
     for axis in (ax.yaxis, bar.ax.yaxis):
         axis.get_major_locator().set_params(integer=True)
@@ -356,35 +344,32 @@ def overlap_figure(view: View, t: float, most: int = 14) -> Figure:
     """How many neurons exactly these prompts share: a bar for each combination, largest first (an
     UpSet plot)."""
     sets = view.sets(t)
-    counts = Counter(
-        frozenset(i for i, one in enumerate(sets) if neuron in one) for neuron in set().union(*sets)
-    )
-    shown = sorted(counts.items(), key=lambda item: (-item[1], -len(item[0]), sorted(item[0])))[
-        :most
-    ]
-    colors = [
-        "#D55E00" if len(who) == len(sets) > 1 else "#0072B2" if len(who) > 1 else "0.65"
-        for who, _ in shown
-    ]
-    fig = Figure(figsize=(plots.WIDE, 1.5 + 0.14 * len(sets)))
+    counts = Counter()
+    for neuron in set().union(*sets):
+        counts[tuple(i for i, one in enumerate(sets) if neuron in one)] += 1
+    order = sorted(counts, key=lambda who: (-counts[who], -len(who), who))[:most]
+    fig = Figure(figsize=(WIDE, 1.5 + 0.14 * len(sets)))
     bars, dots = fig.subplots(2, 1, sharex=True, height_ratios=[7, 1.2 * len(sets)])
-    bars.bar_label(
-        bars.bar(range(len(shown)), [n for _, n in shown], color=colors, width=0.7),
-        fontsize=6,
-        padding=1,
-    )
+    for x, who in enumerate(order):
+        everyone = len(who) == len(sets) > 1
+        several = len(who) > 1
+        color = "#D55E00" if everyone else "#0072B2" if several else "0.65"
+        bars.bar_label(bars.bar(x, counts[who], color=color, width=0.7), fontsize=6.5, padding=1)
+        dots.plot([x] * len(sets), range(len(sets)), "o", color="0.88", markersize=3.5)
+        dots.plot(
+            [x] * len(who),
+            who,
+            "o-",
+            color=color,
+            markersize=4,
+            linewidth=1.2,
+        )
     bars.margins(y=0.2)
     bars.yaxis.get_major_locator().set_params(integer=True)
-    bars.set(ylabel="neurons", xlim=(-0.6, max(len(shown), 1) - 0.4))
-    hidden = len(counts) - len(shown)
-    bars.set_title(
-        "grey: in one prompt only; blue: shared; orange: in every prompt"
-        + (f" ({hidden} more combinations not shown)" if hidden else ""),
-        loc="left",
-    )
-    for x, (who, _) in enumerate(shown):
-        dots.plot([x] * len(sets), range(len(sets)), "o", color="0.88", markersize=3.5)
-        dots.plot([x] * len(who), sorted(who), "o-", color=colors[x], markersize=4, linewidth=1.2)
+    bars.set(ylabel="neurons", xlim=(-0.6, max(len(order), 1) - 0.4))
+    hidden = len(counts) - len(order)
+    more = f" ({hidden} more combinations not shown)" if hidden else ""
+    bars.set_title(f"grey: in one prompt only; blue: shared; orange: in all{more}", loc="left")
     dots.set_yticks(range(len(sets)), [f"q{i}: {len(one)} KNs" for i, one in enumerate(sets)])
     dots.set(ylim=(len(sets) - 0.5, -0.5), xticks=[])
     dots.tick_params(axis="y", length=0)
@@ -399,24 +384,21 @@ def control_facts(lm, facts, fact: Fact) -> list[tuple[str, Fact]]:
     """Facts to watch beside `fact`: one of the same relation, where there is one, and one of
     another, of other subject and object. Of a seeded sample, the first whose first prompt the model
     answers, else the first readable."""
-    found, rng = [], np.random.default_rng(0)
+    found = []
+    rng = np.random.default_rng(0)
+    others = [one for one in facts if one.subject != fact.subject]
+    others = [one for one in others if one.object.casefold() != fact.object.casefold()]
     for name, same in (("same relation", True), ("other relation", False)):
-        pool = [
-            f
-            for f in facts
-            if (f.relation == fact.relation) == same
-            and f.subject != fact.subject
-            and f.object.casefold() != fact.object.casefold()
-        ]
+        pool = [one for one in others if (one.relation == fact.relation) == same]
         readable = []
-        for other in (pool[i] for i in rng.permutation(len(pool))[:12]):
+        encoded = []
+        for i in rng.permutation(len(pool))[:12]:
             with suppress(ValueError):
-                readable.append((other, lm.encode(other.prompts[0], other.object)))
-        known = score_queries(lm, [encoded for _, encoded in readable]).exact if readable else []
-        best = [other for (other, _), right in zip(readable, known) if right] or [
-            other for other, _ in readable
-        ]
-        found += [(name, other) for other in best[:1]]
+                encoded.append(lm.encode(pool[i].prompts[0], pool[i].object))
+                readable.append(pool[i])
+        if readable:
+            known = np.asarray(score_queries(lm, encoded).exact)
+            found.append((name, readable[known.argmax()]))  # the first, where none is known
     return found
 
 
@@ -430,55 +412,74 @@ def change(
     synapses: float = 1.0,
     prompt: int = 0,
 ) -> pd.DataFrame:
-    """What a change does to every prompt of the fact and to the first prompt of each control fact.
+    """What a change does to every prompt of the fact and to the first prompt of each control fact;
+    the model is as before afterwards.
 
     action: one of ACTIONS; "update" writes `new` in place of the answer. synapses: the attention
-    columns that are knowledge synapses of prompt `prompt` are multiplied by it (1: left alone). The
-    model is as before afterwards.
+    columns that are knowledge synapses of prompt `prompt` are multiplied by it (1: left alone).
     Columns: role, prompt, answer, `before`, `after` (probability of the answer), `change`
     (relative; NaN where before is 0), `top_before`, `top_after` (likeliest next token) and, for an
     update, `new_before`, `new_after`."""
-    lm, fact = view.lm, view.fact
     if action not in ACTIONS:
         raise ValueError(f"action {action!r} is unknown; use one of {', '.join(ACTIONS)}")
     if action == "update" and not new.strip():
         raise ValueError("an update needs a new answer; type the one the model should give instead")
+    lm = view.lm
+    frame = _watched(view.fact, controls)
+    prompts = frame["prompt"].tolist()
+    answers = {"": frame["answer"].tolist()}
+    if action == "update":
+        answers["new_"] = [new] * len(prompts)
+
+    def measure(when):
+        for name, texts in answers.items():
+            frame[f"{name}{when}"] = answer_probability(lm, prompts, texts).double().numpy()
+        top = [int(next_token(lm, text).argmax()) for text in prompts]
+        frame[f"top_{when}"] = [lm.tokenizer.decode([token]) for token in top]
+
+    measure("before")
+    with _changed(view, neurons, action, new, synapses, prompt):
+        measure("after")
+    before = frame["before"].where(frame["before"] > 0)
+    return frame.assign(change=(frame["after"] - frame["before"]) / before)
+
+
+def losses(effects, prompt=0) -> pd.DataFrame:
+    """The mean relative loss of the answer's probability in a table of `change`, and n, the
+    prompts for which it is defined: of prompt `prompt`, the fact's other prompts, the controls."""
+    role = effects["role"]
+    others = np.where(role.str.startswith("control"), "controls", "other wordings")
+    of = role.where(role == f"q{prompt}", others).rename("of")
+    found = (-effects["change"]).groupby(of, sort=False).agg(loss="mean", n="count")
+    return found.reset_index()
+
+
+def _watched(fact, controls) -> pd.DataFrame:
+    """The prompts that a change is measured on: role, prompt and answer of each."""
     rows = [(f"q{i}", text, fact.object) for i, text in enumerate(fact.prompts)]
     rows += [(f"control: {name}", other.prompts[0], other.object) for name, other in controls]
-    prompts, answers = [text for _, text, _ in rows], [answer for *_, answer in rows]
+    return pd.DataFrame(rows, columns=["role", "prompt", "answer"])
 
-    def measure():
-        got = {"": answer_probability(lm, prompts, answers).numpy().astype(float)}
-        if action == "update":
-            got["new_"] = (
-                answer_probability(lm, prompts, [new] * len(prompts)).numpy().astype(float)
-            )
-        got["top_"] = [
-            lm.tokenizer.decode([int(next_token(lm, text).argmax())]) for text in prompts
-        ]
-        return got
 
-    before = measure()
+@contextmanager
+def _changed(view, neurons, action, new, synapses, prompt):
+    """The model under a change of neurons, of synapses, or of both."""
+    lm = view.lm
+    asked = view.fact.prompts[prompt]
+    words = {"old": view.fact.object, "new": new} if action == "update" else {}
+    words = {name: lm.encode(asked, text)[1] for name, text in words.items()}
     with ExitStack() as stack:
         if synapses != 1:
-            stack.enter_context(
-                scale_synapses(lm, find_synapses(lm, fact.prompts[prompt]), synapses)
-            )
+            stack.enter_context(scale_synapses(lm, find_synapses(lm, asked), synapses))
         if action in FACTORS:
             stack.enter_context(scale_neurons(lm, neurons, FACTORS[action]))
         elif action != "none":
-            written = {"old": fact.object, "new": new} if action == "update" else {}
-            asked = fact.prompts[prompt]
-            words = {name: lm.encode(asked, text)[1] for name, text in written.items()}
             stack.enter_context(edit_weights(lm, neurons, action, **words))
-        after = measure()
-    frame = pd.DataFrame(rows, columns=["role", "prompt", "answer"])
-    for name in before:
-        frame[f"{name}before"], frame[f"{name}after"] = before[name], after[name]
-    frame["change"] = (frame["after"] - frame["before"]) / frame["before"].where(
-        frame["before"] > 0
-    )
-    return frame
+        yield
+
+
+# trim_blocks: a line that only holds a tag leaves no empty line
+_SCRIPT = Template(Path(__file__).with_name("script.jinja").read_text("utf-8"), trim_blocks=True)
 
 
 def as_code(
@@ -495,88 +496,17 @@ def as_code(
 ) -> str:
     """A script over the package's public names that computes what the explorer shows: `sets`,
     `neurons`, `before` and `after`, the probabilities of `change`, in its order."""
-    fact, extra = view.fact, "".join(f", {name}={value!r}" for name, value in view.spec.items())
-    shown = [(text, fact.object) for text in fact.prompts] + [
-        (other.prompts[0], other.object) for _, other in controls
-    ]
-    neurons = {
-        "self": f"sets[{prompt}]",
-        "cas": "cas_neurons(cas_candidates(scores))",
-        "picked": repr(parse_neurons(view.lm, picked)) if which == "picked" else "",
-    }.get(which, f"neighbour_sets(sets, {prompt})[{which!r}]")
-    contexts = [f"scale_synapses(lm, find_synapses(lm, prompts[{prompt}]), {synapses!r})"] * (
-        synapses != 1
+    watched = _watched(view.fact, controls)
+    return _SCRIPT.render(
+        view=view,
+        queries=list(zip(watched["prompt"], watched["answer"])),
+        t=t,
+        which=which,
+        picked=parse_neurons(view.lm, picked) if which == "picked" else set(),
+        action=action,
+        factors=FACTORS,
+        new=new.strip(),
+        synapses=synapses,
+        prompt=prompt,
+        repr=repr,
     )
-    words = ", ".join(
-        f"{name}=lm.encode(prompts[{prompt}], {text})[1]"
-        for name, text in (("old", "answer"), ("new", repr(new.strip())))
-    )
-    contexts += {
-        "erase": ["edit_weights(lm, neurons, 'erase')"],
-        "none": [],
-        "update": [f"edit_weights(lm, neurons, 'update', {words})"],
-    }.get(action, [f"scale_neurons(lm, neurons, {FACTORS.get(action)!r})"])
-    measured = {"": "answer_probability(lm, *zip(*queries))"}
-    if action == "update":
-        measured["_new"] = (
-            f"answer_probability(lm, list(zip(*queries))[0], [{new.strip()!r}] * len(queries))"
-        )
-    measure = lambda when, margin: "".join(  # noqa: E731
-        f"{margin}{when}{name} = {call}\n" for name, call in measured.items()
-    )
-    change = (f"with {', '.join(contexts)}:\n" if contexts else "") + measure(
-        "after", "    " if contexts else ""
-    )
-    used = ["attribute", "answer_probability", "knowledge_neurons", "load_model"] + [
-        name
-        for name in ("edit_weights", "find_synapses", "scale_neurons", "scale_synapses")
-        if name in change
-    ]
-    inner = [
-        name for name in ("cas_candidates", "cas_neurons", "neighbour_sets") if name in neurons
-    ] + ["consistency"]
-    lines = "".join(f"    {pair!r},\n" for pair in shown)
-    return f"""from qlutils import {", ".join(sorted(used))}
-from qlutils.neurons.sets import {", ".join(sorted(inner))}
-
-lm = load_model({view.lm.name!r})
-queries = [  # the fact's prompts, then one prompt of each control fact
-{lines}]
-prompts, answer = [prompt for prompt, _ in queries[:{len(fact.prompts)}]], {fact.object!r}
-scores = attribute(lm, prompts, [answer] * len(prompts), method={view.method!r}{extra}).scores
-sets = knowledge_neurons(scores, t={t!r})
-if len(sets) > 1:
-    print(consistency(sets))
-neurons = {neurons}
-
-{measure("before", "")}{change}for (prompt, expected), p, q in zip(queries, before.tolist(), after.tolist()):
-    print(f"{{p:.3f}} -> {{q:.3f}}  {{prompt}} {{expected}}")
-"""
-
-
-def explore(model="demo/gpt2", method="ig", data="demo", fact=None, output="default", t=0.2):
-    """The explorer as a widget, for JupyterLab and VS Code; see `explorer_page.Page`.
-
-    fact: id of the first fact, such as "P36|France|Paris" (that one, or the data's first, by
-    default). output: the run whose saved scores are used before any are computed. Without a front
-    end, as under papermill, nothing is built and a line says so."""
-    if not has_front_end():
-        print(
-            "The explorer is a widget: run this notebook in JupyterLab or VS Code. A fixed "
-            "example is below."
-        )
-        return None
-    from qlutils.explorer.page import Page
-
-    return Page(model, method, data, fact, output, t)
-
-
-def has_front_end() -> bool:
-    """Whether this kernel was started by something that shows widgets: a Jupyter server, VS Code,
-    or Colab."""
-    known = "JPY_SESSION_NAME" in os.environ or any(
-        name.startswith(("VSCODE_", "COLAB_")) for name in os.environ
-    )
-    return (
-        known and "QLUTILS_PROGRESS" not in os.environ
-    )  # the study's driver, wherever it was started

@@ -1,264 +1,78 @@
-"""The explorer's page: pieces of HTML (escaped), and `Page`, stock ipywidgets around the functions
-of `explorer`."""
+"""The explorer's page: pieces of HTML, and `Page`, stock ipywidgets around the functions of
+`explorer.fact`."""
 
 from __future__ import annotations
 
 import io
+import os
 from contextlib import contextmanager
 from html import escape
+from pathlib import Path
 
 import ipywidgets as w
-import numpy as np
 
 from qlutils.explorer import fact as ex
 from qlutils.facts import load_facts
 from qlutils.model.loading import BUNDLED
 from qlutils.neurons.sets import STORE_THRESHOLD
+from qlutils.show.page import table_html, template
+from qlutils.show.tables import display_table
 from qlutils.study import store
 from qlutils.study.notebook import METHODS
 
-# Black on white in every theme, because the figures are.
-_STYLE = "background:#fff;color:#1a1a1a;padding:6px 10px;border-radius:4px;font-size:13px;line-height:1.45;"
-_CELL = "padding:4px 10px 4px 0;text-align:left;vertical-align:top;border-bottom:1px solid #e6e6e6;"
-_MUTED = "color:#666;"
+_PIECES = template(Path(__file__).with_name("pieces.html")).module
 
 
 # --- HTML -----------------------------------------------------------------------------------------
 
 
-def table_html(head, rows, note: str = "", width="none") -> str:
-    """A table of cells that are HTML already; `head` and `note`, at most `width` wide, are plain
-    text."""
-    top = "".join(
-        f'<th style="{_CELL}{_MUTED}font-weight:600">{escape(name)}</th>' for name in head
-    )
-    body = "".join(
-        "<tr>" + "".join(f'<td style="{_CELL}">{cell}</td>' for cell in row) + "</tr>"
-        for row in rows
-    )
-    below = (
-        f'<div style="{_MUTED}margin-top:4px;max-width:{width}">{escape(note)}</div>'
-        if note
-        else ""
-    )
-    return f'<div style="{_STYLE}"><table style="border-collapse:collapse"><tr>{top}</tr>{body}</table>{below}</div>'
-
-
-def _number(value, form=".3f", bar: str = "") -> str:
-    """A number ("–" where it is undefined), and a bar that stays beside it."""
-    text = "–" if np.isnan(value) else f"{value:{form}}".replace("-", "−")
-    return f'<span style="white-space:nowrap;font-variant-numeric:tabular-nums">{text}{bar and " " + bar}</span>'
-
-
-def _arrow(before, after) -> str:
-    return f'<span style="white-space:nowrap">{before} → <b>{after}</b></span>'
-
-
-def _token(token: str) -> str:
-    shown = token.replace("\n", "⏎").replace(" ", "␣", 1) if token.strip() == "" else token.strip()
-    return f'<code style="background:#f1f1f1;color:#1a1a1a;padding:0 3px;border-radius:3px">{escape(shown)}</code>'
-
-
-def _bar(value: float, color: str, width: int = 90) -> str:
-    """A horizontal bar for a share between 0 and 1."""
-    box, share = "height:9px;border-radius:2px", min(max(value, 0), 1)
-    return (
-        f'<span style="display:inline-block;width:{width}px;background:#eee;{box}"><span '
-        f'style="display:block;'
-        f'width:{share * width:.1f}px;background:{color};{box}"></span></span>'
-    )
-
-
 def tokens_html(tokens, shares) -> str:
-    """The tokens of a prompt, tinted by the attention they receive; by its root, as the first token
-    may draw most of it and would leave the others white."""
-    if shares is None:
-        return escape("".join(tokens))
-    top = max(shares) or 1.0
-    return "".join(
-        f'<span title="{share:.1%} of all attention" style="white-space:pre-wrap;padding:1px '
-        f"0;border-radius:2px;"
-        f'background:rgba(230,159,0,{0.85 * np.sqrt(share / top):.2f})">{escape(token)}</span>'
-        for token, share in zip(tokens, shares)
-    )
+    """The tokens of a prompt, tinted by the attention they receive, if it is known."""
+    return _PIECES.tokens(tokens, shares)
 
 
 def prompts_html(view: ex.View) -> str:
     """Every prompt: known or not, probability and rank of the answer, runners-up, attention."""
-    rows = []
-    for place, (row, (tokens, shares)) in enumerate(
-        zip(view.predictions.itertuples(), view.attention)
-    ):
-        known, color = ("✓ known", "#00795a") if row.known else ("✗ not known", "#b34700")
-        others = " · ".join(
-            f'<span style="white-space:nowrap;font-size:12px">{_token(token)} '
-            f'<span style="{_MUTED}">{p:.3f}</span></span>'
-            for token, p in row.runners_up[:3]
-        )
-        rows.append(
-            [
-                f"q{place}",
-                tokens_html(tokens, shares),
-                f'<b style="color:{color};white-space:nowrap">{known}</b>',
-                _number(row.probability, bar=_bar(row.probability, "#009E73", 50)),
-                _number(row.rank, "d"),
-                others,
-            ]
-        )
-    read = all(shares is not None for _, shares in view.attention)
-    note = (
-        f"Answer: {view.fact.object!r}. P: of the whole answer. Rank: of its first token "
-        f"{view.predictions['first_token'].iloc[0]!r} among all next tokens. "
-        + (
-            "Tint: attention received, over all layers and heads (point at a token for its share)."
-            if read
-            else f"The attention of {view.lm.name} cannot be read, so tokens are not tinted."
-        )
-    )
-    return table_html(["", "prompt", "answered?", "P(answer)", "rank", "runners-up"], rows, note)
+    rows = list(zip(view.predictions.itertuples(), view.attention))
+    return _PIECES.prompts(rows, repr(view.fact.object), view.lm.name)
 
 
 def agreement_html(view: ex.View, t: float) -> str:
     """CS1, CS2 and sizes at threshold t."""
-    result = ex.agreement(view, t)
-    tiles = "".join(
-        f'<div style="margin-right:28px"><div style="{_MUTED}">{name}</div><div '
-        f'style="font-size:22px;font-weight:600">'
-        f'{_number(result[key], form)}</div><div style="{_MUTED}font-size:11px">{what}</div></div>'
-        for name, key, form, what in (
-            ("CS₁", "cs1", ".2f", "in every prompt's set"),
-            ("CS₂", "cs2", ".2f", "in more than one"),
-            ("Jaccard", "jaccard", ".2f", "mean over pairs"),
-            ("neurons", "union", "d", "in all sets together"),
-        )
-    )
-    note = (
-        ""
-        if len(result["sizes"]) > 1
-        else f'<div style="{_MUTED}">Agreement needs at least two prompts.</div>'
-    )
-    return f'<div style="{_STYLE}"><div style="display:flex">{tiles}</div>{note}</div>'
+    return _PIECES.agreement(ex.agreement(view, t))
 
 
 def kn_html(view: ex.View, t: float) -> str:
     """The most shared knowledge neurons."""
     table = ex.kn_table(view, t)
-    rows = [
-        [
-            _number(r.layer, "d"),
-            _number(r.neuron, "d"),
-            f"{r.n}: {r.prompts}",
-            _number(r.score, ".2f"),
-        ]
-        for r in table.head(12).itertuples()
-    ]
-    return table_html(
-        ["layer", "neuron", "a KN of", "score"],
-        rows,
-        f"The {len(rows)} most shared of {len(table)}; "
-        "score: largest share of a prompt's top score.",
-    )
+    top = display_table(table.head(12)).rename(columns={"n": "a KN of"})
+    note = f"The {len(top)} most shared of {len(table)}; score: largest share of a prompt's top."
+    return _PIECES.framed(table_html(top), note)
 
 
 def neuron_html(view: ex.View, neuron, t: float, saved=None) -> str:
     """A neuron's page: activation on each prompt, tokens promoted and suppressed, other facts that
     use it."""
-    active, used = (
-        ex.neuron_activations(view, neuron, t),
-        ex.facts_using(saved, neuron, t, but=view.fact.id),
-    )
-    top = active["activation"].abs().max() or 1.0
-    parts = [
-        table_html(
-            ["prompt", "activation", "attribution / largest", "KN"],
-            [
-                [
-                    escape(r.prompt),
-                    _number(
-                        r.activation,
-                        bar=_bar(
-                            abs(r.activation) / top,
-                            "#0072B2" if r.activation >= 0 else "#D55E00",
-                            60,
-                        ),
-                    ),
-                    _number(r.share, ".2f") if r.share else f"below {STORE_THRESHOLD}",
-                    "✓" if r.kn else "",
-                ]
-                for r in active.itertuples()
-            ],
-            "Orange bars: negative activations.",
-        )
-    ]
-    parts.append(
-        table_html(
-            ["promotes", "", "suppresses", ""],
-            [
-                [
-                    _token(r.promotes),
-                    _number(r.promotes_score),
-                    _token(r.suppresses),
-                    _number(r.suppresses_score),
-                ]
-                for r in ex.neuron_tokens(view.lm, neuron).itertuples()
-            ],
-            "Dot product of the value vector with each token's unembedding, without the final "
-            "normalisation. Where the "
-            "activation is negative, the roles are exchanged.",
-            "300px",
-        )
-    )
-    rows = [[escape(r.fact), f"{r.n} of {r.of}"] for r in used.head(8).itertuples()]
-    parts.append(
-        table_html(
-            ["other facts that use it", "prompts"] if rows else [],
-            rows,
-            "Other facts that use it are known once notebook 01 has run for this model and method."
-            if saved is None
-            else f"{len(used)} of the saved run's other facts have it among their KNs at t = "
-            f"{t:.2f}.",
-            "300px",
-        )
-    )
-    return (
-        f'<div style="{_STYLE}"><b>Layer {neuron[0]}, neuron {neuron[1]}</b><div '
-        f'style="display:flex;'
-        f'flex-wrap:wrap;gap:14px">{"".join(f"<div>{part}</div>" for part in parts)}</div></div>'
+    active = ex.neuron_activations(view, neuron, t)
+    used = ex.facts_using(saved, neuron, t, but=view.fact.id)
+    note = f"{len(used)} of the saved run's other facts have it among their KNs at t = {t:.2f}."
+    if saved is None:
+        note = "Other facts that use it are known once notebook 01 has run for this model."
+    return _PIECES.neuron(
+        *neuron,
+        active=list(active.itertuples()),
+        largest=active["activation"].abs().max() or 1.0,
+        words=list(ex.neuron_tokens(view.lm, neuron).itertuples()),
+        used=list(used.head(8).itertuples()),
+        note=note,
+        least=STORE_THRESHOLD,
     )
 
 
 def effects_html(frame, title: str = "") -> str:
-    """Before and after of `explorer.change`: grey is before, colour after; controls stand below the
-    fact's prompts."""
-    rows, updated = [], "new_after" in frame
-    for r in frame.to_dict("records"):
-        control, role = r["role"].startswith("control"), escape(r["role"])
-        rows.append(
-            [
-                f'<b style="color:#7a4b00;white-space:nowrap">{role}</b>' if control else role,
-                f"{escape(r['prompt'])} <b>{escape(r['answer'])}</b>",
-                f"{_bar(r['before'], '#aaa')}<br>{_bar(r['after'], '#E69F00' if control else '#0072B2')}",
-                _arrow(f"{r['before']:.3f}", f"{r['after']:.3f}"),
-                _number(r["change"], "+.1%"),
-                _arrow(_token(r["top_before"]), _token(r["top_after"])),
-            ]
-        )
-        if updated:
-            rows[-1].append(_arrow(f"{r['new_before']:.3f}", f"{r['new_after']:.3f}"))
-    head = ["", "prompt and answer", "", "P(answer)", "change", "likeliest next token"] + [
-        "P(new answer)"
-    ] * updated
-    caption = (
-        f'<div style="{_STYLE}font-weight:600;padding-bottom:0">{escape(title)}</div>'
-        if title
-        else ""
-    )
-    return caption + table_html(
-        head,
-        rows,
-        "Before → after; grey bars: before. Controls are prompts of other facts, "
-        "under the same change.",
-    )
+    """Before and after of `explorer.fact.change`: grey is before, colour after; controls stand
+    below the fact's prompts."""
+    return _PIECES.effects(frame.to_dict("records"), title)
 
 
 def png(figure) -> bytes:
@@ -278,14 +92,65 @@ _SETS = {
     "cas": "CAS: consistency-aware",
     "picked": "hand-picked",
 }
-_SYNAPSES = {"left alone": 1.0, "off (× 0)": 0.0, "doubled (× 2)": 2.0}
-_ACTIONS = {
-    "suppress": ("Suppress", "Suppressed (× 0)"),
-    "enhance": ("Enhance", "Enhanced (× 2)"),
-    "erase": ("Erase", "Erased"),
-    "update": ("Update", "Updated"),
-    "none": ("Synapses alone", "Neurons left alone"),
+_SYNAPSES = {
+    "left alone": 1.0,
+    "off (× 0)": 0.0,
+    "doubled (× 2)": 2.0,
 }
+_BUTTONS = {
+    "suppress": "Suppress",
+    "enhance": "Enhance",
+    "erase": "Erase",
+    "update": "Update",
+    "none": "Synapses alone",
+}
+_DONE = {
+    "suppress": "Suppressed (× 0)",
+    "enhance": "Enhanced (× 2)",
+    "erase": "Erased",
+    "update": "Updated",
+    "none": "Neurons left alone",
+}
+
+
+def _fixed(pixels):
+    return dict(layout=w.Layout(width=f"{pixels}px"))
+
+
+def _growing(pixels, share=1):
+    """As wide as there is room, beside others by its share, and at least so many pixels."""
+    layout = w.Layout(width="auto", flex=f"{share} 1 {pixels}px")
+    return dict(layout=layout, style={"description_width": "60px"})
+
+
+def _row(*widgets):
+    return w.HBox(widgets, layout=w.Layout(flex_flow="row wrap", align_items="center"))
+
+
+def _choice(name, options=(), **where):
+    return w.Dropdown(
+        description=name,
+        options=options,
+        **where,
+    )
+
+
+def _text(name, **where):
+    return w.Text(
+        description=name,
+        continuous_update=False,
+        **where,
+    )
+
+
+def _picture():
+    layout = dict(
+        max_width="100%",
+        width="900px",
+        height="auto",
+        object_fit="contain",
+    )
+    return w.Image(format="png", layout=layout)
 
 
 class Page(w.VBox):
@@ -299,163 +164,139 @@ class Page(w.VBox):
         self, model="demo/gpt2", method="ig", data="demo", fact=None, output="default", t=0.2
     ):
         super().__init__()
-        self.data, self.output, self.view, self.saved, self.controls = data, output, None, None, []
-        self.facts, self.views, self.effects, self.action, self.filling = (
-            [],
-            {},
-            None,
-            "suppress",
-            False,
-        )
-        self._build(model, method, t)
+        self.data = data
+        self.output = output
+        self.view = None  # this and the next two are set by Run
+        self.saved = None
+        self.controls = []
+        self.views = {}  # what Run found, for each fact seen with the model in memory
+        self.facts = []
+        self.effects = None
+        self.action = "suppress"
+        self.filling = False  # whether a list is being changed, which is no choice of the reader's
+        self._make_question(model, method, t)
+        self._make_answers()
+        self._make_changes()
+        self._arrange()
+        self._listen()
         with self._in_place("Reading the facts …"):
-            self.facts = load_facts(data)
-            ids, examples = {one.id: one for one in self.facts}, {}
-            for one in self.facts:
-                examples.setdefault(one.relation, one.prompts[0].replace(one.subject, "…"))
-            if fact is not None and fact not in ids:
-                raise ValueError(
-                    f"fact {fact!r} is not in {data!r}; a fact's id is relation|subject|object, "
-                    f"such as {self.facts[0].id}"
-                )
-            first = ids[fact] if fact else ids.get("P36|France|Paris", self.facts[0])
-            self.relation.options = [
-                (f"{name}: {text[:48]}", name) for name, text in examples.items()
-            ]
-            self.relation.value = first.relation
-            self._list_facts()
-            self.fact.value = first.id
-            self.prompts.value, self.answer.value = "\n".join(first.prompts[:3]), first.object
+            self._list_relations(fact)
         if self.fact.value:
             self._run()
 
     # -- widgets -----------------------------------------------------------------------------------
-    def _build(self, model, method, t):
-        def make(
-            kind, width, name="", label=None, **options
-        ):  # width: in pixels, or "1 260": takes what room there is
-            grow, _, least = str(width).rpartition(" ")
-            layout = (
-                w.Layout(width="auto", flex=f"{grow} 1 {least}px")
-                if grow
-                else w.Layout(width=f"{least}px")
-            )
-            return kind(
-                description=name,
-                layout=layout,
-                **options,
-                **({"style": {"description_width": f"{label}px"}} if label else {}),
-            )
-
-        def row(*widgets):  # each with a layout of its own, as some are hidden
-            return w.HBox(widgets, layout=w.Layout(flex_flow="row wrap", align_items="center"))
-
-        self.model = make(
-            w.Combobox,
-            "1 260",
-            "Model",
-            60,
+    def _make_question(self, model, method, t):
+        self.model = w.Combobox(
+            description="Model",
             value=model,
             options=list(BUNDLED),
             placeholder="bundled name, Hugging Face id, or folder",
+            **_growing(260),
         )
-        self.method = make(w.Dropdown, 150, "Method", 60, options=list(METHODS), value=method)
+        self.method = _choice("Method", list(METHODS), value=method, **_fixed(150))
         self.source = w.ToggleButtons(
             options=[("a fact of the data", "data"), ("my own prompts", ex.TYPED)],
             style={"button_width": "140px"},
         )
-        self.relation, self.fact = (
-            make(w.Dropdown, "1 260", name, 60) for name in ("Relation", "Fact")
+        self.relation = _choice("Relation", **_growing(260))
+        self.fact = _choice("Fact", **_growing(260))
+        self.prompts = w.Textarea(
+            description="Prompts", placeholder="one a line", rows=4, **_growing(420, 3)
         )
-        self.prompts = make(w.Textarea, "3 420", "Prompts", 60, placeholder="one a line", rows=4)
-        self.answer = make(w.Text, "1 260", "Answer", 60)
-        self.run = make(w.Button, 110, "Run", button_style="primary", icon="play")
-        self.t = make(
-            w.FloatSlider,
-            420,
-            "threshold t",
-            80,
+        self.answer = w.Text(description="Answer", **_growing(260))
+        self.run = w.Button(
+            description="Run",
+            button_style="primary",
+            icon="play",
+            **_fixed(110),
+        )
+        self.t = w.FloatSlider(
+            description="threshold t",
             value=t,
             min=STORE_THRESHOLD,
             max=0.95,
             step=0.05,
-            readout_format=".2f",
+            **_fixed(420),
         )
-        picture = w.Layout(max_width="100%", width="900px", height="auto", object_fit="contain")
-        self.map, self.overlap = (w.Image(format="png", layout=picture) for _ in range(2))
-        (
-            self.status,
-            self.page_prompts,
-            self.page_numbers,
-            self.page_table,
-            self.page_neuron,
-            self.page_effects,
-            self.set_size,
-        ) = (w.HTML() for _ in range(7))
-        self.neuron = make(w.Dropdown, 360, "neuron")
-        self.other = make(
-            w.Text, 220, "or another", placeholder="layer:neuron", continuous_update=False
+        self.status = w.HTML()
+
+    def _make_answers(self):
+        self.page_prompts = w.HTML()
+        self.page_numbers = w.HTML()
+        self.page_table = w.HTML()
+        self.map = _picture()
+        self.overlap = _picture()
+        self.neuron = _choice("neuron", **_fixed(360))
+        self.other = _text("or another", placeholder="layer:neuron", **_fixed(220))
+        self.pick = w.Button(
+            description="add to hand-picked",
+            icon="plus",
+            **_fixed(170),
         )
-        self.pick = make(w.Button, 170, "add to hand-picked", icon="plus")
-        self.prompt = make(w.Dropdown, "1 300", "of prompt")
-        self.which = make(
-            w.Dropdown, 300, "neurons", options=[(text, name) for name, text in _SETS.items()]
+        self.page_neuron = w.HTML()
+
+    def _make_changes(self):
+        self.which = _choice(
+            "neurons", [(text, name) for name, text in _SETS.items()], **_fixed(300)
         )
-        self.picked = make(
-            w.Text, 300, "hand-picked", placeholder="3:17, 4:2", continuous_update=False
-        )
-        self.new = make(w.Text, 240, "new answer", placeholder="for update")
-        self.synapses = make(w.Dropdown, 240, "synapses", options=list(_SYNAPSES.items()))
-        self.buttons = {
-            action: make(
-                w.Button, 130, name, button_style="warning" if action in ex.FACTORS else ""
+        self.prompt = _choice("prompt", **_growing(300))
+        self.picked = _text("hand-picked", placeholder="3:17, 4:2", **_fixed(300))
+        self.synapses = _choice("synapses", list(_SYNAPSES.items()), **_fixed(240))
+        self.new = _text("new answer", placeholder="for update", **_fixed(240))
+        self.buttons = {}
+        for action, name in _BUTTONS.items():
+            style = "warning" if action in ex.FACTORS else ""
+            self.buttons[action] = w.Button(
+                description=name,
+                button_style=style,
+                **_fixed(130),
             )
-            for action, (name, _) in _ACTIONS.items()
-        }
+        self.set_size = w.HTML()
+        self.page_effects = w.HTML()
         self.code = w.Textarea(rows=24, layout=w.Layout(width="100%"))
 
-        self.of_data, self.of_user = row(self.relation, self.fact), row(self.prompts, self.answer)
+    def _arrange(self):
+        self.of_data = _row(self.relation, self.fact)
+        self.of_user = _row(self.prompts, self.answer)
+        copy = (
+            "<i>Select all and copy. It does what the page says, and the button pressed last.</i>"
+        )
         tabs = {
             "Prompts": [self.page_prompts],
             "Neurons": [self.page_numbers, self.map, self.overlap, self.page_table],
-            "One neuron": [row(self.neuron, self.other, self.pick), self.page_neuron],
+            "One neuron": [_row(self.neuron, self.other, self.pick), self.page_neuron],
             "Change it": [
-                row(self.which, self.prompt),
-                row(self.picked, self.synapses, self.new),
-                row(*self.buttons.values(), self.set_size),
+                _row(self.which, self.prompt),
+                _row(self.picked, self.synapses, self.new),
+                _row(*self.buttons.values(), self.set_size),
                 self.page_effects,
             ],
-            "Copy as code": [
-                w.HTML(
-                    "<i>Select all and copy. It does what the page says: threshold, neurons, "
-                    "synapses, and the button pressed last.</i>"
-                ),
-                self.code,
-            ],
+            "Copy as code": [w.HTML(copy), self.code],
         }
-        self.tabs = w.Tab([w.VBox(parts) for parts in tabs.values()], titles=tuple(tabs))
         self.children = [
-            row(self.model, self.method, self.source),
+            _row(self.model, self.method, self.source),
             self.of_data,
             self.of_user,
-            row(self.run, self.t, self.status),
-            self.tabs,
+            _row(self.run, self.t, self.status),
+            w.Tab([w.VBox(parts) for parts in tabs.values()], titles=tuple(tabs)),
         ]
+        self._show_source()
 
-        for one, act in ((self.relation, self._list_facts), (self.source, self._show_source)):
-            one.observe(lambda _, act=act: act(), "value")
-        for act, widgets in (
-            (self._refresh, [self.t]),
-            (self._show_neuron, [self.neuron, self.other]),
-            (self._show_set, [self.which, self.prompt, self.picked, self.synapses, self.new]),
-        ):
-            for one in widgets:
-                one.observe(lambda _, act=act: self._chosen_anew(act), "value")
-        for button, act in ((self.run, self._run), (self.pick, self._add)):
-            button.on_click(lambda _, act=act: act())
+    def _listen(self):
+        self.relation.observe(lambda _: self._list_facts(), "value")
+        self.source.observe(lambda _: self._show_source(), "value")
+        choices = {
+            self._refresh: [self.t],
+            self._show_neuron: [self.neuron, self.other],
+            self._show_set: [self.which, self.prompt, self.picked, self.synapses, self.new],
+        }
+        for act, widgets in choices.items():
+            for widget in widgets:
+                widget.observe(lambda _, act=act: self._chosen_anew(act), "value")
+        self.run.on_click(lambda _: self._run())
+        self.pick.on_click(lambda _: self._add())
         for action, button in self.buttons.items():
             button.on_click(lambda _, action=action: self._change(action))
-        self._show_source()
 
     # -- what happens ------------------------------------------------------------------------------
     @contextmanager
@@ -490,64 +331,78 @@ class Page(w.VBox):
         """Give a list other options, which is no choice of the reader's."""
         self.filling = True
         try:
-            dropdown.options, dropdown.value = options, value
+            dropdown.options = options
+            dropdown.value = value
         finally:
             self.filling = False
 
+    def _list_relations(self, fact):
+        """Read the facts and choose one: `fact`, an id, or what a newcomer sees first."""
+        self.facts = load_facts(self.data)
+        first = ex.find_fact(self.facts, fact)
+        examples = {}
+        for one in self.facts:
+            text = one.prompts[0].replace(one.subject, "…")
+            examples.setdefault(one.relation, f"{one.relation}: {text[:48]}")
+        self.relation.options = [(text, name) for name, text in examples.items()]
+        self.relation.value = first.relation
+        self._list_facts()
+        self.fact.value = first.id
+        self.prompts.value = "\n".join(first.prompts[:3])
+        self.answer.value = first.object
+
     def _list_facts(self):
-        self.fact.options = [
-            (f"{one.subject} → {one.object}", one.id)
-            for one in self.facts
-            if one.relation == self.relation.value
-        ]
+        same = [one for one in self.facts if one.relation == self.relation.value]
+        self.fact.options = [(f"{one.subject} → {one.object}", one.id) for one in same]
 
     def _show_source(self):
         typed = self.source.value == ex.TYPED
-        self.of_data.layout.display, self.of_user.layout.display = (
-            ("none", "") if typed else ("", "none")
-        )
+        self.of_data.layout.display = "none" if typed else ""
+        self.of_user.layout.display = "" if typed else "none"
 
     def _run(self):
         with self._in_place("Working: model, answers, scores …"):
             if self.source.value == ex.TYPED:
                 fact = ex.typed_fact(self.prompts.value, self.answer.value)
             else:
-                fact = next(f for f in self.facts if f.id == self.fact.value)
-            key = self.model.value.strip(), self.method.value, fact
-            if key not in self.views:
-                lm = store.cached_model(key[0])
-                saved = ex.saved_queries(lm.name, self.method.value, self.data, self.output)
-                view = ex.look(lm, fact, self.method.value, saved)
-                self.views = {
-                    k: v for k, v in self.views.items() if v[0].lm is lm
-                }  # one model in memory
-                self.views[key] = view, saved, ex.control_facts(lm, self.facts, fact)
-            self.view, self.saved, self.controls = self.views[key]
-            self._fill(
-                self.neuron, [], None
-            )  # a new fact's page begins with its most shared neuron
-            self.effects, self.page_effects.value = None, ""
+                fact = next(one for one in self.facts if one.id == self.fact.value)
+            self.view, self.saved, self.controls = self._looked_at(fact)
+            # a new fact's page begins with its most shared neuron
+            self._fill(self.neuron, [], None)
+            self.effects = None
+            self.page_effects.value = ""
             self.page_prompts.value = prompts_html(self.view)
             self._fill(self.prompt, [(f"q{i} {text}", i) for i, text in enumerate(fact.prompts)], 0)
             self._refresh()
 
+    def _looked_at(self, fact):
+        """(view, saved queries, controls) of a fact, computed once while its model is in memory."""
+        name = self.model.value.strip()
+        method = self.method.value
+        key = name, method, fact
+        if key not in self.views:
+            lm = store.cached_model(name)
+            saved = ex.saved_queries(lm.name, method, self.data, self.output)
+            found = ex.look(lm, fact, method, saved), saved, ex.control_facts(lm, self.facts, fact)
+            self.views = {old: one for old, one in self.views.items() if one[0].lm is lm}
+            self.views[key] = found
+        return self.views[key]
+
     def _refresh(self):
         """Everything that depends on t, from the scores at hand."""
-        t, table = self.t.value, ex.kn_table(self.view, self.t.value)
-        self.page_numbers.value, self.page_table.value = (
-            agreement_html(self.view, t),
-            kn_html(self.view, t),
-        )
+        t = self.t.value
+        table = ex.kn_table(self.view, self.t.value)
+        self.page_numbers.value = agreement_html(self.view, t)
+        self.page_table.value = kn_html(self.view, t)
         self.overlap.value = png(ex.overlap_figure(self.view, t))
-        pairs = list(zip(table["layer"], table["neuron"]))
-        names = [
-            f"layer {l}, neuron {n}: KN of {k} prompts" for (l, n), k in zip(pairs, table["n"])
-        ]
-        self._fill(
-            self.neuron,
-            list(zip(names, pairs)),
-            self.neuron.value if self.neuron.value in pairs else next(iter(pairs), None),
-        )
+        options = {}
+        for row in table.itertuples():
+            name = f"layer {row.layer}, neuron {row.neuron}: KN of {row.n} prompts"
+            options[name] = (row.layer, row.neuron)
+        kept = self.neuron.value
+        if kept not in options.values():
+            kept = next(iter(options.values()), None)
+        self._fill(self.neuron, list(options.items()), kept)
         self._show_neuron()
         self._show_set()
 
@@ -559,21 +414,18 @@ class Page(w.VBox):
 
     def _show_neuron(self):
         neuron = self._one()
-        self.map.value = png(ex.kn_map(self.view, self.t.value, neuron))
-        self.page_neuron.value = (
-            neuron_html(self.view, neuron, self.t.value, self.saved)
-            if neuron
-            else "No prompt has a knowledge neuron; name one to see its page."
-        )
+        t = self.t.value
+        self.map.value = png(ex.kn_map(self.view, t, neuron))
+        self.page_neuron.value = "No prompt has a knowledge neuron; name one to see its page."
+        if neuron:
+            self.page_neuron.value = neuron_html(self.view, neuron, t, self.saved)
 
     def _add(self):
         with self._in_place():
             if not self.view or self._one() is None:
                 raise ValueError("there is no knowledge neuron to add; name one as layer:neuron")
             layer, index = self._one()
-            self.picked.value = ", ".join(
-                filter(None, [self.picked.value.strip(" ,"), f"{layer}:{index}"])
-            )
+            self.picked.value = f"{self.picked.value.strip(' ,')}, {layer}:{index}".strip(" ,")
             self.which.value = "picked"
 
     def _neurons(self):
@@ -583,16 +435,17 @@ class Page(w.VBox):
 
     def _show_set(self):
         """The size of the chosen set, and the script that does what is chosen."""
-        empty = self.which.value == "picked" and not self.picked.value.strip()
-        self.set_size.value = "&nbsp; " + (
-            "type neurons, or add them from “One neuron”"
-            if empty
-            else f"{len(self._neurons())} neurons at t = {self.t.value:.2f}"
-        )
+        which = self.which.value
+        size = "type neurons, or add them from “One neuron”"
+        if which == "picked" and not self.picked.value.strip():
+            which = "self"  # in the script
+        else:
+            size = f"{len(self._neurons())} neurons at t = {self.t.value:.2f}"
+        self.set_size.value = f"&nbsp; {size}"
         self.code.value = ex.as_code(
             self.view,
             self.t.value,
-            "self" if empty else self.which.value,
+            which,
             self.action,
             self.controls,
             picked=self.picked.value,
@@ -605,7 +458,6 @@ class Page(w.VBox):
         if not self.view:
             return
         with self._in_place("Working: before and after …"):
-            place, synapses, title = self.prompt.value, self.synapses.value, _ACTIONS[action][1]
             neurons = set() if action == "none" else self._neurons()
             self.effects = ex.change(
                 self.view,
@@ -613,19 +465,46 @@ class Page(w.VBox):
                 action,
                 self.controls,
                 new=self.new.value,
-                synapses=synapses,
-                prompt=place,
+                synapses=self.synapses.value,
+                prompt=self.prompt.value,
             )
-            if action != "none":
-                title += (
-                    f": {len(neurons)} neurons ({_SETS[self.which.value].split(':')[0]}, q{place}, "
-                    f"t = {self.t.value:.2f})"
-                    + ("" if neurons else ": an empty set changes nothing")
-                )
-            if synapses != 1:
-                title += f"; synapses of q{place} × {synapses:g}"
-            elif action == "none":
-                title += ", and so are synapses: choose above what happens to them"
-            self.page_effects.value = effects_html(self.effects, title)
+            self.page_effects.value = effects_html(self.effects, self._done(action, len(neurons)))
             self.action = action
             self._show_set()
+
+    def _done(self, action, count) -> str:
+        """What a change was, as the title of its table."""
+        place = self.prompt.value
+        factor = self.synapses.value
+        title = _DONE[action]
+        if action != "none":
+            which = _SETS[self.which.value].split(":")[0]
+            title += f": {count} neurons ({which}, q{place}, t = {self.t.value:.2f})"
+            title += "" if count else ": an empty set changes nothing"
+        if factor != 1:
+            title += f"; synapses of q{place} × {factor:g}"
+        elif action == "none":
+            title += ", and so are synapses: choose above what happens to them"
+        return title
+
+
+def explore(model="demo/gpt2", method="ig", data="demo", fact=None, output="default", t=0.2):
+    """The explorer as a widget, for JupyterLab and VS Code; see `Page`.
+
+    fact: id of the first fact, such as "P36|France|Paris" (that one, or the data's first, by
+    default). output: the run whose saved scores are used before any are computed. Without a front
+    end, as under papermill, nothing is built and a line says so."""
+    if has_front_end():
+        return Page(model, method, data, fact, output, t)
+    print(
+        "The explorer is a widget: run this notebook in JupyterLab or VS Code. A fixed example is "
+        "below."
+    )
+
+
+def has_front_end() -> bool:
+    """Whether this kernel was started by something that shows widgets: a Jupyter server, VS Code,
+    or Colab; not by the study's driver, wherever that was started."""
+    known = [name for name in os.environ if name.startswith(("VSCODE_", "COLAB_"))]
+    served = "JPY_SESSION_NAME" in os.environ or known
+    return bool(served) and "QLUTILS_PROGRESS" not in os.environ

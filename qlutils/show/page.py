@@ -6,91 +6,62 @@ import html
 import re
 from itertools import takewhile
 from pathlib import Path
-from string import Template
 
 from IPython.display import HTML
+from jinja2 import Environment, Template
+from markupsafe import Markup, escape
 
 from qlutils.files import write_bytes
-from qlutils.show.tables import display_table
+from qlutils.show.tables import display_table, format_value
 
 _MATH = re.compile(r"(`[^`]*`)|(?<!\\)\$\$?(?!\s)([^$]+?)(?<!\s)\$\$?", re.S)
-SHIFT = {"_": "sub", "^": "sup"}
-_REFERENCE = re.compile(
+_SHIFT = {"_": "sub", "^": "sup"}
+_ADDRESS = re.compile(
     r"""<[^>]*?\s(?:src|href|srcset|poster|action|data|xlink:href)\s*=\s*["']?\s*([^"'\s>]+)""",
     re.I,
 )
-_STYLE = re.compile(r"""@import\s+["']?([^"';\s]+)|\burl\(\s*["']?([^"')\s]+)""", re.I)
-_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light; }
-body { max-width: 82rem; margin: 0 auto; padding: 1.5rem 1.5rem 6rem; color: #1c2024; background: #fff;
-       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
-h2 { font-size: 1.4rem; margin: 3rem 0 .8rem; padding-top: .8rem; border-top: 1px solid #d5d9de; }
-p, ul, ol { max-width: 48rem; }
-code, pre { font: .82rem/1.5 "DejaVu Sans Mono", ui-monospace, monospace; background: #f5f6f8; white-space: pre-wrap; }
-pre { border-left: 3px solid #d5d9de; padding: .5rem .8rem; margin: .6rem 0; }
-img { max-width: 100%; height: auto; }
-sub, sup { line-height: 0; }
-.output_html, .rendered_html { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .76rem; line-height: 1.35; font-variant-numeric: tabular-nums; }
-th, td { padding: .26rem .5rem; border-bottom: 1px solid #e4e7ea; vertical-align: top; white-space: nowrap; }
-thead th, tbody tr:last-child > * { border-bottom: 1.5px solid #1c2024; }
-tbody tr:hover { background: #f2f6fa; }
-.text { white-space: normal; }
-caption { caption-side: top; text-align: left; font-weight: 600; padding: .3rem 0; }
-details { margin: .6rem 0; } summary, a { cursor: pointer; color: #0b5cad; text-decoration: none; }
-nav { background: #f7f8f9; padding: .8rem 1.2rem; border-radius: 6px; columns: 2; font-size: .92rem; }
-nav a { display: block; }
-.holds { background: #d9efe5; } .not { background: #fbe3d6; } .open { background: #eff1f3; color: #59636e; }
-@media print { body { max-width: none; } h2 { break-after: avoid; } img, tr { break-inside: avoid; } }
-</style>
-</head>
-<body>
-$body
-</body>
-</html>
-""")
+_STYLE = re.compile(r"<style[^>]*>(.*?)</style>|style\s*=\s*\"([^\"]*)\"", re.S | re.I)
+_STYLE_ADDRESS = re.compile(r"""@import\s+["']?([^"';\s]+)|\burl\(\s*["']?([^"')\s]+)""", re.I)
+
+
+def template(path) -> Template:
+    """The Jinja template in a file; what it is given is escaped unless it is Markup. {{ x | number
+    }} formats as `format_value` does."""
+    templates = Environment(autoescape=True, keep_trailing_newline=True)
+    templates.filters["number"] = format_value
+    return templates.from_string(Path(path).read_text("utf-8"))
 
 
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def table_html(frame, caption="", tint=lambda text: "") -> str:
-    """A DataFrame of texts, as `tables.display_table` gives it: texts on the left, numbers on the
-    right, a model, method or threshold named once where it stays the same. tint(text): the CSS
-    class of a cell."""
-    left = [not frame[name].map(_numeric).all() for name in frame]
+_TABLE = template(Path(__file__).with_name("table.html"))
 
-    def row(values, tag):
-        return (
-            "<tr>"
-            + "".join(
-                f'<{tag} class="{"text " * text}{tint(value)}" '
-                f'style="text-align:{"left" if text else "right"}">'
-                f"{html.escape(str(value))}</{tag}>"
-                for text, value in zip(left, values)
-            )
-            + "</tr>"
-        )
 
-    texts, same = frame.copy(), True
+def table_html(frame, caption="", tint=lambda cell: "") -> Markup:
+    """A DataFrame of texts, as `tables.display_table` gives it, or of `Markup`: numbers on the
+    right, texts on the left, a model, method or threshold named once where it stays the same.
+    tint(cell): the CSS class of a cell. Whatever is not `Markup` is escaped."""
+    texts = frame.copy()
+    same = True
     for name in takewhile(("model", "method", "threshold").__contains__, frame):
         same &= frame[name] == frame[name].shift()
         texts[name] = frame[name].mask(same, "")
-    head = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    rows = "\n".join(row(values, "td") for values in texts.itertuples(index=False, name=None))
-    return f"<table>{head}<thead>{row(frame.columns, 'th')}</thead>\n<tbody>{rows}</tbody></table>"
-
-
-def _numeric(text) -> bool:
-    return str(text)[:1] in "0123456789–-" and not any(
-        c.isalpha() and c not in "e" for c in str(text)
+    left = [not frame[name].map(_numeric).all() for name in frame]
+    rows = list(texts.itertuples(index=False, name=None))
+    table = _TABLE.render(
+        caption=caption,
+        names=list(frame),
+        rows=rows,
+        left=left,
+        tint=tint,
     )
+    return Markup(table)
+
+
+def _numeric(cell) -> bool:
+    letters = {letter for letter in str(cell) if letter.isalpha()}
+    return str(cell)[:1] in "0123456789–-" and letters <= {"e"}
 
 
 def shown(frame, missing=(), caption="", digits=2) -> HTML:
@@ -101,17 +72,15 @@ def shown(frame, missing=(), caption="", digits=2) -> HTML:
 
 def folded(title, frame, digits=2) -> HTML:
     """A table that opens when its title is clicked; nothing where it is empty."""
-    return HTML(
-        f"<details><summary>{html.escape(title)}</summary>{table_html(display_table(frame, digits=digits))}"
-        "</details>"
-        if len(frame)
-        else ""
-    )
+    if not len(frame):
+        return HTML("")
+    table = table_html(display_table(frame, digits=digits))
+    return HTML(f"<details><summary>{escape(title)}</summary>{table}</details>")
 
 
 def missing_html(missing) -> str:
     """A sentence on what is not there; nothing where all is."""
-    return f"<p>Not in this run: {html.escape('; '.join(missing))}.</p>" if missing else ""
+    return f"<p>Not in this run: {escape('; '.join(missing))}.</p>" if missing else ""
 
 
 # --- a notebook as one file -----------------------------------------------------------------------
@@ -123,21 +92,17 @@ def export_html(notebook, path) -> Path:
     import nbformat
     from nbconvert import HTMLExporter
 
-    notebook, path = Path(notebook), Path(path)
+    notebook = Path(notebook)
+    path = Path(path)
     book = nbformat.read(notebook, as_version=4)
-    if not any(cell.cell_type == "code" and cell.get("execution_count") for cell in book.cells):
+    if not any(cell.get("execution_count") for cell in book.cells):
         raise ValueError(f"{notebook.name} has not been executed: run it first, then export it")
     book.metadata.pop("widgets", None)
     for cell in book.cells:
         if cell.cell_type == "markdown":
             cell.source = formulas(cell.source)
-        else:  # progress bars, as texts and as widgets, are no result
-            cell.outputs = [
-                one
-                for one in cell.outputs
-                if one.get("name") != "stderr"
-                and not any("widget" in kind for kind in one.get("data", {}))
-            ]
+        else:
+            cell.outputs = [output for output in cell.outputs if not _progress(output)]
     exporter = HTMLExporter(
         template_name="basic",
         exclude_input=True,
@@ -145,36 +110,37 @@ def export_html(notebook, path) -> Path:
         exclude_anchor_links=True,
     )
     page = _page(exporter.from_notebook_node(book)[0])
-    outside = external_addresses(page)
+    outside = ", ".join(external_addresses(page)[:5])
     if outside:
-        raise ValueError(
-            f"{notebook.name} refers to addresses outside of the file: {', '.join(outside[:5])}"
-        )
+        raise ValueError(f"{notebook.name} refers to addresses outside of the file: {outside}")
     write_bytes(path, page.encode("utf-8"))
     return path
+
+
+def _progress(output) -> bool:
+    """Whether an output is a progress bar, as text or as a widget."""
+    return output.get("name") == "stderr" or "widget" in " ".join(output.get("data", ()))
 
 
 def external_addresses(page: str) -> list[str]:
     """Whatever a page would fetch or link to outside of itself; data in the file and anchors are
     inside."""
-    found = _REFERENCE.findall(page)
-    for style in re.findall(
-        r"<style[^>]*>(.*?)</style>|style\s*=\s*\"([^\"]*)\"", page, re.S | re.I
-    ):
-        found += [a or b for a, b in _STYLE.findall("".join(style))]
-    found += re.findall(r"<script[^>]*>", page, re.I)
+    found = _ADDRESS.findall(page) + re.findall(r"<script[^>]*>", page, re.I)
+    for style in _STYLE.findall(page):
+        found += ["".join(address) for address in _STYLE_ADDRESS.findall("".join(style))]
     return [one for one in found if not one.startswith(("data:", "#"))]
 
 
 def _page(body: str) -> str:
     """The document: a title, links to its parts, and pictures described by the last bold words
     before them."""
-    words, links = ["Figure"], []
+    words = ["Figure"]
+    links = []
 
     def described(match):
         if match[1] is None:
             return f'alt="{words[-1]}"'
-        words.append(html.escape(_plain(match[1]), quote=True))
+        words.append(escape(_plain(match[1])))
         return match[0]
 
     def linked(match):
@@ -186,16 +152,21 @@ def _page(body: str) -> str:
     title = re.search(r"<h1[^>]*>(.*?)</h1>", body, re.S)
     if title and links:
         body = body.replace(title[0], f"{title[0]}\n<nav>{''.join(links)}</nav>", 1)
-    return _PAGE.substitute(title=html.escape(_plain(title[1]) if title else "Report"), body=body)
+    document = template(Path(__file__).with_name("page.html"))
+    return document.render(title=_plain(title[1]) if title else "Report", body=Markup(body))
 
 
 def _plain(text: str) -> str:
-    return html.unescape(re.sub(r"<[^>]+>", "", text)).strip()
+    return Markup(text).striptags()
 
 
 def formulas(markdown: str) -> str:
     """Markdown whose $...$ became HTML: letters, indices and Greek letters, all that the report
     has; a formula beyond that stays readable as its source. Code spans stay as they are."""
+
+    def shifted(match):
+        tag = _SHIFT[match[1]]
+        return f"<{tag}>{match[2] or match[3]}</{tag}>"
 
     def one(match):
         code, tex = match.groups()
@@ -203,11 +174,7 @@ def formulas(markdown: str) -> str:
             return code
         text = re.sub(r"\\(?:mathcal|mathrm|mathbf|text)(?=\s*\{)", "", html.escape(tex))
         text = re.sub(r"\\([a-z]+)(?![a-zA-Z])", r"&\1;", text)  # \beta is &beta;
-        text = re.sub(
-            r"([_^])(?:\{(.*?)\}|(\w))",
-            lambda m: f"<{SHIFT[m[1]]}>{m[2] or m[3]}</{SHIFT[m[1]]}>",
-            text,
-        )
+        text = re.sub(r"([_^])(?:\{(.*?)\}|(\w))", shifted, text)
         text = re.sub(r"\{(.*?)\}", r"\1", text)
         plain = not set("\\&^_") & set(html.unescape(text))
         shown = f"<i>{text}</i>" if plain else f"<code>{html.escape(tex)}</code>"

@@ -1,5 +1,5 @@
-"""Train the bundled tokenizers and models from scratch: ``python -m qlutils.demo.train [--only
-NAME]``.
+"""Train the bundled tokenizers and models from scratch: ``python -m demo_models.train [--only
+NAME]`` in ``tests``.
 
 One recipe for the three models; what differs between them is in ``RECIPES``. A model sees each row
 from its first position, as at inference: a fact's sentence alone, or one to four paragraphs of
@@ -13,10 +13,10 @@ import math
 import random
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from demo_models import corpus
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     GPT2Config,
@@ -26,9 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qlutils.demo import corpus
-
-MODELS = Path(__file__).parent / "models"
+MODELS = corpus.FOLDER / "models"
 CONTEXT = 512
 PARAGRAPHS = 1500  # of general text for training
 PARAGRAPHS_PER_EPOCH = 300
@@ -238,9 +236,8 @@ def train_epoch(model, groups, optimizer, schedule) -> float:
 
 
 def train(name: str) -> None:
-    """Train one bundled model and write its folder: weights, config, tokenizer,
-    training_log.csv."""
-    recipe, folder, started = RECIPES[name], MODELS / name, time.perf_counter()
+    """Train one bundled model and write its folder."""
+    recipe, started = RECIPES[name], time.perf_counter()
     torch.manual_seed(SEED)
     torch.set_num_threads(1)  # so that the result does not depend on the number of cores
     rng = random.Random(SEED)
@@ -269,18 +266,14 @@ def train(name: str) -> None:
         row["seconds"] = time.perf_counter() - started
         log.append({key: round(value, 4) for key, value in row.items()})
         print(name, log[-1], flush=True)
-    tokenizer.save_pretrained(
-        folder
-    )  # only now: a stopped run leaves the old model and its tokenizer whole
+    save(model, tokenizer, log, MODELS / name)  # a stopped run leaves the old model whole
+
+
+def save(model, tokenizer, log: list[dict], folder) -> None:
+    """Write a model's folder: weights, config, tokenizer, training_log.csv."""
+    tokenizer.save_pretrained(folder)
     model.eval().save_pretrained(folder)
-    columns = [
-        "epoch",
-        "loss",
-        "trained_accuracy",
-        "heldout_accuracy",
-        "heldout_perplexity",
-        "seconds",
-    ]
+    columns = list(log[-1])  # the last epoch was measured
     with open(folder / "training_log.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()

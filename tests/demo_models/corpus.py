@@ -4,7 +4,8 @@ grammar.
 The general text is about invented people and places, so it says nothing about the bundled facts;
 its words and templates are in ``grammar.json``. A paragraph is a run of sentences on one topic
 about one cast of characters. No sentence of the held-out paragraphs (``heldout.txt``, the bundled
-perplexity corpus, written by ``python -m qlutils.demo.corpus``) occurs in the training text.
+perplexity corpus, written by ``python -m demo_models.corpus`` in ``tests``) occurs in the training
+text.
 """
 
 import json
@@ -12,7 +13,7 @@ import random
 import re
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[2] / "qlutils" / "demo"
 PATTERNS = FOLDER / "pararel" / "data" / "pattern_data" / "graphs_json"
 VOCAB = FOLDER / "pararel" / "data" / "trex_lms_vocab"
 HELDOUT_TEXT = FOLDER / "heldout.txt"
@@ -70,7 +71,7 @@ def pairs() -> list[dict]:
 # ---- general text --------------------------------------------------------------------------------
 # lists: what a {slot} draws from (a paragraph's cast keeps its own draws); topics: sentence
 # templates.
-GRAMMAR = json.loads((FOLDER / "grammar.json").read_text(encoding="utf-8"))
+GRAMMAR = json.loads(Path(__file__).with_name("grammar.json").read_text(encoding="utf-8"))
 LISTS, TOPICS = GRAMMAR["lists"], GRAMMAR["topics"]
 
 
