@@ -28,7 +28,8 @@ from qlutils.facts import Fact
 from qlutils.files import as_frame, read_table
 from qlutils.model.architecture import UnsupportedModel
 from qlutils.model.passes import computing, neuron_vectors
-from qlutils.neurons.sets import cas_neurons, consistency, kn_sets, neighbour_sets
+from qlutils.neurons.cas import cas_neurons
+from qlutils.neurons.sets import consistency, kn_sets, neighbour_sets
 from qlutils.show import plots
 from qlutils.study.notebook import Study, model_content
 from qlutils.study.store import code_versions
@@ -532,12 +533,11 @@ def as_code(
         for name in ("edit_weights", "find_synapses", "scale_neurons", "scale_synapses")
         if name in change
     ]
-    inner = [
-        name for name in ("cas_candidates", "cas_neurons", "neighbour_sets") if name in neurons
-    ] + ["consistency"]
+    inner = ["consistency", *["neighbour_sets"] * ("neighbour_sets" in neurons)]
+    cas = "from qlutils.neurons.cas import cas_candidates, cas_neurons\n" * (which == "cas")
     lines = "".join(f"    {pair!r},\n" for pair in shown)
     return f"""from qlutils import {", ".join(sorted(used))}
-from qlutils.neurons.sets import {", ".join(sorted(inner))}
+{cas}from qlutils.neurons.sets import {", ".join(inner)}
 
 lm = load_model({view.lm.name!r})
 queries = [  # the fact's prompts, then one prompt of each control fact
