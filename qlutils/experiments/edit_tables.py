@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pandas as pd
 
@@ -116,9 +118,9 @@ def with_verdicts(contrasts) -> pd.DataFrame:
 
 def in_short(contrasts, what) -> str:
     """How many of some differences lie on which side of 0; `what` says which differences."""
-    verdicts = with_verdicts(contrasts)["verdict"].str.split(r" \(").str[0]
-    counts = verdicts.value_counts().items()
-    said = ", ".join(f"{one} in {count} of {len(verdicts)}" for one, count in counts)
+    verdicts = [verdict(row, "difference") for row in contrasts.to_dict("records")]
+    counts = Counter(said.split(" (")[0] for said in verdicts)
+    said = ", ".join(f"{one} in {count} of {len(verdicts)}" for one, count in counts.items())
     return f"{what}: {said or 'nothing to compare'}"
 
 

@@ -523,8 +523,8 @@ class WorkedExample:
 
     answers, a row an edit and query: op, neurons, n_neurons; prompt; asked: "q_i", "rephrasing" or
     "unrelated"; object, that an operation is about (of unrelated queries the unedited answer);
-    p_before, p_after, its probability; answer_before, answer_after, the greedy answers. texts: what
-    the model writes after q_i."""
+    p_before, p_after, its probability; answer_before, answer_after, the greedy answers; changed.
+    texts: what the model writes after q_i."""
 
     answers: pd.DataFrame
     texts: pd.DataFrame
@@ -555,7 +555,9 @@ def worked_example(lm, plan, tokens=12, **options) -> WorkedExample:
             part = asked.assign(**keys, n_neurons=len(edit["set"]))
             answers.append(part.join(before.add_suffix("_before")).join(after.add_suffix("_after")))
             texts.append({**keys, "text": text})
-    return WorkedExample(pd.concat(answers, ignore_index=True), pd.DataFrame(texts))
+    answers = pd.concat(answers, ignore_index=True)
+    answers["changed"] = answers["answer_before"] != answers["answer_after"]
+    return WorkedExample(answers, pd.DataFrame(texts))
 
 
 def _replies(lm, queries, start, tokens) -> tuple[pd.DataFrame, str]:
@@ -587,16 +589,7 @@ def example_table(example: WorkedExample) -> pd.DataFrame:
 
 def changed_answers(example: WorkedExample) -> pd.DataFrame:
     """How many answers each edit changes, of the fact's prompts and of unrelated queries."""
-    changed = example.answers["answer_before"] != example.answers["answer_after"]
     keys = ["op", "neurons", "n_neurons", "asked"]
-    groups = example.answers.assign(changed=changed).groupby(keys, sort=False)["changed"]
+    groups = example.answers.groupby(keys, sort=False)["changed"]
     text = groups.sum().astype(str) + " of " + groups.size().astype(str)
     return text.unstack("asked", sort=False).reset_index().rename_axis(columns=None)
-
-
-def side_effects(example: WorkedExample, most=3) -> pd.DataFrame:
-    """The first `most` unrelated queries of each edit whose answer it changes."""
-    far = example.answers[example.answers["asked"] == "unrelated"]
-    far = far[far["answer_before"] != far["answer_after"]]
-    few = far.groupby(["op", "neurons"], sort=False).head(most)
-    return few[["op", "neurons", "prompt", "answer_before", "answer_after"]]
