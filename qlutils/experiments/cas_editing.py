@@ -15,7 +15,12 @@ COMPARED = {"local": ("rel", "gen", "avg"), "global": ("loc", "dppl", "broken", 
 
 def cas_spec(parameters) -> dict:
     """`cas_neurons` keywords from a notebook's parameters."""
-    names = dict(b1="beta1", b2="beta2", threshold="cas_threshold", score="cas_score")
+    names = dict(
+        b1="beta1",
+        b2="beta2",
+        threshold="cas_threshold",
+        score="cas_score",
+    )
     return {keyword: parameters[name] for keyword, name in names.items()}
 
 
@@ -46,7 +51,13 @@ def cas_contrasts(edits, classes, seed=0) -> pd.DataFrame:
 def size_contrasts(study, queries, classes) -> pd.DataFrame:
     """CAS less as many neurons of the largest mean attribution, of all facts and of each class."""
     sets = {"cas": cas_spec(study.parameters)}
-    edits, _ = run_edits(study, queries, sets, controls=["strongest"], ppl_entries=0)
+    edits, _ = run_edits(
+        study,
+        queries,
+        sets,
+        controls=["strongest"],
+        ppl_entries=0,
+    )
     parts = []
     for name, part in by_class(edits, classes).items():
         found = contrasts(part, "control", ("none", "strongest"), RATES, ["op"], study.seed)
@@ -78,15 +89,28 @@ def sweep_table(study, queries, classes, betas, thresholds, size) -> pd.DataFram
     sweep = cas_sweep(study.parameters, betas, thresholds)
     some = sample_of_facts(classes, size, study.seed)
     sets = dict(zip(sweep["name"], sweep["spec"]))
-    edits, _ = run_edits(study, queries, sets, controls=[], facts=some, ppl_entries=0)
+    edits, _ = run_edits(
+        study,
+        queries,
+        sets,
+        controls=[],
+        facts=some,
+        ppl_entries=0,
+    )
     parts = []
     for varied, part in sweep.groupby("varied", sort=False):
-        rows = measures_table(edits, classes, "", sets=part["name"], controls=(), seed=study.seed)
-        parts.append(rows[rows["threshold"] == "all"].assign(varied=varied))
-    columns = ["varied", "op", "neurons", "n", *(f"n_{rate}" for rate in RATES)]
-    columns += ["n_empty", "neurons_edited"]
-    columns += [f"{rate}{ending}" for rate in RATES for ending in ("", "_low", "_high")]
-    return pd.concat(parts, ignore_index=True)[columns]
+        rows = measures_table(
+            edits,
+            classes,
+            "",
+            sets=part["name"],
+            controls=(),
+            seed=study.seed,
+        )
+        rows = rows[rows["threshold"] == "all"]
+        rows.insert(0, "varied", varied)
+        parts.append(rows)
+    return pd.concat(parts, ignore_index=True).filter(regex="^(varied|op|n|rel|gen|loc|avg)")
 
 
 def extremes_of_avg(table) -> pd.DataFrame:

@@ -51,7 +51,11 @@ def measures_table(
         control, neurons = keys.pop("control"), keys["neurons"]
         if control != "none" and part.empty:  # a class without a fact is one row, n = 0
             continue
-        row = {**keys, "op": PAPER_OP[keys["op"]], **_measures(part, seed)}
+        row = {
+            **keys,
+            "op": PAPER_OP[keys["op"]],
+            **_measures(part, seed),
+        }
         if control != "none":
             row["neurons"] = f"{neurons} ({control})"
         elif keys["threshold"] == "static" and neurons in PAPER_SETS[table]:
@@ -86,7 +90,13 @@ def locality_table(frame, seed=0) -> pd.DataFrame:
     rows = []
     for (op, neurons), part in edits.groupby(["op", "neurons"], sort=False):
         means = mean_columns(part, ("loc_new", "loc_same", "loc_other"), seed)
-        rows.append({"op": op, "neurons": neurons, **means})
+        rows.append(
+            {
+                "op": op,
+                "neurons": neurons,
+                **means,
+            }
+        )
     return pd.DataFrame(rows)
 
 

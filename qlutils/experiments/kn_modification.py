@@ -1,218 +1,32 @@
-"""Notebook 03: facts edited through their knowledge neurons; what is drawn, and what is measured.
+"""Notebook 03: what edits of a fact's knowledge neurons change.
 
 An *edit* is one fact, one set of neurons and one operation (Eq. 2). Reliability (Rel) is judged on
 one query q_i of the fact, generalization (Gen) on its neighbours, locality (Loc) on queries of
 other facts. All edits of a unit of facts go through the model as virtual edits in shared batches
-(see `change.rows.score_rows`); `worked_example` edits the weights themselves.
+(see `change.rows.score_rows`). What is drawn for them: `edit_plans`; their tables: `edit_tables`.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
 
-from qlutils.change.editing import (
-    MIN_TOKENS,
-    edit_weights,
-    encode_entries,
-    usable_texts,
-    virtual_edit,
-)
-from qlutils.change.rows import Change, score_queries, score_rows
+from qlutils.change.editing import MIN_TOKENS, encode_entries, usable_texts, virtual_edit
+from qlutils.change.rows import Change, score_rows
 from qlutils.change.scaling import greedy_answers
-from qlutils.experiments.edit_tables import PAPER_OP
+from qlutils.experiments.edit_plans import plan_edits
 from qlutils.facts import load_facts, perplexity_texts, prompt_tokens
 from qlutils.model.passes import neuron_vectors
-from qlutils.neurons.cas import cas_neurons, strongest_neurons
-from qlutils.neurons.others import OtherFacts, active_neurons, random_neurons
-from qlutils.neurons.sets import kn_sets
+from qlutils.neurons.others import active_neurons
 
-CONTROLS = ("random", "matched", "same_relation", "other_relation", "strongest")
 # A text is broken where an edit multiplies its perplexity by more than this: each of its tokens is
 # then, on average, less than a tenth as likely as before. The paper's largest mean dPPL, 2.02, is
 # a factor of 3; a few texts beyond 10 (factors of 1e10 occur) would decide a mean alone.
 BROKEN = 10.0
 Query = tuple[tuple[int, ...], tuple[int, ...]]  # token ids of a prompt and of an answer
-
-
-# --- what is drawn --------------------------------------------------------------------------------
-
-
-def plan_edits(
-    queries,
-    facts,
-    *,
-    num_neurons,
-    sets=("local", "global"),
-    controls=("random",),
-    t=0.2,
-    n_locality=20,
-    texts=(),
-    ppl_entries=5,
-    seed=0,
-) -> tuple[list[dict], pd.DataFrame]:
-    """One JSON-able dict a fact for `edit_facts`, and what cannot be measured: fact, what, reason.
-
-    queries: a `queries` frame. facts: those whose objects an update may choose from. sets,
-    controls: see `_EditedSets`. texts: those that perplexity may be measured on; ValueError for
-    fewer than `ppl_entries`. Each fact draws, with its own seed: q_i among its known queries (among
-    all where none is known), o' among the relation's other objects, `n_locality` queries of other
-    facts (`_Locality`), and `ppl_entries` texts, the same for all of the fact's edits."""
-    if ppl_entries and len(texts) < ppl_entries:
-        raise ValueError(
-            f"perplexity needs {ppl_entries} entries an edit and the corpus has {len(texts)} "
-            "that are long enough; lower ppl_entries or give another corpus"
-        )
-    queries = queries.reset_index(drop=True)
-    edited = _EditedSets(queries, sets, controls, t, num_neurons)
-    locality, objects = _Locality(queries), _objects(facts)
-    plans, omissions = [], []
-    for fact, group in queries.groupby("fact", sort=False):
-        draw = partial(_generator, seed, fact)
-        plan = group.iloc[0][["fact", "relation", "subject", "object"]].to_dict()
-        plan |= dict(prompts=group["prompt"].tolist(), known=group["known"].tolist())
-        known = np.flatnonzero(plan["known"])
-        plan["query"] = int(draw("query").choice(known if len(known) else len(group)))
-        plan["kns"] = _as_lists(edited.union(group))
-        plan["new_object"] = _new_object(plan, objects[plan["relation"]], draw("object"))
-        plan["edits"] = edited.of_fact(group, plan["query"], draw)
-        plan["locality"] = locality.draw(group.index[0], n_locality, draw("locality"))
-        order = draw("texts").permutation(len(texts))
-        plan["texts"] = [texts[i] for i in order[:ppl_entries]]
-        plans.append(plan)
-        omissions += [(fact, *one) for one in _unmeasured(plan)]
-    return plans, pd.DataFrame(omissions, columns=["fact", "what", "reason"])
-
-
-def _generator(seed, fact, what):
-    """A random generator for each thing that a fact draws, so that one draw more does not move the
-    others."""
-    return np.random.default_rng([seed, *(zlib.crc32(name.encode()) for name in (fact, what))])
-
-
-def _as_lists(neurons) -> list[list[int]]:
-    return sorted(map(list, neurons))
-
-
-def _objects(facts) -> dict[str, list]:
-    """{relation: (subject, object) of its facts}."""
-    found = defaultdict(list)
-    for fact in facts:
-        found[fact.relation].append((fact.subject, fact.object))
-    return found
-
-
-def _new_object(plan, pairs, rng) -> str | None:
-    """One of the relation's objects that the subject does not have; None where there is none."""
-    own = {plan["object"]} | {obj for subject, obj in pairs if subject == plan["subject"]}
-    others = sorted({obj for _, obj in pairs} - own)
-    return str(rng.choice(others)) if others else None
-
-
-def _unmeasured(plan):
-    """(what, reason) of all that a fact cannot be measured on."""
-    if not any(plan["known"]):
-        yield "rel, gen", "no known query: only in the columns over all queries"
-    elif sum(plan["known"]) == 1:
-        yield "gen", "no known neighbour of q_i: Gen is undefined"
-    if plan["new_object"] is None:
-        yield "update", f"relation {plan['relation']} has no other object to update to"
-    for edit in plan["edits"]:
-        if edit["control"] == "none" and not edit["set"]:
-            yield edit["neurons"], "no neurons: nothing is edited"
-
-
-class _EditedSets:
-    """The sets of neurons that are edited, and for each its controls.
-
-    sets: names, or {name: spec} with a spec of None for "local" (N_i) and "global" (union of the
-    N_j), or `cas_neurons` keywords. controls: for every set as many neurons in each layer, drawn at
-    random ("random"), as active at q_i but no KNs of the fact ("matched"), or KNs of one other fact
-    of the same relation ("same_relation") or of another ("other_relation"); "strongest": as many in
-    all, of the largest mean score over the fact's queries, perhaps in it."""
-
-    def __init__(self, queries, sets, controls, t, num_neurons):
-        if not isinstance(sets, dict):
-            sets = {name: {} if name == "cas" else None for name in sets}
-        for name, spec in sets.items():
-            if spec is None and name not in ("local", "global"):
-                raise ValueError(
-                    f"neuron set {name!r} is unknown; use local, global, or one with CAS settings"
-                )
-        for control in controls:
-            if control not in CONTROLS:
-                raise ValueError(f"control {control!r} is unknown; use {', '.join(CONTROLS)}")
-        self.specs, self.controls, self.num_neurons = sets, controls, num_neurons
-        self.kns = kn_sets(queries, t)
-        self.others = OtherFacts(queries, self.kns)
-
-    def union(self, group) -> set:
-        """The KNs of all queries of a fact, whose rows are `group`."""
-        return set().union(*(self.kns[row] for row in group.index))
-
-    def of_fact(self, group, query, draw) -> list[dict]:
-        """{neurons, control, set} of every edit of a fact whose q_i is `query`."""
-        chosen = {name: self._select(name, group, query) for name in self.specs}
-        edits = [dict(neurons=name, control="none", set=one) for name, one in chosen.items()]
-        for name, one in chosen.items():
-            for control in self.controls:
-                rng = draw(f"{control} {name}")
-                others = self._control(control, name, one, group.iloc[0], rng)
-                edits.append(dict(neurons=name, control=control, set=others))
-        return [{**edit, "set": _as_lists(edit["set"])} for edit in edits]
-
-    def _select(self, name, group, query) -> set:
-        if self.specs[name] is not None:
-            return cas_neurons(group.iloc[0], **self.specs[name])
-        return self.kns[group.index[query]] if name == "local" else self.union(group)
-
-    def _control(self, control, name, one, first, rng) -> set:
-        if control == "matched":
-            return set()  # `edit_facts` finds them: it takes the model
-        if control == "random":
-            return random_neurons(one, self.num_neurons, rng)
-        if control == "strongest":
-            return strongest_neurons(first, len(one), (self.specs[name] or {}).get("score", "raw"))
-        return self.others.draw(one, first["fact"], rng, same_relation=control == "same_relation")
-
-
-class _Locality:
-    """Queries of facts that share neither subject nor object. Half of a draw is of the same
-    relation (more from one side where the other has too few), and known queries come first."""
-
-    def __init__(self, queries):
-        self.queries, self.known = queries, queries["known"].to_numpy(bool)
-        self.codes = {
-            name: pd.factorize(queries[name])[0] for name in ("relation", "subject", "object")
-        }
-
-    def draw(self, row, count, rng) -> list[dict]:
-        """For the fact of query `row`."""
-        shared = {name: codes == codes[row] for name, codes in self.codes.items()}
-        free = ~shared["subject"] & ~shared["object"]
-        same = np.flatnonzero(free & shared["relation"])
-        other = np.flatnonzero(free & ~shared["relation"])
-        half = min(len(same), max(count // 2, count - len(other)))
-        chosen = self._known_first(same, half, rng)
-        chosen += self._known_first(other, count - half, rng)
-        found = self.queries.iloc[chosen][["prompt", "object", "known"]]
-        found = found.assign(same=shared["relation"][chosen])
-        return found.astype({"known": bool}).to_dict("records")
-
-    def _known_first(self, rows, count, rng) -> list[int]:
-        known, unknown = rows[self.known[rows]], rows[~self.known[rows]]
-        first = rng.choice(known, min(count, len(known)), replace=False)
-        rest = rng.choice(unknown, min(count - len(first), len(unknown)), replace=False)
-        return [*first.tolist(), *rest.tolist()]
-
-
-# --- what is measured -----------------------------------------------------------------------------
 
 
 def edit_facts(
@@ -241,8 +55,8 @@ def edit_facts(
     perplexity = _perplexities(lm, made, ppl_max_tokens)
     rows = []
     for edit, scores, share, change in zip(made, asked, new, perplexity):
-        rows.append(edit.keys() | _measures(edit, *scores) | {"loc_new": share} | change)
-    rows += [edit.keys() for edit in edits if edit.change is None]
+        rows.append(edit.about | _measures(edit, *scores) | {"loc_new": share} | change)
+    rows += [edit.about for edit in edits if edit.change is None]
     return pd.DataFrame(rows).astype({"note": object})
 
 
@@ -296,42 +110,44 @@ class Edit:
 
     fact: TokenisedFact
     op: str
-    neurons: str  # the set's name
-    control: str
-    n_neurons: int
-    change: Change | None  # None where the edit cannot be made
+    about: dict  # the columns that say which edit it is
+    change: Change | None  # None where it cannot be made
 
     @property
     def targets(self) -> list[Query]:
         return self.fact.targets[self.op]
 
-    def keys(self) -> dict:
-        plan = self.fact.plan
-        names = ("fact", "relation", "subject", "object", "new_object")
-        return {name: plan[name] for name in names} | dict(
-            prompt=plan["prompts"][plan["query"]],
-            op=self.op,
-            neurons=self.neurons,
-            control=self.control,
-            n_neurons=self.n_neurons,
-            note=self.fact.note if self.change is None else None,
-        )
-
 
 def _edits(lm, fact, ops, options) -> list[Edit]:
     """All edits of a fact. Equal ones share their `Change`, so that they are computed once."""
-    sets, changes, edits = {}, {}, []
+    plan, sets, changes, edits = fact.plan, {}, {}, []
+    names = ("fact", "relation", "subject", "object", "new_object")
+    about = {name: plan[name] for name in names} | {"prompt": plan["prompts"][plan["query"]]}
     for op in ops:
-        for planned in fact.plan["edits"]:
-            name, control = planned["neurons"], planned["control"]
-            if control == "matched" and (name, control) not in sets:
-                sets[name, control] = matched_neurons(lm, fact.plan, sets[name, "none"])
-            neurons = sets.setdefault((name, control), planned["set"])
+        for edit in plan["edits"]:
+            name = edit["neurons"], edit["control"]
+            if edit["control"] == "matched" and name not in sets:
+                sets[name] = matched_neurons(lm, plan, sets[edit["neurons"], "none"])
+            neurons = sets.setdefault(name, edit["set"])
             key = op, tuple(map(tuple, neurons))
             if op in fact.targets and key not in changes:
                 objects = dict(old=fact.answer("erase"), new=fact.answer("update"))
-                changes[key] = virtual_edit(lm, neurons, op, **objects, **options)
-            edits.append(Edit(fact, op, name, control, len(neurons), changes.get(key)))
+                changes[key] = virtual_edit(
+                    lm,
+                    neurons,
+                    op,
+                    **objects,
+                    **options,
+                )
+            change = changes.get(key)
+            which = dict(
+                op=op,
+                neurons=name[0],
+                control=name[1],
+                n_neurons=len(neurons),
+            )
+            which["note"] = fact.note if change is None else None
+            edits.append(Edit(fact, op, about | which, change))
     return edits
 
 
@@ -341,7 +157,8 @@ def matched_neurons(lm, plan, neurons) -> list[list[int]]:
     prompt, _ = lm.encode(plan["prompts"][plan["query"]], plan["object"])
     active = neuron_vectors(lm, torch.tensor([prompt], device=lm.device))[0]  # (L, N)
     kns = set(map(tuple, plan["kns"]))
-    return _as_lists(active_neurons(set(map(tuple, neurons)), active.cpu().double(), kns))
+    found = active_neurons(set(map(tuple, neurons)), active.cpu().double(), kns)
+    return sorted(map(list, found))
 
 
 def _scored(lm, edits, queries) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
@@ -354,17 +171,16 @@ def _scored(lm, edits, queries) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
             before.append((index, None))  # equal rows are computed once
             after.append((index, edit.change))
     scores = pd.DataFrame(vars(score_rows(lm, list(place), before + after, everywhere=True)))
-    before, after = scores[: len(before)], scores[len(before) :]
+    before, after = scores[: len(before)], scores[len(before) :].reset_index(drop=True)
     stops = np.cumsum([len(own) for own in queries])
     return [(before[i:j], after[i:j]) for i, j in zip([0, *stops], stops)]
 
 
 def _measures(edit, before, after) -> dict:
-    """rel, gen, loc and their mean avg, over known queries, and rel_all, ... over all; loc_same,
-    loc_other, the halves of Loc; rel_match, gen_match, from token-level matches; p_before, p_after
-    of the answer that an operation is about (erasure: o, update: o') at q_i and gen_p_before,
-    gen_p_after at its neighbours; reached, 1 or 0 for each of the fact's queries; n_gen, n_loc, the
-    queries behind Gen and Loc."""
+    """rel, gen, loc and avg (their mean; undefined where one is), over known queries, and rel_all,
+    ... over all; loc_same, loc_other, the halves of Loc; rel_match, gen_match, shares of tokens;
+    p_before, p_after of the answer that an operation is about (erasure: o, update: o') at q_i, and
+    gen_p_... at its neighbours; reached, of each query, 1 or 0; n_gen, n_loc, queries counted."""
     plan, n = edit.fact.plan, len(edit.targets)
     at, known = plan["query"], np.array(plan["known"], bool)
     reached, matched = after["exact"].to_numpy(float)[:n], after["match"].to_numpy()[:n]
@@ -374,8 +190,7 @@ def _measures(edit, before, after) -> dict:
     neighbour = np.arange(n) != at
     near = neighbour & known
     judged = 1.0 if known[at] else np.nan  # Rel and Gen are those of edits on a known query
-    pairs = zip(before["greedy"][n:], after["greedy"][n:])
-    kept = np.array([one == other for one, other in pairs], float)
+    kept = (before["greedy"] == after["greedy"]).to_numpy(float)[n:]
     sure, same = (
         np.array([one[key] for one in plan["locality"]], bool) for key in ("known", "same")
     )
@@ -398,9 +213,8 @@ def _measures(edit, before, after) -> dict:
         n_gen=int(near.sum()),
         n_loc=int(sure.sum()),
     )
-    for ending in ("", "_all"):  # undefined where one of the three is
-        parts = [found[f"{name}{ending}"] for name in ("rel", "gen", "loc")]
-        found[f"avg{ending}"] = float(np.mean(parts))
+    found["avg"] = float(np.mean([found["rel"], found["gen"], found["loc"]]))
+    found["avg_all"] = float(np.mean([found["rel_all"], found["gen_all"], found["loc_all"]]))
     return found
 
 
@@ -428,8 +242,8 @@ def _begun(edit, greedy) -> list[Query | None]:
     """For each known unrelated query of another object than an update's new one: the query for the
     new object where the edited model's answer begins as that does, else None."""
     found, new = [], edit.fact.answer("update")
-    unrelated = zip(edit.fact.locality, edit.fact.plan["locality"], greedy[len(edit.targets) :])
-    for (prompt, _), about, said in unrelated:
+    greedy = greedy.tolist()[len(edit.targets) :]
+    for (prompt, _), about, said in zip(edit.fact.locality, edit.fact.plan["locality"], greedy):
         if about["known"] and about["object"] != edit.fact.plan["new_object"]:
             found.append((prompt, new) if said[0] == new[0] else None)
     return found
@@ -450,52 +264,54 @@ def _perplexities(lm, edits, max_tokens) -> list[dict]:
         before, after = (one["log_probability"].to_numpy() for one in scores)
         then, now = (np.exp(-one.sum() / tokens.sum()) for one in (before, after))
         broken = ((before - after) / tokens > np.log(BROKEN)).mean()
-        found.append(dict(ppl_before=then, ppl_after=now, dppl=(now - then) / then, broken=broken))
+        found.append(
+            dict(
+                ppl_before=then,
+                ppl_after=now,
+                dppl=(now - then) / then,
+                broken=broken,
+            )
+        )
     return found
 
 
 # --- in a notebook --------------------------------------------------------------------------------
 
 
-def study_plans(study, queries, sets, *, controls=(), ppl_entries=0):
-    """`plan_edits` of a study's facts with the notebook's parameters."""
-    p, lm = study.parameters, study.lm()
-    shortest = min(MIN_TOKENS, p["ppl_max_tokens"])
-    objects = load_facts(
-        study.data, relations=study.relations, middle=p.get("middle", "cut"), warn=False
-    )
+def study_plans(study, queries, sets, **changes):
+    """`plan_edits` of a study's facts, with the notebook's parameters but for `changes`."""
+    p, lm = study.parameters | changes, study.lm()
+    texts = []
+    if p["ppl_entries"]:
+        shortest = min(MIN_TOKENS, p["ppl_max_tokens"])
+        texts = usable_texts(lm, perplexity_texts(p["corpus"]), shortest)
+    middle = p.get("middle", "cut")
+    names = ("controls", "t", "n_locality", "ppl_entries", "seed")
     return plan_edits(
         queries,
-        objects,
+        load_facts(
+            study.data,
+            relations=study.relations,
+            middle=middle,
+            warn=False,
+        ),
         num_neurons=lm.num_neurons,
         sets=sets,
-        controls=controls,
-        t=p["t"],
-        n_locality=p["n_locality"],
-        texts=usable_texts(lm, perplexity_texts(p["corpus"]), shortest) if ppl_entries else (),
-        ppl_entries=ppl_entries,
-        seed=study.seed,
+        texts=texts,
+        **{name: p[name] for name in names},
     )
 
 
-def run_edits(study, queries, sets, *, controls=None, facts=None, ppl_entries=None):
-    """(frame of `edit_facts`, omissions) of a study's facts, with the notebook's parameters unless
-    others are given. `facts`: ids to keep."""
-    p = study.parameters
-    plans, omissions = study_plans(
-        study,
-        queries,
-        sets,
-        controls=p["controls"] if controls is None else controls,
-        ppl_entries=p["ppl_entries"] if ppl_entries is None else ppl_entries,
-    )
+def run_edits(study, queries, sets, *, facts=None, **changes):
+    """(frame of `edit_facts`, omissions) of the facts of `study_plans`; `facts`: ids to keep."""
+    plans, omissions = study_plans(study, queries, sets, **changes)
     if facts is not None:
         plans = [plan for plan in plans if plan["fact"] in facts]
-    config = {name: p[name] for name in ("lambda1", "lambda2", "embedding", "ppl_max_tokens")}
+    names = ("lambda1", "lambda2", "embedding", "ppl_max_tokens")
+    config = {"ops": ["erase", "update"]} | {name: study.parameters[name] for name in names}
     what = ", ".join(sets) if len(sets) < 4 else f"{len(sets)} sets"
-    name = f"{study.model} {study.method} edits, {what}"
-    frame = study.run(edit_facts, [plans], {"ops": ["erase", "update"], **config}, desc=name)
-    return frame, omissions
+    desc = f"{study.model} {study.method} edits, {what}"
+    return study.run(edit_facts, [plans], config, desc=desc), omissions
 
 
 def sample_of_facts(frame, size, seed=0) -> list[str]:
@@ -505,91 +321,15 @@ def sample_of_facts(frame, size, seed=0) -> list[str]:
 
 
 def with_more_controls(study, queries, edits, controls, size) -> pd.DataFrame:
-    """The `edits` of a sample of `size` facts, and the same edits of other `controls` in their
-    place; of those without perplexity."""
+    """The `edits` of a sample of `size` facts, and beside each those of other `controls`, without
+    perplexity."""
     some = sample_of_facts(edits, size, study.seed)
+    changes = dict(controls=controls, ppl_entries=0)
     more, _ = run_edits(
-        study, queries, ["local", "global"], controls=controls, facts=some, ppl_entries=0
+        study,
+        queries,
+        ["local", "global"],
+        facts=some,
+        **changes,
     )
     return pd.concat([edits[edits["fact"].isin(some)], more[more["control"] != "none"]])
-
-
-# --- one fact, to be read -------------------------------------------------------------------------
-
-
-@dataclass
-class WorkedExample:
-    """What the edits of one fact change.
-
-    answers, a row an edit and query: op, neurons, n_neurons; prompt; asked: "q_i", "rephrasing" or
-    "unrelated"; object, that an operation is about (of unrelated queries the unedited answer);
-    p_before, p_after, its probability; answer_before, answer_after, the greedy answers; changed.
-    texts: what the model writes after q_i."""
-
-    answers: pd.DataFrame
-    texts: pd.DataFrame
-
-
-def worked_example(lm, plan, tokens=12, **options) -> WorkedExample:
-    """Erase and update one planned fact by each of its sets, in the weights, and ask its own and
-    its locality queries before and after. options: those of `edit_weights`."""
-    fact = TokenisedFact(lm, plan, ("erase", "update"))
-    old, new = fact.answer("erase"), fact.answer("update")
-    start = fact.targets["erase"][plan["query"]][0]
-    own, unrelated = plan["prompts"], [query["prompt"] for query in plan["locality"]]
-    asked = pd.DataFrame(dict(prompt=own + unrelated, asked="unrelated"))
-    asked.loc[: len(own) - 1, "asked"] = "rephrasing"
-    asked.loc[plan["query"], "asked"] = "q_i"
-    answers, texts = [], []
-    for op, goal in (("erase", plan["object"]), ("update", plan["new_object"])):
-        if op not in fact.targets:
-            continue
-        queries = fact.targets[op] + fact.locality
-        before, text = _replies(lm, queries, start, tokens)
-        texts = texts or [dict(op="none", neurons="", text=text)]
-        asked["object"] = [goal] * len(own) + before["answer"].tolist()[len(own) :]
-        for edit in plan["edits"]:
-            with edit_weights(lm, edit["set"], op, old=old, new=new, **options):
-                after, text = _replies(lm, queries, start, tokens)
-            keys = dict(op=PAPER_OP[op], neurons=edit["neurons"])
-            part = asked.assign(**keys, n_neurons=len(edit["set"]))
-            answers.append(part.join(before.add_suffix("_before")).join(after.add_suffix("_after")))
-            texts.append({**keys, "text": text})
-    answers = pd.concat(answers, ignore_index=True)
-    answers["changed"] = answers["answer_before"] != answers["answer_after"]
-    return WorkedExample(answers, pd.DataFrame(texts))
-
-
-def _replies(lm, queries, start, tokens) -> tuple[pd.DataFrame, str]:
-    """The probability p of each query's answer and as many greedy tokens, as text; and `tokens`
-    tokens after the prompt `start`."""
-    prompts = [prompt for prompt, _ in queries] + [start]
-    lengths = [len(answer) for _, answer in queries] + [tokens]
-    said = [
-        lm.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        for ids in greedy_answers(lm, prompts, lengths)
-    ]
-    p = np.exp(score_queries(lm, queries).log_probability)
-    return pd.DataFrame(dict(p=p, answer=said[:-1])), said[-1]
-
-
-def example_table(example: WorkedExample) -> pd.DataFrame:
-    """A row a prompt of the fact and operation: the answer, and P of the operation's object."""
-    own = example.answers[example.answers["asked"] != "unrelated"].copy()
-    own["prompt"] += np.where(own["asked"] == "q_i", "  ← q_i", "")
-    for when in ("before", "after"):
-        own[when] = [
-            f"{answer}; P({goal}) = {p:.2f}"
-            for answer, goal, p in zip(own[f"answer_{when}"], own["object"], own[f"p_{when}"])
-        ]
-    wide = own.pivot(index=["op", "object", "prompt", "before"], columns="neurons", values="after")
-    wide = wide[list(dict.fromkeys(own["neurons"]))]
-    return wide.reset_index("before").rename_axis(columns=None)
-
-
-def changed_answers(example: WorkedExample) -> pd.DataFrame:
-    """How many answers each edit changes, of the fact's prompts and of unrelated queries."""
-    keys = ["op", "neurons", "n_neurons", "asked"]
-    groups = example.answers.groupby(keys, sort=False)["changed"]
-    text = groups.sum().astype(str) + " of " + groups.size().astype(str)
-    return text.unstack("asked", sort=False).reset_index().rename_axis(columns=None)

@@ -9,7 +9,7 @@ from numbers import Real
 import numpy as np
 import pandas as pd
 
-from qlutils.neurons.sets import above_share, dense_scores, list_cell
+from qlutils.neurons.sets import above_share, as_set, dense_scores, list_cell
 
 CAS_BETAS = ((1.0, 0.0), (0.9, 0.1), (0.8, 0.2), (0.7, 0.3), (0.6, 0.4), (0.5, 0.5))
 CAS_MIN_THRESHOLD = 0.1
@@ -40,7 +40,11 @@ def cas_candidates(scores) -> dict[str, np.ndarray]:
             keep |= above_share(cas, CAS_MIN_THRESHOLD)
     layer, neuron = keep.nonzero()
     kept = {name: value[keep] for name, value in moments.items()}
-    return dict(layer=layer, neuron=neuron, **kept)
+    return dict(
+        layer=layer,
+        neuron=neuron,
+        **kept,
+    )
 
 
 def kept_neurons(candidates, score="raw") -> pd.DataFrame:
@@ -79,7 +83,8 @@ def cas_neurons(candidates, *, b1=0.7, b2=0.3, threshold=0.3, score="raw") -> se
         )
     kept = kept_neurons(candidates, score)
     cas = b1 * kept["mean"] - b2 * kept["std"]
-    return _pairs(kept[above_share(cas.to_numpy(), threshold)])
+    kept = kept[above_share(cas.to_numpy(), threshold)]
+    return as_set(kept["layer"], kept["neuron"])
 
 
 def strongest_neurons(candidates, count, score="raw") -> set:
@@ -88,13 +93,10 @@ def strongest_neurons(candidates, count, score="raw") -> set:
     `candidates` and `score` as for `kept_neurons`)."""
     kept = kept_neurons(candidates, score)
     kept = kept[above_share(kept["mean"].to_numpy(), CAS_MIN_THRESHOLD)]
-    return _pairs(kept.sort_values("mean", ascending=False, kind="stable").head(count))
+    kept = kept.sort_values("mean", ascending=False, kind="stable").head(count)
+    return as_set(kept["layer"], kept["neuron"])
 
 
 def _number(value):
     """NaN, which no setting equals, for what is no number."""
     return value if isinstance(value, Real) and not isinstance(value, bool) else np.nan
-
-
-def _pairs(neurons: pd.DataFrame) -> set:
-    return set(zip(neurons["layer"].tolist(), neurons["neuron"].tolist()))

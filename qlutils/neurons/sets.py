@@ -38,8 +38,7 @@ def knowledge_neurons(scores, t=0.2) -> list[set]:
     _check_share(t)
     sets = []
     for score in dense_scores(scores):  # (L, N)
-        layer, neuron = above_share(score, t).nonzero()
-        sets.append(set(zip(layer.tolist(), neuron.tolist())))
+        sets.append(as_set(*above_share(score, t).nonzero()))
     return sets
 
 
@@ -63,8 +62,7 @@ def kn_sets(queries, t=0.2) -> list[set]:
             fact, prompt = queries.iloc[row][["fact", "prompt_index"]]
             raise ValueError(f"query {fact} prompt {prompt} has non-finite attribution scores")
         keep = above_share(score, t)
-        layer, neuron = list_cell(layer, int)[keep], list_cell(neuron, int)[keep]
-        sets.append(set(zip(layer.tolist(), neuron.tolist())))
+        sets.append(as_set(list_cell(layer, int)[keep], list_cell(neuron, int)[keep]))
     return sets
 
 
@@ -101,6 +99,11 @@ def list_cell(values, dtype) -> np.ndarray:
     """A list cell of a frame as an array; null cells (None, NaN) are empty lists."""
     null = values is None or (np.isscalar(values) and pd.isna(values))
     return np.asarray([] if null else values, dtype)
+
+
+def as_set(layer, neuron) -> set[tuple[int, int]]:
+    """The neurons of two arrays of equal length."""
+    return set(zip(layer.tolist(), neuron.tolist()))
 
 
 def _check_share(t):
@@ -254,7 +257,11 @@ def fact_table(queries, t=0.2) -> pd.DataFrame:
         row = group.iloc[0][["fact", "relation", "subject", "object"]].to_dict()
         if len(sets) > 1:
             agreement = consistency(sets)
-            row |= dict(cs1=agreement.cs1, cs2=agreement.cs2, jaccard=agreement.jaccard)
+            row |= dict(
+                cs1=agreement.cs1,
+                cs2=agreement.cs2,
+                jaccard=agreement.jaccard,
+            )
         row |= dict(
             n_queries=len(sets),
             n_empty=sizes.count(0),
