@@ -59,7 +59,8 @@ def plan_edits(
 
 def _plan(group, edited, objects, draw) -> dict:
     """A fact, whose queries are `group`, with its q_i, its o' and its edits."""
-    plan = group.iloc[0][["fact", "relation", "subject", "object"]].to_dict()
+    first = group.iloc[0]
+    plan = {name: first[name] for name in ("fact", "relation", "subject", "object")}
     known = group["known"].to_numpy(bool)
     query = draw("query").choice(np.flatnonzero(known) if known.any() else len(known))
     plan["prompts"] = group["prompt"].tolist()
@@ -178,7 +179,9 @@ class _Locality:
     relation (more from one side where the other has too few), and known queries come first."""
 
     def __init__(self, queries):
-        self.queries, self.known = queries, queries["known"].to_numpy(bool)
+        self.known = queries["known"].to_numpy(bool)
+        columns = queries[["prompt", "object"]].assign(known=self.known)
+        self.queries = columns.to_dict("records")
         self.codes = {
             name: pd.factorize(queries[name])[0] for name in ("relation", "subject", "object")
         }
@@ -192,9 +195,7 @@ class _Locality:
         half = min(len(same), max(count // 2, count - len(other)))
         chosen = self._known_first(same, half, rng)
         chosen += self._known_first(other, count - half, rng)
-        found = self.queries.iloc[chosen][["prompt", "object", "known"]]
-        found = found.assign(same=shared["relation"][chosen])
-        return found.astype({"known": bool}).to_dict("records")
+        return [self.queries[i] | {"same": bool(shared["relation"][i])} for i in chosen]
 
     def _known_first(self, rows, count, rng) -> list[int]:
         known, unknown = rows[self.known[rows]], rows[~self.known[rows]]

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from qlutils.change.editing import MIN_TOKENS, encode_entries, usable_texts, virtual_edit
-from qlutils.change.rows import Change, score_rows
+from qlutils.change.rows import Change, Scores, score_rows
 from qlutils.change.scaling import greedy_answers
 from qlutils.experiments.edit_plans import plan_edits
 from qlutils.facts import load_facts, perplexity_texts, prompt_tokens
@@ -161,19 +161,25 @@ def matched_neurons(lm, plan, neurons) -> list[list[int]]:
     return sorted(map(list, found))
 
 
-def _scored(lm, edits, queries) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
-    """The scores of each edit's queries before and after it: a row a query, with the columns
-    log_probability, exact, match and greedy (see `Scores`)."""
-    place, before, after = {}, [], []
+def _scored(lm, edits, queries) -> list[tuple[Scores, Scores]]:
+    """The scores of each edit's queries (a list an edit) before and after it."""
+    place, rows, found = {}, [], []
     for edit, own in zip(edits, queries):
         for query in own:
-            index = place.setdefault(query, len(place))
-            before.append((index, None))  # equal rows are computed once
-            after.append((index, edit.change))
-    scores = pd.DataFrame(vars(score_rows(lm, list(place), before + after, everywhere=True)))
-    before, after = scores[: len(before)], scores[len(before) :].reset_index(drop=True)
-    stops = np.cumsum([len(own) for own in queries])
-    return [(before[i:j], after[i:j]) for i, j in zip([0, *stops], stops)]
+            rows.append((place.setdefault(query, len(place)), edit.change))
+    clean = [(index, None) for index in range(len(place))]
+    scores, start = score_rows(lm, list(place), clean + rows, everywhere=True), len(place)
+    for own in queries:
+        stop = start + len(own)
+        before = _some(scores, [place[query] for query in own])
+        found.append((before, _some(scores, range(start, stop))))
+        start = stop
+    return found
+
+
+def _some(scores, rows) -> Scores:
+    arrays = (one[rows] for one in (scores.log_probability, scores.exact, scores.match))
+    return Scores(*arrays, [scores.greedy[row] for row in rows])
 
 
 def _measures(edit, before, after) -> dict:
@@ -183,17 +189,17 @@ def _measures(edit, before, after) -> dict:
     gen_p_... at its neighbours; reached, of each query, 1 or 0; n_gen, n_loc, queries counted."""
     plan, n = edit.fact.plan, len(edit.targets)
     at, known = plan["query"], np.array(plan["known"], bool)
-    reached, matched = after["exact"].to_numpy(float)[:n], after["match"].to_numpy()[:n]
+    reached, matched = after.exact[:n].astype(float), after.match[:n]
     if edit.op == "erase":
         reached, matched = 1 - reached, 1 - matched
-    p_before, p_after = (np.exp(one["log_probability"].to_numpy()) for one in (before, after))
+    p_before, p_after = (np.exp(one.log_probability[:n]) for one in (before, after))
     neighbour = np.arange(n) != at
     near = neighbour & known
     judged = 1.0 if known[at] else np.nan  # Rel and Gen are those of edits on a known query
-    kept = (before["greedy"] == after["greedy"]).to_numpy(float)[n:]
-    sure, same = (
-        np.array([one[key] for one in plan["locality"]], bool) for key in ("known", "same")
-    )
+    kept = [one == other for one, other in zip(before.greedy[n:], after.greedy[n:])]
+    kept = np.array(kept, float)
+    sure = np.array([query["known"] for query in plan["locality"]], bool)
+    same = np.array([query["same"] for query in plan["locality"]], bool)
     found = dict(
         rel=judged * reached[at],
         gen=judged * _mean(reached[near]),
@@ -207,8 +213,8 @@ def _measures(edit, before, after) -> dict:
         gen_match=judged * _mean(matched[near]),
         p_before=p_before[at],
         p_after=p_after[at],
-        gen_p_before=_mean(p_before[:n][neighbour]),
-        gen_p_after=_mean(p_after[:n][neighbour]),
+        gen_p_before=_mean(p_before[neighbour]),
+        gen_p_after=_mean(p_after[neighbour]),
         reached=reached.tolist(),
         n_gen=int(near.sum()),
         n_loc=int(sure.sum()),
@@ -226,23 +232,21 @@ def _shares_of_new_object(lm, edits, scored) -> list[float]:
     """loc_new of every edit. Greedy decoding gives the new object where it begins as that does and,
     for one of several tokens, where each of them is the likeliest after those before it; only the
     latter has to be asked for."""
-    begun = [
-        _begun(edit, after["greedy"]) if edit.op == "update" else []
-        for edit, (_, after) in zip(edits, scored)
-    ]
+    begun = [_begun(edit, after.greedy) for edit, (_, after) in zip(edits, scored)]
     longer = [[query for query in own if query and len(query[1]) > 1] for own in begun]
     shares = []
     for own, some, (_, after) in zip(begun, longer, _scored(lm, edits, longer)):
         short = sum(query is not None for query in own) - len(some)
-        shares.append((short + after["exact"].sum()) / len(own) if own else np.nan)
+        shares.append((short + after.exact.sum()) / len(own) if own else np.nan)
     return shares
 
 
 def _begun(edit, greedy) -> list[Query | None]:
     """For each known unrelated query of another object than an update's new one: the query for the
     new object where the edited model's answer begins as that does, else None."""
-    found, new = [], edit.fact.answer("update")
-    greedy = greedy.tolist()[len(edit.targets) :]
+    if edit.op != "update":
+        return []
+    found, new, greedy = [], edit.fact.answer("update"), greedy[len(edit.targets) :]
     for (prompt, _), about, said in zip(edit.fact.locality, edit.fact.plan["locality"], greedy):
         if about["known"] and about["object"] != edit.fact.plan["new_object"]:
             found.append((prompt, new) if said[0] == new[0] else None)
@@ -261,7 +265,7 @@ def _perplexities(lm, edits, max_tokens) -> list[dict]:
     found = []
     for own, scores in zip(read, _scored(lm, edits, read)):
         tokens = np.array([len(scored) for _, scored in own])
-        before, after = (one["log_probability"].to_numpy() for one in scores)
+        before, after = (one.log_probability for one in scores)
         then, now = (np.exp(-one.sum() / tokens.sum()) for one in (before, after))
         broken = ((before - after) / tokens > np.log(BROKEN)).mean()
         found.append(

@@ -254,7 +254,8 @@ def fact_table(queries, t=0.2) -> pd.DataFrame:
         sets = kn_sets(group, t)
         sizes = [len(one) for one in sets]
         layers = [layer for one in sets for layer, _ in one]
-        row = group.iloc[0][["fact", "relation", "subject", "object"]].to_dict()
+        first = group.iloc[0]
+        row = {name: first[name] for name in ("fact", "relation", "subject", "object")}
         if len(sets) > 1:
             agreement = consistency(sets)
             row |= dict(
