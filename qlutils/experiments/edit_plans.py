@@ -109,7 +109,7 @@ class _EditedSets:
 
     def __init__(self, queries, sets, controls, t, num_neurons):
         if not isinstance(sets, dict):
-            sets = {name: {} if name == "cas" else None for name in sets}
+            sets = dict.fromkeys(sets)
         for name, spec in sets.items():
             if spec is None and name not in ("local", "global"):
                 raise ValueError(
@@ -131,31 +131,11 @@ class _EditedSets:
             chosen = own[query] if name == "local" else every
             if spec is not None:
                 chosen = cas_neurons(first, **spec)
-            edits.append(
-                dict(
-                    neurons=name,
-                    control="none",
-                    set=_as_lists(chosen),
-                )
-            )
+            edits.append(_edit(name, "none", chosen))
             for control in self.controls:
                 rng = draw(f"{control} {name}")
-                others = _as_lists(
-                    self._control(
-                        control,
-                        chosen,
-                        first,
-                        spec or {},
-                        rng,
-                    )
-                )
-                edits.append(
-                    dict(
-                        neurons=name,
-                        control=control,
-                        set=others,
-                    )
-                )
+                others = self._control(control, chosen, first, spec or {}, rng)
+                edits.append(_edit(name, control, others))
         edits.sort(key=lambda edit: edit["control"] != "none")
         return _as_lists(every), edits
 
@@ -168,6 +148,10 @@ class _EditedSets:
             return strongest_neurons(first, len(neurons), spec.get("score", "raw"))
         same_relation = control == "same_relation"
         return self.others.draw(neurons, first["fact"], rng, same_relation=same_relation)
+
+
+def _edit(name, control, neurons) -> dict:
+    return dict(neurons=name, control=control, set=_as_lists(neurons))
 
 
 def _as_lists(neurons) -> list[list[int]]:
