@@ -40,12 +40,12 @@ def cas_of_fact(queries, fact, t, spec) -> pd.DataFrame:
 def cas_contrasts(edits, classes, seed=0) -> pd.DataFrame:
     """CAS less Local and less Global (`against`) in the measures of COMPARED, on the same facts: of
     all facts and of each class."""
-    own, parts = edits[edits["control"] == "none"], []
+    own, parts = edits[edits["control"] == "none"], {}
     for name, part in by_class(own, classes).items():
         for other, metrics in COMPARED.items():
-            found = contrasts(part, "neurons", ("cas", other), metrics, ["op"], seed)
-            parts.append(found.assign(facts=name, against=other))
-    return pd.concat(parts, ignore_index=True)
+            sets = ("cas", other)
+            parts[name, other] = contrasts(part, "neurons", sets, metrics, ["op"], seed)
+    return pd.concat(parts, names=["facts", "against"]).reset_index(["facts", "against"])
 
 
 def size_contrasts(study, queries, classes) -> pd.DataFrame:
@@ -58,12 +58,11 @@ def size_contrasts(study, queries, classes) -> pd.DataFrame:
         controls=["strongest"],
         ppl_entries=0,
     )
-    parts = []
+    parts = {}
     for name, part in by_class(edits, classes).items():
-        found = contrasts(part, "control", ("none", "strongest"), RATES, ["op"], study.seed)
-        found.insert(0, "facts", name)
-        parts.append(found)
-    return pd.concat(parts, ignore_index=True)
+        controls = ("none", "strongest")
+        parts[name] = contrasts(part, "control", controls, RATES, ["op"], study.seed)
+    return pd.concat(parts, names=["facts"]).reset_index("facts")
 
 
 # --- sensitivity to the two settings --------------------------------------------------------------

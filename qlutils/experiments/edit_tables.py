@@ -160,5 +160,6 @@ def class_contrasts(frame, classes, seed=0) -> pd.DataFrame:
     frame, parts = with_classes(frame, classes), [pd.DataFrame()]
     for threshold in dividing_thresholds(classes):
         part = contrasts(frame, f"class_{threshold}", CLASSES, seed=seed)
-        parts.append(part.assign(threshold=threshold))
+        part.insert(0, "threshold", threshold)
+        parts.append(part)
     return pd.concat(parts, ignore_index=True)
