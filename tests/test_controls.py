@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from qlutils.experiments import controls
-from qlutils.neurons.sets import random_neurons
+from qlutils.neurons.others import random_neurons
 from qlutils.show.stats import LEAST, welch
 
 PATTERNS = (

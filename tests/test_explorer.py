@@ -48,7 +48,8 @@ from qlutils.explorer.page import (
 )
 from qlutils.facts import Fact
 from qlutils.model.passes import attention_implementation
-from qlutils.neurons.sets import cas_candidates, cas_neurons, consistency, neighbour_sets
+from qlutils.neurons.cas import cas_candidates, cas_neurons
+from qlutils.neurons.sets import consistency, neighbour_sets
 from qlutils.paths import NOTEBOOKS
 from qlutils.study import store
 from qlutils.study.execute import execute, kernel_environment

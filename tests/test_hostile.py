@@ -58,7 +58,7 @@ from qlutils.files import read_table
 from qlutils.files import write_table as write_parquet
 from qlutils.model.language_model import LanguageModel
 from qlutils.model.passes import neuron_vectors
-from qlutils.neurons.sets import cas_candidates, cas_neurons
+from qlutils.neurons.cas import cas_candidates, cas_neurons
 from qlutils.show.tables import write_table
 from qlutils.study.notebook import Study
 

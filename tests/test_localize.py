@@ -21,7 +21,8 @@ from qlutils.experiments.localize import (
     localise_unit,
     localised,
 )
-from qlutils.neurons.sets import CAS_BETAS, cas_neurons, kn_sets
+from qlutils.neurons.cas import CAS_BETAS, cas_neurons
+from qlutils.neurons.sets import kn_sets
 from qlutils.study.notebook import Study
 
 STEPS = 3

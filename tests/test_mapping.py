@@ -10,7 +10,7 @@ from qlutils.change import synapses
 from qlutils.change.scaling import answer_probability, scale_neurons
 from qlutils.experiments import effects
 from qlutils.experiments import query_kn_mapping as mapping
-from qlutils.neurons.sets import active_neurons, random_neurons
+from qlutils.neurons.others import active_neurons, random_neurons
 from qlutils.show import tables
 
 UNIT = [

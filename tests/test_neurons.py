@@ -8,10 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlutils.neurons.cas import CAS_BETAS, cas_candidates, cas_neurons, strongest_neurons
 from qlutils.neurons.sets import (
-    CAS_BETAS,
-    cas_candidates,
-    cas_neurons,
     classify,
     consistency,
     cs2_subsampled,
@@ -286,6 +284,18 @@ def test_a_fact_without_a_positive_score_has_no_cas_neurons():
 def test_cas_settings_outside_the_grid_are_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         cas_neurons(cas_candidates(np.ones((2, 1, 2))), **setting)
+
+
+def test_the_strongest_neurons_are_as_many_as_the_set_and_led_by_their_mean_score():
+    rng = np.random.default_rng(3)
+    scores = rng.normal(size=(4, 3, 20)) + 2 * rng.random((3, 20))
+    mean, candidates = scores.mean(0), cas_candidates(scores)
+    ranked = sorted(np.ndindex(mean.shape), key=lambda pair: -mean[pair])
+    for count in (0, 1, 7):
+        assert strongest_neurons(candidates, count) == set(ranked[:count])
+    above = {pair for pair in ranked if mean[pair] > 0.1 * mean.max()}
+    assert strongest_neurons(candidates, 60) == above and 7 < len(above) < 60
+    assert strongest_neurons(dict(layer=[], neuron=[], mean=[], std=[]), 3) == set()
 
 
 # --- classes and the table ------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from qlutils.experiments.consistency import THRESHOLDS, classified_facts, share_of_class
+from qlutils.neurons.others import random_neurons
 from qlutils.neurons.sets import (
     classify,
     consistency,
@@ -21,7 +22,6 @@ from qlutils.neurons.sets import (
     fact_table,
     kn_sets,
     otsu_threshold,
-    random_neurons,
 )
 from qlutils.show.stats import (
     LEAST,

@@ -1,37 +1,37 @@
-"""Tables 2 and 3, their comparisons, and one edited fact to be read."""
+"""Tables 2 and 3, and the differences that are read from them."""
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections import Counter
 
 import numpy as np
 import pandas as pd
 
-from qlutils.experiments.consistency import cells
-from qlutils.show.stats import bootstrap_difference, bootstrap_mean
-from qlutils.show.tables import paper_value, verdict, with_interval, without_empty_paper_columns
+from qlutils.experiments.consistency import CLASSES, THRESHOLDS, cells
+from qlutils.show.stats import bootstrap_difference, bootstrap_mean, mean_columns
+from qlutils.show.tables import paper_value, verdict, without_empty_paper_columns
 
-PAPER_SETS = {
-    2: ("local", "global"),
-    3: ("local", "global", "cas"),
-}  # those for which a table of the paper has values
-METRICS = ("rel", "gen", "loc", "avg", "dppl", "broken")
+PAPER_OP = {"erase": "erasure", "update": "update"}
+PAPER_SETS = {2: ("local", "global"), 3: ("local", "global", "cas")}  # of the paper's two tables
+RATES = ("rel", "gen", "loc", "avg")
+METRICS = (*RATES, "dppl", "broken")
 MEDIANS = ("dppl",)  # a few broken texts decide its mean
 AVG_NOTE = (
     "Rel, Gen, Loc and Avg are means over the edits for which each is defined (n_rel, n_gen, "
     "n_loc, n_avg). Avg is that of the edits with all three: where n_avg is less than the others, "
-    "it is not the mean of the columns beside it. dPPL is the median; broken, the share of texts "
-    "whose perplexity an edit multiplies by more than ten; dppl_mean, "
-    "the mean, where no text is."
+    "it is not the mean of the columns beside it."
 )
-PAPER_OP = {"erase": "erasure", "update": "update"}
+PERPLEXITY_NOTE = (
+    "dPPL is the median; broken, the share of texts whose perplexity an edit multiplies by more "
+    "than ten; dppl_mean, the mean, where no text is."
+)
 
 
-def edit_table(
+def measures_table(
     frame, classes, model, *, table=2, sets=("local", "global"), controls=("random",), seed=0
 ):
-    """Table 2 or 3: a row a split of the facts, operation and neuron set; its random control right
-    below it.
+    """Table 2 or 3: a row a split of the facts, operation and neuron set; its controls right below
+    it.
 
     classes: a frame with fact, class_static, class_otsu. Rel, Gen, Loc and Avg are means over
     edits with 95 % intervals (facts resampled within relations), and so is broken; dppl is the
@@ -39,42 +39,68 @@ def edit_table(
     n_avg have a defined Rel, Gen, Loc and Avg (see AVG_NOTE); n_empty had no neurons to edit.
     Classes without a fact show n = 0. Columns ending in _paper hold the paper's values, for its
     models and methods; they are left out for others."""
-    classes = classes[["fact", "class_static", "class_otsu"]]
-    frame, rows = frame[frame["note"].isna()].merge(classes, on="fact", how="left"), []
+    frame, rows = with_classes(frame[frame["note"].isna()], classes), []
     levels = {
-        "threshold": ("all", "static", "otsu"),
-        "class": ("all", "I", "II"),
+        "threshold": ("all", *THRESHOLDS),
+        "class": ("all", *CLASSES),
         "op": PAPER_OP,
         "neurons": sets,
         "control": ("none", *controls),
     }
     for keys, part in cells(frame, levels):
-        control, operation, neurons = keys.pop("control"), PAPER_OP[keys["op"]], keys["neurons"]
+        control, neurons = keys.pop("control"), keys["neurons"]
         if control != "none" and part.empty:  # a class without a fact is one row, n = 0
             continue
-        row = keys | {
-            "op": operation,
-            "neurons": neurons if control == "none" else f"{neurons} ({control})",
-            "n": len(part),
-            "n_empty": int((part["n_neurons"] == 0).sum()),
-            "neurons_edited": part["n_neurons"].mean(),
+        row = {
+            **keys,
+            "op": PAPER_OP[keys["op"]],
+            **_measures(part, seed),
         }
-        for metric in METRICS:
-            estimate = bootstrap_mean(part, metric, seed=seed, share=metric not in MEDIANS)
-            row |= estimate.row("median" if metric in MEDIANS else "mean", metric)
-            if metric in ("rel", "gen", "loc", "avg"):
-                row[f"n_{metric}"] = estimate.n
-        broken = part["broken"].fillna(0).any()
-        row |= {"dppl_mean": np.nan if broken else part["dppl"].mean(), "n": len(part)}
-        if control == "none" and keys["threshold"] == "static" and neurons in PAPER_SETS[table]:
-            given = dict(operation=operation, neurons=neurons, class_=keys["class"])
-            row |= {
-                f"{name}_paper": paper_value(table, model, name, **given)
-                for name in METRICS
-                if name != "broken"
-            }
+        if control != "none":
+            row["neurons"] = f"{neurons} ({control})"
+        elif keys["threshold"] == "static" and neurons in PAPER_SETS[table]:
+            for name in METRICS[:-1]:  # the paper counts no broken texts
+                row[f"{name}_paper"] = paper_value(
+                    table, model, name, operation=row["op"], neurons=neurons, class_=keys["class"]
+                )
         rows.append(row)
     return without_empty_paper_columns(pd.DataFrame(rows))
+
+
+def _measures(part, seed) -> dict:
+    """The measures of some edits, as columns of a row."""
+    row = {
+        "n": len(part),
+        "n_empty": int((part["n_neurons"] == 0).sum()),
+        "neurons_edited": part["n_neurons"].mean(),
+    }
+    for metric in METRICS:
+        estimate = bootstrap_mean(part, metric, seed=seed, share=metric not in MEDIANS)
+        row |= estimate.row("median" if metric in MEDIANS else "mean", metric)
+        if metric in RATES:
+            row[f"n_{metric}"] = estimate.n
+    broken = part["broken"].fillna(0).any()
+    return row | {"dppl_mean": np.nan if broken else part["dppl"].mean(), "n": len(part)}
+
+
+def locality_table(frame, seed=0) -> pd.DataFrame:
+    """Loc of the KNs' edits on queries of the same relation (loc_same) and of others (loc_other),
+    and the share of unrelated queries that an update makes answer with the new object (loc_new)."""
+    edits = frame[(frame["control"] == "none") & frame["note"].isna()]
+    rows = []
+    for (op, neurons), part in edits.groupby(["op", "neurons"], sort=False):
+        means = mean_columns(part, ("loc_new", "loc_same", "loc_other"), seed)
+        rows.append(
+            {
+                "op": op,
+                "neurons": neurons,
+                **means,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+# --- differences ----------------------------------------------------------------------------------
 
 
 def contrasts(frame, by, levels, metrics=METRICS, within=("op", "neurons"), seed=0) -> pd.DataFrame:
@@ -87,144 +113,53 @@ def contrasts(frame, by, levels, metrics=METRICS, within=("op", "neurons"), seed
             estimate = bootstrap_difference(
                 part, metric, by, levels, seed=seed, share=metric not in MEDIANS
             )
-            rows.append(
-                {
-                    **dict(zip(within, keys)),
-                    "metric": metric,
-                    **estimate.row("median" if metric in MEDIANS else "mean", "difference"),
-                    "n": estimate.n_clusters,
-                    "n_other": estimate.n_clusters_other,
-                }
-            )
+            row = dict(zip(within, keys)) | {"metric": metric}
+            row |= estimate.row("median" if metric in MEDIANS else "mean", "difference")
+            rows.append(row | {"n": estimate.n_clusters, "n_other": estimate.n_clusters_other})
     return pd.DataFrame(rows)
 
 
-def tell(frame, what) -> None:
-    """Print the rows of `contrasts` as sentences; `what` says which difference it is, n counts the
-    facts of both sides."""
-    for row in frame.to_dict("records"):
-        metric = "median dPPL" if row["metric"] == "dppl" else row["metric"]
-        subject = ", ".join(filter(None, [PAPER_OP[row["op"]], row.get("neurons"), metric]))
-        print(f"{subject}: {what} {with_interval(row, 'difference')}, {verdict(row, 'difference')}")
+def with_verdicts(contrasts) -> pd.DataFrame:
+    """`contrasts` to be read: with what each interval says about 0, in the paper's words."""
+    said = [verdict(row, "difference") for row in contrasts.to_dict("records")]
+    words = {"op": PAPER_OP, "metric": {"dppl": "median dPPL"}}
+    return contrasts.replace(words).assign(verdict=said)
 
 
-def sweep_table(frame, sweep, classes, seed=0) -> pd.DataFrame:
-    """Rel, Gen, Loc and Avg over all facts for every CAS setting of a `cas_sweep`, with 95 %
-    intervals."""
-    parts = []
-    for kind, part in sweep.groupby("varied", sort=False):
-        rows = edit_table(frame, classes, "", sets=list(part["name"]), controls=[], seed=seed)
-        parts.append(rows[rows["threshold"] == "all"].assign(varied=kind))
-    columns = [f"{metric}{end}" for metric in METRICS[:4] for end in ("", "_low", "_high")]
-    return pd.concat(parts, ignore_index=True)[
-        [
-            "varied",
-            "op",
-            "neurons",
-            "n",
-            *(f"n_{metric}" for metric in METRICS[:4]),
-            "n_empty",
-            "neurons_edited",
-            *columns,
-        ]
-    ]
+def in_short(contrasts, what) -> str:
+    """How many of some differences lie on which side of 0; `what` says which differences."""
+    verdicts = [verdict(row, "difference") for row in contrasts.to_dict("records")]
+    counts = Counter(said.split(" (")[0] for said in verdicts)
+    said = ", ".join(f"{one} in {count} of {len(verdicts)}" for one, count in counts.items())
+    return f"{what}: {said or 'nothing to compare'}"
 
 
-def tell_sweep(table) -> None:
-    """Print the range of Avg over each setting that a `sweep_table` varies."""
-    for (kind, op), part in (
-        table.dropna(subset="avg").sort_values("avg", kind="stable").groupby(["varied", "op"])
-    ):
-        low, high = (
-            f"{row['avg']:.2f} ({row['neurons']}, {row['neurons_edited']:.1f} neurons)"
-            for row in (part.iloc[0], part.iloc[-1])
-        )
-        print(f"{op}, {kind} varied: Avg from {low} to {high}")
+# --- classes of the facts -------------------------------------------------------------------------
 
 
-# --- one fact, to be read -------------------------------------------------------------------------
+def with_classes(frame, classes) -> pd.DataFrame:
+    return frame.merge(classes[["fact", "class_static", "class_otsu"]], on="fact", how="left")
 
 
-def worked_example(lm, plan, tokens=12, **options):
-    """(answers, side effects, texts) of erasing and updating one planned fact by each of its sets,
-    in the weights.
-
-    answers: op, neurons, prompt, the probability of the object an operation is about before and
-    after, and the greedy answers. side effects: locality queries whose greedy answer changes.
-    texts: `tokens` tokens after q_i."""
-    from qlutils.change.editing import edit_weights
-    from qlutils.change.scaling import answer_probability, greedy_answers
-
-    prompts, goals = plan["prompts"], {"erase": plan["object"], "update": plan["new_object"]}
-    own, far = {}, [lm.encode(one["prompt"], one["object"]) for one in plan["locality"]]
-    for op, goal in goals.items():
-        with suppress(ValueError):  # an object that cannot follow every prompt is left out
-            if goal:
-                own[op] = [lm.encode(prompt, goal) for prompt in prompts]
-
-    def look(op):
-        asked = [*own[op], *far, (own["erase"][plan["query"]][0], [None] * tokens)]
-        said = greedy_answers(
-            lm, [prompt for prompt, _ in asked], [len(answer) for _, answer in asked]
-        )
-        said = [lm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said]
-        p = answer_probability(lm, prompts, [goals[op]] * len(prompts)).tolist()
-        return p, said[: len(prompts)], said[len(prompts) : -1], said[-1]
-
-    answers, effects, texts = [], [], [dict(op="none", neurons="", text=look("erase")[-1])]
-    for op in own:
-        before, target = look(op), own[op][plan["query"]][1]
-        for edit in plan["edits"]:
-            with edit_weights(
-                lm, edit["set"], op, old=own["erase"][plan["query"]][1], new=target, **options
-            ):
-                after = look(op)
-            keys = dict(op=PAPER_OP[op], neurons=edit["neurons"], n_neurons=len(edit["set"]))
-            answers += [
-                keys
-                | dict(
-                    prompt=prompt,
-                    object=goals[op],
-                    edited_on=k == plan["query"],
-                    p_before=before[0][k],
-                    answer_before=before[1][k],
-                    p_after=after[0][k],
-                    answer_after=after[1][k],
-                )
-                for k, prompt in enumerate(prompts)
-            ]
-            effects += [
-                keys | dict(prompt=one["prompt"], answer_before=old, answer_after=new)
-                for one, old, new in zip(plan["locality"], before[2], after[2])
-                if old != new
-            ]
-            texts.append(dict(op=PAPER_OP[op], neurons=edit["neurons"], text=after[3]))
-    columns = ["op", "neurons", "n_neurons", "prompt", "answer_before", "answer_after"]
-    return pd.DataFrame(answers), pd.DataFrame(effects, columns=columns), pd.DataFrame(texts)
+def dividing_thresholds(classes) -> list[str]:
+    """The class thresholds by which no class is empty."""
+    return [name for name in THRESHOLDS if classes[f"class_{name}"].nunique() == 2]
 
 
-def example_table(answers) -> pd.DataFrame:
-    """The answers of `worked_example`, a row a prompt and operation: the answer, and P of the
-    operation's object."""
+def by_class(frame, classes) -> dict[str, pd.DataFrame]:
+    """The edits of all facts, and of each class of the `dividing_thresholds`."""
+    groups, frame = {"all facts": frame}, with_classes(frame, classes)
+    for threshold in dividing_thresholds(classes):
+        for name in CLASSES:
+            groups[f"K_{name} ({threshold})"] = frame[frame[f"class_{threshold}"] == name]
+    return groups
 
-    def shown(when):
-        return [
-            f"{answer}; P({goal}) = {p:.2f}"
-            for answer, goal, p in zip(
-                answers[f"answer_{when}"], answers["object"], answers[f"p_{when}"]
-            )
-        ]
 
-    frame = answers.assign(
-        before=shown("before"),
-        after=shown("after"),
-        prompt=answers["prompt"] + np.where(answers["edited_on"], "  ← q_i", ""),
-    )
-    wide = frame.pivot(
-        index=["op", "object", "prompt", "before"], columns="neurons", values="after"
-    )
-    return (
-        wide[list(dict.fromkeys(answers["neurons"]))]
-        .reset_index("before")
-        .rename_axis(columns=None)
-    )
+def class_contrasts(frame, classes, seed=0) -> pd.DataFrame:
+    """`contrasts` of K_I less K_II by each of the `dividing_thresholds`."""
+    frame, parts = with_classes(frame, classes), [pd.DataFrame()]
+    for threshold in dividing_thresholds(classes):
+        part = contrasts(frame, f"class_{threshold}", CLASSES, seed=seed)
+        part.insert(0, "threshold", threshold)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from qlutils.experiments.consistency import CLASSES, THRESHOLDS, cells, classified_facts
-from qlutils.neurons.sets import OtherFacts, kn_sets
+from qlutils.neurons.others import OtherFacts
+from qlutils.neurons.sets import kn_sets
 from qlutils.show.stats import LEAST, bootstrap_difference, bootstrap_mean, mean_columns
 
 DIRECTIONS = ("enhance", "suppress", "average")

@@ -12,7 +12,8 @@ import torch
 from qlutils.attribution.attribute import Attribution, Spec, attribute_encoded
 from qlutils.facts import Fact, prompt_tokens
 from qlutils.model.passes import neuron_vectors
-from qlutils.neurons.sets import STORE_THRESHOLD, cas_candidates, fact_table
+from qlutils.neurons.cas import cas_candidates
+from qlutils.neurons.sets import STORE_THRESHOLD, above_share, fact_table
 
 CONVERGED_STEPS = 9  # about what the rule "converged" takes a layer, between models
 # The facts of the paper's Figure 1.
@@ -75,7 +76,7 @@ localise_unit.passes = _passes
 def _add_scores(frame: pd.DataFrame, result: Attribution) -> None:
     """Fill in what was found of the queries that are not left out; `result` has them in the frame's
     order."""
-    scores, read = result.scores, np.flatnonzero(frame["left_out"].isna())
+    scores, read = result.scores.cpu().numpy(), np.flatnonzero(frame["left_out"].isna())
     cells: dict[str, list] = {
         name: [None] * len(frame)
         for name in (
@@ -91,9 +92,9 @@ def _add_scores(frame: pd.DataFrame, result: Attribution) -> None:
             "cas_std_max",
         )
     }
-    top = scores.amax((1, 2), keepdim=True)
-    found = ((scores > STORE_THRESHOLD * top) & (top > 0)).nonzero(as_tuple=True)
-    query, layer, neuron, score = (one.cpu().numpy() for one in (*found, scores[found]))
+    found = np.stack([above_share(one, STORE_THRESHOLD) for one in scores])  # (Q, L, N)
+    query, layer, neuron = found.nonzero()
+    score = scores[found]
     ends = np.cumsum(np.bincount(query, minlength=len(read)))[:-1]
     for name, values in (
         ("layer", layer.astype(np.int32)),

@@ -10,7 +10,8 @@ import torch
 from qlutils.change.scaling import scaled_answer_probabilities
 from qlutils.facts import prompt_tokens
 from qlutils.model.passes import neuron_vectors
-from qlutils.neurons.sets import active_neurons, neighbour_sets, random_neurons
+from qlutils.neurons.others import active_neurons, random_neurons
+from qlutils.neurons.sets import neighbour_sets
 
 PAPER_SETS = ("self", "union", "intersection", "refine")
 NEIGHBOURS = PAPER_SETS[1:]

@@ -29,7 +29,8 @@ from qlutils.facts import Fact
 from qlutils.files import as_frame, read_table
 from qlutils.model.architecture import UnsupportedModel
 from qlutils.model.passes import computing, neuron_vectors
-from qlutils.neurons.sets import cas_neurons, consistency, kn_sets, neighbour_sets
+from qlutils.neurons.cas import cas_neurons
+from qlutils.neurons.sets import consistency, kn_sets, neighbour_sets
 from qlutils.show.plots import WIDE
 from qlutils.study.notebook import Study, model_content
 from qlutils.study.store import code_versions

@@ -1,0 +1,119 @@
+"""Notebook 07: edits of the neurons that a fact's queries use alike (CAS, Eq. 7)."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from qlutils.experiments.edit_tables import RATES, by_class, contrasts, measures_table
+from qlutils.experiments.kn_modification import run_edits, sample_of_facts
+from qlutils.neurons.cas import cas_neurons, kept_neurons
+from qlutils.neurons.sets import kn_sets
+
+# What the paper claims of CAS: to gain Gen against Local, and Loc and dPPL against Global.
+COMPARED = {"local": ("rel", "gen", "avg"), "global": ("loc", "dppl", "broken", "avg")}
+
+
+def cas_spec(parameters) -> dict:
+    """`cas_neurons` keywords from a notebook's parameters."""
+    names = dict(
+        b1="beta1",
+        b2="beta2",
+        threshold="cas_threshold",
+        score="cas_score",
+    )
+    return {keyword: parameters[name] for keyword, name in names.items()}
+
+
+def cas_of_fact(queries, fact, t, spec) -> pd.DataFrame:
+    """The kept neurons of one fact, the largest CAS first: layer, neuron, mean, std, CAS, in how
+    many of the fact's queries each is a KN at `t`, and whether it is `chosen` by `spec`."""
+    rows = queries[queries["fact"] == fact]
+    chosen, kns = cas_neurons(rows.iloc[0], **spec), kn_sets(rows, t)
+    found = kept_neurons(rows.iloc[0], spec["score"])
+    found["CAS"] = spec["b1"] * found["mean"] - spec["b2"] * found["std"]
+    pairs = list(zip(found["layer"], found["neuron"]))
+    found["KN of queries"] = [sum(pair in one for one in kns) for pair in pairs]
+    found["chosen"] = [pair in chosen for pair in pairs]
+    return found.sort_values("CAS", ascending=False, ignore_index=True)
+
+
+def cas_contrasts(edits, classes, seed=0) -> pd.DataFrame:
+    """CAS less Local and less Global (`against`) in the measures of COMPARED, on the same facts: of
+    all facts and of each class."""
+    own, parts = edits[edits["control"] == "none"], {}
+    for name, part in by_class(own, classes).items():
+        for other, metrics in COMPARED.items():
+            sets = ("cas", other)
+            parts[name, other] = contrasts(part, "neurons", sets, metrics, ["op"], seed)
+    return pd.concat(parts, names=["facts", "against"]).reset_index(["facts", "against"])
+
+
+def size_contrasts(study, queries, classes) -> pd.DataFrame:
+    """CAS less as many neurons of the largest mean attribution, of all facts and of each class."""
+    sets = {"cas": cas_spec(study.parameters)}
+    edits, _ = run_edits(
+        study,
+        queries,
+        sets,
+        controls=["strongest"],
+        ppl_entries=0,
+    )
+    parts = {}
+    for name, part in by_class(edits, classes).items():
+        controls = ("none", "strongest")
+        parts[name] = contrasts(part, "control", controls, RATES, ["op"], study.seed)
+    return pd.concat(parts, names=["facts"]).reset_index("facts")
+
+
+# --- sensitivity to the two settings --------------------------------------------------------------
+
+
+def cas_sweep(parameters, betas, thresholds) -> pd.DataFrame:
+    """The CAS settings of the sensitivity section, one of the two varied at a time: varied, name,
+    spec."""
+    base = cas_spec(parameters)
+    settings = [("beta", dict(b1=b1, b2=round(1 - b1, 9))) for b1 in betas]
+    settings += [("threshold", dict(threshold=threshold)) for threshold in thresholds]
+    rows = []
+    for varied, changed in settings:
+        spec = {**base, **changed}
+        name = "b1={b1:g} b2={b2:g} threshold={threshold:g}".format(**spec)
+        rows.append(dict(varied=varied, name=name, spec=spec))
+    return pd.DataFrame(rows)
+
+
+def sweep_table(study, queries, classes, betas, thresholds, size) -> pd.DataFrame:
+    """Rel, Gen, Loc and Avg of a sample of `size` facts for every setting of `cas_sweep`, with 95 %
+    intervals; without perplexity."""
+    sweep = cas_sweep(study.parameters, betas, thresholds)
+    some = sample_of_facts(classes, size, study.seed)
+    sets = dict(zip(sweep["name"], sweep["spec"]))
+    edits, _ = run_edits(
+        study,
+        queries,
+        sets,
+        controls=[],
+        facts=some,
+        ppl_entries=0,
+    )
+    parts = []
+    for varied, part in sweep.groupby("varied", sort=False):
+        rows = measures_table(
+            edits,
+            classes,
+            "",
+            sets=part["name"],
+            controls=(),
+            seed=study.seed,
+        )
+        rows = rows[rows["threshold"] == "all"]
+        rows.insert(0, "varied", varied)
+        parts.append(rows)
+    return pd.concat(parts, ignore_index=True).filter(regex="^(varied|op|n|rel|gen|loc|avg)")
+
+
+def extremes_of_avg(table) -> pd.DataFrame:
+    """The settings of a `sweep_table` with the lowest and the highest Avg, for each that varies."""
+    groups = table.dropna(subset="avg").groupby(["varied", "op"])["avg"]
+    rows = pd.concat([groups.idxmin(), groups.idxmax()]).sort_values().unique()
+    return table.loc[rows, ["varied", "op", "neurons", "neurons_edited", "avg", "n_avg"]]
