@@ -20,10 +20,11 @@ from IPython.display import HTML, Image, display
 from qlutils import paths
 from qlutils.experiments.claims import NEIGHBOURS, Missing
 from qlutils.experiments.edit_tables import METRICS
-from qlutils.experiments.effects import STATISTICS, query_gaps, summary
+from qlutils.experiments.effects import query_gaps, summary
 from qlutils.files import write_bytes
 from qlutils.show.page import export_html, missing_html, shown
 from qlutils.show.plots import figure_bars
+from qlutils.show.stats import STATISTICS
 from qlutils.show.tables import format_value, paper, paper_notes
 from qlutils.study.notebook import Study, read_record
 

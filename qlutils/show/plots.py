@@ -18,9 +18,8 @@ from matplotlib.colors import Normalize
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from qlutils.experiments.effects import STATISTICS
 from qlutils.files import write_bytes
-from qlutils.show.stats import LEAST
+from qlutils.show.stats import LEAST, STATISTICS
 from qlutils.show.tables import csv_text, files_of
 
 WIDE = 7.0  # inches: two columns of a paper

@@ -18,8 +18,8 @@ from qlutils import load_facts, load_model, scale_neurons, scale_synapses
 from qlutils.change.scaling import scaled_answer_probabilities
 from qlutils.change.synapses import Row, above_threshold, column_scores, run_rows, synapse_sets
 from qlutils.experiments.effects import units
-from qlutils.experiments.localize import localise_unit
-from qlutils.experiments.query_kn_mapping import _activations, query_sets
+from qlutils.experiments.localize import activations, localise_unit
+from qlutils.experiments.query_kn_mapping import query_sets
 from qlutils.model.attention import cache_of, with_cache
 
 
@@ -49,7 +49,7 @@ def neuron_rows(lm, facts):
         encoded = [lm.encode(prompt, fact["object"]) for prompt in fact["prompts"]]
         sets = [set(zip(*kns)) for kns in zip(fact["layer"], fact["neuron"])]
         for i, (query, active) in enumerate(
-            zip(encoded, _activations(lm, [prompt for prompt, _ in encoded]))
+            zip(encoded, activations(lm, [prompt for prompt, _ in encoded]))
         ):
             rows += [
                 (*query, frozenset(chosen), factor)
