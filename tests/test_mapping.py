@@ -4,7 +4,7 @@ one-by-one evaluation."""
 import numpy as np
 import pandas as pd
 import pytest
-from test_synapses import Words, make
+from tiny import tiny_lm, word_tokenizer
 
 from qlutils.change import synapses
 from qlutils.change.scaling import answer_probability, scale_neurons
@@ -18,7 +18,7 @@ UNIT = [
         fact="R1|a|8 6",
         relation="R1",
         object="8 6",
-        prompts=["3 17 8 25", "5 17 8", "9 3 30 2"],
+        prompts=["13 17 8 25", "5 17 8", "9 13 30 12"],
         prompt_index=[0, 2, 3],
         layer=[[0, 0, 2], [0, 1], []],
         neuron=[[3, 7, 40], [3, 5], []],
@@ -77,10 +77,8 @@ def test_every_set_of_a_query_by_hand():
         assert not drawn & like and [sum(l == k for l, _ in drawn) for k in (0, 1)] == [
             sum(l == k for l, _ in like) for k in (0, 1)
         ]
-    assert {*sets, "self_same_relation", "self_other_relation"} == {
-        *mapping.PAPER_SETS,
-        *mapping.CONTROL_SETS,
-    }
+    shown = {*effects.PAPER_SETS, *effects.COMPARISON_SETS}
+    assert shown - {"self_same_relation", "self_other_relation"} <= set(sets)
 
 
 def test_random_and_matched_neurons_end_where_a_layer_is_used_up():
@@ -104,13 +102,14 @@ def test_the_most_active_neuron_is_matched_first():
     assert active_neurons({(0, 0)}, active) == active_neurons({(0, 1)}, active) == {(0, 2)}
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
-def test_rows_of_the_batch_equal_one_set_at_a_time(name):
-    lm = make(name)
+@pytest.mark.parametrize("family", ["gpt2", "llama3"])
+def test_rows_of_the_batch_equal_one_set_at_a_time(family):
+    lm = tiny_lm(family)
     frame = mapping.scale_kns(lm, UNIT, suppress=0.0, enhance=3.0)
+    assert len(frame) == 3 * 2 * mapping.NUM_SETS == 3 * 2 * frame["set"].nunique()
     sets = [set(zip(*kns)) for kns in zip(UNIT[0]["layer"], UNIT[0]["neuron"])]
     for row in frame.to_dict("records"):
-        if row["set"] not in mapping.PAPER_SETS:
+        if row["set"] not in effects.PAPER_SETS:
             continue
         i = [0, 2, 3].index(row["prompt_index"])
         others = [s for k, s in enumerate(sets) if k != i]
@@ -132,20 +131,17 @@ def test_rows_of_the_batch_equal_one_set_at_a_time(name):
 
 def test_a_fact_with_one_query_is_named():
     with pytest.raises(ValueError, match=r"R1\|a\|8.*single"):
-        mapping.scale_kns(make("gpt2"), [dict(UNIT[0], prompts=["3 4 5"])])
+        mapping.scale_kns(tiny_lm("gpt2"), [dict(UNIT[0], prompts=["13 4 5"])])
 
 
 # --- units ----------------------------------------------------------------------------------------
 
 
 def test_units_hold_the_neurons_above_the_threshold_and_an_irrelevant_prompt_of_equal_length():
-    [[a, b], [c]] = effects.units(QUERIES, 0.2, irrelevant=0, size=2)
+    [[a, b, c]] = effects.units(QUERIES, 0.2, irrelevant=0)
     assert a["layer"] == [[0], [0], [1]] and a["neuron"] == [[1], [1], [1]]
-    assert sorted(zip(b["layer"][2], b["neuron"][2])) == [(0, 2), (1, 1)] and b["prompt_index"] == [
-        0,
-        1,
-        2,
-    ]
+    assert sorted(zip(b["layer"][2], b["neuron"][2])) == [(0, 2), (1, 1)]
+    assert b["prompt_index"] == [0, 1, 2]
     assert all(prompt.startswith("R2 c") for prompt in a["irrelevant"] + b["irrelevant"])
     assert all(
         prompt.startswith("R1 a") for prompt in c["irrelevant"]
@@ -203,19 +199,8 @@ def test_another_fact_s_neurons_are_of_one_fact_and_none_of_this_one():
 
 
 def changes(rows):
-    return pd.DataFrame(
-        rows,
-        columns=[
-            "fact",
-            "relation",
-            "prompt_index",
-            "set",
-            "direction",
-            "size",
-            "probability",
-            "probability_before",
-        ],
-    )
+    names = "fact relation prompt_index set direction size probability probability_before"
+    return pd.DataFrame(rows, columns=names.split())
 
 
 def test_relative_changes_are_signed_by_direction_and_undefined_at_zero():
@@ -359,7 +344,7 @@ def test_predominance_of_hand_made_attention_matrices(monkeypatch):
     )
 
     class Model:
-        tokenizer, bos_offset = Words(), 0
+        tokenizer, bos_offset = word_tokenizer(), 0
 
         def encode_prompt(self, prompt):
             return [int(word) for word in prompt.split()]
