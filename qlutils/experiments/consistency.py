@@ -72,7 +72,13 @@ def cells(frame, levels: dict):
         yield keys, rows
 
 
-def share_of_class(facts, threshold, name="II", seed=0, among=None) -> Estimate:
+def share_of_class(
+    facts,
+    threshold,
+    name="II",
+    seed=0,
+    among=None,
+) -> Estimate:
     """Share of the classified facts that are in a class, with its interval; `among`: of those for
     which this column is True.
 
@@ -275,9 +281,9 @@ def rules_compared(
     facts and n_queries."""
     pairs = ["fact", "prompt_index"]
     same = queries.merge(other[pairs], on=pairs)
-    found = other[pairs].assign(other_kn=kn_sets(other, t))
-    both = same[pairs].assign(kn=kn_sets(same, t)).merge(found, on=pairs)
-    agreement = np.mean([jaccard(*sets) for sets in zip(both["kn"], both["other_kn"])])
+    same, other = (frame.assign(kn=kn_sets(frame, t)) for frame in (same, other))
+    both = same.merge(other, on=pairs, suffixes=("", "_other"))
+    agreement = [jaccard(*sets) for sets in zip(both["kn"], both["kn_other"])]
     rows = []
     for name, frame in ((rule, same), (other["rule"].iloc[0], other)):
         facts = classified_facts(frame, t, static)
@@ -286,8 +292,8 @@ def rules_compared(
         row |= share_of_class(facts, "static", seed=seed).row("mean", "R_II")
         n = row.pop("n")
         row |= {
-            "jaccard": agreement,
-            "mean_size": np.mean([len(one) for one in kn_sets(frame, t)]),
+            "jaccard": np.mean(agreement),
+            "mean_size": frame["kn"].map(len).mean(),
             "converged": frame["converged"].dropna().astype(float).mean(),
             "evaluations": frame["evaluations"].mean(),
             "n": n,

@@ -173,7 +173,14 @@ class Split(NamedTuple):
     frame: pd.DataFrame
 
 
-def split_frames(queries, outcomes=(), *, t=0.2, static=0.1, seed=0) -> Iterator[Split]:
+def split_frames(
+    queries,
+    outcomes=(),
+    *,
+    t=0.2,
+    static=0.1,
+    seed=0,
+) -> Iterator[Split]:
     """A `Split` for each threshold and outcome: labels by the CS2 of half A of each fact's queries,
     values from half B: its "CS2", and `outcomes`.
 
@@ -273,4 +280,9 @@ def _correlation(pairs, cluster, strata, seed) -> dict:
         draws = resampling_weights(strata, 1000, seed).astype(float)
         sample = [correlation(weights[cluster]) for weights in draws]
     low, high = np.nanpercentile(sample, (2.5, 97.5)) if len(sample) else (np.nan, np.nan)
-    return {"value": value, "value_low": low, "value_high": high, "n": len(values)}
+    return {
+        "value": value,
+        "value_low": low,
+        "value_high": high,
+        "n": len(values),
+    }

@@ -76,7 +76,11 @@ def units(queries, t=None, *, irrelevant=None, other=None) -> list[list[dict]]:
     facts = []
     for fact, group in queries.groupby("fact", sort=False):
         first = group.iloc[0]
-        one = {"fact": fact, "relation": first["relation"], "object": first["object"]}
+        one = {
+            "fact": fact,
+            "relation": first["relation"],
+            "object": first["object"],
+        }
         for name, values in lists.items():
             one[name] = [values[row] for row in group.index]
         facts.append(one)
@@ -146,7 +150,12 @@ def summary(
 
     See `all_statistics`; undefined: values that are NaN; empty: share of empty sets; size: their
     mean size."""
-    levels = {"threshold": thresholds, "set": sets, "direction": directions, "class": CLASSES}
+    levels = {
+        "threshold": thresholds,
+        "set": sets,
+        "direction": directions,
+        "class": CLASSES,
+    }
     rows = []
     for population in populations:
         for keys, part in cells(POPULATIONS[population](frame), levels):
@@ -190,7 +199,11 @@ def contrast(frame, first: str, second, seed=0) -> pd.DataFrame:
             found[name] = bootstrap_mean(counted[counted[label] == name], "gap", seed=seed)
         found["II - I"] = bootstrap_difference(counted, "gap", label, ("II", "I"), seed=seed)
         for name, estimate in found.items():
-            keys = {"threshold": threshold, "queries": queries, "class": name}
+            keys = {
+                "threshold": threshold,
+                "queries": queries,
+                "class": name,
+            }
             rows.append(keys | all_statistics(estimate))
     return pd.DataFrame(rows)
 

@@ -141,7 +141,14 @@ def localise_again(study, facts: list[dict], what: str, **spec) -> pd.DataFrame:
     return _usable(study.run(localise_unit, [facts], config, desc=desc))
 
 
-def localise_by_other_rule(study, queries, *, facts=12, seed=0, **spec):
+def localise_by_other_rule(
+    study,
+    queries,
+    *,
+    facts=12,
+    seed=0,
+    **spec,
+):
     """A seeded sample of a run's facts by another rule of the integral: by "converged", or by the
     paper's where the run itself used that. A `queries` frame with the column `rule`, saved as
     "other_rule" for notebook 02."""

@@ -44,7 +44,11 @@ def scale_kns(
             trials.append((*query, frozenset(), 1.0))
             sets = sets_of_query(fact, i, next(active), seed)
             for (name, neurons), direction in product(sets.items(), directions):
-                row = {"set": name, "direction": direction, "size": len(neurons)}
+                row = {
+                    "set": name,
+                    "direction": direction,
+                    "size": len(neurons),
+                }
                 rows.append(key | row | {"after": len(trials)})
                 trials.append((*query, frozenset(neurons), directions[direction]))
     probability = scaled_answer_probabilities(lm, trials, answer=answer)

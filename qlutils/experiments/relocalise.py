@@ -39,7 +39,15 @@ def variants(prompt: str, subject: str) -> list[str]:
     return [one for one in dict.fromkeys(found) if one.split()[-1:] == last][:2]
 
 
-def noise(study, queries, *, t=0.2, n=24, seed=0, **spec) -> pd.DataFrame:
+def noise(
+    study,
+    queries,
+    *,
+    t=0.2,
+    n=24,
+    seed=0,
+    **spec,
+) -> pd.DataFrame:
     """How far KN sets that should be one differ: the `agreement` of 3 sets, a row a sampled query
     and kind.
 
@@ -61,7 +69,11 @@ def noise(study, queries, *, t=0.2, n=24, seed=0, **spec) -> pd.DataFrame:
     found = []
     for kind, frame in kinds.items():
         for fact, group in frame.groupby("fact", sort=False):
-            row = {"fact": fact, "relation": group["relation"].iloc[0], "kind": kind}
+            row = {
+                "fact": fact,
+                "relation": group["relation"].iloc[0],
+                "kind": kind,
+            }
             found.append(row | agreement(kn_sets(group, t), seed))
     return pd.DataFrame(found)
 
