@@ -290,9 +290,7 @@ def synapse_counts(found, seed=0) -> pd.DataFrame:
     for name in ("n_self", "n_irrelevant", "jaccard"):
         for column in (name, f"{name}_rest"):
             frame[column] = found[column].astype(float)
-    frame["share in column 0"] = 1 - frame["n_self_rest"] / frame["n_self"].where(
-        frame["n_self"] > 0
-    )
+    frame["share in column 0"] = 1 - frame["n_self_rest"] / frame["n_self"]  # NaN where 0 of 0
     frame["mean depth"] = found["by_layer"].map(_mean_depth)
     frame["no synapse"] = (frame["n_self"] == 0).astype(float)
     frame["no synapse_rest"] = (frame["n_self_rest"] == 0).astype(float)
