@@ -5,7 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qlutils.experiments import controls
+from qlutils.experiments import controls, relocalise
+from qlutils.experiments.consistency import classified_facts
 from qlutils.neurons.others import random_neurons
 from qlutils.show.stats import LEAST, welch
 
@@ -121,7 +122,7 @@ def test_random_sets_keep_the_number_in_each_layer():
     ],
 )
 def test_variants_change_an_article_but_not_the_last_word(prompt, subject, expected):
-    assert controls.variants(prompt, subject) == expected
+    assert relocalise.variants(prompt, subject) == expected
 
 
 # --- localised again, by a study that answers from a rule -----------------------------------------
@@ -161,9 +162,9 @@ class Stub:
 
 def test_noise_compares_three_rules_and_three_wordings_of_one_query(pattern_and_object):
     study = Stub()
-    found = controls.summarise(controls.noise(study, pattern_and_object, n=4, steps=20)).set_index(
-        "kind"
-    )
+    found = controls.summarise(
+        relocalise.noise(study, pattern_and_object, n=4, steps=20)
+    ).set_index("kind")
     assert [config.get("rule") for config in study.asked] == ["right", "midpoint", "gauss", None]
     assert found.loc["quadrature", "cs2"] == pytest.approx(
         1 / 4
@@ -176,14 +177,14 @@ def test_noise_compares_three_rules_and_three_wordings_of_one_query(pattern_and_
 
 
 def test_precision_compares_the_sets_of_two_dtypes_query_by_query(pattern_and_object):
-    found = controls.precision(Stub(), pattern_and_object, n=5)
+    found = relocalise.precision(Stub(), pattern_and_object, n=5)
     assert len(found) == 5 and found["jaccard"].tolist() == [pytest.approx(1 / 3)] * 5
     assert found["change"].tolist() == [pytest.approx(0.1)] * 5
 
 
 def test_the_sample_takes_one_query_a_fact_and_known_ones_first(pattern_and_object):
     queries = pattern_and_object.assign(known=pattern_and_object["prompt_index"] == 2)
-    sample = controls.sample_queries(queries, 5)
+    sample = relocalise.sample_queries(queries, 5)
     assert len(sample) == 5 and sample["fact"].is_unique and sample["known"].all()
 
 
@@ -207,15 +208,19 @@ def facts_with(agreeing, n=24, k=6, seed=0):
     return pd.DataFrame(rows)
 
 
+def carried_over(queries, outcomes=(), outcome="CS2", threshold="otsu", **options):
+    """The row of the split-half test of one outcome and threshold."""
+    rows = controls.split_half(queries, outcomes, **options).set_index(["threshold", "outcome"])
+    return rows.loc[(threshold, outcome)]
+
+
 def test_classes_that_are_real_carry_over_to_the_other_half():
     queries = facts_with(lambda f, _: 0.95 if f % 4 < 2 else 0.05)
-    row = controls.split_half(queries).set_index(["threshold", "outcome"]).loc[("otsu", "CS2")]
+    row = carried_over(queries)
     assert row["I - II_low"] > 0 and row["p"] < 0.01 and row["n_I"] + row["n_II"] == 24
 
 
 def test_classes_cut_from_noise_do_not_carry_over_though_the_circular_test_is_significant():
-    from qlutils.experiments.consistency import classified_facts
-
     carried, circular = [], []
     for seed in range(8):
         queries = facts_with(lambda f, _: 0.4, n=80, k=8, seed=seed)
@@ -223,11 +228,7 @@ def test_classes_cut_from_noise_do_not_carry_over_though_the_circular_test_is_si
         classes = [facts["cs2"][facts["class_otsu"] == name] for name in ("I", "II")]
         if min(map(len, classes)) >= LEAST:
             circular.append(welch(*classes)["p"])
-        row = (
-            controls.split_half(queries, seed=seed)
-            .set_index(["threshold", "outcome"])
-            .loc[("otsu", "CS2")]
-        )
+        row = carried_over(queries, seed=seed)
         carried.append(row["I - II_low"] > 0 and row["p"] < 0.05)
     assert len(circular) > 4 and max(circular) < 0.005
     assert sum(carried) <= 1  # of 8; each is an accident with a chance of 2.5 %
@@ -239,33 +240,18 @@ def test_the_halves_share_no_query_and_outcomes_come_from_the_second_only():
     assert split.groupby("fact")["half"].value_counts().eq(3).all() and len(split) == len(queries)
     first = split[split["half"] == "A"]
     tainted = {"planted": first[["fact", "prompt_index"]].assign(value=1.0)}
-    row = (
-        controls.split_half(queries, tainted)
-        .set_index(["threshold", "outcome"])
-        .loc[("otsu", "planted")]
-    )
+    row = carried_over(queries, tainted, "planted")
     assert row["n_I"] + row["n_II"] == 0 and np.isnan(row["I - II"])
     second = split[split["half"] == "B"].assign(
         value=lambda frame: (frame["layer"].map(max) == 0).astype(float)
     )
-    row = (
-        controls.split_half(queries, {"planted": second})
-        .set_index(["threshold", "outcome"])
-        .loc[("otsu", "planted")]
-    )
+    row = carried_over(queries, {"planted": second}, "planted")
     assert row["I - II_low"] > 0.5
-    for other, some in (
-        (first, False),
-        (second, True),
-    ):  # what hangs on a query of the first half does not count
-        edited = second.assign(
-            edited=second["fact"].map(other.groupby("fact")["prompt_index"].first())
-        )
-        row = (
-            controls.split_half(queries, {"planted": edited})
-            .set_index(["threshold", "outcome"])
-            .loc[("otsu", "planted")]
-        )
+    for other, some in ((first, False), (second, True)):
+        # what hangs on a query of the first half does not count
+        place = other.groupby("fact")["prompt_index"].first()
+        edited = second.assign(edited=second["fact"].map(place))
+        row = carried_over(queries, {"planted": edited}, "planted")
         assert (row["n_I"] + row["n_II"] > 0) == some
 
 
@@ -276,13 +262,11 @@ def test_facts_with_fewer_than_four_queries_take_no_part():
 
 def test_a_small_class_has_no_interval_and_shows_its_number():
     queries = facts_with(lambda f, _: 0.05 if f < 3 else 0.95, n=30)
-    row = controls.split_half(queries).set_index(["threshold", "outcome"]).loc[("static", "CS2")]
+    row = carried_over(queries, threshold="static")
     assert 0 < row["n_II"] < LEAST < row["n_I"] and row["I - II"] > 0.5
     assert np.isnan([row["I - II_low"], row["I - II_high"]]).all()
-    known = controls.knowledge(
-        queries.assign(known=queries["fact"].isin(queries["fact"].unique()[:4]))
-    )
-    known = known.set_index("statistic")
+    four = queries["fact"].isin(queries["fact"].unique()[:4])
+    known = controls.knowledge(queries.assign(known=four)).set_index("statistic")
     difference = known.loc["CS2 of known facts minus CS2 of others"]
     assert (difference["n"], difference["n_other"]) == (4, 26) and np.isnan(difference["value_low"])
     for threshold in ("static", "otsu"):

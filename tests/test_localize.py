@@ -1,6 +1,7 @@
 """From facts to stored knowledge neurons, and from those to Tables 1, 4 and 5."""
 
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -10,9 +11,26 @@ from scipy import stats as scipy_stats
 from skimage.filters import threshold_otsu
 from tiny import WORDS, save_checkpoint, save_dataset, word_tokenizer
 
-from qlutils import attribute, consistency, knowledge_neurons, load_facts, load_model
-from qlutils.experiments import consistency as analysis
+from qlutils import (
+    attribute,
+    consistency,
+    knowledge_neurons,
+    load_facts,
+    load_model,
+    scale_neurons,
+    scale_synapses,
+)
 from qlutils.experiments import localize
+from qlutils.experiments.consistency import (
+    classified_facts,
+    common_class_two,
+    consistency_summary,
+    otsu_null,
+    table_1,
+    table_4,
+    table_5,
+    threshold_sensitivity,
+)
 from qlutils.experiments.localize import (
     PAPER_EXAMPLES,
     example_facts,
@@ -23,6 +41,7 @@ from qlutils.experiments.localize import (
 )
 from qlutils.neurons.cas import CAS_BETAS, cas_neurons
 from qlutils.neurons.sets import kn_sets
+from qlutils.study import store
 from qlutils.study.notebook import Study
 
 STEPS = 3
@@ -342,7 +361,7 @@ CS2 = (0.0, 0.1, 0.2, 0.7, 0.8, 0.9)
 
 
 def test_classes_follow_the_thresholds():
-    frame = analysis.classified_facts(facts_of(CS2))
+    frame = classified_facts(facts_of(CS2))
     assert frame["cs2"].tolist() == pytest.approx(CS2)
     assert frame["class_static"].tolist() == ["II", "II", "I", "I", "I", "I"]
     threshold = threshold_otsu(np.array(CS2))
@@ -352,8 +371,8 @@ def test_classes_follow_the_thresholds():
 
 
 def test_table_1_by_hand():
-    facts = {"ig": analysis.classified_facts(facts_of(5 * CS2))}  # 20 and 10, the least for a test
-    table = analysis.table_1(facts, "demo/gpt2")
+    facts = {"ig": classified_facts(facts_of(5 * CS2))}  # 20 and 10, the least for a test
+    table = table_1(facts, "demo/gpt2")
     static = table[table["threshold"] == "static"].iloc[0]
     one, two = np.array(5 * CS2[2:]), np.array(5 * CS2[:2])
     assert (static["n"], static["n_I"], static["n_II"], static["at"]) == (30, 20, 10, 0.1)
@@ -368,9 +387,7 @@ def test_table_1_by_hand():
 
 
 def test_an_empty_class_is_shown_as_empty_with_nothing_made_up():
-    table = analysis.table_1(
-        {"ig": analysis.classified_facts(facts_of((0.5, 0.6, 0.7, 0.7)))}, "demo/gpt2"
-    )
+    table = table_1({"ig": classified_facts(facts_of((0.5, 0.6, 0.7, 0.7)))}, "demo/gpt2")
     static = table[table["threshold"] == "static"].iloc[0]
     assert (static["n"], static["n_I"], static["n_II"]) == (4, 4, 0)
     assert static["R_II"] == 0 and static["R_I"] == 1
@@ -388,7 +405,7 @@ def test_facts_without_neurons_or_with_two_prompts_stand_apart():
         ],
         ignore_index=True,
     )
-    frame = analysis.classified_facts(queries).set_index("fact")
+    frame = classified_facts(queries).set_index("fact")
     assert (
         frame.loc[["P1|empty|x", "P1|two|x"], "cs2"].isna().all()
         and frame.loc["P1|two|x", "cs1"] == 1
@@ -400,16 +417,16 @@ def test_facts_without_neurons_or_with_two_prompts_stand_apart():
             frame.loc[["P1|empty|x", "P1|two|x"], name].isna().all()
             and frame[name].notna().sum() == 6
         )
-    table = analysis.table_1({"ig": frame.reset_index()}, "demo/gpt2")
+    table = table_1({"ig": frame.reset_index()}, "demo/gpt2")
     assert table["n"].tolist() == [6, 6]
-    summary = analysis.consistency_summary({"ig": frame.reset_index()}).iloc[0]
+    summary = consistency_summary({"ig": frame.reset_index()}).iloc[0]
     assert (summary["n"], summary["n_undefined"], summary["n_two_prompts"]) == (6, 1, 1)
 
 
 def test_facts_that_all_have_one_cs2_have_no_otsu_threshold():
-    frame = analysis.classified_facts(facts_of((0.5, 0.5, 0.5)))
+    frame = classified_facts(facts_of((0.5, 0.5, 0.5)))
     assert frame["threshold_otsu"].isna().all() and frame["class_otsu"].isna().all()
-    otsu = analysis.table_1({"ig": frame}, "demo/gpt2").set_index("threshold").loc["otsu"]
+    otsu = table_1({"ig": frame}, "demo/gpt2").set_index("threshold").loc["otsu"]
     assert otsu["n"] == 0 and otsu[["R_I", "R_II", "S_I", "S_II", "t"]].isna().all()
 
 
@@ -419,11 +436,11 @@ def test_cap_ii_is_the_share_that_all_three_methods_put_into_k_ii():
         "sig": facts_of((0.1, 0.0, 0.8, 0.9)),
         "amig": facts_of((0.0, 0.9, 0.0, 0.9)),
     }
-    facts = {name: analysis.classified_facts(frame) for name, frame in three.items()}
-    assert analysis.common_class_two(facts, "static") == 1 / 4
-    table = analysis.table_1(facts, "demo/gpt2")
+    facts = {name: classified_facts(frame) for name, frame in three.items()}
+    assert common_class_two(facts, "static") == 1 / 4
+    table = table_1(facts, "demo/gpt2")
     assert table[table["threshold"] == "static"]["cap_II"].tolist() == [0.25] * 3
-    assert np.isnan(analysis.common_class_two({k: facts[k] for k in ("ig", "sig")}, "static"))
+    assert np.isnan(common_class_two({k: facts[k] for k in ("ig", "sig")}, "static"))
     # a fact that one method cannot classify is in nobody's share
     undefined = hand_made(
         *[
@@ -431,22 +448,22 @@ def test_cap_ii_is_the_share_that_all_three_methods_put_into_k_ii():
             for i in range(4)
         ]
     )
-    facts["amig"] = analysis.classified_facts(undefined)
-    assert analysis.common_class_two(facts, "static") == 1 / 3
+    facts["amig"] = classified_facts(undefined)
+    assert common_class_two(facts, "static") == 1 / 3
 
 
 def test_the_papers_values_stand_beside_ours_for_its_models_alone():
-    facts = {"ig": analysis.classified_facts(facts_of(CS2))}
-    table = analysis.table_1(facts, "gpt2")
+    facts = {"ig": classified_facts(facts_of(CS2))}
+    table = table_1(facts, "gpt2")
     assert {"R_II_paper", "S_II_paper", "t_paper"} <= set(table)
-    four = analysis.table_4(facts, "gpt2")
+    four = table_4(facts, "gpt2")
     assert four["value_paper"].notna().any()
     assert four.set_index("threshold").loc["static", "value"] == 0.1
-    assert "value_paper" not in analysis.table_4(facts, "demo/gpt2")
+    assert "value_paper" not in table_4(facts, "demo/gpt2")
 
 
 def test_table_5_is_the_first_query_of_each_relation():
-    table = analysis.table_5(facts_of(CS2))
+    table = table_5(facts_of(CS2))
     assert table["relation"].tolist() == ["P1", "P2"] and table["example query"].tolist() == [
         "s0 0",
         "s1 0",
@@ -456,17 +473,15 @@ def test_table_5_is_the_first_query_of_each_relation():
 
 def test_noise_is_cut_near_its_middle_and_its_classes_differ_enormously():
     facts = pd.DataFrame(dict(cs2=np.linspace(0.3, 0.7, 400)))
-    null = analysis.otsu_null(facts, draws=50)
+    null = otsu_null(facts, draws=50)
     assert 0.4 < null["R_II_low"] < null["R_II"] < null["R_II_high"] < 0.6 and null["n"] == 400
     # halves of a normal distribution: means 2 sqrt(2 / pi) apart, variance 1 - 2 / pi each
     assert null["t"] == pytest.approx(
         2 * np.sqrt(2 / np.pi) / np.sqrt((1 - 2 / np.pi) * 4 / 400), rel=0.05
     )
-    assert null == analysis.otsu_null(facts, draws=50) and null != analysis.otsu_null(
-        facts, draws=50, seed=1
-    )
+    assert null == otsu_null(facts, draws=50) and null != otsu_null(facts, draws=50, seed=1)
     for few in ([], [0.5], [0.5, 0.5]):
-        empty = analysis.otsu_null(pd.DataFrame(dict(cs2=np.array(few, float))))
+        empty = otsu_null(pd.DataFrame(dict(cs2=np.array(few, float))))
         assert all(np.isnan(value) for name, value in empty.items() if name != "n") and empty[
             "n"
         ] == len(few)
@@ -479,9 +494,7 @@ def test_threshold_sensitivity_by_hand():
         ("P1|two prompts|x", [1, 1], [{1, 2}, {1, 3}]),
     )  # which are left out
     queries["score"] = [[1.0, 0.15]] * 8  # neurons 2, 3 and 4 are there at t = 0.1 alone
-    table = analysis.threshold_sensitivity(queries, (0.1, 0.2), (0.3, 0.5)).set_index(
-        ["t", "static"]
-    )
+    table = threshold_sensitivity(queries, (0.1, 0.2), (0.3, 0.5)).set_index(["t", "static"])
     assert table.loc[0.1, "cs2"].tolist() == pytest.approx([(1 + 1 / 4) / 2] * 2)
     assert table.loc[0.2, "cs2"].tolist() == [1, 1] and (table["n"] == 2).all()
     assert table["R_II"].tolist() == [0.5, 0.5, 0, 0]
@@ -489,7 +502,7 @@ def test_threshold_sensitivity_by_hand():
 
 def test_the_tables_agree_with_consistency_of_the_dense_scores(model, data, runs):
     study = study_of(model, data)
-    facts = analysis.classified_facts(localise(study, steps=STEPS)).set_index("fact")
+    facts = classified_facts(localise(study, steps=STEPS)).set_index("fact")
     for fact in study.facts():
         wanted = consistency(knowledge_neurons(dense(study.lm(), fact, "ig").scores))
         assert facts.loc[fact.id, ["cs1", "cs2", "jaccard"]].tolist() == pytest.approx(
@@ -499,26 +512,13 @@ def test_the_tables_agree_with_consistency_of_the_dense_scores(model, data, runs
 
 
 def test_units_are_not_computed_or_read_while_a_context_changes_the_model(tmp_path, monkeypatch):
-    from qlutils import scale_neurons, scale_synapses
-    from qlutils.study import store
-
     lm = load_model("demo/gpt2")
     monkeypatch.setattr(store, "cached_model", lambda *_: lm)
-    unit = [
-        [
-            dict(
-                relation="P1",
-                subject="France",
-                object="Paris",
-                prompts=["The capital of France is", "France has the capital"],
-            )
-        ]
-    ]
-    run = lambda: store.run_units(
-        localise_unit, "demo/gpt2", unit, {"steps": 2}, desc="x", root=tmp_path
-    )  # noqa: E731
-    clean = run()
+    prompts = ["The capital of France is", "France has the capital"]
+    unit = [[dict(relation="P1", subject="France", object="Paris", prompts=prompts)]]
+    run = partial(store.run_units, localise_unit, "demo/gpt2", unit, {"steps": 2}, root=tmp_path)
+    clean = run(desc="x")
     for context in (scale_neurons(lm, [(0, 1)], 0.0), scale_synapses(lm, [(0, 1, 2)], 0.0)):
         with context, pytest.raises(ValueError, match="demo/gpt2 is being changed"):
-            run()
-    pd.testing.assert_frame_equal(run(), clean)
+            run(desc="x")
+    pd.testing.assert_frame_equal(run(desc="x"), clean)

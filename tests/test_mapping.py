@@ -4,7 +4,7 @@ one-by-one evaluation."""
 import numpy as np
 import pandas as pd
 import pytest
-from test_synapses import Words, make
+from tiny import tiny_lm, word_tokenizer
 
 from qlutils.change import synapses
 from qlutils.change.scaling import answer_probability, scale_neurons
@@ -18,7 +18,7 @@ UNIT = [
         fact="R1|a|8 6",
         relation="R1",
         object="8 6",
-        prompts=["3 17 8 25", "5 17 8", "9 3 30 2"],
+        prompts=["13 17 8 25", "5 17 8", "9 13 30 12"],
         prompt_index=[0, 2, 3],
         layer=[[0, 0, 2], [0, 1], []],
         neuron=[[3, 7, 40], [3, 5], []],
@@ -26,28 +26,36 @@ UNIT = [
         other_relation=[[[0, 1], [0, 2]], [], []],
     )
 ]
+
+
+def query(fact, i, neurons, score, tokens=3, known=True):
+    """A row of a `queries` frame. fact: relation, subject, object; neurons: [(layer, neuron)]."""
+    relation, subject, obj = fact
+    return dict(
+        fact=f"{relation} {subject}",
+        relation=relation,
+        subject=subject,
+        object=obj,
+        prompt_index=i,
+        prompt=f"{relation} {subject} {i}",
+        prompt_tokens=tokens,
+        probability=0.5,
+        known=known,
+        layer=[layer for layer, _ in neurons],
+        neuron=[neuron for _, neuron in neurons],
+        score=score,
+    )
+
+
 QUERIES = pd.DataFrame(
     [
-        dict(
-            fact=f"{relation}|{subject}|x",
-            relation=relation,
-            subject=subject,
-            object="x",
-            prompt_index=i,
-            prompt=f"{relation} {subject} {i}",
-            prompt_tokens=tokens,
-            probability=0.5,
-            known=i != 2,
-            layer=layer,
-            neuron=[1, 2],
-            score=[1.0, score],
+        query(fact, i, [(first, 1), (1 - first, 2)], [1.0, score], tokens, known=i != 2)
+        for fact, tokens, score in (
+            (("R1", "a", "x"), 3, 0.1),
+            (("R1", "b", "x"), 4, 0.9),
+            (("R2", "c", "x"), 3, 0.9),
         )
-        for relation, subject, tokens, score in (
-            ("R1", "a", 3, 0.1),
-            ("R1", "b", 4, 0.9),
-            ("R2", "c", 3, 0.9),
-        )
-        for i, layer in enumerate(([0, 1], [0, 1], [1, 0]))
+        for i, first in enumerate((0, 0, 1))
     ]
 )
 
@@ -62,25 +70,16 @@ def test_every_set_of_a_query_by_hand():
     assert sets["self"] == kns[0] and sets["union"] == kns[1] | kns[2]
     assert sets["intersection"] == sets["refine"] == {(0, 1), (1, 6)}
     assert sets["union_others"] == {(1, 6), (1, 7)} and sets["refine_others"] == {(1, 6)}
-    assert (
-        len(sets["union_matched"]) == 3
-        and sets["union_matched"] <= sets["union"]
-        and sets["self_as_union"] == kns[0]
-    )
-    assert (
-        sets["intersection_matched"] == sets["intersection"]
-        and len(sets["self_as_intersection"]) == 2
-    )
+    assert len(sets["union_matched"]) == 3 and sets["union_matched"] <= sets["union"]
+    assert sets["self_as_union"] == kns[0]
+    assert sets["intersection_matched"] == sets["intersection"]
+    assert len(sets["self_as_intersection"]) == 2
     assert sets["self_active"] == {(0, 4), (0, 3), (1, 0)}
     for name, like in (("self_random", sets["self"]), ("union_random", sets["union"])):
-        drawn = sets[name]
-        assert not drawn & like and [sum(l == k for l, _ in drawn) for k in (0, 1)] == [
-            sum(l == k for l, _ in like) for k in (0, 1)
-        ]
-    assert {*sets, "self_same_relation", "self_other_relation"} == {
-        *mapping.PAPER_SETS,
-        *mapping.CONTROL_SETS,
-    }
+        assert not sets[name] & like
+        assert sorted(layer for layer, _ in sets[name]) == sorted(layer for layer, _ in like)
+    shown = {*effects.PAPER_SETS, *effects.COMPARISON_SETS}
+    assert shown - {"self_same_relation", "self_other_relation"} <= set(sets)
 
 
 def test_random_and_matched_neurons_end_where_a_layer_is_used_up():
@@ -97,20 +96,19 @@ def test_neurons_are_drawn_from_a_given_pool_and_never_from_their_own_set():
 
 
 def test_the_most_active_neuron_is_matched_first():
-    active = np.array(
-        [[3.0, -5.0, 3.9, 2.0, 6.9]]
-    )  # neuron 2 is nearest to both 0 and 1, and 1 takes it
+    active = np.array([[3.0, -5.0, 3.9, 2.0, 6.9]])  # 2 is nearest to both 0 and 1, and 1 takes it
     assert active_neurons({(0, 0), (0, 1)}, active) == {(0, 2), (0, 3)}
     assert active_neurons({(0, 0)}, active) == active_neurons({(0, 1)}, active) == {(0, 2)}
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
-def test_rows_of_the_batch_equal_one_set_at_a_time(name):
-    lm = make(name)
+@pytest.mark.parametrize("family", ["gpt2", "llama3"])
+def test_rows_of_the_batch_equal_one_set_at_a_time(family):
+    lm = tiny_lm(family)
     frame = mapping.scale_kns(lm, UNIT, suppress=0.0, enhance=3.0)
+    assert len(frame) == 3 * 2 * mapping.NUM_SETS == 3 * 2 * frame["set"].nunique()
     sets = [set(zip(*kns)) for kns in zip(UNIT[0]["layer"], UNIT[0]["neuron"])]
     for row in frame.to_dict("records"):
-        if row["set"] not in mapping.PAPER_SETS:
+        if row["set"] not in effects.PAPER_SETS:
             continue
         i = [0, 2, 3].index(row["prompt_index"])
         others = [s for k, s in enumerate(sets) if k != i]
@@ -132,20 +130,17 @@ def test_rows_of_the_batch_equal_one_set_at_a_time(name):
 
 def test_a_fact_with_one_query_is_named():
     with pytest.raises(ValueError, match=r"R1\|a\|8.*single"):
-        mapping.scale_kns(make("gpt2"), [dict(UNIT[0], prompts=["3 4 5"])])
+        mapping.scale_kns(tiny_lm("gpt2"), [dict(UNIT[0], prompts=["13 4 5"])])
 
 
 # --- units ----------------------------------------------------------------------------------------
 
 
 def test_units_hold_the_neurons_above_the_threshold_and_an_irrelevant_prompt_of_equal_length():
-    [[a, b], [c]] = effects.units(QUERIES, 0.2, irrelevant=0, size=2)
+    [[a, b, c]] = effects.units(QUERIES, 0.2, irrelevant=0)
     assert a["layer"] == [[0], [0], [1]] and a["neuron"] == [[1], [1], [1]]
-    assert sorted(zip(b["layer"][2], b["neuron"][2])) == [(0, 2), (1, 1)] and b["prompt_index"] == [
-        0,
-        1,
-        2,
-    ]
+    assert sorted(zip(b["layer"][2], b["neuron"][2])) == [(0, 2), (1, 1)]
+    assert b["prompt_index"] == [0, 1, 2]
     assert all(prompt.startswith("R2 c") for prompt in a["irrelevant"] + b["irrelevant"])
     assert all(
         prompt.startswith("R1 a") for prompt in c["irrelevant"]
@@ -168,18 +163,8 @@ def test_another_fact_s_neurons_are_of_one_fact_and_none_of_this_one():
     ]
     frame = pd.DataFrame(
         [
-            dict(
-                fact=f"{relation} {subject}",
-                relation=relation,
-                subject=subject,
-                object=object,
-                prompt_index=i,
-                prompt=f"{subject} {i}",
-                score=[1.0] * len(kns),
-                layer=[layer for layer, _ in kns],
-                neuron=[neuron for _, neuron in kns],
-            )
-            for relation, subject, object, sets in rows
+            query((relation, subject, obj), i, kns, [1.0] * len(kns))
+            for relation, subject, obj, sets in rows
             for i, kns in enumerate(sets)
         ]
     )
@@ -203,19 +188,8 @@ def test_another_fact_s_neurons_are_of_one_fact_and_none_of_this_one():
 
 
 def changes(rows):
-    return pd.DataFrame(
-        rows,
-        columns=[
-            "fact",
-            "relation",
-            "prompt_index",
-            "set",
-            "direction",
-            "size",
-            "probability",
-            "probability_before",
-        ],
-    )
+    names = "fact relation prompt_index set direction size probability probability_before"
+    return pd.DataFrame(rows, columns=names.split())
 
 
 def test_relative_changes_are_signed_by_direction_and_undefined_at_zero():
@@ -308,25 +282,18 @@ def test_contrast_pairs_queries_and_leaves_out_those_without_both():
 
 
 def test_all_queries_are_counted_first_and_the_known_ones_beside():
-    rows = [
-        (f"f{k}", "R", 0, "self", d, 1, 0.5 + 0.1 * k, 0.5)
-        for k in range(4)
-        for d in ("enhance", "suppress")
-    ]
-    frame = with_classes(
-        effects.rates(changes(rows)), dict.fromkeys([f"f{k}" for k in range(4)], "I")
-    )
-    table = effects.summary(
-        frame.assign(known=frame["fact"] == "f3"), ["self"], directions=("enhance",)
-    )
+    names = [f"f{k}" for k in range(4)]
+    rows = []
+    for k, name in enumerate(names):
+        for direction in ("enhance", "suppress"):
+            rows.append((name, "R", 0, "self", direction, 1, 0.5 + 0.1 * k, 0.5))
+    frame = with_classes(effects.rates(changes(rows)), dict.fromkeys(names, "I"))
+    frame["known"] = frame["fact"] == "f3"
+    table = effects.summary(frame, ["self"], directions=("enhance",))
     assert list(dict.fromkeys(table["queries"])) == ["all", "known"]
-    every, known = (
-        tables.pick(table, threshold="static", queries=one, class_="I") for one in ("all", "known")
-    )
-    assert (every["n"], known["n"]) == (4, 1) and (
-        every["trimmed"],
-        known["trimmed"],
-    ) == pytest.approx((0.3, 0.6))
+    for queries, n, trimmed in (("all", 4, 0.3), ("known", 1, 0.6)):
+        row = tables.pick(table, threshold="static", queries=queries, class_="I")
+        assert (row["n"], row["trimmed"]) == (n, pytest.approx(trimmed))
 
 
 def test_verdict_reads_the_interval():
@@ -359,7 +326,7 @@ def test_predominance_of_hand_made_attention_matrices(monkeypatch):
     )
 
     class Model:
-        tokenizer, bos_offset = Words(), 0
+        tokenizer, bos_offset = word_tokenizer(), 0
 
         def encode_prompt(self, prompt):
             return [int(word) for word in prompt.split()]
@@ -368,20 +335,14 @@ def test_predominance_of_hand_made_attention_matrices(monkeypatch):
         dict(fact="f", relation="R", prompts=["7 5 6", "4 7 6", "8 6 9"], prompt_index=[0, 1, 2])
     ]
     winners = synapses.attend(Model(), unit)
-    assert winners["token_id"].tolist() == [7, 7, 9] and winners["token_id_rest"].tolist() == [
-        5,
-        7,
-        9,
-    ]
-    assert winners.loc[0, "share"] == pytest.approx(2.2 / 3) and winners.loc[
-        0, "first_share"
-    ] == pytest.approx(2.2 / 3)
+    assert winners["token_id"].tolist() == [7, 7, 9]
+    assert winners["token_id_rest"].tolist() == [5, 7, 9]
+    assert winners.loc[0, ["share", "first_share"]].tolist() == pytest.approx([2.2 / 3] * 2)
     [fact] = effects.predominance(winners).to_dict("records")
     assert fact["predominance"] == pytest.approx(2 / 3) and fact["modal"] == "7"
-    assert fact["predominance_rest"] == pytest.approx(1 / 3) and fact["first"] == pytest.approx(
-        1 / 3
-    )
-    assert fact["same_first"] == pytest.approx(1 / 3) and fact["n_queries"] == 3
+    for name in ("predominance_rest", "first", "same_first"):
+        assert fact[name] == pytest.approx(1 / 3)
+    assert fact["n_queries"] == 3
     top = effects.top_tokens(winners).set_index(["counted", "token"])
     assert top.loc[("all tokens", "'7'"), "queries"] == 2
 
@@ -395,32 +356,12 @@ def test_a_synapse_reaches_the_neurons_of_its_layer_and_of_later_ones():
 
 
 def test_synapse_counts_by_hand():
-    found = pd.DataFrame(
-        [
-            dict(
-                fact="f",
-                relation="R",
-                n_self=4,
-                n_self_rest=1,
-                n_irrelevant=2,
-                n_irrelevant_rest=0,
-                jaccard=0.5,
-                jaccard_rest=0.0,
-                by_layer=[3, 0, 1],
-            ),
-            dict(
-                fact="g",
-                relation="R",
-                n_self=0,
-                n_self_rest=0,
-                n_irrelevant=np.nan,
-                n_irrelevant_rest=np.nan,
-                jaccard=np.nan,
-                jaccard_rest=np.nan,
-                by_layer=[0, 0, 0],
-            ),
-        ]
-    )
+    columns = "fact n_self n_self_rest n_irrelevant n_irrelevant_rest jaccard jaccard_rest by_layer"
+    rows = [
+        ("f", 4, 1, 2, 0, 0.5, 0.0, [3, 0, 1]),
+        ("g", 0, 0, np.nan, np.nan, np.nan, np.nan, [0, 0, 0]),
+    ]
+    found = pd.DataFrame(rows, columns=columns.split()).assign(relation="R")
     table = effects.synapse_counts(found).set_index("quantity")
     assert table.loc["n_self", "mean"] == 2 and table.loc["n_irrelevant", "n"] == 1
     assert (

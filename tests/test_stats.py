@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from qlutils.experiments import consistency as analysis
+from qlutils.experiments import consistency
 from qlutils.neurons.sets import otsu_threshold
 from qlutils.show import stats
 from qlutils.show.stats import (
@@ -393,14 +393,12 @@ def test_a_statistic_of_weighted_facts_equals_that_of_repeated_ones_and_of_the_m
     assert np.isnan(few.mean_low) and few.mean != 0 and (few.n, few.n_other) == (40, LEAST - 1)
     repeats = rng.integers(1, 4, size=40)
     whole = np.repeat(frame["cs2"].to_numpy(), repeats)
-    for what, wanted in (
-        ("at", otsu_threshold(whole)),
-        ("II", np.mean(whole <= otsu_threshold(whole))),
-    ):
-        assert analysis._otsu(what, frame, repeats) == pytest.approx(wanted)
+    assert consistency.weighted_otsu(frame, repeats) == pytest.approx(otsu_threshold(whole))
+    wanted = np.mean(whole <= otsu_threshold(whole))
+    assert consistency.otsu_share(frame, repeats) == pytest.approx(wanted)
     facts = frame.assign(threshold_otsu=otsu_threshold(frame["cs2"]))
     facts["class_otsu"] = np.where(facts["cs2"] > facts["threshold_otsu"], "I", "II")
-    one, two = (analysis.share_of_class(facts, "otsu", name) for name in ("I", "II"))
+    one, two = (consistency.share_of_class(facts, "otsu", name) for name in ("I", "II"))
     assert two.mean == pytest.approx(
         (facts["class_otsu"] == "II").mean()
     ) and one.mean == pytest.approx(1 - two.mean)
@@ -408,7 +406,7 @@ def test_a_statistic_of_weighted_facts_equals_that_of_repeated_ones_and_of_the_m
     facts["some"] = facts["cs2"] > 0.3
     for threshold in ("otsu", "static"):
         facts["class_static"] = np.where(facts["cs2"] > 0.5, "I", "II")
-        known = analysis.share_of_class(facts, threshold, among="some")
+        known = consistency.share_of_class(facts, threshold, among="some")
         assert known.mean == pytest.approx(
             (facts[facts["some"]][f"class_{threshold}"] == "II").mean()
         )

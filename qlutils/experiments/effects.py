@@ -1,9 +1,5 @@
-"""From the rows of notebooks 04-06 to what they show: units of work, relative changes and tables.
-
-Reads results only; nothing here needs torch.
-"""
-
-from __future__ import annotations
+"""What notebooks 04 to 06 make of their interventions: units of work before them, relative changes
+and tables after them. Nothing here needs torch."""
 
 from itertools import product
 
@@ -13,310 +9,299 @@ import pandas as pd
 from qlutils.experiments.consistency import CLASSES, THRESHOLDS, cells, classified_facts
 from qlutils.neurons.others import OtherFacts
 from qlutils.neurons.sets import kn_sets
-from qlutils.show.stats import LEAST, bootstrap_difference, bootstrap_mean, mean_columns
+from qlutils.show.stats import LEAST, Estimate, bootstrap_difference, bootstrap_mean, mean_columns
 
+PAPER_SETS = ("self", "union", "intersection", "refine")
+NEIGHBOURS = PAPER_SETS[1:]
+# Beyond the paper, see `query_kn_mapping.query_sets`: those of which notebook 04 shows the effect.
+COMPARISON_SETS = (
+    "self_random",
+    "self_same_relation",
+    "self_other_relation",
+    "self_active",
+    "union_others",
+    "union_matched",
+    "self_as_union",
+)
+OTHER_FACTS = ("same_relation", "other_relation")
 DIRECTIONS = ("enhance", "suppress", "average")
 INTERVALS = (
     "95 % intervals: bootstrap over facts within relation, 1,000 draws; for these relations and "
-    "wordings; none below "
-    f"{LEAST} facts on a side."
+    f"wordings; none below {LEAST} facts on a side."
 )
+
+
+def _known(frame):
+    return frame[frame["known"].astype(bool)]
+
+
 POPULATIONS = {
     "all": lambda frame: frame,
-    "known": lambda frame: frame[frame["known"].astype(bool)],
-    "known, not empty": lambda frame: frame[frame["known"].astype(bool) & (frame["size"] > 0)],
+    "known": _known,
+    "known, not empty": lambda frame: _known(frame[frame["size"] > 0]),
 }
-COUNTED = (
-    "all",
-    "known",
-)  # all queries, as in the paper, which decide; the known ones stand beside
+# All queries, as in the paper, decide; the known ones stand beside.
+COUNTED = ("all", "known")
 
 
 # --- units of work --------------------------------------------------------------------------------
 
 
-def units(
-    queries: pd.DataFrame,
-    t: float | None = None,
-    *,
-    irrelevant: int | None = None,
-    other: int | None = None,
-    size: int = 24,
-) -> list[list[dict]]:
-    """Units of at most `size` facts for the tasks of notebooks 04-06, from a `queries` frame.
+def seeded(seed: int, *what) -> np.random.Generator:
+    """A random generator of its own for each thing that is drawn for, whatever the order."""
+    return np.random.default_rng([seed, *" ".join(map(str, what)).encode()])
 
-    A fact is a dict: fact, relation, object, and lists over its queries: prompts, prompt_index;
-    with `t` also layer and neuron, the KNs at that threshold; with `irrelevant`, a seed, also
-    irrelevant: a random prompt of another relation, of equal length where one exists (null where
-    the run has one relation only); with `t` and `other`, a seed, also same_relation and
+
+def units(queries, t=None, *, irrelevant=None, other=None) -> list[list[dict]]:
+    """The facts of a `queries` frame as one unit for the tasks of notebooks 04-06.
+
+    A fact is a dict: fact, relation, object, and lists over its queries: prompts, prompt_index.
+    With `t` also layer and neuron, the KNs at that threshold. With `irrelevant`, a seed, also
+    irrelevant: a random prompt of another relation, of equal length where one exists (None where
+    the run has one relation only). With `t` and `other`, a seed, also same_relation and
     other_relation: as many (layer, neuron) in each layer as the query has KNs, of one other
     fact."""
-    queries, extra = queries.reset_index(drop=True), {}
+    queries = queries.reset_index(drop=True)
+    lists = {
+        "prompts": queries["prompt"].tolist(),
+        "prompt_index": queries["prompt_index"].tolist(),
+    }
     if t is not None:
         sets = [sorted(one) for one in kn_sets(queries, t)]
-        extra = {
-            name: [[neuron[place] for neuron in one] for one in sets]
-            for place, name in enumerate(("layer", "neuron"))
-        }
-        if other is not None:
-            extra |= {
-                kind: _other(queries, sets, other, kind)
-                for kind in ("same_relation", "other_relation")
-            }
+        lists["layer"] = [[layer for layer, _ in one] for one in sets]
+        lists["neuron"] = [[neuron for _, neuron in one] for one in sets]
+        for kind in OTHER_FACTS if other is not None else ():
+            lists[kind] = _other_facts_neurons(queries, sets, kind, other)
     if irrelevant is not None:
-        extra["irrelevant"] = [_irrelevant(queries, row, irrelevant) for row in range(len(queries))]
-    facts = [
-        dict(
-            fact=fact,
-            relation=group["relation"].iloc[0],
-            object=group["object"].iloc[0],
-            prompts=group["prompt"].tolist(),
-            prompt_index=group["prompt_index"].astype(int).tolist(),
-            **{name: [values[row] for row in group.index] for name, values in extra.items()},
-        )
-        for fact, group in queries.groupby("fact", sort=False)
-    ]
-    return [facts[start : start + size] for start in range(0, len(facts), size)]
+        lists["irrelevant"] = [_irrelevant(queries, row, irrelevant) for row in queries.index]
+    facts = []
+    for fact, group in queries.groupby("fact", sort=False):
+        first = group.iloc[0]
+        one = {
+            "fact": fact,
+            "relation": first["relation"],
+            "object": first["object"],
+        }
+        for name, values in lists.items():
+            one[name] = [values[row] for row in group.index]
+        facts.append(one)
+    return [facts]
 
 
 def _irrelevant(queries, row, seed):
+    """A prompt of another relation than the query's in this row."""
     query = queries.loc[row]
     others = queries[queries["relation"] != query["relation"]]
     same = others[others["prompt_tokens"] == query["prompt_tokens"]]
     pool = (same if len(same) else others)["prompt"].tolist()
-    rng = np.random.default_rng([seed, *f"{query['fact']} {query['prompt_index']}".encode()])
+    rng = seeded(seed, query["fact"], query["prompt_index"])
     return pool[rng.integers(len(pool))] if pool else None
 
 
-def _other(queries, sets, seed, kind):
-    others = OtherFacts(queries, sets)
-    return [
-        sorted(
-            others.draw(
-                one,
-                fact,
-                np.random.default_rng([seed, *f"{fact} {index} {kind}".encode()]),
-                same_relation=kind == "same_relation",
-            )
-        )
-        for fact, index, one in zip(queries["fact"], queries["prompt_index"], sets)
-    ]
+def _other_facts_neurons(queries, sets, kind, seed):
+    """For each query sorted neurons of one other fact, of its relation or of another."""
+    others, drawn = OtherFacts(queries, sets), []
+    for fact, index, neurons in zip(queries["fact"], queries["prompt_index"], sets):
+        rng = seeded(seed, fact, index, kind)
+        found = others.draw(neurons, fact, rng, same_relation=kind == "same_relation")
+        drawn.append(sorted(found))
+    return drawn
 
 
 # --- relative changes -----------------------------------------------------------------------------
 
 
-def beside_queries(
-    frame: pd.DataFrame, queries: pd.DataFrame, t: float, static: float
-) -> pd.DataFrame:
-    """`frame` with known, subject, object, cs2, class_static and class_otsu of its query (fact,
-    prompt_index)."""
+def beside_queries(frame, queries, t, static) -> pd.DataFrame:
+    """`frame` with known, subject, object, prompt, cs2, class_static and class_otsu of its query
+    (fact, prompt_index)."""
     facts = classified_facts(queries, t, static)[["fact", "cs2", "class_static", "class_otsu"]]
-    about = queries[["fact", "prompt_index", "subject", "object", "prompt", "known"]].merge(
-        facts, on="fact", how="left"
-    )
+    columns = ["fact", "prompt_index", "subject", "object", "prompt", "known"]
+    about = queries[columns].merge(facts, on="fact", how="left")
     return frame.merge(about, on=["fact", "prompt_index"], how="left", validate="many_to_one")
 
 
-def rates(
-    frame: pd.DataFrame, quantity: str = "probability", *, size: bool = False
-) -> pd.DataFrame:
-    """Rows of `frame` with `rate`, the relative change of `quantity` with the sign of its direction
-    (section 3.1), and one more row for each pair of directions, "average". `size`: the magnitude of
-    the change instead, whichever way it goes. NaN where the quantity was 0 before or is
-    undefined."""
+def rates(frame, quantity="probability", *, size=False) -> pd.DataFrame:
+    """Rows of `frame` with `rate`, the relative change of `quantity`, positive in the expected
+    direction (section 3.1), and one more row, "average", for each pair of directions.
+
+    size: the magnitude of the change instead, whichever way it goes. NaN where the quantity was 0
+    before or is undefined."""
     before = frame[f"{quantity}_before"]
     sign = frame["direction"].map({"enhance": 1.0, "suppress": -1.0})
     rate = sign * (frame[quantity] - before) / before.where(before != 0)
     frame = frame.assign(rate=rate.abs() if size else rate)
     keys = [name for name in ("fact", "prompt_index", "set", "renormalise") if name in frame]
-    average = (
-        frame.groupby(keys, sort=False)["rate"]
-        .agg(lambda pair: pair.mean(skipna=False))
-        .reset_index()
-    )
+    average = frame.groupby(keys, sort=False)["rate"].agg(lambda pair: pair.mean(skipna=False))
     first = frame[frame["direction"] == "enhance"].drop(columns="rate")
-    first = first.merge(average, on=keys, validate="one_to_one")
+    first = first.merge(average.reset_index(), on=keys, validate="one_to_one")
     return pd.concat([frame, first.assign(direction="average")], ignore_index=True)
 
 
 def summary(
-    frame: pd.DataFrame,
+    frame,
     sets,
     *,
     directions=DIRECTIONS,
     populations=COUNTED,
     thresholds=THRESHOLDS,
-    seed: int = 0,
+    seed=0,
 ) -> pd.DataFrame:
-    """Mean, median and 10 % trimmed mean of `rate`, each with its 95 % interval, for every
-    threshold, population of queries (of POPULATIONS), set, direction and class; n values of n_facts
-    facts, the share of `empty` sets and their mean size, and how many values are `undefined` (0
-    before the change). A class without facts has n = 0 and NaN."""
+    """Statistics of `rate`, a row a threshold, population of queries (of POPULATIONS), set,
+    direction and class; a class without facts has n = 0 and NaN.
+
+    See `all_statistics`; undefined: values that are NaN; empty: share of empty sets; size: their
+    mean size."""
+    levels = {
+        "threshold": thresholds,
+        "set": sets,
+        "direction": directions,
+        "class": CLASSES,
+    }
     rows = []
     for population in populations:
-        levels = {"threshold": thresholds, "set": sets, "direction": directions, "class": CLASSES}
         for keys, part in cells(POPULATIONS[population](frame), levels):
             estimate = bootstrap_mean(part, "rate", seed=seed)
-            rows.append(
-                {
-                    "threshold": keys["threshold"],
-                    "queries": population,
-                    **keys,
-                    **all_statistics(estimate),
-                    "undefined": estimate.n_missing,
-                    "empty": (part["size"] == 0).mean(),
-                    "size": part["size"].mean(),
-                }
-            )
+            row = {
+                "threshold": keys["threshold"],
+                "queries": population,
+                **keys,
+                **all_statistics(estimate),
+                "undefined": estimate.n_missing,
+                "empty": (part["size"] == 0).mean(),
+                "size": part["size"].mean(),
+            }
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
-def query_gaps(frame: pd.DataFrame, first: str, second=(), direction="average") -> pd.DataFrame:
-    """A row a query of `rates` rows, one direction or both averaged: fact, relation, prompt_index,
-    classes, known, and gap, the rate of set `first` less the mean rate of the sets `second`."""
+def query_gaps(frame, first: str, second=(), direction="average") -> pd.DataFrame:
+    """A row a query of `rates` rows of one direction: fact, relation, prompt_index, classes, known,
+    and gap, the rate of set `first` less the mean rate of the sets `second`."""
     frame = frame[(frame["direction"] == direction) & frame["set"].isin([first, *second])]
-    wide = frame.pivot(index=["fact", "prompt_index"], columns="set", values="rate").reindex(
-        columns=[first, *second]
-    )
-    gap = wide[first] - (wide[list(second)].mean(axis=1, skipna=False) if second else 0.0)
-    about = frame.drop_duplicates(["fact", "prompt_index"])[
-        ["fact", "relation", "prompt_index", "class_static", "class_otsu", "known"]
-    ]
-    return about.merge(gap.rename("gap").reset_index(), on=["fact", "prompt_index"])
+    keys = ["fact", "prompt_index"]
+    wide = frame.pivot(index=keys, columns="set", values="rate").reindex(columns=[first, *second])
+    gap = wide[first]
+    if second:
+        gap = gap - wide[list(second)].mean(axis=1, skipna=False)
+    columns = ["fact", "relation", "prompt_index", "class_static", "class_otsu", "known"]
+    about = frame.drop_duplicates(keys)[columns]
+    return about.merge(gap.rename("gap").reset_index(), on=keys)
 
 
-def contrast(frame: pd.DataFrame, first: str, second, seed: int = 0) -> pd.DataFrame:
-    """Mean, median and trimmed mean of `query_gaps` by threshold, queries counted and class, and
-    their differences of the classes, "II - I", with 95 % intervals; n queries and n_facts, of II -
-    I with those of I as n_other and n_facts_other. Queries where a rate is undefined are left
-    out."""
+def contrast(frame, first: str, second, seed=0) -> pd.DataFrame:
+    """Statistics of `query_gaps` by threshold, queries counted and class, and of the difference of
+    the classes, "II - I" (n queries and n_facts of II, n_other and n_facts_other of I). Queries
+    where a rate is undefined are left out."""
     gaps, rows = query_gaps(frame, first, second), []
     for threshold, queries in product(THRESHOLDS, COUNTED):
         label, counted = f"class_{threshold}", POPULATIONS[queries](gaps)
-        found = {
-            name: bootstrap_mean(counted[counted[label] == name], "gap", seed=seed)
-            for name in CLASSES
-        }
+        found = {}
+        for name in CLASSES:
+            found[name] = bootstrap_mean(counted[counted[label] == name], "gap", seed=seed)
         found["II - I"] = bootstrap_difference(counted, "gap", label, ("II", "I"), seed=seed)
-        rows += [
-            {"threshold": threshold, "queries": queries, "class": name, **all_statistics(one)}
-            for name, one in found.items()
-        ]
+        for name, estimate in found.items():
+            keys = {
+                "threshold": threshold,
+                "queries": queries,
+                "class": name,
+            }
+            rows.append(keys | all_statistics(estimate))
     return pd.DataFrame(rows)
 
 
-def all_statistics(estimate) -> dict:
-    """Mean, median and trimmed mean as columns, each with its interval; n values and facts, of
-    both sides of a difference."""
-    return {
-        **estimate.row("mean"),
-        **estimate.row("median"),
-        **estimate.row("trimmed"),
-        **estimate.facts(),
-    }
+def all_statistics(estimate: Estimate) -> dict:
+    """Mean, median and 10 % trimmed mean as columns, each with its 95 % interval; n values of
+    n_facts facts, of both sides of a difference."""
+    row = {}
+    for name in ("mean", "median", "trimmed"):
+        row |= estimate.row(name)
+    return row | estimate.facts()
 
 
 # --- predominance (Eq. 4) -------------------------------------------------------------------------
 
 
-def predominance(winners: pd.DataFrame) -> pd.DataFrame:
-    """One row a fact of the rows of `synapses.attend`: predominance (share of its queries whose
-    most attended token is the modal one), predominance_rest (the first token left out), first
-    (share whose winner is the first token), same_first (what predominance would be if every query's
-    winner were its first token: no attention involved), the modal tokens, n_queries and the mean
-    share of attention that the first token draws."""
+def predominance(winners) -> pd.DataFrame:
+    """One row a fact of the rows of `synapses.attend`, each query's most attended token, `_rest`
+    with the first token left out.
+
+    predominance: share of queries whose token is the most frequent one, `modal`. first: share whose
+    token is the first one. same_first: what predominance would be if every query's were its first:
+    no attention involved. first_share: mean share of the attention that the first token draws."""
     rows = []
     for fact, group in winners.groupby("fact", sort=False):
-        row = dict(
-            fact=fact,
-            relation=group["relation"].iloc[0],
-            n_queries=len(group),
-            first=(group["column"] == 0).mean(),
-            first_share=group["first_share"].mean(),
-        )
-        for name in ("", "_rest"):
-            counts = group[f"token_id{name}"].value_counts()
-            row[f"predominance{name}"] = counts.iloc[0] / len(group)
-            row[f"modal{name}"] = group.loc[
-                group[f"token_id{name}"] == counts.index[0], f"token{name}"
-            ].iloc[0]
-        row["same_first"] = group["token_id_first"].value_counts().iloc[0] / len(group)
+        row = {
+            "fact": fact,
+            "relation": group["relation"].iloc[0],
+            "n_queries": len(group),
+            "first": (group["column"] == 0).mean(),
+            "first_share": group["first_share"].mean(),
+        }
+        for end in ("", "_rest"):
+            counts = group[f"token_id{end}"].value_counts(normalize=True)
+            modal = group[group[f"token_id{end}"] == counts.index[0]]
+            row[f"predominance{end}"] = counts.iloc[0]
+            row[f"modal{end}"] = modal[f"token{end}"].iloc[0]
+        row["same_first"] = group["token_id_first"].value_counts(normalize=True).iloc[0]
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def predominance_table(facts: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+def predominance_table(facts, seed=0) -> pd.DataFrame:
     """Means of `predominance` over facts by threshold and class, with 95 % intervals, and `least`,
-    the mean of 1/k."""
+    the mean of 1/k for facts of k queries."""
     columns = ("predominance", "predominance_rest", "first", "same_first", "first_share")
-    return pd.DataFrame(
-        [
-            {**keys, **mean_columns(part, columns, seed), "least": (1 / part["n_queries"]).mean()}
-            for keys, part in cells(facts, {"threshold": THRESHOLDS, "class": CLASSES})
-        ]
-    )
+    rows = []
+    for keys, part in cells(facts, {"threshold": THRESHOLDS, "class": CLASSES}):
+        means = mean_columns(part, columns, seed)
+        rows.append(keys | means | {"least": (1 / part["n_queries"]).mean()})
+    return pd.DataFrame(rows)
 
 
-def top_tokens(winners: pd.DataFrame) -> pd.DataFrame:
-    """The eight most attended tokens over all queries, with and without the first token: how often
-    each wins, and with what mean share of the attention."""
-    rows = [
-        dict(
-            counted=kind,
-            token=repr(token),
-            queries=len(group),
-            share_of_queries=len(group) / len(winners),
-            attention=group[f"share{name}"].mean(),
-        )
-        for kind, name in (("all tokens", ""), ("without the first", "_rest"))
-        for token, group in winners.groupby(f"token{name}")
-    ]
-    frame = pd.DataFrame(rows).sort_values(
-        ["counted", "queries", "token"], ascending=[True, False, True]
-    )
-    return frame.groupby("counted").head(8).reset_index(drop=True)
-
-
-def reach(queries_kns, found: pd.DataFrame) -> float:
-    """Share of the pairs of a synapse and a KN in which the synapse can move the KN: attention
-    reaches the MLPs of its own layer and of later ones. `queries_kns`: KN sets; found: rows with
-    by_layer, synapses a layer."""
-    synapses = np.sum(found["by_layer"].tolist(), axis=0)
-    kns = np.bincount([layer for one in queries_kns for layer, _ in one], minlength=len(synapses))
-    return float((kns * np.cumsum(synapses)).sum() / max(1, kns.sum() * synapses.sum()))
+def top_tokens(winners) -> pd.DataFrame:
+    """The eight tokens that are most often the most attended one, with and without the first token
+    of a prompt: in how many queries, and with what mean share of the attention."""
+    parts = []
+    for counted, end in (("all tokens", ""), ("without the first", "_rest")):
+        groups = winners.groupby(f"token{end}")[f"share{end}"]
+        found = groups.agg(queries="size", attention="mean").rename_axis("token").reset_index()
+        found["token"] = found["token"].map(repr)
+        found.insert(0, "counted", counted)
+        found.insert(3, "share_of_queries", found["queries"] / len(winners))
+        parts.append(found.sort_values(["queries", "token"], ascending=[False, True]).head(8))
+    return pd.concat(parts, ignore_index=True)
 
 
 # --- synapses (Eq. 5, 6) --------------------------------------------------------------------------
 
 
-def synapse_counts(found: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+def reach(queries_kns: list[set], found) -> float:
+    """Share of the pairs of a synapse and a KN in which the synapse can move the KN: attention
+    reaches the MLPs of its own layer and of later ones. by_layer of `found`: synapses a layer."""
+    synapses = np.sum(found["by_layer"].tolist(), axis=0)  # (L,)
+    kns = np.bincount([layer for one in queries_kns for layer, _ in one], minlength=len(synapses))
+    return float((kns * np.cumsum(synapses)).sum() / max(1, kns.sum() * synapses.sum()))
+
+
+def synapse_counts(found, seed=0) -> pd.DataFrame:
     """How many synapses a query has, and how far S and S_ir coincide: means over queries with 95 %
     intervals. `_rest`: without column 0. mean depth: of a query's synapses (0 the first layer, 1
     the last)."""
-    depth = found["by_layer"].map(
-        lambda counts: (
-            np.average(np.linspace(0, 1, len(counts)), weights=counts) if sum(counts) else np.nan
-        )
-    )
-    first = (1 - found["n_self_rest"] / found["n_self"].where(found["n_self"] > 0)).astype(float)
-    extra = {
-        "share in column 0": first,
-        "mean depth": depth,
-        "no synapse": found["n_self"] == 0,
-        "no synapse_rest": found["n_self_rest"] == 0,
-    }
-    names = [
-        "n_self",
-        "n_self_rest",
-        "n_irrelevant",
-        "n_irrelevant_rest",
-        "jaccard",
-        "jaccard_rest",
-        *extra,
-    ]
-    frame = found.assign(**extra).reindex(columns=["fact", "relation", *names])
-    frame = frame.astype(dict.fromkeys(names, float))
-    return pd.DataFrame(
-        [{"quantity": name, **bootstrap_mean(frame, name, seed=seed).row("mean")} for name in names]
-    )
+    frame = found[["fact", "relation"]].copy()
+    for name in ("n_self", "n_irrelevant", "jaccard"):
+        for column in (name, f"{name}_rest"):
+            frame[column] = found[column].astype(float)
+    frame["share in column 0"] = 1 - frame["n_self_rest"] / frame["n_self"]  # NaN where 0 of 0
+    frame["mean depth"] = found["by_layer"].map(_mean_depth)
+    frame["no synapse"] = (frame["n_self"] == 0).astype(float)
+    frame["no synapse_rest"] = (frame["n_self_rest"] == 0).astype(float)
+    rows = []
+    for name in frame.columns[2:]:
+        rows.append({"quantity": name} | bootstrap_mean(frame, name, seed=seed).row("mean"))
+    return pd.DataFrame(rows)
+
+
+def _mean_depth(counts) -> float:
+    """Of synapses counted by layer."""
+    depths = np.linspace(0, 1, len(counts))
+    return np.average(depths, weights=counts) if sum(counts) else np.nan

@@ -1,7 +1,5 @@
-"""From facts to stored knowledge neurons: attribution of every query of a run, kept sparse, in
-units of work."""
-
-from __future__ import annotations
+"""From facts to stored knowledge neurons: every query of a run is attributed, and of its scores
+those that can matter are kept."""
 
 from dataclasses import asdict
 
@@ -13,51 +11,51 @@ from qlutils.attribution.attribute import Attribution, Spec, attribute_encoded
 from qlutils.facts import Fact, prompt_tokens
 from qlutils.model.passes import neuron_vectors
 from qlutils.neurons.cas import cas_candidates
-from qlutils.neurons.sets import STORE_THRESHOLD, above_share, fact_table
+from qlutils.neurons.sets import STORE_THRESHOLD, fact_table
 
 CONVERGED_STEPS = 9  # about what the rule "converged" takes a layer, between models
 # The facts of the paper's Figure 1.
 PAPER_EXAMPLES = (("P39", "Suleiman I", "Shah"), ("P39", "Christoph Ahlhaus", "mayor"))
+ONE_QUERY = "the only usable query of its fact; consistency needs two"
+
+
+# --- the task -------------------------------------------------------------------------------------
 
 
 def localise_unit(lm, unit: list[dict], **spec) -> pd.DataFrame:
     """Attribute all queries of a unit of facts; the task behind `localise`. One row a query:
 
-    fact, relation, subject, object, prompt_index, prompt; probability of the whole answer and
-    whether it is known (greedy decoding gives it); prompt_tokens, answer_tokens; converged (None
-    for a rule that cannot tell) and evaluations (see `attribution.Attribution`); gap (L,), the
-    completeness gap; layer, neuron, score: the neurons above 0.05 of the query's largest score. The
-    first row of a fact carries cas_*, mean and deviation over the fact's queries of every neuron
-    that an offered CAS setting can select. A query that cannot be tokenised or read has its reason
-    in `left_out` and no numbers.
+    fact, relation, subject, object, prompt_index, prompt; left_out: why the query cannot be
+    tokenised or read (such a row has no numbers), else None; prompt_tokens, answer_tokens;
+    probability of the whole answer, and whether it is known (greedy decoding gives it); gap (L,),
+    the completeness gap; converged, evaluations and row_budget, see `Attribution`; layer, neuron,
+    score: the neurons above 0.05 of the query's largest score. The first row of a fact has cas_*,
+    see `cas_candidates`.
     """
-    spec, rows, encoded, names = Spec(**spec), [], [], []
+    rows, encoded = [], []
     for record in unit:
         fact = Fact(**record)
         for index, prompt in enumerate(fact.prompts):
-            row = dict(
-                fact=fact.id,
-                relation=fact.relation,
-                subject=fact.subject,
-                object=fact.object,
-                prompt_index=index,
-                prompt=prompt,
-                left_out=None,
-                prompt_tokens=0,
-                answer_tokens=0,
-            )
+            row = {
+                "fact": fact.id,
+                "relation": fact.relation,
+                "subject": fact.subject,
+                "object": fact.object,
+                "prompt_index": index,
+                "prompt": prompt,
+                "left_out": None,
+                "known": False,
+            }
+            rows.append(row)
             try:
-                query = lm.encode(prompt, fact.object)
-                row |= dict(prompt_tokens=len(query[0]), answer_tokens=len(query[1]))
-                encoded.append(query)
-                names.append(f"{fact.id}: {prompt}")
+                encoded.append(lm.encode(prompt, fact.object))
             except ValueError as error:
                 row["left_out"] = str(error)
-            rows.append(row)
-    frame = pd.DataFrame(rows)
-    if encoded:
-        _add_scores(frame, attribute_encoded(lm, encoded, spec, names))
-    return frame
+    read = [row for row in rows if row["left_out"] is None]
+    names = [f"{row['fact']}: {row['prompt']}" for row in read]
+    if read:
+        _add_scores(read, encoded, attribute_encoded(lm, encoded, Spec(**spec), names))
+    return pd.DataFrame(rows)
 
 
 def _passes(lm, fact: dict, config: dict) -> float:
@@ -73,109 +71,98 @@ localise_unit.VERSION = 1
 localise_unit.passes = _passes
 
 
-def _add_scores(frame: pd.DataFrame, result: Attribution) -> None:
-    """Fill in what was found of the queries that are not left out; `result` has them in the frame's
-    order."""
-    scores, read = result.scores.cpu().numpy(), np.flatnonzero(frame["left_out"].isna())
-    cells: dict[str, list] = {
-        name: [None] * len(frame)
-        for name in (
-            "gap",
-            "layer",
-            "neuron",
-            "score",
-            "cas_layer",
-            "cas_neuron",
-            "cas_mean",
-            "cas_std",
-            "cas_mean_max",
-            "cas_std_max",
-        )
-    }
-    found = np.stack([above_share(one, STORE_THRESHOLD) for one in scores])  # (Q, L, N)
-    query, layer, neuron = found.nonzero()
-    score = scores[found]
-    ends = np.cumsum(np.bincount(query, minlength=len(read)))[:-1]
-    for name, values in (
-        ("layer", layer.astype(np.int32)),
-        ("neuron", neuron.astype(np.int32)),
-        ("score", score),
-        ("gap", result.completeness_gap.cpu().numpy()),
-    ):
-        for row, one in zip(read, values if name == "gap" else np.split(values, ends)):
-            cells[name][row] = one
-    for _, rows in pd.Series(read).groupby(frame["fact"].to_numpy()[read], sort=False):
-        for name, values in cas_candidates(scores[rows.index.tolist()]).items():
-            kind = np.int32 if name in ("layer", "neuron") else score.dtype
-            cells[f"cas_{name}"][rows.iloc[0]] = values.astype(kind)
-    frame["probability"], frame["known"] = np.nan, False
-    frame.loc[read, "probability"] = result.probability.cpu().numpy()
-    frame.loc[read, "known"] = result.known.cpu().numpy()
-    frame["row_budget"] = result.row_budget
-    frame["converged"], frame["evaluations"] = None, np.nan
-    frame.loc[read, "evaluations"] = result.evaluations.numpy()
-    if result.converged is not None:
-        frame.loc[read, "converged"] = result.converged.cpu().numpy()
-    for name, values in cells.items():
-        frame[name] = pd.Series(values, dtype=object, index=frame.index)
+def _add_scores(rows: list[dict], encoded, result: Attribution) -> None:
+    """Fill in what was found of the queries that could be read, all three in one order."""
+    scores = (
+        result.scores
+    )  # (Q, L, N), on the model's device: half a million of a large model's query
+    converged = [None] * len(rows) if result.converged is None else result.converged.tolist()
+    for i, (row, (prompt, answer)) in enumerate(zip(rows, encoded)):
+        kept = scores[i] > STORE_THRESHOLD * scores[i].max().clamp_min(0)  # (L, N)
+        layer, neuron = (one.int().cpu().numpy() for one in kept.nonzero(as_tuple=True))
+        row |= {
+            "prompt_tokens": len(prompt),
+            "answer_tokens": len(answer),
+            "probability": result.probability[i].item(),
+            "known": result.known[i].item(),
+            "row_budget": result.row_budget,
+            "converged": converged[i],
+            "evaluations": result.evaluations[i].item(),
+            "gap": result.completeness_gap[i].cpu().numpy(),
+            "layer": layer,
+            "neuron": neuron,
+            "score": scores[i][kept].cpu().numpy(),
+        }
+    facts = pd.Series([row["fact"] for row in rows])
+    for _, same in facts.groupby(facts, sort=False):
+        first = rows[same.index[0]]
+        for name, values in cas_candidates(scores[same.index.tolist()]).items():
+            kind = np.int32 if name in ("layer", "neuron") else first["score"].dtype
+            first[f"cas_{name}"] = values.astype(kind)
+
+
+# --- a run ----------------------------------------------------------------------------------------
 
 
 def localise(study, **spec) -> pd.DataFrame:
     """Localise all facts of a study with its model and method; the `queries` frame, saved for later
     notebooks.
 
-    `spec`: fields of `attribution.Spec` other than the method. Queries that had to be left out are
-    not in it; they are saved as "left_out" with the reason, and so is a fact that keeps fewer than
-    two queries.
+    `spec`: fields of `Spec` other than the method. Queries that had to be left out are not in it;
+    they are saved as "left_out" with the reason, and so is a fact's only usable query.
     """
     config = {"method": study.method, **spec}
-    facts, name = [asdict(fact) for fact in study.facts()], f"{study.model} {study.method}"
-    frame = study.run(localise_unit, [facts], config, desc=name)
-    single = frame["left_out"].isna() & (
-        frame[frame["left_out"].isna()]
-        .groupby("fact")["fact"]
-        .transform("size")
-        .reindex(frame.index)
-        < 2
-    )
-    frame.loc[single, "left_out"] = "the only usable query of its fact; consistency needs two"
-    lost = frame[frame["left_out"].notna()]
-    queries = frame[frame["left_out"].isna()].drop(columns="left_out").reset_index(drop=True)
+    facts = list(map(asdict, study.facts()))
+    frame = study.run(localise_unit, [facts], config, desc=f"{study.model} {study.method}")
+    usable = frame["left_out"].isna()
+    alone = usable.groupby(frame["fact"]).transform("sum") < 2
+    frame.loc[usable & alone, "left_out"] = ONE_QUERY
+    lost = frame[frame["left_out"].notna()].reset_index(drop=True)
+    queries = _usable(frame)
     if queries.empty:
         raise ValueError(
             f"no fact of this run has two usable queries for {study.model}; first reason: "
             f"{lost['left_out'].iloc[0]}"
         )
-    choices = {
-        name: value
-        for name, value in asdict(Spec(**config)).items()
-        if name not in ("method", "row_budget")
-    }
+    choices = asdict(Spec(**config))
+    del choices["method"], choices["row_budget"]
     study.save(queries, "queries", localisation=choices)
-    study.save(lost[["fact", "prompt", "left_out"]].reset_index(drop=True), "left_out")
+    study.save(lost[["fact", "prompt", "left_out"]], "left_out")
     return queries
 
 
+def _usable(frame) -> pd.DataFrame:
+    return frame[frame["left_out"].isna()].drop(columns="left_out").reset_index(drop=True)
+
+
+def localise_again(study, facts: list[dict], what: str, **spec) -> pd.DataFrame:
+    """The `queries` frame of some facts or wordings, to compare with the run's own; not saved.
+
+    facts: dicts with the fields of `Fact`; what: names the work in the run's record."""
+    config = {"method": study.method, **spec}
+    desc = f"{study.model} {study.method} {what}"
+    return _usable(study.run(localise_unit, [facts], config, desc=desc))
+
+
 def localise_by_other_rule(
-    study, queries: pd.DataFrame, *, facts: int = 12, seed: int = 0, **spec
-) -> pd.DataFrame:
-    """Some facts of a run again, by another rule of the integral: "converged", or the paper's where
-    the run itself used that. A seeded sample of `facts` facts with all their prompts; the frame of
-    `localise`, with the column `rule`, saved as "other_rule" for notebook 02."""
+    study,
+    queries,
+    *,
+    facts=12,
+    seed=0,
+    **spec,
+):
+    """A seeded sample of a run's facts by another rule of the integral: by "converged", or by the
+    paper's where the run itself used that. A `queries` frame with the column `rule`, saved as
+    "other_rule" for notebook 02."""
     other = "right" if spec.get("rule") == "converged" else "converged"
-    chosen = queries["fact"].drop_duplicates()
-    chosen = chosen.iloc[np.sort(np.random.default_rng(seed).permutation(len(chosen))[:facts])]
-    some = [fact for fact in study.facts() if fact.id in set(chosen)]
-    config = {"method": study.method, **spec, "rule": other, "steps": Spec.steps}
-    frame = study.run(
-        localise_unit,
-        [[asdict(fact)] for fact in some],
-        config,
-        desc=f"{study.model} {study.method} {other}",
-    )
-    frame = frame[frame["left_out"].isna()].drop(columns="left_out").reset_index(drop=True)
-    study.save(frame.assign(rule=other), "other_rule")
-    return frame.assign(rule=other)
+    names = queries["fact"].unique()
+    chosen = names[np.random.default_rng(seed).permutation(len(names))[:facts]]
+    sample = [asdict(fact) for fact in study.facts() if fact.id in chosen]
+    spec |= {"rule": other, "steps": Spec.steps}
+    frame = localise_again(study, sample, other, **spec).assign(rule=other)
+    study.save(frame, "other_rule")
+    return frame
 
 
 def localised(study) -> pd.DataFrame:
@@ -190,51 +177,73 @@ def localised(study) -> pd.DataFrame:
     return localise(study)
 
 
-def example_facts(queries: pd.DataFrame, t: float = 0.2) -> list[str]:
+# --- what notebook 01 shows -----------------------------------------------------------------------
+
+
+def localisation_summary(queries, sets: list[set]) -> pd.DataFrame:
+    """Size, depth and error of the KN sets of a `queries` frame, in one row.
+
+    mean completeness gap: over layers and queries; largest gap of a layer: of the layers' means
+    over queries; both in units of probability."""
+    sizes = pd.Series([len(one) for one in sets])
+    layers = pd.Series([layer for one in sets for layer, _ in one], dtype=float)
+    gaps = np.stack(queries["gap"])  # (Q, L)
+    row = {
+        "n_queries": len(queries),
+        "n_known": queries["known"].sum(),
+        "n_empty": (sizes == 0).sum(),
+        "median KNs": sizes.median(),
+        "mean KN layer": layers.mean(),
+        "share in layer 0": (layers == 0).mean(),
+        "mean completeness gap": gaps.mean(),
+        "largest gap of a layer": gaps.mean(0).max(),
+        "mean P": queries["probability"].mean(),
+    }
+    return pd.DataFrame([row])
+
+
+def example_facts(queries, t=0.2) -> list[str]:
     """Ids of the two facts that Figures 1, 7 and 10 show: the paper's where the data has them, else
     the known facts of highest and lowest CS2 (known: every query answered; if there are none, all
     facts count)."""
-    present = {
-        (r, s, o): fact
-        for fact, r, s, o in queries[["fact", "relation", "subject", "object"]]
-        .drop_duplicates()
-        .itertuples(index=False)
-    }
-    if all(key in present for key in PAPER_EXAMPLES):
-        return [present[key] for key in PAPER_EXAMPLES]
+    about = queries.drop_duplicates("fact").set_index(["relation", "subject", "object"])["fact"]
+    if all(key in about.index for key in PAPER_EXAMPLES):
+        return [about[key] for key in PAPER_EXAMPLES]
     facts = fact_table(queries, t).dropna(subset="cs2")
-    facts = (
-        facts[facts["n_queries"] > 2] if (facts["n_queries"] > 2).sum() > 1 else facts
-    )  # CS2 of two prompts is CS1
+    several = facts[facts["n_queries"] > 2]  # CS2 of two prompts is CS1
+    facts = several if len(several) > 1 else facts
     known = facts[facts["known"] == 1]
-    facts = (known if len(known) > 1 else facts).sort_values("cs2", kind="stable")
-    return [facts["fact"].iloc[-1], facts["fact"].iloc[0]]
+    facts = known if len(known) > 1 else facts
+    names = facts.sort_values("cs2", kind="stable")["fact"]
+    return [names.iloc[-1], names.iloc[0]]
 
 
-def example_maps(lm, queries: pd.DataFrame, facts: list[str], **spec) -> list[dict]:
-    """For two neighbour queries of each fact: dense attribution and activation (L, N), for the
-    heatmaps of Figure 1.
-
-    The two are the first and the last of the fact's known prompts (of all its prompts if fewer than
-    two are known). Each
-    dict: fact, prompt, answer, attribution, activation."""
+def example_maps(lm, queries, facts: list[str], **spec) -> list[dict]:
+    """The dense attribution and activation (L, N) of two neighbour queries of each fact, for the
+    heatmaps of Figure 1: of its first and last known prompt (of all prompts if fewer than two are
+    known). Dicts with fact, prompt, answer, attribution, activation."""
     maps = []
     for fact in facts:
         group = queries[queries["fact"] == fact]
         chosen = group[group["known"]] if group["known"].sum() > 1 else group
-        for _, row in chosen.iloc[[0, -1]].iterrows():
-            encoded = lm.encode(row["prompt"], row["object"])
-            scores = attribute_encoded(lm, [encoded], Spec(**spec), [row["prompt"]]).scores[0]
-            activation = (
-                neuron_vectors(lm, torch.tensor([encoded[0]], device=lm.device))[0].float().cpu()
-            )
-            maps.append(
-                dict(
-                    fact=fact,
-                    prompt=row["prompt"],
-                    answer=row["object"],
-                    attribution=scores.cpu().numpy(),
-                    activation=activation.numpy(),
-                )
-            )
+        for place in (0, -1):
+            one = {"fact": fact, "prompt": chosen["prompt"].iloc[place]}
+            maps.append(one | {"answer": chosen["object"].iloc[place]})
+    encoded = [lm.encode(one["prompt"], one["answer"]) for one in maps]
+    result = attribute_encoded(lm, encoded, Spec(**spec), [one["prompt"] for one in maps])
+    seen = activations(lm, [prompt for prompt, _ in encoded])
+    for one, scores, activation in zip(maps, result.scores.cpu().numpy(), seen):
+        one |= {"attribution": scores, "activation": activation}
     return maps
+
+
+def activations(lm, prompts: list[list[int]]) -> list[np.ndarray]:
+    """(L, N) neuron vectors of each tokenised prompt at its last token."""
+    found = [None] * len(prompts)
+    lengths = np.array([len(prompt) for prompt in prompts])
+    for length in np.unique(lengths):
+        same = np.flatnonzero(lengths == length)
+        ids = torch.tensor([prompts[i] for i in same], device=lm.device)  # (Q, T)
+        for i, vectors in zip(same, neuron_vectors(lm, ids).float().cpu().numpy()):
+            found[i] = vectors
+    return found

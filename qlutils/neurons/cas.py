@@ -8,6 +8,8 @@ from numbers import Real
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import Tensor
 
 from qlutils.neurons.sets import above_share, as_set, dense_scores, list_cell
 
@@ -27,24 +29,26 @@ def cas_candidates(scores) -> dict[str, np.ndarray]:
     CAS_MIN_THRESHOLD of the largest CAS, for either kind of score; so the largest is kept too, and
     any higher threshold selects among the kept.
     """
-    scores = dense_scores(scores)
-    top = scores.max(axis=(1, 2), keepdims=True)  # (Q, 1, 1)
-    scaled = np.divide(scores, top, out=np.zeros_like(scores), where=top > 0)
-    moments = dict(
-        mean=scores.mean(0), std=scores.std(0), mean_max=scaled.mean(0), std_max=scaled.std(0)
-    )  # (L, N) each
-    keep = np.zeros(scores.shape[1:], dtype=bool)
+    if not (isinstance(scores, Tensor) and scores.ndim == 3 and scores.isfinite().all()):
+        scores = torch.from_numpy(dense_scores(scores))  # or says what is wrong with them
+    scores = scores.double()  # (Q, L, N), where they are: half a million of a large model's query
+    top = scores.amax((1, 2), keepdim=True)  # (Q, 1, 1)
+    scaled = (scores / top.clamp_min(torch.finfo(torch.double).tiny)).where(top > 0, 0.0)
+    moments = {
+        "mean": scores.mean(0),
+        "std": scores.std(0, correction=0),
+        "mean_max": scaled.mean(0),
+        "std_max": scaled.std(0, correction=0),
+    }  # (L, N) each
+    keep = torch.zeros_like(scores[0], dtype=torch.bool)
     for ending in ("", "_max"):
         for b1, b2 in CAS_BETAS:
             cas = b1 * moments[f"mean{ending}"] - b2 * moments[f"std{ending}"]
-            keep |= above_share(cas, CAS_MIN_THRESHOLD)
-    layer, neuron = keep.nonzero()
-    kept = {name: value[keep] for name, value in moments.items()}
-    return dict(
-        layer=layer,
-        neuron=neuron,
-        **kept,
-    )
+            keep |= cas > CAS_MIN_THRESHOLD * cas.max().clamp_min(0)
+    layer, neuron = keep.nonzero(as_tuple=True)
+    found = {"layer": layer, "neuron": neuron}
+    found |= {name: value[keep] for name, value in moments.items()}
+    return {name: value.cpu().numpy() for name, value in found.items()}
 
 
 def kept_neurons(candidates, score="raw") -> pd.DataFrame:

@@ -17,11 +17,7 @@ import pandas as pd
 LEVEL = 0.95
 TAILS = (100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2)  # percentiles
 TRIM = 0.1
-STATISTICS = {
-    "trimmed": "10 % trimmed mean",
-    "mean": "mean",
-    "median": "median",
-}
+STATISTICS = {"trimmed": "10 % trimmed mean", "mean": "mean", "median": "median"}
 # The least number of resampled clusters (facts, or relations where these are resampled) on each
 # side of an interval or test. A side of one fact has no spread, which a bootstrap takes for
 # certainty. By simulation (tests/test_stats.py), intervals of 10 facts cover what they estimate in

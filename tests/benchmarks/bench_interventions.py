@@ -18,8 +18,8 @@ from qlutils import load_facts, load_model, scale_neurons, scale_synapses
 from qlutils.change.scaling import scaled_answer_probabilities
 from qlutils.change.synapses import Row, above_threshold, column_scores, run_rows, synapse_sets
 from qlutils.experiments.effects import units
-from qlutils.experiments.localize import localise_unit
-from qlutils.experiments.query_kn_mapping import _activations, query_sets
+from qlutils.experiments.localize import activations, localise_unit
+from qlutils.experiments.query_kn_mapping import query_sets
 
 
 def clock(function):
@@ -34,9 +34,7 @@ def probability(lm, prompt, answer):
     logits = run.logits[0, -1:]
     if len(answer) > 1:
         rest = torch.tensor([answer[:-1]], device=lm.device)
-        logits = torch.cat(
-            [logits, lm.model(input_ids=rest, cache=run.cache).logits[0]]
-        )
+        logits = torch.cat([logits, lm.model(input_ids=rest, cache=run.cache).logits[0]])
     p = torch.softmax(logits.to(lm.score_dtype), -1)
     return float(p.gather(1, torch.tensor(answer, device=lm.device)[:, None]).prod())
 
@@ -48,7 +46,7 @@ def neuron_rows(lm, facts):
         encoded = [lm.encode(prompt, fact["object"]) for prompt in fact["prompts"]]
         sets = [set(zip(*kns)) for kns in zip(fact["layer"], fact["neuron"])]
         for i, (query, active) in enumerate(
-            zip(encoded, _activations(lm, [prompt for prompt, _ in encoded]))
+            zip(encoded, activations(lm, [prompt for prompt, _ in encoded]))
         ):
             rows += [
                 (*query, frozenset(chosen), factor)

@@ -1,0 +1,112 @@
+"""Controls 2 and 6: some queries of a run localised again, by other rules of the integral, in other
+wordings, and in another precision of the model."""
+
+import re
+
+import numpy as np
+import pandas as pd
+
+from qlutils.experiments.consistency import jaccard
+from qlutils.experiments.controls import GROUP, agreement, subject_in
+from qlutils.experiments.localize import localise_again
+from qlutils.neurons.sets import kn_sets
+
+RULES, STEPS = ("right", "midpoint", "gauss"), 20
+ARTICLE = r"\b(?:the|a|an) "
+
+
+def sample_queries(queries, n=24, seed=0) -> pd.DataFrame:
+    """At most `n` queries, one a fact, known ones first; the same for every method."""
+    order = np.random.default_rng(seed).permutation(len(queries))
+    shuffled = queries.iloc[order].sort_values("known", ascending=False, kind="stable")
+    return shuffled.drop_duplicates("fact").head(n).sort_values(["fact", "prompt_index"])
+
+
+def variants(prompt: str, subject: str) -> list[str]:
+    """At most two wordings as close to the prompt as can be: an article dropped, or one added
+    before the subject. The last word, at which attribution is read, stays."""
+    place = subject_in(subject).search(prompt)
+    start, end = place.span() if place else (0, 0)
+    found = []
+    for article in re.finditer(ARTICLE, prompt):
+        if not start <= article.start() < end:
+            found.append(prompt[: article.start()] + prompt[article.end() :])
+    before = prompt[:start]
+    has_one = re.search(f"{ARTICLE}$", before, re.I) or re.match(ARTICLE, subject, re.I)
+    if place and not has_one:
+        found.append(before + ("the " if before else "The ") + prompt[start:])
+    last = prompt.split()[-1:]
+    return [one for one in dict.fromkeys(found) if one.split()[-1:] == last][:2]
+
+
+def noise(
+    study,
+    queries,
+    *,
+    t=0.2,
+    n=24,
+    seed=0,
+    **spec,
+) -> pd.DataFrame:
+    """How far KN sets that should be one differ: the `agreement` of 3 sets, a row a sampled query
+    and kind.
+
+    "quadrature": the query by three rules of the integral; "variants": the query and two
+    near-identical wordings; "neighbours": the same facts' queries, to compare. Sampled are queries
+    of which two such wordings can be made; where there are none, others, without that kind."""
+    wordings = pd.Series(map(variants, queries["prompt"], queries["subject"]), queries.index)
+    near = queries[wordings.map(len) == GROUP - 1]
+    rows = sample_queries(near if len(near) else queries, n, seed)
+    by_rule = []
+    for rule in RULES:
+        again = spec | {"rule": rule, "steps": STEPS}
+        by_rule.append(localise_again(study, _facts(rows), f"noise {rule}", **again))
+    kinds = {"quadrature": pd.concat(by_rule, ignore_index=True)}
+    if len(near):
+        worded = _facts(rows, wordings)
+        kinds["variants"] = localise_again(study, worded, "noise wording", **spec)
+    kinds["neighbours"] = queries[queries["fact"].isin(rows["fact"])]
+    found = []
+    for kind, frame in kinds.items():
+        for fact, group in frame.groupby("fact", sort=False):
+            row = {
+                "fact": fact,
+                "relation": group["relation"].iloc[0],
+                "kind": kind,
+            }
+            found.append(row | agreement(kn_sets(group, t), seed))
+    return pd.DataFrame(found)
+
+
+def precision(
+    study,
+    queries,
+    *,
+    dtypes=("float32", "bfloat16"),
+    t=0.2,
+    n=24,
+    seed=0,
+    **spec,
+) -> pd.DataFrame:
+    """Jaccard of the KN sets of sampled queries in two precisions of the model, a row a query; and
+    by how much P(answer) differs. The weights are loaded once in each."""
+    facts = _facts(sample_queries(queries, n, seed))
+    keys, found = ["fact", "relation", "prompt"], []
+    for dtype in dtypes:
+        other = type(study)(study.notebook, **{**study.parameters, "dtype": dtype})
+        frame = localise_again(other, facts, dtype, **spec)
+        found.append(frame.assign(kn=kn_sets(frame, t))[[*keys, "kn", "probability"]])
+    both = found[0].merge(found[1], on=keys, suffixes=("", "_other"))
+    return both[keys].assign(
+        pair=" and ".join(dtypes),
+        jaccard=[jaccard(*sets, empty=np.nan) for sets in zip(both["kn"], both["kn_other"])],
+        change=(both["probability_other"] - both["probability"]).abs(),
+    )
+
+
+def _facts(rows, wordings=None) -> list[dict]:
+    """Sampled queries as facts of one prompt each, followed by its `wordings`, if given."""
+    facts = rows[["relation", "subject", "object"]].to_dict("records")
+    for fact, (index, prompt) in zip(facts, rows["prompt"].items()):
+        fact["prompts"] = [prompt, *(wordings[index] if wordings is not None else ())]
+    return facts
