@@ -15,8 +15,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qlutils.experiments import attention_predominance, knowledge_synapses
-from qlutils.experiments import controls, effects, localize
+from qlutils.experiments import (
+    attention_predominance,
+    controls,
+    effects,
+    knowledge_synapses,
+    localize,
+)
 from qlutils.experiments import edit_tables as edit_report
 from qlutils.experiments import kn_modification as edit_study
 from qlutils.experiments import query_kn_mapping as mapping

@@ -16,8 +16,9 @@ import torch
 
 from qlutils import load_facts, load_model, scale_neurons, scale_synapses
 from qlutils.change.scaling import scaled_answer_probabilities
-from qlutils.change.synapses import Row, above_threshold, column_scores, run_rows, synapse_sets
+from qlutils.change.synapses import Row, above_threshold, column_scores, run_rows
 from qlutils.experiments.effects import units
+from qlutils.experiments.knowledge_synapses import synapse_sets
 from qlutils.experiments.localize import localise_unit
 from qlutils.experiments.query_kn_mapping import _activations, query_sets
 from qlutils.model.attention import cache_of, with_cache
