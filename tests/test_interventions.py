@@ -11,7 +11,8 @@ from qlutils import answer_probability, attribute, scale_neurons
 from qlutils.change import rows
 from qlutils.change.rows import Change, score_queries, score_rows
 from qlutils.change.scaling import greedy_answers, scaled_answer_probabilities
-from qlutils.model.language_model import UnsupportedModel
+from qlutils.model import answer as model_answer
+from qlutils.model.architecture import UnsupportedModel
 
 # Families whose attention rounds to float32 whatever the model's dtype, and then not always the
 # same sums.
@@ -112,7 +113,7 @@ def test_the_vocabulary_may_be_read_in_pieces(monkeypatch):
     lm = tiny_lm("gpt2")
     queries, _ = queries_and_sets(lm)
     whole = score_queries(lm, queries)
-    monkeypatch.setattr(rows, "LOGITS", 200)  # two positions at a time
+    monkeypatch.setattr(model_answer, "LOGITS", 200)  # two positions at a time
     np.testing.assert_allclose(
         score_queries(lm, queries).log_probability, whole.log_probability, rtol=1e-13
     )
@@ -195,8 +196,8 @@ def test_a_bare_forward_is_scaled_at_each_row_s_last_token(family):
 @pytest.mark.parametrize(
     "mask, said",
     [
-        (torch.tensor([[1, 1, 1], [1, 1, 0]]), "rows end with padding; pad on the left"),
-        (torch.zeros(2, 1, 3, 3), "another kind of mask"),
+        (torch.tensor([[1, 1, 1], [1, 1, 0]]), "pad on the left"),
+        (torch.zeros(2, 1, 3, 3), "give a 2-D attention_mask"),
     ],
     ids=["right padding", "4-D"],
 )
@@ -347,8 +348,8 @@ def test_attribution_inside_a_scaled_context_is_refused():
 
 
 def test_a_model_whose_layers_cannot_be_run_on_rows_is_refused_by_name(monkeypatch):
-    lm, run = tiny_lm("gpt2"), rows.call_layer
-    monkeypatch.setattr(rows, "call_layer", lambda *args: 2 * run(*args))
+    lm, run = tiny_lm("gpt2"), rows.run_rows
+    monkeypatch.setattr(rows, "run_rows", lambda *args: 2 * run(*args))
     for _ in range(2):
         with pytest.raises(UnsupportedModel, match="tiny-gpt2"):
             score_queries(lm, [([10, 11], [12])])

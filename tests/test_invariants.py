@@ -31,8 +31,8 @@ from qlutils.change.changes import Change
 from qlutils.change.rows import score_rows
 from qlutils.change.scaling import greedy_answers, scaled_answer_probabilities
 from qlutils.change.synapses import controlled
+from qlutils.model.answer import AnswerProbability
 from qlutils.model.attention import is_controlled
-from qlutils.model.passes import AnswerProbability
 
 FAMILIES = ("gpt2", "llama3", "opt", "gptj", "neox", "gemma2", "bloom")
 ATTENTION = tuple(

@@ -6,7 +6,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from tiny import CACHE, GPTJ_METHOD
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -24,10 +23,16 @@ from transformers.masking_utils import eager_mask
 from qlutils.attribution.attribute import Spec, attribute_encoded
 from qlutils.change import synapses
 from qlutils.change.synapses import Row, column_scores, find_synapses, run_rows, scale_synapses
+from qlutils.experiments.attention_predominance import attend
+from qlutils.experiments.knowledge_synapses import (
+    scale_synapse_columns,
+    scaled_maps,
+    synapse_sets,
+)
 from qlutils.model import attention
 from qlutils.model.architecture import UnsupportedModel
+from qlutils.model.attention import attention_implementation
 from qlutils.model.language_model import LanguageModel
-from qlutils.model.passes import attention_implementation
 
 SMALL = dict(
     vocab_size=61,
@@ -168,7 +173,7 @@ def test_an_architecture_without_the_interface_is_refused_by_name():
     before = falcon.model.config._attn_implementation
     with pytest.raises(UnsupportedModel, match="falcon"), scale_synapses(falcon, set(), 0.0):
         pass
-    assert falcon.model.config._attn_implementation == before and not attention._CONTROLS
+    assert falcon.model.config._attn_implementation == before and not attention.ACTIVE
 
 
 # --- finding synapses -----------------------------------------------------------------------------
@@ -209,7 +214,7 @@ def test_scores_do_not_depend_on_the_batch(lm, monkeypatch):
     prompts = [PROMPT, PROMPT[:4], PROMPT[::-1], [9, 9]]
     together = column_scores(lm, prompts)
     monkeypatch.setattr(synapses, "token_budget", lambda lm: 1)
-    for (total, score), prompt in zip(column_scores(lm, prompts), prompts):
+    for (total, _), prompt in zip(column_scores(lm, prompts), prompts):
         np.testing.assert_allclose(total, together[prompts.index(prompt)][0], atol=1e-12)
         np.testing.assert_allclose(total.sum(-1), len(prompt), atol=1e-9)
 
@@ -257,37 +262,12 @@ def edited_eager(lm, ids, chosen, factor, renormalise, shift=0):
     "factor,renormalise", [(0.0, False), (2.0, False), (0.0, True), (0.5, True)]
 )
 def test_scaling_a_column_is_editing_the_softmax_matrix(lm, factor, renormalise):
-    if lm.name == "gptj" and GPTJ_METHOD:
-        pytest.skip("GPT-J computes attention in its own method here; see the next test")
     chosen = {(0, 0, 1), (2, 0, 1), (3, 1, 0), (6, 2, 3)}
     with scale_synapses(lm, chosen, factor, renormalise=renormalise):
         ours = logits(lm, [PROMPT])
     expected = edited_eager(lm, [PROMPT], chosen, factor, renormalise)
     assert torch.allclose(ours, expected, atol=1e-11 * float(expected.abs().max()), rtol=0)
     assert not torch.allclose(ours, logits(lm, [PROMPT]), atol=1e-4)
-
-
-@pytest.mark.skipif(
-    not GPTJ_METHOD, reason="GPT-J is on the attention interface since transformers 5.24"
-)
-def test_gptj_is_changed_through_its_own_attention_method():
-    lm = make("gptj")
-    chosen, factor = {(0, 0, 1), (2, 1, 3)}, 0.0
-    with scale_synapses(lm, chosen, factor):
-        ours = logits(lm, [PROMPT])
-    for layer, block in enumerate(lm.layers):
-        original = block.attn._attn
-
-        def patched(query, key, value, mask, layer=layer, original=original):
-            _, a = original(query, key, value, mask)
-            for column, l, head in chosen:
-                if l == layer:
-                    a[:, head, :, column] *= factor
-            return a @ value, a
-
-        block.attn._attn = patched
-    expected = logits(lm, [PROMPT])
-    assert torch.allclose(ours, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
 
 
 def test_columns_count_prompt_tokens_on_either_padding_side_and_with_a_cache(lm):
@@ -312,7 +292,7 @@ def test_columns_count_prompt_tokens_on_either_padding_side_and_with_a_cache(lm)
             )
         first = lm.model(input_ids=torch.tensor([PROMPT[:4]]), use_cache=True)
         rest = [
-            lm.model(input_ids=torch.tensor([[token]]), **{CACHE: first[CACHE]}).logits[0]
+            lm.model(input_ids=torch.tensor([[token]]), cache=first.cache).logits[0]
             for token in PROMPT[4:]
         ]
         cached = torch.cat([first.logits[0], *rest])
@@ -366,7 +346,7 @@ def test_contexts_compose_and_leave_no_trace_even_after_an_error(lm):
         with scale_synapses(lm, b, 0.0):
             raise RuntimeError("on purpose")
     assert torch.equal(own, logits(lm, [PROMPT]))
-    assert lm.model.config._attn_implementation == before and not attention._CONTROLS
+    assert lm.model.config._attn_implementation == before and not attention.ACTIVE
     assert not any(part._forward_pre_hooks for part in lm.model.modules())
 
 
@@ -462,7 +442,7 @@ UNIT = [
 
 def test_the_synapse_task_scales_what_its_sets_say():
     lm = make("llama-gqa")
-    frame = synapses.scale_synapse_columns(lm, UNIT, alpha=0.2)
+    frame = scale_synapse_columns(lm, UNIT, alpha=0.2)
     own = find_synapses(lm, "3 17 8 25 40", 0.2)
     other = {s for s in find_synapses(lm, "9 8 7 6 5 4 3", 0.2) if s[0] < 5}
     sets = {
@@ -501,15 +481,15 @@ def test_the_synapse_task_scales_what_its_sets_say():
 def test_random_columns_match_each_head_and_avoid_the_synapses():
     rng = np.random.default_rng(0)
     own = rng.random((2, 3, 9)) < 0.3
-    drawn = synapses.synapse_sets(own, None, rng)["random"]
+    drawn = synapse_sets(own, None, rng)["random"]
     assert (drawn.sum(-1) == own.sum(-1)).all() and not (drawn & own).any()
     full = np.ones((1, 1, 4), bool)
-    assert synapses.synapse_sets(full, None, rng)["random"].all()
+    assert synapse_sets(full, None, rng)["random"].all()
 
 
 def test_the_most_attended_token_by_brute_force():
     lm = make("llama-gqa")
-    frame = synapses.attend(lm, UNIT)
+    frame = attend(lm, UNIT)
     a = own_attentions(lm, [3, 17, 8, 25, 40]).mean((0, 1)).sum(0)
     assert (
         frame.loc[0, "column"] == a.argmax() and frame.loc[0, "column_rest"] == 1 + a[1:].argmax()
@@ -562,7 +542,7 @@ def test_maps_of_figures_7_and_10_are_taken_under_each_querys_own_synapses():
     clean = dict(
         fact="R1|a|5", prompt="3 17 8 25 40", answer="5", attribution=None, activation=None
     )
-    [row] = synapses.scaled_maps(lm, [clean], alpha=0.2, steps=3, method="ig")
+    [row] = scaled_maps(lm, [clean], alpha=0.2, steps=3, method="ig")
     assert row["unmodified"] is clean
     with scale_synapses(lm, find_synapses(lm, clean["prompt"], 0.2), 2.0):
         expected = (

@@ -12,7 +12,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from qlutils.model.attention import cache_of, tokens_of
+from qlutils.model.attention import tokens_of
 
 
 class Change:
@@ -21,7 +21,8 @@ class Change:
     added to the output of their layer's down-projection."""
 
     def __init__(self, lm, neurons, factor: float = 1.0, vector: Tensor | None = None):
-        self.neurons, self.vector = lm.check_neurons(neurons), vector
+        self.neurons = lm.check_neurons(neurons)
+        self.vector = vector
         self.factor = check_finite(lm, "factor", factor)
         self.by_layer: dict[int, list[int]] = {}
         for layer, index in self.neurons:
@@ -52,7 +53,8 @@ class Scaling:
 
     def begin(self, call: dict) -> None:
         """At the start of a forward pass with the named arguments `call`."""
-        tokens, cache = tokens_of(call), cache_of(call)
+        tokens = tokens_of(call)
+        cache = call["cache"]
         if tokens is None:  # the model says so itself
             return
         self.tokens = tokens.shape[1]
@@ -65,6 +67,11 @@ class Scaling:
 
     def end(self, _output=None) -> None:
         self.first = None
+
+    def at(self, tokens: int, first: int) -> None:
+        """Where layers run one by one, on rows of `tokens` tokens."""
+        self.tokens = tokens
+        self.first = first
 
     def hook(self, index: list[int]):
         """A hook that scales the neurons `index` in the input of their down-projection."""
@@ -83,18 +90,14 @@ class Scaling:
 
 
 def _check_ends(mask) -> None:
-    """ValueError unless by its attention mask every row ends with a token."""
+    """ValueError unless by its attention mask (1: a token, 0: padding) every row ends with a
+    token."""
     if mask is None:
         return
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not mask[:, -1].all():
         raise ValueError(
-            "scale_neurons tells a prompt's end from a 2-D attention_mask (1: a token, 0: "
-            "padding); this forward pass was given another kind of mask"
-        )
-    if not mask[:, -1].all():
-        raise ValueError(
-            "scale_neurons acts on each row's last token, and here rows end with padding; pad on "
-            'the left (tokenizer.padding_side = "left")'
+            "scale_neurons takes each row's last position for its prompt's last token: give a 2-D "
+            'attention_mask, and pad on the left (tokenizer.padding_side = "left"), not the right'
         )
 
 
@@ -109,16 +112,4 @@ def prompt_of(scalings: list[Scaling], tokens: int):
     finally:
         for one, prompt in zip(scalings, outer):
             one.prompt = prompt
-
-
-@contextmanager
-def layers_run(scalings: list[Scaling], tokens: int, first: int):
-    """Inside, layers run one by one on rows of `tokens` tokens, of which those from `first` on are
-    scaled."""
-    for one in scalings:
-        one.tokens, one.first = tokens, first
-    try:
-        yield
-    finally:
-        for one in scalings:
             one.end()

@@ -41,14 +41,6 @@ class Edit:
     neurons: tuple[tuple[int, int], ...]
     changed: bool
 
-    @property
-    def n_neurons(self) -> int:
-        return len(self.neurons)
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return tuple(sorted({layer for layer, _ in self.neurons}))
-
 
 @contextmanager
 def edit_weights(
@@ -153,16 +145,11 @@ def object_embedding(lm, words, embedding="input") -> Tensor:
     if isinstance(words, str):
         ids = object_tokens(lm, words)
     elif isinstance(words, Iterable) and not isinstance(words, bytes):
-        ids = [token for (token,) in whole_numbers(([token] for token in words), ("id",), "token")]
+        ids = [token for (token,) in whole_numbers(zip(words), ("id",), "token")]
     else:
         raise ValueError(f"object {words!r} must be text or a list of token ids")
-    module = (
-        lm.model.get_input_embeddings()
-        if embedding == "input"
-        else lm.model.get_output_embeddings()
-    )
     try:
-        weight = plain_weight(module)
+        weight = plain_weight(getattr(lm.model, f"get_{embedding}_embeddings")())
     except UnsupportedModel as error:
         said = f"{lm.name}: its {embedding} embeddings cannot be read: {error}"
         raise UnsupportedModel(said) from None
@@ -186,15 +173,15 @@ def object_tokens(lm, text: str) -> list[int]:
     word. For an object that no space comes before, give its ids: `lm.encode("法国的首都是[Y]",
     "巴黎")[1]`."""
     check_text(text, "object")
-    before, ids = (
-        list(lm.tokenizer(words, add_special_tokens=False, split_special_tokens=True).input_ids)
-        for words in (CARRIER, f"{CARRIER} {text.strip()}")
-    )
-    if not text.strip() or ids[: len(before)] != before or len(ids) == len(before):
+    options = dict(add_special_tokens=False, split_special_tokens=True)
+    before = list(lm.tokenizer(CARRIER, **options).input_ids)
+    ids = list(lm.tokenizer(f"{CARRIER} {text.strip()}", **options).input_ids)
+    found = ids[len(before) :]
+    if not text.strip() or not found or ids[: len(before)] != before:
         raise ValueError(
             f"object {text!r} cannot be tokenised as the continuation of a word; give token ids"
         )
-    return ids[len(before) :]
+    return found
 
 
 def _editable(lm, layer) -> Tensor:
@@ -222,8 +209,8 @@ def perplexity(lm, texts, max_tokens=256) -> float:
         got = "a single text" if isinstance(texts, str) else repr(texts)
         raise ValueError(f"texts is a list of texts; got {got}")
     entries = encode_entries(lm, list(texts), max_tokens)
-    scores = score_queries(lm, entries)
-    return float(np.exp(-scores.log_probability.sum() / sum(len(target) for _, target in entries)))
+    nll = -score_queries(lm, entries).log_probability.sum()
+    return float(np.exp(nll / sum(len(target) for _, target in entries)))
 
 
 def encode_entries(lm, texts, max_tokens) -> list[tuple[list[int], list[int]]]:
@@ -239,7 +226,7 @@ def encode_entries(lm, texts, max_tokens) -> list[tuple[list[int], list[int]]]:
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"a text must be a string, got {type(text).__name__}: {text!r}")
-        ids = lm._tokenize(text)[:max_tokens]
+        ids = lm.tokenize(text)[:max_tokens]
         if len(ids) <= first:
             raise ValueError(
                 f"text {text[:60]!r} has fewer than two tokens, so nothing of it can be scored; "
@@ -256,4 +243,4 @@ def encode_entries(lm, texts, max_tokens) -> list[tuple[list[int], list[int]]]:
 
 def usable_texts(lm, texts, min_tokens=MIN_TOKENS) -> list[str]:
     """The texts of at least `min_tokens` tokens: the entries that perplexity may be measured on."""
-    return [text for text in texts if len(lm._tokenize(text)) >= min_tokens]
+    return [text for text in texts if len(lm.tokenize(text)) >= min_tokens]

@@ -6,38 +6,31 @@ reach is computed once a query and shared by all its rows: the layers below the 
 neuron and, where changes begin at the last prompt token, the keys and values of the tokens before
 it. Logits are computed at scored positions only.
 
-Shapes: Q queries, R rows, S tokens a row (after P tokens of shared prefix), K scored tokens, d
-residual width, N neurons a layer, L layers.
+Shapes: Q queries, R rows, S tokens a row (those after the shared prefix), K scored tokens, d
+residual width, N neurons a layer.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import chain, groupby
-from weakref import WeakSet
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from qlutils.change.changes import Change, layers_run, prompt_of
+from qlutils.change.changes import Change, prompt_of
+from qlutils.model.answer import token_scores
 from qlutils.model.architecture import UnsupportedModel
 from qlutils.model.check import sharply
-from qlutils.model.passes import (
-    call_layer,
-    computing,
-    final_hidden,
-    hooked,
-    to_logits,
-    within_memory,
-)
+from qlutils.model.passes import CleanPass, clean_pass, computing, run_rows, within_memory
+from qlutils.model.trace import edited
 
-LOGITS = 2**23  # logits held at once
 CPU_TOKENS = 2048  # tokens of a batch on a CPU; from 1,024 on the time is flat
-_CHECKED: WeakSet = WeakSet()  # models of which `_check` found that layers run on rows
 
 
 class Scores:
@@ -52,46 +45,29 @@ class Scores:
         self.greedy: list[list[int]] = [[]] * rows
 
 
+class _Kind(NamedTuple):
+    """What the queries of a batch have in common."""
+
+    tokens: int  # S
+    prefix: int  # tokens before those, which no change reaches
+    first: int  # the prompt's last of the S tokens, where active scalings begin
+
+
 @dataclass
 class _Row:
     """Equal rows of a call (same query, same `Change` object), computed once."""
 
-    query: int  # of the call's queries
+    prompt: list[int]
+    target: list[int]
     change: Change | None
-    places: list[int] = field(default_factory=list)  # of the call's rows
-    slot: int = 0  # of the query in its batch
-
-
-@dataclass
-class _Clean:
-    """What one pass over Q queries of equal length leaves behind for their rows."""
-
-    calls: list[tuple[tuple, dict]]  # each layer's call arguments after the hidden state
-    inputs: list[Tensor]  # L + 1 of (Q, S, d): each layer's input, and the last one's output
-    neurons: dict[int, Tensor]  # (Q, S, N) of the layers in which rows begin to differ
-    prefix: _RowCache | None
-    first: int  # of the S tokens the prompt's last
-
-
-class _RowCache:
-    """Stands in for the key-value cache: gives each row its query's prefix, is never written to."""
-
-    def __init__(self, cache: DynamicCache):
-        self.layers = [(layer.keys, layer.values) for layer in cache.layers]
-        self.slots: Tensor | None = None  # (R,) of each row's query
-
-    def update(self, key, value, layer_idx, *_, **__):
-        old_key, old_value = self.layers[layer_idx]  # (Q, Hkv, P, dh)
-        key = torch.cat([old_key[self.slots], key], -2)  # (R, Hkv, P + S, dh)
-        return key, torch.cat([old_value[self.slots], value], -2)
-
-    def get_seq_length(self, layer_idx=0):
-        return self.layers[layer_idx][0].shape[-2]
+    start: int  # the layer in which it leaves the clean pass
+    places: list[int] = field(default_factory=list)  # among the rows of the call
+    slot: int = 0  # of its query in the batch
 
 
 def score_queries(lm, queries, **options) -> Scores:
     """`score_rows` of each query once, unchanged."""
-    return score_rows(lm, queries, [(q, None) for q in range(len(queries))], **options)
+    return score_rows(lm, queries, [(query, None) for query in range(len(queries))], **options)
 
 
 @torch.no_grad()
@@ -103,56 +79,57 @@ def score_rows(lm, queries, rows, *, everywhere=False, tokens=None) -> Scores:
     model is the one they make."""
     lm.check_ready()
     with computing(lm):
-        if lm not in _CHECKED:
+        if "rows" not in lm.passed:
             _check(lm)
-            _CHECKED.add(lm)
-        return _score(lm, queries, rows, everywhere, tokens)
+            lm.passed.add("rows")
+        return _score(lm, queries, rows, everywhere, tokens or token_budget(lm))
 
 
-def _score(lm, queries, rows, everywhere, tokens=None) -> Scores:
-    by_query = _distinct(rows)
-    members, kinds, scores = list(by_query), [], Scores(len(rows))
-    for query in members:
-        prompt, target = queries[query]
-        changed = any(row.change for row in by_query[query])
-        prefix = len(prompt) - 1 if changed and not everywhere else 0
-        first = len(prompt) - 1 - prefix if lm.scales else 0  # else prompts of a batch may differ
-        kinds.append((len(prompt) + len(target) - 1 - prefix, prefix, first))
+def _score(lm, queries, rows, everywhere: bool, tokens: int) -> Scores:
+    by_query = _distinct(lm, queries, rows)
+    kinds = [_kind(lm, group, everywhere) for group in by_query]
+    scores = Scores(len(rows))
 
     def score(tokens):
         for batch in equal_batches(kinds, tokens):
-            _, prefix, first = kinds[batch[0]]
-            batch = [members[place] for place in batch]
-            clean, found = _clean_pass(lm, queries, batch, by_query, prefix, first)
-            size = max(1, tokens // clean.inputs[0].shape[1])
-            for start in range(0, len(found), size):
-                _score_batch(lm, queries, clean, found[start : start + size], scores)
+            _score_batch(lm, kinds[batch[0]], [by_query[place] for place in batch], tokens, scores)
 
-    within_memory(score, tokens or token_budget(lm))
+    within_memory(score, tokens)
     return scores
 
 
-def _distinct(rows) -> dict[int, list[_Row]]:
-    """The different rows of a call by their query."""
+def _distinct(lm, queries, rows) -> list[list[_Row]]:
+    """The different rows of a call, those of a query together."""
     found: dict[tuple, _Row] = {}
     by_query: dict[int, list[_Row]] = {}
     for place, (query, change) in enumerate(rows):
         change = change if change is not None and change.neurons else None
         key = query, id(change)
         if key not in found:
-            found[key] = _Row(query, change)
+            start = change.start if change else lm.num_layers
+            found[key] = _Row(*queries[query], change, start)
             by_query.setdefault(query, []).append(found[key])
         found[key].places.append(place)
-    return by_query
+    return list(by_query.values())
+
+
+def _kind(lm, rows: list[_Row], everywhere: bool) -> _Kind:
+    """Of the query of `rows`. Without active scalings prompts of a batch may end anywhere."""
+    last = len(rows[0].prompt) - 1
+    changed = any(row.change for row in rows)
+    prefix = last if changed and not everywhere else 0
+    tokens = last + len(rows[0].target) - prefix
+    return _Kind(tokens, prefix, last - prefix if lm.scales else 0)
 
 
 def equal_batches(kinds: list[tuple], tokens: int) -> Iterator[list[int]]:
-    """Places of equal entries of `kinds`, (tokens a row, ...), so many tokens at a time at most."""
+    """The places of equal `kinds`, (tokens a row, ...), at most `tokens` tokens at a time."""
     order = sorted(range(len(kinds)), key=kinds.__getitem__)
-    for (length, *_), group in groupby(order, key=kinds.__getitem__):
-        group, size = list(group), max(1, tokens // length)
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
+    for kind, group in groupby(order, key=kinds.__getitem__):
+        places = list(group)
+        size = max(1, tokens // kind[0])
+        for start in range(0, len(places), size):
+            yield places[start : start + size]
 
 
 def token_budget(lm) -> int:
@@ -166,81 +143,39 @@ def token_budget(lm) -> int:
     return int(min(2**17, max(256, free // 4 // per_token)))
 
 
-# --- the pass that rows share --------------------------------------------------------------------
+def _score_batch(lm, kind: _Kind, by_query: list[list[_Row]], tokens: int, scores) -> None:
+    """Score all rows of some queries of one kind, so many tokens at a time."""
+    texts = [[*group[0].prompt, *group[0].target[:-1]] for group in by_query]
+    ids = torch.tensor(texts, device=lm.device)  # (Q, tokens before S, and S)
+    rows = _in_order(by_query)
+    starts = {row.start for row in rows if row.change}
+    size = max(1, tokens // kind.tokens)
+    with prompt_of(lm.scales, kind.prefix + kind.first + 1):
+        clean = clean_pass(lm, ids, prefix=kind.prefix, layers=starts)
+        for scaling in lm.scales:
+            scaling.at(kind.tokens, kind.first)
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            _read(lm, _run(lm, clean, part), part, scores)
 
 
-def _clean_pass(lm, queries, batch, by_query, prefix, first) -> tuple[_Clean, list[_Row]]:
-    """The pass over the queries `batch`, the `prefix` first tokens into a cache; and their rows,
-    by the layer they begin in, those of a change together."""
-    rows, order = [], {}
-    for slot, query in enumerate(batch):
-        for row in by_query[query]:
+def _in_order(by_query: list[list[_Row]]) -> list[_Row]:
+    """The rows by the layer in which they leave the clean pass, those of a change together."""
+    rows = []
+    order: dict[int, int] = {}
+    for slot, group in enumerate(by_query):
+        for row in group:
             row.slot = slot
             order.setdefault(id(row.change), len(order))
             rows.append(row)
-    rows.sort(key=lambda row: (_start(lm, row), order[id(row.change)]))
-    texts = [[*queries[query][0], *queries[query][1][:-1]] for query in batch]
-    ids, cache = torch.tensor(texts, device=lm.device), DynamicCache() if prefix else None
-    clean = _Clean([], [], {}, None, first)
-    with prompt_of(lm.scales, prefix + first + 1):
-        if prefix:
-            lm.model.base_model(input_ids=ids[:, :prefix], use_cache=True, cache=cache)
-            clean.prefix = _RowCache(cache)
-        starts = {row.change.start for row in rows if row.change}
-        with hooked(_recording(lm, clean, ids.shape[1] - prefix, starts)):
-            lm.model.base_model(input_ids=ids[:, prefix:], use_cache=bool(prefix), cache=cache)
-    return clean, rows
+    return sorted(rows, key=lambda row: (row.start, order[id(row.change)]))
 
 
-def _start(lm, row: _Row) -> int:
-    """The layer in which a row leaves the clean pass."""
-    return row.change.start if row.change else lm.num_layers
-
-
-def _recording(lm, clean: _Clean, tokens: int, starts: set[int]):
-    """Hooks that fill `clean` in a pass over (Q, `tokens`), with the neurons of layers `starts`."""
-
-    def call(_, args, kwargs):
-        kwargs = dict(kwargs)
-        clean.inputs.append(args[0] if args else kwargs.pop("hidden_states"))
-        clean.calls.append((tuple(args[1:]), kwargs))
-
-    def output(_, __, output):
-        clean.inputs.append(output[0] if isinstance(output, tuple) else output)
-
-    def neurons(layer):
-        def keep(_, inputs):
-            clean.neurons[layer] = inputs[0].reshape(-1, tokens, lm.num_neurons)
-
-        return keep
-
-    for layer in lm.layers:
-        yield layer.register_forward_pre_hook(call, with_kwargs=True)
-    for layer in starts:
-        yield lm.downs[layer].register_forward_pre_hook(neurons(layer))
-    yield lm.layers[-1].register_forward_hook(output)
-
-
-# --- rows -----------------------------------------------------------------------------------------
-
-
-def _score_batch(lm, queries, clean: _Clean, rows: list[_Row], scores: Scores) -> None:
-    scored = []  # (row, token)
-    tokens = clean.inputs[0].shape[1]
-    for place, row in enumerate(rows):
-        count = len(queries[row.query][1])  # the last tokens of what is fed
-        scored += [(place, token) for token in range(tokens - count, tokens)]
-    who, at = torch.tensor(scored, device=lm.device).T  # (K,) each
-    hidden = _run_rows(lm, clean, rows, who, at)
-    _read(lm, hidden[who, at], queries, rows, scores)
-
-
-def _run_rows(lm, clean: _Clean, rows, who, at) -> Tensor:
-    """(R, S, d) output of the last layer for `rows`, sorted by the layer in which they leave the
-    clean pass. Of use at the scored tokens only: tokens `at` of rows `who`."""
+def _run(lm, clean: CleanPass, rows: list[_Row]) -> Tensor:
+    """(R, S, d) output of the last layer for `rows`, sorted as by `_in_order`."""
     slots = torch.tensor([row.slot for row in rows], device=lm.device)
     skip = lm.adds_mlp_output  # then a row's first changed layer need not be run
-    entry = [min(_start(lm, row) + skip, lm.num_layers) for row in rows]
+    entry = [min(row.start + skip, lm.num_layers) for row in rows]
     hidden = clean.inputs[0][:0]  # no row yet
     for layer in range(entry[0], lm.num_layers + 1):
         new = slice(len(hidden), bisect_right(entry, layer))
@@ -249,130 +184,90 @@ def _run_rows(lm, clean: _Clean, rows, who, at) -> Tensor:
             if skip:
                 _write(lm, clean, layer - 1, rows[new], begun)
             hidden = torch.cat([hidden, begun]) if len(hidden) else begun
-        if layer < lm.num_layers and len(hidden):
+        if layer < lm.num_layers:
             running = rows[: len(hidden)]
-            hidden = _run_layer(lm, clean, layer, hidden, running, slots[: len(hidden)], who, at)
+            with _changing(lm, layer, [row.change for row in running]):
+                hidden = run_rows(lm, clean, layer, hidden, slots[: len(hidden)])
     return hidden
 
 
-def _write(lm, clean: _Clean, layer, rows, hidden) -> None:
-    """Add to the clean output `hidden` (R, S, d) of `layer`, in which `rows` begin to differ, what
-    their changes make its neurons write."""
+def _write(lm, clean: CleanPass, layer: int, rows: list[_Row], hidden: Tensor) -> None:
+    """Add to the clean output `hidden` (R, S, d) of `layer`, the first that the changes of `rows`
+    reach, what they make its neurons write."""
     first = 0
     for _, group in groupby(rows, key=lambda row: id(row.change)):
-        group = list(group)
-        change, here = group[0].change, slice(first, first + len(group))
-        first = here.stop
+        slots = [row.slot for row in group]
+        change = rows[first].change
+        here = hidden[first : first + len(slots)]
+        first += len(slots)
         if change is None:
             continue
-        neurons = change.by_layer[layer]
-        values = clean.neurons[layer][[row.slot for row in group]][..., neurons]  # (rows, S, n)
+        index = change.by_layer[layer]
+        neurons = clean.neurons[layer][slots][..., index]  # (rows of the change, S, its neurons)
         if change.factor != 1.0:
-            vectors = lm.value_vectors(layer)[neurons]  # (n, d)
-            hidden[here].add_(values @ vectors, alpha=change.factor - 1)
+            here.add_(neurons @ lm.value_vectors(layer)[index], alpha=change.factor - 1)
         if change.vector is not None:
-            hidden[here].add_(values.sum(-1, keepdim=True) * change.vector.to(hidden))
+            here.add_(neurons.sum(-1, keepdim=True) * change.vector.to(hidden))
 
 
-def _run_layer(lm, clean: _Clean, layer, hidden, rows, slots, who, at) -> Tensor:
-    """Output (R, S, d) of `layer` for `hidden` (R, S, d) of `rows`.
-
-    Nothing after the last attention looks at other places than the scored ones, so there, where
-    that is less work, the MLP runs at those alone."""
-    changes, tokens, first = [row.change for row in rows], hidden.shape[1], clean.first
-    mlp, handles = lm.arch.mlps[layer], ()
-    if layer == lm.num_layers - 1 and 2 * len(who) < len(rows) * tokens and mlp is not None:
-        here = who < len(rows)
-        who, at = who[here], at[here]
-        handles = _only_at(mlp, who, at)
-        changes, tokens, first = [changes[row] for row in who.tolist()], 1, 0
-    if clean.prefix is not None:
-        clean.prefix.slots = slots
-    handles = chain(handles, _changing(lm, layer, changes))
-    with layers_run(lm.scales, tokens, first), hooked(handles):
-        queries = len(clean.inputs[0])
-        return call_layer(lm, layer, hidden, clean.calls[layer], clean.prefix, queries, slots)
-
-
-def _changing(lm, layer, changes: list[Change | None]):
-    """Hooks with which the down-projection of `layer` sees and gives what `changes` ask for, one
-    for each entry of its batch: a row, or one scored token."""
-    row, neuron, factor, added = [], [], [], {}
+def _changing(lm, layer: int, changes: list[Change | None]):
+    """Inside, the down-projection of `layer` sees and gives what the rows' `changes` ask for."""
+    row, neuron, factor = [], [], []  # of each pair of a row and a neuron
+    vectors: dict[int, Tensor] = {}  # of the rows that add one
     for place, change in enumerate(changes):
-        index = change.by_layer.get(layer, []) if change else []
-        row += [place] * len(index)
-        neuron += index
-        factor += [change.factor] * len(index) if change else []
-        if index and change.vector is not None:
-            added[place] = change.vector
+        index = change.by_layer.get(layer) if change else None
+        if index:
+            row += [place] * len(index)
+            neuron += index
+            factor += [change.factor] * len(index)
+            if change.vector is not None:
+                vectors[place] = change.vector
     if not row:
-        return
-    row, neuron = (torch.tensor(one, device=lm.device) for one in (row, neuron))
-    sums = None
+        return nullcontext()
+    row, neuron = torch.tensor([row, neuron], device=lm.device)
+    writing = list(vectors)
+    sums = None  # (rows that add a vector, S)
 
-    def before(_, inputs):
+    def before(_, args, kwargs):
         nonlocal sums
-        x = inputs[0].reshape(len(changes), -1, inputs[0].shape[-1])  # OPT flattens (R, S)
-        values = x[row, :, neuron]  # (pairs of a row and a neuron, S)
-        if added:
-            sums = x.new_zeros(x.shape[:2]).index_add_(0, row, values)[list(added)]
+        x = args[0].reshape(len(changes), -1, lm.num_neurons)  # OPT flattens (R, S)
+        values = x[row, :, neuron]  # (pairs, S)
+        if writing:
+            sums = x.new_zeros(x.shape[:2]).index_add_(0, row, values)[writing]
         x[row, :, neuron] = values * torch.tensor(factor).to(x)[:, None]
-        return (x.reshape(inputs[0].shape),)
+        return (x.reshape(args[0].shape),), kwargs
 
     def after(_, __, output):
-        vectors = torch.stack(list(added.values())).to(output)
-        write = sums[..., None] * vectors[:, None]  # (rows with a vector, S, d)
-        whole = output.reshape(len(changes), -1, output.shape[-1])
-        return whole.index_add(0, torch.tensor(list(added)).to(row), write).reshape(output.shape)
+        if not writing:
+            return output
+        whole = output.reshape(len(changes), -1, output.shape[-1])  # (R, S, d)
+        added = sums[..., None] * torch.stack(list(vectors.values())).to(whole)[:, None]
+        return whole.index_add(0, torch.tensor(writing).to(row), added).reshape(output.shape)
 
-    yield lm.downs[layer].register_forward_pre_hook(before)
-    if added:
-        yield lm.downs[layer].register_forward_hook(after)
-
-
-def _only_at(mlp, who, at):
-    """Hooks with which `mlp` runs at tokens `at` of rows `who` of its input (R, S, d) and gives 0
-    elsewhere."""
-    shape = None
-
-    def before(_, inputs):
-        nonlocal shape
-        shape = inputs[0].shape
-        return tuple(
-            one[who, at][None] if isinstance(one, Tensor) and one.shape == shape else one
-            for one in inputs
-        )
-
-    def after(_, __, output):
-        whole = output.new_zeros(*shape[:-1], output.shape[-1])
-        whole[who, at] = output[0]
-        return whole
-
-    yield mlp.register_forward_pre_hook(before)
-    yield mlp.register_forward_hook(after)
+    return edited([lm.downs[layer]], before=before, after=after)
 
 
-def _read(lm, hidden, queries, rows, scores: Scores) -> None:
-    """Fill `scores` from the last layer's output `hidden` (K, d) at the scored tokens of `rows`."""
-    targets = [queries[row.query][1] for row in rows]
-    gold = torch.tensor(list(chain.from_iterable(targets)), device=lm.device)
-    size, log_p, best = max(1, LOGITS // lm.arch.head.weight.shape[0]), [], []
-    for part, own in zip(hidden.split(size), gold.split(size)):
-        logits = lm.arch.head(final_hidden(lm, part)).to(lm.score_dtype)
-        logits, _ = to_logits(logits, lm.arch.scale, lm.arch.softcap)
-        log_p.append(logits.gather(1, own[:, None])[:, 0] - torch.logsumexp(logits, -1))
-        best.append(logits.argmax(-1))
-    log_p, best = torch.cat(log_p).double().cpu().numpy(), torch.cat(best).cpu().numpy()
+def _read(lm, hidden: Tensor, rows: list[_Row], scores: Scores) -> None:
+    """Fill in what `rows` are asked for, from the last layer's output `hidden` (R, S, d)."""
+    scored = []  # (row, token, target)
+    for place, row in enumerate(rows):
+        tokens = range(-len(row.target), 0)  # what is fed ends before the target's last token
+        scored += zip([place] * len(tokens), tokens, row.target)
+    row_of, token_of, gold = torch.tensor(scored, device=lm.device).T  # (K,) each
+    log_p, best = token_scores(lm, hidden[row_of, token_of], gold)
+    log_p = log_p.double().cpu().numpy()
+    best = best.cpu().numpy()
     end = 0
-    for row, target in zip(rows, targets):
-        here = slice(end, end + len(target))
+    for row in rows:
+        here = slice(end, end + len(row.target))
         end = here.stop
         if not np.isfinite(log_p[here]).all():
-            refuse_numbers(lm, queries[row.query][0])
-        hits = best[here] == target
+            refuse_numbers(lm, row.prompt)
+        hits = best[here] == row.target
         for place in row.places:
             scores.log_probability[place] = log_p[here].sum()
-            scores.exact[place], scores.match[place] = hits.all(), hits.mean()
+            scores.exact[place] = hits.all()
+            scores.match[place] = hits.mean()
             scores.greedy[place] = best[here].tolist()
 
 
@@ -393,11 +288,11 @@ def _check(lm) -> None:
     rows = [(1, nothing), (0, nothing), (1, again)]  # not as many as queries, nor in their order
     with sharply(lm) as tolerance:
         logits = lm.model(input_ids=ids[:, :-1], use_cache=False).logits[:, -1].to(lm.score_dtype)
-        own = torch.log_softmax(logits, -1).gather(1, ids[:, -1:])[:, 0].double().cpu().numpy()
+        own = torch.log_softmax(logits, -1).gather(1, ids[:, -1:])[[1, 0, 1], 0]
         limit = tolerance * max(1.0, float(logits.abs().max()))
         for everywhere in (True, False):
-            found = _score(lm, queries, rows, everywhere).log_probability
-            if not np.abs(found - own[[1, 0, 1]]).max() <= limit:
+            found = _score(lm, queries, rows, everywhere, CPU_TOKENS).log_probability
+            if not np.abs(found - own.double().cpu().numpy()).max() <= limit:
                 raise UnsupportedModel(
                     f"{lm.name} ({type(lm.model).__name__}): its layers do not give the model's "
                     "own probabilities when run row by row, so changes to its neurons would be "

@@ -12,7 +12,7 @@ from torch import Tensor
 from qlutils.change.changes import Change, Scaling, prompt_of
 from qlutils.change.rows import score_queries, score_rows
 from qlutils.model.attention import forward_passes
-from qlutils.model.passes import hooked
+from qlutils.model.trace import hooked
 
 
 def answer_probability(lm, prompts, answers, *, answer="all") -> Tensor:

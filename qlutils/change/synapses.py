@@ -12,7 +12,6 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -20,21 +19,15 @@ from torch import Tensor
 
 from qlutils.change.changes import check_finite
 from qlutils.change.rows import equal_batches, refuse_numbers, token_budget
-from qlutils.model.architecture import UnsupportedModel, describe
-from qlutils.model.attention import NAME, Control
-from qlutils.model.check import differ, sharply
+from qlutils.model.answer import AnswerProbability
+from qlutils.model.architecture import UnsupportedModel
+from qlutils.model.attention import EXACT, Control, attention_implementation
+from qlutils.model.check import differ, problem_of, sample_ids, sharply
 from qlutils.model.language_model import whole_numbers
-from qlutils.model.passes import (
-    AnswerProbability,
-    attention_implementation,
-    computing,
-    full_precision,
-    hooked,
-    within_memory,
-)
+from qlutils.model.passes import computing, full_precision, within_memory
+from qlutils.model.trace import Trace
 
 SCORES = ("sum", "visible_mean")
-_CHECKED: WeakSet = WeakSet()  # models of which `check_replaceable` found that attention can be
 
 
 # --- the model's attention, watched or changed ----------------------------------------------------
@@ -54,7 +47,7 @@ def controlled(lm, factors=None, renormalise=False, observe=None):
 
 @contextmanager
 def _exact_attention(lm, control):
-    with attention_implementation(lm.model, NAME), control.on(lm.model, lm.layers):
+    with attention_implementation(lm.model, EXACT), control.on(lm.model, lm.layers):
         yield
 
 
@@ -62,19 +55,16 @@ def _exact_attention(lm, control):
 def check_replaceable(lm) -> None:
     """`UnsupportedModel` unless each layer's attention matrix can be read and replaced, and the
     model's own logits come out; tried once a model."""
-    if lm in _CHECKED:
+    if "attention" in lm.passed:
         return
-    shape = 2, min(6, lm.context)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, lm.num_embeddings, shape, generator=generator, device="cpu")
     with full_precision(lm.device):
-        problem = _replacement_error(lm, ids.to(lm.device))
+        problem = problem_of(lambda: _replacement_error(lm, sample_ids(lm, 6)))
     if problem:
         raise UnsupportedModel(
             f"{lm.name} ({lm.model.config.model_type}): its attention can be neither read nor "
             f"changed exactly ({problem}); notebooks 05 and 06 need another model"
         )
-    _CHECKED.add(lm)
+    lm.passed.add("attention")
 
 
 def _replacement_error(lm, ids) -> str:
@@ -82,15 +72,10 @@ def _replacement_error(lm, ids) -> str:
     nothing does."""
     seen = set()
     watch = Control(observe=lambda layer, *_: seen.add(layer))
-    try:
-        with sharply(lm) as tolerance:
-            own = lm.model(input_ids=ids, use_cache=False).logits
-            with _exact_attention(lm, watch):
-                ours = lm.model(input_ids=ids, use_cache=False).logits
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as failure:
-        return describe(failure)
+    with sharply(lm) as tolerance:
+        own = lm.model(input_ids=ids, use_cache=False).logits
+        with _exact_attention(lm, watch):
+            ours = lm.model(input_ids=ids, use_cache=False).logits
     unseen = lm.num_layers - len(seen)
     if unseen:
         return f"{unseen} of its {lm.num_layers} layers do not use transformers' interface for it"
@@ -112,25 +97,24 @@ def scale_synapses(lm, synapses, factor: float, *, renormalise: bool = False):
     attention mask. Factor 0 suppresses, 2 enhances; `renormalise` divides each row of those heads'
     layers by its new sum. A column that an input does not have changes nothing. ValueError names a
     synapse outside the model."""
-    found = _check_synapses(lm, synapses)
+    found = check_synapses(lm, synapses)
     if check_finite(lm, "factor", factor) < 0:
         raise ValueError(f"factor is {factor!r}; use at least 0 (0 suppresses, 2 enhances)")
     if factor == 1 or not found:  # nothing to change: not even the rounding of another attention
         check_replaceable(lm)
         yield
         return
-    width = 1 + max(column for column, _, _ in found)
-    factors: dict[int, Tensor] = {}  # (1, H, columns) a layer
-    for column, layer, head in found:
-        if layer not in factors:
-            ones = torch.ones(1, lm.num_heads, width, dtype=lm.score_dtype, device=lm.device)
-            factors[layer] = ones
-        factors[layer][0, head, column] = factor
+    columns, layers, heads = (list(places) for places in zip(*found))
+    shape = 1, lm.num_layers, lm.num_heads, 1 + max(columns)
+    scale = torch.ones(shape, dtype=lm.score_dtype, device=lm.device)
+    scale[0, layers, heads, columns] = factor
+    factors = {layer: scale[:, layer] for layer in set(layers)}
     with controlled(lm, factors, renormalise):
         yield
 
 
-def _check_synapses(lm, synapses) -> set[tuple[int, int, int]]:
+def check_synapses(lm, synapses) -> set[tuple[int, int, int]]:
+    """`synapses` as a set; ValueError for one outside the model."""
     found = set(whole_numbers(synapses, ("column", "layer", "head"), "synapse"))
     sizes = lm.context, lm.num_layers, lm.num_heads
     for synapse in sorted(found):
@@ -254,46 +238,41 @@ def run_rows(lm, rows: list[Row]) -> np.ndarray:
 
     def run(tokens):
         for batch in equal_batches(kinds, tokens):
-            out[batch] = _run_batch(lm, [rows[place] for place in batch])
+            some = [rows[place] for place in batch]
+            probability, neurons = _run_batch(lm, some)
+            out[batch, 0] = probability
+            for place, row, values in zip(batch, some, neurons):
+                if not np.isfinite([out[place, 0], *values]).all():
+                    refuse_numbers(lm, row.prompt)
+                if row.neurons:
+                    out[place, 1:] = np.abs(values).mean(), values.mean()
 
     with computing(lm):
         within_memory(run, token_budget(lm))
     return out
 
 
-def _run_batch(lm, rows: list[Row]) -> np.ndarray:
-    """`run_rows` of rows whose prompts are of one length, their answers too, and that all
-    renormalise or do not."""
-    last, factors = len(rows[0].prompt) - 1, _factors(lm, rows)
+def _run_batch(lm, rows: list[Row]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Of rows whose prompts are of one length, their answers too, and that all renormalise or do
+    not: the answer's probability (B,), and the KNs' activations of each."""
+    last = len(rows[0].prompt) - 1
     ids = torch.tensor([row.prompt + row.answer[:-1] for row in rows], device=lm.device)
     target = torch.tensor([row.answer for row in rows], device=lm.device)  # (B, A)
-    neurons = []  # L of (B, N)
 
-    def keep(_, inputs):
-        neurons.append(inputs[0].reshape(*ids.shape, -1)[:, last])  # OPT flattens (B, T)
+    def at_last(call):  # (B, N); OPT flattens (B, T)
+        return call.args[0].reshape(*ids.shape, -1)[:, last]
 
-    reading = (down.register_forward_pre_hook(keep) for down in lm.downs)
-    with controlled(lm, factors, rows[0].renormalise), hooked(reading):
+    changed = controlled(lm, _factors(lm, rows), rows[0].renormalise)
+    with changed, Trace(lm.downs, at_last) as trace:
         hidden = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     hidden = hidden[:, last:].flatten(0, 1)  # (B * A, d)
     p = AnswerProbability.apply(hidden, lm, target.flatten(), False)
-    p = p.view(target.shape).prod(-1).double().cpu().numpy()  # (B,)
+    p = p.view(target.shape).prod(-1)
     kns = [(place, *kn) for place, row in enumerate(rows) for kn in row.neurons]
     place, layer, index = torch.tensor(kns, dtype=torch.long, device=lm.device).reshape(-1, 3).T
-    values = torch.stack(neurons, 1)[place, layer, index].double().cpu().numpy()  # (KNs,)
-    return np.array(list(_read(lm, rows, p, values)))
-
-
-def _read(lm, rows: list[Row], p, values):
-    """What `run_rows` says of each row, from the values of all rows' KNs one after the other."""
-    end = 0
-    for row, probability in zip(rows, p):
-        mine = values[end : end + len(row.neurons)]
-        end += len(row.neurons)
-        if not np.isfinite([probability, *mine]).all():
-            refuse_numbers(lm, row.prompt)
-        kns = (np.abs(mine).mean(), mine.mean()) if row.neurons else (np.nan, np.nan)
-        yield probability, *kns
+    neurons = torch.stack(trace.kept, 1)[place, layer, index].double().cpu().numpy()
+    ends = np.cumsum([len(row.neurons) for row in rows])
+    return p.double().cpu().numpy(), np.split(neurons, ends[:-1])
 
 
 def _factors(lm, rows: list[Row]) -> dict[int, Tensor]:
@@ -303,7 +282,6 @@ def _factors(lm, rows: list[Row]) -> dict[int, Tensor]:
     for place, row in enumerate(rows):
         if row.columns is not None:
             scale[place][row.columns] = row.factor
-    return {
-        layer: torch.tensor(scale[:, layer], dtype=lm.score_dtype, device=lm.device)
-        for layer in np.flatnonzero((scale != 1).any(axis=(0, 2, 3))).tolist()
-    }
+    factors = torch.tensor(scale, dtype=lm.score_dtype, device=lm.device)
+    layers = np.flatnonzero((scale != 1).any(axis=(0, 2, 3)))
+    return {layer: factors[:, layer] for layer in layers.tolist()}

@@ -94,7 +94,6 @@ class LanguageModel:
             self.num_embeddings = min(module.weight.shape[0] for module in embeddings)
             self.rope_switches = arch.rope_switches(model.config.get_text_config())
         self._parts = list(model.modules())
-        self.scales: list = []  # `scale_neurons` contexts that are active
         self.layers, self.downs = self.arch.layers, self.arch.downs
         self.num_layers, self.num_neurons, self.num_heads = (
             len(self.layers),
@@ -250,7 +249,7 @@ class LanguageModel:
         """ValueError while a context changes the model: what is computed then must not be kept as
         the model's."""
         self.check_hooks()
-        if self.scales or is_controlled(self.model):
+        if self.__dict__.get("scales") or is_controlled(self.model):
             raise ValueError(
                 f"{self.name} is being changed by scale_neurons or scale_synapses: results are "
                 f"kept for the model as it "
