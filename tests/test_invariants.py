@@ -31,7 +31,7 @@ from qlutils.change.changes import Change
 from qlutils.change.rows import score_rows
 from qlutils.change.scaling import greedy_answers, scaled_answer_probabilities
 from qlutils.change.synapses import controlled
-from qlutils.model.answer import AnswerProbability
+from qlutils.model import answer
 from qlutils.model.attention import is_controlled
 
 FAMILIES = ("gpt2", "llama3", "opt", "gptj", "neox", "gemma2", "bloom")
@@ -431,15 +431,15 @@ def test_an_attribution_that_fails_while_gradients_flow_back_leaves_the_model_as
     family, monkeypatch
 ):
     lm = model(family)
-    for name, error in itertools.product(
-        ("backward", "forward"), (RuntimeError("on purpose"), KeyboardInterrupt("on purpose"))
-    ):
+    places = (torch.autograd, "grad"), (answer, "token_probabilities")
+    errors = RuntimeError("on purpose"), KeyboardInterrupt("on purpose")
+    for (where, name), error in itertools.product(places, errors):
 
-        def fail(*_, error=error):
+        def fail(*_, error=error, **__):
             raise error
 
         with unchanged(lm), monkeypatch.context() as patch:
-            patch.setattr(AnswerProbability, name, staticmethod(fail))
+            patch.setattr(where, name, fail)
             with pytest.raises(type(error), match="on purpose"):
                 attribute(lm, PROMPTS, ANSWERS, steps=3)
 

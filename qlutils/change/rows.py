@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from qlutils.model.passes import CleanPass, clean_pass, computing, run_rows, wit
 from qlutils.model.trace import edited
 
 CPU_TOKENS = 2048  # tokens of a batch on a CPU; from 1,024 on the time is flat
+_CHECKED: WeakSet = WeakSet()  # models that passed `_check`
 
 
 class Scores:
@@ -79,9 +81,9 @@ def score_rows(lm, queries, rows, *, everywhere=False, tokens=None) -> Scores:
     model is the one they make."""
     lm.check_ready()
     with computing(lm):
-        if "rows" not in lm.passed:
+        if lm not in _CHECKED:
             _check(lm)
-            lm.passed.add("rows")
+            _CHECKED.add(lm)
         return _score(lm, queries, rows, everywhere, tokens or token_budget(lm))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -19,15 +20,16 @@ from torch import Tensor
 
 from qlutils.change.changes import check_finite
 from qlutils.change.rows import equal_batches, refuse_numbers, token_budget
-from qlutils.model.answer import AnswerProbability
-from qlutils.model.architecture import UnsupportedModel
+from qlutils.model.answer import token_probabilities
+from qlutils.model.architecture import UnsupportedModel, refusing
 from qlutils.model.attention import EXACT, Control, attention_implementation
-from qlutils.model.check import differ, problem_of, sample_ids, sharply
+from qlutils.model.check import differ, sample_ids, sharply
 from qlutils.model.language_model import whole_numbers
 from qlutils.model.passes import computing, full_precision, within_memory
 from qlutils.model.trace import Trace
 
 SCORES = ("sum", "visible_mean")
+_REPLACEABLE: WeakSet = WeakSet()  # models that passed `check_replaceable`
 
 
 # --- the model's attention, watched or changed ----------------------------------------------------
@@ -55,33 +57,33 @@ def _exact_attention(lm, control):
 def check_replaceable(lm) -> None:
     """`UnsupportedModel` unless each layer's attention matrix can be read and replaced, and the
     model's own logits come out; tried once a model."""
-    if "attention" in lm.passed:
+    if lm in _REPLACEABLE:
         return
-    with full_precision(lm.device):
-        problem = problem_of(lambda: _replacement_error(lm, sample_ids(lm, 6)))
-    if problem:
+    try:
+        with full_precision(lm.device), refusing("a pass with it replaced"):
+            _replace(lm, sample_ids(lm, 6))
+    except UnsupportedModel as problem:
         raise UnsupportedModel(
             f"{lm.name} ({lm.model.config.model_type}): its attention can be neither read nor "
             f"changed exactly ({problem}); notebooks 05 and 06 need another model"
-        )
-    lm.passed.add("attention")
+        ) from problem
+    _REPLACEABLE.add(lm)
 
 
-def _replacement_error(lm, ids) -> str:
-    """What goes wrong when `exact_attention` takes the place of the model's own on `ids`; "" if
-    nothing does."""
+def _replace(lm, ids) -> None:
+    """`UnsupportedModel` unless `exact_attention` can take the place of the model's on `ids`."""
     seen = set()
     watch = Control(observe=lambda layer, *_: seen.add(layer))
     with sharply(lm) as tolerance:
         own = lm.model(input_ids=ids, use_cache=False).logits
         with _exact_attention(lm, watch):
             ours = lm.model(input_ids=ids, use_cache=False).logits
-    unseen = lm.num_layers - len(seen)
-    if unseen:
-        return f"{unseen} of its {lm.num_layers} layers do not use transformers' interface for it"
+    if len(seen) < lm.num_layers:
+        unseen = f"{lm.num_layers - len(seen)} of its {lm.num_layers} layers"
+        raise UnsupportedModel(f"{unseen} do not use transformers' attention interface")
     if differ(ours, own, own, tolerance):
-        return f"its logits then differ by {float((ours - own).abs().max()):.1e}"
-    return ""
+        error = float((ours - own).abs().max())
+        raise UnsupportedModel(f"its logits then differ by {error:.1e}")
 
 
 @contextmanager
@@ -266,8 +268,7 @@ def _run_batch(lm, rows: list[Row]) -> tuple[np.ndarray, list[np.ndarray]]:
     with changed, Trace(lm.downs, at_last) as trace:
         hidden = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     hidden = hidden[:, last:].flatten(0, 1)  # (B * A, d)
-    p = AnswerProbability.apply(hidden, lm, target.flatten(), False)
-    p = p.view(target.shape).prod(-1)
+    p = token_probabilities(lm, hidden, target.flatten()).view(target.shape).prod(-1)
     kns = [(place, *kn) for place, row in enumerate(rows) for kn in row.neurons]
     place, layer, index = torch.tensor(kns, dtype=torch.long, device=lm.device).reshape(-1, 3).T
     neurons = torch.stack(trace.kept, 1)[place, layer, index].double().cpu().numpy()

@@ -23,7 +23,7 @@ from qlutils.change.synapses import (
     run_rows,
     scale_synapses,
 )
-from qlutils.experiments.effects import rates, summary
+from qlutils.experiments.effects import rates, seeded, summary
 from qlutils.facts import prompt_tokens
 from qlutils.model.passes import neuron_vectors
 from qlutils.show.stats import bootstrap_difference
@@ -53,10 +53,6 @@ class _Query:
     irrelevant: list[int] | None
     kns: tuple[tuple[int, int], ...]
 
-    @property
-    def seed(self) -> list[int]:
-        return list(f"{self.names['fact']} {self.names['prompt_index']}".encode())
-
 
 def scale_synapse_columns(
     lm,
@@ -84,8 +80,9 @@ def scale_synapse_columns(
     rows: list[dict] = []
     for query in queries:
         own = found[tuple(query.prompt)]
+        rng = seeded(seed, query.names["fact"], query.names["prompt_index"])
         other = query.irrelevant and _fit(found[tuple(query.irrelevant)], own.shape[-1])
-        sets = synapse_sets(own, other, np.random.default_rng([seed, *query.seed]), first)
+        sets = synapse_sets(own, other, rng, first)
         before = len(todo)
         todo.append(Row(query.prompt, query.answer, neurons=query.kns))
         none = dict(set="none", renormalise=False, direction="none", at=before, before=before)
