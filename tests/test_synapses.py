@@ -213,7 +213,7 @@ def test_a_late_column_cannot_collect_enough_to_be_a_synapse():
 def test_scores_do_not_depend_on_the_batch(lm, monkeypatch):
     prompts = [PROMPT, PROMPT[:4], PROMPT[::-1], [9, 9]]
     together = column_scores(lm, prompts)
-    monkeypatch.setattr(synapses, "token_budget", lambda lm: 1)
+    monkeypatch.setattr("qlutils.change.rows.token_budget", lambda lm: 1)
     for (total, _), prompt in zip(column_scores(lm, prompts), prompts):
         np.testing.assert_allclose(total, together[prompts.index(prompt)][0], atol=1e-12)
         np.testing.assert_allclose(total.sum(-1), len(prompt), atol=1e-9)
@@ -424,6 +424,11 @@ def test_rows_of_a_batch_equal_one_query_at_a_time_under_the_context_manager(lm)
             read = np.array([float(kept[l][n]) for l, n in row.neurons])
             assert value == pytest.approx(np.abs(read).mean(), rel=1e-9)
             assert signed == pytest.approx(read.mean(), rel=1e-9)
+
+
+def test_kns_are_read_in_the_rows_not_in_the_check_before_them():
+    lm, row = make("gpt2"), Row(PROMPT, [5], neurons=((0, 3), (2, 40)))
+    np.testing.assert_array_equal(run_rows(lm, [row]), run_rows(lm, [row]))
 
 
 UNIT = [

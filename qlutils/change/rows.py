@@ -13,7 +13,7 @@ residual width, N neurons a layer.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -121,7 +121,8 @@ def _kind(lm, rows: list[_Row], everywhere: bool) -> _Kind:
     changed = any(row.change for row in rows)
     prefix = last if changed and not everywhere else 0
     tokens = last + len(rows[0].target) - prefix
-    return _Kind(tokens, prefix, last - prefix if lm.scales else 0)
+    first = last - prefix if lm.scales else 0
+    return _Kind(tokens, prefix, first)
 
 
 def equal_batches(kinds: list[tuple], tokens: int) -> Iterator[list[int]]:
@@ -132,6 +133,21 @@ def equal_batches(kinds: list[tuple], tokens: int) -> Iterator[list[int]]:
         size = max(1, tokens // kind[0])
         for start in range(0, len(places), size):
             yield places[start : start + size]
+
+
+def in_batches(lm, kinds: list[tuple], compute: Callable[[list[int]], Iterable]) -> list:
+    """What `compute` gives for each place of `kinds`, asked for a batch of `equal_batches` at a
+    time; smaller ones where memory runs out."""
+    found: list = [None] * len(kinds)
+
+    def run(tokens):
+        for batch in equal_batches(kinds, tokens):
+            for place, one in zip(batch, compute(batch)):
+                found[place] = one
+
+    with computing(lm):
+        within_memory(run, token_budget(lm))
+    return found
 
 
 def token_budget(lm) -> int:

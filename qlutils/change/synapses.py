@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from qlutils.change.changes import check_finite
-from qlutils.change.rows import equal_batches, refuse_numbers, token_budget
+from qlutils.change.rows import in_batches, refuse_numbers
 from qlutils.model.answer import token_probabilities
 from qlutils.model.architecture import UnsupportedModel, refusing
 from qlutils.model.attention import EXACT, Control, attention_implementation
 from qlutils.model.check import differ, sample_ids, sharply
 from qlutils.model.language_model import whole_numbers
-from qlutils.model.passes import computing, full_precision, within_memory
+from qlutils.model.passes import full_precision
 from qlutils.model.trace import Trace
 
 SCORES = ("sum", "visible_mean")
@@ -164,20 +164,16 @@ def column_scores(
     The score is the sum or T times the mean over the rows that can see the column, so that one
     threshold serves both. Matrices are reduced while the model runs, a batch and layer at a
     time."""
-    out: list = [None] * len(prompts)
-    lengths = [(len(prompt),) for prompt in prompts]
 
-    def run(tokens):
-        for batch in equal_batches(lengths, tokens):
-            ids = torch.tensor([prompts[place] for place in batch], device=lm.device)
-            for place, found in zip(batch, _column_scores(lm, ids, score)):
-                if not np.isfinite(found[0]).all():
-                    refuse_numbers(lm, prompts[place])
-                out[place] = found
+    def compute(batch):
+        ids = torch.tensor([prompts[place] for place in batch], device=lm.device)
+        return _column_scores(lm, ids, score)
 
-    with computing(lm):
-        within_memory(run, token_budget(lm))
-    return out
+    found = in_batches(lm, [(len(prompt),) for prompt in prompts], compute)
+    for prompt, (total, _) in zip(prompts, found):
+        if not np.isfinite(total).all():
+            refuse_numbers(lm, prompt)
+    return found
 
 
 @torch.no_grad()
@@ -227,36 +223,32 @@ class Row:
     renormalise: bool = False
     neurons: tuple = ()
 
+    @property
+    def key(self) -> tuple:
+        """Equal for rows that are one and the same."""
+        columns = None if self.columns is None else self.columns.tobytes()
+        change = columns, self.factor, self.renormalise
+        return tuple(self.prompt), tuple(self.answer), change, self.neurons
+
 
 @torch.no_grad()
 def run_rows(lm, rows: list[Row]) -> np.ndarray:
     """(rows, 3): probability of the answer (product over its tokens), mean |activation| and mean
     activation of the row's KNs at the last prompt token (NaN without KNs). Each row has its own
-    synapses; equal lengths share a batch."""
-    out = np.full((len(rows), 3), np.nan)
+    synapses; equal lengths share a batch, and equal rows are computed once."""
+    different = {row.key: row for row in rows}
+    todo = list(different.values())
     kinds = []
-    for row in rows:
+    for row in todo:
         kinds.append((len(row.prompt) + len(row.answer), len(row.answer), row.renormalise))
-
-    def run(tokens):
-        for batch in equal_batches(kinds, tokens):
-            some = [rows[place] for place in batch]
-            probability, neurons = _run_batch(lm, some)
-            out[batch, 0] = probability
-            for place, row, values in zip(batch, some, neurons):
-                if not np.isfinite([out[place, 0], *values]).all():
-                    refuse_numbers(lm, row.prompt)
-                if row.neurons:
-                    out[place, 1:] = np.abs(values).mean(), values.mean()
-
-    with computing(lm):
-        within_memory(run, token_budget(lm))
-    return out
+    out = in_batches(lm, kinds, lambda batch: _run_batch(lm, [todo[place] for place in batch]))
+    found = dict(zip(different, out))
+    return np.array([found[row.key] for row in rows]).reshape(-1, 3)
 
 
-def _run_batch(lm, rows: list[Row]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Of rows whose prompts are of one length, their answers too, and that all renormalise or do
-    not: the answer's probability (B,), and the KNs' activations of each."""
+def _run_batch(lm, rows: list[Row]) -> list[tuple]:
+    """`run_rows` of rows whose prompts are of one length, their answers too, and that all
+    renormalise or do not."""
     last = len(rows[0].prompt) - 1
     ids = torch.tensor([row.prompt + row.answer[:-1] for row in rows], device=lm.device)
     target = torch.tensor([row.answer for row in rows], device=lm.device)  # (B, A)
@@ -269,11 +261,21 @@ def _run_batch(lm, rows: list[Row]) -> tuple[np.ndarray, list[np.ndarray]]:
         hidden = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     hidden = hidden[:, last:].flatten(0, 1)  # (B * A, d)
     p = token_probabilities(lm, hidden, target.flatten()).view(target.shape).prod(-1)
+    out = []
+    for row, probability, kns in zip(rows, p.tolist(), _kns(torch.stack(trace.kept, 1), rows)):
+        if not np.isfinite([probability, *kns]).all():
+            refuse_numbers(lm, row.prompt)
+        means = (np.abs(kns).mean(), kns.mean()) if row.neurons else (np.nan, np.nan)
+        out.append((probability, *means))
+    return out
+
+
+def _kns(neurons: Tensor, rows: list[Row]) -> list[np.ndarray]:
+    """The values of each row's KNs among those of all `neurons` (B, L, N)."""
     kns = [(place, *kn) for place, row in enumerate(rows) for kn in row.neurons]
-    place, layer, index = torch.tensor(kns, dtype=torch.long, device=lm.device).reshape(-1, 3).T
-    neurons = torch.stack(trace.kept, 1)[place, layer, index].double().cpu().numpy()
-    ends = np.cumsum([len(row.neurons) for row in rows])
-    return p.double().cpu().numpy(), np.split(neurons, ends[:-1])
+    index = torch.tensor(kns, dtype=torch.long, device=neurons.device).reshape(-1, 3)
+    values = neurons[tuple(index.T)].double().cpu().numpy()
+    return np.split(values, np.cumsum([len(row.neurons) for row in rows])[:-1])
 
 
 def _factors(lm, rows: list[Row]) -> dict[int, Tensor]:

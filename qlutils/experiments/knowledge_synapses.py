@@ -6,7 +6,7 @@ Shapes: L layers, H query heads, T prompt tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -45,13 +45,22 @@ QUANTITIES = ("probability", "value", "signed_value")  # in the order of `run_ro
 
 @dataclass
 class _Query:
-    """A query of a unit: its names, its tokens, those of its irrelevant query, and its KNs."""
+    """A query of a unit: its names, its tokens and KNs, and the tokens of its irrelevant query."""
 
     names: dict
-    prompt: list[int]
-    answer: list[int]
+    row: Row
     irrelevant: list[int] | None
-    kns: tuple[tuple[int, int], ...]
+
+    def changed(self, sets: dict[str, np.ndarray], renormalise: bool, factors: dict[str, float]):
+        """What names each change of the query, and the row with it."""
+        for name, columns in sets.items():
+            twice = renormalise and name in ("self", "irrelevant")
+            for divide in (False, True) if twice else (False,):
+                for direction, factor in factors.items():
+                    what = dict(set=name, renormalise=divide, direction=direction)
+                    what["size"] = int(columns.sum())
+                    row = replace(self.row, columns=columns, factor=factor, renormalise=divide)
+                    yield what, row if columns.any() else self.row
 
 
 def scale_synapse_columns(
@@ -74,29 +83,24 @@ def scale_synapse_columns(
     where S sits: n_self, n_irrelevant, jaccard (`_rest`: without the `first_tokens`), and counts by
     layer (L,), head (L * H,) and column (T,)."""
     check_alpha(alpha, score)
-    queries, first = _encoded(lm, unit), first_tokens(lm)
+    queries = _encoded(lm, unit)
     found = _synapses(lm, queries, alpha, score)
-    todo: list[Row] = []
+    first = first_tokens(lm)
+    factors = {"suppress": suppress, "enhance": enhance}
     rows: list[dict] = []
+    todo: list[Row] = []
     for query in queries:
-        own = found[tuple(query.prompt)]
-        rng = seeded(seed, query.names["fact"], query.names["prompt_index"])
+        own = found[tuple(query.row.prompt)]
         other = query.irrelevant and _fit(found[tuple(query.irrelevant)], own.shape[-1])
+        rng = seeded(seed, query.names["fact"], query.names["prompt_index"])
         sets = synapse_sets(own, other, rng, first)
         before = len(todo)
-        todo.append(Row(query.prompt, query.answer, neurons=query.kns))
-        none = dict(set="none", renormalise=False, direction="none", at=before, before=before)
+        none = dict(set="none", renormalise=False, direction="none", before=before)
         rows.append(query.names | none | _where(own, other, first))
-        done: dict[tuple, int] = {}  # equal sets are one row
-        for change in _changes(sets, renormalise, suppress=suppress, enhance=enhance):
-            columns = sets[change["set"]]
-            factor, divide = change.pop("factor"), change["renormalise"]
-            key = columns.tobytes(), factor, divide
-            if columns.any() and key not in done:
-                done[key] = len(todo)
-                todo.append(Row(query.prompt, query.answer, columns, factor, divide, query.kns))
-            at = dict(before=before, size=int(columns.sum()), at=done.get(key, before))
-            rows.append(query.names | change | at)
+        todo.append(query.row)
+        for what, row in query.changed(sets, renormalise, factors):
+            rows.append(query.names | what | dict(before=before))
+            todo.append(row)
     return _measured(pd.DataFrame(rows), run_rows(lm, todo))
 
 
@@ -117,38 +121,29 @@ def _encoded(lm, unit: list[dict]) -> list[_Query]:
         for i, prompt in enumerate(fact["prompts"]):
             names = dict(fact=fact["fact"], relation=fact["relation"])
             names["prompt_index"] = fact["prompt_index"][i]
-            ids, answer = lm.encode(prompt, fact["object"])
-            other = fact["irrelevant"][i]
             kns = tuple(zip(fact["layer"][i], fact["neuron"][i]))
-            found.append(_Query(names, ids, answer, other and lm.encode_prompt(other), kns))
+            row = Row(*lm.encode(prompt, fact["object"]), neurons=kns)
+            other = fact["irrelevant"][i]
+            found.append(_Query(names, row, other and lm.encode_prompt(other)))
     return found
 
 
 def _synapses(lm, queries: list[_Query], alpha, score) -> dict[tuple, np.ndarray]:
     """{prompt: (L, H, T) booleans} of all queries and irrelevant ones. One query may be irrelevant
     to several others."""
-    both = [query.prompt for query in queries]
+    both = [query.row.prompt for query in queries]
     both += [query.irrelevant for query in queries if query.irrelevant]
     prompts = list(dict.fromkeys(map(tuple, both)))
     scores = column_scores(lm, prompts, score)
     return {prompt: above_threshold(*one, alpha) for prompt, one in zip(prompts, scores)}
 
 
-def _changes(sets, renormalise: bool, **factors: float):
-    """What names the changes of a query (set, renormalise, direction) and the factor, in order."""
-    for name in sets:
-        twice = renormalise and name in ("self", "irrelevant")
-        for divide in (False, True) if twice else (False,):
-            for direction, factor in factors.items():
-                yield dict(set=name, renormalise=divide, direction=direction, factor=factor)
-
-
 def _measured(frame: pd.DataFrame, result: np.ndarray) -> pd.DataFrame:
-    """`frame` with the quantities in the rows of `result` that its `at` and `before` point to."""
+    """`frame` with its rows' quantities, and those of the rows that its `before` points to."""
     for name, values in zip(QUANTITIES, result.T):
-        frame[name] = values[frame["at"]]
+        frame[name] = values
         frame[f"{name}_before"] = values[frame["before"]]
-    return frame.drop(columns=["at", "before"])
+    return frame.drop(columns="before")
 
 
 def synapse_sets(
