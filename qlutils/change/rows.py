@@ -35,16 +35,20 @@ CPU_TOKENS = 2048  # tokens of a batch on a CPU; from 1,024 on the time is flat
 _CHECKED: WeakSet = WeakSet()  # models that passed `_check`
 
 
+@dataclass
 class Scores:
     """Of R rows: `log_probability` (R,) of the whole target, float64; `exact` (R,), whether every
     teacher-forced greedy token is the target's (then greedy decoding gives the target); `match`
     (R,), the share of tokens that are; `greedy`, those greedy tokens, a list a row."""
 
-    def __init__(self, rows: int):
-        self.log_probability = np.zeros(rows)
-        self.exact = np.zeros(rows, bool)
-        self.match = np.zeros(rows)
-        self.greedy: list[list[int]] = [[]] * rows
+    log_probability: np.ndarray
+    exact: np.ndarray
+    match: np.ndarray
+    greedy: list[list[int]]
+
+    @classmethod
+    def empty(cls, rows: int) -> Scores:
+        return cls(np.zeros(rows), np.zeros(rows, bool), np.zeros(rows), [[]] * rows)
 
 
 class _Kind(NamedTuple):
@@ -90,7 +94,7 @@ def score_rows(lm, queries, rows, *, everywhere=False, tokens=None) -> Scores:
 def _score(lm, queries, rows, everywhere: bool, tokens: int) -> Scores:
     by_query = _distinct(lm, queries, rows)
     kinds = [_kind(lm, group, everywhere) for group in by_query]
-    scores = Scores(len(rows))
+    scores = Scores.empty(len(rows))
 
     def score(tokens):
         for batch in equal_batches(kinds, tokens):
