@@ -73,7 +73,8 @@ class _Row:
 
 def score_queries(lm, queries, **options) -> Scores:
     """`score_rows` of each query once, unchanged."""
-    return score_rows(lm, queries, [(query, None) for query in range(len(queries))], **options)
+    rows = [(query, None) for query in range(len(queries))]
+    return score_rows(lm, queries, rows, **options)
 
 
 @torch.no_grad()
@@ -98,7 +99,9 @@ def _score(lm, queries, rows, everywhere: bool, tokens: int) -> Scores:
 
     def score(tokens):
         for batch in equal_batches(kinds, tokens):
-            _score_batch(lm, kinds[batch[0]], [by_query[place] for place in batch], tokens, scores)
+            kind = kinds[batch[0]]
+            some = [by_query[place] for place in batch]
+            _score_batch(lm, kind, some, tokens, scores)
 
     within_memory(score, tokens)
     return scores
@@ -247,24 +250,26 @@ def _changing(lm, layer: int, changes: list[Change | None]):
     if not row:
         return nullcontext()
     row, neuron = torch.tensor([row, neuron], device=lm.device)
-    writing = list(vectors)
+    writing = torch.tensor(list(vectors), dtype=torch.long, device=lm.device)
     sums = None  # (rows that add a vector, S)
 
     def before(_, args, kwargs):
         nonlocal sums
         x = args[0].reshape(len(changes), -1, lm.num_neurons)  # OPT flattens (R, S)
         values = x[row, :, neuron]  # (pairs, S)
-        if writing:
+        if vectors:
             sums = x.new_zeros(x.shape[:2]).index_add_(0, row, values)[writing]
-        x[row, :, neuron] = values * torch.tensor(factor).to(x)[:, None]
+        factors = torch.tensor(factor).to(x)  # (pairs,)
+        x[row, :, neuron] = values * factors[:, None]
         return (x.reshape(args[0].shape),), kwargs
 
     def after(_, __, output):
-        if not writing:
+        if not vectors:
             return output
         whole = output.reshape(len(changes), -1, output.shape[-1])  # (R, S, d)
-        added = sums[..., None] * torch.stack(list(vectors.values())).to(whole)[:, None]
-        return whole.index_add(0, torch.tensor(writing).to(row), added).reshape(output.shape)
+        added = torch.stack(list(vectors.values())).to(whole)  # (rows that add one, d)
+        whole = whole.index_add(0, writing, sums[..., None] * added[:, None])
+        return whole.reshape(output.shape)
 
     return edited([lm.downs[layer]], before=before, after=after)
 
@@ -306,15 +311,18 @@ def _check(lm) -> None:
     """`UnsupportedModel` for one whose layers cannot be run on rows of our own."""
     ids = torch.arange(8, device=lm.device).reshape(2, 4) % lm.num_embeddings
     queries = [(row[:3], row[3:]) for row in ids.tolist()]
-    nothing, again = Change(lm, [(0, 0)]), Change(lm, [(0, 0)])
+    nothing = Change(lm, [(0, 0)])
+    again = Change(lm, [(0, 0)])
     rows = [(1, nothing), (0, nothing), (1, again)]  # not as many as queries, nor in their order
     with sharply(lm) as tolerance:
-        logits = lm.model(input_ids=ids[:, :-1], use_cache=False).logits[:, -1].to(lm.score_dtype)
-        own = torch.log_softmax(logits, -1).gather(1, ids[:, -1:])[[1, 0, 1], 0]
+        logits = lm.model(input_ids=ids[:, :-1], use_cache=False).logits[:, -1]
+        logits = logits.to(lm.score_dtype)
+        own = torch.log_softmax(logits, -1).gather(1, ids[:, -1:])
+        own = own[[1, 0, 1], 0].double().cpu().numpy()
         limit = tolerance * max(1.0, float(logits.abs().max()))
         for everywhere in (True, False):
             found = _score(lm, queries, rows, everywhere, CPU_TOKENS).log_probability
-            if not np.abs(found - own.double().cpu().numpy()).max() <= limit:
+            if not np.abs(found - own).max() <= limit:
                 raise UnsupportedModel(
                     f"{lm.name} ({type(lm.model).__name__}): its layers do not give the model's "
                     "own probabilities when run row by row, so changes to its neurons would be "

@@ -191,8 +191,8 @@ def _column_scores(lm, ids, score):
 
     with controlled(lm, observe=observe):
         lm.model.base_model(input_ids=ids, use_cache=False)
-    total = torch.stack(sums, 1).double().cpu().numpy()  # (B, L, H, T)
-    return zip(total, torch.stack(scores, 1).double().cpu().numpy())
+    sums, scores = (torch.stack(one, 1).double().cpu().numpy() for one in (sums, scores))
+    return zip(sums, scores)  # (B, L, H, T) both
 
 
 def above_threshold(total: np.ndarray, score: np.ndarray, alpha: float) -> np.ndarray:
@@ -240,9 +240,13 @@ def run_rows(lm, rows: list[Row]) -> np.ndarray:
     todo = list(different.values())
     kinds = []
     for row in todo:
-        kinds.append((len(row.prompt) + len(row.answer), len(row.answer), row.renormalise))
-    out = in_batches(lm, kinds, lambda batch: _run_batch(lm, [todo[place] for place in batch]))
-    found = dict(zip(different, out))
+        tokens = len(row.prompt) + len(row.answer)
+        kinds.append((tokens, len(row.answer), row.renormalise))
+
+    def compute(batch):
+        return _run_batch(lm, [todo[place] for place in batch])
+
+    found = dict(zip(different, in_batches(lm, kinds, compute)))
     return np.array([found[row.key] for row in rows]).reshape(-1, 3)
 
 
@@ -260,13 +264,17 @@ def _run_batch(lm, rows: list[Row]) -> list[tuple]:
     with changed, Trace(lm.downs, at_last) as trace:
         hidden = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     hidden = hidden[:, last:].flatten(0, 1)  # (B * A, d)
-    p = token_probabilities(lm, hidden, target.flatten()).view(target.shape).prod(-1)
+    p = token_probabilities(lm, hidden, target.flatten())
+    p = p.view(target.shape).prod(-1).tolist()
+    values = _kns(torch.stack(trace.kept, 1), rows)
     out = []
-    for row, probability, kns in zip(rows, p.tolist(), _kns(torch.stack(trace.kept, 1), rows)):
+    for row, probability, kns in zip(rows, p, values):
         if not np.isfinite([probability, *kns]).all():
             refuse_numbers(lm, row.prompt)
-        means = (np.abs(kns).mean(), kns.mean()) if row.neurons else (np.nan, np.nan)
-        out.append((probability, *means))
+        if row.neurons:
+            out.append((probability, np.abs(kns).mean(), kns.mean()))
+        else:
+            out.append((probability, np.nan, np.nan))
     return out
 
 
@@ -275,7 +283,8 @@ def _kns(neurons: Tensor, rows: list[Row]) -> list[np.ndarray]:
     kns = [(place, *kn) for place, row in enumerate(rows) for kn in row.neurons]
     index = torch.tensor(kns, dtype=torch.long, device=neurons.device).reshape(-1, 3)
     values = neurons[tuple(index.T)].double().cpu().numpy()
-    return np.split(values, np.cumsum([len(row.neurons) for row in rows])[:-1])
+    ends = np.cumsum([len(row.neurons) for row in rows])
+    return np.split(values, ends[:-1])
 
 
 def _factors(lm, rows: list[Row]) -> dict[int, Tensor]:

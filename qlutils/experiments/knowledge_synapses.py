@@ -174,16 +174,24 @@ def synapse_sets(
 def _fit(columns: np.ndarray, tokens: int) -> np.ndarray:
     """Another prompt's (L, H, T') columns for a prompt of `tokens` tokens: those beyond it are
     dropped."""
-    return np.pad(columns[..., :tokens], [(0, 0), (0, 0), (0, max(0, tokens - columns.shape[-1]))])
+    shared = columns[..., :tokens]
+    fitted = np.zeros((*columns.shape[:2], tokens), bool)
+    fitted[..., : shared.shape[-1]] = shared
+    return fitted
 
 
 def _where(own: np.ndarray, other: np.ndarray | None, first: int) -> dict:
     """Where S sits and how far it coincides with S_ir (NaN where the run has one relation only)."""
-    row = dict(by_layer=own.sum((1, 2)), by_head=own.sum(2).flatten(), by_column=own.sum((0, 1)))
+    row = {
+        "by_layer": own.sum((1, 2)),
+        "by_head": own.sum(2).flatten(),
+        "by_column": own.sum((0, 1)),
+    }
     for name, start in (("", 0), ("_rest", first)):
         mine = own[..., start:]
         row[f"n_self{name}"] = int(mine.sum())
-        row[f"n_irrelevant{name}"] = row[f"jaccard{name}"] = np.nan
+        row[f"n_irrelevant{name}"] = np.nan
+        row[f"jaccard{name}"] = np.nan
         if other is not None:
             theirs = other[..., start:]
             row[f"n_irrelevant{name}"] = float(theirs.sum())
@@ -239,15 +247,21 @@ def direction_gaps(moved: dict[str, pd.DataFrame], seed: int = 0) -> pd.DataFram
             part = frame[frame["direction"] == direction]
             own = part.loc[part["set"] == "self", "rate"].dropna()
             gap = bootstrap_difference(part, "rate", "set", ("self", "irrelevant"), seed=seed)
-            row = dict(quantity=name, direction=direction, median=own.median())
-            rows.append(row | dict(unmoved=(own == 0).mean()) | gap.row("trimmed"))
+            row = {
+                "quantity": name,
+                "direction": direction,
+                "median": own.median(),
+                "unmoved": (own == 0).mean(),
+            }
+            rows.append(row | gap.row("trimmed"))
     return pd.DataFrame(rows)
 
 
 def control_summary(scaled: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """`effects.summary` of all SETS by direction and Otsu's classes: of both quantities, of the
     signed activations under S and S_ir, and of the renormalised versions of those two."""
-    plain, divided = scaled[~scaled["renormalise"]], scaled[scaled["renormalise"]]
+    plain = scaled[~scaled["renormalise"]]
+    divided = scaled[scaled["renormalise"]]
     wanted = [(plain, "value", SETS), (plain, "probability", SETS)]
     wanted.append((plain, "signed_value", SETS[:2]))
     if len(divided):
