@@ -53,7 +53,7 @@ def test_an_edit_is_the_formula_on_its_value_vectors_and_nothing_else(family, em
     ).weight.clone()
     old = {pair: value_vector(lm, family, *pair).clone() for pair in NEURONS}
     with edit_weights(lm, NEURONS, "erase") as edit:
-        assert edit.n_neurons == 5 and edit.layers == (0, 1, 2) and edit.op == "erase"
+        assert edit.neurons == tuple(sorted(NEURONS)) and edit.op == "erase" and edit.changed
         assert all((value_vector(lm, family, *pair) == 0).all() for pair in NEURONS)
     with edit_weights(lm, NEURONS, "update", old=[20, 21], new=[30], embedding=embedding):
         for pair in NEURONS:
@@ -102,7 +102,7 @@ def test_no_neurons_means_no_edit_and_says_so():
     lm = tiny_lm("gpt2")
     before = state(lm)
     with edit_weights(lm, set(), "erase") as edit:
-        assert edit.n_neurons == 0 and edit.layers == ()
+        assert edit.neurons == () and not edit.changed
         assert same_bits(lm, before)
 
 
@@ -261,7 +261,7 @@ def refuse_edits(lm, layer, said, tmp_path):
         (parametrised, "made from other tensors|modules were added"),
         (scaled_float8, "quantised weights"),
         (rewritten_by_a_hook, "other code hangs on it"),
-        (with_a_forward_of_its_own, "other code hangs on it"),
+        (with_a_forward_of_its_own, "a forward method was replaced"),
         (on_meta, "offloaded"),
     ],
 )

@@ -20,6 +20,8 @@ from qlutils.change import synapses
 from qlutils.change.editing import virtual_edit
 from qlutils.change.rows import score_rows
 from qlutils.change.scaling import scaled_answer_probabilities
+from qlutils.experiments.attention_predominance import attend
+from qlutils.experiments.knowledge_synapses import scale_synapse_columns, scaled_maps
 from qlutils.experiments.query_kn_mapping import scale_kns
 from qlutils.model.architecture import UnsupportedModel
 from qlutils.model.language_model import LanguageModel
@@ -320,13 +322,13 @@ def test_notebooks_04_to_06_are_those_of_the_text_model(twins):
         same_relation=[[(0, 1)], [(1, 1)]],
         other_relation=[[(2, 1)], [(1, 9)]],
     )
-    for task in (synapses.attend, synapses.scale_synapse_columns, scale_kns):
+    for task in (attend, scale_synapse_columns, scale_kns):
         one, other = (task(lm, [unit]) for lm in twins)
         assert list(one) == list(other) and len(one) == len(other) > 0
         for name in one.select_dtypes("number"):
             np.testing.assert_allclose(one[name], other[name], rtol=1e-6, atol=1e-12, err_msg=name)
     maps = [dict(fact="f", prompt="13 17 18 25 40", answer="8")]
-    (one,), (other,) = (synapses.scaled_maps(lm, maps, steps=2) for lm in twins)
+    (one,), (other,) = (scaled_maps(lm, maps, steps=2) for lm in twins)
     np.testing.assert_allclose(
         one["suppressed"]["attribution"], other["suppressed"]["attribution"], rtol=1e-6, atol=1e-12
     )
@@ -355,7 +357,7 @@ def test_attention_is_transformers_own_or_refused_by_name(family):
 
 def has_attention(lm):
     try:
-        synapses._check_replaceable(lm)
+        synapses.check_replaceable(lm)
     except UnsupportedModel:
         return False
     return True

@@ -23,9 +23,8 @@ from test_synapses import make
 from tiny import tiny_lm, trusted
 
 from qlutils import files, paths
-from qlutils.change import synapses
+from qlutils.experiments import attention_predominance, knowledge_synapses, localize
 from qlutils.experiments import kn_modification as edit_study
-from qlutils.experiments import localize
 from qlutils.experiments import query_kn_mapping as mapping
 from qlutils.run import main
 from qlutils.study import store
@@ -426,10 +425,10 @@ def edit_plans():
 
 TASKS = {
     "mapping": lambda lm: mapping.scale_kns(lm, UNIT),
-    "synapses": lambda lm: synapses.scale_synapse_columns(
+    "synapses": lambda lm: knowledge_synapses.scale_synapse_columns(
         lm, [{**UNIT[0], "irrelevant": ["9 8 7 6"] * 3}]
     ),
-    "attention": lambda lm: synapses.attend(lm, UNIT),
+    "attention": lambda lm: attention_predominance.attend(lm, UNIT),
     "edits": lambda lm: edit_study.edit_facts(lm, edit_plans()),
 }
 

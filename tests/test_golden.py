@@ -15,8 +15,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qlutils.change import synapses
-from qlutils.experiments import controls, effects, localize
+from qlutils.experiments import (
+    attention_predominance,
+    controls,
+    effects,
+    knowledge_synapses,
+    localize,
+)
 from qlutils.experiments import edit_tables as edit_report
 from qlutils.experiments import kn_modification as edit_study
 from qlutils.experiments import query_kn_mapping as mapping
@@ -31,8 +36,8 @@ TASKS = {
     "count_known": known.count_known,
     "edit_facts": edit_study.edit_facts,
     "scale_kns": mapping.scale_kns,
-    "attend": synapses.attend,
-    "scale_synapse_columns": synapses.scale_synapse_columns,
+    "attend": attention_predominance.attend,
+    "scale_synapse_columns": knowledge_synapses.scale_synapse_columns,
 }
 WHERE = {"results": "RESULTS_VERSION in qlutils/study/store.py"} | {
     name: f"{name}.VERSION in {task.__module__}" for name, task in TASKS.items()

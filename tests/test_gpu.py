@@ -16,9 +16,11 @@ from qlutils.attribution import attribute as attribution
 from qlutils.attribution.attribute import METHODS, SITES, Spec, attribute_encoded
 from qlutils.attribution.quadrature import RULES
 from qlutils.change.scaling import answer_probability, scale_neurons
-from qlutils.change.synapses import attend, find_synapses, scale_synapse_columns
+from qlutils.change.synapses import find_synapses
+from qlutils.experiments.attention_predominance import attend
 from qlutils.experiments.effects import units
 from qlutils.experiments.kn_modification import run_edits
+from qlutils.experiments.knowledge_synapses import scale_synapse_columns
 from qlutils.experiments.localize import localise
 from qlutils.experiments.query_kn_mapping import scale_kns
 from qlutils.model.language_model import LanguageModel

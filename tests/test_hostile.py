@@ -47,9 +47,10 @@ from qlutils import (
 from qlutils.attribution.attribute import METHODS
 from qlutils.change.editing import virtual_edit
 from qlutils.change.rows import score_queries, score_rows
-from qlutils.change.synapses import Row, column_scores, run_rows, scale_synapse_columns
+from qlutils.change.synapses import Row, column_scores, run_rows
 from qlutils.experiments import effects
 from qlutils.experiments.kn_modification import edit_facts, plan_edits
+from qlutils.experiments.knowledge_synapses import scale_synapse_columns
 from qlutils.experiments.localize import localise, localise_unit
 from qlutils.experiments.query_kn_mapping import scale_kns
 from qlutils.explorer.fact import change, look, next_token

@@ -11,7 +11,8 @@ from qlutils import answer_probability, attribute, scale_neurons
 from qlutils.change import rows
 from qlutils.change.rows import Change, score_queries, score_rows
 from qlutils.change.scaling import greedy_answers, scaled_answer_probabilities
-from qlutils.model.language_model import UnsupportedModel
+from qlutils.model import answer as model_answer
+from qlutils.model.architecture import UnsupportedModel
 
 # Families whose attention rounds to float32 whatever the model's dtype, and then not always the
 # same sums.
@@ -112,7 +113,7 @@ def test_the_vocabulary_may_be_read_in_pieces(monkeypatch):
     lm = tiny_lm("gpt2")
     queries, _ = queries_and_sets(lm)
     whole = score_queries(lm, queries)
-    monkeypatch.setattr("qlutils.model.answer.LOGITS", 200)  # two positions at a time
+    monkeypatch.setattr(model_answer, "LOGITS", 200)  # two positions at a time
     np.testing.assert_allclose(
         score_queries(lm, queries).log_probability, whole.log_probability, rtol=1e-13
     )
@@ -168,44 +169,42 @@ def test_greedy_answers_are_what_generate_gives():
 NEURONS = {(0, 3), (1, 7), (1, 9), (2, 0)}
 
 
-def padded(prompts, side):
+def padded(prompts):
     longest = max(map(len, prompts))
-    rows_ = [
-        [0] * (longest - len(p)) + p if side == "left" else p + [0] * (longest - len(p))
-        for p in prompts
-    ]
-    mask = [
-        [0] * (longest - len(p)) + [1] * len(p)
-        if side == "left"
-        else [1] * len(p) + [0] * (longest - len(p))
-        for p in prompts
-    ]
-    mask = torch.tensor(mask)
-    return dict(
-        input_ids=torch.tensor(rows_),
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-    )
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = (ids > 0).long()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return dict(input_ids=ids, attention_mask=mask, position_ids=positions)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", ["gpt2", "llama3", "neox", "opt", "mistral", "gemma3"])
 @torch.no_grad()
-def test_a_bare_forward_is_scaled_at_each_row_s_last_real_token_on_either_padding_side(
-    family, side
-):
+def test_a_bare_forward_is_scaled_at_each_row_s_last_token(family):
     lm = tiny_lm(family)
     prompts = [[10, 11, 12, 13, 14], [20, 21, 22], [30, 31, 32, 33]]
     with scale_neurons(lm, NEURONS, 3.0):
-        logits = lm.model(**padded(prompts, side)).logits
+        logits = lm.model(**padded(prompts)).logits
     for row, prompt in enumerate(prompts):
         with by_hand(lm, family, NEURONS, 3.0, len(prompt) - 1):
             expected = lm.model(input_ids=torch.tensor([prompt])).logits[0]
-        place = slice(-len(prompt), None) if side == "left" else slice(0, len(prompt))
-        torch.testing.assert_close(logits[row, place], expected, rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(logits[row, -len(prompt) :], expected, rtol=1e-7, atol=1e-7)
     plain = lm.model(input_ids=torch.tensor([prompts[0]])).logits[0]
     torch.testing.assert_close(logits[0, -5:-1], plain[:-1])  # earlier tokens are untouched
     assert (logits[0, -1] - plain[-1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "mask, said",
+    [
+        (torch.tensor([[1, 1, 1], [1, 1, 0]]), "pad on the left"),
+        (torch.zeros(2, 1, 3, 3), "give a 2-D attention_mask"),
+    ],
+    ids=["right padding", "4-D"],
+)
+def test_a_mask_that_hides_where_the_prompt_ends_is_refused(mask, said):
+    lm, ids = tiny_lm("gpt2"), torch.tensor([[10, 11, 12], [20, 21, 0]])
+    with scale_neurons(lm, NEURONS, 3.0), pytest.raises(ValueError, match=said):
+        lm.model(input_ids=ids, attention_mask=mask)
 
 
 @pytest.mark.parametrize("cache", [True, False], ids=["with a cache", "without a cache"])
@@ -237,12 +236,12 @@ def test_generation_is_scaled_at_the_last_prompt_token_and_all_later_ones(family
 @torch.no_grad()
 @pytest.mark.parametrize(
     "name", ["cache", "past_key_values"]
-)  # transformers takes the old name, too
+)  # transformers takes the old one, too
 def test_a_call_that_continues_a_cache_is_later_throughout(name):
     lm, prompt, later = tiny_lm("llama3"), [10, 11, 12, 13], [14, 15, 16]
     with scale_neurons(lm, NEURONS, 4.0):
         first = lm.model(input_ids=torch.tensor([prompt]), use_cache=True)
-        second = lm.model(input_ids=torch.tensor([later]), **{name: first.cache})
+        second = lm.model(input_ids=torch.tensor([later]), **{name: first["cache"]})
     with by_hand(lm, "llama3", NEURONS, 4.0, len(prompt) - 1):
         expected = lm.model(input_ids=torch.tensor([prompt + later])).logits
     torch.testing.assert_close(second.logits, expected[:, -3:])

@@ -1,14 +1,14 @@
 """What every change of a model leaves behind: nothing.
 
-One table: every context manager, on every family it serves, left in every way. Before and after,
-the model is compared whole: weights by their bytes, hooks of every kind, what modules carry in
-their own dictionaries, the attention implementation, gradients and the global state of torch and
-NumPy, and its logits by their bits.
+One table: every context manager, on every family it serves, left in every way; where several are
+nested, the inner one first, as `with` does. Before and after, the model is compared whole: weights
+by their bytes, hooks of every kind, what modules carry in their own dictionaries, the attention
+implementation, gradients and the global state of torch and NumPy, and its logits by their bits.
 """
 
 import hashlib
 import itertools
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
@@ -27,11 +27,12 @@ from qlutils import (
     scale_neurons,
     scale_synapses,
 )
-from qlutils.change import rows, synapses
-from qlutils.change.rows import Change
+from qlutils.change.changes import Change
+from qlutils.change.rows import score_rows
 from qlutils.change.scaling import greedy_answers, scaled_answer_probabilities
-from qlutils.model import answer, attention
-from qlutils.model import passes as replay
+from qlutils.change.synapses import controlled
+from qlutils.model import answer
+from qlutils.model.attention import is_controlled
 
 FAMILIES = ("gpt2", "llama3", "opt", "gptj", "neox", "gemma2", "bloom")
 ATTENTION = tuple(
@@ -87,14 +88,7 @@ def state(lm):
         "global hooks": [list(hooks) for hooks in GLOBAL_HOOKS],
         "random state of torch": torch.get_rng_state().numpy().tobytes(),
         "random state of NumPy": hashlib.sha256(np.random.get_state()[1].tobytes()).hexdigest(),
-        "active": (
-            list(lm.__dict__.get("scales", ())),
-            list(lm.__dict__.get("edits", ())),
-            bool(lm.__dict__.get("scoring")),
-            lm.layout,
-            lm.tokenizer,
-            lm.model,
-        ),
+        "active": (list(lm.scales), is_controlled(lm.model), lm.layout, lm.tokenizer, lm.model),
     }
     for name, value in lm.model.state_dict().items():
         digest = hashlib.sha256(
@@ -106,7 +100,7 @@ def state(lm):
     for name, module in lm.model.named_modules():
         for kind in HOOKS:
             found[f"{kind} of {name}"] = list(getattr(module, kind))
-        found[f"controls of {name}"] = (list(attention.ACTIVE), module.training)
+        found[f"mode of {name}"] = module.training
         found[f"dictionary of {name}"] = {
             key: id(value)
             for key, value in vars(module).items()
@@ -139,8 +133,7 @@ def factors(lm, factor):
     }
 
 
-# name -> (families, context on a model). Those of `PUBLIC` are in the package's interface; the
-# others are what the notebooks and the attribution are made of.
+# name -> (families, context on a model). Those of `PUBLIC` are in the package's interface.
 CONTEXTS = {
     "scale_neurons, off": (FAMILIES, lambda lm: scale_neurons(lm, NEURONS, 0.0)),
     "scale_neurons, others doubled": (FAMILIES, lambda lm: scale_neurons(lm, OTHERS, 2.0)),
@@ -155,21 +148,8 @@ CONTEXTS = {
         lambda lm: scale_synapses(lm, {(0, 0, 1)}, 3.0, renormalise=True),
     ),
     "scale_synapses, by one": (ATTENTION, lambda lm: scale_synapses(lm, {(0, 0, 1)}, 1.0)),
-    "controlled, watching": (
-        ATTENTION,
-        lambda lm: synapses.controlled(lm, observe=lambda *_: None),
-    ),
-    "controlled, changing": (ATTENTION, lambda lm: synapses.controlled(lm, factors(lm, 0.5))),
-    "Control.on": (
-        FAMILIES,
-        lambda lm: attention.Control(factors(lm, 0.0)).on(lm.model, lm.layers),
-    ),
-    "attention_implementation": (
-        ATTENTION,
-        lambda lm: attention.attention_implementation(lm.model, attention.EXACT),
-    ),
-    "replaying": (FAMILIES, replay.replaying),
-    "scoring": (FAMILIES, rows.scoring),
+    "controlled, watching": (ATTENTION, lambda lm: controlled(lm, observe=lambda *_: None)),
+    "controlled, changing": (ATTENTION, lambda lm: controlled(lm, factors(lm, 0.5))),
 }
 PUBLIC = [name for name in CONTEXTS if name.startswith(("scale_", "edit_"))]
 CASES = [(name, family) for name, (families, _) in CONTEXTS.items() for family in families]
@@ -261,15 +241,12 @@ LEAVING = {
     "by forgetting a generator": leave_by_forgetting_a_generator,
     "with other gradients": leave_with_other_gradients,
 }
-RUNNING = (leave_after_use, leave_through_a_failing_forward_pass)
 
 
 @pytest.mark.parametrize("name, family", CASES)
 def test_the_model_is_as_before_however_a_context_is_left(name, family):
     lm = model(family)
     for way, leave in LEAVING.items():
-        if name == "replaying" and leave in RUNNING:  # there the attention needs a prefix
-            continue
         try:
             with unchanged(lm):
                 leave(lm, lambda: context(name, family))
@@ -304,10 +281,7 @@ def interrupted_everywhere(lm, run, monkeypatch, methods):
             return place - 1
 
 
-@pytest.mark.parametrize(
-    "name, family",
-    [case for case in CASES if case[0] in PUBLIC or "control" in case[0].lower()],
-)
+@pytest.mark.parametrize("name, family", CASES)
 def test_an_interrupt_while_a_context_is_entered_undoes_what_it_began(name, family, monkeypatch):
     places = interrupted_everywhere(
         model(family),
@@ -320,9 +294,7 @@ def test_an_interrupt_while_a_context_is_entered_undoes_what_it_began(name, fami
     )  # these set nothing but weights, and nothing
 
 
-@pytest.mark.parametrize(
-    "outer, inner", list(itertools.permutations(PUBLIC + ["controlled, watching"], 2))
-)
+@pytest.mark.parametrize("outer, inner", itertools.product(CONTEXTS, repeat=2))
 def test_a_context_that_ends_leaves_the_outer_one_in_force(outer, inner):
     for family in FAMILIES:
         if family in CONTEXTS[outer][0] and family in CONTEXTS[inner][0]:
@@ -347,68 +319,21 @@ def test_a_context_changes_the_model_while_it_lasts(name):
             assert torch.equal(forward(lm), before) == name.endswith("by one"), family
 
 
-KINDS = (
-    "scale_neurons, off",
-    "scale_neurons, others doubled",
-    "edit_weights, erase",
-    "edit_weights, update others",
-)
-
-
-@pytest.mark.parametrize("family, size", [("gpt2", 2), ("gptj", 2), ("gemma2", 2), ("gpt2", 3)])
-def test_contexts_may_be_entered_in_any_order_and_the_first_may_end_first(family, size):
-    """As generators that hold them are closed. Those that remain act as if the others had never
-    been there."""
-    lm, alone = model(family), {}
-    for names in itertools.permutations(KINDS, size - 1):
-        with ExitStack() as stack:
-            for name in names:
-                stack.enter_context(context(name, family))
-            alone[names] = forward(lm)
-    for names in itertools.permutations(KINDS, size):
-        entered = [context(name, family) for name in names]
-        with unchanged(lm):
-            for one in entered:
-                one.__enter__()
-            entered[0].__exit__(None, None, None)
-            assert torch.equal(forward(lm), alone[names[1:]]), f"{names[0]} ended first"
-            for one in entered[1:]:
-                one.__exit__(None, None, None)
-
-
-def test_the_same_context_twice_may_end_in_any_order():
-    for name in ("scale_neurons, off", "edit_weights, erase", "edit_weights, update others"):
-        ended_in_order(name, "llama3", (0, 1))
-        ended_in_order(name, "llama3", (1, 2, 0))
-
-
-def ended_in_order(name, family, order):
-    lm = model(family)
-    with unchanged(lm):
-        entered = [context(name, family) for _ in order]
-        for one in entered:
-            one.__enter__()
-        for place in order:
-            entered[place].__exit__(None, None, None)
-
-
-def test_generation_is_the_class_s_own_again_whatever_order_contexts_end_in():
+def test_generation_is_the_class_s_own_again():
     lm = model("gpt2")
-    for order in itertools.permutations(range(3)):
-        three = [scale_neurons(lm, {(0, place)}, 2.0) for place in range(3)]
-        with unchanged(lm):
-            for one in three:
-                one.__enter__()
-            for place in order:
-                lm.model.generate(
-                    input_ids=IDS,
-                    attention_mask=torch.ones_like(IDS),
-                    max_new_tokens=2,
-                    do_sample=False,
-                    pad_token_id=0,
-                )
-                three[place].__exit__(None, None, None)
-            assert "generate" not in vars(lm.model)
+    with unchanged(lm):
+        with scale_neurons(lm, {(0, 0)}, 2.0):
+            with scale_neurons(lm, {(0, 1)}, 2.0):
+                generate(lm)
+            generate(lm)
+            assert "generate" in vars(lm.model)
+    assert "generate" not in vars(lm.model)
+
+
+def generate(lm):
+    mask = torch.ones_like(IDS)
+    options = dict(max_new_tokens=2, do_sample=False, pad_token_id=0)
+    return lm.model.generate(input_ids=IDS, attention_mask=mask, **options)
 
 
 # --- calls ----------------------------------------------------------------------------------------
@@ -420,9 +345,8 @@ def attributing(method, **options):
 
 def edited_rows(lm, _):
     change = Change(lm, NEURONS, vector=torch.ones(32))
-    return rows.score_rows(
-        lm, [([10, 11, 12], [13, 14])], [(0, change), (0, None)], everywhere=True
-    )
+    queries = [([10, 11, 12], [13, 14])]
+    return score_rows(lm, queries, [(0, change), (0, None)], everywhere=True)
 
 
 CALLS = {
@@ -507,15 +431,17 @@ def test_an_attribution_that_fails_while_gradients_flow_back_leaves_the_model_as
     family, monkeypatch
 ):
     lm = model(family)
-    for where, name in (
-        (torch.autograd, "grad"),
-        (answer, "token_probabilities"),
-    ):
-        for error in (RuntimeError("on purpose"), KeyboardInterrupt("on purpose")):
-            with unchanged(lm), monkeypatch.context() as patch:
-                patch.setattr(where, name, lambda *_, error=error: (_ for _ in ()).throw(error))
-                with pytest.raises(type(error), match="on purpose"):
-                    attribute(lm, PROMPTS, ANSWERS, steps=3)
+    places = (torch.autograd, "grad"), (answer, "token_probabilities")
+    errors = RuntimeError("on purpose"), KeyboardInterrupt("on purpose")
+    for (where, name), error in itertools.product(places, errors):
+
+        def fail(*_, error=error, **__):
+            raise error
+
+        with unchanged(lm), monkeypatch.context() as patch:
+            patch.setattr(where, name, fail)
+            with pytest.raises(type(error), match="on purpose"):
+                attribute(lm, PROMPTS, ANSWERS, steps=3)
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -6,9 +6,8 @@ import pandas as pd
 import pytest
 from tiny import tiny_lm, word_tokenizer
 
-from qlutils.change import synapses
 from qlutils.change.scaling import answer_probability, scale_neurons
-from qlutils.experiments import effects
+from qlutils.experiments import attention_predominance, effects
 from qlutils.experiments import query_kn_mapping as mapping
 from qlutils.neurons.others import active_neurons, random_neurons
 from qlutils.show import tables
@@ -317,7 +316,7 @@ def test_predominance_of_hand_made_attention_matrices(monkeypatch):
         (8, 6, 9): [[0, 0, 1], [0, 0.2, 0.8], [0, 0, 1]],
     }
     monkeypatch.setattr(
-        synapses,
+        attention_predominance,
         "column_scores",
         lambda lm, prompts: [
             (np.broadcast_to(np.array(matrices[tuple(ids)]).sum(0), (2, 4, 3)),) * 2
@@ -334,10 +333,15 @@ def test_predominance_of_hand_made_attention_matrices(monkeypatch):
     unit = [
         dict(fact="f", relation="R", prompts=["7 5 6", "4 7 6", "8 6 9"], prompt_index=[0, 1, 2])
     ]
-    winners = synapses.attend(Model(), unit)
-    assert winners["token_id"].tolist() == [7, 7, 9]
-    assert winners["token_id_rest"].tolist() == [5, 7, 9]
-    assert winners.loc[0, ["share", "first_share"]].tolist() == pytest.approx([2.2 / 3] * 2)
+    winners = attention_predominance.attend(Model(), unit)
+    assert winners["token_id"].tolist() == [7, 7, 9] and winners["token_id_rest"].tolist() == [
+        5,
+        7,
+        9,
+    ]
+    assert winners.loc[0, "share"] == pytest.approx(2.2 / 3) and winners.loc[
+        0, "first_share"
+    ] == pytest.approx(2.2 / 3)
     [fact] = effects.predominance(winners).to_dict("records")
     assert fact["predominance"] == pytest.approx(2 / 3) and fact["modal"] == "7"
     for name in ("predominance_rest", "first", "same_first"):

@@ -23,10 +23,16 @@ from transformers.masking_utils import eager_mask
 from qlutils.attribution.attribute import Spec, attribute_encoded
 from qlutils.change import synapses
 from qlutils.change.synapses import Row, column_scores, find_synapses, run_rows, scale_synapses
+from qlutils.experiments.attention_predominance import attend
+from qlutils.experiments.knowledge_synapses import (
+    scale_synapse_columns,
+    scaled_maps,
+    synapse_sets,
+)
 from qlutils.model import attention
 from qlutils.model.architecture import UnsupportedModel
+from qlutils.model.attention import attention_implementation
 from qlutils.model.language_model import LanguageModel
-from qlutils.model.passes import attention_implementation
 
 SMALL = dict(
     vocab_size=61,
@@ -207,8 +213,8 @@ def test_a_late_column_cannot_collect_enough_to_be_a_synapse():
 def test_scores_do_not_depend_on_the_batch(lm, monkeypatch):
     prompts = [PROMPT, PROMPT[:4], PROMPT[::-1], [9, 9]]
     together = column_scores(lm, prompts)
-    monkeypatch.setattr(synapses, "token_budget", lambda lm: 1)
-    for (total, score), prompt in zip(column_scores(lm, prompts), prompts):
+    monkeypatch.setattr("qlutils.change.rows.token_budget", lambda lm: 1)
+    for (total, _), prompt in zip(column_scores(lm, prompts), prompts):
         np.testing.assert_allclose(total, together[prompts.index(prompt)][0], atol=1e-12)
         np.testing.assert_allclose(total.sum(-1), len(prompt), atol=1e-9)
 
@@ -420,6 +426,11 @@ def test_rows_of_a_batch_equal_one_query_at_a_time_under_the_context_manager(lm)
             assert signed == pytest.approx(read.mean(), rel=1e-9)
 
 
+def test_kns_are_read_in_the_rows_not_in_the_check_before_them():
+    lm, row = make("gpt2"), Row(PROMPT, [5], neurons=((0, 3), (2, 40)))
+    np.testing.assert_array_equal(run_rows(lm, [row]), run_rows(lm, [row]))
+
+
 UNIT = [
     dict(
         fact="R1|a|8",
@@ -436,7 +447,7 @@ UNIT = [
 
 def test_the_synapse_task_scales_what_its_sets_say():
     lm = make("llama-gqa")
-    frame = synapses.scale_synapse_columns(lm, UNIT, alpha=0.2)
+    frame = scale_synapse_columns(lm, UNIT, alpha=0.2)
     own = find_synapses(lm, "3 17 8 25 40", 0.2)
     other = {s for s in find_synapses(lm, "9 8 7 6 5 4 3", 0.2) if s[0] < 5}
     sets = {
@@ -475,15 +486,15 @@ def test_the_synapse_task_scales_what_its_sets_say():
 def test_random_columns_match_each_head_and_avoid_the_synapses():
     rng = np.random.default_rng(0)
     own = rng.random((2, 3, 9)) < 0.3
-    drawn = synapses.synapse_sets(own, None, rng)["random"]
+    drawn = synapse_sets(own, None, rng)["random"]
     assert (drawn.sum(-1) == own.sum(-1)).all() and not (drawn & own).any()
     full = np.ones((1, 1, 4), bool)
-    assert synapses.synapse_sets(full, None, rng)["random"].all()
+    assert synapse_sets(full, None, rng)["random"].all()
 
 
 def test_the_most_attended_token_by_brute_force():
     lm = make("llama-gqa")
-    frame = synapses.attend(lm, UNIT)
+    frame = attend(lm, UNIT)
     a = own_attentions(lm, [3, 17, 8, 25, 40]).mean((0, 1)).sum(0)
     assert (
         frame.loc[0, "column"] == a.argmax() and frame.loc[0, "column_rest"] == 1 + a[1:].argmax()
@@ -536,7 +547,7 @@ def test_maps_of_figures_7_and_10_are_taken_under_each_querys_own_synapses():
     clean = dict(
         fact="R1|a|5", prompt="3 17 8 25 40", answer="5", attribution=None, activation=None
     )
-    [row] = synapses.scaled_maps(lm, [clean], alpha=0.2, steps=3, method="ig")
+    [row] = scaled_maps(lm, [clean], alpha=0.2, steps=3, method="ig")
     assert row["unmodified"] is clean
     with scale_synapses(lm, find_synapses(lm, clean["prompt"], 0.2), 2.0):
         expected = (

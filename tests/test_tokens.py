@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 from qlutils import attribute, load_facts, perplexity
 from qlutils.attribution.quadrature import quadrature
 from qlutils.change.rows import Change, score_rows
-from qlutils.change.synapses import attend, column_scores, scale_synapse_columns
+from qlutils.change.synapses import column_scores
+from qlutils.experiments.attention_predominance import attend
+from qlutils.experiments.knowledge_synapses import scale_synapse_columns
 from qlutils.experiments.localize import localise
 from qlutils.model.language_model import LanguageModel
 from qlutils.model.passes import attention_implementation

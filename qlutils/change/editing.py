@@ -13,14 +13,15 @@ import os
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qlutils.change.rows import Change, score_queries
+from qlutils.change.changes import Change, check_finite
+from qlutils.change.rows import score_queries
 from qlutils.facts import check_text
 from qlutils.model.architecture import UnsupportedModel, check_sole_owner, plain_weight
 from qlutils.model.language_model import whole_numbers
@@ -33,19 +34,12 @@ CARRIER = "is"  # a word for an object to continue, so that it is tokenised as i
 
 @dataclass(frozen=True)
 class Edit:
-    """What `edit_weights` did: the operation, the neurons edited (sorted, possibly none) and the
-    layers they sit in."""
+    """What `edit_weights` did: the operation, the neurons edited (sorted, possibly none), and
+    whether any of their weights is another now."""
 
     op: str
     neurons: tuple[tuple[int, int], ...]
-
-    @property
-    def n_neurons(self) -> int:
-        return len(self.neurons)
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return tuple(sorted({layer for layer, _ in self.neurons}))
+    changed: bool
 
 
 @contextmanager
@@ -61,61 +55,29 @@ def edit_weights(
     `op="erase"` sets them to zero (Eq. 2); `op="update"` adds -lambda1 E(old) + lambda2 E(new) to
     each (Eq. 2), E the mean embedding of the object's tokens, which may be ids or text.
     `embedding`: "input" word embedding or "output" (unembedding). Yields an `Edit`. The weights are
-    bit-identical afterwards, whatever happens inside; where several edits are active, each can end
-    before the others and they stay. ValueError: a neuron outside the model, an unknown operation or
+    bit-identical afterwards, whatever happens inside. Contexts may be nested, and end as `with`
+    ends them, the inner one first. ValueError: a neuron outside the model, an unknown operation or
     embedding, an object without an embedding, weights that no forward pass reads as they stand
     (quantised, offloaded, pruned, parametrised) or that layers share.
     """
-    neurons = lm.check_neurons(neurons)
-    delta = edit_vector(
-        lm, op, old=old, new=new, lambda1=lambda1, lambda2=lambda2, embedding=embedding
-    )
-    by_layer: dict[int, list[int]] = {}
-    for layer, index in neurons:
-        by_layer.setdefault(layer, []).append(index)
-    views = {layer: _editable(lm, layer) for layer in by_layer}
-    this = _Written(delta, {})
-    active = lm.__dict__.setdefault("edits", [])
+    options = dict(old=old, new=new, lambda1=lambda1, lambda2=lambda2, embedding=embedding)
+    change = virtual_edit(lm, neurons, op, **options)
+    vectors = {layer: lm.value_vectors(layer) for layer in change.by_layer}
+    before = {layer: vectors[layer][index].clone() for layer, index in change.by_layer.items()}
     try:
-        active.append(this)
         with torch.no_grad():
-            for layer, index in by_layer.items():
-                this.before[layer] = index, views[layer][index].clone()
-            for layer, (index, before) in this.before.items():
-                views[layer][index] = this.of(before)
-        yield Edit(op, tuple(neurons))
+            for layer, rows in before.items():  # rows (n, d)
+                new = torch.zeros_like(rows) if change.vector is None else rows + change.vector
+                vectors[layer][change.by_layer[layer]] = new
+        changed = any(
+            not torch.equal(vectors[layer][change.by_layer[layer]], rows)
+            for layer, rows in before.items()
+        )
+        yield Edit(op, tuple(change.neurons), changed)
     finally:
         with torch.no_grad():
-            place = next(i for i, one in enumerate(active) if one is this)
-            for layer, (index, rows) in this.before.items():
-                for later in active[place + 1 :]:
-                    later.rebase(layer, index, rows)
-                views[layer][index] = rows
-            del active[place]
-
-
-@dataclass(eq=False)
-class _Written:
-    """An edit that is in the weights: what it adds (None: it erases), and {layer: (neurons, rows
-    before it)}."""
-
-    delta: Tensor | None
-    before: dict[int, tuple[list[int], Tensor]]
-
-    def of(self, rows: Tensor) -> Tensor:
-        return torch.zeros_like(rows) if self.delta is None else rows + self.delta
-
-    def rebase(self, layer: int, index: list[int], rows: Tensor) -> None:
-        """An earlier edit of `index` ends: have `rows` without it as the rows before this one, and
-        put this one's into `rows`."""
-        mine, before = self.before.get(layer, ((), None))
-        shared = [
-            (mine.index(neuron), place) for place, neuron in enumerate(index) if neuron in mine
-        ]
-        if shared:
-            own, theirs = map(list, zip(*shared))
-            before[own] = rows[theirs]
-            rows[theirs] = self.of(before[own])
+            for layer, rows in before.items():
+                vectors[layer][change.by_layer[layer]] = rows
 
 
 def save_edited(lm, folder, neurons, op, **options) -> Path:
@@ -129,18 +91,14 @@ def save_edited(lm, folder, neurons, op, **options) -> Path:
         raise ValueError(f"{folder} already holds a checkpoint or is a file; name a new folder")
     if getattr(lm.model, "_hf_peft_config_loaded", False):
         raise UnsupportedModel(
-            f"{lm.name} carries an adapter, and transformers would save nothing "
-            "else; merge it into the weights first"
+            f"{lm.name} carries an adapter, and transformers would save nothing else; merge it "
+            "into the weights first"
         )
-    with edit_weights(lm, neurons, op, **options):
-        kept = [
-            torch.equal(lm.value_vectors(layer)[index], rows)
-            for layer, (index, rows) in lm.edits[-1].before.items()
-        ]
-        if all(kept):
+    with edit_weights(lm, neurons, op, **options) as edit:
+        if not edit.changed:
             raise ValueError(
-                f"this edit changes no weight of {lm.name} (no neurons, or a change "
-                f"too small for {lm.dtype}), so there is no edited model to save"
+                f"this edit changes no weight of {lm.name} (no neurons, or a change too small for "
+                f"{lm.dtype}), so there is no edited model to save"
             )
         lm.model.save_pretrained(folder)
     lm.tokenizer.save_pretrained(folder)
@@ -164,21 +122,16 @@ def edit_vector(
     erasure."""
     if op not in OPERATIONS:
         raise ValueError(f"op {op!r} is unknown; use one of {', '.join(OPERATIONS)}")
-    for name, value in (("lambda1", lambda1), ("lambda2", lambda2)):
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        if not number or not abs(value) <= torch.finfo(lm.dtype).max:  # not, for NaN
-            raise ValueError(
-                f"{name} is {value!r}; it must be a finite number that {lm.dtype} holds"
-            )
+    check_finite(lm, "lambda1", lambda1)
+    check_finite(lm, "lambda2", lambda2)
     if embedding not in EMBEDDINGS:
         raise ValueError(f"embedding {embedding!r} is unknown; use one of {', '.join(EMBEDDINGS)}")
     if op == "erase":
         return None
     if old is None or new is None:
         raise ValueError("an update needs both objects: old, which the neurons wrote, and new")
-    delta = lambda2 * object_embedding(lm, new, embedding) - lambda1 * object_embedding(
-        lm, old, embedding
-    )
+    written = lambda1 * object_embedding(lm, old, embedding)
+    delta = lambda2 * object_embedding(lm, new, embedding) - written
     if not torch.isfinite(delta).all():
         raise ValueError(
             f"lambda1 {lambda1} or lambda2 {lambda2} is so large that the edit overflows {lm.dtype}"
@@ -192,16 +145,11 @@ def object_embedding(lm, words, embedding="input") -> Tensor:
     if isinstance(words, str):
         ids = object_tokens(lm, words)
     elif isinstance(words, Iterable) and not isinstance(words, bytes):
-        ids = [token for (token,) in whole_numbers(([token] for token in words), ("id",), "token")]
+        ids = [token for (token,) in whole_numbers(zip(words), ("id",), "token")]
     else:
         raise ValueError(f"object {words!r} must be text or a list of token ids")
-    module = (
-        lm.model.get_input_embeddings()
-        if embedding == "input"
-        else lm.model.get_output_embeddings()
-    )
     try:
-        weight = plain_weight(module)
+        weight = plain_weight(getattr(lm.model, f"get_{embedding}_embeddings")())
     except UnsupportedModel as error:
         said = f"{lm.name}: its {embedding} embeddings cannot be read: {error}"
         raise UnsupportedModel(said) from None
@@ -225,15 +173,15 @@ def object_tokens(lm, text: str) -> list[int]:
     word. For an object that no space comes before, give its ids: `lm.encode("法国的首都是[Y]",
     "巴黎")[1]`."""
     check_text(text, "object")
-    before, ids = (
-        list(lm.tokenizer(words, add_special_tokens=False, split_special_tokens=True).input_ids)
-        for words in (CARRIER, f"{CARRIER} {text.strip()}")
-    )
-    if not text.strip() or ids[: len(before)] != before or len(ids) == len(before):
+    options = dict(add_special_tokens=False, split_special_tokens=True)
+    before = list(lm.tokenizer(CARRIER, **options).input_ids)
+    ids = list(lm.tokenizer(f"{CARRIER} {text.strip()}", **options).input_ids)
+    found = ids[len(before) :]
+    if not text.strip() or not found or ids[: len(before)] != before:
         raise ValueError(
             f"object {text!r} cannot be tokenised as the continuation of a word; give token ids"
         )
-    return ids[len(before) :]
+    return found
 
 
 def _editable(lm, layer) -> Tensor:
@@ -261,8 +209,8 @@ def perplexity(lm, texts, max_tokens=256) -> float:
         got = "a single text" if isinstance(texts, str) else repr(texts)
         raise ValueError(f"texts is a list of texts; got {got}")
     entries = encode_entries(lm, list(texts), max_tokens)
-    scores = score_queries(lm, entries)
-    return float(np.exp(-scores.log_probability.sum() / sum(len(target) for _, target in entries)))
+    nll = -score_queries(lm, entries).log_probability.sum()
+    return float(np.exp(nll / sum(len(target) for _, target in entries)))
 
 
 def encode_entries(lm, texts, max_tokens) -> list[tuple[list[int], list[int]]]:

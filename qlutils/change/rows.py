@@ -6,60 +6,39 @@ reach is computed once a query and shared by all its rows: the layers below the 
 neuron and, where changes begin at the last prompt token, the keys and values of the tokens before
 it. Logits are computed at scored positions only.
 
-Shapes: Q queries, R rows, S tokens a row (after P tokens of shared prefix), d residual width, N
-neurons a layer.
+Shapes: Q queries, R rows, S tokens a row (those after the shared prefix), K scored tokens, d
+residual width, N neurons a layer.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from itertools import groupby
-from numbers import Real
+from typing import NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from qlutils.change.changes import Change, prompt_of
 from qlutils.model.answer import token_scores
 from qlutils.model.architecture import UnsupportedModel
 from qlutils.model.check import sharply
 from qlutils.model.passes import CleanPass, clean_pass, computing, run_rows, within_memory
-from qlutils.model.trace import hooked
+from qlutils.model.trace import edited
 
 CPU_TOKENS = 2048  # tokens of a batch on a CPU; from 1,024 on the time is flat
-
-
-class Change:
-    """What a row does to the neurons `neurons`, at every token the row feeds: their activations are
-    multiplied by `factor`, and `vector` (d,) times the sum of their activations is added to the
-    MLP's output of their layer."""
-
-    def __init__(self, lm, neurons, factor: float = 1.0, vector: Tensor | None = None):
-        self.neurons, self.vector = lm.check_neurons(neurons), vector
-        self.factor = check_factor(lm, factor)
-        self.by_layer: dict[int, list[int]] = {}
-        for layer, index in self.neurons:
-            self.by_layer.setdefault(layer, []).append(index)
-        self.start = min(self.by_layer, default=lm.num_layers)
-
-
-def check_factor(lm, factor) -> float:
-    """`factor` as a float; ValueError for what is no finite number of the model's dtype."""
-    largest = torch.finfo(lm.dtype).max
-    if isinstance(factor, bool) or not isinstance(factor, Real) or not abs(factor) <= largest:
-        raise ValueError(
-            f"factor is {factor!r}; it must be a finite number of at most {largest:.0e} in "
-            f"magnitude, what "
-            f"{lm.dtype} holds (0 suppresses, 2 doubles)"
-        )
-    return float(factor)
+_CHECKED: WeakSet = WeakSet()  # models that passed `_check`
 
 
 @dataclass
 class Scores:
     """Of R rows: `log_probability` (R,) of the whole target, float64; `exact` (R,), whether every
-    teacher- forced greedy token is the target's (then greedy decoding gives the target); `match`
+    teacher-forced greedy token is the target's (then greedy decoding gives the target); `match`
     (R,), the share of tokens that are; `greedy`, those greedy tokens, a list a row."""
 
     log_probability: np.ndarray
@@ -67,55 +46,115 @@ class Scores:
     match: np.ndarray
     greedy: list[list[int]]
 
+    @classmethod
+    def empty(cls, rows: int) -> Scores:
+        return cls(np.zeros(rows), np.zeros(rows, bool), np.zeros(rows), [[]] * rows)
+
+
+class _Kind(NamedTuple):
+    """What the queries of a batch have in common."""
+
+    tokens: int  # S
+    prefix: int  # tokens before those, which no change reaches
+    first: int  # the prompt's last of the S tokens, where active scalings begin
+
+
+@dataclass
+class _Row:
+    """Equal rows of a call (same query, same `Change` object), computed once."""
+
+    prompt: list[int]
+    target: list[int]
+    change: Change | None
+    start: int  # the layer in which it leaves the clean pass
+    places: list[int] = field(default_factory=list)  # among the rows of the call
+    slot: int = 0  # of its query in the batch
+
+
+def score_queries(lm, queries, **options) -> Scores:
+    """`score_rows` of each query once, unchanged."""
+    rows = [(query, None) for query in range(len(queries))]
+    return score_rows(lm, queries, rows, **options)
+
 
 @torch.no_grad()
 def score_rows(lm, queries, rows, *, everywhere=False, tokens=None) -> Scores:
     """Score `rows`, pairs (index into `queries`, `Change` or None).
 
     `everywhere`: changes act at every token (an edited weight); else at the last prompt token and
-    later ones. `tokens` bounds the tokens of a batch. Equal rows (same query, same `Change` object)
-    are computed once."""
+    later ones. `tokens` bounds the tokens of a batch. Inside `scale_neurons` or `edit_weights` the
+    model is the one they make."""
     lm.check_ready()
     with computing(lm):
-        if not lm.__dict__.get("rows_verified"):
-            _verify(lm)
-    plan: dict[tuple, list[int]] = {}
-    for place, (query, change) in enumerate(rows):
-        change = None if change is None or not change.by_layer else change
-        plan.setdefault((query, id(change)), [change]).append(place)
-    by_query: dict[int, list] = {}
-    for (query, _), (change, *places) in plan.items():
-        by_query.setdefault(query, []).append((change, places))
-    groups: dict[tuple, list[int]] = {}
-    for query in by_query:
-        prompt, target = queries[query]
-        changed = _scales(lm) or any(change for change, _ in by_query[query])
-        prefix = len(prompt) - 1 if changed and not everywhere else 0
-        groups.setdefault((prefix, len(prompt) + len(target) - 1 - prefix), []).append(query)
-    out = Scores(
-        np.zeros(len(rows)), np.zeros(len(rows), bool), np.zeros(len(rows)), [[]] * len(rows)
-    )
+        if lm not in _CHECKED:
+            _check(lm)
+            _CHECKED.add(lm)
+        return _score(lm, queries, rows, everywhere, tokens or token_budget(lm))
+
+
+def _score(lm, queries, rows, everywhere: bool, tokens: int) -> Scores:
+    by_query = _distinct(lm, queries, rows)
+    kinds = [_kind(lm, group, everywhere) for group in by_query]
+    scores = Scores.empty(len(rows))
 
     def score(tokens):
-        for (prefix, length), members in sorted(groups.items()):
-            size = max(1, tokens // length)
-            for start in range(0, len(members), size):
-                _score_group(
-                    lm, queries, members[start : start + size], by_query, prefix, size, out
-                )
+        for batch in equal_batches(kinds, tokens):
+            kind = kinds[batch[0]]
+            some = [by_query[place] for place in batch]
+            _score_batch(lm, kind, some, tokens, scores)
 
-    with computing(lm), scoring(lm):
-        within_memory(score, tokens or token_budget(lm))
-    return out
+    within_memory(score, tokens)
+    return scores
 
 
-def score_queries(lm, queries, **options) -> Scores:
-    """`score_rows` of each query once, unchanged."""
-    return score_rows(lm, queries, [(q, None) for q in range(len(queries))], **options)
+def _distinct(lm, queries, rows) -> list[list[_Row]]:
+    """The different rows of a call, those of a query together."""
+    found: dict[tuple, _Row] = {}
+    by_query: dict[int, list[_Row]] = {}
+    for place, (query, change) in enumerate(rows):
+        change = change if change is not None and change.neurons else None
+        key = query, id(change)
+        if key not in found:
+            start = change.start if change else lm.num_layers
+            found[key] = _Row(*queries[query], change, start)
+            by_query.setdefault(query, []).append(found[key])
+        found[key].places.append(place)
+    return list(by_query.values())
 
 
-def _scales(lm):
-    return [change for change in lm.scales if change.by_layer]
+def _kind(lm, rows: list[_Row], everywhere: bool) -> _Kind:
+    """Of the query of `rows`. Without active scalings prompts of a batch may end anywhere."""
+    last = len(rows[0].prompt) - 1
+    changed = any(row.change for row in rows)
+    prefix = last if changed and not everywhere else 0
+    tokens = last + len(rows[0].target) - prefix
+    first = last - prefix if lm.scales else 0
+    return _Kind(tokens, prefix, first)
+
+
+def equal_batches(kinds: list[tuple], tokens: int) -> Iterator[list[int]]:
+    """The places of equal `kinds`, (tokens a row, ...), at most `tokens` tokens at a time."""
+    order = sorted(range(len(kinds)), key=kinds.__getitem__)
+    for kind, group in groupby(order, key=kinds.__getitem__):
+        places = list(group)
+        size = max(1, tokens // kind[0])
+        for start in range(0, len(places), size):
+            yield places[start : start + size]
+
+
+def in_batches(lm, kinds: list[tuple], compute: Callable[[list[int]], Iterable]) -> list:
+    """What `compute` gives for each place of `kinds`, asked for a batch of `equal_batches` at a
+    time; smaller ones where memory runs out."""
+    found: list = [None] * len(kinds)
+
+    def run(tokens):
+        for batch in equal_batches(kinds, tokens):
+            for place, one in zip(batch, compute(batch)):
+                found[place] = one
+
+    with computing(lm):
+        within_memory(run, token_budget(lm))
+    return found
 
 
 def token_budget(lm) -> int:
@@ -129,234 +168,163 @@ def token_budget(lm) -> int:
     return int(min(2**17, max(256, free // 4 // per_token)))
 
 
-def _score_group(lm, queries, members, by_query, prefix, size, out) -> None:
-    ids = torch.tensor([[*queries[q][0], *queries[q][1][:-1]] for q in members], device=lm.device)
-    starts = {change.start for q in members for change, _ in by_query[q] if change}
-    shared = clean_pass(lm, ids, prefix=prefix, layers=starts)
-    low = min([change.start for change in _scales(lm)], default=lm.num_layers)
-    rows = [
-        (local, change, min(low, change.start if change else lm.num_layers), places)
-        for local, q in enumerate(members)
-        for change, places in by_query[q]
-    ]
-    seen = {id(change): place for place, (_, change, *_) in enumerate(rows)}
-    rows.sort(
-        key=lambda row: (row[2], seen[id(row[1])])
-    )  # by the layer they begin in, a change's rows together
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        scored = [queries[members[local]] for local, *_ in part]
-        first = [len(prompt) - 1 - prefix for prompt, _ in scored]
-        who = np.repeat(np.arange(len(part)), [len(target) for _, target in scored])
-        at = np.concatenate(
-            [np.arange(begin, begin + len(target)) for begin, (_, target) in zip(first, scored)]
-        )
-        who, at = (torch.from_numpy(one).to(lm.device) for one in (who, at))
-        hidden = _grow(lm, shared, part, first, who, at)
-        _read(lm, hidden[who, at], scored, [places for *_, places in part], out)
+def _score_batch(lm, kind: _Kind, by_query: list[list[_Row]], tokens: int, scores) -> None:
+    """Score all rows of some queries of one kind, so many tokens at a time."""
+    texts = [[*group[0].prompt, *group[0].target[:-1]] for group in by_query]
+    ids = torch.tensor(texts, device=lm.device)  # (Q, tokens before S, and S)
+    rows = _in_order(by_query)
+    starts = {row.start for row in rows if row.change}
+    size = max(1, tokens // kind.tokens)
+    with prompt_of(lm.scales, kind.prefix + kind.first + 1):
+        clean = clean_pass(lm, ids, prefix=kind.prefix, layers=starts)
+        for scaling in lm.scales:
+            scaling.at(kind.tokens, kind.first)
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            _read(lm, _run(lm, clean, part), part, scores)
 
 
-def _grow(lm, shared: CleanPass, rows, prompt_ends, who, at) -> Tensor:
-    """(R, S, d) output of the last layer for `rows`, sorted by the layer in which they leave the
-    clean pass; of use at the scored places only, tokens `at` of rows `who`, since nothing after the
-    last attention looks elsewhere."""
-    index = torch.tensor([local for local, *_ in rows], device=lm.device)
-    starts = np.array([start for _, _, start, _ in rows])
-    skip = lm.adds_mlp_output and not _scales(
-        lm
-    )  # then a row's first changed layer need not be run
-    entry = np.minimum(starts + skip, lm.num_layers)
-    hidden = None
-    for layer in range(int(entry[0]), lm.num_layers + 1):
-        running = int(np.searchsorted(entry, layer, "right"))
-        begun = 0 if hidden is None else hidden.shape[0]
-        if running > begun:
-            new = shared.inputs[layer][index[begun:running]]
+def _in_order(by_query: list[list[_Row]]) -> list[_Row]:
+    """The rows by the layer in which they leave the clean pass, those of a change together."""
+    rows = []
+    order: dict[int, int] = {}
+    for slot, group in enumerate(by_query):
+        for row in group:
+            row.slot = slot
+            order.setdefault(id(row.change), len(order))
+            rows.append(row)
+    return sorted(rows, key=lambda row: (row.start, order[id(row.change)]))
+
+
+def _run(lm, clean: CleanPass, rows: list[_Row]) -> Tensor:
+    """(R, S, d) output of the last layer for `rows`, sorted as by `_in_order`."""
+    slots = torch.tensor([row.slot for row in rows], device=lm.device)
+    skip = lm.adds_mlp_output  # then a row's first changed layer need not be run
+    entry = [min(row.start + skip, lm.num_layers) for row in rows]
+    hidden = clean.inputs[0][:0]  # no row yet
+    for layer in range(entry[0], lm.num_layers + 1):
+        new = slice(len(hidden), bisect_right(entry, layer))
+        if new.start < new.stop:
+            begun = clean.inputs[layer][slots[new]]
             if skip:
-                _write(lm, shared, layer - 1, rows[begun:running], index[begun:running], new)
-            hidden = new if hidden is None else torch.cat([hidden, new])
-        if hidden is not None and layer < lm.num_layers:
-            few = layer == lm.num_layers - 1 and 2 * len(who) < hidden.shape[0] * hidden.shape[1]
-            scored = (who, at) if few and lm.arch.mlps[layer] is not None else None
-            with _changed(lm, layer, rows[:running], prompt_ends, scored):
-                hidden = run_rows(lm, shared, layer, hidden, index[:running])
+                _write(lm, clean, layer - 1, rows[new], begun)
+            hidden = torch.cat([hidden, begun]) if len(hidden) else begun
+        if layer < lm.num_layers:
+            running = rows[: len(hidden)]
+            with _changing(lm, layer, [row.change for row in running]):
+                hidden = run_rows(lm, clean, layer, hidden, slots[: len(hidden)])
     return hidden
 
 
-def _write(lm, shared, layer, rows, index, hidden) -> None:
-    """Add to the clean output `hidden` (R, S, d) of `layer` what the changes of `rows` make its
-    neurons write."""
+def _write(lm, clean: CleanPass, layer: int, rows: list[_Row], hidden: Tensor) -> None:
+    """Add to the clean output `hidden` (R, S, d) of `layer`, the first that the changes of `rows`
+    reach, what they make its neurons write."""
     first = 0
-    for _, group in groupby(rows, key=lambda row: id(row[1])):
-        count, change = len(group := list(group)), group[0][1]
-        here, first = slice(first, first + count), first + count
-        if change is None or group[0][2] != layer:
+    for _, group in groupby(rows, key=lambda row: id(row.change)):
+        slots = [row.slot for row in group]
+        change = rows[first].change
+        here = hidden[first : first + len(slots)]
+        first += len(slots)
+        if change is None:
             continue
-        neurons = change.by_layer[layer]
-        activation = shared.neurons[layer][index[here]][
-            ..., neurons
-        ]  # (rows of the change, S, neurons)
+        index = change.by_layer[layer]
+        neurons = clean.neurons[layer][slots][..., index]  # (rows of the change, S, its neurons)
         if change.factor != 1.0:
-            hidden[here].add_(
-                activation @ lm.value_vectors(layer)[neurons], alpha=change.factor - 1
-            )
+            here.add_(neurons @ lm.value_vectors(layer)[index], alpha=change.factor - 1)
         if change.vector is not None:
-            hidden[here].add_(activation.sum(-1, keepdim=True) * change.vector.to(hidden))
+            here.add_(neurons.sum(-1, keepdim=True) * change.vector.to(hidden))
 
 
-@contextmanager
-def _changed(lm, layer, rows, prompt_ends, scored):
-    """Inside, the down-projection of `layer` sees and gives what each row's change asks for. With
-    `scored` (rows, tokens) the layer's MLP runs at those places only, its output being 0
-    elsewhere."""
-    handles, owners, length = (), range(len(rows)), -1
-    if (
-        scored is not None
-    ):  # then what is a row here is one scored token, and all of them come after the prompt's end
-        of, at = (one[scored[0] < len(rows)] for one in scored)
-        handles, owners, length = _only_at(lm.arch.mlps[layer], of, at), of.tolist(), 1
-        prompt_ends = [0] * len(owners)
-    place = [
-        (row, index, change)
-        for row, owner in enumerate(owners)
-        if (change := rows[owner][1]) and (index := change.by_layer.get(layer))
-    ]
-    scales = [change for change in _scales(lm) if layer in change.by_layer]
-    as_index = lambda parts: torch.tensor(np.concatenate(parts), device=lm.device)  # noqa: E731
-    added = None
+def _changing(lm, layer: int, changes: list[Change | None]):
+    """Inside, the down-projection of `layer` sees and gives what the rows' `changes` ask for."""
+    row, neuron, factor = [], [], []  # of each pair of a row and a neuron
+    vectors: dict[int, Tensor] = {}  # of the rows that add one
+    for place, change in enumerate(changes):
+        index = change.by_layer.get(layer) if change else None
+        if index:
+            row += [place] * len(index)
+            neuron += index
+            factor += [change.factor] * len(index)
+            if change.vector is not None:
+                vectors[place] = change.vector
+    if not row:
+        return nullcontext()
+    row, neuron = torch.tensor([row, neuron], device=lm.device)
+    writing = torch.tensor(list(vectors), dtype=torch.long, device=lm.device)
+    sums = None  # (rows that add a vector, S)
 
-    def before(_, inputs):
-        nonlocal added
-        x = inputs[0].reshape(
-            len(owners), length, inputs[0].shape[-1]
-        )  # OPT flattens batch and sequence
-        for change in scales:
-            for row, end in zip(range(len(owners)), prompt_ends):
-                x[row, end:, change.by_layer[layer]] *= change.factor
-        adding = [(row, index, change) for row, index, change in place if change.vector is not None]
-        if adding:
-            flat = as_index([index for _, index, _ in adding])
-            owner = as_index([[k] * len(index) for k, (_, index, _) in enumerate(adding)])
-            who = torch.tensor([row for row, *_ in adding], device=lm.device)
-            total = x.new_zeros(len(adding), x.shape[1]).index_add_(
-                0, owner, x[who[owner], :, flat]
-            )
-            added = (
-                who,
-                total[..., None] * torch.stack([c.vector for *_, c in adding]).to(x)[:, None],
-            )
-        scaled = [(row, index, change) for row, index, change in place if change.factor != 1.0]
-        if scaled:
-            flat = as_index([index for _, index, _ in scaled])
-            who = as_index([[row] * len(index) for row, index, _ in scaled])
-            factor = as_index([[change.factor] * len(index) for _, index, change in scaled]).to(x)
-            x[who, :, flat] = x[who, :, flat] * factor[:, None]
-        return (x.reshape(inputs[0].shape),)
+    def before(_, args, kwargs):
+        nonlocal sums
+        x = args[0].reshape(len(changes), -1, lm.num_neurons)  # OPT flattens (R, S)
+        values = x[row, :, neuron]  # (pairs, S)
+        if vectors:
+            sums = x.new_zeros(x.shape[:2]).index_add_(0, row, values)[writing]
+        factors = torch.tensor(factor).to(x)  # (pairs,)
+        x[row, :, neuron] = values * factors[:, None]
+        return (x.reshape(args[0].shape),), kwargs
 
     def after(_, __, output):
-        if added is None:
+        if not vectors:
             return output
-        who, vectors = added
-        return (
-            output.reshape(len(owners), -1, output.shape[-1])
-            .index_add(0, who, vectors)
-            .reshape(output.shape)
-        )
+        whole = output.reshape(len(changes), -1, output.shape[-1])  # (R, S, d)
+        added = torch.stack(list(vectors.values())).to(whole)  # (rows that add one, d)
+        whole = whole.index_add(0, writing, sums[..., None] * added[:, None])
+        return whole.reshape(output.shape)
 
-    def changing():
-        yield from handles
-        if place or scales:
-            yield lm.downs[layer].register_forward_pre_hook(before)
-            yield lm.downs[layer].register_forward_hook(after)
-
-    with hooked(changing()):
-        yield
+    return edited([lm.downs[layer]], before=before, after=after)
 
 
-def _only_at(mlp, who, at):
-    """Hooks, registered one by one, with which `mlp` runs at tokens `at` of rows `who` of its input
-    (R, S, d) and gives 0 elsewhere."""
-    shape = None
-
-    def before(_, inputs):
-        nonlocal shape
-        shape = inputs[0].shape
-        return tuple(
-            one[who, at][None] if isinstance(one, Tensor) and one.shape == shape else one
-            for one in inputs
-        )
-
-    def after(_, __, output):
-        whole = output.new_zeros(*shape[:-1], output.shape[-1])
-        whole[who, at] = output[0]
-        return whole
-
-    yield mlp.register_forward_pre_hook(before)
-    yield mlp.register_forward_hook(after)
-
-
-def _read(lm, picked, queries, places, out: Scores) -> None:
-    """Fill `out` from the last layer's output `picked` (scored tokens, d) of rows that score
-    `queries`."""
-    counts = [len(target) for _, target in queries]
-    target = torch.tensor([token for _, tokens in queries for token in tokens], device=lm.device)
-    log_p, best = token_scores(lm, picked, target)
-    log_p, best = log_p.double().cpu().numpy(), best.cpu().numpy()
-    if not np.isfinite(log_p).all():
-        prompt, _ = queries[
-            int(np.searchsorted(np.cumsum(counts), np.flatnonzero(~np.isfinite(log_p))[0], "right"))
-        ]
-        refuse_numbers(lm, prompt)
-    hits = best == target.cpu().numpy()
-    for row, (end, count) in enumerate(zip(np.cumsum(counts), counts)):
-        part = slice(end - count, end)
-        for place in places[row]:
-            out.log_probability[place], out.match[place] = log_p[part].sum(), hits[part].mean()
-            out.exact[place], out.greedy[place] = hits[part].all(), best[part].tolist()
+def _read(lm, hidden: Tensor, rows: list[_Row], scores: Scores) -> None:
+    """Fill in what `rows` are asked for, from the last layer's output `hidden` (R, S, d)."""
+    scored = []  # (row, token, target)
+    for place, row in enumerate(rows):
+        tokens = range(-len(row.target), 0)  # what is fed ends before the target's last token
+        scored += zip([place] * len(tokens), tokens, row.target)
+    row_of, token_of, gold = torch.tensor(scored, device=lm.device).T  # (K,) each
+    log_p, best = token_scores(lm, hidden[row_of, token_of], gold)
+    log_p = log_p.double().cpu().numpy()
+    best = best.cpu().numpy()
+    end = 0
+    for row in rows:
+        here = slice(end, end + len(row.target))
+        end = here.stop
+        if not np.isfinite(log_p[here]).all():
+            refuse_numbers(lm, row.prompt)
+        hits = best[here] == row.target
+        for place in row.places:
+            scores.log_probability[place] = log_p[here].sum()
+            scores.exact[place] = hits.all()
+            scores.match[place] = hits.mean()
+            scores.greedy[place] = best[here].tolist()
 
 
 def refuse_numbers(lm, prompt: list[int]):
     """ValueError for a prompt (token ids) that the model answers with numbers that are not
     finite."""
+    text = lm.tokenizer.decode(prompt, skip_special_tokens=True)
     raise ValueError(
-        f"{lm.name} gives infinite or NaN numbers for "
-        f"{lm.tokenizer.decode(prompt, skip_special_tokens=True)!r} "
-        f"in {lm.dtype}; try float32"
+        f"{lm.name} gives infinite or NaN numbers for {text!r} in {lm.dtype}; try float32"
     )
 
 
-def _verify(lm) -> None:
-    """Refuse, by name, a model whose layers cannot be run on rows of our own; once a model."""
+def _check(lm) -> None:
+    """`UnsupportedModel` for one whose layers cannot be run on rows of our own."""
     ids = torch.arange(8, device=lm.device).reshape(2, 4) % lm.num_embeddings
     queries = [(row[:3], row[3:]) for row in ids.tolist()]
-    nothing, again = Change(lm, [(0, 0)], 1.0), Change(lm, [(0, 0)], 1.0)
+    nothing = Change(lm, [(0, 0)])
+    again = Change(lm, [(0, 0)])
     rows = [(1, nothing), (0, nothing), (1, again)]  # not as many as queries, nor in their order
-    lm.rows_verified = True  # from here on `score_rows` may be called; taken back if it fails
-    try:
-        with sharply(lm) as tolerance:
-            logits = lm.model(input_ids=ids[:, :-1], use_cache=False).logits[:, -1]
-            logits = logits.to(lm.score_dtype)
-            own = torch.log_softmax(logits, -1).gather(1, ids[:, -1:])[:, 0].double().cpu().numpy()
-            limit = tolerance * max(1.0, float(logits.abs().max()))
-            for everywhere in (True, False):
-                found = score_rows(lm, queries, rows, everywhere=everywhere).log_probability
-                if not np.abs(found - own[[1, 0, 1]]).max() <= limit:
-                    raise UnsupportedModel(
-                        f"{lm.name} ({type(lm.model).__name__}): its layers do not give the "
-                        "model's own probabilities when run row by row, so changes to its neurons "
-                        "would be scored wrongly"
-                    )
-    except BaseException:
-        lm.rows_verified = False
-        raise
-
-
-@contextmanager
-def scoring(lm):
-    """Inside, the hooks of `interventions.scale_neurons` rest: `score_rows` applies what is active
-    itself."""
-    outer, lm.scoring = lm.__dict__.get("scoring"), True
-    try:
-        yield
-    finally:
-        lm.scoring = outer
+    with sharply(lm) as tolerance:
+        logits = lm.model(input_ids=ids[:, :-1], use_cache=False).logits[:, -1]
+        logits = logits.to(lm.score_dtype)
+        own = torch.log_softmax(logits, -1).gather(1, ids[:, -1:])
+        own = own[[1, 0, 1], 0].double().cpu().numpy()
+        limit = tolerance * max(1.0, float(logits.abs().max()))
+        for everywhere in (True, False):
+            found = _score(lm, queries, rows, everywhere, CPU_TOKENS).log_probability
+            if not np.abs(found - own).max() <= limit:
+                raise UnsupportedModel(
+                    f"{lm.name} ({type(lm.model).__name__}): its layers do not give the model's "
+                    "own probabilities when run row by row, so changes to its neurons would be "
+                    "scored wrongly"
+                )

@@ -16,8 +16,9 @@ import torch
 
 from qlutils import load_facts, load_model, scale_neurons, scale_synapses
 from qlutils.change.scaling import scaled_answer_probabilities
-from qlutils.change.synapses import Row, above_threshold, column_scores, run_rows, synapse_sets
+from qlutils.change.synapses import Row, above_threshold, column_scores, run_rows
 from qlutils.experiments.effects import units
+from qlutils.experiments.knowledge_synapses import synapse_sets
 from qlutils.experiments.localize import activations, localise_unit
 from qlutils.experiments.query_kn_mapping import query_sets
 

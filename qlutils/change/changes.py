@@ -1,0 +1,115 @@
+"""What can be done to neurons: a `Change` of single rows, a `Scaling` of all passes of a model.
+
+Shapes: R rows, S tokens a row, d residual width, N neurons a layer.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from qlutils.model.attention import tokens_of
+
+
+class Change:
+    """What a row does to `neurons`, (layer, index) pairs, at every token the row feeds: their
+    activations are multiplied by `factor`, and `vector` (d,) times the sum of their activations is
+    added to the output of their layer's down-projection."""
+
+    def __init__(self, lm, neurons, factor: float = 1.0, vector: Tensor | None = None):
+        self.neurons = lm.check_neurons(neurons)
+        self.vector = vector
+        self.factor = check_finite(lm, "factor", factor)
+        self.by_layer: dict[int, list[int]] = {}
+        for layer, index in self.neurons:
+            self.by_layer.setdefault(layer, []).append(index)
+        self.start = min(self.by_layer, default=lm.num_layers)  # the first layer it changes
+
+
+def check_finite(lm, name: str, value) -> float:
+    """`value` as a float; ValueError for what is no finite number of the model's dtype."""
+    largest = torch.finfo(lm.dtype).max
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not abs(value) <= largest:  # not, for NaN
+        raise ValueError(
+            f"{name} is {value!r}; it must be a finite number of at most {largest:.0e} in "
+            f"magnitude, what {lm.dtype} holds"
+        )
+    return float(value)
+
+
+@dataclass(eq=False)
+class Scaling:
+    """An active `scale_neurons`, and which tokens of the pass now running it scales."""
+
+    change: Change
+    prompt: int | None = None  # tokens of the prompt; None: to be told from each pass
+    tokens: int = 0  # S of the pass
+    first: int | None = None  # the first token to scale; None where no pass is running
+
+    def begin(self, call: dict) -> None:
+        """At the start of a forward pass with the named arguments `call`."""
+        tokens = tokens_of(call)
+        cache = call["cache"]
+        if tokens is None:  # the model says so itself
+            return
+        self.tokens = tokens.shape[1]
+        past = cache.get_seq_length() if cache is not None else 0
+        if self.prompt is not None:
+            self.first = max(0, self.prompt - 1 - past)
+            return
+        _check_ends(call.get("attention_mask"))
+        self.first = 0 if past else self.tokens - 1
+
+    def end(self, _output=None) -> None:
+        self.first = None
+
+    def at(self, tokens: int, first: int) -> None:
+        """Where layers run one by one, on rows of `tokens` tokens."""
+        self.tokens = tokens
+        self.first = first
+
+    def hook(self, index: list[int]):
+        """A hook that scales the neurons `index` in the input of their down-projection."""
+
+        def scale(_, inputs):
+            if self.first is None:
+                raise ValueError(
+                    "scale_neurons acts on whole forward passes; attribute outside of it"
+                )
+            x = inputs[0].reshape(-1, self.tokens, inputs[0].shape[-1])  # OPT flattens (R, S)
+            x = x.clone()  # (R, S, N)
+            x[:, self.first :, index] *= self.change.factor
+            return (x.reshape(inputs[0].shape), *inputs[1:])
+
+        return scale
+
+
+def _check_ends(mask) -> None:
+    """ValueError unless by its attention mask (1: a token, 0: padding) every row ends with a
+    token."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not mask[:, -1].all():
+        raise ValueError(
+            "scale_neurons takes each row's last position for its prompt's last token: give a 2-D "
+            'attention_mask, and pad on the left (tokenizer.padding_side = "left"), not the right'
+        )
+
+
+@contextmanager
+def prompt_of(scalings: list[Scaling], tokens: int):
+    """Inside, a text's first `tokens` tokens are its prompt, in however many passes it is fed."""
+    outer = [one.prompt for one in scalings]
+    for one in scalings:
+        one.prompt = tokens
+    try:
+        yield
+    finally:
+        for one, prompt in zip(scalings, outer):
+            one.prompt = prompt
+            one.end()
