@@ -229,7 +229,7 @@ def use_pararel(room):
         return
     small = Path(save_dataset(room.folder / "pararel"))
     files = [file.relative_to(small).as_posix() for file in small.rglob("*.jsonl")]
-    room.patch.setattr(data, "_pararel_registry", lambda: dict.fromkeys(files))
+    room.patch.setattr(data, "pararel_registry", lambda: dict.fromkeys(files))
     room.patch.setattr(
         data, "_fetch_pararel", lambda kind, relation: small / kind / f"{relation}.jsonl"
     )

@@ -305,7 +305,7 @@ def test_a_configuration_cannot_make_the_loader_fetch_or_run_anything(
 
 # --- downloads ------------------------------------------------------------------------------------
 def test_every_file_that_is_downloaded_is_pinned_and_has_a_checksum(monkeypatch):
-    registry = data._pararel_registry()
+    registry = data.pararel_registry()
     assert registry and all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in registry.values())
     assert all(
         re.fullmatch(r"(pattern_data/graphs_json|trex_lms_vocab)/P\d+\.jsonl", name)
