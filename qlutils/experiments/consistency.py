@@ -19,7 +19,7 @@ from qlutils.show.stats import (
     welch,
 )
 from qlutils.show.tables import paper_value, without_empty_paper_columns
-from qlutils.study.notebook import METHODS
+from qlutils.checks import METHODS
 
 CLASSES, THRESHOLDS = ("I", "II"), ("static", "otsu")
 RELATIONS = {  # Wikidata's names of the properties in ParaRel

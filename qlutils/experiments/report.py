@@ -25,7 +25,8 @@ from qlutils.files import write_bytes
 from qlutils.show.page import export_html, missing_html, shown
 from qlutils.show.plots import figure_bars
 from qlutils.show.tables import format_value, paper, paper_notes
-from qlutils.study.notebook import Study, read_record
+from qlutils.study.notebook import Study
+from qlutils.study.results import read_record
 
 NOTEBOOKS = {
     "01": "01_localize",

@@ -30,8 +30,8 @@ from qlutils.model.architecture import UnsupportedModel
 from qlutils.model.passes import computing, neuron_vectors
 from qlutils.neurons.sets import cas_neurons, consistency, kn_sets, neighbour_sets
 from qlutils.show import plots
-from qlutils.study.notebook import Study, model_content
-from qlutils.study.store import code_versions
+from qlutils.study.identity import code_versions, model_content
+from qlutils.study.notebook import Study
 
 FACTORS = {"suppress": 0.0, "enhance": 2.0}  # section 3.1
 ACTIONS = (

@@ -15,7 +15,7 @@ from qlutils.facts import load_facts
 from qlutils.model.language_model import BUNDLED
 from qlutils.neurons.sets import STORE_THRESHOLD
 from qlutils.study import store
-from qlutils.study.notebook import METHODS
+from qlutils.checks import METHODS
 
 # Black on white in every theme, because the figures are.
 _STYLE = "background:#fff;color:#1a1a1a;padding:6px 10px;border-radius:4px;font-size:13px;line-height:1.45;"

@@ -1,0 +1,92 @@
+"""A notebook's parameters: the names and defaults it declares, and the values they may have."""
+
+import ast
+import json
+from pathlib import Path
+
+from qlutils import paths
+from qlutils.checks import DTYPES, METHODS, check, one_of
+
+NULLABLE = ("relations", "facts_per_relation", "device", "dtype")  # None: all, all, the best, its
+# Of parameters whose other values would give numbers without a meaning: kind, least, limit, and
+# words. The rest is checked where it is used.
+SHARE = "a share of the largest score that results keep, at least 0.05 and below 1"
+RANGES = {
+    "t": (float, 0.05, 1, SHARE),
+    "static_threshold": (float, 0, 1, "a CS2, at least 0 and below 1"),
+    "example_line": (float, 0, 1, "a CS2, at least 0 and below 1"),
+    "n_locality": (int, 1, 10**6, "a number of queries, at least 1"),
+    "ppl_entries": (int, 0, 10**6, "a number of texts, at least 0"),
+    "ppl_max_tokens": (int, 2, 10**6, "a number of tokens, at least 2"),
+    "seed": (int, 0, 2**63, "an integer, at least 0"),
+    "known_prompts": (int, 0, 10**6, "a number of prompts, at least 0 (0: all facts)"),
+    "more_controls_facts": (int, 0, 10**6, "a number of facts, at least 0"),
+    "sweep_facts": (int, 0, 10**6, "a number of facts, at least 0"),
+    "control_queries": (int, 1, 10**6, "a number of queries, at least 1"),
+}
+
+
+def declared_parameters(notebook):
+    """{name: default} of a notebook's cell tagged `parameters`; {} without one."""
+    for cell in json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]:
+        if "parameters" in cell["metadata"].get("tags", ()):
+            source = "".join(cell["source"])
+            try:
+                lines = ast.parse(source).body
+                return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
+            except (SyntaxError, ValueError, AttributeError):
+                raise ValueError(
+                    f"the parameters cell of {Path(notebook).name} must hold nothing but lines "
+                    f"`name = literal value`; got\n{source}"
+                ) from None
+    return {}
+
+
+def parameters_of(name, namespace):
+    """{parameter: value} of the notebook `name`, which hands over its namespace, `globals()`.
+
+    What it declares is read from its file, here or in `paths.NOTEBOOKS`. Before a notebook is
+    opened nothing else is set in it, so any other name with a plain value was given as a parameter
+    and is refused. ValueError names it, or a value of another type than its default or out of
+    range."""
+    file = Path(f"{name}.ipynb")
+    declared = declared_parameters(file if file.is_file() else paths.NOTEBOOKS / file)
+    if absent := [parameter for parameter in declared if parameter not in namespace]:
+        raise ValueError(f"parameter {absent[0]} is not set: run the parameters cell first")
+    values = {parameter: namespace[parameter] for parameter in declared}
+    if "study" not in namespace:
+        for other, value in namespace.items():
+            plain = value is None or isinstance(value, (bool, int, float, str, list))
+            if plain and not other.startswith("_") and not other[0].isupper():
+                values.setdefault(other, value)
+    check_given(values, declared)
+    return values
+
+
+def check_given(given, declared):
+    """ValueError unless every given parameter is known and of its default's type and range."""
+    for name, value in given.items():
+        if name not in declared:
+            raise ValueError(
+                f"unknown parameter {name!r}; this notebook knows {', '.join(declared)}"
+            )
+        default = declared[name]
+        kinds = (int, float) if type(default) is float else (type(default),)
+        empty = value is None and name in NULLABLE
+        if not (default is None or empty or type(value) in kinds):
+            raise ValueError(
+                f"parameter {name}={value!r}: want a value like its default {default!r}, "
+                f"of type {type(default).__name__}"
+            )
+    check_values(given)
+
+
+def check_values(given):
+    """ValueError for a parameter whose value has no meaning."""
+    methods = [given["method"]] if given.get("method") is not None else []
+    for name in methods + list(given.get("methods") or ()):
+        one_of("method", name, METHODS)
+    if given.get("dtype") is not None:
+        one_of("dtype", given["dtype"], DTYPES)
+    for name in RANGES.keys() & given.keys():
+        check(f"parameter {name}", given[name], *RANGES[name])
