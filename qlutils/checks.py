@@ -7,15 +7,15 @@ METHODS = ("ig", "sig", "amig")  # of localisation, see `attribution.attribute`
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
-def check(name, value, kind=float, low=-inf, high=inf, what=""):
-    """ValueError unless `value` is a number of `kind` (int or float) with low <= value < high.
+def check(name, value, low, high=inf, what="a number"):
+    """ValueError unless `value` is a number with low <= value < high; an integer if `low` is one.
 
-    what: the message's words for what would be right, where a range does not say it."""
-    number = Integral if kind is int else Real
-    if isinstance(value, bool) or not isinstance(value, number) or not low <= value < high:
+    what: what the number is of, in the message."""
+    kind = Integral if isinstance(low, int) else Real
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value < high:
+        whole = ", an integer" if kind is Integral else ""
         below = f" and below {high}" if high < inf else ""
-        what = what or f"{'an integer' if kind is int else 'a number'} of at least {low}{below}"
-        raise ValueError(f"{name} {value!r}: want {what}")
+        raise ValueError(f"{name} {value!r}: want {what}{whole}, at least {low}{below}")
 
 
 def one_of(name, value, known):

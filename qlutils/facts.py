@@ -108,8 +108,8 @@ def load_facts(
     Duplicate facts, and duplicate prompts of a fact, count once. ValueError names the parameter, or
     the file and line."""
     if facts_per_relation is not None:
-        check("facts_per_relation", facts_per_relation, int, 1)
-    check("seed", seed, int, 0)
+        check("facts_per_relation", facts_per_relation, 1)
+    check("seed", seed, 0)
     tell, facts = log.warning if warn else log.debug, []
     for relation, every in _read(dataset, relations, min_patterns, middle, tell).items():
         usable = [fact for fact in every if len(fact.prompts) >= 2]
@@ -194,7 +194,7 @@ def check_text(text: str, where: str) -> None:
 # -- datasets --------------------------------------------------------------------------------------
 def _read(dataset, relations, min_patterns, middle, tell):
     """{relation: its facts}, in natural order; `tell` is told which have too few patterns."""
-    check("min_patterns", min_patterns, int, 1)
+    check("min_patterns", min_patterns, 1)
     if middle not in ("cut", "drop"):
         raise ValueError(f"middle must be 'cut' or 'drop', not {middle!r}")
     if not isinstance(dataset, (str, Path)):

@@ -5,10 +5,10 @@ SHA-256 over every byte of the file, the table's key (what determines it) and th
 libraries that made it.
 """
 
+import fcntl
 import hashlib
 import json
 import os
-import re
 import socket
 import sys
 import time
@@ -27,6 +27,7 @@ LIBRARIES = (
     "papermill"
 ).split()
 LARGE = 2**28  # bytes: of a larger file the size and time stand for the content
+LEFT_BEHIND = 86400  # seconds after which nobody is still writing a file
 _MARK = b"content-sha256:"
 
 
@@ -173,51 +174,35 @@ def locked(path, wait=3):
     """Hold the lock file `path`; StoreError names it and its holder after `wait` seconds in vain.
 
     The system drops the lock when its holder dies, however that happens; the file stays. What dead
-    writers of this machine left half-written in the lock's folder and below is removed on entry.
-    """
-    path = Path(path)
+    writers left half-written in the lock's folder and below is removed after a day."""
+    path, until = Path(path), time.monotonic() + wait
     try:
-        stream = _take(path, wait)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(path, "ab+", buffering=0)
+        while not _is_mine(stream):
+            if time.monotonic() > until:
+                raise StoreError(
+                    f"another run writes here: {path} is held by {path.read_text()}. Wait for it, "
+                    "stop it, or choose another output"
+                )
+            time.sleep(0.1)  # a killed run takes a moment to go
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+    except StoreError:
+        raise
     except OSError as error:
         raise _not_written(path.parent, error) from error
-    if stream is None:
-        raise StoreError(
-            f"another run writes here: {path} is held by {path.read_text(encoding='utf-8')}. "
-            "Wait for it, stop it, or choose another output"
-        )
     with stream:
-        left = rf"\..+\.{re.escape(socket.gethostname())}\.(\d+)\.tmp"
         for aside in path.parent.rglob(".*.tmp"):
-            if (made_by := re.fullmatch(left, aside.name)) and not _alive(int(made_by[1])):
-                aside.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # its writer has just finished
+                if time.time() - aside.stat().st_mtime > LEFT_BEHIND:
+                    aside.unlink()
         yield
 
 
-def _take(path, wait):
-    """The lock file, open, and held until it is closed; None where another process keeps it."""
-    import fcntl  # Unix has it
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stream, until = open(path, "ab+", buffering=0), time.monotonic() + wait
-    while True:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > until:
-                stream.close()
-                return None
-            time.sleep(0.1)  # a killed run takes a moment to go
-    stream.truncate(0)
-    stream.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-    return stream
-
-
-def _alive(pid):
+def _is_mine(stream):
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
-    except PermissionError:
-        pass
     return True

@@ -8,21 +8,20 @@ from qlutils import paths
 from qlutils.checks import DTYPES, METHODS, check, one_of
 
 NULLABLE = ("relations", "facts_per_relation", "device", "dtype")  # None: all, all, the best, its
-# Of parameters whose other values would give numbers without a meaning: kind, least, limit, and
-# words. The rest is checked where it is used.
-SHARE = "a share of the largest score that results keep, at least 0.05 and below 1"
+# Of parameters whose other values would give numbers without a meaning: at least, below, and what
+# they are of. The rest is checked where it is used.
 RANGES = {
-    "t": (float, 0.05, 1, SHARE),
-    "static_threshold": (float, 0, 1, "a CS2, at least 0 and below 1"),
-    "example_line": (float, 0, 1, "a CS2, at least 0 and below 1"),
-    "n_locality": (int, 1, 10**6, "a number of queries, at least 1"),
-    "ppl_entries": (int, 0, 10**6, "a number of texts, at least 0"),
-    "ppl_max_tokens": (int, 2, 10**6, "a number of tokens, at least 2"),
-    "seed": (int, 0, 2**63, "an integer, at least 0"),
-    "known_prompts": (int, 0, 10**6, "a number of prompts, at least 0 (0: all facts)"),
-    "more_controls_facts": (int, 0, 10**6, "a number of facts, at least 0"),
-    "sweep_facts": (int, 0, 10**6, "a number of facts, at least 0"),
-    "control_queries": (int, 1, 10**6, "a number of queries, at least 1"),
+    "t": (0.05, 1.0, "a share of the largest score that results keep"),
+    "static_threshold": (0.0, 1.0, "a CS2"),
+    "example_line": (0.0, 1.0, "a CS2"),
+    "n_locality": (1, 10**6, "a number of queries"),
+    "ppl_entries": (0, 10**6, "a number of texts"),
+    "ppl_max_tokens": (2, 10**6, "a number of tokens"),
+    "seed": (0, 2**63, "a number"),
+    "known_prompts": (0, 10**6, "a number of prompts (0: all facts)"),
+    "more_controls_facts": (0, 10**6, "a number of facts"),
+    "sweep_facts": (0, 10**6, "a number of facts"),
+    "control_queries": (1, 10**6, "a number of queries"),
 }
 
 

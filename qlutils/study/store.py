@@ -4,20 +4,16 @@ Present and valid means done, so a run that was stopped at any moment goes on wh
 """
 
 import importlib
-import io
 import json
 import os
-import signal
 import sys
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 
 from tqdm import tqdm
-from tqdm.auto import tqdm as notebook_bar
 
 import qlutils
 from qlutils import paths
@@ -60,50 +56,53 @@ def run_units(
     StoreError: the folder cannot be written, or another run is computing the same. Whatever `task`
     raises comes through, and finished units stay."""
     client = client or _client(os.environ.get("QLUTILS_SCHEDULER"))
-    asked = (model, device, dtype)
+    asked, folder = (model, device, dtype), Path(root) / "units"
     loaded = client.submit(identity, *asked, pure=False).result() if client else identity(*asked)
-    config, folder = json.loads(canonical(config or {})), Path(root) / "units"
-    # by the task's name, not its module's: code that moves within the package keeps its results
-    same = {"task": task.__qualname__, "config": config, "version": task_version(task)}
-    same |= {name: loaded[name] for name in ("fingerprint", "device", "dtype")}
-    name, units = f"{task.__module__}:{task.__qualname__}", json.loads(canonical(list(units)))
-    keys = [sha256({**same, "unit": facts}) for facts in units]
-    work = {}
-    for key, facts in zip(keys, units):
-        work[key] = Unit(name, *asked, config, facts, folder / f"{key}.parquet", key)
+    same = _common(task, loaded, config)
+    job = (f"{task.__module__}:{task.__qualname__}", *asked, same["config"])
+    work, keys = {}, []
+    for facts in json.loads(canonical(list(units))):
+        key = sha256({**same, "unit": facts})
+        work[key] = Unit(*job, facts, folder / f"{key}.parquet", key)
+        keys.append(key)
     tables, todo = _read(work.values()), []
     if len(tables) < len(work):
         with locked(folder / f".{sha256(same)[:16]}.lock"), _resumable(folder, desc):
-            tables = _read(work.values(), tables)  # what another run has finished since
+            tables = _read(work.values())  # and what another run has finished since
             todo = [unit for key, unit in work.items() if key not in tables]
-            for key in _progress(_compute(todo, client, loaded["threads"]), desc, work, tables):
-                tables[key] = _written(work[key])
+            written = _compute(todo, client, loaded["threads"])
+            list(_progress(written, desc, len(work), len(tables)))
+            tables |= _read(todo, "was just written: check the disk, and that every worker sees it")
     if info is not None:
         counts = {"units": len(work), "computed": len(todo)}
         info.update(counts, identity=loaded, version=same["version"])
     return as_frame([tables[key] for key in keys])
 
 
-def _read(units, known=()):
-    """{key: table} of the units whose files are there and valid; those in `known` are not read."""
-    tables = dict(known)
+def _common(task, loaded, config):
+    """What determines the rows of every unit, in JSON values. Of the task its name, not its
+    module's: code that moves within the package keeps its results."""
+    return {
+        "task": task.__qualname__,
+        "version": task_version(task),
+        "config": json.loads(canonical(config or {})),
+        "fingerprint": loaded["fingerprint"],
+        "device": loaded["device"],
+        "dtype": loaded["dtype"],
+    }
+
+
+def _read(units, otherwise=""):
+    """{key: table} of the units whose files are there and valid; StoreError with what is said of
+    any that is not, if anything."""
+    found = {}
     for unit in units:
-        if unit.key not in tables and unit.file.exists():
-            table, _ = read_table(unit.file, unit.key)
-            if table is not None:
-                tables[unit.key] = table
-    return tables
-
-
-def _written(unit):
-    """The table of a unit that was just computed."""
-    table, problem = read_table(unit.file, unit.key)
-    if table is None:
-        raise StoreError(
-            f"{unit.file} was just written, but: {problem}. Check the disk, and that every worker "
-            "sees this folder"
-        )
-    return table
+        table = read_table(unit.file, unit.key)[0] if unit.file.exists() else None
+        if table is not None:
+            found[unit.key] = table
+        elif otherwise:
+            raise StoreError(f"{unit.file} {otherwise}")
+    return found
 
 
 def cached_model(name, device=None, dtype=None):
@@ -194,45 +193,23 @@ def compute_unit(unit, threads=None):
 
 @contextmanager
 def _resumable(folder, desc):
-    """Say how to go on when interrupted; SIGTERM ends a run as Ctrl-C does, with nothing
-    half-written."""
-
-    def stop(*_):
-        raise SystemExit(128 + signal.SIGTERM)
-
-    main = threading.current_thread() is threading.main_thread()
-    ours = main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if ours:
-        signal.signal(signal.SIGTERM, stop)
+    """Say how to go on when interrupted."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         kept = f"finished units are kept in {folder}, the same command resumes"
         print(f"{desc}: stopped; {kept}", file=sys.stderr)
         raise
-    finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _progress(keys, desc, work, tables):
-    """Show how many units are done: a bar on a terminal and in JupyterLab; under the driver, a line
-    in the file QLUTILS_PROGRESS, which it shows."""
-    note, counts = os.environ.get("QLUTILS_PROGRESS"), (len(work), len(tables))
-    if not note:
-        delay = 0 if sys.stderr.isatty() else 5  # a short run leaves no bar in a notebook
-        options = dict(desc=desc, unit="unit", mininterval=1, delay=delay)
-        yield from notebook_bar(keys, total=counts[0], initial=counts[1], **options)
-        return
-    line = "{n_fmt}/{total_fmt} units, {remaining} left"
-    options = dict(bar_format=line, file=io.StringIO())
-    with tqdm(total=counts[0], initial=counts[1], **options) as bar:
-        for step, key in enumerate(chain([None], keys)):
-            bar.update(step > 0)
-            with suppress(OSError):  # only shown; no reason to stop
-                Path(note).write_text(str(bar), encoding="utf-8")
-            if key is not None:
-                yield key
+def _progress(keys, desc, total, initial):
+    """A bar; under the driver, a line in the file QLUTILS_PROGRESS says what a bar would."""
+    note = os.environ.get("QLUTILS_PROGRESS")
+    with open(note, "w") if note else nullcontext(sys.stderr) as stream:
+        line = "{n_fmt}/{total_fmt} units, {remaining} left" if note else None
+        delay = 0 if note or stream.isatty() else 5  # a short run leaves no bar in a notebook
+        options = dict(file=stream, bar_format=line, delay=delay, unit="unit")
+        yield from tqdm(keys, desc, total=total, initial=initial, **options)
 
 
 @lru_cache(maxsize=1)
