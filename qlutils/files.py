@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -175,24 +175,21 @@ def locked(path, wait=3):
 
     The system drops the lock when its holder dies, however that happens; the file stays. What dead
     writers left half-written in the lock's folder and below is removed after a day."""
-    path, until = Path(path), time.monotonic() + wait
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stream = open(path, "ab+", buffering=0)
-        while not _is_mine(stream):
-            if time.monotonic() > until:
-                raise StoreError(
-                    f"another run writes here: {path} is held by {path.read_text()}. Wait for it, "
-                    "stop it, or choose another output"
-                )
-            time.sleep(0.1)  # a killed run takes a moment to go
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-    except StoreError:
-        raise
-    except OSError as error:
-        raise _not_written(path.parent, error) from error
-    with stream:
+    path = Path(path)
+    with ExitStack() as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stream = held.enter_context(open(path, "ab+", buffering=0))
+            if mine := _lock(stream, time.monotonic() + wait):
+                stream.truncate(0)
+                stream.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        except OSError as error:
+            raise _not_written(path.parent, error) from error
+        if not mine:
+            raise StoreError(
+                f"another run writes here: {path} is held by {path.read_text()}. Wait for it, stop "
+                "it, or choose another output"
+            )
         for aside in path.parent.rglob(".*.tmp"):
             with suppress(FileNotFoundError):  # its writer has just finished
                 if time.time() - aside.stat().st_mtime > LEFT_BEHIND:
@@ -200,9 +197,13 @@ def locked(path, wait=3):
         yield
 
 
-def _is_mine(stream):
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _lock(stream, until):
+    """Whether a file could be locked; it is free again when it is closed."""
+    while True:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.1)  # a killed run takes a moment to go

@@ -56,8 +56,8 @@ count_known.VERSION = 1
 def check_known_prompts(known_prompts: int, facts: list[Fact], name="known_prompts") -> None:
     """ValueError for a number of prompts that is none, or that no fact has."""
     most = max(len(fact.prompts) for fact in facts)
-    check(name, known_prompts, 0, what="a number of prompts (0: all facts)")
-    check(name, known_prompts, 0, most + 1, f"what some fact has: none has more than {most}")
+    what = f"a number of prompts (0: all facts; no fact has more than {most})"
+    check(name, known_prompts, 0, most + 1, what)
 
 
 def known_facts(study) -> tuple[list[Fact], pd.DataFrame]:

@@ -67,8 +67,9 @@ def run_units(
         keys.append(key)
     tables, todo = _read(work.values()), []
     if len(tables) < len(work):
+        absent = [unit for unit in work.values() if not unit.file.exists()]
         with locked(folder / f".{sha256(same)[:16]}.lock"), _resumable(folder, desc):
-            tables = _read(work.values())  # and what another run has finished since
+            tables |= _read(absent)  # what another run has finished since
             todo = [unit for key, unit in work.items() if key not in tables]
             written = _compute(todo, client, loaded["threads"])
             list(_progress(written, desc, len(work), len(tables)))
