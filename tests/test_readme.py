@@ -26,7 +26,7 @@ from tiny import WORDS, save_checkpoint, save_dataset, word_tokenizer
 
 from qlutils import facts as data
 from qlutils import paths, run
-from qlutils.driver import plan
+from qlutils.driver import plan, running
 from qlutils.driver.arguments import parser
 from qlutils.driver.jobs import plan_jobs
 from qlutils.model import pretrained
@@ -296,7 +296,7 @@ def own_model_and_facts(words, room):
         nbformat.write(nbformat.v4.new_notebook(), output)
         return ""
 
-    room.patch.setattr(run, "execute", execute)
+    room.patch.setattr(running, "execute", execute)
     assert run.main([*words[1:], "--methods", "ig"]) == 0
     assert "2 done in" in room.capsys.readouterr().out
     [table1] = (room.runs / "mine" / "results").rglob("table1.csv")
@@ -466,7 +466,7 @@ def test_the_slurm_example_is_a_call_that_dask_jobqueue_takes():
 
 def run_cells(notebook, parameters):
     """Run a notebook's code here, as papermill would: in order, with `parameters` after its own."""
-    names = {"__name__": "__main__", "In": [""], "display": lambda *_, **__: None}
+    names = {"__name__": "__main__", "display": lambda *_, **__: None}
     for cell in nbformat.read(notebook, as_version=4).cells:
         sources = [cell.source] if cell.cell_type == "code" else []
         if "parameters" in cell.metadata.get("tags", ()):
@@ -475,7 +475,6 @@ def run_cells(notebook, parameters):
                 + "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
             )
         for source in sources:
-            names["In"].append(source)
             exec(compile(source, Path(notebook).name, "exec"), names)
 
 

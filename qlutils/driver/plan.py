@@ -4,7 +4,6 @@ Tokens are estimated from words. The hours are the arithmetic of attribution ove
 device's matrix products reach now; on a GPU a fixed time a query comes on top.
 """
 
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,16 +78,12 @@ def _configured_shape(folder):
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-        layers, width, heads = (
-            config.num_hidden_layers,
-            config.hidden_size,
-            config.num_attention_heads,
-        )
+        layers, width = config.num_hidden_layers, config.hidden_size
+        heads, said = config.num_attention_heads, config.to_dict().get
     except (AttributeError, OSError, ValueError) as error:
         raise ValueError(f"no shape can be read from {folder / 'config.json'}: {error}") from None
-    sizes = [getattr(config, key, None) for key in ("intermediate_size", "n_inner", "ffn_dim")]
-    neurons = next(filter(None, sizes), 4 * width)
-    kv = (getattr(config, "num_key_value_heads", None) or heads) / heads
+    neurons = said("intermediate_size") or said("n_inner") or said("ffn_dim") or 4 * width
+    kv = (said("num_key_value_heads") or heads) / heads
     return Shape(layers, width, neurons, config.vocab_size, kv, config.model_type not in UNGATED)
 
 
@@ -106,34 +101,29 @@ def query_seconds(shape, method, steps, tokens, rate, gpu):
     return query_flops(shape, method, steps, tokens) / (FRACTION * rate) + fixed
 
 
-def matmul_rate(device, dtype, shape, seconds=2.0):
-    """(device name, dtype, FLOP/s) of the device's matmul at this model's MLP shape: best of a few
+def matmul_rate(device, dtype, shape):
+    """(device name, dtype, FLOP/s) of the device's matmul at this model's MLP shape: best of two
     seconds."""
     import torch
+    from torch.utils.benchmark import Timer
 
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    cpu, cuda = chosen.type == "cpu", chosen.type == "cuda"
+    cpu, threads = chosen.type == "cpu", torch.get_num_threads()
     kind, rows = dtype or ("float32" if cpu else "bfloat16"), 512 if cpu else 8192
     options = {"device": chosen, "dtype": getattr(torch, kind)}
     try:
         a = torch.randn(rows, shape.width, **options)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"device {device!r} is not there: {error}") from None
-    b, best = torch.randn(shape.width, shape.neurons, **options), 0.0
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        for _ in range(3):
-            a @ b
-        if cuda:
-            torch.cuda.synchronize()
-        flops = 6 * rows * shape.width * shape.neurons
-        best = max(best, flops / (time.perf_counter() - start))
-    threads = f"cpu, {torch.get_num_threads()} threads"
-    return torch.cuda.get_device_name(chosen) if cuda else threads, kind, best
+    b = torch.randn(shape.width, shape.neurons, **options)
+    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=threads)
+    seconds = min(timer.blocked_autorange(min_run_time=2).times)
+    cuda = chosen.type == "cuda"
+    name = torch.cuda.get_device_name(chosen) if cuda else f"{chosen.type}, {threads} threads"
+    return name, kind, 2 * rows * shape.width * shape.neurons / seconds
 
 
-def plan(facts, models, methods, *, asked=(), device=None, dtype=None, steps=20, answer="all"):
+def plan(facts, models, methods, asked, steps, answer, *, device=None, dtype=None):
     """A row a model and method: queries, rows, FLOPs, hours on this device, memory and disk.
 
     asked: the facts that may have to be asked to find those that a model knows."""
@@ -179,21 +169,15 @@ def print_plan(args, jobs):
     if not first:
         raise ValueError("--plan: with these options nothing is localised")
     given = first[0].parameters
-    chosen = ("steps", "rule", "answer", "site", "amig_factor")
-    spec = qlutils.Spec(**{name: given[name] for name in chosen if name in given})  # or ValueError
-    data = {name: given[name] for name in ("relations", "middle") if name in given}
-    sample = {name: given[name] for name in ("facts_per_relation", "seed")}
-    facts = load_facts(given["data"], **data, **sample, warn=False)
-    costs = plan(
-        facts,
-        list(dict.fromkeys(job.model for job in first)),
-        list(dict.fromkeys(job.method for job in first)),
-        asked=load_facts(given["data"], **data, warn=False) if args.known_prompts else (),
-        device=args.device,
-        dtype=args.dtype,
-        steps=spec.steps,
-        answer=spec.answer,
-    )
+    models, methods = dict.fromkeys(args.models), dict.fromkeys(args.methods)
+    chosen = {"steps", "rule", "answer", "site", "amig_factor"} & given.keys()
+    spec = qlutils.Spec(**{name: given[name] for name in chosen})  # or ValueError
+    data = {"relations": args.relations, "middle": given.get("middle", "cut"), "warn": False}
+    sample = {"facts_per_relation": given["facts_per_relation"], "seed": args.seed}
+    facts = load_facts(given["data"], **data, **sample)
+    asked = load_facts(given["data"], **data) if args.known_prompts else ()
+    device = {"device": args.device, "dtype": args.dtype}
+    costs = plan(facts, models, methods, asked, spec.steps, spec.answer, **device)
     shown = costs.map(lambda x: f"{x:,.3g}" if isinstance(x, float) and x < 1e4 else x)
     print(shown.to_string(index=False, float_format="{:,.0f}".format))
     print(
