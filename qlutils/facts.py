@@ -65,14 +65,10 @@ class Fact:
     prompts: tuple[str, ...]
 
     def __post_init__(self):
-        for name in ("relation", "subject", "object"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"fact {self!r}: {name} must be a text")
-        listed = isinstance(self.prompts, (list, tuple))
-        if not listed or not all(isinstance(text, str) for text in self.prompts):
-            raise ValueError(
-                f"fact {self.id}: prompts must be a list of texts, not {self.prompts!r}"
-            )
+        listed = self.prompts if isinstance(self.prompts, (list, tuple)) else [None]
+        texts = [self.relation, self.subject, self.object, *listed]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{self!r}: want texts, and of prompts a list of them")
         object.__setattr__(self, "prompts", tuple(self.prompts))  # JSON has lists only
 
     @property

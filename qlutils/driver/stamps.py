@@ -15,7 +15,7 @@ def inputs_of(job, root, facts):
     """What a job's results are made from; `facts` is the hash of the run's."""
     corpus = job.parameters.get("corpus")
     return {
-        "notebook": _cells(job.notebook),
+        "notebook": cells_hash(json.loads(job.notebook.read_bytes())["cells"]),
         "parameters": job.parameters,
         "code": identity.code_versions(),
         "data": facts,
@@ -54,13 +54,13 @@ def is_done(root, name, inputs):
     return all((root / output).is_file() for output in stamp["outputs"])
 
 
-def _cells(notebook):
+def cells_hash(cells):
     """A hash of a notebook's cells; of its outputs nothing depends."""
-    cells = []
-    for cell in json.loads(notebook.read_bytes())["cells"]:
+    sources = []
+    for cell in cells:
         tags = cell["metadata"].get("tags", [])
-        cells.append([cell["cell_type"], "".join(cell["source"]), tags])
-    return sha256(cells)
+        sources.append([cell["cell_type"], "".join(cell["source"]), tags])
+    return sha256(sources)
 
 
 def _text(corpus):
