@@ -4,7 +4,6 @@ One process imports torch and loads the model once; it forks a child for every s
 start costs milliseconds. All of them compute in one thread, as threads do not survive a fork.
 """
 
-import importlib
 import json
 import os
 import random
@@ -23,8 +22,16 @@ import numpy as np
 import pytest
 
 from qlutils import paths
+from qlutils.change import synapses
+from qlutils.experiments import effects
+from qlutils.experiments.consistency import classified_facts
+from qlutils.experiments.edit_tables import edit_table
+from qlutils.experiments.kn_modification import run_edits
+from qlutils.experiments.localize import localise
+from qlutils.experiments.query_kn_mapping import PAPER_SETS, scale_kns
 from qlutils.files import read_table
 from qlutils.study import identity, store
+from qlutils.study.notebook import Study
 from qlutils.study.results import read_record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,10 +60,32 @@ UNITS = 5 * 3  # five tasks, a unit a fact
 def small_study(parameters):
     """Localisation, edits, query-KN mapping, attention and synapses of three facts, one fact a
     unit, with tables."""
-    for name in ("experiments.edit_tables", "experiments.effects", "experiments.query_kn_mapping"):
-        importlib.import_module(f"qlutils.{name}")  # once for all children
-    importlib.import_module("qlutils.experiments.kn_modification")
+    store.UNIT_FACTS = 1
+    study, t = Study("small", **parameters), parameters["t"]
+    few = dict(directions=("average",), thresholds=("otsu",))
+    queries = localise(study, steps=parameters["steps"])
+    classes = classified_facts(queries, t, 0.1)
+    edits, _ = run_edits(study, queries, ["local", "global"])
+    study.save(edits, "edits")
+    table = edit_table(edits, classes, study.model, sets=("local",), controls=())
+    study.table(table, "table2")
 
+    def moved(task, config=None, **more):
+        frame = study.run(task, effects.units(queries, t, **more), config, desc=task.__name__)
+        return effects.beside_queries(frame, queries, t, 0.1)
+
+    scaled = effects.rates(moved(scale_kns, other=0))
+    study.table(effects.summary(scaled, PAPER_SETS, **few), "fig4")
+    winners = study.run(synapses.attend, effects.units(queries), desc="attend")
+    study.table(effects.top_tokens(winners), "attended")
+    scaled = moved(synapses.scale_synapse_columns, dict(renormalise=False), irrelevant=0)
+    scaled = effects.rates(scaled[scaled["set"] != "none"])
+    study.table(effects.summary(scaled, ("self", "irrelevant"), **few), "fig6")
+    study.record()
+
+
+def serve():
+    """Start a child for every line of standard input, and say how it ended."""
     print("ready", flush=True)
     for line in sys.stdin:
         order = json.loads(line)

@@ -182,7 +182,7 @@ def _at_work(job, scratch):
     parts = [job.notebook.stem[:2], job.model and Path(job.model).name, job.method]
     progress = scratch / job.name
     if progress.exists():
-        parts.append(progress.read_text(encoding="utf-8").split("\r")[-1].strip())
+        parts += progress.read_text(encoding="utf-8").splitlines()[-1:]
     return " ".join(filter(None, parts))
 
 
