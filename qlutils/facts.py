@@ -128,9 +128,9 @@ def seeded_order(facts: list[Fact], relation: str, seed: int) -> list[int]:
     return rng.permutation(len(facts)).tolist()
 
 
-def seeded(seed: int, what: str) -> np.random.Generator:
+def seeded(seed: int, *what) -> np.random.Generator:
     """The random numbers with which a choice for `what` is made, whatever else is drawn."""
-    return np.random.default_rng([seed, *what.encode()])
+    return np.random.default_rng([seed, *" ".join(map(str, what)).encode()])
 
 
 # -- prompts ---------------------------------------------------------------------------------------

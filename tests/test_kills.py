@@ -20,6 +20,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+import torch
 
 from qlutils import paths
 from qlutils.change import synapses
@@ -85,7 +86,9 @@ def small_study(parameters):
 
 
 def serve():
-    """Start a child for every line of standard input, and say how it ended."""
+    """Load the model once, fork a child for each line that comes in, and say how it ended."""
+    torch.set_num_threads(1)
+    store.cached_model("demo/gpt2")
     print("ready", flush=True)
     for line in sys.stdin:
         order = json.loads(line)
@@ -101,7 +104,7 @@ def child(runs, parameters, threads=1):
     try:
         said = os.open(runs + ".said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(said, 1), os.dup2(said, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        sys.modules["torch"].set_num_threads(threads)
+        torch.set_num_threads(threads)
         paths.RUNS, compute = Path(runs), store.compute_unit
 
         def logged(unit):

@@ -25,7 +25,6 @@ from torch import Tensor
 from qlutils.attribution.integrate import integrate
 from qlutils.attribution.quadrature import RULES
 from qlutils.change.rows import score_queries
-from qlutils.checks import METHODS
 from qlutils.model.passes import (
     SITES,
     clean_pass,
@@ -35,6 +34,7 @@ from qlutils.model.passes import (
     within_memory,
 )
 
+METHODS = ("ig", "sig", "amig")
 CPU_MEMORY = (
     2**29
 )  # bytes of activations a batch may keep on a CPU; fixed, so that batches are the same everywhere

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qlutils.checks import DTYPES
 from qlutils.model import attention
 
 # Where the down-projection sits inside a decoder layer, by family.
@@ -50,7 +49,7 @@ CROSS_ATTENTION = ("encoder_attn", "crossattention", "cross_attn")
 
 
 # Weights that are what they seem: neither packed nor scaled by a second tensor.
-PLAIN_DTYPES = tuple(getattr(torch, name) for name in DTYPES)
+PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PLAIN_MODULES = ("torch.nn.modules.", "transformers.models.", "transformers.pytorch_utils")
 
 

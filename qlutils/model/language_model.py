@@ -21,7 +21,7 @@ from torch.nn.modules import module as every_module
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file
 
-from qlutils import checks, paths
+from qlutils import paths
 from qlutils.facts import check_text, continuation
 from qlutils.model import architecture as arch
 from qlutils.model import pretrained
@@ -30,7 +30,12 @@ from qlutils.model.attention import is_controlled
 from qlutils.model.check import verify
 from qlutils.model.passes import full_precision
 
-DTYPES = {name: getattr(torch, name) for name in checks.DTYPES}
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 # What transformers reads of a repository with safetensors weights.
 MODEL_FILES = (
     "model*.safetensors",
