@@ -29,10 +29,12 @@ def declared_parameters(notebook):
     """{name: default} of a notebook's cell tagged `parameters`; {} without one."""
     for cell in json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]:
         if "parameters" in cell["metadata"].get("tags", ()):
-            source = "".join(cell["source"])
+            source, found = "".join(cell["source"]), {}
             try:
-                lines = ast.parse(source).body
-                return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
+                for line in ast.parse(source).body:
+                    [target] = line.targets
+                    found[target.id] = ast.literal_eval(line.value)
+                return found
             except (SyntaxError, ValueError, AttributeError):
                 raise ValueError(
                     f"the parameters cell of {Path(notebook).name} must hold nothing but lines "
