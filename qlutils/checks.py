@@ -7,15 +7,15 @@ METHODS = ("ig", "sig", "amig")  # of localisation, see `attribution.attribute`
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
-def check(name, value, low, high=inf, what="a number"):
+def check(name, value, low, high=inf, what=""):
     """ValueError unless `value` is a number with low <= value < high; an integer if `low` is one.
 
-    what: what the number is of, in the message."""
+    what: the message's words for such a number."""
     kind = Integral if isinstance(low, int) else Real
     if isinstance(value, bool) or not isinstance(value, kind) or not low <= value < high:
-        whole = ", an integer" if kind is Integral else ""
+        what = what or ("an integer" if kind is Integral else "a number")
         below = f" and below {high}" if high < inf else ""
-        raise ValueError(f"{name} {value!r}: want {what}{whole}, at least {low}{below}")
+        raise ValueError(f"{name} {value!r}: want {what}, at least {low}{below}")
 
 
 def one_of(name, value, known):

@@ -68,7 +68,7 @@ class Fact:
         listed = self.prompts if isinstance(self.prompts, (list, tuple)) else [None]
         texts = [self.relation, self.subject, self.object, *listed]
         if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{self!r}: want texts, and of prompts a list of them")
+            raise ValueError(f"fact {self!r}: want texts, and of prompts a list of them")
         object.__setattr__(self, "prompts", tuple(self.prompts))  # JSON has lists only
 
     @property

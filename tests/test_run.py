@@ -726,7 +726,7 @@ def opened(monkeypatch, folder, declared, **given):
         ({"model": None}, "model=None"),
         ({"t": 0.01}, "parameter t 0.01: want a share of the largest score that results keep"),
         ({"t": 1}, "parameter t 1: want"),
-        ({"seed": -1}, "parameter seed -1: want a number, an integer, at least 0"),
+        ({"seed": -1}, "parameter seed -1: want an integer, at least 0"),
         ({"method": "lrp"}, "method 'lrp' is unknown"),
     ],
 )

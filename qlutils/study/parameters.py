@@ -17,7 +17,7 @@ RANGES = {
     "n_locality": (1, 10**6, "a number of queries"),
     "ppl_entries": (0, 10**6, "a number of texts"),
     "ppl_max_tokens": (2, 10**6, "a number of tokens"),
-    "seed": (0, 2**63, "a number"),
+    "seed": (0, 2**63),
     "known_prompts": (0, 10**6, "a number of prompts (0: all facts)"),
     "more_controls_facts": (0, 10**6, "a number of facts"),
     "sweep_facts": (0, 10**6, "a number of facts"),
