@@ -1,5 +1,4 @@
-"""qlutils: where a language model keeps a fact, per query. A reproduction of Query Localization
-(ICLR 2025).
+"""qlutils: where a language model keeps a fact, per query (Query Localization, ICLR 2025).
 
 Names are imported when first used, so that `import qlutils` does not wait for torch.
 """
@@ -25,7 +24,7 @@ if not _chosen:
             stacklevel=2,
         )
 
-_HOME = {
+_PUBLIC = {
     "load_model": "model.loading",
     "LanguageModel": "model.language_model",
     "UnsupportedModel": "model.architecture",
@@ -42,7 +41,14 @@ _HOME = {
     "find_synapses": "change.synapses",
     "scale_synapses": "change.synapses",
 }
-__all__ = sorted(_HOME)
+# What the study and the driver use of the modules that import torch.
+_HEAVY = {
+    "fetch_model": "model.loading",
+    "score_queries": "change.rows",
+    "Spec": "attribution.attribute",
+}
+_HOME = {**_PUBLIC, **_HEAVY}
+__all__ = sorted(_PUBLIC)
 __version__ = "0.1.0"
 
 

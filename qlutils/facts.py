@@ -17,7 +17,6 @@ opening quote), the prompt says so: it ends with `[Y]`, the answer's place, righ
 
 Subjects, objects and relations are read in Unicode's composed form (NFC), so that two spellings of
 one name are one fact.
-No torch or transformers here: tokenisation belongs to `models.py`.
 """
 
 import codecs
@@ -27,14 +26,17 @@ import os
 import re
 import unicodedata
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pandas as pd
+import pooch
 
-from qlutils.paths import DEMO
+from qlutils import paths
+from qlutils.checks import check
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +54,7 @@ WIKITEXT_COMMIT = "b08601e04326c79dfdd32d625aee71d232d685c3"
 
 @dataclass(frozen=True)
 class Fact:
-    """A fact <subject, relation, object> and its neighbour prompts, distinct and in the dataset's
-    order.
+    """A fact <subject, relation, object> and its distinct prompts, in the dataset's order.
 
     `dataclasses.asdict(fact)` is JSON-able, and `Fact(**that)` gives the fact back.
     """
@@ -64,24 +65,18 @@ class Fact:
     prompts: tuple[str, ...]
 
     def __post_init__(self):
-        for name in ("relation", "subject", "object"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"fact {self!r}: {name} must be a text")
-        if not isinstance(self.prompts, (list, tuple)) or not all(
-            isinstance(text, str) for text in self.prompts
-        ):
-            raise ValueError(
-                f"fact {self.id}: prompts must be a list of texts, not {self.prompts!r}"
-            )
+        listed = self.prompts if isinstance(self.prompts, (list, tuple)) else [None]
+        texts = [self.relation, self.subject, self.object, *listed]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"fact {self!r}: want texts, and of prompts a list of them")
         object.__setattr__(self, "prompts", tuple(self.prompts))  # JSON has lists only
 
     @property
     def id(self) -> str:
         r"""For example `P36|France|Paris`. Results are grouped by it, so no two facts share one:
         where a name itself holds "|" or a backslash, a backslash stands before it."""
-        return "|".join(
-            re.sub(r"([\\|])", r"\\\1", part) for part in (self.relation, self.subject, self.object)
-        )
+        parts = (self.relation, self.subject, self.object)
+        return "|".join(re.sub(r"([\\|])", r"\\\1", part) for part in parts)
 
 
 def load_facts(
@@ -94,57 +89,30 @@ def load_facts(
     middle="cut",
     warn=True,
 ) -> list[Fact]:
-    """Facts with at least two prompts, sorted by relation (P17 before P101), then in the dataset's
-    order.
+    """Facts with at least two prompts, by relation (P17 before P101), in the dataset's order.
 
-    dataset: "demo" (bundled), "pararel" (downloaded once into the user's cache, or the folder
-        QLUTILS_CACHE, and checked against its SHA-256), a folder in ParaRel's layout (the one that
-        holds `pattern_data` and `trex_lms_vocab`, or its parent), or a `.jsonl` file of facts,
-        whose prompts are used as they stand: `min_patterns` and `middle` do not concern it.
-    relations: names to keep, None for all.
-    facts_per_relation: size of a seeded sample of each relation, None for all. The sample of one
-        relation does not depend on the others asked for, and a larger sample contains the smaller
-        one.
-    min_patterns: relations with fewer patterns are left out (ParaRel: 36 have at least 3).
+    dataset: "demo" (bundled), "pararel" (downloaded once, checked against its SHA-256), a folder
+        in ParaRel's layout or its parent, or a `.jsonl` file of facts, whose prompts are used as
+        they stand: `min_patterns` and `middle` do not concern it.
+    relations: names to keep, None for all. min_patterns: those with fewer patterns are left out.
+    facts_per_relation: size of a seeded sample of each relation, None for all. A sample does not
+        depend on the other relations, and a larger one contains it.
     middle: "cut" ends a prompt at the object's place wherever that is; "drop" keeps only the
         patterns where nothing but punctuation follows it.
-    warn: False where another call has said what is left out.
+    warn: whether warnings tell what is left out.
 
-    Duplicate facts are dropped, and so are duplicate prompts of a fact. Facts left with fewer than
-    two prompts are left out, and so are relations with too few patterns; warnings count or name
-    them. Raises ValueError naming the parameter, or the file and line.
-    """
-    _check_count("facts_per_relation", facts_per_relation, optional=True)
-    _check_count("min_patterns", min_patterns)
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
-        raise ValueError(f"seed must be an integer of at least 0, not {seed!r}")
-    if middle not in ("cut", "drop"):
-        raise ValueError(f"middle must be 'cut' or 'drop', not {middle!r}")
-    facts, left_out, short = [], {}, []
-    if _is_facts_file(dataset):
-        found = _read_facts_file(Path(os.path.expanduser(dataset)))
-        chosen = _choose_relations(relations, _natural(found))
-        found = {relation: found[relation] for relation in chosen}
-    else:
-        found, short = _read_pararel(dataset, relations, min_patterns, middle)
-    for relation, every in found.items():
+    Duplicate facts, and duplicate prompts of a fact, count once. ValueError names the parameter, or
+    the file and line."""
+    if facts_per_relation is not None:
+        check("facts_per_relation", facts_per_relation, 1)
+    check("seed", seed, 0)
+    tell, facts = log.warning if warn else log.debug, []
+    for relation, every in _read(dataset, relations, min_patterns, middle, tell).items():
         usable = [fact for fact in every if len(fact.prompts) >= 2]
-        if len(usable) < len(every):
-            left_out[relation] = len(every) - len(usable)
-        facts += _sample(usable, relation, facts_per_relation, seed)
-    if short and warn:
-        log.warning(
-            "%d relations left out, having fewer than %d patterns: %s",
-            len(short),
-            min_patterns,
-            ", ".join(short),
-        )
-    if left_out and warn:
-        log.warning(
-            "%d facts left out, having fewer than 2 prompts: %s",
-            sum(left_out.values()),
-            ", ".join(f"{relation} {n}" for relation, n in left_out.items()),
-        )
+        if few := len(every) - len(usable):
+            tell("%d facts left out, having fewer than 2 prompts: %s", few, relation)
+        sample = seeded_order(usable, relation, seed)[:facts_per_relation]
+        facts += [usable[place] for place in sorted(sample)]
     if not facts:
         raise ValueError(
             f"dataset {str(dataset)!r} has no fact with 2 prompts for these settings "
@@ -154,12 +122,18 @@ def load_facts(
 
 
 def seeded_order(facts: list[Fact], relation: str, seed: int) -> list[int]:
-    """The places of one relation's facts in the order in which a run draws them: a sample is its
+    """The places of a relation's facts in the order in which a run draws them: a sample is its
     beginning."""
     rng = np.random.default_rng([seed, zlib.crc32(relation.encode())])
     return rng.permutation(len(facts)).tolist()
 
 
+def seeded(seed: int, *what) -> np.random.Generator:
+    """The random numbers with which a choice for `what` is made, whatever else is drawn."""
+    return np.random.default_rng([seed, *" ".join(map(str, what)).encode()])
+
+
+# -- prompts ---------------------------------------------------------------------------------------
 def continuation(prompt: str) -> tuple[str, str]:
     """(text, gap): what a model reads of a prompt, and what stands between that and the answer.
 
@@ -173,22 +147,19 @@ def continuation(prompt: str) -> tuple[str, str]:
         return bare, " " * (bare != text)
     if bare and bare[-1].isspace() and not bare.isspace():
         raise ValueError(
-            f"prompt {prompt[-60:]!r} ends with {bare[-1]!r}: remove it, or show "
-            f"where the answer stands, right after it ({(bare + ANSWER)[-20:]!r}) or "
-            f"after a space ({(bare + ' ' + ANSWER)[-20:]!r})"
+            f"prompt {prompt[-60:]!r} ends with {bare[-1]!r}: remove it, or show where the answer "
+            f"stands, right after it ({(bare + ANSWER)[-20:]!r}) or after a space "
+            f"({(bare + ' ' + ANSWER)[-20:]!r})"
         )
     return bare, " "
 
 
 def prompt_template(pattern: str, middle: str = "cut") -> str | None:
-    """The part of a pattern before `[Y]`, with `[X]` still in it; None when the pattern gives no
-    prompt.
+    """The part of a pattern before `[Y]`, with `[X]` still in it; None when it gives no prompt.
 
     Runs of spaces count as one (two ParaRel patterns have "[X],  a type of [Y]"), and the space
-    before `[Y]`
-    goes: the answer brings its own. Where anything else stands there, `[Y]` stays (see
-    `continuation`).
-    """
+    before `[Y]` goes: the answer brings its own. Where anything else stands there, `[Y]` stays (see
+    `continuation`)."""
     left, found, right = pattern.partition(ANSWER)
     if not found or "[X]" not in left + right:
         raise ValueError(f"pattern {pattern!r} needs both [X] and [Y]")
@@ -204,39 +175,6 @@ def prompt_tokens(text: str) -> float:
     return TOKENS_A_WORD * len(text.split())
 
 
-def perplexity_texts(source="demo") -> list[str]:
-    """Paragraphs to measure perplexity on; the caller leaves out those that are too short for its
-    tokenizer.
-
-    source: "demo" (the bundled held-out text), "wikitext-2" (test split, from the Hugging Face hub
-        or its cache), or a text file, or a folder with `test.txt`, with one paragraph a line
-        (headings and empty lines are dropped).
-    """
-    if not isinstance(source, (str, Path)):
-        raise ValueError(
-            f"perplexity text must be 'demo', 'wikitext-2', a file or a folder, not {source!r}"
-        )
-    if source == "wikitext-2":
-        lines = _wikitext_lines()
-    else:
-        path = DEMO / "heldout.txt" if source == "demo" else Path(source)
-        path = path / "test.txt" if os.path.isdir(path) else path
-        if not os.path.isfile(path):
-            raise ValueError(
-                f"no perplexity text at {str(source)!r}: use 'demo', 'wikitext-2', or a text "
-                "file with one paragraph a line"
-            )
-        try:
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
-        except ValueError as error:
-            raise ValueError(f"perplexity text {path} is not UTF-8: {error}") from None
-    texts = [line.strip() for line in lines]
-    texts = [text for text in texts if text and not re.fullmatch(r"=( .* )=", text)]
-    if not texts:
-        raise ValueError(f"perplexity text {str(source)!r} has no paragraph")
-    return texts
-
-
 def check_text(text: str, where: str) -> None:
     """ValueError for a text that is no Unicode: half of a surrogate pair, which no tokenizer and no
     file can hold."""
@@ -245,27 +183,27 @@ def check_text(text: str, where: str) -> None:
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{where}: {text[:60]!r} is not valid Unicode: character {error.start} is half of a "
-            f"surrogate "
-            "pair; repair it where it comes from"
+            "surrogate pair; repair it where it comes from"
         ) from None
 
 
-def _check_count(name, value, optional=False):
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+# -- datasets --------------------------------------------------------------------------------------
+def _read(dataset, relations, min_patterns, middle, tell):
+    """{relation: its facts}, in natural order; `tell` is told which have too few patterns."""
+    check("min_patterns", min_patterns, 1)
+    if middle not in ("cut", "drop"):
+        raise ValueError(f"middle must be 'cut' or 'drop', not {middle!r}")
+    if not isinstance(dataset, (str, Path)):
         raise ValueError(
-            f"{name} must be an integer of at least 1{' or None' if optional else ''}, "
-            f"not {value!r}"
+            f"dataset must be 'demo', 'pararel', a folder or a .jsonl file, not {dataset!r}"
         )
-
-
-def _read_pararel(dataset, relations, min_patterns, middle):
-    """({relation: its facts}, the relations left out for want of patterns) of data in ParaRel's
-    layout."""
+    file = Path(os.path.expanduser(dataset))
+    if str(file).lower().endswith(".jsonl") and not os.path.isdir(file):
+        every = _read_facts_file(file)
+        return {relation: every[relation] for relation in _choose(relations, every)}
     known, fetch = _open_dataset(dataset)
     found, short = {}, []
-    for relation in _choose_relations(relations, known):
+    for relation in _choose(relations, known):
         templates, n_patterns = _read_patterns(fetch(PATTERNS, relation), middle)
         if n_patterns >= min_patterns:
             found[relation] = _read_facts(fetch(FACTS, relation), relation, templates)
@@ -273,34 +211,31 @@ def _read_pararel(dataset, relations, min_patterns, middle):
             short.append(relation)
         else:
             raise ValueError(
-                f"relation {relation} has {n_patterns} patterns, fewer than "
-                f"min_patterns={min_patterns}: lower min_patterns or leave the "
-                "relation out"
+                f"relation {relation} has {n_patterns} patterns, fewer than min_patterns="
+                f"{min_patterns}: lower min_patterns or leave the relation out"
             )
-    return found, short
+    if short:
+        few = f"having fewer than {min_patterns} patterns: {', '.join(short)}"
+        tell("%d relations left out, %s", len(short), few)
+    return found
 
 
 def _open_dataset(dataset):
-    """(relation names in natural order, function (kind, relation) -> local file)."""
-    if not isinstance(dataset, (str, Path)):
-        raise ValueError(
-            f"dataset must be 'demo', 'pararel', a folder or a .jsonl file, not {dataset!r}"
-        )
+    """(relation names, function (kind, relation) -> local file)."""
     if dataset == "pararel":
-        names = [Path(file).stem for file in _pararel_registry() if file.startswith(PATTERNS)]
-        return _natural(names), _fetch_pararel
-    root = DEMO / "pararel" if dataset == "demo" else Path(os.path.expanduser(dataset))
+        names = [Path(file).stem for file in pararel_registry() if file.startswith(PATTERNS)]
+        return names, _fetch_pararel
+    root = paths.DEMO / "pararel" if dataset == "demo" else Path(os.path.expanduser(dataset))
     for folder in (root, root / "data"):
-        if os.path.isdir(
-            folder / PATTERNS
-        ):  # False, where `Path.is_dir` raises, for what cannot be a path
+        # `os.path.isdir` is False, where `Path.is_dir` raises, for what cannot be a path
+        if os.path.isdir(folder / PATTERNS):
             files = {kind: _relation_files(folder / kind) for kind in (PATTERNS, FACTS)}
-            return _natural(files[PATTERNS]), lambda kind, relation: files[kind].get(
+            return files[PATTERNS], lambda kind, relation: files[kind].get(
                 relation, folder / kind / f"{relation}.jsonl"
             )
     raise ValueError(
-        f"unknown dataset {str(dataset)!r}: use 'demo', 'pararel', a folder that "
-        f"holds {PATTERNS} and {FACTS}, or a .jsonl file of facts"
+        f"unknown dataset {str(dataset)!r}: use 'demo', 'pararel', a folder that holds {PATTERNS} "
+        f"and {FACTS}, or a .jsonl file of facts"
     )
 
 
@@ -308,34 +243,25 @@ def _relation_files(folder):
     """{relation: its file}. Names as on any system: `.JSONL` counts, and letters are composed."""
     found = {}
     for file in folder.iterdir() if os.path.isdir(folder) else ():
-        if file.suffix.lower() == ".jsonl":
-            name = unicodedata.normalize("NFC", file.stem)
-            check_text(name, f"relation file in {folder}")
-            if name in found:
-                raise ValueError(
-                    f"relation {name} has two files, {found[name]} and {file.name}: keep one"
-                )
-            found[name] = file
+        if file.suffix.lower() != ".jsonl":
+            continue
+        name = unicodedata.normalize("NFC", file.stem)
+        check_text(name, f"relation file in {folder}")
+        if name in found:
+            raise ValueError(
+                f"relation {name} has two files, {found[name]} and {file.name}: keep one"
+            )
+        found[name] = file
     return found
 
 
-def _natural(names):
-    return sorted(
-        sorted(names),
-        key=lambda name: [
-            (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
-        ],
-    )
-
-
-def _choose_relations(relations, known):
+def _choose(relations, known):
+    """The wanted of the known relations, in natural order: P17 before P101."""
+    known = sorted(known, key=lambda name: (_natural(name), name))
     if relations is None:
         return known
-    if (
-        not isinstance(relations, (list, tuple, set))
-        or not relations
-        or not all(isinstance(name, str) for name in relations)
-    ):
+    listed = isinstance(relations, (list, tuple, set)) and len(relations) > 0
+    if not listed or not all(isinstance(name, str) for name in relations):
         raise ValueError(f"relations must be a list of relation names or None, not {relations!r}")
     unknown = [name for name in relations if name not in known]
     if unknown:
@@ -345,24 +271,28 @@ def _choose_relations(relations, known):
     return [name for name in known if name in relations]
 
 
+def _natural(name):
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+
 def _read_jsonl(path):
     """Yield ("file:line", object) for the lines of a JSON-lines file; an empty file is an error."""
     if not path.is_file():
         raise ValueError(f"missing data file {path}")
-    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    lines = lines.split(b"\n")  # not splitlines: a label may hold a Unicode line separator
-    empty = True
-    for number, line in enumerate(lines, 1):
+    content, empty = path.read_bytes().removeprefix(codecs.BOM_UTF8), True
+    # not splitlines: a label may hold a Unicode line separator
+    for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
+        where, empty = f"{path}:{number}", False
         try:
             record = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a thousand brackets
-            raise ValueError(f"{path}:{number}: not a JSON object: {error}") from None
+            raise ValueError(f"{where}: not a JSON object: {error}") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{path}:{number}: not a JSON object: {record!r}")
-        empty = False
-        yield f"{path}:{number}", record
+            raise ValueError(f"{where}: not a JSON object: {record!r}")
+        yield where, record
     if empty:
         raise ValueError(f"data file {path} is empty")
 
@@ -380,35 +310,30 @@ def _read_patterns(path, middle):
     templates, n_patterns = [], 0
     for where, record in _read_jsonl(path):
         n_patterns += 1
-        pattern = _field(record, "pattern", where)
-        try:
-            template = prompt_template(pattern, middle)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+        with _at(where):
+            template = prompt_template(_field(record, "pattern", where), middle)
         if template is not None:
             templates.append(template)
     return templates, n_patterns
 
 
 def _read_facts(path, relation, templates):
+    """The distinct facts of a relation's file, with the prompts its templates give."""
     facts = {}
     for where, record in _read_jsonl(path):
         subject, answer = _field(record, "sub_label", where), _field(record, "obj_label", where)
-        # str.join, because a subject may itself hold "[X]", "[Y]" or a backslash
-        prompts = {subject.join(template.split("[X]")): template for template in templates}
-        for prompt, template in prompts.items():
-            if prompt.endswith(ANSWER) != template.endswith(ANSWER):
+        prompts = []
+        for template in templates:
+            # str.join, because a subject may itself hold "[X]", "[Y]" or a backslash
+            prompts.append(subject.join(template.split("[X]")))
+            if prompts[-1].endswith(ANSWER) != template.endswith(ANSWER):
                 raise ValueError(
                     f"{where}: the subject {subject!r} ends a prompt with {ANSWER}, "
                     "which marks the answer's place there: leave this fact out"
                 )
-        facts.setdefault((subject, answer), Fact(relation, subject, answer, tuple(prompts)))
+        fact = Fact(relation, subject, answer, tuple(dict.fromkeys(prompts)))
+        facts.setdefault((subject, answer), fact)
     return list(facts.values())
-
-
-def _is_facts_file(dataset):
-    named = isinstance(dataset, (str, Path)) and str(dataset).lower().endswith(".jsonl")
-    return named and not os.path.isdir(os.path.expanduser(dataset))
 
 
 def _read_facts_file(path):
@@ -430,49 +355,45 @@ def _read_facts_file(path):
 
 def _read_prompts(record, where):
     """The distinct prompts of a fact's line."""
-    prompts, name, given = {}, "field 'prompts'", record.get("prompts")
+    prompts, name, given = {}, f"{where}: field 'prompts'", record.get("prompts")
     if not isinstance(given, list) or not given:
-        raise ValueError(
-            f"{where}: {name} must be a list of texts, the prompts of the fact, not {given!r}"
-        )
+        raise ValueError(f"{name} must be a list of texts, the prompts of the fact, not {given!r}")
     for prompt in given:
         if not isinstance(prompt, str) or not prompt.removesuffix(ANSWER).strip():
-            raise ValueError(
-                f"{where}: {name} holds {prompt!r}; a prompt is a text that is not empty"
-            )
-        check_text(prompt, f"{where}: {name}")
+            raise ValueError(f"{name} holds {prompt!r}; a prompt is a text that is not empty")
+        check_text(prompt, name)
         if ANSWER in prompt.removesuffix(ANSWER):
             raise ValueError(
-                f"{where}: {name} has {prompt!r}, where text follows {ANSWER}, the "
-                "answer's place: a prompt ends there"
+                f"{name} has {prompt!r}, where text follows {ANSWER}, the answer's place: a prompt "
+                "ends there"
             )
-        try:
-            same = continuation(unicodedata.normalize("NFC", prompt))
-            prompts.setdefault(same, prompt)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+        with _at(where):
+            read = continuation(unicodedata.normalize("NFC", prompt))
+        prompts.setdefault(read, prompt)
     return tuple(prompts.values())
 
 
-def _sample(facts, relation, size, seed):
-    if size is None or size >= len(facts):
-        return facts
-    return [facts[i] for i in sorted(seeded_order(facts, relation, seed)[:size])]
+@contextmanager
+def _at(where):
+    """ValueErrors from within say where in a file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
-def _pararel_registry():
+# -- downloads -------------------------------------------------------------------------------------
+def pararel_registry():
     """{file: SHA-256} of the ParaRel files the study reads, at the pinned commit."""
-    return json.loads(Path(__file__).with_name("pararel_sha256.json").read_text(encoding="utf-8"))
+    return json.loads((paths.PACKAGE / "pararel_sha256.json").read_text(encoding="utf-8"))
 
 
 def _fetch_pararel(kind, relation):
-    import pooch
-
     pooch.get_logger().setLevel("WARNING")
     store = pooch.create(
         path=pooch.os_cache("qlutils") / f"pararel-{PARAREL_COMMIT[:8]}",
         base_url=PARAREL_URL,
-        registry=_pararel_registry(),
+        registry=pararel_registry(),
         env="QLUTILS_CACHE",
         retry_if_failed=PARAREL_RETRIES,
     )
@@ -491,12 +412,45 @@ def _fetch_pararel(kind, relation):
         ) from error
 
 
-def _wikitext_lines():
-    from huggingface_hub import hf_hub_download
+def perplexity_texts(source="demo") -> list[str]:
+    """Paragraphs to measure perplexity on; the caller leaves out those too short for its tokenizer.
 
+    source: "demo" (the bundled held-out text), "wikitext-2" (test split, from the Hugging Face hub
+        or its cache), or a text file, or a folder with `test.txt`, with one paragraph a line
+        (headings and empty lines are dropped).
+    """
+    if not isinstance(source, (str, Path)):
+        raise ValueError(
+            f"perplexity text must be 'demo', 'wikitext-2', a file or a folder, not {source!r}"
+        )
+    lines = _wikitext_lines() if source == "wikitext-2" else _lines_of(source)
+    texts = [line.strip() for line in lines]
+    texts = [text for text in texts if text and not re.fullmatch(r"=( .* )=", text)]
+    if not texts:
+        raise ValueError(f"perplexity text {str(source)!r} has no paragraph")
+    return texts
+
+
+def _lines_of(source):
+    path = paths.DEMO / "heldout.txt" if source == "demo" else Path(source)
+    path = path / "test.txt" if os.path.isdir(path) else path
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"no perplexity text at {str(source)!r}: use 'demo', 'wikitext-2', or a text "
+            "file with one paragraph a line"
+        )
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except ValueError as error:
+        raise ValueError(f"perplexity text {path} is not UTF-8: {error}") from None
+
+
+def _wikitext_lines():
     repository, file = WIKITEXT
     try:
-        path = hf_hub_download(repository, file, repo_type="dataset", revision=WIKITEXT_COMMIT)
+        path = huggingface_hub.hf_hub_download(
+            repository, file, repo_type="dataset", revision=WIKITEXT_COMMIT
+        )
     except Exception as error:  # the hub has a class for every way of being offline
         raise ValueError(
             f"WikiText-2 ({repository}, {file}) is neither in the cache nor to be downloaded: "

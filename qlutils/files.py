@@ -5,15 +5,15 @@ SHA-256 over every byte of the file, the table's key (what determines it) and th
 libraries that made it.
 """
 
+import fcntl
 import hashlib
 import json
 import os
-import re
 import socket
 import sys
 import time
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,18 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 LIBRARIES = (
-    "qlutils",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "numpy",
-    "scipy",
-    "pandas",
-    "pyarrow",
-    "scikit-image",
-    "matplotlib",
-    "papermill",
-)
+    "qlutils torch transformers tokenizers numpy scipy pandas pyarrow scikit-image matplotlib "
+    "papermill"
+).split()
+LARGE = 2**28  # bytes: of a larger file the size and time stand for the content
+LEFT_BEHIND = 86400  # seconds after which nobody is still writing a file
 _MARK = b"content-sha256:"
 
 
@@ -54,22 +47,20 @@ def canonical(value):
 
 def sha256(value):
     """Hex SHA-256 of bytes, or of a value's canonical JSON."""
-    return hashlib.sha256(
-        value if isinstance(value, bytes) else canonical(value).encode()
-    ).hexdigest()
+    data = value if isinstance(value, bytes) else canonical(value).encode()
+    return hashlib.sha256(data).hexdigest()
 
 
-def folder_hash(folder, pattern="*"):
-    """SHA-256 over the files of a folder; of those above 256 MB the size and time stand for the
-    content."""
-    files = sorted(path for path in Path(folder).glob(pattern) if path.is_file())
+def folder_hash(folder):
+    """SHA-256 over the names and `file_hash` of a folder's files."""
+    files = sorted(path for path in Path(folder).iterdir() if path.is_file())
     return sha256([[file.name, file_hash(file)] for file in files])
 
 
 def file_hash(file):
-    """SHA-256 of a file's content; of one above 256 MB the size and time stand for it."""
+    """SHA-256 of a file's content; of one above `LARGE` the size and time stand for it."""
     stat = os.stat(file)
-    if stat.st_size < 2**28:
+    if stat.st_size < LARGE:
         return sha256(Path(file).read_bytes())
     return [stat.st_size, stat.st_mtime_ns]
 
@@ -85,8 +76,7 @@ def versions():
 
 
 def write_bytes(path, data):
-    """Put `data` at `path`, whole or not at all. StoreError names the folder when it cannot be
-    written."""
+    """Put `data` at `path`, whole or not at all; StoreError names a folder that takes no more."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
@@ -97,84 +87,74 @@ def write_bytes(path, data):
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
-        raise StoreError(
-            f"cannot write results to {path.parent}: {error.strerror or error}. Free space "
-            "or choose another output; finished work is kept, the same command resumes"
-        ) from error
+        raise _not_written(path.parent, error) from error
     finally:
         with suppress(OSError):  # the folder turned read-only: a later run removes it
             aside.unlink(missing_ok=True)
 
 
-def write_json(path, value):
-    """Write a value as indented JSON, whole or not at all."""
-    write_bytes(path, _utf8(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"))
-
-
-def _utf8(text):
-    """A text as UTF-8; names of files that the locale could not read come out as they are on
-    disk."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode("utf-8")
-
-
-def sealed(value):
-    """A dict as JSON holds it, with its own SHA-256 as "sha256"; `is_sealed` tells whether it still
-    fits."""
-    value = json.loads(_utf8(json.dumps(value, ensure_ascii=False, default=str)))
-    return {**value, "sha256": sha256(value)}
-
-
-def is_sealed(value):
-    """Whether a value read from JSON is what `sealed` made, to the bit."""
-    return isinstance(value, dict) and value.get("sha256") == sha256(
-        {k: v for k, v in value.items() if k != "sha256"}
+def _not_written(folder, error):
+    return StoreError(
+        f"cannot write results to {folder}: {error.strerror or error}. Free space, choose another "
+        "output, or move all results with QLUTILS_RUNS; finished work is kept, the same command "
+        "resumes"
     )
 
 
+def json_bytes(value):
+    """A value as indented JSON in UTF-8; names of files that are none come out as on disk."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode()
+
+
+def write_json(path, value):
+    """Write a value as indented JSON, whole or not at all."""
+    write_bytes(path, json_bytes(value))
+
+
 def write_table(frame, path, key, **metadata):
-    """Write a DataFrame as parquet under `key`, with JSON-able metadata. Equal content gives equal
-    bytes."""
+    """Write a DataFrame as parquet under `key`, with JSON-able metadata; equal content gives
+    equal bytes.
+
+    The digest's own place counts as zeros."""
     table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
     blank, sink = _MARK + b"0" * 64, pa.BufferOutputStream()
+    footer = {
+        "key": key,
+        "content": blank.decode(),
+        "metadata": canonical({"versions": versions(), **metadata}),
+    }
     with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
         writer.write_table(table)
-        writer.add_key_value_metadata(
-            {
-                "key": key,
-                "content": blank.decode(),
-                "metadata": canonical({"versions": versions(), **metadata}),
-            }
-        )
+        writer.add_key_value_metadata(footer)
     data = sink.getvalue().to_pybytes()
-    at = data.rfind(blank) + len(_MARK)  # the digest's own place counts as zeros
+    at = data.rfind(blank) + len(_MARK)
     write_bytes(path, data[:at] + sha256(data).encode() + data[at + 64 :])
 
 
 def read_table(path, key=None):
-    """(table, metadata) of a valid file; else (None, what is wrong), and a warning that names the
-    file."""
+    """(table, metadata) of a valid file; else (None, what is wrong), and a warning that names
+    the file.
+
+    key: what the table's own must be, if given."""
     try:
         data = Path(path).read_bytes()
         at = data.rfind(_MARK) + len(_MARK)
-        if (
-            at < len(_MARK)
-            or sha256(data[:at] + b"0" * 64 + data[at + 64 :]).encode() != data[at : at + 64]
-        ):
+        blank = data[:at] + b"0" * 64 + data[at + 64 :]
+        if at < len(_MARK) or sha256(blank).encode() != data[at : at + 64]:
             raise ValueError("damaged (truncated, or changed after it was written)")
         file = pq.ParquetFile(pa.BufferReader(data))
-        if key is not None and file.metadata.metadata[b"key"].decode() != key:
+        footer = file.metadata.metadata
+        if key is not None and footer[b"key"].decode() != key:
             raise ValueError("from another configuration or code version (its key is not its name)")
-        return file.read().replace_schema_metadata(None), json.loads(
-            file.metadata.metadata[b"metadata"]
-        )
+        return file.read().replace_schema_metadata(None), json.loads(footer[b"metadata"])
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         warnings.warn(f"result file {path} is not read: {error}", stacklevel=2)
         return None, str(error)
 
 
 def read_metadata(path):
-    """The metadata of a file of `write_table`, its content not checked; {} where there is no such
-    file."""
+    """The metadata of a file of `write_table`, its content not checked; {} where there is none."""
     try:
         return json.loads(pq.read_metadata(path).metadata[b"metadata"])
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
@@ -182,85 +162,48 @@ def read_metadata(path):
 
 
 def as_frame(tables):
-    """One DataFrame from tables in order; a column that is empty in one part takes the others'
+    """One DataFrame of tables in order; a column that is empty in one part takes the others'
     type."""
-    return (
-        pa.concat_tables(tables, promote_options="permissive").to_pandas()
-        if tables
-        else pd.DataFrame()
-    )
+    if not tables:
+        return pd.DataFrame()
+    return pa.concat_tables(tables, promote_options="permissive").to_pandas()
 
 
 @contextmanager
 def locked(path, wait=3):
-    """Hold the lock file `path`; StoreError, naming it and its holder, if that takes more than
-    `wait` seconds.
+    """Hold the lock file `path`; StoreError names it and its holder after `wait` seconds in vain.
 
-    The system drops the lock when the holder dies, however it dies, and whoever has its number now.
-    What dead writers of this machine left half-written in the lock's folder and below is removed on
-    entry.
-    """
-    path, until = Path(path), time.monotonic() + wait
-    try:
-        while (stream := _lock(path)) is None and time.monotonic() < until:
-            time.sleep(0.1)  # a killed run takes a moment to go
-    except OSError as error:
-        raise StoreError(
-            f"cannot write results to {path.parent}: {error.strerror}. Choose another "
-            "output, or move all results with QLUTILS_RUNS"
-        ) from error
-    if stream is None:
-        holder = "another process"
-        with suppress(OSError):
-            holder = path.read_text(encoding="utf-8") or holder
-        raise StoreError(
-            f"another run writes here: {path} is held by {holder}. Wait for it, stop it, or "
-            f"choose another "
-            "output"
-        )
-    with stream:
+    The system drops the lock when its holder dies, however that happens; the file stays. What dead
+    writers left half-written in the lock's folder and below is removed after a day."""
+    path = Path(path)
+    with ExitStack() as held:
         try:
-            left = rf"\..+\.{re.escape(socket.gethostname())}\.(\d+)\.tmp"
-            for aside in path.parent.rglob(".*.tmp"):
-                if (made_by := re.fullmatch(left, aside.name)) and not _alive(int(made_by[1])):
-                    aside.unlink(missing_ok=True)
-            yield
-        finally:
-            with suppress(
-                OSError
-            ):  # the folder turned read-only: the file means nothing without a holder
-                path.unlink()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stream = held.enter_context(open(path, "ab+", buffering=0))
+            if mine := _lock(stream, time.monotonic() + wait):
+                stream.truncate(0)
+                stream.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        except OSError as error:
+            raise _not_written(path.parent, error) from error
+        if not mine:
+            raise StoreError(
+                f"another run writes here: {path} is held by {path.read_text()}. Wait for it, stop "
+                "it, or choose another output"
+            )
+        for aside in path.parent.rglob(".*.tmp"):
+            with suppress(FileNotFoundError):  # its writer has just finished
+                if time.time() - aside.stat().st_mtime > LEFT_BEHIND:
+                    aside.unlink()
+        yield
 
 
-def _lock(path):
-    """The open lock file `path`, held; None if another process holds it."""
-    import fcntl
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stream = open(path, "ab+", buffering=0)
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(stream.fileno()).st_ino == path.stat().st_ino:
-            stream.truncate(0)
-            stream.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-            return stream
-    except (
-        BlockingIOError,
-        FileNotFoundError,
-    ):  # or its last holder removed it between our open and our lock
-        pass
-    except OSError:
-        stream.close()
-        raise
-    stream.close()
-    return None
-
-
-def _alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+def _lock(stream, until):
+    """Whether a file could be locked; it is free again when it is closed."""
+    while True:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.1)  # a killed run takes a moment to go

@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+import pooch
+
 PACKAGE = Path(__file__).resolve().parent
 # The checkout; where the package was installed without one, the folder the user works in.
 ROOT = PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else Path.cwd()
@@ -16,13 +18,18 @@ DEMO = PACKAGE / "demo"  # bundled facts, text and models
 
 
 def run_folder(output="default"):
-    """Folder of one run: `RUNS/<output>`. `output` is a plain name, so nothing is written
-    elsewhere."""
+    """Folder of one run: `RUNS/<output>`. ValueError unless `output` is one plain folder name."""
     if not isinstance(output, str) or not re.fullmatch(r"\w[\w.-]*", output):
         raise ValueError(
             f"output {output!r}: want one folder name of letters, digits, '.', '_' and '-'"
         )
     return RUNS / output
+
+
+def results_folder(root, model=None, method=None):
+    """Where a run keeps results of a model and method; "all" where a notebook compares methods."""
+    folder = root / "results"
+    return folder / slug(model) / (method or "all") if model is not None else folder
 
 
 def figures_folder(output):
@@ -32,8 +39,6 @@ def figures_folder(output):
 
 def cache():
     """Where downloads are kept: QLUTILS_CACHE, or the user's cache."""
-    import pooch
-
     folder = os.environ.get("QLUTILS_CACHE") or pooch.os_cache("qlutils")
     return Path(folder).expanduser().absolute()
 
@@ -53,8 +58,7 @@ def is_local(model):
 
 
 def slug(model):
-    """Folder name of a model: `demo/gpt2` -> `demo--gpt2`; a local folder or file keeps its name
-    plus a hash."""
+    """Folder name of a model: `demo/gpt2` -> `demo--gpt2`; a local one gets its name and a hash."""
     if not isinstance(model, str) or not model.strip():
         raise ValueError(f"model {model!r}: want a bundled name, a Hugging Face id or a folder")
     name = model
@@ -65,22 +69,25 @@ def slug(model):
 
 
 def label(model, among=None):
-    """Name of a model in tables and figures: of a local folder or file the end of its path, as much
-    of it as no other of `among` ends with; of any other model its own name. `among`: the run's
-    models, which the driver puts into QLUTILS_MODELS."""
+    """Name of a model in tables and figures.
+
+    Of a local folder or file the end of its path, as much of it as no other of `among` ends with;
+    of any other model its own name. among: the run's models, by default those in QLUTILS_MODELS,
+    where the driver puts them.
+    """
     if not (os.path.isabs(model) or is_local(model)):
         return model
     if among is None:
         among = json.loads(os.environ.get("QLUTILS_MODELS") or "[]")
-    own = _end_of_path(model)
-    others = {end for other in among if (end := _end_of_path(other)) != own}
+    own = _parts(model)
+    others = {_parts(other) for other in among} - {own}
     for length in range(1, len(own)):
         if own[-length:] not in {other[-length:] for other in others}:
             return "/".join(own[-length:])
     return str(model)
 
 
-def _end_of_path(model):
+def _parts(model):
     if os.path.isabs(model) or is_local(model):
         return Path(model).expanduser().resolve().parts
     return tuple(model.split("/"))

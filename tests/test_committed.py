@@ -8,7 +8,8 @@ import nbformat
 import pytest
 
 from qlutils import paths
-from qlutils.driver.refresh import cleaned, source_hash
+from qlutils.driver.refresh import cleaned
+from qlutils.driver.stamps import cells_hash
 
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
 NAMES = {
@@ -32,7 +33,7 @@ def test_all_notebooks_are_there():
 class TestCommitted:
     def test_outputs_come_from_these_cells_run_in_order(self, path):
         notebook = nbformat.read(path, as_version=4)
-        assert notebook.metadata.get("executed_source") == source_hash(notebook), (
+        assert notebook.metadata.get("executed_source") == cells_hash(notebook.cells), (
             "run ./run_all.sh --refresh"
         )
         counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]

@@ -200,7 +200,7 @@ def published(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(data, "PARAREL_URL", f"http://127.0.0.1:{server.server_port}/")
     monkeypatch.setattr(data, "PARAREL_RETRIES", 0)
-    monkeypatch.setattr(data, "_pararel_registry", lambda: registry)
+    monkeypatch.setattr(data, "pararel_registry", lambda: registry)
     monkeypatch.setenv("QLUTILS_CACHE", str(cache))
     yield site, cache
     server.shutdown()
@@ -234,7 +234,7 @@ def test_being_offline_says_what_to_do(published, monkeypatch):
 
 @needs_pararel
 def test_the_registry_holds_the_published_files():
-    registry = data._pararel_registry()
+    registry = data.pararel_registry()
     assert len(registry) == 2 * 39
     for name, digest in registry.items():
         assert (

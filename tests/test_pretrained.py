@@ -21,7 +21,7 @@ from qlutils.files import StoreError
 from qlutils.model import pretrained
 from qlutils.model.pretrained import Part, Source
 from qlutils.study import store
-from qlutils.study.notebook import model_content
+from qlutils.study.identity import model_content
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -26,9 +26,12 @@ from tiny import WORDS, save_checkpoint, save_dataset, word_tokenizer
 
 from qlutils import facts as data
 from qlutils import paths, run
-from qlutils.driver import plan
+from qlutils.driver import plan, running
+from qlutils.driver.arguments import parser
+from qlutils.driver.jobs import plan_jobs
 from qlutils.model import pretrained
 from qlutils.model.loading import BUNDLED
+from qlutils.study.parameters import declared_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 README, LIST = (
@@ -200,7 +203,7 @@ def default_run(words, room):
 
 
 def jobs_of(options):
-    return run.plan_jobs(run._parser().parse_args(options), paths.NOTEBOOKS)[0]
+    return plan_jobs(parser().parse_args(options), paths.NOTEBOOKS)[0]
 
 
 def count(jobs):
@@ -217,7 +220,7 @@ def collected(words, room):
 @runs_commands(r"\./run_all\.sh --help")
 def explained(words, room):
     said = script(room, "--help")
-    for option in run._parser()._option_string_actions:
+    for option in parser()._option_string_actions:
         assert option in said
 
 
@@ -229,7 +232,7 @@ def use_pararel(room):
         return
     small = Path(save_dataset(room.folder / "pararel"))
     files = [file.relative_to(small).as_posix() for file in small.rglob("*.jsonl")]
-    room.patch.setattr(data, "_pararel_registry", lambda: dict.fromkeys(files))
+    room.patch.setattr(data, "pararel_registry", lambda: dict.fromkeys(files))
     room.patch.setattr(
         data, "_fetch_pararel", lambda kind, relation: small / kind / f"{relation}.jsonl"
     )
@@ -293,7 +296,7 @@ def own_model_and_facts(words, room):
         nbformat.write(nbformat.v4.new_notebook(), output)
         return ""
 
-    room.patch.setattr(run, "execute", execute)
+    room.patch.setattr(running, "execute", execute)
     assert run.main([*words[1:], "--methods", "ig"]) == 0
     assert "2 done in" in room.capsys.readouterr().out
     [table1] = (room.runs / "mine" / "results").rglob("table1.csv")
@@ -303,7 +306,7 @@ def own_model_and_facts(words, room):
 @runs_commands(r"\./run_all\.sh --models demo/gpt2 --methods ig --full --output full")
 def reference_run(words, room):
     """It plans what the committed notebooks ran: all facts, one model, one method."""
-    jobs, _ = run.plan_jobs(run._parser().parse_args(words[1:]), paths.NOTEBOOKS)
+    jobs, _ = plan_jobs(parser().parse_args(words[1:]), paths.NOTEBOOKS)
     assert [job.notebook.stem[:2] for job in jobs] == [
         "01",
         "02",
@@ -319,7 +322,7 @@ def reference_run(words, room):
 
 @runs_commands(r"\./run_all\.sh --scheduler \S+")
 def cluster(words, room):
-    assert run._parser().parse_args(words[1:]).scheduler
+    assert parser().parse_args(words[1:]).scheduler
 
 
 @runs_commands(r"\.venv/bin/jupyter lab \S+")
@@ -379,10 +382,10 @@ def test_no_block_hides_from_the_tests():
 
 
 def test_every_option_and_parameter_named_in_prose_exists():
-    known = run._parser()._option_string_actions
+    known = parser()._option_string_actions
     named = [span.split()[0] for span in spans(README) if span.startswith("--")]
     assert named and set(named) <= set(known)
-    declared = {name for path in NOTEBOOKS for name in run.declared_parameters(path)}
+    declared = {name for path in NOTEBOOKS for name in declared_parameters(path)}
     choices = [row["here"] for row in table(README, "## Where we differ")]
     given = [
         name
@@ -463,7 +466,7 @@ def test_the_slurm_example_is_a_call_that_dask_jobqueue_takes():
 
 def run_cells(notebook, parameters):
     """Run a notebook's code here, as papermill would: in order, with `parameters` after its own."""
-    names = {"__name__": "__main__", "In": [""], "display": lambda *_, **__: None}
+    names = {"__name__": "__main__", "display": lambda *_, **__: None}
     for cell in nbformat.read(notebook, as_version=4).cells:
         sources = [cell.source] if cell.cell_type == "code" else []
         if "parameters" in cell.metadata.get("tags", ()):
@@ -472,7 +475,6 @@ def run_cells(notebook, parameters):
                 + "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
             )
         for source in sources:
-            names["In"].append(source)
             exec(compile(source, Path(notebook).name, "exec"), names)
 
 
@@ -497,7 +499,7 @@ def runs_alone(notebook):
     try:
         run_cells(
             notebook,
-            {name: tiny[name] for name in run.declared_parameters(notebook) if name in tiny},
+            {name: tiny[name] for name in declared_parameters(notebook) if name in tiny},
         )
     except ValueError as error:
         assert re.search(r"run notebook 0\d", str(error), re.I), error

@@ -17,6 +17,7 @@ from qlutils.experiments import claims, report
 from qlutils.facts import load_facts
 from qlutils.show import page
 from qlutils.study.notebook import Study
+from qlutils.study.parameters import declared_parameters
 
 MODELS = ["demo/gpt2", "demo/llama2", "demo/llama3"]
 SAMPLE = dict(relations=["P36", "P19"], facts_per_relation=12)
@@ -808,4 +809,4 @@ def test_cells_are_short_and_parameters_are_bare_literals():
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     assert max(source.count("\n") + 1 for source in sources) <= 25
     assert np.median([source.count("\n") + 1 for source in sources]) <= 8
-    assert "models" in run.declared_parameters(paths.NOTEBOOKS / "report.ipynb")
+    assert "models" in declared_parameters(paths.NOTEBOOKS / "report.ipynb")

@@ -18,7 +18,14 @@ import pytest
 from tiny import FACTS, PATTERNS, save_checkpoint, save_dataset
 
 from qlutils import load_facts, paths, run
-from qlutils.study.notebook import Study, check_parameters, model_content
+from qlutils.driver.arguments import parser
+from qlutils.driver.jobs import Job, fetch_inputs, plan_jobs
+from qlutils.driver.running import Run, may_start
+from qlutils.files import locked
+from qlutils.study import identity
+from qlutils.study.identity import model_content
+from qlutils.study.notebook import Study
+from qlutils.study.parameters import declared_parameters, parameters_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = (
@@ -26,7 +33,7 @@ PARAMETERS = (
     "3\nseed = 0\n"
     "output = 'default'\nt = 0.2"
 )
-OPEN = "from qlutils.study.notebook import Study\nstudy = Study.open('{}', In)"
+OPEN = "from qlutils.study.notebook import Study\nstudy = Study.open('{}', globals())"
 LOCALIZE = (
     "import os, sys\nimport pandas as pd\nif os.path.exists({fail!r} + study.method):\n"
     "    raise RuntimeError('no such luck\\nmore')\n"
@@ -156,7 +163,6 @@ def test_a_run_goes_through_models_and_methods_once_and_names_what_failed(
     assert run.main(options(model), books) == 0
     said = capsys.readouterr()
     assert [status for status, _ in table(said.out).values()] == ["cached", "done", "done"]
-    assert f"{stamp} is damaged: its notebook runs again" in said.err
     assert pd.read_parquet(results / "all" / "comparison.parquet").method.tolist() == ["ig", "sig"]
     assert run.main(options(model), books) == 0
     assert [status for status, _ in table(capsys.readouterr().out).values()] == ["cached"] * 3
@@ -170,8 +176,8 @@ def test_a_run_goes_through_models_and_methods_once_and_names_what_failed(
     summary = json.loads((runs / "default" / "run.json").read_text())
     assert summary["jobs"][0]["parameters"]["t"] == 0.3 and summary["jobs"][0]["status"] == "done"
     # and the record's command means these very jobs
-    args = run._parser().parse_args(shlex.split(summary["command"])[1:])
-    again, facts = run.plan_jobs(args, books)
+    args = parser().parse_args(shlex.split(summary["command"])[1:])
+    again, facts = plan_jobs(args, books)
     assert [job.parameters for job in again] == [job["parameters"] for job in summary["jobs"]]
     assert facts == summary["facts"]
     assert {"torch", "python", "papermill"} <= set(summary["versions"]) and summary["seconds"] > 0
@@ -182,10 +188,8 @@ def test_what_the_data_leaves_out_is_said_once(books, model, runs, caplog, tmp_p
     them."""
     patterns = {**PATTERNS, "P3": ["[X] is near [Y] .", "[X] is by [Y] ."]}
     data = save_dataset(tmp_path / "facts", patterns, {**FACTS, "P3": [("ann", "rome")]})
-    args = run._parser().parse_args(
-        ["--models", model, "--data", data, "--facts-per-relation", "1"]
-    )
-    run.plan_jobs(args, books)
+    args = parser().parse_args(["--models", model, "--data", data, "--facts-per-relation", "1"])
+    plan_jobs(args, books)
     study = Study(
         "01_localize", model=model, method="ig", data=data, facts_per_relation=1, embedding="input"
     )
@@ -213,8 +217,8 @@ def test_a_job_is_done_while_its_cells_and_the_versions_of_the_code_stay(
     book.cells[1].source += "\n"
     nbformat.write(book, books / "01_localize.ipynb")
     drive()
-    versions = run.code_versions()
-    monkeypatch.setattr(run, "code_versions", lambda: {**versions, "scale_kns": 0})
+    versions = identity.code_versions()
+    monkeypatch.setattr(identity, "code_versions", lambda: {**versions, "scale_kns": 0})
     drive()
     assert statuses == ["done", "cached", "done", "done"]
 
@@ -359,7 +363,7 @@ def test_every_01_comes_before_the_first_02_and_03_takes_the_downstream_methods(
     other = Path(model).with_name("other")
     other.mkdir()
     (other / "config.json").write_text("{}")
-    args = run._parser().parse_args(
+    args = parser().parse_args(
         [
             "--models",
             model,
@@ -374,7 +378,7 @@ def test_every_01_comes_before_the_first_02_and_03_takes_the_downstream_methods(
             "amig",
         ]
     )
-    jobs, _ = run.plan_jobs(args, books)
+    jobs, _ = plan_jobs(args, books)
     assert [(job.notebook.stem[:2], Path(job.model or "").name, job.method) for job in jobs] == [
         ("01", "tiny model", "ig"),
         ("01", "tiny model", "amig"),
@@ -394,7 +398,8 @@ def test_every_01_comes_before_the_first_02_and_03_takes_the_downstream_methods(
 
 
 def start(books, model, runs, *more):
-    code = f"import sys; from qlutils import run; sys.exit(run.main({options(model, *more)!r}, {str(books)!r}))"
+    call = f"run.main({options(model, *more)!r}, {str(books)!r})"
+    code = f"import sys; from qlutils import run; sys.exit({call})"
     env = {**os.environ, "QLUTILS_RUNS": str(runs), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-c", code],
@@ -507,10 +512,10 @@ def test_what_a_run_would_miss_hours_later_is_missed_before_it_starts(
 def test_what_the_chosen_notebooks_do_not_read_is_not_fetched(books, model, monkeypatch):
     write_notebook(books, "03_editing", PARAMETERS + '\ncorpus = "wikitext-2"')
     fetched = []
-    monkeypatch.setattr("qlutils.facts.perplexity_texts", fetched.append)
+    monkeypatch.setattr("qlutils.driver.jobs.perplexity_texts", fetched.append)
     for only, wanted in (("01", []), ("03", ["wikitext-2"])):
-        jobs, _ = run.plan_jobs(run._parser().parse_args([*options(model), "--only", only]), books)
-        run.fetch_inputs(jobs)
+        jobs, _ = plan_jobs(parser().parse_args([*options(model), "--only", only]), books)
+        fetch_inputs(jobs)
         assert fetched == wanted
 
 
@@ -570,7 +575,10 @@ def test_notebooks_run_side_by_side_but_not_before_what_they_read_nor_into_one_f
 ):
     """Each 01 waits until the other is there; a 03 and a 04 of one model and method never
     overlap."""
-    alone = "import os, time\nfor _ in range(20):\n    os.mkdir({0!r}); time.sleep(0.02); os.rmdir({0!r})"
+    alone = (
+        "import os, time\nfor _ in range(20):\n"
+        "    os.mkdir({0!r}); time.sleep(0.02); os.rmdir({0!r})"
+    )
     write_localize(
         books,
         more=f"\nimport os, time\nopen({str(books / 'here-')!r} + study.method, "
@@ -600,7 +608,10 @@ def test_what_needs_a_failed_job_is_not_run_and_a_path_that_cannot_be_written_fa
     (books / "fail-ig").touch()
     write_notebook(books, "03_edit", PARAMETERS, OPEN.format("03_edit"))
     blocked = (
-        runs / "default" / "notebooks" / f"{run.job_name('02_consistency', model, None)}.ipynb"
+        runs
+        / "default"
+        / "notebooks"
+        / f"{Job(Path('02_consistency'), model, None, {}).name}.ipynb"
     )
     blocked.mkdir(parents=True)
     assert run.main(options(model, "--only", "01", "02", "03", "--jobs", "2"), books) == 1
@@ -615,13 +626,15 @@ def test_what_needs_a_failed_job_is_not_run_and_a_path_that_cannot_be_written_fa
 
 def test_two_jobs_that_would_both_make_what_they_need_do_not_run_side_by_side(tmp_path):
     one, two = (
-        run.Job(Path(f"{stem}.ipynb"), "m", method, {}, ["01_localize--m--ig"])
+        Job(Path(f"{stem}.ipynb"), "m", method, {}, needs=["01_localize--m--ig"])
         for stem, method in (("02_consistency", None), ("03_edit", "ig"))
     )
-    assert run._next([one, two], [], tmp_path) is one and run._next([two], [one], tmp_path) is None
+    assert may_start(one, Run([], tmp_path, "", ""))
+    beside = Run([], tmp_path, "", "", running={0: one})
+    assert not may_start(two, beside)
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks" / "01_localize--m--ig.json").touch()
-    assert run._next([two], [one], tmp_path) is two
+    assert may_start(two, beside)
 
 
 @pytest.mark.parametrize("given", [["--workers", "0"], ["--workers", "-1"], ["--only", ""]])
@@ -631,7 +644,7 @@ def test_numbers_and_names_that_mean_nothing_are_refused_before_anything_starts(
     assert run.main(options(model, *given), books) == 2 and given[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("threads", ["0", "abc", "-2", "1.5"])
+@pytest.mark.parametrize("threads", ["0", "'abc'", "-2", "1.5"])
 def test_a_number_of_threads_that_is_none_is_refused_by_name(
     books, model, runs, capsys, monkeypatch, threads
 ):
@@ -688,38 +701,66 @@ def test_stopping_the_driver_ends_its_kernels_soon_and_the_next_run_goes_on(
 
 
 def test_two_drivers_on_one_output_are_refused(books, model, runs, capsys):
-    from qlutils.files import locked
-
     with locked(runs / "default" / ".lock"):
         assert run.main(options(model), books) == 2
     assert str(runs / "default" / ".lock") in capsys.readouterr().err
 
 
 # -- what a notebook checks by itself, without the driver ------------------------------------------
+def opened(monkeypatch, folder, declared, **given):
+    """What a notebook with these declared parameters has, opened with others given."""
+    write_notebook(folder, "01_localize", declared)
+    monkeypatch.chdir(folder)
+    namespace = {"In": [], "__name__": "__main__", "_dh": []}  # as a kernel has them
+    exec(declared, namespace)
+    return parameters_of("01_localize", {**namespace, **given})
+
+
 @pytest.mark.parametrize(
-    "injected, said",
+    "given, said",
     [
-        ("steps = 20", "unknown parameter 'steps'; this notebook knows model, "),
-        ("t = '0.3'", "t='0.3'"),
-        ("seed = True", "seed=True"),
-        ("seed = 0.5", "seed=0.5"),
-        ("model = None", "model=None"),
-        ("model = __import__('os').getcwd()", "not a literal"),
-        ("relations.x = 1", "not a literal"),
-        ("t = 0.01", "parameter t=0.01: want a share of the largest score that results keep"),
-        ("t = 1", "parameter t=1: want"),
-        ("seed = -1", "parameter seed=-1: want at least 0"),
+        ({"steps": 20}, "unknown parameter 'steps'; this notebook knows model, "),
+        ({"t": "0.3"}, "t='0.3'"),
+        ({"seed": True}, "seed=True"),
+        ({"seed": 0.5}, "seed=0.5"),
+        ({"model": None}, "model=None"),
+        ({"t": 0.01}, "parameter t 0.01: want a share of the largest score that results keep"),
+        ({"t": 1}, "parameter t 1: want"),
+        ({"seed": -1}, "parameter seed -1: want an integer, at least 0"),
+        ({"method": "lrp"}, "method 'lrp' is unknown"),
     ],
 )
-def test_a_notebook_refuses_parameters_it_does_not_know(injected, said):
-    with pytest.raises(ValueError, match=".*") as caught:
-        check_parameters(["", PARAMETERS, f"# Parameters\n{injected}\n", "later = f()"])
+def test_a_notebook_refuses_parameters_it_does_not_know(tmp_path, monkeypatch, given, said):
+    with pytest.raises(ValueError) as caught:
+        opened(monkeypatch, tmp_path, PARAMETERS, **given)
     assert said in str(caught.value)
 
 
-def test_a_value_out_of_range_is_refused_in_the_parameters_cell_too():
-    with pytest.raises(ValueError, match="static_threshold=7: want a CS2"):
-        check_parameters([f"{PARAMETERS}\nstatic_threshold = 7\n"])
+def test_given_values_win_none_means_all_and_a_notebook_can_be_opened_again(tmp_path, monkeypatch):
+    declared, given = f"{PARAMETERS}\nlambda1 = 2.0", dict(facts_per_relation=None, lambda1=1)
+    values = opened(monkeypatch, tmp_path, declared, **given)
+    assert values["facts_per_relation"] is None and values["lambda1"] == 1
+    assert values["model"] == "demo/gpt2" and "In" not in values
+    # names that later cells set are no parameters
+    again = opened(monkeypatch, tmp_path, declared, **given, study=object(), present=5)
+    assert again == values
+
+
+@pytest.mark.parametrize(
+    "line", ["relations = 'P36 P17'.split()", "t: float = 0.2", "import os", "t = s = f()", "t ="]
+)
+def test_a_parameters_cell_that_is_not_literal_is_refused(tmp_path, line):
+    write_notebook(tmp_path, "01_localize", f"{PARAMETERS}\n{line}")
+    with pytest.raises(ValueError, match="parameters cell") as caught:
+        declared_parameters(tmp_path / "01_localize.ipynb")
+    assert line in str(caught.value)
+
+
+def test_a_notebook_whose_parameters_cell_was_not_run_says_so(tmp_path, monkeypatch):
+    write_notebook(tmp_path, "01_localize", PARAMETERS)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="parameter model is not set: run the parameters cell"):
+        parameters_of("01_localize", {})
 
 
 def test_a_plan_costs_what_the_options_ask_for_and_each_model_and_method_once(
@@ -742,7 +783,7 @@ def test_a_plan_costs_what_the_options_ask_for_and_each_model_and_method_once(
         patch.setattr("qlutils.driver.plan.matmul_rate", lambda *_: ("a device", "float32", 1e15))
         assert flops() == pytest.approx(4 * flops("-p", "steps", "5"), rel=1e-2)
     for said, more in {
-        "no CUDA device|torch sees": ["--device", "cuda:99"],
+        "device 'cuda:99' is not there": ["--device", "cuda:99"],
         "none of these notebooks": ["-p", "stepz", "5"],
         "steps is 0": ["-p", "steps", "0"],
         "answer 'lst' is unknown": ["-p", "answer", "lst"],
@@ -750,34 +791,6 @@ def test_a_plan_costs_what_the_options_ask_for_and_each_model_and_method_once(
         assert run.main(["--plan", "--models", "demo/gpt2", *more], books) == 2
         assert re.search(said, capsys.readouterr().err)
     assert not runs.exists() or not list(runs.glob("*"))
-
-
-@pytest.mark.parametrize(
-    "line", ["relations = 'P36 P17'.split()", "t: float = 0.2", "import os", "%time x = 1"]
-)
-def test_a_parameters_cell_that_is_not_literal_is_refused_and_no_older_one_taken_for_it(line):
-    edited = PARAMETERS.replace("demo/gpt2", "demo/llama2") + f"\n{line}\n"
-    with pytest.raises(ValueError, match="parameters cell") as caught:
-        check_parameters([PARAMETERS, "x = f()", edited, "x = f()"])
-    assert line in str(caught.value)
-    mended = PARAMETERS.replace("demo/gpt2", "demo/llama3")
-    assert check_parameters([PARAMETERS, edited, mended])["model"] == "demo/llama3"
-
-
-def test_injected_values_win_and_none_means_all():
-    values = check_parameters(
-        [
-            "",
-            f"{PARAMETERS}\nlambda1 = 2.0",
-            "# Parameters\nfacts_per_relation = None\nlambda1 = 1\n",
-            "import qlutils",
-        ]
-    )
-    assert (
-        values["facts_per_relation"] is None
-        and values["lambda1"] == 1
-        and values["model"] == "demo/gpt2"
-    )
 
 
 @pytest.mark.parametrize(
@@ -846,7 +859,10 @@ def test_a_model_folder_with_a_long_name_keeps_a_short_one(tmp_path):
 
 
 def test_a_results_notebook_opens_without_torch(runs):
-    code = "import sys, qlutils, qlutils.study.notebook, qlutils.run; print({'torch', 'transformers'} & set(sys.modules))"
+    code = (
+        "import sys, qlutils, qlutils.study.notebook, qlutils.run\n"
+        "print({'torch', 'transformers'} & set(sys.modules))"
+    )
     said = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -945,7 +961,7 @@ def test_folders_of_other_letters_work_in_a_bare_c_locale(books, model, tmp_path
         "QLUTILS_RUNS": str(folder),
     }
     start = (
-        "import sys; from qlutils import run; run._in_utf8()\n"
+        "import sys; from qlutils import run; run.in_utf8()\n"
         f"sys.exit(run.main(None, {str(books)!r}))"
     )
     command = [sys.executable, "-c", start]
@@ -956,7 +972,8 @@ def test_folders_of_other_letters_work_in_a_bare_c_locale(books, model, tmp_path
     record = json.loads((folder / "\u00fc" / "run.json").read_text(encoding="utf-8"))
     assert shlex.split(record["command"])[-1] == "\u00fc"
     script = (
-        "from qlutils.study.notebook import Study, read_record\nimport pandas as pd\n"
+        "from qlutils.study.notebook import Study\n"
+        "from qlutils.study.results import read_record\nimport pandas as pd\n"
         "study = Study('01_localize', model='demo/gpt2', method='ig', facts_per_relation=1)\n"
         "study.save(pd.DataFrame({'a': [1]}), 'queries')\n"
         "study.load('queries'); study.record()\n"

@@ -27,11 +27,13 @@ from tiny import WORDS, save_checkpoint, save_dataset, word_tokenizer
 
 from qlutils import facts as data
 from qlutils import load_model, paths, run
+from qlutils.driver.jobs import Job, literal
 from qlutils.experiments.localize import localise
 from qlutils.show.plots import save_figure
 from qlutils.show.tables import write_table
 from qlutils.study.execute import kernel_environment
-from qlutils.study.notebook import Study, check_parameters, check_values, literals
+from qlutils.study.notebook import Study
+from qlutils.study.parameters import check_given, declared_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXED = settings(
@@ -305,7 +307,7 @@ def test_a_configuration_cannot_make_the_loader_fetch_or_run_anything(
 
 # --- downloads ------------------------------------------------------------------------------------
 def test_every_file_that_is_downloaded_is_pinned_and_has_a_checksum(monkeypatch):
-    registry = data._pararel_registry()
+    registry = data.pararel_registry()
     assert registry and all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in registry.values())
     assert all(
         re.fullmatch(r"(pattern_data/graphs_json|trex_lms_vocab)/P\d+\.jsonl", name)
@@ -382,8 +384,8 @@ def test_what_is_injected_into_a_notebook_is_the_value_and_no_code(value):
     book.cells = [nbformat.v4.new_code_cell("x = 0.2", metadata={"tags": ["parameters"]})]
     made = papermill.parameterize.parameterize_notebook(book, {"x": value})
     [cell] = [cell for cell in made.cells if "injected-parameters" in cell.metadata.get("tags", [])]
-    found = literals(cell.source)
-    assert found == {"x": value} and check_parameters(["x = None", cell.source])["x"] == value
+    [line] = ast.parse(cell.source).body
+    assert ast.literal_eval(line.value) == value
 
 
 @pytest.mark.parametrize(
@@ -408,9 +410,11 @@ def test_what_is_injected_into_a_notebook_is_the_value_and_no_code(value):
 )
 def test_a_parameter_that_is_code_is_refused_and_never_run(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert literals(source) is None
-    with pytest.raises(ValueError, match="not a literal"):
-        check_parameters(["t = 0.2", f"# Parameters\n{source}"])
+    book = nbformat.v4.new_notebook()
+    book.cells = [nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})]
+    nbformat.write(book, "01.ipynb")
+    with pytest.raises(ValueError, match="must hold nothing but lines `name = literal value`"):
+        declared_parameters("01.ipynb")
     assert not (tmp_path / "was-run").exists()
 
 
@@ -428,7 +432,7 @@ def test_a_parameter_that_is_code_is_refused_and_never_run(source, tmp_path, mon
 def test_the_driver_passes_on_no_code(name, value, tmp_path, monkeypatch, runs, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError):
-        check_values({name: run._literal(value)}, {"t": 0.2})
+        check_given({name: literal(value)}, {"t": 0.2})
     assert run.main(["--models", "demo/gpt2", "--relations", "P36", "-p", name, value]) == 2
     assert "was-run" not in os.listdir(tmp_path) and "run_all.sh: " in capsys.readouterr().err
 
@@ -467,7 +471,7 @@ def test_no_name_is_a_path_out_of_the_run(name):
     for make in (
         lambda: paths.RUNS / "run" / "results" / paths.slug(name),
         lambda: paths.run_folder(name),
-        lambda: paths.RUNS / "run" / f"{run.job_name('01_localize', name, 'ig')}.ipynb",
+        lambda: paths.RUNS / "run" / f"{Job(Path('01_localize'), name, 'ig', {}).name}.ipynb",
         lambda: Study("01", model=name, method="ig", output="run").results,
     ):
         try:
@@ -574,8 +578,8 @@ def test_a_local_cluster_listens_on_this_machine_only(tmp_path):
     """In a process of its own: scheduler, nanny and worker, with their web servers."""
     pytest.importorskip("distributed")
     code = (
-        "import argparse, time, sys\nfrom qlutils import run\nif __name__ == '__main__':\n"
-        " with run._scheduler(argparse.Namespace(workers=1, scheduler=None)) as address:\n"
+        "import sys\nfrom qlutils.driver.cluster import scheduler\nif __name__ == '__main__':\n"
+        " with scheduler(1, None) as address:\n"
         "  from distributed import Client\n"
         "  with Client(address, set_as_default=False) as client:\n   client.wait_for_workers(1, "
         "timeout=60)\n"

@@ -1,29 +1,19 @@
-"""What a run would cost, before anything is started: `./run_all.sh --plan ...`."""
+"""What the localisation would cost, before anything is started: `./run_all.sh --plan ...`.
 
-from __future__ import annotations
+Tokens are estimated from words. The hours are the arithmetic of attribution over the rate that the
+device's matrix products reach now; on a GPU a fixed time a query comes on top.
+"""
 
-import time
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 
+import qlutils
 from qlutils import paths
-from qlutils.facts import TOKENS_A_WORD, load_facts
+from qlutils.facts import load_facts, prompt_tokens
+from qlutils.model import pretrained
 
-# Shapes of the paper's models: layers, width, neurons, vocabulary, key-value width / width, gated
-# MLP.
-SHAPES = {
-    "gpt2": (12, 768, 3072, 50257, 1.0, False),
-    "meta-llama/Llama-2-7b-hf": (32, 4096, 11008, 32000, 1.0, True),
-    "meta-llama/Meta-Llama-3-8B": (32, 4096, 14336, 128256, 0.25, True),
-}
-# The same of those fetched by name. A head of Gemma 3 is wider than width / heads: its share makes
-# the size of the attention come out right.
-PRETRAINED_SHAPES = {
-    "pretrained/smollm2-135m": (30, 576, 1536, 49152, 1 / 3, True),
-    "pretrained/gemma-3-270m": (18, 640, 2048, 262144, 1.0, True),
-}
 # of the matmul rate that attribution reaches, on a CPU and on a GPU; tests/benchmarks measures it
 FRACTION = 0.7
 # a baseline, and twice that a query, beside the arithmetic: most of what a small model costs a GPU
@@ -31,179 +21,175 @@ GPU_SECONDS = 0.25e-3
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 BATCH_BYTES = 2**29  # activations of a batch (attribution.CPU_MEMORY)
 QUERY_BYTES = 2500  # a stored query: its sparse scores, compressed
+# model types whose MLP has two matrices, not three
+UNGATED = "gpt2 gpt_neo gptj codegen gpt_neox opt bloom falcon phi starcoder2".split()
 
 
-def model_shape(name: str) -> tuple:
-    """(layers, width, neurons, vocabulary, key-value share, gated) from a local configuration, or
-    the paper's table."""
-    from transformers import AutoConfig
+class Shape(NamedTuple):
+    """The sizes of a model; kv: width of the keys / width of the queries."""
 
-    from qlutils.model.loading import find_source
+    layers: int
+    width: int
+    neurons: int
+    vocabulary: int
+    kv: float
+    gated: bool
 
+    @property
+    def layer_weights(self):
+        attention = self.width**2 * (2 + 2 * self.kv)
+        return attention + self.width * self.neurons * (3 if self.gated else 2)
+
+
+# Of the paper's models and of those fetched by name. A head of Gemma 3 is wider than width / heads:
+# its share makes the size of the attention come out right.
+SHAPES = {
+    "gpt2": Shape(12, 768, 3072, 50257, 1.0, False),
+    "meta-llama/Llama-2-7b-hf": Shape(32, 4096, 11008, 32000, 1.0, True),
+    "meta-llama/Meta-Llama-3-8B": Shape(32, 4096, 14336, 128256, 0.25, True),
+}
+PRETRAINED_SHAPES = {
+    "pretrained/smollm2-135m": Shape(30, 576, 1536, 49152, 1 / 3, True),
+    "pretrained/gemma-3-270m": Shape(18, 640, 2048, 262144, 1.0, True),
+}
+
+
+def model_shape(name):
+    """The shape of a model from its local configuration, or from the tables above."""
     if name in PRETRAINED_SHAPES:
         return PRETRAINED_SHAPES[name]
-    bundled_or_file = name.startswith("demo/") or paths.is_gguf_path(name)
-    folder = Path(
-        find_source(name) if bundled_or_file else name
-    ).expanduser()  # a plan needs no weights
-    if name in SHAPES and not folder.is_dir():
-        return SHAPES[name]
-    if not folder.is_dir():
+    folder = Path(name).expanduser()
+    if name.startswith("demo/"):
+        folder = paths.DEMO / "models" / name.removeprefix("demo/")
+    elif pretrained.is_gguf(name):
+        folder = Path(pretrained.folder(name))
+    if folder.is_dir():
+        return _configured_shape(folder)
+    if name not in SHAPES:
         raise ValueError(
             f"the shape of {name!r} is not known here: plan with a local folder that holds its "
-            f"config.json, "
-            f"a bundled model, or one of {', '.join(SHAPES)}"
+            f"config.json, a bundled model, or one of {', '.join(SHAPES)}"
         )
+    return SHAPES[name]
+
+
+def _configured_shape(folder):
+    from transformers import AutoConfig
+
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-        width, heads = config.hidden_size, config.num_attention_heads
-        neurons = next(
-            (
-                n
-                for key in ("intermediate_size", "n_inner", "ffn_dim")
-                if (n := getattr(config, key, None))
-            ),
-            4 * width,
-        )
-        gated = config.model_type not in (
-            "gpt2",
-            "gpt_neo",
-            "gptj",
-            "codegen",
-            "gpt_neox",
-            "opt",
-            "bloom",
-            "falcon",
-            "phi",
-            "starcoder2",
-        )
-        return (
-            config.num_hidden_layers,
-            width,
-            neurons,
-            config.vocab_size,
-            (getattr(config, "num_key_value_heads", None) or heads) / heads,
-            gated,
-        )
+        layers, width = config.num_hidden_layers, config.hidden_size
+        heads, said = config.num_attention_heads, config.to_dict().get
     except (AttributeError, OSError, ValueError) as error:
         raise ValueError(f"no shape can be read from {folder / 'config.json'}: {error}") from None
+    neurons = said("intermediate_size") or said("n_inner") or said("ffn_dim") or 4 * width
+    kv = (said("num_key_value_heads") or heads) / heads
+    return Shape(layers, width, neurons, config.vocab_size, kv, config.model_type not in UNGATED)
 
 
-def query_flops(shape: tuple, method: str, steps: int, tokens: float) -> float:
+def query_flops(shape, method, steps, tokens):
     """Floating-point operations of one answer token's attribution: forward and backward of `steps`
     rows a layer (and baseline) through the layers above and the unembedding."""
-    layers, width, neurons, vocabulary, kv, gated = shape
-    layer = width * width * (2 + 2 * kv) + width * neurons * (3 if gated else 2)
-    baselines = tokens if method == "sig" else 1
-    rows = steps * baselines
-    return 4 * layer * rows * layers * (layers + 1) / 2 + 4 * rows * layers * width * vocabulary
+    rows = steps * (tokens if method == "sig" else 1)
+    through_layers = 4 * shape.layer_weights * rows * shape.layers * (shape.layers + 1) / 2
+    return through_layers + 4 * rows * shape.layers * shape.width * shape.vocabulary
 
 
-def query_seconds(
-    shape: tuple, method: str, steps: int, tokens: float, rate: float, gpu: bool
-) -> float:
+def query_seconds(shape, method, steps, tokens, rate, gpu):
     """Seconds of one answer token's attribution on a device of `rate` FLOP/s."""
-    rest = GPU_SECONDS * (2 + (tokens if method == "sig" else 1)) if gpu else 0.0
-    return query_flops(shape, method, steps, tokens) / (FRACTION * rate) + rest
+    fixed = GPU_SECONDS * (2 + (tokens if method == "sig" else 1)) if gpu else 0.0
+    return query_flops(shape, method, steps, tokens) / (FRACTION * rate) + fixed
 
 
-def matmul_rate(
-    device: str | None, dtype: str | None, shape: tuple, seconds: float = 2.0
-) -> tuple[str, str, float]:
-    """(device name, dtype, FLOP/s) of the device's matmul at this model's MLP shape: best of a few
+def matmul_rate(device, dtype, shape):
+    """(device name, dtype, FLOP/s) of the device's matmul at this model's MLP shape: best of two
     seconds."""
     import torch
+    from torch.utils.benchmark import Timer
 
-    from qlutils.model.loading import find_device
-
-    device = find_device(device)
-    kind = getattr(torch, dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    rows = 512 if device.type == "cpu" else 8192
-    a = torch.randn(rows, shape[1], device=device, dtype=kind)
-    b = torch.randn(shape[1], shape[2], device=device, dtype=kind)
-    best, end = 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        for _ in range(3):
-            a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = max(best, 6 * rows * shape[1] * shape[2] / (time.perf_counter() - start))
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads"
-    )
-    return name, str(kind).removeprefix("torch."), best
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    cpu, threads = chosen.type == "cpu", torch.get_num_threads()
+    kind, rows = dtype or ("float32" if cpu else "bfloat16"), 512 if cpu else 8192
+    options = {"device": chosen, "dtype": getattr(torch, kind)}
+    try:
+        a = torch.randn(rows, shape.width, **options)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device {device!r} is not there: {error}") from None
+    b = torch.randn(shape.width, shape.neurons, **options)
+    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=threads)
+    seconds = min(timer.blocked_autorange(min_run_time=2).times)
+    cuda = chosen.type == "cuda"
+    name = torch.cuda.get_device_name(chosen) if cuda else f"{chosen.type}, {threads} threads"
+    return name, kind, 2 * rows * shape.width * shape.neurons / seconds
 
 
-def plan(
-    models,
-    methods,
-    *,
-    data="demo",
-    relations=None,
-    facts_per_relation=None,
-    known_prompts=0,
-    seed=0,
-    device=None,
-    dtype=None,
-    steps=20,
-    middle="cut",
-    answer="all",
-) -> pd.DataFrame:
+def plan(facts, models, methods, asked, steps, answer, *, device=None, dtype=None):
     """A row a model and method: queries, rows, FLOPs, hours on this device, memory and disk.
 
-    The tokens are estimated from the words; the hours from the matmul rate measured now, the
-    fraction of it that attribution reaches (`FRACTION`) and, on a GPU, `GPU_SECONDS`. Nothing is
-    downloaded but the facts. With `known_prompts` the facts are as many as may be kept, and `scan
-    hours` is what asking every fact would take: which are known is not known before."""
-    facts = load_facts(
-        data, relations=relations, facts_per_relation=facts_per_relation, seed=seed, middle=middle
-    )
-    asked = load_facts(data, relations=relations, middle=middle) if known_prompts else []
-    asked_words = sum(
-        len(f"{prompt} {fact.object}".split()) for fact in asked for prompt in fact.prompts
-    )
-    queries = sum(len(fact.prompts) for fact in facts)
-    words = np.mean([len(prompt.split()) for fact in facts for prompt in fact.prompts])
-    lengths = [
-        max(1.0, TOKENS_A_WORD * len(fact.object.split())) for fact in facts for _ in fact.prompts
-    ]
-    answers = np.mean(lengths) if answer == "all" else 1  # tokens that are attributed
+    asked: the facts that may have to be asked to find those that a model knows."""
+    prompts = [prompt for fact in facts for prompt in fact.prompts]
+    tokens = sum(map(prompt_tokens, prompts)) / len(prompts)
+    answers = 0  # tokens that are attributed
+    for fact in facts:
+        length = max(1.0, prompt_tokens(fact.object)) if answer == "all" else 1
+        answers += length * len(fact.prompts)
+    scanned = sum(prompt_tokens(f"{prompt} {f.object}") for f in asked for prompt in f.prompts)
     rows = []
     for model in models:
         shape = model_shape(model)
         name, kind, rate = matmul_rate(device, dtype, shape)
-        layers, width, neurons, vocabulary, kv, gated = shape
-        weights = (
-            layers * (width**2 * (2 + 2 * kv) + width * neurons * (3 if gated else 2))
-            + 2 * vocabulary * width
-        )
-        scan = 2 * weights * TOKENS_A_WORD * asked_words / (FRACTION * rate)
+        gpu = not name.startswith("cpu")
+        weights = shape.layers * shape.layer_weights + 2 * shape.vocabulary * shape.width
         for method in methods:
-            tokens = words * TOKENS_A_WORD
-            flops = query_flops(shape, method, steps, tokens) * queries * answers
-            seconds = (
-                query_seconds(shape, method, steps, tokens, rate, gpu=not name.startswith("cpu"))
-                * queries
-                * answers
-            )
-            rows.append(
-                {
-                    "model": model,
-                    "method": method,
-                    "facts": len(facts),
-                    "queries": queries,
-                    "rows": steps * layers * queries * answers * (tokens if method == "sig" else 1),
-                    "PFLOP": flops / 1e15,
-                    "device": name,
-                    "dtype": kind,
-                    "TFLOP/s": FRACTION * rate / 1e12,
-                    "hours": seconds / 3600,
-                    **({"scan hours": scan / 3600} if known_prompts else {}),
-                    "memory GB": (weights * DTYPE_BYTES[kind] + BATCH_BYTES) / 1e9,
-                    "disk GB": queries * QUERY_BYTES / 1e9,
-                }
-            )
-    return pd.DataFrame(rows)
+            baselines = tokens if method == "sig" else 1
+            seconds = query_seconds(shape, method, steps, tokens, rate, gpu) * answers
+            row = {
+                "model": model,
+                "method": method,
+                "facts": len(facts),
+                "queries": len(prompts),
+                "rows": steps * shape.layers * answers * baselines,
+                "PFLOP": query_flops(shape, method, steps, tokens) * answers / 1e15,
+                "device": name,
+                "dtype": kind,
+                "TFLOP/s": FRACTION * rate / 1e12,
+                "hours": seconds / 3600,
+                "scan hours": 2 * weights * scanned / (FRACTION * rate) / 3600,
+                "memory GB": (weights * DTYPE_BYTES[kind] + BATCH_BYTES) / 1e9,
+                "disk GB": len(prompts) * QUERY_BYTES / 1e9,
+            }
+            rows.append(row)
+    table = pd.DataFrame(rows)
+    return table if asked else table.drop(columns="scan hours")
+
+
+def print_plan(args, jobs):
+    """Print what notebook 01 of these jobs would cost. Returns the exit status, 0."""
+    first = [job for job in jobs if job.is_of("01")]
+    if not first:
+        raise ValueError("--plan: with these options nothing is localised")
+    given = first[0].parameters
+    models, methods = dict.fromkeys(args.models), dict.fromkeys(args.methods)
+    chosen = {"steps", "rule", "answer", "site", "amig_factor"} & given.keys()
+    spec = qlutils.Spec(**{name: given[name] for name in chosen})  # or ValueError
+    data = {"relations": args.relations, "middle": given.get("middle", "cut"), "warn": False}
+    sample = {"facts_per_relation": given["facts_per_relation"], "seed": args.seed}
+    facts = load_facts(given["data"], **data, **sample)
+    asked = load_facts(given["data"], **data) if args.known_prompts else ()
+    device = {"device": args.device, "dtype": args.dtype}
+    costs = plan(facts, models, methods, asked, spec.steps, spec.answer, **device)
+    shown = costs.map(lambda x: f"{x:,.3g}" if isinstance(x, float) and x < 1e4 else x)
+    print(shown.to_string(index=False, float_format="{:,.0f}".format))
+    print(
+        f"Hours in all: {costs['hours'].sum():,.3g} for localisation on one such device; "
+        "notebooks 03-07 and the report come on top. Nothing was started."
+    )
+    if args.known_prompts:
+        print(
+            "Which facts a model knows, and so how many there are to localise, is not known "
+            "before it is asked: the numbers above are for as many facts as may be kept, and a "
+            "model may know fewer.\n"
+            f"Looking for them takes {costs['scan hours'].max():,.3g} hours a model at most, "
+            "when every fact is asked."
+        )
+    return 0

@@ -6,9 +6,6 @@ a notebook's metadata is a hash of its cells at that time, and a test compares i
 they are.
 """
 
-from __future__ import annotations
-
-import hashlib
 import sys
 import tempfile
 import time
@@ -17,79 +14,57 @@ from pathlib import Path
 import nbformat
 
 from qlutils import paths
+from qlutils.driver.stamps import cells_hash
 from qlutils.experiments.report import copy_results
 from qlutils.study.execute import execute, kernel_environment
 
 DROPPED_MIME = "application/vnd.jupyter.widget-view+json"  # a widget is nothing without its kernel
-
-
-def source_hash(notebook) -> str:
-    """SHA-256 of the cells' kinds and sources, in order."""
-    return hashlib.sha256(
-        "\0".join(f"{cell.cell_type}\1{cell.source}" for cell in notebook.cells).encode()
-    ).hexdigest()
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
 def cleaned(notebook):
     """An executed notebook without papermill's traces, progress bars and widget views; cells
     numbered from 1."""
-    notebook.metadata = {
-        key: notebook.metadata[key]
-        for key in ("kernelspec", "language_info")
-        if key in notebook.metadata
-    }
-    notebook.metadata["kernelspec"] = {
-        "display_name": "Python 3",
-        "language": "python",
-        "name": "python3",
-    }
+    language = notebook.metadata["language_info"]
+    notebook.metadata = {"kernelspec": KERNEL, "language_info": language}
     number = 0
     for cell in notebook.cells:
-        tags = [tag for tag in cell.metadata.get("tags", []) if tag == "parameters"]
-        cell.metadata = {"tags": tags} if tags else {}
-        if cell.cell_type != "code":
-            continue
-        number += 1
-        cell.execution_count = number
-        cell.outputs = [
-            out
-            for out in cell.outputs
-            if out.get("name") != "stderr" and DROPPED_MIME not in out.get("data", {})
-        ]
-        for out in cell.outputs:
-            if "execution_count" in out:
-                out.execution_count = number
-    notebook.metadata["executed_source"] = source_hash(notebook)
+        tagged = "parameters" in cell.metadata.get("tags", [])
+        cell.metadata = {"tags": ["parameters"]} if tagged else {}
+        if cell.cell_type == "code":
+            number += 1
+            cell.execution_count, outputs = number, cell.outputs
+            cell.outputs = []
+            for output in outputs:
+                if "execution_count" in output:
+                    output.execution_count = number
+                widget = DROPPED_MIME in output.get("data", {})
+                if output.get("name") != "stderr" and not widget:
+                    cell.outputs.append(output)
+    notebook.metadata["executed_source"] = cells_hash(notebook.cells)
     return notebook
 
 
 def refresh() -> int:
     """Run every notebook of the checkout as it stands and put its outputs into it; 1 if one
     failed."""
-    runs, started = paths.RUNS / "reference", time.time()
-    names = [
-        *sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")),
-        paths.NOTEBOOKS / "report.ipynb",
-        paths.NOTEBOOKS / "explore_fact.ipynb",
-    ]
-    failed = 0
+    runs, started, failed = paths.RUNS / "reference", time.time(), 0
+    names = sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    names += [paths.NOTEBOOKS / f"{stem}.ipynb" for stem in ("report", "explore_fact")]
     (runs / "executed").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="qlutils-") as scratch:
-        env = kernel_environment(
-            scratch,
-            QLUTILS_RUNS=runs,
-            QLUTILS_PROGRESS=Path(scratch, "progress"),
-            QLUTILS_COMMAND="./run_all.sh --refresh",
-        )
+        progress, log = Path(scratch, "progress"), Path(scratch, "log")
+        given = {"QLUTILS_RUNS": runs, "QLUTILS_COMMAND": "./run_all.sh --refresh"}
+        env = kernel_environment(scratch, **given, QLUTILS_PROGRESS=progress)
         for name in names:
             output = runs / "executed" / name.name
-            problem = execute(name, output, {}, env, Path(scratch, "log"))
-            print(
-                f"{name.name}: {problem or 'done'} ({time.time() - started:.0f} s)", file=sys.stderr
-            )
-            failed += bool(problem)
-            if not problem:
+            problem = execute(name, output, {}, env, log)
+            seconds = time.time() - started
+            print(f"{name.name}: {problem or 'done'} ({seconds:.0f} s)", file=sys.stderr)
+            if problem:
+                failed = 1
+            else:
                 nbformat.write(cleaned(nbformat.read(output, as_version=4)), name)
     if not failed:
         copy_results(runs / "default" / "results", paths.FIGURES / "demo")
-    return int(failed > 0)
+    return failed

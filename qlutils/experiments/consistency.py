@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from skimage.filters import threshold_otsu
 
+from qlutils.checks import METHODS
 from qlutils.neurons.sets import classify, fact_table, kn_sets, otsu_threshold
 from qlutils.show.stats import (
     LEAST,
@@ -20,7 +21,6 @@ from qlutils.show.stats import (
     welch,
 )
 from qlutils.show.tables import paper_value, without_empty_paper_columns
-from qlutils.study.notebook import METHODS
 
 CLASSES, THRESHOLDS = ("I", "II"), ("static", "otsu")
 # Wikidata's names of the properties in ParaRel.

@@ -26,7 +26,8 @@ from qlutils.show.page import export_html, missing_html, shown
 from qlutils.show.plots import figure_bars
 from qlutils.show.stats import STATISTICS
 from qlutils.show.tables import format_value, paper, paper_notes
-from qlutils.study.notebook import Study, read_record
+from qlutils.study.notebook import Study
+from qlutils.study.results import read_record
 
 NOTEBOOKS = {
     "01": "01_localize",

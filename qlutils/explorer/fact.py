@@ -32,8 +32,8 @@ from qlutils.model.passes import computing, neuron_vectors
 from qlutils.neurons.cas import cas_neurons
 from qlutils.neurons.sets import consistency, kn_sets, neighbour_sets
 from qlutils.show.plots import WIDE
-from qlutils.study.notebook import Study, model_content
-from qlutils.study.store import code_versions
+from qlutils.study.identity import code_versions, model_content
+from qlutils.study.notebook import Study
 
 FACTORS = {"suppress": 0.0, "enhance": 2.0}  # section 3.1
 ACTIONS = (*FACTORS, "erase", "update", "none")  # "none": to see what synapses do by themselves

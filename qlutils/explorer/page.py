@@ -11,6 +11,7 @@ from pathlib import Path
 
 import ipywidgets as w
 
+from qlutils.checks import METHODS
 from qlutils.explorer import fact as ex
 from qlutils.facts import load_facts
 from qlutils.model.loading import BUNDLED
@@ -18,7 +19,6 @@ from qlutils.neurons.sets import STORE_THRESHOLD
 from qlutils.show.page import table_html, template
 from qlutils.show.tables import display_table
 from qlutils.study import store
-from qlutils.study.notebook import METHODS
 
 _PIECES = template(Path(__file__).with_name("pieces.html")).module
 

@@ -8,15 +8,18 @@ Models know different facts: tables that put models side by side rest on other f
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import asdict
+from math import ceil, inf
 
 import pandas as pd
 
+import qlutils
 from qlutils import paths
+from qlutils.checks import check
 from qlutils.facts import Fact, seeded_order
-from qlutils.files import as_frame, locked, read_metadata, read_table, sha256, write_table
+from qlutils.files import locked
+from qlutils.study.results import load_frame, save_frame
 
 UNIT_FACTS = 32
 SCAN_PER_FACT = 32  # a relation of which less than one fact in 32 is known may stay short
@@ -27,24 +30,22 @@ def count_known(lm, unit: list[dict]) -> pd.DataFrame:
 
     A row a fact: fact, relation, queries (its prompts), answered (greedy decoding gives the whole
     answer). What cannot be read is not answered."""
-    from qlutils.change.rows import score_queries
-
-    facts, encoded, owner = [Fact(**record) for record in unit], [], []
-    for place, fact in enumerate(facts):
+    facts, encoded, owners = [Fact(**record) for record in unit], [], []
+    for fact in facts:
         for prompt in fact.prompts:
             try:
                 encoded.append(lm.encode(prompt, fact.object))
-                owner.append(place)
+                owners.append(fact.id)
             except ValueError:
                 continue
-    exact = score_queries(lm, encoded).exact if encoded else []
-    answered = Counter(place for place, right in zip(owner, exact) if right)
+    exact = qlutils.score_queries(lm, encoded).exact if encoded else []
+    answered = Counter(owner for owner, right in zip(owners, exact) if right)
     return pd.DataFrame(
         {
             "fact": [fact.id for fact in facts],
             "relation": [fact.relation for fact in facts],
             "queries": [len(fact.prompts) for fact in facts],
-            "answered": [answered[place] for place in range(len(facts))],
+            "answered": [answered[fact.id] for fact in facts],
         }
     )
 
@@ -55,15 +56,8 @@ count_known.VERSION = 1
 def check_known_prompts(known_prompts: int, facts: list[Fact], name="known_prompts") -> None:
     """ValueError for a number of prompts that is none, or that no fact has."""
     most = max(len(fact.prompts) for fact in facts)
-    if isinstance(known_prompts, bool) or not isinstance(known_prompts, int) or known_prompts < 0:
-        raise ValueError(
-            f"{name} {known_prompts!r}: want a number of prompts, at least 0 (0: all facts)"
-        )
-    if known_prompts > most:
-        raise ValueError(
-            f"{name} {known_prompts}: no fact of this data has more than {most} "
-            f"prompts; want at most {most}"
-        )
+    what = f"a number of prompts (0: all facts; no fact has more than {most})"
+    check(name, known_prompts, 0, most + 1, what)
 
 
 def known_facts(study) -> tuple[list[Fact], pd.DataFrame]:
@@ -72,19 +66,17 @@ def known_facts(study) -> tuple[list[Fact], pd.DataFrame]:
     ValueError: it knows none; or nobody has looked, and this study may not (`may_scan`)."""
     every = study.candidates()
     check_known_prompts(study.known_prompts, every)
-    path = study.root / "results" / paths.slug(study.model) / "known_facts.parquet"
-    if (scanned := _read(path, study, every)) is None:
-        if not study.may_scan:
-            raise ValueError(
-                f"which facts {study.model} knows was not looked for with these "
-                "parameters; run notebook 01"
-            )
-        # another method's notebook may be looking
-        with locked(path.with_name(".known_facts.lock"), math.inf):
-            if (scanned := _read(path, study, every)) is None:
-                scanned = _scan(study, every)
-                inputs = _inputs(study, every)  # a first download has a revision only now
-                write_table(scanned, path, sha256(inputs), inputs=inputs)
+    path = paths.results_folder(study.root, study.model).parent / "known_facts.parquet"
+    if (scanned := _saved(path, study, every)) is None and not study.may_scan:
+        raise ValueError(
+            f"which facts {study.model} knows was not looked for with these parameters; run "
+            "notebook 01"
+        )
+    if scanned is None:
+        with locked(path.with_name(".known_facts.lock"), inf):  # another notebook may be looking
+            if (scanned := _saved(path, study, every)) is None:
+                scanned = scan(study, every)
+                save_frame(scanned, path, _inputs(study, every))
     kept = set(scanned.loc[scanned["kept"], "fact"])
     if not kept:
         answered, queries = scanned["answered"], scanned["queries"].sum()
@@ -98,6 +90,18 @@ def known_facts(study) -> tuple[list[Fact], pd.DataFrame]:
     return facts, by_relation(scanned, every, study.known_prompts)
 
 
+def _inputs(study, every) -> dict:
+    chosen = {name: study.parameters[name] for name in ("known_prompts", "facts_per_relation")}
+    return {**study.origin(every), **chosen}
+
+
+def _saved(path, study, every) -> pd.DataFrame | None:
+    try:
+        return load_frame(path, _inputs(study, every))
+    except ValueError:
+        return None
+
+
 def by_relation(scanned: pd.DataFrame, every: list[Fact], known_prompts: int) -> pd.DataFrame:
     """A row a relation: facts in the data; scanned, of them; known, of the scanned; kept, of the
     known; queries of the scanned facts, and those that were answered."""
@@ -108,47 +112,31 @@ def by_relation(scanned: pd.DataFrame, every: list[Fact], known_prompts: int) ->
     return table.astype(int).reset_index()
 
 
-def _inputs(study, every) -> dict:
-    return {
-        **study.origin(every),
-        "known_prompts": study.known_prompts,
-        "facts_per_relation": study.facts_per_relation,
-    }
-
-
-def _read(path, study, every) -> pd.DataFrame | None:
-    if read_metadata(path).get("inputs") != _inputs(study, every):
-        return None
-    table, _ = read_table(path)
-    return None if table is None else as_frame([table])
-
-
-def _scan(study, every) -> pd.DataFrame:
+def scan(study, every) -> pd.DataFrame:
     """`count_known` of facts in the seeded order of each relation, and whether each is `kept`.
 
     Relations that have not enough yet are asked a unit each at a time; all units where all known
     facts are wanted."""
-    wanted = math.inf if study.facts_per_relation is None else study.facts_per_relation
-    waiting, parts = _units(every, study.seed), []
-    if wanted != math.inf:
-        most = math.ceil(wanted * SCAN_PER_FACT / UNIT_FACTS)
-        waiting = {relation: units[:most] for relation, units in waiting.items()}
-    found = dict.fromkeys(waiting, 0)
-    while any(waiting.values()):
-        ask = None if wanted == math.inf else 1
-        units = [unit for rest in waiting.values() for unit in rest[:ask]]
-        parts.append(study.run(count_known, units, desc=f"{study.model} known facts"))
-        known = parts[-1]["answered"] >= study.known_prompts
-        for relation, count in known.groupby(parts[-1]["relation"]).sum().items():
-            found[relation] += count
-        waiting = {
-            relation: rest[len(rest[:ask]) :]
-            for relation, rest in waiting.items()
-            if found[relation] < wanted
-        }
+    wanted = inf if study.facts_per_relation is None else study.facts_per_relation
+    waiting = _units(every, study.seed)
+    most = max(map(len, waiting.values()))
+    ask = most if wanted == inf else 1  # units of a relation at a time
+    allowed = most if wanted == inf else ceil(wanted * SCAN_PER_FACT / UNIT_FACTS)
+    found, parts = Counter(), []
+    for first in range(0, allowed, ask):
+        units = []
+        for relation, rest in waiting.items():
+            if found[relation] < wanted:
+                units += rest[first : min(first + ask, allowed)]
+        if not units:
+            break
+        part = study.run(count_known, units, desc=f"{study.model} known facts")
+        parts.append(part.assign(known=part["answered"] >= study.known_prompts))
+        found.update(parts[-1].groupby("relation")["known"].sum().to_dict())
     scanned = pd.concat(parts, ignore_index=True)
-    known = scanned["answered"] >= study.known_prompts
-    return scanned.assign(kept=known & (known.groupby(scanned["relation"]).cumsum() <= wanted))
+    rank = scanned.groupby("relation")["known"].cumsum()
+    kept = scanned["known"] & (rank <= wanted)
+    return scanned.drop(columns="known").assign(kept=kept)
 
 
 def _units(every, seed) -> dict[str, list[list[dict]]]:

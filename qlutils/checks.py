@@ -1,0 +1,24 @@
+"""What values may be: the study's lists of choices, and one check of numbers and of choices."""
+
+from math import inf
+from numbers import Integral, Real
+
+METHODS = ("ig", "sig", "amig")  # of localisation, see `attribution.attribute`
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def check(name, value, low, high=inf, what=""):
+    """ValueError unless `value` is a number with low <= value < high; an integer if `low` is one.
+
+    what: the message's words for such a number."""
+    kind = Integral if isinstance(low, int) else Real
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value < high:
+        what = what or ("an integer" if kind is Integral else "a number")
+        below = f" and below {high}" if high < inf else ""
+        raise ValueError(f"{name} {value!r}: want {what}, at least {low}{below}")
+
+
+def one_of(name, value, known):
+    """ValueError unless `value` is one of the texts `known`."""
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name} {value!r} is unknown; use one of {', '.join(known)}")

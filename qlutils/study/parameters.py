@@ -1,0 +1,93 @@
+"""A notebook's parameters: the names and defaults it declares, and the values they may have."""
+
+import ast
+import json
+from pathlib import Path
+
+from qlutils import paths
+from qlutils.checks import DTYPES, METHODS, check, one_of
+
+NULLABLE = ("relations", "facts_per_relation", "device", "dtype")  # None: all, all, the best, its
+# Of parameters whose other values would give numbers without a meaning: at least, below, and what
+# they are of. The rest is checked where it is used.
+RANGES = {
+    "t": (0.05, 1.0, "a share of the largest score that results keep"),
+    "static_threshold": (0.0, 1.0, "a CS2"),
+    "example_line": (0.0, 1.0, "a CS2"),
+    "n_locality": (1, 10**6, "a number of queries"),
+    "ppl_entries": (0, 10**6, "a number of texts"),
+    "ppl_max_tokens": (2, 10**6, "a number of tokens"),
+    "seed": (0, 2**63),
+    "known_prompts": (0, 10**6, "a number of prompts (0: all facts)"),
+    "more_controls_facts": (0, 10**6, "a number of facts"),
+    "sweep_facts": (0, 10**6, "a number of facts"),
+    "control_queries": (1, 10**6, "a number of queries"),
+}
+
+
+def declared_parameters(notebook):
+    """{name: default} of a notebook's cell tagged `parameters`; {} without one."""
+    for cell in json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]:
+        if "parameters" in cell["metadata"].get("tags", ()):
+            source, found = "".join(cell["source"]), {}
+            try:
+                for line in ast.parse(source).body:
+                    [target] = line.targets
+                    found[target.id] = ast.literal_eval(line.value)
+                return found
+            except (SyntaxError, ValueError, AttributeError):
+                raise ValueError(
+                    f"the parameters cell of {Path(notebook).name} must hold nothing but lines "
+                    f"`name = literal value`; got\n{source}"
+                ) from None
+    return {}
+
+
+def parameters_of(name, namespace):
+    """{parameter: value} of the notebook `name`, which hands over its namespace, `globals()`.
+
+    What it declares is read from its file, here or in `paths.NOTEBOOKS`. Before a notebook is
+    opened nothing else is set in it, so any other name with a plain value was given as a parameter
+    and is refused. ValueError names it, or a value of another type than its default or out of
+    range."""
+    file = Path(f"{name}.ipynb")
+    declared = declared_parameters(file if file.is_file() else paths.NOTEBOOKS / file)
+    if absent := [parameter for parameter in declared if parameter not in namespace]:
+        raise ValueError(f"parameter {absent[0]} is not set: run the parameters cell first")
+    values = {parameter: namespace[parameter] for parameter in declared}
+    if "study" not in namespace:
+        for other, value in namespace.items():
+            plain = value is None or isinstance(value, (bool, int, float, str, list))
+            if plain and not other.startswith("_") and not other[0].isupper():
+                values.setdefault(other, value)
+    check_given(values, declared)
+    return values
+
+
+def check_given(given, declared):
+    """ValueError unless every given parameter is known and of its default's type and range."""
+    for name, value in given.items():
+        if name not in declared:
+            raise ValueError(
+                f"unknown parameter {name!r}; this notebook knows {', '.join(declared)}"
+            )
+        default = declared[name]
+        kinds = (int, float) if type(default) is float else (type(default),)
+        empty = value is None and name in NULLABLE
+        if not (default is None or empty or type(value) in kinds):
+            raise ValueError(
+                f"parameter {name}={value!r}: want a value like its default {default!r}, "
+                f"of type {type(default).__name__}"
+            )
+    check_values(given)
+
+
+def check_values(given):
+    """ValueError for a parameter whose value has no meaning."""
+    methods = [given["method"]] if given.get("method") is not None else []
+    for name in methods + list(given.get("methods") or ()):
+        one_of("method", name, METHODS)
+    if given.get("dtype") is not None:
+        one_of("dtype", given["dtype"], DTYPES)
+    for name in RANGES.keys() & given.keys():
+        check(f"parameter {name}", given[name], *RANGES[name])

@@ -1,0 +1,57 @@
+"""Files of results: frames that one notebook keeps for another, and the record of each notebook."""
+
+import json
+import warnings
+from pathlib import Path
+
+from qlutils.files import as_frame, json_bytes, read_table, sha256, write_json, write_table
+from qlutils.study.identity import differing
+
+
+def save_frame(frame, path, inputs, **more):
+    """Write a DataFrame with what it was made from."""
+    write_table(frame, path, sha256(inputs), inputs=inputs, **more)
+
+
+def load_frame(path, inputs):
+    """The DataFrame of `save_frame`; ValueError says why it is none of a run with these inputs."""
+    if not path.exists():
+        raise ValueError("it was not made yet")
+    table, made = read_table(path)
+    if table is None:
+        raise ValueError(made)
+    if differ := differing(inputs, made.get("inputs", {})):
+        raise ValueError(f"it was made from other {', '.join(differ)}")
+    return as_frame([table])
+
+
+def write_record(path, notebook, entry):
+    """Put a notebook's entry into a run.json, sealed with its own SHA-256."""
+    entry = json.loads(json_bytes({"notebook": notebook, **entry}))
+    entries = {**read_record(path), notebook: {**entry, "sha256": sha256(entry)}}
+    write_json(path, dict(sorted(entries.items())))
+
+
+def read_record(path):
+    """{notebook: entry} of a run.json; damaged entries are left out with a warning."""
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        found = None
+    found = found if isinstance(found, dict) else {"all of it": None}
+    good = {notebook: entry for notebook, entry in found.items() if _is_whole(notebook, entry)}
+    if lost := sorted(found.keys() - good.keys()):
+        warnings.warn(
+            f"record {path} is damaged: {', '.join(lost)} is left out. Run the notebook again",
+            stacklevel=2,
+        )
+    return good
+
+
+def _is_whole(notebook, entry):
+    if not isinstance(entry, dict) or entry.get("notebook") != notebook:
+        return False
+    content = {name: value for name, value in entry.items() if name != "sha256"}
+    return entry.get("sha256") == sha256(content)
