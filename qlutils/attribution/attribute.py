@@ -29,11 +29,15 @@ from qlutils.model.passes import (
     SITES,
     clean_pass,
     computing,
+    join_passes,
     neuron_vectors,
     on_device,
     within_memory,
 )
 
+# Batches of the first round that the rule "converged" refines together: what it keeps of a query
+# is small beside a batch's activations, and its later rounds have few rows a query.
+HELD = 4
 METHODS = ("ig", "sig", "amig")
 CPU_MEMORY = (
     2**29
@@ -192,22 +196,32 @@ def _attribute(lm, queries, spec, names) -> Attribution:
     converged = known.clone() if spec.rule == "converged" else None
     evaluations = torch.zeros(count, dtype=torch.float64)
     for batch in _batches(queries, spec, lm):
-        ids, target, query, used = (
-            on_device([item[place] for item in batch], device) for place in range(1, 5)
-        )
-        clean = clean_pass(lm, ids, spec.site)
+        target = on_device([item[2] for item in batch], device)
+        passes, starts, pieces = [], [], []
+        for _, piece in groupby(batch, lambda item: len(item[1])):
+            piece = list(piece)
+            ids = on_device([item[1] for item in piece], device)
+            passes.append(clean_pass(lm, ids, spec.site))
+            starts.append(_baselines(lm, ids, [length for length, *_ in piece], spec))
+            pieces.append(piece)
+        clean = join_passes(passes)
+        del passes
+        starts = None if starts[0] is None else torch.cat(starts)
         p_clean = torch.softmax(clean.logits, -1).gather(1, target[:, None])[:, 0]
-        starts = _baselines(lm, ids, [length for length, *_ in batch], spec)
         found = integrate(lm, clean, target, starts, p_clean, spec)
-        # no two tokens of one answer share a batch: they have prompts of different lengths
-        raw[query] += found.scores / used[:, None, None]
-        gap[query] += found.gap / used[:, None]
-        *_, of_query, tokens = zip(*batch)  # in main memory, with nothing to wait for
-        evaluations[list(of_query)] += found.evaluations.double() / torch.tensor(tokens)
-        if converged is not None:
-            converged[query] &= found.converged.to(device)
-        probability[query] *= p_clean
-        known[query] &= clean.logits.argmax(-1) == target
+        first = 0
+        for piece in pieces:
+            # no two tokens of one answer share a piece: they have prompts of different lengths
+            here, first = slice(first, first + len(piece)), first + len(piece)
+            *_, of_query, tokens = zip(*piece)  # in main memory, with nothing to wait for
+            query, used = (on_device(one, device) for one in (of_query, tokens))
+            raw[query] += found.scores[here] / used[:, None, None]
+            gap[query] += found.gap[here] / used[:, None]
+            evaluations[list(of_query)] += found.evaluations[here].double() / torch.tensor(tokens)
+            if converged is not None:
+                converged[query] &= found.converged[here].to(device)
+            probability[query] *= p_clean[here]
+            known[query] &= clean.logits[here].argmax(-1) == target[here]
     if spec.answer == "first":
         whole = score_queries(lm, queries)
         probability = torch.from_numpy(np.exp(whole.log_probability)).to(probability)
@@ -240,12 +254,17 @@ def _batches(queries, spec, lm):
             (len(prompt), prompt + used[:k], used[k], index, len(used)) for k in range(len(used))
         ]
     # one number of baselines a batch: sig has as many as prompt tokens
-    kind = lambda item: (len(item[1]), item[0] if spec.method == "sig" else 0)  # noqa: E731
-    for _, group in groupby(sorted(items, key=lambda item: (len(item[1]), item[0])), kind):
+    mixed = spec.rule == "converged" and lm.layout == "sequence"
+    by_baselines = lambda item: item[0] if spec.method == "sig" else 0  # noqa: E731
+    by_length = lambda item: 0 if mixed else len(item[1])  # noqa: E731
+    kind = lambda item: (by_length(item), by_baselines(item))  # noqa: E731
+    items.sort(key=lambda item: (*kind(item), len(item[1]), item[0]))
+    for _, group in groupby(items, kind):
         group = list(group)
         baselines = group[0][0] - lm.bos_offset if spec.method == "sig" else 1
         points = 2 if spec.rule == "converged" else spec.steps  # of the first round
         size = max(1, spec.row_budget // (lm.num_layers * points * baselines))
+        size *= HELD if mixed else 1
         size = -(-len(group) // -(-len(group) // size))  # as many batches of even size
         yield from (group[start : start + size] for start in range(0, len(group), size))
 

@@ -31,6 +31,7 @@ from qlutils.model.passes import (
     start_rows,
 )
 
+PASS = 40  # rows for which a pass through the model takes as long as for one: it reads all weights
 ROUNDING = 4  # units in the last place by which a probability may be off: bfloat16 has 8 bits
 
 
@@ -192,14 +193,25 @@ class _Batch:
     def converge(self, tolerance: float) -> tuple[Integral, Tensor]:
         """The integral, and the probabilities (Q, B, L) at the paths' beginnings."""
         coordinate = self.paths.coordinate()
-        whole = self._whole(coordinate)
+        queries, baselines, layers = coordinate.center.shape
+        size, parts = max(1, self.row_budget // (layers * 2 * baselines)), []
+        for some in torch.arange(queries).split(size):
+            part = self._whole(coordinate.pick(some), self._pick(some))
+            part.path[0] += some[0]
+            parts.append(part)
+        whole = Intervals.join(parts)
         p_start = whole.probability[:, 0].view(coordinate.center.shape)
         return bisect(self, coordinate, whole, tolerance), p_start
 
-    def _whole(self, coordinate: Coordinate) -> Intervals:
+    def _pick(self, queries):
+        queries = on_device(queries, self.target.device)
+        return self.clean.pick(queries), self.target[queries], self.paths.pick(queries)
+
+    def _whole(self, coordinate: Coordinate, picked) -> Intervals:
         """Every path as one interval: gradients at its beginning, middle and (all of them shared)
         end."""
         lm, (queries, baselines, layers) = self.lm, coordinate.center.shape
+        clean, target, paths = picked
         path = torch.cartesian_prod(*(torch.arange(n) for n in coordinate.center.shape)).T
         nodes = []
         for u in (0.0, 0.5):
@@ -213,14 +225,14 @@ class _Batch:
             points = [(index[:, part], node[:, part, layer]) for layer in range(layers)]
             with_end = start == 0
             found.append(
-                _gradients(lm, self.clean, self.target, self.paths, points, None, with_end)
+                _gradients(lm, clean, target, paths, points, None, with_end)
             )
         gradient = torch.cat([torch.stack(one.gradient, 2) for one in found], 1)  # (Q, 2B, L, W)
         probability = torch.cat(
             [one.probability.unflatten(1, (layers, -1)).mT for one in found], 1
         )  # (Q, 2B, L)
         end = torch.stack(found[0].end, 1)[:, None].expand(-1, baselines, -1, -1)
-        p_end = torch.softmax(self.clean.logits, -1).gather(1, self.target[:, None])
+        p_end = torch.softmax(clean.logits, -1).gather(1, target[:, None])
         p_end = p_end[..., None].expand(-1, baselines, layers)
         gradient = torch.stack([*gradient.to(end).chunk(2, 1), end], 3).flatten(0, 2)  # (K, 3, W)
         probability = torch.stack([*probability.chunk(2, 1), p_end], 3).flatten(0, 2)
@@ -259,7 +271,7 @@ class _Batch:
             layout = _Layout.of(local, path[2].numpy()[chosen], len(queries), self.lm.num_layers)
             found = self._gradients_of(queries, layout, path[1][chosen], alpha[chosen])
             at = on_device(torch.from_numpy(chosen), gradient.device)
-            probability[at] = found.probability[local, layout.row]
+            probability[at] = found.probability
             for layer in np.unique(layout.layer):
                 here = np.flatnonzero(layout.layer == layer)
                 there = found.gradient[layer][local[here], layout.column[here]]
@@ -269,14 +281,15 @@ class _Batch:
     def _gradients_of(self, queries, layout, baseline, alpha) -> _Found:
         """Gradients at points laid out for some of the queries."""
         device = self.target.device
-        some = on_device(torch.from_numpy(queries), device)
-        clean = self.clean.pick(some)
         points = [
             (on_device(baseline[which], device), on_device(alpha[which], device))
             for which in layout.which
         ]
-        paths, slots = self.paths.pick(some), layout.slots(device)
-        return _gradients(self.lm, clean, self.target[some], paths, points, slots, False)
+        clean, target, paths = self._pick(queries)
+        chosen = (on_device(layout.query, device), on_device(layout.row, device))
+        return _gradients(
+            self.lm, clean, target, paths, points, layout.slots(device), False, chosen
+        )
 
 
 def _even_batches(query: np.ndarray, row_budget: int) -> Iterator[np.ndarray]:
@@ -289,7 +302,13 @@ def _even_batches(query: np.ndarray, row_budget: int) -> Iterator[np.ndarray]:
         most = count[order[start]]
         fitting = max(1, row_budget // most)
         stop = start + 1
-        while stop < len(order) and stop - start < fitting and 2 * count[order[stop]] > most:
+        spare = PASS
+        while stop < len(order) and stop - start < fitting:
+            few = count[order[stop]]
+            if 2 * few <= most:
+                spare -= most - few
+                if spare < 0:
+                    break
             stop += 1
         chosen = np.flatnonzero(np.isin(query, queries[order[start:stop]]))
         parts = -(-len(chosen) // row_budget) if stop == start + 1 else 1  # one query, too many
@@ -357,7 +376,7 @@ class _Found:
     end: list[Tensor]
 
 
-def _gradients(lm, clean, target, paths, points, slots, with_clean) -> _Found:
+def _gradients(lm, clean, target, paths, points, slots, with_clean, chosen=None) -> _Found:
     """Gradients at `points`, for each layer (baselines (Q or 1, P), places (Q or 1, P)). `slots`:
     see `_grow`. `with_clean`: the first row is the clean one, the common end of all paths."""
 
@@ -367,7 +386,11 @@ def _gradients(lm, clean, target, paths, points, slots, with_clean) -> _Found:
 
     with torch.enable_grad():
         hidden, leaves, end = _grow(lm, clean, rows, slots, with_clean, paths.site)
+        if chosen is not None:  # the padding needs no probabilities
+            hidden, target = hidden[chosen][:, None], target[chosen[0]]
         probability = answer_probabilities(lm, hidden, target, need_grad=True)
+        if chosen is not None:
+            probability = probability[:, 0]
         present = [leaf for leaf in leaves if leaf.shape[1]]
         found = iter(torch.autograd.grad(probability.sum(), present))
     gradient = [next(found) if leaf.shape[1] else leaf.detach() for leaf in leaves]

@@ -20,10 +20,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import Cache
 
-from qlutils.model.architecture import expand_call_argument, pick_call_argument
+from qlutils.model.architecture import (
+    expand_call_argument,
+    join_call_arguments,
+    pick_call_argument,
+)
 from qlutils.model.attention import check_arguments, controlled_weights, with_cache
 
 SITES = ("down_input", "pre_activation")  # where neurons are read and changed, see `site_module`
@@ -42,15 +47,16 @@ class PrefixCache:
     """Stands in for a model's key-value cache: hands every row the clean prefix and is never
     written to."""
 
-    def __init__(self, prefix: list[tuple[Tensor, Tensor]], layout: str):
-        self.prefix, self.layout = prefix, layout
+    def __init__(self, prefix, layout: str, padding: Tensor | None = None):
+        self.prefix, self.layout = prefix, layout  # L x 2 x (Q, Hkv, T-1, dh)
+        self.padding = padding  # (Q, 1, 1, T), True where a shorter prompt has no token
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_, **__):
         prefix_key, prefix_value = self.prefix[layer_idx]  # (Q, Hkv, T-1, dh)
         if (
             self.layout == "sequence"
         ):  # `prefix_attention` joins them without copying the prefix for every row
-            _LOCAL.prefix = prefix_key, prefix_value
+            _LOCAL.prefix = prefix_key, prefix_value, self.padding
             return key, value
         repeats = key.shape[0] // prefix_key.shape[0]
         return (
@@ -70,7 +76,7 @@ def prefix_attention(
     query (Q, H, P, dh), key and value (Q, Hkv, P, dh) of the rows themselves; the prefix comes from
     `PrefixCache`. Returns (Q, P, H, dh) as transformers' attention interface asks."""
     check_arguments(module, other)
-    prefix_key, prefix_value = _LOCAL.prefix
+    prefix_key, prefix_value, padding = _LOCAL.prefix
     (queries, heads, rows, width), groups = query.shape, query.shape[1] // key.shape[1]
     query = query.reshape(queries, heads // groups, groups, rows, width)
     key, value = (
@@ -87,6 +93,8 @@ def prefix_attention(
             scores = scores.masked_fill(~attention_mask, float("-inf"))
         else:
             scores = scores + attention_mask
+    if padding is not None:
+        scores = scores.masked_fill(padding, float("-inf"))
     weights = torch.softmax(
         scores, -1, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32
     )
@@ -230,8 +238,42 @@ class CleanPass:
             for tensors in (self.inputs, self.neurons, self.written)
         )
         prefix = [(key[queries], value[queries]) for key, value in self.cache.prefix]
-        cache = PrefixCache(prefix, self.cache.layout)
+        padding = None if self.cache.padding is None else self.cache.padding[queries]
+        cache = PrefixCache(prefix, self.cache.layout, padding)
         return CleanPass(calls, inputs, neurons, written, self.logits[queries], cache)
+
+
+def join_passes(passes: list[CleanPass]) -> CleanPass:
+    """Clean passes over prompts of different lengths as one, for the sequence layout: prefixes are
+    padded on the left."""
+    if len(passes) == 1:
+        return passes[0]
+    queries = [len(one.logits) for one in passes]
+    lengths = [one.cache.get_seq_length() + 1 for one in passes]
+    length, device = max(lengths), passes[0].logits.device
+    calls = []
+    for of_layer in zip(*(one.calls for one in passes)):
+        (args, kwargs), *_ = of_layer
+        some = [(None, [call[0][place] for call in of_layer]) for place in range(len(args))]
+        some += [(key, [call[1][key] for call in of_layer]) for key in kwargs]
+        some = [join_call_arguments(key, values, queries, length) for key, values in some]
+        calls.append((tuple(some[: len(args)]), dict(zip(kwargs, some[len(args) :]))))
+    inputs, neurons, written = (
+        [torch.cat(tensors) for tensors in zip(*(getattr(one, name) for one in passes))]
+        for name in ("inputs", "neurons", "written")
+    )
+    prefix = []
+    for of_layer in zip(*(one.cache.prefix for one in passes)):
+        padded = [
+            [pad(one, (0, 0, length - 1 - one.shape[2], 0)) for one in pair] for pair in of_layer
+        ]
+        prefix.append(tuple(torch.cat(tensors) for tensors in zip(*padded)))
+    missing = torch.tensor([length - one for one in lengths], device=device)
+    missing = missing.repeat_interleave(torch.tensor(queries, device=device))
+    padding = torch.arange(length, device=device) < missing[:, None, None, None]
+    cache = PrefixCache(prefix, passes[0].cache.layout, padding)
+    logits = torch.cat([one.logits for one in passes])
+    return CleanPass(calls, inputs, neurons, written, logits, cache)
 
 
 def site_module(lm, layer: int, site: str):
