@@ -224,9 +224,7 @@ class _Batch:
             part = slice(start, start + size)
             points = [(index[:, part], node[:, part, layer]) for layer in range(layers)]
             with_end = start == 0
-            found.append(
-                _gradients(lm, clean, target, paths, points, None, with_end)
-            )
+            found.append(_gradients(lm, clean, target, paths, points, None, with_end))
         gradient = torch.cat([torch.stack(one.gradient, 2) for one in found], 1)  # (Q, 2B, L, W)
         probability = torch.cat(
             [one.probability.unflatten(1, (layers, -1)).mT for one in found], 1
