@@ -15,8 +15,8 @@ from torch import nn
 
 from qlutils import attribute
 from qlutils.attribution.attribute import METHODS, Spec, attribute_encoded
-from qlutils.attribution.bisection import Coordinate
-from qlutils.attribution.integrate import Paths
+from qlutils.attribution.coordinate import Coordinate
+from qlutils.attribution.paths import Paths
 from qlutils.attribution.quadrature import RULES, quadrature
 from qlutils.change.rows import Change, score_queries, score_rows
 from qlutils.change.synapses import Row, column_scores, run_rows

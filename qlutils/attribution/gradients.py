@@ -143,8 +143,8 @@ class Replay:
         yield site_module(lm, layer, site).register_forward_hook(watch)
 
     def gradients_at(self, path: Tensor, alpha: Tensor, row_budget: int) -> tuple[Tensor, Tensor]:
-        """(K, W) gradients and (K,) probabilities at `alpha` (K,) of the paths `path` (3, K) (query,
-        baseline and layer), in batches of at most `row_budget` rows."""
+        """(K, W) gradients and (K,) probabilities at `alpha` (K,) of the paths `path` (3, K: query,
+        baseline, layer), in batches of at most `row_budget` rows."""
         width, device = self.paths.end[0].shape[-1], self.target.device
         gradient = torch.zeros(len(alpha), width, dtype=self.lm.score_dtype, device=device)
         probability = gradient.new_zeros(len(alpha))
@@ -188,8 +188,8 @@ def even_batches(query: np.ndarray, row_budget: int) -> Iterator[np.ndarray]:
 
 
 class Layout:
-    """Where K points of Q queries stand, sorted by layer, then query: in the batch, at `row` (K,) of
-    their query's rows (row 0 takes the padding); in their layer's leaf, at `column` (K,) of the
+    """Where K points of Q queries stand, sorted by layer, then query: in the batch, at `row` (K,)
+    of their query's rows (row 0 takes the padding); in their layer's leaf, at `column` (K,) of the
     query's. `of_layer`: the slice of each layer's points."""
 
     def __init__(self, query: np.ndarray, layer: np.ndarray, queries: int, layers: int):

@@ -1,7 +1,7 @@
 """The integral over each path: the paper's sum and other fixed rules, or refined until converged.
 
-Shapes: Q queries, B baselines a query, P points a layer, L layers, N neurons a layer, W the width of
-a row (see `paths`).
+Shapes: Q queries, B baselines a query, P points a layer, L layers, N neurons a layer, W the width
+of a row (see `paths`).
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlutils.attribution.bisection import Coordinate, Integral, Intervals, bisect
+from qlutils.attribution.bisection import Integral, Intervals, bisect
+from qlutils.attribution.coordinate import Coordinate
 from qlutils.attribution.gradients import Leaf, Replay
 from qlutils.attribution.paths import Paths
 from qlutils.attribution.quadrature import fixed_plan
 from qlutils.model.passes import CleanPass, on_device
-
-ROUNDING = 4  # units in the last place by which a probability may be off: bfloat16 has 8 bits
 
 
 @dataclass
@@ -35,8 +34,8 @@ class Raw:
 
 
 def integrate(lm, clean: CleanPass, target: Tensor, starts: Tensor | None, spec) -> Raw:
-    """Raw attributions of the answer tokens `target` (Q,) from baselines `starts` (Q, B, L, N; None:
-    zero) to the clean neurons."""
+    """Raw attributions of the answer tokens `target` (Q,) from baselines `starts` (Q, B, L, N;
+    None: zero) to the clean neurons."""
     replay = Replay(lm, clean, target, Paths.of(lm, clean, starts, spec))
     if spec.rule == "converged":
         integral, p_start = _converge(replay, spec)
@@ -89,7 +88,7 @@ def _converge(replay: Replay, spec) -> tuple[Integral, Tensor]:
         parts.append(part)
     whole = Intervals.join(parts)
     p_start = whole.probability[:, 0].view(coordinate.center.shape)
-    return bisect(_Integrand(replay, spec.row_budget), coordinate, whole, spec.tolerance), p_start
+    return bisect(replay, coordinate, whole, spec), p_start
 
 
 def _whole_paths(replay: Replay, coordinate: Coordinate, row_budget: int) -> Intervals:
@@ -115,35 +114,3 @@ def _whole_paths(replay: Replay, coordinate: Coordinate, row_budget: int) -> Int
     probability = torch.stack([*probability.chunk(2, 1), p_end], 3).flatten(0, 2)  # (K, 3)
     slopes = torch.stack([coordinate.slope(path, u) for u in places], 1)
     return Intervals.whole(path, gradient * slopes.to(gradient)[..., None], probability)
-
-
-@dataclass
-class _Integrand:
-    """What `bisect` asks of the paths; see `bisection.Integrand`."""
-
-    replay: Replay
-    row_budget: int
-
-    @property
-    def rounding(self) -> float:
-        return ROUNDING * torch.finfo(self.replay.lm.dtype).eps
-
-    def gradients(self, path: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        return self.replay.gradients_at(path, alpha, self.row_budget)
-
-    def scores(self, mean: Tensor, layer: int) -> Tensor:
-        return self.replay.paths.scores(mean, layer)
-
-    def largest_score(self, path: Tensor, gradient: Tensor) -> Tensor:
-        paths, largest = self.replay.paths, gradient.new_zeros(len(gradient))
-        for layer in path[2].unique().tolist():
-            chosen = (path[2] == layer).nonzero()[:, 0]
-            query, baseline = path[:2, chosen]
-            chosen = chosen.to(gradient.device)
-            at_neurons = paths.neuron_gradients(layer, gradient[chosen])
-            factor = paths.factor[query, baseline, layer]
-            largest[chosen] = (factor * at_neurons).abs().amax(1).to(largest)
-        return largest
-
-    def rise(self, path: Tensor, gradient: Tensor) -> Tensor:
-        return (self.replay.paths.change(path).to(gradient) * gradient).sum(1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qlutils.attribution.bisection import Coordinate
+from qlutils.attribution.coordinate import Coordinate
 from qlutils.model.architecture import UnsupportedModel
 from qlutils.model.passes import CleanPass
 
@@ -73,12 +73,25 @@ class Paths:
             (found,) = torch.autograd.grad(written, neurons, gradient.to(written))
         return found.to(gradient.dtype)
 
-    def change(self, path: Tensor) -> Tensor:
-        """(K, W) end - begin of the paths `path` (3, K)."""
+    def rise(self, path: Tensor, gradient: Tensor) -> Tensor:
+        """(K,) change of the probability along the paths `path` (3, K), to first order: a gradient
+        (K, W) each, times end - begin."""
         dtype = self.factor.dtype
-        ends = zip(self.end, self.begin)
-        change = torch.stack([end.to(dtype) - begin.to(dtype) for end, begin in ends], 2)
-        return change[tuple(path)]
+        changes = [end.to(dtype) - begin.to(dtype) for end, begin in zip(self.end, self.begin)]
+        change = torch.stack(changes, 2)[tuple(path)]
+        return (change.to(gradient) * gradient).sum(1)
+
+    def largest_score(self, path: Tensor, gradient: Tensor) -> Tensor:
+        """(K,) largest |attribution| of a neuron by each of the gradients (K, W) alone."""
+        largest = gradient.new_zeros(len(gradient))
+        for layer in path[2].unique().tolist():
+            chosen = (path[2] == layer).nonzero()[:, 0]
+            query, baseline = path[:2, chosen]
+            chosen = chosen.to(gradient.device)
+            at_neurons = self.neuron_gradients(layer, gradient[chosen])
+            factor = self.factor[query, baseline, layer]
+            largest[chosen] = (factor * at_neurons).abs().amax(1).to(largest)
+        return largest
 
     def scores(self, mean: Tensor, layer: int) -> Tensor:
         """(Q, N) raw attributions of a layer, summed over baselines, from its mean gradients
