@@ -1,8 +1,8 @@
 """The coordinate in which a path is cut into intervals.
 
 Where a norm follows the MLP, the probability depends on alpha through x / sqrt(mean(x**2) + eps)
-with x = x_b + alpha (x_w - x_b): flat but for a jump where x is shortest. The coordinate u gives the
-jump and the rest their share.
+with x = x_b + alpha (x_w - x_b): flat but for a jump where x is shortest. In the coordinate u the
+jump is as wide as the rest.
 
 Shapes: Q queries, B baselines a query, L layers, d residual width, K places.
 """
