@@ -270,7 +270,6 @@ def _add_batch(lm, batch: list[_Token], spec: Spec, found: Attribution) -> None:
     target = on_device([token.target for token in batch], lm.device)
     starts = None if starts[0] is None else torch.cat(starts)
     raw = integrate(lm, clean, target, starts, spec)
-    greedy = clean.logits.argmax(-1) == target
     first = 0
     for piece in pieces:  # the tokens of one answer are in different pieces
         here = slice(first, first + len(piece))
@@ -281,7 +280,7 @@ def _add_batch(lm, batch: list[_Token], spec: Spec, found: Attribution) -> None:
         found.scores[query] += raw.scores[here] / used[:, None, None]
         found.completeness_gap[query] += raw.gap[here] / used[:, None]
         found.probability[query] *= raw.probability[here]
-        found.known[query] &= greedy[here]
+        found.known[query] &= raw.known[here]
         if found.converged is not None:
             found.converged[query] &= on_device(raw.converged[here], lm.device)
 

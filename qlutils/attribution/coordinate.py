@@ -46,10 +46,6 @@ class Coordinate:
         straight = ~(floor < STRAIGHT)  # hardly a change, or none
         return center.masked_fill(straight, 0.0).cpu(), floor.masked_fill(straight, STRAIGHT).cpu()
 
-    def pick(self, queries: Tensor) -> Coordinate:
-        """The coordinate of some of the queries' paths."""
-        return Coordinate(self.center[queries], self.floor[queries])
-
     def _ends(self, path: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         center, floor = self.center[tuple(path)], self.floor[tuple(path)]
         return center, floor, torch.asinh(-center / floor), torch.asinh((1 - center) / floor)

@@ -68,22 +68,19 @@ class Gradients:
 @dataclass
 class Replay:
     """Q queries with what running their last token again takes: their clean passes, answer tokens
-    `target` (Q,) and paths."""
+    `target` (Q,), the probabilities of these there, `p_clean` (Q,), and paths."""
 
     lm: object
     clean: CleanPass
     target: Tensor
+    p_clean: Tensor
     paths: Paths
 
     def pick(self, queries: Tensor) -> Replay:
         """Some of the queries."""
         queries = on_device(queries, self.target.device)
-        clean, paths = self.clean.pick(queries), self.paths.pick(queries)
-        return Replay(self.lm, clean, self.target[queries], paths)
-
-    def clean_probability(self) -> Tensor:
-        """(Q,) probabilities of the answer tokens in the clean passes."""
-        return torch.softmax(self.clean.logits, -1).gather(1, self.target[:, None])[:, 0]
+        target, p_clean = self.target[queries], self.p_clean[queries]
+        return Replay(self.lm, self.clean.pick(queries), target, p_clean, self.paths.pick(queries))
 
     def gradients(
         self,

@@ -22,13 +22,14 @@ from qlutils.model.passes import CleanPass, on_device
 @dataclass
 class Raw:
     """Raw attributions `scores` (Q, L, N), summed over baselines; what their sums lack to
-    completeness, `gap` (Q, L), signed; `probability` (Q,) of the answer token; `converged` (Q,),
-    whether the integrals have settled, None for a rule that cannot tell; `evaluations` (Q,),
-    gradients a layer and baseline."""
+    completeness, `gap` (Q, L), signed; `probability` (Q,) of the answer token and whether it is the
+    likeliest, `known`; `converged` (Q,), whether the integrals have settled, None for a rule that
+    cannot tell; `evaluations` (Q,), gradients a layer and baseline."""
 
     scores: Tensor
     gap: Tensor
     probability: Tensor
+    known: Tensor
     converged: Tensor | None
     evaluations: Tensor
 
@@ -36,7 +37,8 @@ class Raw:
 def integrate(lm, clean: CleanPass, target: Tensor, starts: Tensor | None, spec) -> Raw:
     """Raw attributions of the answer tokens `target` (Q,) from baselines `starts` (Q, B, L, N;
     None: zero) to the clean neurons."""
-    replay = Replay(lm, clean, target, Paths.of(lm, clean, starts, spec))
+    p_clean = torch.softmax(clean.logits, -1).gather(1, target[:, None])[:, 0]
+    replay = Replay(lm, clean, target, p_clean, Paths.of(lm, clean, starts, spec))
     if spec.rule == "converged":
         integral, p_start = _converge(replay, spec)
         mean, converged = integral.mean, integral.converged
@@ -47,9 +49,9 @@ def integrate(lm, clean: CleanPass, target: Tensor, starts: Tensor | None, spec)
         evaluations = torch.full((len(target),), spec.steps, dtype=torch.float64)
     scores = [replay.paths.scores(mean[:, :, layer], layer) for layer in range(lm.num_layers)]
     scores = torch.stack(scores, 1)
-    p_clean = replay.clean_probability()
+    known = clean.logits.argmax(-1) == target
     gap = scores.sum(-1) - (p_clean[:, None, None] - p_start).sum(1)
-    return Raw(scores, gap, p_clean, converged, evaluations)
+    return Raw(scores, gap, p_clean, known, converged, evaluations)
 
 
 def _fixed_sum(replay: Replay, spec) -> tuple[Tensor, Tensor]:
@@ -79,38 +81,24 @@ def _fixed_sum(replay: Replay, spec) -> tuple[Tensor, Tensor]:
 def _converge(replay: Replay, spec) -> tuple[Integral, Tensor]:
     """The integral refined until it has settled, and the probabilities (Q, B, L) at the paths'
     beginnings."""
-    coordinate, parts = replay.paths.coordinate(), []
-    queries, baselines, layers = coordinate.center.shape
-    size = max(1, spec.row_budget // (layers * 2 * baselines))
-    for some in torch.arange(queries).split(size):
-        part = _whole_paths(replay.pick(some), coordinate.pick(some), spec.row_budget)
-        part.path[0] += some[0]
-        parts.append(part)
-    whole = Intervals.join(parts)
+    coordinate = replay.paths.coordinate()
+    whole = _whole_paths(replay, coordinate, spec.row_budget)
     p_start = whole.probability[:, 0].view(coordinate.center.shape)
     return bisect(replay, coordinate, whole, spec), p_start
 
 
 def _whole_paths(replay: Replay, coordinate: Coordinate, row_budget: int) -> Intervals:
-    """Every path as one interval: gradients at its beginning, its middle and its end, which all
-    paths of a query share."""
+    """Every path as one interval: gradients at its beginning, its middle and its end."""
     queries, baselines, layers = coordinate.center.shape
     path = torch.cartesian_prod(*(torch.arange(n) for n in coordinate.center.shape)).T  # (3, K)
     places = [torch.full((path.shape[1],), u, dtype=torch.float64) for u in (0.0, 0.5, 1.0)]
-    nodes = [coordinate.alpha(path, u).view(coordinate.center.shape) for u in places[:2]]
-    node = on_device(torch.cat(nodes, 1), replay.target.device)  # (Q, 2B, L)
-    index = torch.arange(baselines, device=node.device).repeat(2)[None]
-    found, size = [], max(1, row_budget // (layers * queries))
-    for start in range(0, 2 * baselines, size):
-        part = slice(start, start + size)
-        leaves = [Leaf(index[:, part], node[:, part, layer]) for layer in range(layers)]
-        found.append(replay.gradients(leaves, with_end=start == 0))
-    gradient = torch.cat([torch.stack(one.at, 2) for one in found], 1)  # (Q, 2B, L, W)
-    of_layers = [one.probability.unflatten(1, (layers, -1)).mT for one in found]
-    probability = torch.cat(of_layers, 1)  # (Q, 2B, L)
-    end = torch.stack(found[0].end, 1)[:, None].expand(-1, baselines, -1, -1)
-    p_end = replay.clean_probability()[:, None, None].expand(-1, baselines, layers)
-    gradient = torch.stack([*gradient.to(end).chunk(2, 1), end], 3).flatten(0, 2)  # (K, 3, W)
-    probability = torch.stack([*probability.chunk(2, 1), p_end], 3).flatten(0, 2)  # (K, 3)
+    alpha = torch.cat([coordinate.alpha(path, u) for u in places[:2]])
+    gradient, probability = replay.gradients_at(path.repeat(1, 2), alpha, row_budget)
+    nowhere = Leaf(path.new_zeros(1, 0).to(gradient.device), gradient.new_zeros(1, 0))
+    end = replay.gradients([nowhere] * layers, with_end=True).end  # which a query's paths share
+    end = torch.stack(end, 1)[:, None].expand(-1, baselines, -1, -1).flatten(0, 2)
+    p_end = replay.p_clean.repeat_interleave(baselines * layers)
+    gradient = torch.stack([*gradient.chunk(2), end], 1)  # (K, 3, W)
+    probability = torch.stack([*probability.chunk(2), p_end], 1)  # (K, 3)
     slopes = torch.stack([coordinate.slope(path, u) for u in places], 1)
     return Intervals.whole(path, gradient * slopes.to(gradient)[..., None], probability)
