@@ -1,12 +1,9 @@
-"""Integrated gradients of the answer's probability over MLP neurons, for many queries at once (Eq.
-8-18).
+"""Integrated gradients of the answer's probability over MLP neurons, for many queries (Eq. 8-18).
 
 The neurons of one layer move together along a straight path from a baseline b to their clean values
-w, in the clean context; each layer is a separate integral. All layers' integrals of a batch of
-queries go through the model as one growing batch of last-token rows (see `replay`): entering layer
-l it holds the rows of layers 0..l-1; layer l adds its own. One backward pass then reaches the L
-leaves. Where a rule has a node at the end of the path, that row is the clean forward pass for every
-layer, so one row serves all of them.
+w, in the clean context; each layer is a separate integral. Gradients along the paths of all layers
+and of many queries are taken in one pass (see `gradients`), and summed up by a rule (see
+`integrate`).
 
 Shapes: Q queries, B baselines a query, P points a layer, L layers, N neurons a layer, T prompt
 tokens.
@@ -14,6 +11,7 @@ tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from numbers import Integral, Real
@@ -25,20 +23,29 @@ from torch import Tensor
 from qlutils.attribution.integrate import integrate
 from qlutils.attribution.quadrature import RULES
 from qlutils.change.rows import score_queries
-from qlutils.model.answer import final_logits
 from qlutils.model.passes import (
     SITES,
     clean_pass,
     computing,
+    join_passes,
     neuron_vectors,
     on_device,
     within_memory,
 )
 
+# Batches of the first round that the rule "converged" refines together: what it keeps of a query
+# is small beside a batch's activations, and its later rounds have few rows a query.
+HELD = 4
 METHODS = ("ig", "sig", "amig")
-CPU_MEMORY = (
-    2**29
-)  # bytes of activations a batch may keep on a CPU; fixed, so that batches are the same everywhere
+CHOICES = {
+    "method": METHODS,
+    "rule": RULES,
+    "answer": ("all", "first"),
+    "site": SITES,
+    "amig_factor": ("w-b", "w"),
+}
+# Bytes of activations a batch may keep on a CPU: fixed, so that batches are the same everywhere.
+CPU_MEMORY = 2**29
 
 
 @dataclass(frozen=True)
@@ -57,43 +64,35 @@ class Spec:
     row_budget: int | None = None
 
     def __post_init__(self):
-        for name, allowed in (
-            ("method", METHODS),
-            ("rule", RULES),
-            ("answer", ("all", "first")),
-            ("site", SITES),
-            ("amig_factor", ("w-b", "w")),
-        ):
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}"
                 )
-        if isinstance(self.steps, bool) or not isinstance(self.steps, Integral) or self.steps < 2:
+        least = 3 if self.rule == "clenshaw" else 2
+        if not _is_whole(self.steps, least):
             raise ValueError(
-                f"steps is {self.steps!r}; an integral needs a whole number of at least 2 steps"
+                f"steps is {self.steps!r}; the rule {self.rule} needs a whole number of at least "
+                f"{least} steps"
             )
-        if self.rule == "clenshaw" and self.steps < 3:
-            raise ValueError(f"steps is {self.steps}; the rule clenshaw needs at least 3")
         tolerance = self.tolerance
         if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not 0 < tolerance < 1:
             raise ValueError(
                 f"tolerance is {tolerance!r}; it is the share of a query's largest score up to "
-                f"which "
-                "the rule converged leaves its scores uncertain, above 0 and below 1"
+                "which the rule converged leaves its scores uncertain, above 0 and below 1"
             )
-        object.__setattr__(self, "tolerance", float(tolerance))
-        budget = self.row_budget
-        if budget is not None and (
-            isinstance(budget, bool) or not isinstance(budget, Integral) or budget < 1
-        ):
+        if self.row_budget is not None and not _is_whole(self.row_budget, 1):
             raise ValueError(
-                f"row_budget is {budget!r}; use a whole number of at least 1 row, or None for the "
-                f"default"
+                f"row_budget is {self.row_budget!r}; use a whole number of at least 1 row, or None "
+                "for the default"
             )
-        object.__setattr__(
-            self, "steps", int(self.steps)
-        )  # NumPy's whole numbers have no place in the JSON of a run
-        object.__setattr__(self, "row_budget", budget if budget is None else int(budget))
+        for name, kind in (("steps", int), ("tolerance", float), ("row_budget", int)):
+            if getattr(self, name) is not None:  # the JSON of a run cannot hold NumPy's numbers
+                object.__setattr__(self, name, kind(getattr(self, name)))
+
+
+def _is_whole(value, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
 
 
 @dataclass
@@ -124,10 +123,9 @@ def default_row_budget(lm) -> int:
     CPU."""
     memory = CPU_MEMORY
     if lm.device.type == "cuda":
-        unused = torch.cuda.memory_reserved(lm.device) - torch.cuda.memory_allocated(
-            lm.device
-        )  # torch's own, at hand
-        memory = max(2**28, 0.8 * (torch.cuda.mem_get_info(lm.device)[0] + unused))
+        free = torch.cuda.mem_get_info(lm.device)[0]
+        free += torch.cuda.memory_reserved(lm.device) - torch.cuda.memory_allocated(lm.device)
+        memory = max(2**28, 0.8 * free)
     width = lm.arch.head.weight.shape[1]
     per_row = (14 * width + 5 * lm.num_neurons) * lm.dtype.itemsize * (lm.num_layers + 1) / 2
     return max(lm.num_layers, int(memory / per_row))
@@ -182,74 +180,109 @@ def attribute_encoded(
         )
 
 
-def _attribute(lm, queries, spec, names) -> Attribution:
-    # Everything stays on the device to the end: nothing here waits for it, and the next batch is on
-    # its way meanwhile.
-    count, device = len(queries), lm.device
-    raw = torch.zeros(count, lm.num_layers, lm.num_neurons, dtype=lm.score_dtype, device=device)
-    gap = torch.zeros(count, lm.num_layers, dtype=lm.score_dtype, device=device)
-    probability = torch.ones(count, dtype=lm.score_dtype, device=device)
-    known = torch.ones(count, dtype=torch.bool, device=device)
-    converged = known.clone() if spec.rule == "converged" else None
-    evaluations = torch.zeros(count, dtype=torch.float64)
-    for batch in _batches(queries, spec, lm):
-        ids, target, query, used = (
-            on_device([item[place] for item in batch], device) for place in range(1, 5)
+@dataclass
+class _Token:
+    """An answer token to attribute: `ids`, the prompt and the answer before it; of the prompt,
+    `prompt_length` tokens; one of the `used` tokens of answer `query`."""
+
+    ids: list[int]
+    target: int
+    prompt_length: int
+    query: int
+    used: int
+
+
+def _tokens(queries, answer: str) -> list[_Token]:
+    tokens = []
+    for index, (prompt, whole) in enumerate(queries):
+        used = whole if answer == "all" else whole[:1]
+        for k, target in enumerate(used):
+            tokens.append(_Token(prompt + used[:k], target, len(prompt), index, len(used)))
+    return tokens
+
+
+def _batches(tokens: list[_Token], spec: Spec, lm) -> Iterator[list[_Token]]:
+    """Tokens whose integrals are computed together, sorted by their number of ids: by a rule with
+    fixed nodes those with as many ids, by "converged" any (few rows are left in its later rounds).
+    With sig as many prompt tokens each, since there is a baseline for each of them."""
+    mixed = spec.rule == "converged" and lm.layout == "sequence"
+
+    def kind(token):
+        return (
+            token.prompt_length if spec.method == "sig" else 0,
+            0 if mixed else len(token.ids),
         )
-        clean = clean_pass(lm, ids, spec.site)
-        logits = final_logits(lm, clean.inputs[lm.num_layers][:, -1])
-        p_clean = torch.softmax(logits, -1).gather(1, target[:, None])[:, 0]
-        starts = _baselines(lm, ids, [length for length, *_ in batch], spec)
-        found = integrate(lm, clean, target, starts, p_clean, spec)
-        # no two tokens of one answer share a batch: they have prompts of different lengths
-        raw[query] += found.scores / used[:, None, None]
-        gap[query] += found.gap / used[:, None]
-        *_, of_query, tokens = zip(*batch)  # in main memory, with nothing to wait for
-        evaluations[list(of_query)] += found.evaluations.double() / torch.tensor(tokens)
-        if converged is not None:
-            converged[query] &= found.converged.to(device)
-        probability[query] *= p_clean
-        known[query] &= logits.argmax(-1) == target
+
+    tokens = sorted(tokens, key=lambda token: (*kind(token), len(token.ids), token.prompt_length))
+    for (prompt_length, _), group in groupby(tokens, kind):
+        group = list(group)
+        baselines = prompt_length - lm.bos_offset if spec.method == "sig" else 1
+        points = 2 if spec.rule == "converged" else spec.steps  # of the first round
+        size = max(1, spec.row_budget // (lm.num_layers * points * baselines))
+        if mixed:
+            size *= HELD
+        even = -(-len(group) // -(-len(group) // size))  # as many batches of even size
+        yield from (group[start : start + even] for start in range(0, len(group), even))
+
+
+def _attribute(lm, queries, spec: Spec, names) -> Attribution:
+    # Everything stays on the device to the end: the next batch is on its way meanwhile.
+    shape, options = (len(queries), lm.num_layers), dict(dtype=lm.score_dtype, device=lm.device)
+    found = Attribution(
+        scores=torch.zeros(*shape, lm.num_neurons, **options),
+        completeness_gap=torch.zeros(shape, **options),
+        probability=torch.ones(len(queries), **options),
+        known=torch.ones(len(queries), dtype=torch.bool, device=lm.device),
+        converged=None,
+        evaluations=torch.zeros(len(queries), dtype=torch.float64),
+        row_budget=spec.row_budget,
+    )
+    if spec.rule == "converged":
+        found.converged = found.known.clone()
+    for batch in _batches(_tokens(queries, spec.answer), spec, lm):
+        _add_batch(lm, batch, spec, found)
     if spec.answer == "first":
         whole = score_queries(lm, queries)
-        probability = torch.from_numpy(np.exp(whole.log_probability)).to(probability)
-        known = torch.from_numpy(whole.exact).to(device)
-    bad = (~(torch.isfinite(raw).flatten(1).all(1) & torch.isfinite(probability))).cpu()
+        found.probability = torch.from_numpy(np.exp(whole.log_probability)).to(found.probability)
+        found.known = torch.from_numpy(whole.exact).to(lm.device)
+    finite = torch.isfinite(found.scores).flatten(1).all(1) & torch.isfinite(found.probability)
+    bad = (~finite).cpu()
     if bad.any():
         raise ValueError(
             f"the scores of {names[int(bad.nonzero()[0])]!r} are not finite: {lm.name} gives "
-            f"infinite or "
-            f"NaN values in {lm.dtype}; try float32"
+            f"infinite or NaN values in {lm.dtype}; try float32"
         )
-    return Attribution(
-        _normalise(raw, spec.method, names),
-        gap.abs(),
-        probability,
-        known,
-        converged,
-        evaluations,
-        spec.row_budget,
-    )
+    found.scores = _normalise(found.scores, spec.method, names)
+    found.completeness_gap = found.completeness_gap.abs()
+    return found
 
 
-def _batches(queries, spec, lm):
-    """Lists of (prompt length, ids up to the answer token, answer token, query, its answer tokens),
-    equal lengths together. With answer="first" only the first token is attributed."""
-    items = []
-    for index, (prompt, answer) in enumerate(queries):
-        used = answer if spec.answer == "all" else answer[:1]
-        items += [
-            (len(prompt), prompt + used[:k], used[k], index, len(used)) for k in range(len(used))
-        ]
-    # one number of baselines a batch: sig has as many as prompt tokens
-    kind = lambda item: (len(item[1]), item[0] if spec.method == "sig" else 0)  # noqa: E731
-    for _, group in groupby(sorted(items, key=lambda item: (len(item[1]), item[0])), kind):
-        group = list(group)
-        baselines = group[0][0] - lm.bos_offset if spec.method == "sig" else 1
-        points = 2 if spec.rule == "converged" else spec.steps  # of the first round
-        size = max(1, spec.row_budget // (lm.num_layers * points * baselines))
-        size = -(-len(group) // -(-len(group) // size))  # as many batches of even size
-        yield from (group[start : start + size] for start in range(0, len(group), size))
+def _add_batch(lm, batch: list[_Token], spec: Spec, found: Attribution) -> None:
+    """Add to `found` the mean over an answer's tokens of what those in `batch` give."""
+    pieces = [list(piece) for _, piece in groupby(batch, lambda token: len(token.ids))]
+    passes, starts = [], []
+    for piece in pieces:
+        ids = on_device([token.ids for token in piece], lm.device)
+        passes.append(clean_pass(lm, ids, spec.site))
+        starts.append(_baselines(lm, ids, [token.prompt_length for token in piece], spec))
+    clean = join_passes(passes)
+    del passes
+    target = on_device([token.target for token in batch], lm.device)
+    starts = None if starts[0] is None else torch.cat(starts)
+    raw = integrate(lm, clean, target, starts, spec)
+    first = 0
+    for piece in pieces:  # the tokens of one answer are in different pieces
+        here = slice(first, first + len(piece))
+        first += len(piece)
+        place, used = [token.query for token in piece], [token.used for token in piece]
+        found.evaluations[place] += raw.evaluations[here] / torch.tensor(used)
+        query, used = on_device(place, lm.device), on_device(used, lm.device)
+        found.scores[query] += raw.scores[here] / used[:, None, None]
+        found.completeness_gap[query] += raw.gap[here] / used[:, None]
+        found.probability[query] *= raw.probability[here]
+        found.known[query] &= raw.known[here]
+        if found.converged is not None:
+            found.converged[query] &= on_device(raw.converged[here], lm.device)
 
 
 def _baselines(lm, ids: Tensor, prompt_lengths: list[int], spec: Spec) -> Tensor | None:
@@ -257,48 +290,43 @@ def _baselines(lm, ids: Tensor, prompt_lengths: list[int], spec: Spec) -> Tensor
     if spec.method == "ig":
         return None
     first, (queries, length) = lm.bos_offset, ids.shape
+    tokenizer = lm.tokenizer
     if spec.method == "amig":
-        eos = lm.tokenizer.eos_token_id
-        if eos is None or eos >= lm.num_embeddings:
-            raise ValueError(
-                f"{lm.name}: amig replaces the prompt by EOS tokens, and its "
-                "tokenizer has none that the model embeds"
-            )
+        token = _stand_in(lm, "amig replaces the prompt by EOS tokens", [tokenizer.eos_token_id])
         variants = ids.clone()
         for row, prompt_length in enumerate(prompt_lengths):
-            variants[row, first:prompt_length] = eos
+            variants[row, first:prompt_length] = token
     else:
-        candidates = (
-            lm.tokenizer.mask_token_id,
-            lm.tokenizer.pad_token_id,
-            lm.tokenizer.eos_token_id,
-        )
-        token = next((c for c in candidates if c is not None and c < lm.num_embeddings), None)
-        if token is None:
-            raise ValueError(
-                f"{lm.name}: sig needs a mask, pad or EOS token, and its tokenizer has none that "
-                f"the model embeds"
-            )
+        candidates = [tokenizer.mask_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id]
+        token = _stand_in(lm, "sig needs a mask, pad or EOS token", candidates)
         places = range(first, prompt_lengths[0])
-        variants = ids[:, None].repeat(1, len(places), 1)
+        variants = ids[:, None].repeat(1, len(places), 1)  # (Q, B, T)
         for row, place in enumerate(places):
             variants[:, row, place] = token
-    vectors = neuron_vectors(
-        lm, variants.reshape(-1, length), spec.site, chunk=max(1, spec.row_budget // length)
-    )
+    variants = variants.reshape(-1, length)
+    chunk = max(1, spec.row_budget // length)
+    vectors = neuron_vectors(lm, variants, spec.site, chunk)
     return vectors.view(queries, -1, lm.num_layers, lm.num_neurons)
 
 
+def _stand_in(lm, need: str, candidates: list[int | None]) -> int:
+    """The first of the special tokens that the tokenizer has and the model embeds."""
+    for token in candidates:
+        if token is not None and token < lm.num_embeddings:
+            return token
+    raise ValueError(f"{lm.name}: {need}, and its tokenizer has none that the model embeds")
+
+
 def _normalise(raw: Tensor, method: str, names) -> Tensor:
+    """Raw scores (Q, L, N) normalised as the method says."""
     if method == "sig":  # Eq. 14
-        return (
-            raw / raw.flatten(1).norm(dim=1).clamp_min(torch.finfo(raw.dtype).tiny)[:, None, None]
-        )
+        norm = raw.flatten(1).norm(dim=1).clamp_min(torch.finfo(raw.dtype).tiny)
+        return raw / norm[:, None, None]
     if method == "amig":  # Eq. 18, with the absolute value of the sum
         total = raw.sum((1, 2)).abs()
         if (total == 0).any():
             raise ValueError(
-                f"amig divides by the sum of a query's scores, which is zero for "
+                "amig divides by the sum of a query's scores, which is zero for "
                 f"{names[int((total == 0).nonzero()[0])]!r}"
             )
         return raw / total[:, None, None]

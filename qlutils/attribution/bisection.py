@@ -12,10 +12,12 @@ width of a row (see `attribution`). A path is named by (query, baseline, layer).
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from qlutils.attribution.coordinate import Coordinate
+from qlutils.attribution.gradients import Replay
 
 # |Boole - Simpson| is the error of Simpson's rule; Boole's, which is what we keep, is far smaller,
 # but the errors of some intervals and of the guesses before add up. Chosen on 32 queries each of
@@ -23,78 +25,12 @@ from torch import Tensor
 SETTLED = 0.2  # of the tolerance, for one interval
 GAP_SHARE = 0.5  # what the sum over a layer's neurons misses may hide in several of them
 NARROWEST = 2.0**-10  # an interval that has not settled at this width is given up
-STRAIGHT = 1e3  # a floor from which on a coordinate is a straight line to all digits that matter
+ROUNDING = 4  # units in the last place by which a probability may be off: bfloat16 has 8 bits
 
 Rule = tuple[float, ...]  # the weights of the five quarter points of an interval
 TRAPEZOID = (0.5, 0.0, 0.0, 0.0, 0.5)
 SIMPSON = (1 / 6, 0.0, 4 / 6, 0.0, 1 / 6)
 BOOLE = (7 / 90, 32 / 90, 12 / 90, 32 / 90, 7 / 90)
-
-
-class Integrand(Protocol):
-    """What `bisect` needs of the paths of Q queries. `rounding`: by what share of itself a
-    probability may be off in the model's precision."""
-
-    rounding: float
-
-    def gradients(self, path: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """(K, W) gradients of the probability and (K,) probabilities at `alpha` (K,) of paths
-        `path` (3, K)."""
-
-    def scores(self, mean: Tensor, layer: int) -> Tensor:
-        """(Q, N) attributions of a layer from the mean gradients of its paths (Q, B, W)."""
-
-    def largest_score(self, path: Tensor, gradient: Tensor) -> Tensor:
-        """(K,) largest |attribution| of a neuron by each of the gradients (K, W) alone."""
-
-    def rise(self, path: Tensor, gradient: Tensor) -> Tensor:
-        """(K,) change of the probability along the paths, to first order: gradient . (w - b)."""
-
-
-@dataclass
-class Coordinate:
-    """u in [0, 1] for each path, alpha = center + floor * sinh(low + u * (high - low)).
-
-    Where a norm follows the MLP, the probability hangs on alpha through x / sqrt(mean(x**2) + eps),
-    x = x_b + alpha (x_w - x_b). As a function of alpha that is flat but for a jump of width
-    `floor` around `center`, where x is shortest; in u both have their share. Elsewhere the floor is
-    `STRAIGHT` and alpha = u. `center` and `floor` are (Q, B, L), float64, on the CPU."""
-
-    center: Tensor
-    floor: Tensor
-
-    @classmethod
-    def straight(cls, queries: int, baselines: int, layers: int) -> Coordinate:
-        """alpha = u on every path."""
-        center = torch.zeros(queries, baselines, layers, dtype=torch.float64)
-        return cls(center, torch.full_like(center, STRAIGHT))
-
-    @classmethod
-    def of_norm(cls, begin: Tensor, end: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        """(Q, B) center and floor of a layer whose down-projection's output goes from `begin`
-        (Q, B, d) to `end` (Q, 1, d) and through a norm with `epsilon`."""
-        begin = begin.double()
-        change = end.double() - begin
-        squared = change.square().mean(-1)
-        center = -(begin * change).mean(-1) / squared.clamp_min(1e-300)
-        shortest = (begin + center[..., None] * change).square().mean(-1)
-        floor = ((shortest + epsilon) / squared.clamp_min(1e-300)).sqrt()
-        straight = ~(floor < STRAIGHT)  # hardly a change, or none
-        return center.masked_fill(straight, 0.0).cpu(), floor.masked_fill(straight, STRAIGHT).cpu()
-
-    def _ends(self, path: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        center, floor = self.center[tuple(path)], self.floor[tuple(path)]
-        return center, floor, torch.asinh(-center / floor), torch.asinh((1 - center) / floor)
-
-    def alpha(self, path: Tensor, u: Tensor) -> Tensor:
-        """(K,) places on the paths `path` (3, K)."""
-        center, floor, low, high = self._ends(path)
-        return (center + floor * torch.sinh(low + u * (high - low))).clamp(0, 1)
-
-    def slope(self, path: Tensor, u: Tensor) -> Tensor:
-        """(K,) derivatives of alpha with respect to u."""
-        _, floor, low, high = self._ends(path)
-        return floor * torch.cosh(low + u * (high - low)) * (high - low)
 
 
 @dataclass
@@ -177,15 +113,16 @@ class Intervals:
         quartered = self.quartered.to(self.gradient.device)[:, None]
         return torch.where(quartered, self.integral(BOOLE), self.integral(SIMPSON))
 
-    def judge(self, integrand: Integrand, coarse: Rule, fine: Rule) -> None:
+    def judge(self, replay: Replay, coarse: Rule, fine: Rule) -> None:
         """Set `error` (K,): by how much the attributions by two rules differ, or what the better
         one misses of the change of the probability."""
         better = self.integral(fine)
-        differs = integrand.largest_score(self.path, better - self.integral(coarse))
+        differs = replay.paths.largest_score(self.path, better - self.integral(coarse))
         change = self.probability[:, 4] - self.probability[:, 0]
-        missed = (integrand.rise(self.path, better) - change).abs()
+        missed = (replay.paths.rise(self.path, better) - change).abs()
         # smaller intervals would not help where the probabilities themselves are rounded
-        missed = (missed - integrand.rounding * self.probability.amax(1)).clamp_min(0)
+        rounding = ROUNDING * torch.finfo(replay.lm.dtype).eps
+        missed = (missed - rounding * self.probability.amax(1)).clamp_min(0)
         self.error = torch.maximum(differs, GAP_SHARE * missed).double().cpu()
 
 
@@ -196,12 +133,14 @@ def _spread(three: Tensor) -> Tensor:
     return five
 
 
-def _add_quarter_points(intervals: Intervals, integrand: Integrand, coordinate: Coordinate) -> None:
+def _add_quarter_points(
+    intervals: Intervals, replay: Replay, coordinate: Coordinate, row_budget: int
+) -> None:
     """Take the gradients at the 2nd and 4th quarter point of every interval."""
     path = intervals.path.repeat_interleave(2, 1)
     quarter = torch.tensor([0.25, 0.75], dtype=torch.float64)
     u = (intervals.start[:, None] + intervals.width[:, None] * quarter).flatten()
-    gradient, probability = integrand.gradients(path, coordinate.alpha(path, u))
+    gradient, probability = replay.gradients_at(path, coordinate.alpha(path, u), row_budget)
     gradient = gradient * coordinate.slope(path, u).to(gradient)[:, None]
     intervals.gradient[:, 1::2] = gradient.unflatten(0, (-1, 2))
     intervals.probability[:, 1::2] = probability.unflatten(0, (-1, 2))
@@ -224,25 +163,23 @@ class Integral:
     evaluations: Tensor
 
 
-def bisect(
-    integrand: Integrand, coordinate: Coordinate, intervals: Intervals, tolerance: float
-) -> Integral:
-    """Halve `intervals` until no attribution of a query moves by more than `tolerance` of its
-    largest one."""
+def bisect(replay: Replay, coordinate: Coordinate, intervals: Intervals, spec) -> Integral:
+    """Halve `intervals` until no attribution of a query moves by more than the tolerance's share of
+    its largest one."""
     queries, baselines, layers = coordinate.center.shape
     shape = queries * baselines * layers, intervals.gradient.shape[-1]
     evaluations = torch.full((queries, layers), 3.0, dtype=torch.float64)
     largest = torch.zeros(queries, layers, dtype=torch.float64)
     touched = list(range(layers))
-    intervals.judge(integrand, TRAPEZOID, SIMPSON)
+    intervals.judge(replay, TRAPEZOID, SIMPSON)
     while True:
         query, baseline, layer = intervals.path
         place = ((query * baselines + baseline) * layers + layer).to(intervals.gradient.device)
         mean = intervals.gradient.new_zeros(shape).index_add_(0, place, intervals.best())
         mean = mean.view(queries, baselines, layers, -1)
-        found = [_largest(integrand.scores(mean[:, :, one], one)) for one in touched]
+        found = [_largest(replay.paths.scores(mean[:, :, one], one)) for one in touched]
         largest[:, touched] = torch.stack(found, 1).double().cpu()
-        allowed = SETTLED * tolerance * largest.amax(1) / baselines**0.5
+        allowed = SETTLED * spec.tolerance * largest.amax(1) / baselines**0.5
         moving = intervals.error > allowed[query]
         refined = moving & ((intervals.width > NARROWEST) | ~intervals.quartered)
         if not refined.any():
@@ -256,8 +193,8 @@ def bisect(
                 chosen.pick(chosen.quartered).halves(),
             ]
         )
-        _add_quarter_points(chosen, integrand, coordinate)
-        chosen.judge(integrand, SIMPSON, BOOLE)
+        _add_quarter_points(chosen, replay, coordinate, spec.row_budget)
+        chosen.judge(replay, SIMPSON, BOOLE)
         where = chosen.path[0], chosen.path[2]
         more = torch.full((chosen.path.shape[1],), 2.0 / baselines, dtype=torch.float64)
         evaluations.index_put_(where, more, accumulate=True)

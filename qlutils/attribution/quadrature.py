@@ -1,26 +1,15 @@
-"""How to sum the integral: nodes and weights of each rule, and how far each is from the converged
-integral."""
+"""Nodes and weights of the rules whose nodes are fixed in advance."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 RULES = ("right", "left", "endpoints", "midpoint", "gauss", "clenshaw", "converged")
-# (rule, steps, tolerance) that notebook 01's appendix and the benchmark compare
-COMPARED = (
-    ("right", 20, None),
-    ("endpoints", 20, None),
-    ("gauss", 8, None),
-    ("converged", None, 0.05),
-)
-EXACT = 0.005  # the tolerance of "converged" that stands for the exact integral
-REFERENCE = 257  # nodes of "clenshaw" that stand for it in the benchmark, which shares no code
+REFERENCE = 257  # nodes of "clenshaw" that stand for the exact integral in the benchmark
 
 
 @cache
@@ -76,62 +65,3 @@ def fixed_plan(
     index = torch.arange(baselines).repeat(len(nodes))[None]
     node, weight = (one.repeat_interleave(baselines)[None] for one in (nodes, weights))
     return (index, node, weight), at_end
-
-
-def compare_rules(
-    lm,
-    queries: pd.DataFrame,
-    spec,
-    *,
-    t: float = 0.2,
-    sample: int = 20,
-    seed: int = 0,
-    compared=COMPARED,
-) -> pd.DataFrame:
-    """Each rule against "converged" with a tolerance of 0.005, on a seeded sample of a run's
-    queries.
-
-    A row a rule: gradient evaluations a layer (and baseline), mean and 5th percentile over queries
-    of the Jaccard index of the KN sets at `t`; mean over queries of the largest error of a score
-    and of a layer's largest completeness gap, both over the query's largest score (the latter NaN
-    where scores are normalised); share of the queries that the rule calls converged (NaN where it
-    cannot tell), n. The last row is the reference's own."""
-    from qlutils.attribution.attribute import attribute_encoded
-    from qlutils.neurons.sets import knowledge_neurons
-
-    rows = queries.iloc[np.sort(np.random.default_rng(seed).permutation(len(queries))[:sample])]
-    encoded = [lm.encode(prompt, answer) for prompt, answer in zip(rows["prompt"], rows["object"])]
-    names = rows["prompt"].tolist()
-
-    def scored(rule, steps, tolerance):
-        changed = {"rule": rule, "steps": steps or spec.steps}
-        changed["tolerance"] = tolerance or spec.tolerance
-        return attribute_encoded(lm, encoded, replace(spec, **changed), names)
-
-    reference = scored("converged", None, EXACT)
-    exact = reference.scores
-    wanted, top = knowledge_neurons(exact, t), exact.abs().flatten(1).amax(1).clamp_min(1e-30)
-    out = []
-    for rule, steps, tolerance in (*compared, ("converged", None, EXACT)):
-        result = reference if tolerance == EXACT else scored(rule, steps, tolerance)
-        sets = knowledge_neurons(result.scores, t)
-        jaccard = np.array(
-            [len(a & b) / len(a | b) if a | b else 1.0 for a, b in zip(sets, wanted)]
-        )
-        settled = np.nan if result.converged is None else float(result.converged.float().mean())
-        gap = float((result.completeness_gap.amax(1) / top).mean())
-        gap = gap if spec.method == "ig" else np.nan
-        out.append(
-            {
-                "rule": rule,
-                "steps or tolerance": steps or tolerance,
-                "evaluations": float(result.evaluations.mean()),
-                "jaccard": jaccard.mean(),
-                "jaccard_p5": np.percentile(jaccard, 5),
-                "error": float(((result.scores - exact).abs().flatten(1).amax(1) / top).mean()),
-                "gap": gap,
-                "converged": settled,
-                "n": len(jaccard),
-            }
-        )
-    return pd.DataFrame(out)

@@ -1,7 +1,7 @@
 """From facts to stored knowledge neurons: every query of a run is attributed, and of its scores
 those that can matter are kept."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
@@ -11,8 +11,16 @@ from qlutils.attribution.attribute import Attribution, Spec, attribute_encoded
 from qlutils.facts import Fact, prompt_tokens
 from qlutils.model.passes import neuron_vectors
 from qlutils.neurons.cas import cas_candidates
-from qlutils.neurons.sets import STORE_THRESHOLD, fact_table
+from qlutils.neurons.sets import STORE_THRESHOLD, fact_table, knowledge_neurons
 
+# What `compare_rules` compares, and the tolerance that stands for the exact integral.
+COMPARED = (
+    dict(rule="right", steps=20),
+    dict(rule="endpoints", steps=20),
+    dict(rule="gauss", steps=8),
+    dict(rule="converged", tolerance=0.05),
+)
+EXACT = dict(rule="converged", tolerance=0.005)
 CONVERGED_STEPS = 9  # about what the rule "converged" takes a layer, between models
 # The facts of the paper's Figure 1.
 PAPER_EXAMPLES = (("P39", "Suleiman I", "Shah"), ("P39", "Christoph Ahlhaus", "mayor"))
@@ -247,3 +255,49 @@ def activations(lm, prompts: list[list[int]]) -> list[np.ndarray]:
         for i, vectors in zip(same, neuron_vectors(lm, ids).float().cpu().numpy()):
             found[i] = vectors
     return found
+
+
+def compare_rules(lm, queries: pd.DataFrame, spec, *, t=0.2, sample=20, seed=0) -> pd.DataFrame:
+    """The rules `COMPARED` against the exact integral, on a seeded sample of a run's queries.
+
+    A row a rule, the last being the exact one's own: gradient evaluations a layer (and baseline);
+    mean and 5th percentile over queries of the Jaccard index of the KN sets at `t`; mean over
+    queries of the largest error of a score and of a layer's largest completeness gap, both over the
+    query's largest score (the latter NaN where scores are normalised); share of the queries that
+    the rule calls converged (NaN where it cannot tell), n."""
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(queries))[:sample])
+    rows = queries.iloc[chosen]
+    encoded = [lm.encode(prompt, answer) for prompt, answer in zip(rows["prompt"], rows["object"])]
+    names = rows["prompt"].tolist()
+
+    def scored(rule):
+        return attribute_encoded(lm, encoded, replace(spec, **rule), names)
+
+    exact = scored(EXACT)
+    table = [
+        {
+            "rule": rule["rule"],
+            "steps or tolerance": rule.get("steps") or rule["tolerance"],
+            **_against(scored(rule) if rule is not EXACT else exact, exact, t, spec.method),
+        }
+        for rule in (*COMPARED, EXACT)
+    ]
+    return pd.DataFrame(table)
+
+
+def _against(found: Attribution, exact: Attribution, t: float, method: str) -> dict:
+    top = exact.scores.abs().flatten(1).amax(1).clamp_min(1e-30)
+    pairs = zip(knowledge_neurons(found.scores, t), knowledge_neurons(exact.scores, t))
+    jaccard = [len(a & b) / len(a | b) if a | b else 1.0 for a, b in pairs]
+    error = (found.scores - exact.scores).abs().flatten(1).amax(1) / top
+    gap = found.completeness_gap.amax(1) / top
+    settled = found.converged
+    return {
+        "evaluations": float(found.evaluations.mean()),
+        "jaccard": np.mean(jaccard),
+        "jaccard_p5": np.percentile(jaccard, 5),
+        "error": float(error.mean()),
+        "gap": float(gap.mean()) if method == "ig" else np.nan,
+        "converged": np.nan if settled is None else float(settled.float().mean()),
+        "n": len(jaccard),
+    }

@@ -349,6 +349,28 @@ def join_call_arguments(name: str | None, values: list, queries: list[int], leng
 # --- weights --------------------------------------------------------------------------------------
 
 
+def join_call_arguments(key: str | None, values: list, queries: list[int], length: int):
+    """One argument of a decoder layer from passes over `queries` prompts of different lengths, for
+    all of them together; masks are padded on the left to `length` (what they hold there is not
+    used)."""
+    if isinstance(values[0], tuple):
+        return tuple(join_call_arguments(key, list(some), queries, length) for some in zip(*values))
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if not tensors:
+        return values[0]
+    if min(value.dim() for value in tensors) < 2:
+        raise UnsupportedModel(f"the layers' argument {key!r} is not one for each prompt")
+    joined = []
+    for value, count in zip(values, queries):
+        if value is None:  # no mask where the prompt is shorter than the window
+            whole = tensors[0].dtype == torch.bool
+            value = tensors[0].new_full((1, *tensors[0].shape[1:]), whole)
+        if key == "attention_mask":
+            value = nn.functional.pad(value, (length - value.shape[-1], 0))
+        joined.append(value.expand(count, *value.shape[1:]))
+    return torch.cat(joined)
+
+
 def value_vectors(down: nn.Module) -> Tensor:
     """(N, d) view of the down-projection's weight: row p is the value vector of neuron p (what the
     projection multiplies its activation with): a row of GPT-2's Conv1D, a column of a Linear.

@@ -82,7 +82,33 @@ def matmul_rate(device, dtype, width, inner):
     return 20 * a.shape[0] * width * inner / clock(lambda: [a @ b for _ in range(10)], device, 5)
 
 
-def main():
+def measured(shape, args, device, dtype):
+    """The table's line for each method at one shape."""
+    torch.manual_seed(0)
+    with device:
+        model = AutoModelForCausalLM.from_config(CONFIGS[shape], dtype=dtype)
+    lm = LanguageModel(model, Numbers(), shape)
+    rate = matmul_rate(device, dtype, SHAPES[shape][1], SHAPES[shape][2])
+    for method in args.methods:
+        unit = facts(args.facts or FACTS[method], args.tokens)
+        spec = dict(method=method, rule=args.rule, steps=args.steps, row_budget=args.row_budget)
+        peak = "–"
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = clock(
+            lambda unit=unit, spec=spec: localise_unit(lm, unit, **spec), device, args.repeats
+        )
+        seconds /= PROMPTS * len(unit)
+        if device.type == "cuda":
+            peak = f"{torch.cuda.max_memory_allocated() / 1e9:.0f}"
+        speed = query_flops(SHAPES[shape], method, args.steps, args.tokens) / seconds
+        yield (
+            f"| `{shape}` | `{method}` | {1e3 * seconds:,.1f} | {speed / 1e12:,.2f} | "
+            f"{speed / rate:.0%} | {peak} |"
+        )
+
+
+def options():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -97,7 +123,11 @@ def main():
     parser.add_argument("--row-budget", type=int)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, help="a Markdown file to write the table to")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = options()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         print("no CUDA device here: nothing was measured (--device cpu --shapes gpt2 rehearses)")
         return
@@ -113,29 +143,9 @@ def main():
     ]
     print("\n".join(lines), flush=True)
     for shape in args.shapes:
-        torch.manual_seed(0)
-        with device:
-            model = AutoModelForCausalLM.from_config(CONFIGS[shape], dtype=dtype)
-        lm = LanguageModel(model, Numbers(), shape)
-        rate = matmul_rate(device, dtype, SHAPES[shape][1], SHAPES[shape][2])
-        for method in args.methods:
-            unit = facts(args.facts or FACTS[method], args.tokens)
-            spec = dict(method=method, rule=args.rule, steps=args.steps, row_budget=args.row_budget)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            seconds = clock(lambda: localise_unit(lm, unit, **spec), device, args.repeats) / (
-                PROMPTS * len(unit)
-            )
-            speed = query_flops(SHAPES[shape], method, args.steps, args.tokens) / seconds
-            peak = (
-                f"{torch.cuda.max_memory_allocated() / 1e9:.0f}" if device.type == "cuda" else "–"
-            )
-            lines.append(
-                f"| `{shape}` | `{method}` | {1e3 * seconds:,.1f} | {speed / 1e12:,.2f} | "
-                f"{speed / rate:.0%} | {peak} |"
-            )
-            print(lines[-1], flush=True)
-        del lm, model
+        for line in measured(shape, args, device, dtype):
+            lines.append(line)
+            print(line, flush=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if args.output:
