@@ -123,11 +123,6 @@ class Case:
     def edits(self, name) -> pd.DataFrame:
         """A notebook's edits of knowledge neurons (not its controls), with the facts' classes."""
         frame = self.frame(name)
-        if "broken" not in frame:
-            raise Missing(
-                "its edits were made by an earlier version, which did not count broken texts: "
-                "run it again"
-            )
         frame = frame[(frame["control"] == "none") & frame["note"].isna()]
         classes = self.facts()[["fact", "class_static", "class_otsu"]]
         return frame.merge(classes, on="fact", how="left")
@@ -445,16 +440,20 @@ def _verdict(claim: Claim, low, high) -> str:
     return HOLDS if holds else opposite if fails else UNTOLD
 
 
+def deciding(board: pd.DataFrame) -> pd.DataFrame:
+    """The parts that decide: not those over known queries, which stand beside."""
+    return board[board["queries"] != COUNTED[1]]
+
+
 def overall(board: pd.DataFrame) -> pd.DataFrame:
     """A row a claim, method and model: `mark`, one word of MARKS; `verdict`, the same with how many
     of its parts that could be tested hold; `known`: that of the parts over known queries, which
     decide nothing; "" where a claim has none."""
     rows, names = [], ["claim", "text", "method", "model"]
     for keys, part in board.groupby(names, sort=False):
-        beside = part["queries"] == COUNTED[1]
-        known = _together(part[beside]) if beside.any() else ""
-        part = part[~beside]
-        row = dict(mark=_mark(part), verdict=_together(part), known=known)
+        first, beside = deciding(part), part[part["queries"] == COUNTED[1]]
+        known = _together(beside) if len(beside) else ""
+        row = dict(mark=_mark(first), verdict=_together(first), known=known)
         rows.append(dict(zip(names, keys)) | row)
     return pd.DataFrame(rows)
 
@@ -520,7 +519,7 @@ def show_matrix(board: pd.DataFrame) -> HTML:
 def leading(board: pd.DataFrame) -> pd.DataFrame:
     """One row a claim, model and method, with what it says in `told`: of the claim's deciding parts
     the one that could be tested for most models and methods, the first of several."""
-    parts, names = board[board["queries"] != COUNTED[1]], ["claim", "part", "threshold"]
+    parts, names = deciding(board), ["claim", "part", "threshold"]
     tested = (parts["verdict"] != OPEN).groupby([parts[name] for name in names], sort=False).sum()
     best = pd.DataFrame(list(tested.groupby("claim").idxmax()), columns=names)
     first = parts.merge(best, on=names).drop_duplicates(["claim", "model", "method"])
@@ -554,7 +553,7 @@ def statistics(board: pd.DataFrame) -> pd.DataFrame:
 
 
 def matrix(board: pd.DataFrame) -> str:
-    """HTML of the marks; its colours stand in the table itself, so that a notebook has them, too."""
+    """HTML of the marks; the colours stand in it, so that a notebook shows them, too."""
     total, keys = overall(board), ["claim", "model", "method"]
     total = total.merge(leading(board)[[*keys, "statistic", "told"]], on=keys, how="left")
     total["mark"] = total["mark"].map(MARKS)

@@ -1,0 +1,265 @@
+"""The ten sentences that open the report, computed from a run's saved results.
+
+Each is a list of statistics with their 95 % intervals and n facts, so that it is true of any model;
+what is missing, undefined or rests on too few facts "cannot be told". They are about the first
+method by which neurons were changed; the claims' matrix has all.
+"""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import pandas as pd
+from IPython.display import HTML
+
+from qlutils import paths
+from qlutils.experiments.claims import (
+    CLAIMS,
+    MARKS,
+    NAMES,
+    UNTOLD,
+    Case,
+    Missing,
+    deciding,
+    overall,
+)
+from qlutils.experiments.consistency import classified_facts, share_of_class
+from qlutils.experiments.edit_tables import PAPER_OP
+from qlutils.experiments.effects import query_gaps
+from qlutils.experiments.report import NOTEBOOKS, SavedResults
+from qlutils.show.stats import LEAST
+from qlutils.show.tables import counted, format_value
+
+SENTENCES: dict = {}  # {topic: function that tells a `Reading`'s sentence, or raises `Missing`}
+
+
+@dataclass
+class Reading(Case):
+    """A model and method of the report: `board`, its rows of the scoreboard."""
+
+    saved: SavedResults
+    board: pd.DataFrame
+
+
+def about(topic):
+    def register(tell):
+        SENTENCES[topic] = tell
+        return tell
+
+    return register
+
+
+def in_short(saved, board, *, t=0.2, static=0.1, seed=0) -> pd.DataFrame:
+    """topic, model, sentence: ten topics, a sentence for each model."""
+    method, rows = (saved.downstream or saved.methods)[0], []
+    for topic, tell in SENTENCES.items():
+        for model in saved.models:
+            label = paths.label(model)
+            own = board[(board["model"] == label) & (board["method"] == method)]
+            one = Reading(saved.frame, model, method, None, t, static, seed, saved, own)
+            try:
+                sentence = tell(one)
+            except Missing as missing:
+                sentence = f"{UNTOLD}: {missing}"
+            rows.append(dict(topic=topic, model=label, sentence=sentence))
+    return pd.DataFrame(rows)
+
+
+def show(table: pd.DataFrame) -> HTML:
+    """The sentences as a list, of several models each in a line of its own."""
+    items = []
+    for topic, rows in table.groupby("topic", sort=False):
+        lines = [html.escape(sentence) for sentence in rows["sentence"]]
+        if len(rows) > 1:
+            names = map(html.escape, rows["model"])
+            lines = [f"<br><i>{name}</i>: {line}" for name, line in zip(names, lines)]
+        items.append(f"<li><b>{html.escape(topic)}</b> {''.join(lines)}.</li>")
+    return HTML(f"<ol>{''.join(items)}</ol>")
+
+
+# --- statistics in words --------------------------------------------------------------------------
+
+
+def _row(found, measure="mean") -> dict:
+    """An estimate as a row of the scoreboard."""
+    return found.row(measure, "value") | found.facts()
+
+
+def _listed(rows, compared=False) -> str:
+    """{what: row} in words: "0.31 [0.25, 0.38] by Otsu's threshold (n = 72), ..."; n facts where it
+    is another than before. `compared`: the values are differences, so "more" or "less"."""
+    parts, before = [], None
+    for what, row in rows.items():
+        n = counted(row, "n_facts")
+        parts.append(f"{_told(row, compared)} {what}{f' (n = {n})' if n != before else ''}")
+        before = n
+    return ", ".join(parts)
+
+
+def _told(row, compared) -> str:
+    value, low, high = (row[name] for name in ("value", "value_low", "value_high"))
+    if np.isnan(low):
+        return UNTOLD
+    if not compared:
+        return format_value(value, low, high)
+    if low <= 0 <= high:
+        return f"{UNTOLD} ({format_value(value, low, high)})"
+    more = f"{format_value(value, low, high)} more"
+    return more if low > 0 else f"{format_value(-value, -high, -low)} less"
+
+
+# --- the run and the claims -----------------------------------------------------------------------
+
+
+@about("What was run:")
+def _run(one):
+    entry = one.saved.entry("01", one.model, one.method)
+    given, done = entry["parameters"], []
+    for number in NOTEBOOKS:
+        found, _ = one.saved.read_all(number, lambda *pair, at=number: one.saved.entry(at, *pair))
+        if any(model == one.model for model, _ in found):
+            done.append(number)
+    known = given.get("known_prompts", 0)
+    which = f" that the model knows in {known} wordings or more" if known else ""
+    return (
+        f"{entry['facts']} facts{which} ({given['data']}); neurons located by "
+        f"{', '.join(one.saved.methods)}, the integral by the rule {given['rule']}; "
+        f"notebooks {', '.join(done)}"
+    )
+
+
+@about("What holds of the paper's 13 claims, and what does not:")
+def _holds(one):
+    marks = overall(one.board).set_index("claim")["mark"]
+    groups = marks.index.groupby(marks)
+    return "; ".join(
+        f"{mark}: {', '.join(map(str, groups[mark]))}" for mark in MARKS if mark in groups
+    )
+
+
+@about("What cannot be told, and about how many such facts it would take:")
+def _untold(one):
+    marks, facts = overall(one.board).set_index("claim")["mark"], one.facts()["cs2"].notna().sum()
+    found = []
+    for number in marks.index[marks == UNTOLD]:
+        parts = deciding(one.board[one.board["claim"] == number])
+        times = min(times_the_facts(CLAIMS[number], row) for row in parts.to_dict("records"))
+        why = parts["why"].iloc[0] or "its value lies on the bound"
+        need = f"about {float(f'{times * facts:.2g}'):,.0f}" if times < 1000 else f"unknown: {why}"
+        found.append(f"{number} ({need})")
+    return f"claims {', '.join(found)}; there are {facts}" if found else "no claim"
+
+
+def times_the_facts(claim, row) -> float:
+    """By how much the facts must be multiplied to tell a part of a claim, if its value stays: an
+    interval narrows with the root of n, and each side needs `stats.LEAST` facts. Infinite where
+    more facts would not do."""
+    value, low, high = (row[name] for name in ("value", "value_low", "value_high"))
+    if row["verdict"] == UNTOLD:
+        bounds = (-claim.within, claim.within) if claim.within else (claim.above,)
+        distance = min(abs(value - bound) for bound in bounds)
+        return (max(value - low, high - value) / distance) ** 2 if distance else np.inf
+    side = np.nanmin([row["n_facts"], row["n_facts_other"]])
+    return LEAST / side if 0 < side < LEAST else np.inf
+
+
+# --- section 2 ------------------------------------------------------------------------------------
+
+
+@about("K_II's share of the facts:")
+def _share(one):
+    queries, facts, found = one.frame("queries"), one.facts(), {}
+    for threshold, name in (("static", f"the static threshold {one.static:g}"), ("otsu", "Otsu's")):
+        found[f"by {name}"] = share_of_class(facts, threshold, seed=one.seed)
+    for t in (0.1, 0.5):
+        other = classified_facts(queries, t, one.static)
+        share = share_of_class(other, "static", seed=one.seed)
+        found[f"by the static one with t = {t:g} in place of {one.t:g}"] = share
+    wordings = f"with three wordings in place of {facts['n_queries'].mean():.1f}"
+    three = (facts["cs2_3"] <= one.static).astype(float).where(facts["cs2_3"].notna())
+    found[wordings] = one.mean(facts.assign(three=three), "three", share=True)
+    return _listed({name: _row(share) for name, share in found.items()})
+
+
+@about("CS2 of K_I against K_II, cut on one half of the wordings and measured on the other:")
+def _differ(one):
+    rows = one.board[one.board["claim"] == 2].to_dict("records")
+    if not rows[0]["statistic"]:
+        raise Missing(rows[0]["why"])
+    return _listed({f"{row['part']} ({row['threshold']})": row for row in rows}, True)
+
+
+@about("What an edit breaks elsewhere:")
+def _broken(one):
+    edits, found = one.edits("edits"), []
+    names = {"erase": "erasing", "update": "updating"}
+    names |= {"local": "one wording's KNs", "global": "all wordings' KNs"}
+    for (op, neurons), part in edits.groupby(["op", "neurons"], sort=False):
+        lost = one.mean(part.assign(lost=1 - part["loc"]), "lost", share=True)
+        told = {
+            "of other facts' answers change": _row(lost),
+            "of texts break": _row(one.mean(part, "broken", share=True)),
+            "is the median rise of perplexity": _row(one.mean(part, "dppl"), "median"),
+        }
+        found.append(f"{names[op]} {names[neurons]}: {_listed(told)}")
+    return "; ".join(found)
+
+
+# --- section 3 ------------------------------------------------------------------------------------
+
+
+@about("How far scaling a query's own neurons moves P(answer), relatively:")
+def _own(one):
+    frame = one.frame("query_kn_mapping")
+    others = {
+        "against its neighbours' together": "union",
+        "against another fact's of the relation": "self_same_relation",
+        "against a fact's of another relation": "self_other_relation",
+        "against random ones": "self_random",
+    }
+    gaps = {name: _gap(one, frame, "self", second) for name, second in others.items()}
+    return f"{_listed({'alone': _gap(one, frame, 'self')})}; {_listed(gaps, True)}"
+
+
+@about("Attention:")
+def _attention(one):
+    facts, frame = one.frame("attention_predominance"), one.frame("knowledge_synapses")
+    same = {
+        "of a fact's wordings attend most to one token": "predominance",
+        "without the first token": "predominance_rest",
+    }
+    told = {name: _row(one.mean(facts, column)) for name, column in same.items()}
+    frame, gaps = frame[~frame["renormalise"].astype(bool)], {}
+    for what, quantity in (("activation of KNs", "value"), ("P(answer)", "probability")):
+        rows = frame[frame["quantity"] == quantity]
+        gaps[f"for {what}"] = _gap(one, rows, "self", "irrelevant")
+        rest = _gap(one, rows, "self_without_first", "irrelevant_without_first")
+        gaps[f"for {what} without the first token"] = rest
+    return f"{_listed(told)}; own synapses against an irrelevant query's: {_listed(gaps, True)}"
+
+
+def _gap(one, frame, first, *second) -> dict:
+    return _row(one.mean(query_gaps(frame, first, second), "gap"), "trimmed")
+
+
+@about("What CAS buys:")
+def _cas(one):
+    edits, found = one.edits("cas_edits"), {}
+    compared = (("gen", "local"), ("loc", "global"), ("avg", "local"), ("avg", "global"))
+    for op, (measure, other) in product(PAPER_OP, compared):
+        part = edits[edits["op"] == op]
+        gap = one.apart(part, measure, "neurons", ("cas", other), share=True)
+        found[f"on {NAMES[measure]} of {PAPER_OP[op]} against {other} edits"] = _row(gap)
+    return _listed(found, True)
+
+
+@about("Facts known in every wording against the others:")
+def _known(one):
+    facts = one.facts()
+    facts["all_known"] = facts["known"] == 1
+    gap = one.apart(facts, "cs2", "all_known", (True, False))
+    share = share_of_class(facts, "static", seed=one.seed, among="all_known")
+    return f"{_listed({'on CS2': _row(gap)}, True)}; {_listed({'of them are K_II': _row(share)})}"
