@@ -35,6 +35,8 @@ from qlutils.show.tables import counted, format_value
 
 SENTENCES: dict = {}  # {topic: function that tells a `Reading`'s sentence, or raises `Missing`}
 
+CAS_AGAINST = (("gen", "local"), ("loc", "global"), ("avg", "local"), ("avg", "global"))
+
 
 @dataclass
 class Reading(Case):
@@ -147,7 +149,7 @@ def _untold(one):
     for number in marks.index[marks == UNTOLD]:
         parts = deciding(one.board[one.board["claim"] == number])
         times = min(times_the_facts(CLAIMS[number], row) for row in parts.to_dict("records"))
-        why = parts["why"].iloc[0] or "its value lies on the bound"
+        why = parts["why"].iloc[0] or "more than a thousand times as many"
         need = f"about {float(f'{times * facts:.2g}'):,.0f}" if times < 1000 else f"unknown: {why}"
         found.append(f"{number} ({need})")
     return f"claims {', '.join(found)}; there are {facts}" if found else "no claim"
@@ -192,19 +194,18 @@ def _differ(one):
     return _listed({f"{row['part']} ({row['threshold']})": row for row in rows}, True)
 
 
-@about("What an edit breaks elsewhere:")
+@about("What an edit breaks elsewhere (local: one wording's KNs; global: all wordings'):")
 def _broken(one):
     edits, found = one.edits("edits"), []
-    names = {"erase": "erasing", "update": "updating"}
-    names |= {"local": "one wording's KNs", "global": "all wordings' KNs"}
-    for (op, neurons), part in edits.groupby(["op", "neurons"], sort=False):
+    for op, neurons in product(PAPER_OP, ("local", "global")):
+        part = edits[(edits["op"] == op) & (edits["neurons"] == neurons)]
         lost = one.mean(part.assign(lost=1 - part["loc"]), "lost", share=True)
         told = {
             "of other facts' answers change": _row(lost),
             "of texts break": _row(one.mean(part, "broken", share=True)),
             "is the median rise of perplexity": _row(one.mean(part, "dppl"), "median"),
         }
-        found.append(f"{names[op]} {names[neurons]}: {_listed(told)}")
+        found.append(f"{PAPER_OP[op]} of {neurons} KNs: {_listed(told)}")
     return "; ".join(found)
 
 
@@ -247,13 +248,14 @@ def _gap(one, frame, first, *second) -> dict:
 
 @about("What CAS buys:")
 def _cas(one):
-    edits, found = one.edits("cas_edits"), {}
-    compared = (("gen", "local"), ("loc", "global"), ("avg", "local"), ("avg", "global"))
-    for op, (measure, other) in product(PAPER_OP, compared):
-        part = edits[edits["op"] == op]
-        gap = one.apart(part, measure, "neurons", ("cas", other), share=True)
-        found[f"on {NAMES[measure]} of {PAPER_OP[op]} against {other} edits"] = _row(gap)
-    return _listed(found, True)
+    edits, found = one.edits("cas_edits"), []
+    for op, name in PAPER_OP.items():
+        part, gaps = edits[edits["op"] == op], {}
+        for measure, other in CAS_AGAINST:
+            gap = one.apart(part, measure, "neurons", ("cas", other), share=True)
+            gaps[f"{NAMES[measure]} against {other} edits"] = _row(gap)
+        found.append(f"{name}: {_listed(gaps, True)}")
+    return "; ".join(found)
 
 
 @about("Facts known in every wording against the others:")
