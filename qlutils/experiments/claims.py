@@ -66,7 +66,7 @@ STYLE = [
 LEGEND = (
     "✓ holds · ◐ holds in part: some of its parts do · ✗ does not hold, or the opposite does · "
     "? cannot be told · – not run, or nothing to compare with. "
-    "On hover, a mark says how many of its parts hold, and its first statistic."
+    "On hover, a mark shows the statistics that decide it."
 )
 
 
@@ -113,12 +113,11 @@ class Case:
     static: float
     seed: int
 
-    def frame(self, name) -> pd.DataFrame:
-        return self.get(self.model, self.method, name)
+    def frame(self, name, model=None) -> pd.DataFrame:
+        return self.get(model or self.model, self.method, name)
 
     def facts(self, model=None) -> pd.DataFrame:
-        queries = self.get(model or self.model, self.method, "queries")
-        return classified_facts(queries, self.t, self.static)
+        return classified_facts(self.frame("queries", model), self.t, self.static)
 
     def edits(self, name) -> pd.DataFrame:
         """A notebook's edits of knowledge neurons (not its controls), with the facts' classes."""
@@ -482,8 +481,8 @@ def _together(part) -> str:
 
 
 def judge(study, notebook, methods=None, *, t=0.2, static=0.1) -> HTML:
-    """Print the verdicts on the claims that a notebook's saved results decide, for its model;
-    returns their parts."""
+    """The verdicts on the claims that a notebook's saved results decide, for its model, and folded
+    below their parts."""
 
     def get(model, method, name):
         try:
@@ -493,84 +492,48 @@ def judge(study, notebook, methods=None, *, t=0.2, static=0.1) -> HTML:
 
     methods, options = methods or [study.method], dict(t=t, static=static, seed=study.seed)
     board = scoreboard(get, [study.model], methods, methods, notebook=notebook, **options)
-    for row in overall(board).itertuples():
-        method = f", {row.method}" if len(methods) > 1 else ""
-        known = f"\n    known queries alone: {row.known}" if row.known else ""
-        print(f"({row.claim}) {row.text}{method}:\n    {row.verdict}{known}")
-    one = ["method"] if len(methods) == 1 else []
-    return shown(board.drop(columns=["text", "model", *one]), digits=3)
+    verdicts = shown(overall(board).drop(columns=["model", "mark"]))
+    parts = folded("Every part", board.drop(columns=["text", "model"]), digits=3)
+    return HTML(verdicts.data + parts.data)
 
 
 # --- the matrix -----------------------------------------------------------------------------------
 
 
 def show_matrix(board: pd.DataFrame) -> HTML:
-    """The claims as rows, models and methods as columns: a mark in each cell with its verdict on
-    hover, a legend, the statistics behind the marks in a table of the same shape, and every part of
-    every claim, folded."""
-    numbers = shown(statistics(board), caption="What is looked at first: value [95 %] (n facts)")
+    """The matrix, its legend, and every part of every claim, folded."""
     details = [
         folded(f"({number}) {CLAIMS[number].text}", part.drop(columns=["claim", "text"])).data
         for number, part in board.groupby("claim", sort=False)
     ]
-    return HTML("\n".join([matrix(board), f"<p>{LEGEND}</p>", numbers.data, *details]))
-
-
-def leading(board: pd.DataFrame) -> pd.DataFrame:
-    """One row a claim, model and method, with what it says in `told`: of the claim's deciding parts
-    the one that could be tested for most models and methods, the first of several."""
-    parts, names = deciding(board), ["claim", "part", "threshold"]
-    tested = (parts["verdict"] != OPEN).groupby([parts[name] for name in names], sort=False).sum()
-    best = pd.DataFrame(list(tested.groupby("claim").idxmax()), columns=names)
-    first = parts.merge(best, on=names).drop_duplicates(["claim", "model", "method"])
-    told = [
-        format_value(row["value"], row["value_low"], row["value_high"])
-        + f" (n = {counted(row, 'n_facts')})"
-        for row in first.to_dict("records")
-    ]
-    return first.assign(told=told)
-
-
-def _wide(frame, column, board) -> pd.DataFrame:
-    """A column of texts as a row a claim and a column a model and method, in the run's order."""
-    names = ["model", "method"]
-    order = pd.MultiIndex.from_product([board[name].unique() for name in names], names=names)
-    return frame.pivot(index="claim", columns=names, values=column).reindex(columns=order)
-
-
-def statistics(board: pd.DataFrame) -> pd.DataFrame:
-    """The values of `leading`: a row a claim, a column a model and method."""
-    first = leading(board)
-    table = _wide(first, "told", board).fillna("–")
-    table.columns = [" ".join(names) for names in table.columns]
-    one = first.drop_duplicates("claim").set_index("claim")
-    about = [
-        ", ".join(filter(None, one.loc[number, ["statistic", "part", "threshold"]]))
-        for number in table.index
-    ]
-    table.insert(0, "statistic", about)
-    return table.reset_index()
+    return HTML("\n".join([matrix(board), f"<p>{LEGEND}</p>", *details]))
 
 
 def matrix(board: pd.DataFrame) -> str:
-    """HTML of the marks; the colours stand in it, so that a notebook shows them, too."""
-    total, keys = overall(board), ["claim", "model", "method"]
-    total = total.merge(leading(board)[[*keys, "statistic", "told"]], on=keys, how="left")
-    total["mark"] = total["mark"].map(MARKS)
-    total["cell"] = [
-        f'<span title="{html.escape(_hover(row))}">{row["mark"]}</span>'
-        for row in total.to_dict("records")
+    """HTML of a table with the claims as rows and models and methods as columns: a mark in each
+    cell, on hover its verdict and the statistics behind it. The colours stand in the table itself,
+    so that a notebook shows them, too."""
+    names, cells = ["model", "method"], overall(board)
+    cells["mark"] = cells["mark"].map(MARKS)
+    cells["cell"] = [
+        f'<span title="{html.escape(_hover(board, row))}">{row.mark}</span>'
+        for row in cells.itertuples()
     ]
-    marks, cells = (_wide(total, name, board) for name in ("mark", "cell"))
-    cells.index = [f"{number}. {html.escape(CLAIMS[number].text)}" for number in cells.index]
-    marks = marks.fillna(MARKS[NOT_RUN]).set_axis(cells.index)
-    styler = cells.fillna(MARKS[NOT_RUN]).style
+    columns = pd.MultiIndex.from_product([board[name].unique() for name in names])
+    wide = cells.pivot(index="claim", columns=names)
+    wide.index = [f"{number}. {html.escape(CLAIMS[number].text)}" for number in wide.index]
+    marks, cells = (wide[name].reindex(columns=columns).fillna("–") for name in ("mark", "cell"))
+    styler = cells.style.format_index(html.escape, axis=1).set_table_styles(STYLE)
     styler.apply(lambda _: marks.map(lambda mark: f"background-color: {COLOURS[mark]}"), axis=None)
-    styler.format_index(html.escape, axis=1)
-    styler.hide(names=True, axis=1).set_table_styles(STYLE).set_uuid("claims")
-    return styler.to_html()
+    return styler.set_uuid("claims").to_html()
 
 
-def _hover(row) -> str:
-    told = f"; {row['statistic']} {row['told']}" if isinstance(row["told"], str) else ""
-    return f"{row['verdict']}{told}"
+def _hover(board, cell) -> str:
+    """A verdict and, a line each, the parts that decide it."""
+    same = [board[name] == getattr(cell, name) for name in ("claim", "model", "method")]
+    parts, lines = deciding(board[np.logical_and.reduce(same)]), [cell.verdict]
+    for row in parts[parts["statistic"] != ""].to_dict("records"):
+        told = format_value(row["value"], row["value_low"], row["value_high"])
+        what = " ".join(filter(None, [row["part"], row["threshold"], row["statistic"]]))
+        lines.append(f"{what} {told} (n = {counted(row, 'n_facts')})")
+    return "\n".join(lines)

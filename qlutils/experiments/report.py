@@ -195,7 +195,7 @@ def inventory_by_model(table: pd.DataFrame) -> pd.DataFrame:
     """The inventory with a row a setting and a column a model."""
     names = ["setting", "section", "what", "shown in", "notebook"]
     once = table.drop_duplicates([*names, "model", "status"])
-    wide = once.groupby([*names, "model"], sort=False)["status"].agg("; ".join).unstack(sort=False)
+    wide = once.pivot_table("status", names, "model", aggfunc="; ".join, sort=False)
     return wide.reset_index()
 
 
