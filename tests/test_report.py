@@ -876,6 +876,32 @@ def test_how_many_times_the_facts_it_would_take(row, number, times):
     assert in_short.times_the_facts(claims.CLAIMS[number], row) == pytest.approx(times)
 
 
+# --- what controls need beside the queries --------------------------------------------------------
+
+
+def test_an_edit_is_said_to_reach_the_known_neighbours_in_their_order(queries):
+    """The edited query is left out, one that is not known has no Gen, and so has an edit that was
+    not made."""
+    few = queries[queries["fact"].isin(queries["fact"].unique()[:3])].groupby("fact").head(4)
+    few = few.assign(known=few["prompt_index"] != 1)
+    one, two, three = few["fact"].unique()
+    edit = dict(neurons="local", control="none", note=None, op="erase")
+    prompts = few.set_index(["fact", "prompt_index"])["prompt"]
+    edits = [
+        edit | dict(fact=one, prompt=prompts[one, 2], reached=[1.0, 0.0, 0.5]),
+        edit | dict(fact=two, prompt=prompts[two, 1], reached=[1.0, 1.0, 1.0]),
+        edit | dict(fact=three, prompt=prompts[three, 0], reached=[], note="nothing to edit"),
+        edit | dict(fact=one, prompt=prompts[one, 2], reached=[9.0] * 3, neurons="global"),
+    ]
+    saved = Saved({"a": {"queries": few, "edits": pd.DataFrame(edits)}})
+    found = report.query_outcomes(saved, "a", "ig")
+    assert list(found) == ["Gen of a local erasure", "Gen of a local update"]
+    assert found["Gen of a local erasure"].to_dict("list") == dict(
+        fact=[one, one], prompt_index=[0, 3], edited=[2, 2], value=[1.0, 0.5]
+    )
+    assert found["Gen of a local update"].empty
+
+
 # --- the notebook ---------------------------------------------------------------------------------
 
 

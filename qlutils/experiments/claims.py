@@ -35,7 +35,7 @@ from qlutils.experiments.edit_tables import PAPER_OP
 from qlutils.experiments.effects import COUNTED, DIRECTIONS, POPULATIONS, query_gaps, rates
 from qlutils.show.page import folded, shown
 from qlutils.show.stats import LEAST, Estimate, bootstrap_difference, bootstrap_mean
-from qlutils.show.tables import counted, format_value, too_few
+from qlutils.show.tables import format_value, too_few
 
 HOLDS, PARTLY, FAILS, OPPOSITE = "holds", "holds in part", "does not hold", "the opposite holds"
 UNTOLD, OPEN, NOT_RUN = "cannot be told", "not testable here", "not run"
@@ -218,15 +218,8 @@ def _within_relations(frame, threshold, seed) -> Part:
     frame = frame[frame["label"].notna() & frame["value"].notna()]
     both = frame[frame.groupby("relation")["label"].transform("nunique") == 2]
     centred = both["value"] - both.groupby("relation")["value"].transform("mean")
-    found = bootstrap_difference(
-        both.assign(value=centred),
-        "value",
-        "label",
-        ("I", "II"),
-        cluster="relation",
-        strata=None,
-        seed=seed,
-    )
+    resampled = both.assign(value=centred, fact=both["relation"], relation="all")
+    found = bootstrap_difference(resampled, "value", "label", ("I", "II"), seed=seed)
     one, two = (int((both["label"] == name).sum()) for name in CLASSES)
     relations = both["relation"].nunique()
     why = (
@@ -535,5 +528,11 @@ def _hover(board, cell) -> str:
     for row in parts[parts["statistic"] != ""].to_dict("records"):
         told = format_value(row["value"], row["value_low"], row["value_high"])
         what = " ".join(filter(None, [row["part"], row["threshold"], row["statistic"]]))
-        lines.append(f"{what} {told} (n = {counted(row, 'n_facts')})")
+        lines.append(f"{what} {told} (n = {n_facts(row)})")
     return "\n".join(lines)
+
+
+def n_facts(row) -> str:
+    """The facts of a row of the scoreboard, on both sides of a difference: "90 and 30"."""
+    sides = [row["n_facts"], row.get("n_facts_other")]
+    return " and ".join(f"{count:.0f}" for count in sides if not pd.isna(count))

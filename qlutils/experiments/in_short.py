@@ -24,6 +24,7 @@ from qlutils.experiments.claims import (
     Case,
     Missing,
     deciding,
+    n_facts,
     overall,
 )
 from qlutils.experiments.consistency import classified_facts, share_of_class
@@ -31,7 +32,7 @@ from qlutils.experiments.edit_tables import PAPER_OP
 from qlutils.experiments.effects import query_gaps
 from qlutils.experiments.report import NOTEBOOKS, SavedResults
 from qlutils.show.stats import LEAST
-from qlutils.show.tables import counted, format_value
+from qlutils.show.tables import format_value
 
 SENTENCES: dict = {}  # {topic: function that tells a `Reading`'s sentence, or raises `Missing`}
 
@@ -95,7 +96,7 @@ def _listed(rows, compared=False) -> str:
     is another than before. `compared`: the values are differences, so "more" or "less"."""
     parts, before = [], None
     for what, row in rows.items():
-        n = counted(row, "n_facts")
+        n = n_facts(row)
         parts.append(f"{_told(row, compared)} {what}{f' (n = {n})' if n != before else ''}")
         before = n
     return ", ".join(parts)
