@@ -41,6 +41,7 @@ HOLDS, PARTLY, FAILS, OPPOSITE = "holds", "holds in part", "does not hold", "the
 UNTOLD, OPEN, NOT_RUN = "cannot be told", "not testable here", "not run"
 COMMON, HIGH, MARGIN = 0.25, 0.5, 0.1
 LOCALISED = "02"  # the notebook whose claims every method decides
+QUANTITIES = {"dValue": "value", "dProb": "probability"}  # what scaling synapses moves
 NEIGHBOURS = ("union", "intersection", "refine")
 NAMES = {
     "rel": "Rel",
@@ -68,6 +69,11 @@ LEGEND = (
     "? cannot be told · – not run, or nothing to compare with. "
     "On hover, a mark shows the statistics that decide it."
 )
+
+
+def synapse_rates(frame, quantity) -> pd.DataFrame:
+    """The rows of notebook 06 about one of QUANTITIES, attention not renormalised."""
+    return frame[(frame["quantity"] == quantity) & ~frame["renormalise"].astype(bool)]
 
 
 class Missing(Exception):
@@ -129,9 +135,8 @@ class Case:
     def moved(self):
         """(name, rates) of what scaling synapses moves: signed as in the paper, and in size, since
         signs can cancel."""
-        frame = self.frame("knowledge_synapses")
-        for name, quantity in (("dValue", "value"), ("dProb", "probability")):
-            part = frame[(frame["quantity"] == quantity) & ~frame["renormalise"].astype(bool)]
+        for name, quantity in QUANTITIES.items():
+            part = synapse_rates(self.frame("knowledge_synapses"), quantity)
             yield name, part
             changes = part[part["direction"] != "average"].drop(columns="rate")
             yield f"|{name}|", rates(changes, quantity, size=True)

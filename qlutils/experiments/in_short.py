@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,12 +21,14 @@ from qlutils.experiments.claims import (
     CLAIMS,
     MARKS,
     NAMES,
+    QUANTITIES,
     UNTOLD,
     Case,
     Missing,
     deciding,
     n_facts,
     overall,
+    synapse_rates,
 )
 from qlutils.experiments.consistency import classified_facts, share_of_class
 from qlutils.experiments.edit_tables import PAPER_OP
@@ -62,6 +65,8 @@ def in_short(saved, board, *, t=0.2, static=0.1, seed=0) -> pd.DataFrame:
         for model in saved.models:
             label = paths.label(model)
             own = board[(board["model"] == label) & (board["method"] == method)]
+            if not own["statistic"].any() and rows:
+                continue
             one = Reading(saved.frame, model, method, None, t, static, seed, saved, own)
             try:
                 sentence = tell(one)
@@ -92,12 +97,14 @@ def _row(found, measure="mean") -> dict:
 
 
 def _listed(rows, compared=False) -> str:
-    """{what: row} in words: "0.31 [0.25, 0.38] by Otsu's threshold (n = 72), ..."; n facts where it
-    is another than before. `compared`: the values are differences, so "more" or "less"."""
+    """{text with {} in it: row} as one text: "0.31 [0.25, 0.38] (n = 72) by Otsu's threshold, ...";
+    n facts where it is another than before. `compared`: the values are differences, so "more" or
+    "less"."""
     parts, before = [], None
-    for what, row in rows.items():
+    for text, row in rows.items():
         n = n_facts(row)
-        parts.append(f"{_told(row, compared)} {what}{f' (n = {n})' if n != before else ''}")
+        told = _told(row, compared) + (f" (n = {n})" if n != before else "")
+        parts.append(text.format(told))
         before = n
     return ", ".join(parts)
 
@@ -128,8 +135,8 @@ def _run(one):
     known = given.get("known_prompts", 0)
     which = f" that the model knows in {known} wordings or more" if known else ""
     return (
-        f"{entry['facts']} facts{which} ({given['data']}); neurons located by "
-        f"{', '.join(one.saved.methods)}, the integral by the rule {given['rule']}; "
+        f"{entry['facts']} facts{which} ({Path(given['data']).name}); neurons located by "
+        f"{', '.join(one.saved.methods)} at t = {one.t:g}, integrals by the rule {given['rule']}; "
         f"notebooks {', '.join(done)}"
     )
 
@@ -174,17 +181,20 @@ def times_the_facts(claim, row) -> float:
 
 @about("K_II's share of the facts:")
 def _share(one):
-    queries, facts, found = one.frame("queries"), one.facts(), {}
-    for threshold, name in (("static", f"the static threshold {one.static:g}"), ("otsu", "Otsu's")):
-        found[f"by {name}"] = share_of_class(facts, threshold, seed=one.seed)
+    facts, found = one.facts(), {}
+    found[f"{{}} by the static threshold {one.static:g}"] = _share_of(one, facts)
+    found["{} by Otsu's"] = _share_of(one, facts, "otsu")
     for t in (0.1, 0.5):
-        other = classified_facts(queries, t, one.static)
-        share = share_of_class(other, "static", seed=one.seed)
-        found[f"by the static one with t = {t:g} in place of {one.t:g}"] = share
-    wordings = f"with three wordings in place of {facts['n_queries'].mean():.1f}"
+        other = classified_facts(one.frame("queries"), t, one.static)
+        found[f"{{}} by the static one with t = {t:g} for {one.t:g}"] = _share_of(one, other)
     three = (facts["cs2_3"] <= one.static).astype(float).where(facts["cs2_3"].notna())
-    found[wordings] = one.mean(facts.assign(three=three), "three", share=True)
-    return _listed({name: _row(share) for name, share in found.items()})
+    wordings = f"{{}} with three wordings a fact for {facts['n_queries'].mean():.1f}"
+    found[wordings] = _row(one.mean(facts.assign(three=three), "three", share=True))
+    return _listed(found)
+
+
+def _share_of(one, facts, threshold="static", among=None) -> dict:
+    return _row(share_of_class(facts, threshold, seed=one.seed, among=among))
 
 
 @about("CS2 of K_I against K_II, cut on one half of the wordings and measured on the other:")
@@ -192,7 +202,7 @@ def _differ(one):
     rows = one.board[one.board["claim"] == 2].to_dict("records")
     if not rows[0]["statistic"]:
         raise Missing(rows[0]["why"])
-    return _listed({f"{row['part']} ({row['threshold']})": row for row in rows}, True)
+    return _listed({f"{{}} ({row['part']}, {row['threshold']})": row for row in rows}, True)
 
 
 @about("What an edit breaks elsewhere (local: one wording's KNs; global: all wordings'):")
@@ -202,9 +212,9 @@ def _broken(one):
         part = edits[(edits["op"] == op) & (edits["neurons"] == neurons)]
         lost = one.mean(part.assign(lost=1 - part["loc"]), "lost", share=True)
         told = {
-            "of other facts' answers change": _row(lost),
-            "of texts break": _row(one.mean(part, "broken", share=True)),
-            "is the median rise of perplexity": _row(one.mean(part, "dppl"), "median"),
+            "{} of other facts' answers change": _row(lost),
+            "{} of texts break": _row(one.mean(part, "broken", share=True)),
+            "perplexity rises by {} (median)": _row(one.mean(part, "dppl"), "median"),
         }
         found.append(f"{PAPER_OP[op]} of {neurons} KNs: {_listed(told)}")
     return "; ".join(found)
@@ -217,29 +227,29 @@ def _broken(one):
 def _own(one):
     frame = one.frame("query_kn_mapping")
     others = {
-        "against its neighbours' together": "union",
-        "against another fact's of the relation": "self_same_relation",
-        "against a fact's of another relation": "self_other_relation",
-        "against random ones": "self_random",
+        "against its neighbours' together {}": "union",
+        "against another fact's of the relation {}": "self_same_relation",
+        "against a fact's of another relation {}": "self_other_relation",
+        "against random ones {}": "self_random",
     }
     gaps = {name: _gap(one, frame, "self", second) for name, second in others.items()}
-    return f"{_listed({'alone': _gap(one, frame, 'self')})}; {_listed(gaps, True)}"
+    return f"{_listed({'alone {}': _gap(one, frame, 'self')})}; {_listed(gaps, True)}"
 
 
-@about("Attention:")
+@about("Attention (of synapses: activation of KNs, dValue; P(answer), dProb):")
 def _attention(one):
     facts, frame = one.frame("attention_predominance"), one.frame("knowledge_synapses")
     same = {
-        "of a fact's wordings attend most to one token": "predominance",
-        "without the first token": "predominance_rest",
+        "{} of a fact's wordings attend most to one token": "predominance",
+        "without the first token {}": "predominance_rest",
     }
     told = {name: _row(one.mean(facts, column)) for name, column in same.items()}
-    frame, gaps = frame[~frame["renormalise"].astype(bool)], {}
-    for what, quantity in (("activation of KNs", "value"), ("P(answer)", "probability")):
-        rows = frame[frame["quantity"] == quantity]
-        gaps[f"for {what}"] = _gap(one, rows, "self", "irrelevant")
+    gaps = {}
+    for what, quantity in QUANTITIES.items():
+        rows = synapse_rates(frame, quantity)
+        gaps[f"{what} {{}}"] = _gap(one, rows, "self", "irrelevant")
         rest = _gap(one, rows, "self_without_first", "irrelevant_without_first")
-        gaps[f"for {what} without the first token"] = rest
+        gaps[f"{what} without the first token {{}}"] = rest
     return f"{_listed(told)}; own synapses against an irrelevant query's: {_listed(gaps, True)}"
 
 
@@ -254,7 +264,7 @@ def _cas(one):
         part, gaps = edits[edits["op"] == op], {}
         for measure, other in CAS_AGAINST:
             gap = one.apart(part, measure, "neurons", ("cas", other), share=True)
-            gaps[f"{NAMES[measure]} against {other} edits"] = _row(gap)
+            gaps[f"{NAMES[measure]} against {other} edits {{}}"] = _row(gap)
         found.append(f"{name}: {_listed(gaps, True)}")
     return "; ".join(found)
 
@@ -264,5 +274,5 @@ def _known(one):
     facts = one.facts()
     facts["all_known"] = facts["known"] == 1
     gap = one.apart(facts, "cs2", "all_known", (True, False))
-    share = share_of_class(facts, "static", seed=one.seed, among="all_known")
-    return f"{_listed({'on CS2': _row(gap)}, True)}; {_listed({'of them are K_II': _row(share)})}"
+    share = _share_of(one, facts, among="all_known")
+    return f"{_listed({'CS2 {}': _row(gap)}, True)}; {_listed({'{} of them are K_II': share})}"

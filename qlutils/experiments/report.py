@@ -19,7 +19,7 @@ from IPython.display import HTML, Image, display
 
 from qlutils import paths
 from qlutils.experiments import controls
-from qlutils.experiments.claims import NEIGHBOURS, Missing
+from qlutils.experiments.claims import NEIGHBOURS, QUANTITIES, Missing, synapse_rates
 from qlutils.experiments.effects import query_gaps, summary
 from qlutils.files import write_bytes
 from qlutils.show.page import export_html, folded, missing_html, shown
@@ -346,9 +346,9 @@ def show_figure_6(saved: SavedResults, stem, threshold="static", seed=0) -> HTML
     found, missing = saved.frames("knowledge_synapses")
     short = {"self": "S", "irrelevant": "S_ir"}
     short |= {"enhance": "enh", "suppress": "sup", "average": "avg"}
-    parts, quantities = [], {"dValue": "value", "dProb": "probability"}
-    for (pair, frame), (name, quantity) in product(found.items(), quantities.items()):
-        rows = frame[(frame["quantity"] == quantity) & ~frame["renormalise"].astype(bool)]
+    parts = []
+    for (pair, frame), (name, quantity) in product(found.items(), QUANTITIES.items()):
+        rows = synapse_rates(frame, quantity)
         part = summary(rows, ("self", "irrelevant"), thresholds=(threshold,), seed=seed)
         part["scaled"] = part["set"].map(short) + "\n" + part["direction"].map(short)
         parts.append(part.assign(model=saved.label(*pair), quantity=name))
