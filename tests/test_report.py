@@ -740,6 +740,21 @@ def test_a_mark_is_one_word_for_all_parts_of_a_claim(verdicts, mark):
     assert claims.overall(missing)["mark"].item() == "not run"
 
 
+def test_a_notebook_shows_the_verdicts_that_its_own_results_decide(queries):
+    class Study:
+        model, method, seed = "a", "ig", 0
+
+        def load(self, name, method):
+            if name != "queries":
+                raise ValueError("run notebook 03 first")
+            return queries
+
+    text = html.unescape(claims.judge(Study(), "02", static=0.5).data)
+    assert claims.CLAIMS[1].text in text and claims.CLAIMS[4].text not in text
+    assert "holds (2 of 2)" in text and "<summary>Every part</summary>" in text
+    assert "not testable here: run notebook 03 first" in claims.judge(Study(), "03").data
+
+
 # --- in short -------------------------------------------------------------------------------------
 
 

@@ -157,10 +157,10 @@ def _untold(one):
     for number in marks.index[marks == UNTOLD]:
         parts = deciding(one.board[one.board["claim"] == number])
         times = min(times_the_facts(CLAIMS[number], row) for row in parts.to_dict("records"))
-        why = parts["why"].iloc[0] or "more than a thousand times as many"
-        need = f"about {float(f'{times * facts:.2g}'):,.0f}" if times < 1000 else f"unknown: {why}"
+        about = f"about {float(f'{times * facts:.2g}'):,.0f}"
+        need = about if times < np.inf else "no number can be said"
         found.append(f"{number} ({need})")
-    return f"claims {', '.join(found)}; there are {facts}" if found else "no claim"
+    return f"claims {', '.join(found)}; there are {facts} now" if found else "no claim"
 
 
 def times_the_facts(claim, row) -> float:
@@ -223,7 +223,7 @@ def _broken(one):
 # --- section 3 ------------------------------------------------------------------------------------
 
 
-@about("How far scaling a query's own neurons moves P(answer), relatively:")
+@about("How far scaling a query's own neurons moves P(answer), relative to it:")
 def _own(one):
     frame = one.frame("query_kn_mapping")
     others = {

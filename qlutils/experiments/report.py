@@ -191,14 +191,6 @@ def inventory(saved: SavedResults) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def inventory_by_model(table: pd.DataFrame) -> pd.DataFrame:
-    """The inventory with a row a setting and a column a model."""
-    names = ["setting", "section", "what", "shown in", "notebook"]
-    once = table.drop_duplicates([*names, "model", "status"])
-    wide = once.pivot_table("status", names, "model", aggfunc="; ".join, sort=False)
-    return wide.reset_index()
-
-
 def work(saved: SavedResults) -> pd.DataFrame:
     """Every notebook that was run: model, method, data, facts, device, dtype, seconds, units of
     work, when and how."""
