@@ -907,10 +907,10 @@ def test_an_edit_is_said_to_reach_the_known_neighbours_in_their_order(queries):
     edit = dict(neurons="local", control="none", note=None, op="erase")
     prompts = few.set_index(["fact", "prompt_index"])["prompt"]
     edits = [
-        edit | dict(fact=one, prompt=prompts[one, 2], reached=[1.0, 0.0, 0.5]),
-        edit | dict(fact=two, prompt=prompts[two, 1], reached=[1.0, 1.0, 1.0]),
+        edit | dict(fact=one, prompt=prompts[one, 2], reached=[1.0, 0.7, 0.0, 0.5]),
+        edit | dict(fact=two, prompt=prompts[two, 1], reached=[1.0] * 4),
         edit | dict(fact=three, prompt=prompts[three, 0], reached=[], note="nothing to edit"),
-        edit | dict(fact=one, prompt=prompts[one, 2], reached=[9.0] * 3, neurons="global"),
+        edit | dict(fact=one, prompt=prompts[one, 2], reached=[9.0] * 4, neurons="global"),
     ]
     saved = Saved({"a": {"queries": few, "edits": pd.DataFrame(edits)}})
     found = report.query_outcomes(saved, "a", "ig")

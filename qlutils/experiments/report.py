@@ -240,7 +240,9 @@ def query_outcomes(saved: SavedResults, model, method) -> dict[str, pd.DataFrame
     found = {}
     with suppress(Missing):
         queries = saved.frame(model, method, "queries")
-        known = queries.loc[queries["known"].astype(bool), ["fact", "prompt_index", "prompt"]]
+        queries = queries[["fact", "prompt_index", "prompt", "known"]]
+        queries = queries.assign(place=queries.groupby("fact").cumcount())
+        known = queries[queries["known"].astype(bool)]
         edits = saved.frame(model, method, "edits")
         edits = edits[(edits["neurons"] == "local") & (edits["control"] == "none")]
         for op, name in (("erase", "erasure"), ("update", "update")):
@@ -254,13 +256,13 @@ def query_outcomes(saved: SavedResults, model, method) -> dict[str, pd.DataFrame
 
 
 def _reached(edits, known) -> pd.DataFrame:
-    """Whether each edit (one a fact) reached the fact's known queries, which `reached` lists in
-    their order, but for the edited one. An edited query that is not known has no Gen."""
-    edited = known.rename(columns={"prompt_index": "edited"})
+    """Whether each edit (one a fact) reached the fact's other known queries: `reached` has a value
+    for each of its queries, in their order, `place`. An edited query that is not known has no
+    Gen."""
+    edited = known[["fact", "prompt", "prompt_index"]].rename(columns={"prompt_index": "edited"})
     edits = edits.merge(edited, on=["fact", "prompt"])[["fact", "edited", "reached"]]
     values = edits.explode("reached").rename(columns={"reached": "value"})
-    for frame in (values, known := known.drop(columns="prompt")):
-        frame["place"] = frame.groupby("fact").cumcount()
+    values["place"] = values.groupby("fact").cumcount()
     both = values.merge(known, on=["fact", "place"]).astype({"value": float})
     both = both[both["edited"] != both["prompt_index"]]
     return both[["fact", "prompt_index", "edited", "value"]]
