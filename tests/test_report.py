@@ -800,7 +800,7 @@ def spoken(queries):
     mapping = {"self": lambda two: 0.5, "union": lambda two: 0.2, "self_random": lambda two: 0.6}
     frames["query_kn_mapping"] = changes_frame(queries, mapping)
     few = queries[queries["fact"].isin(queries["fact"].unique()[:1])]
-    return told({"a": frames, "b": {"queries": few}}), frames
+    return told({"a": frames, "b": {"queries": few}, "c": {}}), frames
 
 
 def sentence(spoken, topic, model="a"):
@@ -809,7 +809,7 @@ def sentence(spoken, topic, model="a"):
 
 
 def test_there_are_ten_topics_and_each_is_told_of_each_model(spoken):
-    assert len(in_short.SENTENCES) == 10 and len(spoken[0]) == 20
+    assert len(in_short.SENTENCES) == 10 and len(spoken[0]) == 20  # of two; c was not run
     text = in_short.show(
         pd.DataFrame([(*keys, text) for keys, text in spoken[0].items()]).set_axis(
             ["topic", "model", "sentence"], axis=1
@@ -870,6 +870,8 @@ def test_of_one_fact_and_without_notebooks_nothing_can_be_told_but_why(spoken):
             continue
         assert "cannot be told" in text and not first_numbers(text), text
     assert "notebook 04 was not run" in sentence(spoken, "own neurons", "b")
+    attention = "cannot be told: notebook 05 was not run; cannot be told: notebook 06 was not run"
+    assert sentence(spoken, "Attention", "b") == attention
     assert "(n = 1)" in sentence(spoken, "share of the facts", "b")
     assert sentence(spoken, "What was run", "b").endswith("notebooks 01, 02")
     assert "not run: 4, 5, 6" in sentence(spoken, "What holds", "b")

@@ -37,7 +37,7 @@ from qlutils.experiments.report import NOTEBOOKS, SavedResults
 from qlutils.show.stats import LEAST
 from qlutils.show.tables import format_value
 
-SENTENCES: dict = {}  # {topic: function that tells a `Reading`'s sentence, or raises `Missing`}
+SENTENCES: dict = {}  # {topic: functions that tell a `Reading`'s sentence, or raise `Missing`}
 
 CAS_AGAINST = (("gen", "local"), ("loc", "global"), ("avg", "local"), ("avg", "global"))
 
@@ -52,28 +52,32 @@ class Reading(Case):
 
 def about(topic):
     def register(tell):
-        SENTENCES[topic] = tell
+        SENTENCES.setdefault(topic, []).append(tell)
         return tell
 
     return register
 
 
 def in_short(saved, board, *, t=0.2, static=0.1, seed=0) -> pd.DataFrame:
-    """topic, model, sentence: ten topics, a sentence for each model."""
+    """topic, model, sentence: ten topics, a sentence for each model of which anything was run."""
     method, rows = (saved.downstream or saved.methods)[0], []
-    for topic, tell in SENTENCES.items():
-        for model in saved.models:
-            label = paths.label(model)
-            own = board[(board["model"] == label) & (board["method"] == method)]
-            if not own["statistic"].any() and rows:
-                continue
-            one = Reading(saved.frame, model, method, None, t, static, seed, saved, own)
-            try:
-                sentence = tell(one)
-            except Missing as missing:
-                sentence = f"{UNTOLD}: {missing}"
-            rows.append(dict(topic=topic, model=label, sentence=sentence))
+    board = board[board["method"] == method]
+    ran = set(board.loc[board["statistic"] != "", "model"])
+    models = [model for model in saved.models if paths.label(model) in ran] or saved.models
+    for (topic, parts), model in product(SENTENCES.items(), models):
+        label = paths.label(model)
+        own = board[board["model"] == label]
+        one = Reading(saved.frame, model, method, None, t, static, seed, saved, own)
+        sentence = "; ".join(_sentence(one, tell) for tell in parts)
+        rows.append(dict(topic=topic, model=label, sentence=sentence))
     return pd.DataFrame(rows)
+
+
+def _sentence(one, tell) -> str:
+    try:
+        return tell(one)
+    except Missing as missing:
+        return f"{UNTOLD}: {missing}"
 
 
 def show(table: pd.DataFrame) -> HTML:
@@ -236,21 +240,28 @@ def _own(one):
     return f"{_listed({'alone {}': _gap(one, frame, 'self')})}; {_listed(gaps, True)}"
 
 
-@about("Attention (of synapses: activation of KNs, dValue; P(answer), dProb):")
-def _attention(one):
-    facts, frame = one.frame("attention_predominance"), one.frame("knowledge_synapses")
+@about("Attention:")
+def _predominance(one):
+    facts = one.frame("attention_predominance")
     same = {
         "{} of a fact's wordings attend most to one token": "predominance",
         "without the first token {}": "predominance_rest",
     }
-    told = {name: _row(one.mean(facts, column)) for name, column in same.items()}
-    gaps = {}
-    for what, quantity in QUANTITIES.items():
+    return _listed({name: _row(one.mean(facts, column)) for name, column in same.items()})
+
+
+@about("Attention:")
+def _synapses(one):
+    frame, gaps = one.frame("knowledge_synapses"), {}
+    for name, quantity in QUANTITIES.items():
         rows = synapse_rates(frame, quantity)
-        gaps[f"{what} {{}}"] = _gap(one, rows, "self", "irrelevant")
+        gaps[f"{name} {{}}"] = _gap(one, rows, "self", "irrelevant")
         rest = _gap(one, rows, "self_without_first", "irrelevant_without_first")
-        gaps[f"{what} without the first token {{}}"] = rest
-    return f"{_listed(told)}; own synapses against an irrelevant query's: {_listed(gaps, True)}"
+        gaps[f"{name} without the first token {{}}"] = rest
+    return (
+        "scaling own synapses moves, against an irrelevant query's, KNs (dValue) and P(answer) "
+        f"(dProb): {_listed(gaps, True)}"
+    )
 
 
 def _gap(one, frame, first, *second) -> dict:
