@@ -492,7 +492,7 @@ def judge(study, notebook, methods=None, *, t=0.2, static=0.1) -> HTML:
     board = scoreboard(get, [study.model], methods, methods, notebook=notebook, **options)
     verdicts = shown(overall(board).drop(columns=["model", "mark"]))
     parts = folded("Every part", board.drop(columns=["text", "model"]), digits=3)
-    return HTML(verdicts.data + parts.data)
+    return HTML("\n".join([verdicts.data, parts.data]))
 
 
 # --- the matrix -----------------------------------------------------------------------------------

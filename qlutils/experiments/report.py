@@ -304,7 +304,7 @@ def show_edits(frame: pd.DataFrame, missing=()) -> HTML:
         own = own.drop(columns=["threshold", "n_empty", "dppl_mean"])
         parts.append(shown(own, caption=f"{threshold.title()} threshold").data)
     parts.append(folded("Every row, with random neurons as a control", frame).data)
-    return HTML("\n".join(parts) + missing_html(missing))
+    return HTML("\n".join([*parts, missing_html(missing)]))
 
 
 def misprints(table, models) -> HTML:
@@ -356,7 +356,7 @@ def _show_bars(study, stem, parts, missing, **panels) -> HTML:
     plotted = pd.concat(parts, ignore_index=True)
     study.figure(figure_bars(plotted, column="model", **panels), stem, plotted)
     numbers = folded("Means, medians and trimmed means", plotted, digits=3)
-    return HTML(numbers.data + missing_html(missing))
+    return HTML("\n".join([numbers.data, missing_html(missing)]))
 
 
 # --- the page and the figures folder --------------------------------------------------------------
