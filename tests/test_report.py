@@ -836,6 +836,15 @@ def test_the_share_of_the_second_class_is_that_of_the_facts(spoken, queries):
     assert "(n = 24)" in text and "three wordings a fact for 7.0" in text
 
 
+def test_the_classes_are_compared_on_the_other_half_as_the_claim_does(spoken):
+    board = board_of(spoken[1], "02")
+    rows = board[(board["claim"] == 2) & (board["part"] == "all facts")]
+    text = sentence(spoken, "CS2 of K_I against K_II")
+    assert first_numbers(text) == pytest.approx(rows["value"].tolist(), abs=0.005)
+    assert re.match(r"by the static threshold .* more \(n = 1\d and 1\d\) over all facts, by", text)
+    assert "by the otsu threshold cannot be told" in text and "within relations" in text
+
+
 def test_own_neurons_are_compared_with_others_as_more_and_less(spoken):
     text = sentence(spoken, "own neurons")
     assert re.match(r"alone 0\.5\d \[.*?\] \(n = 24\); against its neighbours' together 0\.3", text)

@@ -206,7 +206,11 @@ def _differ(one):
     rows = one.board[one.board["claim"] == 2].to_dict("records")
     if not rows[0]["statistic"]:
         raise Missing(rows[0]["why"])
-    return _listed({f"{{}} ({row['part']}, {row['threshold']})": row for row in rows}, True)
+    told = {}
+    for row in rows:
+        where = row["part"].replace("all facts", "over all facts")
+        told[f"by the {row['threshold']} threshold {{}} {where}"] = row
+    return _listed(told, compared=True)
 
 
 @about("What an edit breaks elsewhere (local: one wording's KNs; global: all wordings'):")
