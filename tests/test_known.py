@@ -15,7 +15,7 @@ from qlutils import Fact, load_facts, load_model, paths, run
 from qlutils.driver.arguments import parser
 from qlutils.driver.jobs import plan_jobs
 from qlutils.experiments.localize import localise
-from qlutils.experiments.report import Run, work
+from qlutils.experiments.report import SavedResults, work
 from qlutils.study import known, store
 from qlutils.study.notebook import Study
 
@@ -203,7 +203,7 @@ def test_how_many_were_scanned_and_kept_stands_beside_every_result_for_each_mode
         said = f"{model} {n['kept']} kept, {n['known']} known of {n['scanned']} scanned"
         assert said in notes["both"] and (said in notes["one"]) == (model == "demo/llama2")
     assert "A note. Facts with at least 2 prompts answered" in notes["one"]
-    table = work(Run(both, list(counts), ["ig"], []))
+    table = work(SavedResults(both, list(counts), ["ig"], []))
     assert table["scanned"].tolist() == [n["scanned"] for n in counts.values()]
     assert table["facts"].tolist() == [n["kept"] for n in counts.values()]
 
@@ -216,7 +216,7 @@ def test_the_report_names_what_was_not_looked_for_and_does_not_look(study, monke
         store, "run_units", lambda *args, **options: pytest.fail("the report asked a model")
     )
     both = study(model=None, method=None, models=["demo/gpt2", "demo/llama2"], known_prompts=1)
-    found, missing = Run(both, ["demo/gpt2", "demo/llama2"], ["ig"], []).frames("queries")
+    found, missing = SavedResults(both, ["demo/gpt2", "demo/llama2"], ["ig"], []).frames("queries")
     assert (
         found == {}
         and len(missing) == 2

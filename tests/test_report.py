@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 
 from qlutils import paths, run
-from qlutils.experiments import claims, report
+from qlutils.experiments import claims, in_short, report
+from qlutils.experiments.consistency import classified_facts
 from qlutils.facts import load_facts
 from qlutils.show import page
 from qlutils.study.notebook import Study
@@ -94,7 +95,8 @@ def test_every_kind_of_outside_address_is_found(snippet):
 
 
 def test_data_in_the_file_anchors_and_plain_text_are_inside():
-    inside = '<a href="#part-1">x</a><img src="data:image/png;base64,AA=="><p>see https://example.org, url(x)</p>'
+    inside = '<a href="#part-1">x</a><img src="data:image/png;base64,AA==">'
+    inside += "<p>see https://example.org, url(x)</p>"
     assert page.external_addresses(inside) == []
 
 
@@ -121,7 +123,10 @@ def _executed():
 
 
 def test_a_figure_is_described_by_the_words_before_it(tmp_path):
-    pixel = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    pixel = (
+        "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAAB"
+        "JRU5ErkJggg=="
+    )
     picture = ("1", [dict(output_type="display_data", data={"image/png": pixel})])
     book = write_notebook(tmp_path / "a.ipynb", "# T", "**Figure 4.** What is drawn.", picture)
     text = page.export_html(book, tmp_path / "a.html").read_text("utf-8")
@@ -201,7 +206,7 @@ def save(model, number, frames, output="made", method="ig"):
 
 def the_run(output="made", models=("demo/gpt2",), methods=("ig",), **changed):
     study = Study("report", output=output, **{**SAMPLE, **changed})
-    return report.Run(study, models, methods, ["ig"])
+    return report.SavedResults(study, models, methods, ["ig"])
 
 
 @pytest.fixture(scope="module")
@@ -689,33 +694,243 @@ def test_what_cannot_be_tested_says_why(queries):
     )
 
 
-def test_models_that_were_not_run_are_named_once_and_every_claim_stays(queries):
+def cells_of(text):
+    """[texts of a row's cells], and the hover of each, of an HTML table."""
+    rows = re.findall(r"<tr>(.*?)</tr>", text, re.S)
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S) for row in rows]
+    hovers = [re.findall(r'title="(.*?)"', row, re.S) for row in rows]
+    return [[re.sub("(?s)<.*?>", "", cell) for cell in row] for row in cells], hovers
+
+
+def test_the_matrix_has_a_row_a_claim_and_a_column_a_model_and_method(queries):
     def get(model, method, name):
-        if (model, name) != ("a", "queries"):
-            raise claims.Missing(
-                "notebook 03 was not run" if model == "a" else "notebook 01 was not run"
-            )
+        if (model, name) != ("a<b", "queries"):
+            raise claims.Missing("notebook 03 was not run")
         return queries
 
-    text = claims.show_scoreboard(
-        claims.scoreboard(get, ["a", "b", "c"], ["ig", "sig"], ["ig"], static=0.5)
+    board = claims.scoreboard(get, ["a<b", "c"], ["ig", "sig"], ["ig"], static=0.5)
+    (models, methods, *rows), hovers = cells_of(claims.matrix(board))
+    assert models[1:] == ["a&lt;b", "c"] and methods[1:] == ["ig", "sig"] * 2
+    assert [row[0].split(".")[0] for row in rows] == [str(number) for number in range(1, 14)]
+    assert {row[3] for row in rows} == {"–"}  # nothing of model c
+    assert [row[1] for row in rows[2:]] == ["–"] * 11 and rows[0][1] in "✓◐"
+    row = board[board["threshold"] == "otsu"].iloc[0]
+    told = (
+        f"otsu share of K_II {row['value']:.2f} [{row['value_low']:.2f}, {row['value_high']:.2f}]"
+    )
+    assert hovers[2][0].startswith("holds") and f"{told} (n = 24)" in hovers[2][0]
+    assert hovers[5][0] == "not testable here: notebook 03 was not run"
+
+
+@pytest.mark.parametrize(
+    "verdicts, mark",
+    [
+        (["holds", "holds", "not testable here"], "holds"),
+        (["holds", "cannot be told"], "holds in part"),
+        (["the opposite holds", "cannot be told"], "does not hold"),
+        (["the opposite holds"], "the opposite holds"),
+        (["cannot be told", "not testable here"], "cannot be told"),
+        (["not testable here"], "cannot be told"),
+    ],
+)
+def test_a_mark_is_one_word_for_all_parts_of_a_claim(verdicts, mark):
+    about = dict(claim=1, text="", method="ig", model="a", queries="", statistic="x", why="few")
+    board = pd.DataFrame([about | dict(verdict=verdict) for verdict in verdicts])
+    assert claims.overall(board)["mark"].item() == mark and mark in claims.MARKS
+    missing = board.assign(statistic="", verdict="not testable here")
+    assert claims.overall(missing)["mark"].item() == "not run"
+
+
+def test_a_notebook_shows_the_verdicts_that_its_own_results_decide(queries):
+    class Study:
+        model, method, seed = "a", "ig", 0
+
+        def load(self, name, method):
+            if name != "queries":
+                raise ValueError("run notebook 03 first")
+            return queries
+
+    text = html.unescape(claims.judge(Study(), "02", static=0.5).data)
+    assert claims.CLAIMS[1].text in text and claims.CLAIMS[4].text not in text
+    assert "holds (2 of 2)" in text and "<summary>Every part</summary>" in text
+    assert "not testable here: run notebook 03 first" in claims.judge(Study(), "03").data
+
+
+# --- in short -------------------------------------------------------------------------------------
+
+
+class Saved:
+    """The saved results of models, given by hand: {model: {name: frame}}."""
+
+    methods, downstream = ["ig"], ["ig"]
+
+    def __init__(self, frames):
+        self.frames, self.models = frames, list(frames)
+
+    def frame(self, model, method, name):
+        if name not in self.frames[model]:
+            raise claims.Missing(f"notebook {report.FRAMES[name]} was not run")
+        return self.frames[model][name]
+
+    def entry(self, number, model, method=None):
+        names = [name for name, notebook in report.FRAMES.items() if notebook == number]
+        for name in names:
+            self.frame(model, method, name)
+        return dict(facts=24, parameters=dict(data="demo", rule="right", known_prompts=3))
+
+    methods_of = report.SavedResults.methods_of
+    read_all = report.SavedResults.read_all
+
+
+def told(frames, **options):
+    """{(topic, model): sentence}"""
+    saved, options = Saved(frames), dict(t=0.2, static=0.2, seed=0) | options
+    board = claims.scoreboard(saved.frame, saved.models, ["ig"], ["ig"], **options)
+    table = in_short.in_short(saved, board, **options)
+    assert table.groupby("model").size().eq(10).all()
+    return {tuple(keys): text for *keys, text in table.itertuples(index=False)}
+
+
+def first_numbers(text):
+    return [float(number) for number in re.findall(r"-?\d+\.\d+(?= \[)", text)]
+
+
+@pytest.fixture(scope="module")
+def spoken(queries):
+    frames = frames_where_all_holds(queries)
+    mapping = {"self": lambda two: 0.5, "union": lambda two: 0.2, "self_random": lambda two: 0.6}
+    frames["query_kn_mapping"] = changes_frame(queries, mapping)
+    few = queries[queries["fact"].isin(queries["fact"].unique()[:1])]
+    return told({"a": frames, "b": {"queries": few}, "c": {}}), frames
+
+
+def sentence(spoken, topic, model="a"):
+    [text] = [text for (name, of), text in spoken[0].items() if topic in name and of == model]
+    return text
+
+
+def test_there_are_ten_topics_and_each_is_told_of_each_model(spoken):
+    assert len(in_short.SENTENCES) == 10 and len(spoken[0]) == 20  # of two; c was not run
+    text = in_short.show(
+        pd.DataFrame([(*keys, text) for keys, text in spoken[0].items()]).set_axis(
+            ["topic", "model", "sentence"], axis=1
+        )
     ).data
-    assert (
-        text.count("<p>Not in this run: b (ig, sig); c (ig, sig).</p>") == 1
-        and "notebook 01 was not run" not in text
+    assert text.count("<li>") == 10 and text.count("<i>b</i>") == 10
+
+
+def test_what_was_run_and_what_holds_is_said(spoken):
+    run_, holds = (sentence(spoken, topic) for topic in ("What was run", "What holds"))
+    assert run_.startswith("24 facts that the model knows in 3 wordings or more (demo)")
+    assert run_.endswith("notebooks 01, 02, 03, 04, 05, 06, 07")
+    assert re.match(r"holds: 1, .*not run: 3$", holds), holds
+
+
+def test_the_share_of_the_second_class_is_that_of_the_facts(spoken, queries):
+    facts = classified_facts(queries, 0.2, 0.2)
+    shares = [(facts[f"class_{name}"] == "II").mean() for name in ("static", "otsu")]
+    for t in (0.1, 0.5):
+        shares.append((classified_facts(queries, t, 0.2)["class_static"] == "II").mean())
+    shares.append((facts["cs2_3"] <= 0.2).mean())
+    text = sentence(spoken, "share of the facts")
+    assert first_numbers(text) == pytest.approx(shares, abs=0.005)
+    assert "(n = 24)" in text and "three wordings a fact for 7.0" in text
+
+
+def test_the_classes_are_compared_on_the_other_half_as_the_claim_does(spoken):
+    board = board_of(spoken[1], "02")
+    rows = board[(board["claim"] == 2) & (board["part"] == "all facts")]
+    text = sentence(spoken, "CS2 of K_I against K_II")
+    assert first_numbers(text) == pytest.approx(rows["value"].tolist(), abs=0.005)
+    assert re.match(r"by the static threshold .* more \(n = 1\d and 1\d\) over all facts, by", text)
+    assert "by the otsu threshold cannot be told" in text and "within relations" in text
+
+
+def test_own_neurons_are_compared_with_others_as_more_and_less(spoken):
+    text = sentence(spoken, "own neurons")
+    assert re.match(r"alone 0\.5\d \[.*?\] \(n = 24\); against its neighbours' together 0\.3", text)
+    assert "against another fact's of the relation cannot be told (n = 0)" in text
+    assert re.search(r"against random ones 0\.1\d? \[0\.\d+, 0\.\d+\] less", text)
+
+
+def test_what_an_edit_breaks_and_what_cas_buys_are_means_over_all_facts(spoken):
+    edits = spoken[1]["edits"]
+    part = edits[(edits["op"] == "update") & (edits["neurons"] == "global")]
+    last = sentence(spoken, "breaks elsewhere").split("update of global KNs: ")[1]
+    values = [1 - part["loc"].mean(), part["broken"].mean(), part["dppl"].median()]
+    assert first_numbers(last)[:3] == pytest.approx(values, abs=0.006)
+    cas = spoken[1]["cas_edits"]
+    means = cas[cas["op"] == "erase"].groupby("neurons")["gen"].mean()
+    text = sentence(spoken, "CAS buys")
+    assert first_numbers(text)[0] == pytest.approx(means["cas"] - means["local"], abs=0.005)
+    assert re.search(r"Gen against local edits .* more \(n = 24 and 24\)", text)
+
+
+def test_predominance_is_told_with_and_without_the_first_token(spoken):
+    text = sentence(spoken, "Attention")
+    assert first_numbers(text)[:2] == [0.70, 0.60]
+    assert re.search(r"dValue 0\.\d+ \[.*?\] more \(n = 24\)", text)
+    assert "dProb without the first token cannot be told (n = 0)" in text
+
+
+def test_of_one_fact_and_without_notebooks_nothing_can_be_told_but_why(spoken):
+    for topic in in_short.SENTENCES:
+        text = sentence(spoken, topic, "b")
+        if topic.startswith(("What was", "What holds", "What cannot")):
+            continue
+        assert "cannot be told" in text and not first_numbers(text), text
+    assert "notebook 04 was not run" in sentence(spoken, "own neurons", "b")
+    attention = "cannot be told: notebook 05 was not run; cannot be told: notebook 06 was not run"
+    assert sentence(spoken, "Attention", "b") == attention
+    assert "(n = 1)" in sentence(spoken, "share of the facts", "b")
+    assert sentence(spoken, "What was run", "b").endswith("notebooks 01, 02")
+    assert "not run: 4, 5, 6" in sentence(spoken, "What holds", "b")
+
+
+@pytest.mark.parametrize(
+    "row, number, times",
+    [
+        (dict(value=0.1, value_low=-0.1, value_high=0.3, verdict="cannot be told"), 4, 4),
+        (dict(value=0.5, value_low=0.2, value_high=0.8, verdict="cannot be told"), 1, 1.44),
+        (dict(value=0.05, value_low=-0.1, value_high=0.2, verdict="cannot be told"), 13, 9),
+        (dict(value=0.0, value_low=-0.1, value_high=0.1, verdict="cannot be told"), 4, np.inf),
+        (dict(n_facts=40, n_facts_other=4, verdict="not testable here"), 4, 2.5),
+        (dict(n_facts=40, n_facts_other=0, verdict="not testable here"), 4, np.inf),
+        (dict(n_facts=40, n_facts_other=np.nan, verdict="not testable here"), 4, np.inf),
+    ],
+)
+def test_how_many_times_the_facts_it_would_take(row, number, times):
+    """The half-width of the interval must fall to the distance from the bound, as its root of n."""
+    row = (
+        dict(value=np.nan, value_low=np.nan, value_high=np.nan, n_facts=40, n_facts_other=40) | row
     )
-    (head, *rows), (second, *others) = (
-        re.findall(r"<tr>(.*?)</tr>", part, re.S) for part in text.split("</table>")[:2]
+    assert in_short.times_the_facts(claims.CLAIMS[number], row) == pytest.approx(times)
+
+
+# --- what controls need beside the queries --------------------------------------------------------
+
+
+def test_an_edit_is_said_to_reach_the_known_neighbours_in_their_order(queries):
+    """The edited query is left out, one that is not known has no Gen, and so has an edit that was
+    not made."""
+    few = queries[queries["fact"].isin(queries["fact"].unique()[:3])].groupby("fact").head(4)
+    few = few.assign(known=few["prompt_index"] != 1)
+    one, two, three = few["fact"].unique()
+    edit = dict(neurons="local", control="none", note=None, op="erase")
+    prompts = few.set_index(["fact", "prompt_index"])["prompt"]
+    edits = [
+        edit | dict(fact=one, prompt=prompts[one, 2], reached=[1.0, 0.7, 0.0, 0.5]),
+        edit | dict(fact=two, prompt=prompts[two, 1], reached=[1.0] * 4),
+        edit | dict(fact=three, prompt=prompts[three, 0], reached=[], note="nothing to edit"),
+        edit | dict(fact=one, prompt=prompts[one, 2], reached=[9.0] * 4, neurons="global"),
+    ]
+    saved = Saved({"a": {"queries": few, "edits": pd.DataFrame(edits)}})
+    found = report.query_outcomes(saved, "a", "ig")
+    assert list(found) == ["Gen of a local erasure", "Gen of a local update"]
+    assert found["Gen of a local erasure"].to_dict("list") == dict(
+        fact=[one, one], prompt_index=[0, 3], edited=[2, 2], value=[1.0, 0.5]
     )
-    assert [re.findall(r"<th[^>]*>(.*?)</th>", one) for one in (head, second)] == [
-        ["claim", "what the paper claims about where neurons are", "a · ig", "a · sig"],
-        ["claim", "what the paper claims about what they do", "a"],
-    ]
-    rows += others
-    assert [re.search(r"<td[^>]*>(.*?)</td>", row)[1] for row in rows] == [
-        str(number) for number in range(1, 14)
-    ]
-    assert "notebook 03 was not run" in rows[3] and "holds (" in rows[0]
+    assert found["Gen of a local update"].empty
 
 
 # --- the notebook ---------------------------------------------------------------------------------
@@ -769,7 +984,8 @@ def test_the_report_of_a_run_that_has_hardly_begun_names_what_is_missing(execute
         "demo/gpt2 ig: notebook 03 was not run" in text
         and "demo/llama2 ig: notebook 01 was not run" in text
     )
-    assert "Scoreboard" in text and "Study.open" not in text
+    assert text.index(">In short<") < text.index(">The paper's claims<") < text.index("Figure 2.")
+    assert "cannot be told: notebook 04 was not run" in text and "SavedResults" not in text
 
 
 def test_the_scoreboard_file_has_every_claim_and_agrees_with_the_data(executed, queries):

@@ -12,6 +12,7 @@ ones stands beside and decides nothing. Nothing is written by hand for a model, 
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
@@ -32,14 +33,15 @@ from qlutils.experiments.consistency import (
 from qlutils.experiments.controls import split_frames
 from qlutils.experiments.edit_tables import PAPER_OP
 from qlutils.experiments.effects import COUNTED, DIRECTIONS, POPULATIONS, query_gaps, rates
-from qlutils.show.page import folded, missing_html, table_html
+from qlutils.show.page import folded, shown
 from qlutils.show.stats import LEAST, Estimate, bootstrap_difference, bootstrap_mean
-from qlutils.show.tables import display_table, too_few
+from qlutils.show.tables import format_value, too_few
 
-HOLDS, FAILS, OPPOSITE = "holds", "does not hold", "the opposite holds"
-UNTOLD, OPEN = "cannot be told", "not testable here"
+HOLDS, PARTLY, FAILS, OPPOSITE = "holds", "holds in part", "does not hold", "the opposite holds"
+UNTOLD, OPEN, NOT_RUN = "cannot be told", "not testable here", "not run"
 COMMON, HIGH, MARGIN = 0.25, 0.5, 0.1
 LOCALISED = "02"  # the notebook whose claims every method decides
+QUANTITIES = {"dValue": "value", "dProb": "probability"}  # what scaling synapses moves
 NEIGHBOURS = ("union", "intersection", "refine")
 NAMES = {
     "rel": "Rel",
@@ -47,11 +49,31 @@ NAMES = {
     "loc": "Loc",
     "avg": "Avg",
     "dppl": "median dPPL",
-    "cas": "CAS",
     "broken": "share of broken texts",
+    "cas": "CAS",
+    "I": "K_I",
+    "II": "K_II",
 }
 # How the claims about changes count; the known queries stand beside.
 QUERIES = "of all queries, trimmed mean"
+MARKS = {HOLDS: "✓", PARTLY: "◐", FAILS: "✗", OPPOSITE: "✗", UNTOLD: "?", NOT_RUN: "–"}
+COLOURS = {"✓": "#cfe8dc", "◐": "#eaf2d3", "✗": "#f8d9c8", "?": "#eceff1", "–": "#ffffff"}
+STYLE = [
+    dict(selector="th", props="text-align: left; font-weight: normal; white-space: normal"),
+    dict(selector="thead th", props="text-align: center; font-weight: bold"),
+    dict(selector="td", props="text-align: center; color: #1c2024; border: 1px solid #ffffff"),
+    dict(selector="td span", props="cursor: help; padding: 0 0.8em; font-size: 1.2em"),
+]
+LEGEND = (
+    "✓ holds · ◐ holds in part: some of its parts do · ✗ does not hold, or the opposite does · "
+    "? cannot be told · – not run, or nothing to compare with. "
+    "On hover, a mark shows the statistics that decide it."
+)
+
+
+def synapse_rates(frame, quantity) -> pd.DataFrame:
+    """The rows of notebook 06 about one of QUANTITIES, attention not renormalised."""
+    return frame[(frame["quantity"] == quantity) & ~frame["renormalise"].astype(bool)]
 
 
 class Missing(Exception):
@@ -97,75 +119,67 @@ class Case:
     static: float
     seed: int
 
-    def frame(self, name) -> pd.DataFrame:
-        return self.get(self.model, self.method, name)
+    def frame(self, name, model=None) -> pd.DataFrame:
+        return self.get(model or self.model, self.method, name)
 
     def facts(self, model=None) -> pd.DataFrame:
-        return classified_facts(
-            self.get(model or self.model, self.method, "queries"), self.t, self.static
-        )
+        return classified_facts(self.frame("queries", model), self.t, self.static)
 
     def edits(self, name) -> pd.DataFrame:
         """A notebook's edits of knowledge neurons (not its controls), with the facts' classes."""
         frame = self.frame(name)
-        if "broken" not in frame:
-            raise Missing(
-                "its edits were made by an earlier version, which did not count broken texts: "
-                "run it again"
-            )
         frame = frame[(frame["control"] == "none") & frame["note"].isna()]
-        return frame.merge(
-            self.facts()[["fact", "class_static", "class_otsu"]], on="fact", how="left"
-        )
+        classes = self.facts()[["fact", "class_static", "class_otsu"]]
+        return frame.merge(classes, on="fact", how="left")
 
     def moved(self):
         """(name, rates) of what scaling synapses moves: signed as in the paper, and in size, since
         signs can cancel."""
-        frame = self.frame("knowledge_synapses")
-        for name, quantity in (("dValue", "value"), ("dProb", "probability")):
-            part = frame[(frame["quantity"] == quantity) & ~frame["renormalise"].astype(bool)]
+        for name, quantity in QUANTITIES.items():
+            part = synapse_rates(self.frame("knowledge_synapses"), quantity)
             yield name, part
-            yield (
-                f"|{name}|",
-                rates(
-                    part[part["direction"] != "average"].drop(columns="rate"), quantity, size=True
-                ),
-            )
+            changes = part[part["direction"] != "average"].drop(columns="rate")
+            yield f"|{name}|", rates(changes, quantity, size=True)
 
     def neighbour_gaps(self):
-        """As the paper counts, empty sets changing nothing; without the Intersection, which is
-        nearly empty; and Union with both sets cut to one size."""
+        """(name, gaps): as the paper counts, empty sets changing nothing; Union and Refine alone,
+        as the Intersection is nearly empty; and Union with both sets cut to one size."""
         frame = self.frame("query_kn_mapping")
         yield "mean of all three", query_gaps(frame, "self", NEIGHBOURS)
         yield "Union alone", query_gaps(frame, "self", ("union",))
         yield "Refine alone", query_gaps(frame, "self", ("refine",))
         yield "Union, sizes matched", query_gaps(frame, "self_as_union", ("union_matched",))
 
-    def mean(self, frame, value) -> Estimate:
-        return bootstrap_mean(frame, value, seed=self.seed)
+    def mean(self, frame, value, share=False) -> Estimate:
+        return bootstrap_mean(frame, value, seed=self.seed, share=share)
 
     def apart(self, frame, value, by, levels=("II", "I"), share=False) -> Estimate:
         return bootstrap_difference(frame, value, by, levels, seed=self.seed, share=share)
 
-    def counted(self, gaps, name, statistic, threshold, estimate):
-        """Parts about `query_gaps`, one for the queries that decide and one for those beside:
-        `estimate` of their rows."""
+    def gap_parts(self, gaps, name, statistic, threshold="", classes=False):
+        """The mean of `query_gaps`, or K_II's less K_I's: a part for the queries that decide and
+        one for those beside."""
         for queries in COUNTED:
-            found = estimate(POPULATIONS[queries](gaps))
+            rows = POPULATIONS[queries](gaps)
+            found = (
+                self.apart(rows, "gap", f"class_{threshold}") if classes else self.mean(rows, "gap")
+            )
             yield Part(name, statistic, threshold, found, measure="trimmed", queries=queries)
 
-    def edited(self, part, name, measure, sides, by, levels, threshold):
-        """The part about a measure of edits; dPPL, which a few broken texts decide, by its
-        median."""
-        found = self.apart(part, measure, by, levels, share=measure != "dppl")
-        why = _idle(part)
-        if measure == "broken" and not part["broken"].fillna(0).any():
-            why = why or "no edit breaks a text"
+    def edit_part(self, edits, op, measure, by, levels, threshold):
+        """A measure of edits where `by` is levels[0] less where it is levels[1]; dPPL, which a few
+        broken texts decide, by its median."""
+        edits, name, why = edits[edits["op"] == op], NAMES[measure], ""
+        if len(edits) and not edits["rel"].fillna(0).any():  # sets that do nothing are alike
+            why = "no edit changes its own query's answer (Rel is 0)"
+        elif measure == "broken" and not edits["broken"].fillna(0).any():
+            why = "no edit breaks a text"
+        first, second = (NAMES.get(level, level) for level in levels)
         return Part(
-            f"{name}, {NAMES[measure]}",
-            f"{NAMES[measure]} of {sides[0]} - of {sides[1]}",
+            f"{PAPER_OP[op]}, {name}",
+            f"{name} of {first} - of {second}",
             threshold,
-            found,
+            self.apart(edits, measure, by, levels, share=measure != "dppl"),
             why,
             "median" if measure == "dppl" else "mean",
         )
@@ -190,80 +204,70 @@ def claim(number, notebook, text, **bounds):
 @claim(1, "02", f"K_II is common (here: more than {COMMON:.0%} of the facts)", above=COMMON)
 def _common(case):
     for threshold in THRESHOLDS:
-        yield Part(
-            "", "share of K_II", threshold, share_of_class(case.facts(), threshold, seed=case.seed)
-        )
+        share = share_of_class(case.facts(), threshold, seed=case.seed)
+        yield Part("", "share of K_II", threshold, share)
 
 
 @claim(2, "02", "the classes' CS differ (classes from one half of the queries, CS2 from the other)")
 def _differ(case):
-    for threshold, _, _, frame in split_frames(
-        case.frame("queries"), t=case.t, static=case.static, seed=case.seed
-    ):
+    halves = split_frames(case.frame("queries"), t=case.t, static=case.static, seed=case.seed)
+    for threshold, _, _, frame in halves:
         found = case.apart(frame, "value", "label", ("I", "II"))
         yield Part("all facts", "CS2 of K_I - CS2 of K_II", threshold, found)
-        frame = frame[frame["label"].notna() & frame["value"].notna()]
-        both = frame[frame.groupby("relation")["label"].transform("nunique") == 2]
-        both = both.assign(
-            value=both["value"] - both.groupby("relation")["value"].transform("mean")
-        )
-        # relations are resampled, not facts: less its mean, one of two facts is the other's
-        # negative
-        resampled = both.assign(fact=both["relation"], relation="all")
-        within = bootstrap_difference(resampled, "value", "label", ("I", "II"), seed=case.seed)
-        relations = both["relation"].nunique()
-        why = (
-            f"{relations} relations have facts of both classes; an interval over relations "
-            f"needs {LEAST}"
-        )
-        one, two = (int((both["label"] == name).sum()) for name in CLASSES)
-        yield Part(
-            "within relations",
-            "CS2 of K_I - CS2 of K_II, less each relation's mean",
-            threshold,
-            replace(within, n_clusters=one, n_clusters_other=two),
-            why if relations < LEAST else "",
-        )
+        yield _within_relations(frame, threshold, case.seed)
+
+
+def _within_relations(frame, threshold, seed) -> Part:
+    """The same with each CS2 less its relation's mean. Relations are resampled, not facts: of two
+    facts of a relation, one is then the other's negative."""
+    frame = frame[frame["label"].notna() & frame["value"].notna()]
+    both = frame[frame.groupby("relation")["label"].transform("nunique") == 2]
+    centred = both["value"] - both.groupby("relation")["value"].transform("mean")
+    resampled = both.assign(value=centred, fact=both["relation"], relation="all")
+    found = bootstrap_difference(resampled, "value", "label", ("I", "II"), seed=seed)
+    one, two = (int((both["label"] == name).sum()) for name in CLASSES)
+    relations = both["relation"].nunique()
+    why = (
+        f"{relations} relations have facts of both classes; an interval over relations needs "
+        f"{LEAST}"
+    )
+    return Part(
+        "within relations",
+        "CS2 of K_I - CS2 of K_II, less each relation's mean",
+        threshold,
+        replace(found, n_clusters=one, n_clusters_other=two),
+        why if relations < LEAST else "",
+    )
 
 
 @claim(3, "02", "larger models (later in the list) have more K_II and lower CS")
 def _size(case):
     if case.before is None:
         raise Missing("it needs a smaller model, earlier in the list, to compare with")
-    both = pd.concat(
-        [case.facts(model).assign(model=model) for model in (case.before, case.model)],
-        ignore_index=True,
-    )
-    second, shares = (
-        both.assign(second=second_class(both, "static")),
-        f"share of K_II less that of {case.before}",
-    )
-    found = case.apart(second, "second", "model", (case.model, case.before), share=True)
+    models, facts = (case.model, case.before), case.facts()
+    smaller, name = case.facts(case.before), paths.label(case.before)
+    both = pd.concat([facts.assign(model=case.model), smaller.assign(model=case.before)])
+    both = both.reset_index(drop=True)
+    shares = f"share of K_II less that of {name}"
+    second = both.assign(second=second_class(both, "static"))
+    found = case.apart(second, "second", "model", models, share=True)
     yield Part("more K_II", shares, "static", found)
-    yield Part(
-        "more K_II",
-        shares,
-        "otsu",
-        difference_of_shares(case.facts(), case.facts(case.before), case.seed),
-    )
-    found = case.apart(both, "cs2", "model", (case.before, case.model))
-    yield Part("lower CS", f"CS2 of {paths.label(case.before)} less CS2", "", found)
+    yield Part("more K_II", shares, "otsu", difference_of_shares(facts, smaller, case.seed))
+    found = case.apart(both, "cs2", "model", models[::-1])
+    yield Part("lower CS", f"CS2 of {name} less CS2", "", found)
+
+
+def _edits_by_class(case, neurons, measures, levels):
+    """Edits of one kind of set, class against class."""
+    edits = case.edits("edits")
+    edits = edits[edits["neurons"] == neurons]
+    for op, measure, threshold in product(PAPER_OP, measures, THRESHOLDS):
+        yield case.edit_part(edits, op, measure, f"class_{threshold}", levels, threshold)
 
 
 @claim(4, "03", "local edits of K_II generalise less than those of K_I, and their Avg is lower")
 def _local(case):
-    edits = case.edits("edits")
-    for op, measure, threshold in product(PAPER_OP, ("gen", "avg"), THRESHOLDS):
-        part = edits[(edits["op"] == op) & (edits["neurons"] == "local")]
-        yield case.edited(
-            part,
-            PAPER_OP[op],
-            measure,
-            ("K_I", "K_II"),
-            f"class_{threshold}",
-            ("I", "II"),
-            threshold,
-        )
+    return _edits_by_class(case, "local", ("gen", "avg"), ("I", "II"))
 
 
 @claim(
@@ -273,28 +277,7 @@ def _local(case):
     "texts)",
 )
 def _global(case):
-    edits = case.edits("edits")
-    for op, measure, threshold in product(PAPER_OP, ("dppl", "broken"), THRESHOLDS):
-        part = edits[(edits["op"] == op) & (edits["neurons"] == "global")]
-        yield case.edited(
-            part,
-            PAPER_OP[op],
-            measure,
-            ("K_II", "K_I"),
-            f"class_{threshold}",
-            ("II", "I"),
-            threshold,
-        )
-
-
-def _idle(edits) -> str:
-    """Why edits prove nothing that are all without effect: sets of neurons that do nothing are
-    alike."""
-    return (
-        "no edit changes its own query's answer (Rel is 0)"
-        if len(edits) and not edits["rel"].fillna(0).any()
-        else ""
-    )
+    return _edits_by_class(case, "global", ("dppl", "broken"), ("II", "I"))
 
 
 # --- section 3: expression ------------------------------------------------------------------------
@@ -302,58 +285,37 @@ def _idle(edits) -> str:
 
 @claim(6, "04", f"a query's own KNs matter, in both classes (more than random neurons; {QUERIES})")
 def _own(case):
+    statistic = "dProb of own KNs - of random neurons"
     for way in DIRECTIONS[:2]:
         gaps = query_gaps(case.frame("query_kn_mapping"), "self", ("self_random",), way)
         for name, threshold in product(CLASSES, THRESHOLDS):
             part = gaps[gaps[f"class_{threshold}"] == name]
-            yield from case.counted(
-                part,
-                f"K_{name}, {way}",
-                "dProb of own KNs - of random neurons",
-                threshold,
-                lambda rows: case.mean(rows, "gap"),
-            )
+            yield from case.gap_parts(part, f"K_{name}, {way}", statistic, threshold)
 
 
 @claim(7, "04", f"for K_II the neighbours' KNs matter less than the query's own ({QUERIES})")
 def _neighbours(case):
+    statistic = "dProb of own - of neighbours' KNs, K_II"
     for (kind, gaps), threshold in product(case.neighbour_gaps(), THRESHOLDS):
         part = gaps[gaps[f"class_{threshold}"] == "II"]
-        yield from case.counted(
-            part,
-            kind,
-            "dProb of own - of neighbours' KNs, K_II",
-            threshold,
-            lambda rows: case.mean(rows, "gap"),
-        )
+        yield from case.gap_parts(part, kind, statistic, threshold)
 
 
 @claim(8, "04", f"this gap is smaller for K_I ({QUERIES})")
 def _less(case):
+    statistic = "the gap of K_II - the gap of K_I"
     for (kind, gaps), threshold in product(case.neighbour_gaps(), THRESHOLDS):
-        label = f"class_{threshold}"
-        yield from case.counted(
-            gaps,
-            kind,
-            "the gap of K_II - the gap of K_I",
-            threshold,
-            lambda rows, label=label: case.apart(rows, "gap", label),
-        )
+        yield from case.gap_parts(gaps, kind, statistic, threshold, classes=True)
 
 
 @claim(9, "05", f"predominance is high (here: above {HIGH:g})", above=HIGH)
 def _predominance(case):
-    facts = case.frame("attention_predominance")
-    given = (facts["same_first"] == 1).all() and (facts["first"] == 1).all()
-    why = (
-        "1 by construction: all prompts begin with the same token, and it always wins"
-        if given
-        else ""
-    )
-    yield Part("all tokens", "mean predominance", "", case.mean(facts, "predominance"), why)
-    yield Part(
-        "without the first token", "mean predominance", "", case.mean(facts, "predominance_rest")
-    )
+    facts, why = case.frame("attention_predominance"), ""
+    if (facts["same_first"] == 1).all() and (facts["first"] == 1).all():
+        why = "1 by construction: all prompts begin with the same token, and it always wins"
+    name = "mean predominance"
+    yield Part("all tokens", name, "", case.mean(facts, "predominance"), why)
+    yield Part("without the first token", name, "", case.mean(facts, "predominance_rest"))
 
 
 @claim(
@@ -365,34 +327,29 @@ def _predominance(case):
 def _synapses(case):
     for (name, frame), way in product(case.moved(), DIRECTIONS[:2]):
         gaps = query_gaps(frame, "self", ("irrelevant",), way)
-        yield from case.counted(
-            gaps,
-            f"{name}, {way}",
-            f"{name} of S - of S_ir",
-            "",
-            lambda rows: case.mean(rows, "gap"),
-        )
+        yield from case.gap_parts(gaps, f"{name}, {way}", f"{name} of S - of S_ir")
 
 
 @claim(11, "06", f"it moves them more for K_II ({QUERIES})")
 def _synapse_classes(case):
     for (name, frame), threshold in product(case.moved(), THRESHOLDS):
-        gaps, label = query_gaps(frame, "self"), f"class_{threshold}"
-        yield from case.counted(
-            gaps,
-            name,
-            f"{name} of K_II - of K_I",
-            threshold,
-            lambda rows, label=label: case.apart(rows, "gap", label),
-        )
+        statistic = f"{name} of K_II - of K_I"
+        yield from case.gap_parts(query_gaps(frame, "self"), name, statistic, threshold, True)
 
 
 # --- section 3.3: CAS -----------------------------------------------------------------------------
 
 
+def _edits_by_set(case, name, compared):
+    """Edits of one class's facts, one kind of set against another."""
+    edits = case.edits("cas_edits")
+    for op, (measure, *levels), threshold in product(PAPER_OP, compared, THRESHOLDS):
+        part = edits[(edits[f"class_{threshold}"] == name) & edits["neurons"].isin(levels)]
+        yield case.edit_part(part, op, measure, "neurons", levels, threshold)
+
+
 @claim(12, "07", "for K_II, CAS beats local on Gen, global on Loc and perplexity, and both on Avg")
 def _cas(case):
-    edits = case.edits("cas_edits")
     compared = (
         ("gen", "cas", "local"),
         ("loc", "cas", "global"),
@@ -401,14 +358,7 @@ def _cas(case):
         ("avg", "cas", "local"),
         ("avg", "cas", "global"),
     )
-    for op, (measure, *levels), threshold in product(PAPER_OP, compared, THRESHOLDS):
-        part = edits[
-            (edits["op"] == op)
-            & (edits[f"class_{threshold}"] == "II")
-            & edits["neurons"].isin(levels)
-        ]
-        sides = [NAMES.get(name, name) for name in levels]
-        yield case.edited(part, PAPER_OP[op], measure, sides, "neurons", levels, threshold)
+    return _edits_by_set(case, "II", compared)
 
 
 @claim(
@@ -418,22 +368,7 @@ def _cas(case):
     within=MARGIN,
 )
 def _comparable(case):
-    edits = case.edits("cas_edits")
-    for op, other, threshold in product(PAPER_OP, ("local", "global"), THRESHOLDS):
-        part = edits[
-            (edits["op"] == op)
-            & (edits[f"class_{threshold}"] == "I")
-            & edits["neurons"].isin(["cas", other])
-        ]
-        yield case.edited(
-            part,
-            f"{PAPER_OP[op]}, {other}",
-            "avg",
-            ("CAS", other),
-            "neurons",
-            ("cas", other),
-            threshold,
-        )
+    return _edits_by_set(case, "I", (("avg", "cas", "local"), ("avg", "cas", "global")))
 
 
 # --- the scoreboard -------------------------------------------------------------------------------
@@ -451,110 +386,101 @@ def scoreboard(
     for number, one in CLAIMS.items():
         if notebook not in (None, one.notebook):
             continue
-        for method, (before, model) in product(
-            methods if one.notebook == LOCALISED else downstream, zip([None, *models], models)
-        ):
+        able = methods if one.notebook == LOCALISED else downstream
+        for method, (before, model) in product(able, zip([None, *models], models)):
             here = dict(claim=number, text=one.text, model=paths.label(model), method=method)
             try:
                 case = Case(get, model, method, before, t, static, seed)
                 rows += [here | _row(one, part) for part in one.parts(case)]
             except Missing as missing:
-                rows.append(
-                    here
-                    | dict(
-                        part="",
-                        threshold="",
-                        queries="",
-                        statistic="",
-                        value=np.nan,
-                        value_low=np.nan,
-                        value_high=np.nan,
-                        n_facts=0,
-                        n_facts_other=np.nan,
-                        verdict=OPEN,
-                        why=str(missing),
-                    )
-                )
+                rows.append(here | NOTHING | dict(verdict=OPEN, why=str(missing)))
     return pd.DataFrame(rows)
+
+
+NOTHING = dict(part="", threshold="", queries="", statistic="") | dict(
+    value=np.nan, value_low=np.nan, value_high=np.nan, n_facts=0, n_facts_other=np.nan
+)
 
 
 def _row(claim: Claim, part: Part) -> dict:
     found = part.found.row(part.measure, "value")
-    value, low, high = (found[f"value{end}"] for end in ("", "_low", "_high"))
     facts = {"n_facts_other": np.nan} | part.found.facts()
-    why = part.why
-    if np.isnan(value):
-        why = (
-            "nothing to compare"
-            + (
-                f": a class is empty by the {part.threshold} threshold, or nothing in it has a "
-                f"value"
-                if part.threshold
-                else ", as no value is defined"
-            )
-            + f" ({too_few(facts)})"
+    why, few = part.why, too_few(facts)
+    if np.isnan(found["value"]):
+        empty = (
+            f": a class is empty by the {part.threshold} threshold, or nothing in it has a value"
         )
-    elif np.isnan(low):
-        why = why or too_few(facts)
-    if claim.within is None:
-        holds, fails = low > claim.above, high < claim.above
-    else:
-        holds, fails = (
-            -claim.within < low and high < claim.within,
-            low >= claim.within or high <= -claim.within,
-        )
-    opposite = OPPOSITE if claim.within is None and claim.above == 0 else FAILS
-    verdict = OPEN if why else HOLDS if holds else opposite if fails else UNTOLD
+        why = f"nothing to compare{empty if part.threshold else ', as no value is defined'} ({few})"
+    elif np.isnan(found["value_low"]):
+        why = why or few
     return dict(
         part=part.name,
         threshold=part.threshold,
         queries=part.queries,
         statistic=part.statistic,
-        value=value,
-        value_low=low,
-        value_high=high,
+        **{name: found[name] for name in ("value", "value_low", "value_high")},
         n_facts=facts["n_facts"],
         n_facts_other=facts["n_facts_other"],
-        verdict=verdict,
+        verdict=OPEN if why else _verdict(claim, found["value_low"], found["value_high"]),
         why=why,
     )
 
 
+def _verdict(claim: Claim, low, high) -> str:
+    """What an interval says of a claim."""
+    if claim.within is not None:
+        holds = -claim.within < low and high < claim.within
+        fails = low >= claim.within or high <= -claim.within
+    else:
+        holds, fails = low > claim.above, high < claim.above
+    opposite = OPPOSITE if claim.within is None and claim.above == 0 else FAILS
+    return HOLDS if holds else opposite if fails else UNTOLD
+
+
+def deciding(board: pd.DataFrame) -> pd.DataFrame:
+    """The parts that decide: not those over known queries, which stand beside."""
+    return board[board["queries"] != COUNTED[1]]
+
+
 def overall(board: pd.DataFrame) -> pd.DataFrame:
-    """One verdict a claim, model and method: of its parts that could be tested, do all, some or
-    none hold? `known`: the same of the parts over known queries, which decide nothing; "" where a
-    claim has none."""
-    rows = []
-    for keys, part in board.groupby(["claim", "text", "method", "model"], sort=False):
-        beside = part["queries"] == COUNTED[1]
-        rows.append(
-            dict(zip(("claim", "text", "method", "model"), keys))
-            | dict(
-                verdict=_together(part[~beside]),
-                known=_together(part[beside]) if beside.any() else "",
-            )
-        )
+    """A row a claim, method and model: `mark`, one word of MARKS; `verdict`, the same with how many
+    of its parts that could be tested hold; `known`: that of the parts over known queries, which
+    decide nothing; "" where a claim has none."""
+    rows, names = [], ["claim", "text", "method", "model"]
+    for keys, part in board.groupby(names, sort=False):
+        first, beside = deciding(part), part[part["queries"] == COUNTED[1]]
+        known = _together(beside) if len(beside) else ""
+        row = dict(mark=_mark(first), verdict=_together(first), known=known)
+        rows.append(dict(zip(names, keys)) | row)
     return pd.DataFrame(rows)
 
 
+def _mark(part) -> str:
+    """One word of MARKS for several parts of a claim."""
+    tested = part.loc[part["verdict"] != OPEN, "verdict"]
+    if tested.empty:
+        return UNTOLD if part["statistic"].any() else NOT_RUN
+    if tested.nunique() == 1:
+        return tested.iloc[0]
+    return PARTLY if (tested == HOLDS).any() else FAILS
+
+
 def _together(part) -> str:
-    """One verdict of several parts of a claim."""
-    tested, held = int((part["verdict"] != OPEN).sum()), int((part["verdict"] == HOLDS).sum())
-    reverse, untold = (int((part["verdict"] == one).sum()) for one in (OPPOSITE, UNTOLD))
-    alike = {HOLDS: held, OPPOSITE: reverse, UNTOLD: untold}
-    word = next(
-        (one for one, count in alike.items() if count == tested), "holds in part" if held else FAILS
-    )
-    held = alike.get(word, held)
-    rest = f", {reverse} the opposite" if reverse and word != OPPOSITE else ""
-    rest += f", {untold} undecided" if untold and word != UNTOLD else ""
-    rest += f", {len(part) - tested} untestable" if tested < len(part) else ""
-    return f"{word} ({held} of {tested}{rest})" if tested else f"{OPEN}: {part['why'].iloc[0]}"
+    """That word, and how many parts it rests on: "holds in part (2 of 4, 2 undecided)"."""
+    counts, word = part["verdict"].value_counts(), _mark(part)
+    tested = len(part) - counts.get(OPEN, 0)
+    if not tested:
+        return f"{OPEN}: {part['why'].iloc[0]}"
+    text = f"{counts.get(HOLDS if word in (PARTLY, FAILS) else word, 0)} of {tested}"
+    for verdict, name in ((OPPOSITE, "the opposite"), (UNTOLD, "undecided"), (OPEN, "untestable")):
+        if verdict in counts and verdict != word:
+            text += f", {counts[verdict]} {name}"
+    return f"{word} ({text})"
 
 
-def tell(study, notebook, methods=None, *, t=0.2, static=0.1) -> HTML:
-    """Print the verdicts on the claims that a notebook's saved results decide, for its model;
-    returns their parts."""
+def judge(study, notebook, methods=None, *, t=0.2, static=0.1) -> HTML:
+    """The verdicts on the claims that a notebook's saved results decide, for its model, and folded
+    below their parts."""
 
     def get(model, method, name):
         try:
@@ -562,69 +488,56 @@ def tell(study, notebook, methods=None, *, t=0.2, static=0.1) -> HTML:
         except ValueError as error:
             raise Missing(str(error)) from None
 
-    methods = methods or [study.method]
-    board = scoreboard(
-        get, [study.model], methods, methods, notebook=notebook, t=t, static=static, seed=study.seed
-    )
-    for row in overall(board).itertuples():
-        print(
-            f"({row.claim}) {row.text}{f', {row.method}' if len(methods) > 1 else ''}:\n    "
-            f"{row.verdict}" + (f"\n    known queries alone: {row.known}" if row.known else "")
-        )
-    parts = board.drop(columns=["text", "model"] + ["method"] * (len(methods) == 1))
-    return HTML(table_html(display_table(parts, 3), tint=_tint))
+    methods, options = methods or [study.method], dict(t=t, static=static, seed=study.seed)
+    board = scoreboard(get, [study.model], methods, methods, notebook=notebook, **options)
+    verdicts = shown(overall(board).drop(columns=["model", "mark"]))
+    parts = folded("Every part", board.drop(columns=["text", "model"]), digits=3)
+    return HTML("\n".join([verdicts.data, parts.data]))
 
 
-def show_scoreboard(board: pd.DataFrame) -> HTML:
-    """The claims as rows, models (and methods) as columns, verdicts as words on a tint, in a table
-    for those that every method decides and one for those of the downstream methods; every part of
-    every claim, folded, below. Models and methods without a single result are named once."""
-    ran, shown = (
-        board.groupby(["model", "method"], sort=False)["statistic"].transform(
-            lambda names: (names != "").any()
-        ),
-        [],
-    )
-    for localised, what in ((True, "about where neurons are"), (False, "about what they do")):
-        numbers = [
-            number for number, one in CLAIMS.items() if (one.notebook == LOCALISED) == localised
-        ]
-        part = board[ran & board["claim"].isin(numbers)]
-        table = pd.DataFrame(
-            {
-                "claim": numbers,
-                f"what the paper claims {what}": [CLAIMS[one].text for one in numbers],
-            }
-        )
-        several = part["method"].nunique() > 1
-        for (model, method), one in (
-            overall(part).groupby(["model", "method"], sort=False) if len(part) else ()
-        ):
-            verdicts = table["claim"].map(one.set_index("claim")["verdict"]).fillna("–")
-            table[f"{model} · {method}" if several else model] = verdicts
-        shown.append(table_html(table, tint=_tint))
-    absent = board[~ran].groupby("model", sort=False)["method"].unique()
+# --- the matrix -----------------------------------------------------------------------------------
+
+
+def show_matrix(board: pd.DataFrame) -> HTML:
+    """The matrix, its legend, and every part of every claim, folded."""
     details = [
         folded(f"({number}) {CLAIMS[number].text}", part.drop(columns=["claim", "text"])).data
-        for number, part in board[ran].groupby("claim", sort=False)
+        for number, part in board.groupby("claim", sort=False)
     ]
-    not_run = missing_html([f"{model} ({', '.join(names)})" for model, names in absent.items()])
-    return HTML("\n".join([*shown, not_run, *details]))
+    return HTML("\n".join([matrix(board), f"<p>{LEGEND}</p>", *details]))
 
 
-def _tint(text) -> str:
-    """The class of a cell with a verdict, for its colour."""
-    starts = {
-        f"{HOLDS} (": "holds",
-        "holds in part": "part",
-        FAILS: "not",
-        OPPOSITE: "not",
-        UNTOLD: "open",
-        OPEN: "open",
-        "–": "open",
-    }
-    return (
-        "holds"
-        if text == HOLDS
-        else next((name for start, name in starts.items() if str(text).startswith(start)), "")
-    )
+def matrix(board: pd.DataFrame) -> str:
+    """HTML of a table with the claims as rows and models and methods as columns: a mark in each
+    cell, on hover its verdict and the statistics behind it. The colours stand in the table itself,
+    so that a notebook shows them, too."""
+    names, cells = ["model", "method"], overall(board)
+    cells["mark"] = cells["mark"].map(MARKS)
+    cells["cell"] = [
+        f'<span title="{html.escape(_hover(board, row))}">{row.mark}</span>'
+        for row in cells.itertuples()
+    ]
+    columns = pd.MultiIndex.from_product([board[name].unique() for name in names])
+    wide = cells.pivot(index="claim", columns=names)
+    wide.index = [f"{number}. {html.escape(CLAIMS[number].text)}" for number in wide.index]
+    marks, cells = (wide[name].reindex(columns=columns).fillna("–") for name in ("mark", "cell"))
+    styler = cells.style.format_index(html.escape, axis=1).set_table_styles(STYLE)
+    styler.apply(lambda _: marks.map(lambda mark: f"background-color: {COLOURS[mark]}"), axis=None)
+    return styler.set_uuid("claims").to_html()
+
+
+def _hover(board, cell) -> str:
+    """A verdict and, a line each, the parts that decide it."""
+    same = [board[name] == getattr(cell, name) for name in ("claim", "model", "method")]
+    parts, lines = deciding(board[np.logical_and.reduce(same)]), [cell.verdict]
+    for row in parts[parts["statistic"] != ""].to_dict("records"):
+        told = format_value(row["value"], row["value_low"], row["value_high"])
+        what = " ".join(filter(None, [row["part"], row["threshold"], row["statistic"]]))
+        lines.append(f"{what} {told} (n = {n_facts(row)})")
+    return "\n".join(lines)
+
+
+def n_facts(row) -> str:
+    """The facts of a row of the scoreboard, on both sides of a difference: "90 and 30"."""
+    sides = [row["n_facts"], row.get("n_facts_other")]
+    return " and ".join(f"{count:.0f}" for count in sides if not pd.isna(count))

@@ -18,14 +18,13 @@ import pandas as pd
 from IPython.display import HTML, Image, display
 
 from qlutils import paths
-from qlutils.experiments.claims import NEIGHBOURS, Missing
-from qlutils.experiments.edit_tables import METRICS
+from qlutils.experiments import controls
+from qlutils.experiments.claims import NEIGHBOURS, QUANTITIES, Missing, synapse_rates
 from qlutils.experiments.effects import query_gaps, summary
 from qlutils.files import write_bytes
-from qlutils.show.page import export_html, missing_html, shown
+from qlutils.show.page import export_html, folded, missing_html, shown
 from qlutils.show.plots import figure_bars
-from qlutils.show.stats import STATISTICS
-from qlutils.show.tables import format_value, paper, paper_notes
+from qlutils.show.tables import paper, paper_notes
 from qlutils.study.notebook import Study
 from qlutils.study.results import read_record
 
@@ -38,33 +37,9 @@ NOTEBOOKS = {
     "06": "06_knowledge_synapses",
     "07": "07_cas_editing",
 }
-PAPER_SETS = ("self", *NEIGHBOURS)
-SET_ORDER = (
-    "self",
-    "self_random",
-    "self_same_relation",
-    "self_other_relation",
-    "self_active",
-    "union",
-    "union_others",
-    "union_matched",
-    "self_as_union",
-    "union_random",
-    "intersection",
-    "intersection_others",
-    "intersection_matched",
-    "self_as_intersection",
-    "refine",
-    "refine_others",
-    "refine_matched",
-    "self_as_refine",
-)
-SETTINGS = (
-    "t",
-    "static_threshold",
-    "middle",
-)  # those of the report, wherever a notebook has them, too
 COMPARES = "02"  # the notebook that compares methods: its results stand in the model's folder `all`
+# What the report and a notebook must have in common, where the notebook has it.
+SETTINGS = ("t", "static_threshold", "middle")
 # The frames that claims and figures read: {name under which it was saved: notebook}.
 FRAMES = {
     "queries": "01",
@@ -79,22 +54,15 @@ FRAMES = {
 # --- what is there --------------------------------------------------------------------------------
 
 
-class Run:
+class SavedResults:
     """What a run saved for its models and methods, read with checks: only results made from the
-    report's own inputs."""
+    report's own inputs. `downstream`: the methods of notebooks 03 to 07."""
 
     def __init__(self, study, models, methods, downstream):
-        self.study, self.models, self.methods, self.downstream = (
-            study,
-            list(models),
-            list(methods),
-            list(downstream),
-        )
-        self.of, self.entry, self.frame = (
-            cache(self.of),
-            cache(self.entry),
-            cache(self.frame),
-        )  # each is read once
+        self.study, self.models, self.methods = study, list(models), list(methods)
+        self.downstream = list(downstream)
+        # each is read once
+        self.of, self.entry, self.frame = cache(self.of), cache(self.entry), cache(self.frame)
 
     def of(self, model, method=None) -> Study:
         """The study of a model and method, with the report's parameters; for what it saved and for
@@ -107,21 +75,19 @@ class Run:
     def entry(self, number, model, method=None) -> dict:
         """The record of a notebook; `Missing` where it was not run, or on other facts, model or
         settings."""
-        study, notebook = self.of(model, method), NOTEBOOKS[number]
+        study = self.of(model, method)
         try:
             inputs = study.inputs()
-            entry = read_record(study.results / "run.json")[notebook]
+            entry = read_record(study.results / "run.json")[NOTEBOOKS[number]]
         except KeyError:
             raise Missing(f"notebook {number} was not run") from None
         except ValueError as error:
             raise Missing(str(error)) from None
         differ = [name for name, ours in inputs.items() if entry["inputs"].get(name) != ours]
-        differ += [
-            name
-            for name in SETTINGS
-            if self.study.parameters.get(name)
-            != entry["parameters"].get(name, self.study.parameters.get(name))
-        ]
+        for name in SETTINGS:
+            ours = study.parameters.get(name)
+            if entry["parameters"].get(name, ours) != ours:
+                differ.append(name)
         if differ:
             raise Missing(f"notebook {number} was run with other {', '.join(differ)}")
         return entry
@@ -145,19 +111,19 @@ class Run:
     def methods_of(self, number) -> list:
         return {"01": self.methods, COMPARES: [None]}.get(number, self.downstream)
 
-    def read_all(self, number, read) -> dict:
-        """{(model, method): read(model, method), or the `Missing` it raises} of all that notebook
-        `number` runs for."""
-        found = {}
+    def read_all(self, number, read) -> tuple[dict, dict]:
+        """{(model, method): read(model, method)} of all that notebook `number` runs for, and
+        {(model, method): why} of those for which it is `Missing`."""
+        found, missing = {}, {}
         for pair in product(self.models, self.methods_of(number)):
             try:
                 found[pair] = read(*pair)
-            except Missing as missing:
-                found[pair] = missing
-        return found
+            except Missing as error:
+                missing[pair] = str(error)
+        return found, missing
 
-    def csvs(self, number, stem) -> dict:
-        """A table that a notebook wrote for each model and method, or the `Missing`."""
+    def csvs(self, number, stem) -> tuple[dict, dict]:
+        """`read_all` of a table that a notebook wrote for each model and method."""
         return self.read_all(
             number, lambda *pair: pd.read_csv(self.file(number, f"{stem}.csv", *pair))
         )
@@ -165,26 +131,20 @@ class Run:
     def table(self, number, stem) -> tuple[pd.DataFrame, list[str]]:
         """A notebook's table of all models (and methods, if several) under one another, and what is
         missing."""
-        found, missing = _apart(self.csvs(number, stem))
-        return together(found, len(self.methods_of(number)) > 1), missing
+        found, missing = self.csvs(number, stem)
+        return together(found, len(self.methods_of(number)) > 1), _named(missing)
 
     def frames(self, name) -> tuple[dict, list[str]]:
         """{(model, method): a saved frame of FRAMES}, and what is missing."""
-        return _apart(
-            self.read_all(FRAMES[name], lambda model, method: self.frame(model, method, name))
-        )
+        found, missing = self.read_all(FRAMES[name], lambda *pair: self.frame(*pair, name))
+        return found, _named(missing)
 
     def label(self, model, method) -> str:
-        return f"{paths.label(model)} {method}" if len(self.downstream) > 1 else paths.label(model)
+        return _name((model, method if len(self.downstream) > 1 else None))
 
 
-def _apart(results: dict) -> tuple[dict, list[str]]:
-    """What is there, and a text on each thing that is missing."""
-    missing = {pair: why for pair, why in results.items() if isinstance(why, Missing)}
-    return (
-        {pair: found for pair, found in results.items() if pair not in missing},
-        [f"{_name(pair)}: {why}" for pair, why in missing.items()],
-    )
+def _named(missing) -> list[str]:
+    return [f"{_name(pair)}: {why}" for pair, why in missing.items()]
 
 
 def _name(pair) -> str:
@@ -195,124 +155,127 @@ def _name(pair) -> str:
 def together(found: dict, methods=True) -> pd.DataFrame:
     """{(model, method): frame} as one frame, with the model and, if asked for, the method in its
     first columns."""
-    parts = [
-        pd.DataFrame(
-            {"model": paths.label(model), **({"method": method} if methods else {})},
-            index=frame.index,
-        ).join(frame)
-        for (model, method), frame in found.items()
-    ]
+    parts = []
+    for (model, method), frame in found.items():
+        parts.append(frame.copy())
+        if methods:
+            parts[-1].insert(0, "method", method)
+        parts[-1].insert(0, "model", paths.label(model))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def inventory(run: Run) -> pd.DataFrame:
+def inventory(saved: SavedResults) -> pd.DataFrame:
     """The paper's 13 experimental settings for every model: number, section, setting, shown in,
     notebook, file, model, status. The paper counts them (times 3 models: 39) without listing them;
     `paper_values.json` has our list."""
     rows = []
-    for number, (section, setting, notebook, where, stem, keys) in enumerate(
-        paper()["settings"], 1
-    ):
-        for (model, method), table in run.csvs(notebook, stem).items():
-            if isinstance(table, Missing):
-                status = f"missing: {table}"
-            else:
-                absent = [
-                    value for column, value in keys.items() if not (table[column] == value).any()
-                ]
-                status = f"missing: {stem} has no {absent[0]}" if absent else "present"
-            rows.append(
-                {
-                    "setting": number,
-                    "section": section,
-                    "what": setting,
-                    "shown in": where,
-                    "notebook": NOTEBOOKS[notebook],
-                    "model": paths.label(model),
-                    "method": method or keys.get("method", ""),
-                    "file": f"{paths.slug(model)}/{method or 'all'}/{stem}.csv",
-                    "status": status,
-                }
-            )
+    for number, (section, what, notebook, where, stem, keys) in enumerate(paper()["settings"], 1):
+        found, missing = saved.csvs(notebook, stem)
+        for pair in product(saved.models, saved.methods_of(notebook)):
+            status = f"missing: {missing[pair]}" if pair in missing else "present"
+            for column, value in keys.items():
+                if pair in found and not (found[pair][column] == value).any():
+                    status = f"missing: {stem} has no {value}"
+            model, method = pair
+            row = {
+                "setting": number,
+                "section": section,
+                "what": what,
+                "shown in": where,
+                "notebook": NOTEBOOKS[notebook],
+                "model": paths.label(model),
+                "method": method or keys.get("method", ""),
+                "file": f"{paths.slug(model)}/{method or 'all'}/{stem}.csv",
+                "status": status,
+            }
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
-def work(run: Run) -> pd.DataFrame:
+def work(saved: SavedResults) -> pd.DataFrame:
     """Every notebook that was run: model, method, data, facts, device, dtype, seconds, units of
     work, when and how."""
     rows = []
-    for model, number in product(run.models, NOTEBOOKS):
-        for method in run.methods_of(number):
+    for model, number in product(saved.models, NOTEBOOKS):
+        for method in saved.methods_of(number):
             with suppress(Missing):
-                entry = run.entry(number, model, method)
-                done = entry["work"].values()
-                rows.append(
-                    {
-                        "model": paths.label(model),
-                        "notebook": NOTEBOOKS[number],
-                        "method": method or "all",
-                        "data": Path(entry["parameters"]["data"]).name,
-                        "facts": entry["facts"],
-                        **{"scanned": n["scanned"] for n in entry.get("known_facts", {}).values()},
-                        "device": entry["model"].get("device", "–"),
-                        "dtype": entry["model"].get("dtype", "–"),
-                        "seconds": entry["seconds"],
-                        "units": sum(one["units"] for one in done),
-                        "computed": sum(one["computed"] for one in done),
-                        "finished": entry["finished"],
-                    }
-                )
+                entry = saved.entry(number, model, method)
+                row = {
+                    "model": paths.label(model),
+                    "notebook": NOTEBOOKS[number],
+                    "method": method or "all",
+                    "data": Path(entry["parameters"]["data"]).name,
+                    "facts": entry["facts"],
+                }
+                for counts in entry.get("known_facts", {}).values():
+                    row["scanned"] = counts["scanned"]
+                for name in ("device", "dtype"):
+                    row[name] = entry["model"].get(name, "–")
+                row["seconds"] = entry["seconds"]
+                for name in ("units", "computed"):
+                    row[name] = sum(done[name] for done in entry["work"].values())
+                rows.append(row | {"finished": entry["finished"]})
     return pd.DataFrame(rows)
 
 
-# --- what the controls need beside the queries ----------------------------------------------------
+# --- controls -------------------------------------------------------------------------------------
 
 
-def query_outcomes(run: Run, model, method) -> dict[str, pd.DataFrame]:
+def null_groups(saved: SavedResults, t=0.2, seed=0, load_models=True) -> pd.DataFrame:
+    """Control 1 of every model and method. Without `load_models`, a layer is taken to have as many
+    neurons as the largest index among the KNs says."""
+    found, _ = saved.frames("queries")
+    for (model, method), frame in found.items():
+        size = saved.of(model).lm().num_neurons if load_models else None
+        groups = controls.null_consistency(frame, size, t, seed)
+        found[model, method] = controls.summarise(groups, seed=seed)
+    table = together(found)
+    if len(table):
+        table["kind"] = [controls.NULLS[kind][0] for kind in table["kind"]]
+    return table
+
+
+def query_outcomes(saved: SavedResults, model, method) -> dict[str, pd.DataFrame]:
     """{name: frame with fact, prompt_index, value}: what was measured a query beside CS2, as far as
     it was run. Gen has a row a known neighbour of the query that was `edited`."""
-    found, columns = {}, ["fact", "prompt_index", "edited", "value"]
+    found = {}
     with suppress(Missing):
-        groups = dict(list(run.frame(model, method, "queries").groupby("fact", sort=False)))
-        edits = run.frame(model, method, "edits")
-        edits = edits[
-            (edits["neurons"] == "local") & (edits["control"] == "none") & edits["note"].isna()
-        ]
-        for name, op in (("Gen of a local erasure", "erase"), ("Gen of a local update", "update")):
-            rows = []
-            for fact, prompt, reached in edits.loc[
-                edits["op"] == op, ["fact", "prompt", "reached"]
-            ].itertuples(index=False):
-                known = groups[fact][["prompt_index", "prompt"]].assign(value=reached)[
-                    groups[fact]["known"].to_numpy(bool)
-                ]
-                own = (
-                    known["prompt"] == prompt
-                )  # nowhere, where the edited query is not known: then it has no Gen
-                rows += [
-                    (fact, at, known.loc[own, "prompt_index"].item(), value)
-                    for at, value in known.loc[~own, ["prompt_index", "value"]].itertuples(
-                        index=False
-                    )
-                    if own.any()
-                ]
-            found[name] = pd.DataFrame(rows, columns=columns)
-        gaps = query_gaps(run.frame(model, method, "query_kn_mapping"), "self")
+        queries = saved.frame(model, method, "queries")
+        queries = queries[["fact", "prompt_index", "prompt", "known"]]
+        queries = queries.assign(place=queries.groupby("fact").cumcount())
+        known = queries[queries["known"].astype(bool)]
+        edits = saved.frame(model, method, "edits")
+        edits = edits[(edits["neurons"] == "local") & (edits["control"] == "none")]
+        for op, name in (("erase", "erasure"), ("update", "update")):
+            part = edits[(edits["op"] == op) & edits["note"].isna()]
+            found[f"Gen of a local {name}"] = _reached(part, known)
+        gaps = query_gaps(saved.frame(model, method, "query_kn_mapping"), "self")
         found["dProb of own KNs"] = gaps.rename(columns={"gap": "value"})[
             ["fact", "prompt_index", "value"]
         ]
     return found
 
 
-def other_neurons(run: Run, seed=0) -> tuple[pd.DataFrame, list[str]]:
+def _reached(edits, known) -> pd.DataFrame:
+    """Whether each edit (one a fact) reached the fact's other known queries: `reached` has a value
+    for each of its queries, in their order, `place`. An edited query that is not known has no
+    Gen."""
+    edited = known[["fact", "prompt", "prompt_index"]].rename(columns={"prompt_index": "edited"})
+    edits = edits.merge(edited, on=["fact", "prompt"])[["fact", "edited", "reached"]]
+    values = edits.explode("reached").rename(columns={"reached": "value"})
+    values["place"] = values.groupby("fact").cumcount()
+    both = values.merge(known, on=["fact", "place"]).astype({"value": float})
+    both = both[both["edited"] != both["prompt_index"]]
+    return both[["fact", "prompt_index", "edited", "value"]]
+
+
+def other_neurons(saved: SavedResults, seed=0) -> tuple[pd.DataFrame, list[str]]:
     """Trimmed mean dProb (both directions averaged) of every set that notebook 04 scales, by
     class; all queries."""
-    found, missing = run.frames("query_kn_mapping")
+    found, missing = saved.frames("query_kn_mapping")
     for pair, frame in found.items():
-        table, columns = (
-            summary(frame, SET_ORDER, directions=("average",), populations=("all",), seed=seed),
-            {},
-        )
+        sets, columns = frame["set"].unique(), {}
+        table = summary(frame, sets, directions=("average",), populations=("all",), seed=seed)
         for (threshold, name), part in table.groupby(["threshold", "class"], sort=False):
             part, label = part.set_index("set"), f"K_{name}, {threshold}"
             columns |= {f"{label}{end}": part[f"trimmed{end}"] for end in ("", "_low", "_high")}
@@ -324,7 +287,7 @@ def other_neurons(run: Run, seed=0) -> tuple[pd.DataFrame, list[str]]:
 # --- showing --------------------------------------------------------------------------------------
 
 
-def keep(study, frame, stem, caption, missing=(), digits=2) -> HTML:
+def write_and_show(study, frame, stem, caption, missing=(), digits=2) -> HTML:
     """Write a table of the report, unless there is nothing in it, and show it with what is
     missing."""
     if len(frame):
@@ -332,107 +295,69 @@ def keep(study, frame, stem, caption, missing=(), digits=2) -> HTML:
     return shown(frame, missing, digits=digits)
 
 
-def edit_table(frame: pd.DataFrame, threshold: str, missing=()) -> HTML:
-    """The rows of Table 2 or 3 of one split of the facts, without the controls, and the columns to
-    read first."""
-    if len(frame):
-        frame = frame[
-            (frame["threshold"] == threshold) & ~frame["neurons"].str.contains("(", regex=False)
-        ]
-        counts = [f"n_{metric}" for metric in ("rel", "gen", "loc", "avg")]
-        first = ("model", "method", "op", "neurons", "class", "n", *counts, "neurons_edited")
-        first = [name for name in first if name in frame]
-        numbers = [
-            f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high", "_paper")
-        ]
-        frame = frame.sort_values("op", kind="stable")[
-            first + [name for name in numbers if name in frame]
-        ]
-    return shown(frame, missing, f"{threshold.title()} threshold")
+def show_edits(frame: pd.DataFrame, missing=()) -> HTML:
+    """Table 2 or 3 by the static threshold and by Otsu's, without the controls, and folded below
+    every row and column."""
+    parts = []
+    for threshold in ("static", "otsu") if len(frame) else ():
+        own = frame[frame["threshold"] == threshold].sort_values("op", kind="stable")
+        own = own[~own["neurons"].str.contains("(", regex=False)]
+        own = own.drop(columns=["threshold", "n_empty", "dppl_mean"])
+        parts.append(shown(own, caption=f"{threshold.title()} threshold").data)
+    parts.append(folded("Every row, with random neurons as a control", frame).data)
+    return HTML("\n".join([*parts, missing_html(missing)]))
 
 
-def notes(table, models) -> HTML:
+def misprints(table, models) -> HTML:
     """What is known about misprints in a table of the paper, where its values stand beside ours."""
     found = dict.fromkeys(note for model in models for note in paper_notes(table, model))
-    return HTML(
-        "<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in found) + "</ul>"
-        if found
-        else ""
-    )
+    items = "".join(f"<li>{html.escape(note)}</li>" for note in found)
+    return HTML(f"<ul>{items}</ul>" if found else "")
 
 
-def show_pictures(run: Run, number, stem) -> None:
+def show_pictures(saved: SavedResults, number, stem) -> None:
     """The PNGs of a figure of every model under one another, each named, and what is missing."""
-    found, missing = _apart(
-        run.read_all(number, lambda *pair: run.file(number, f"{stem}.png", *pair))
-    )
+    found, missing = saved.read_all(number, lambda *pair: saved.file(number, f"{stem}.png", *pair))
     for pair, path in found.items():
-        display(
-            HTML(f"<p><b>{html.escape(_name(pair))}</b></p>"),
-            Image(data=path.read_bytes(), width=760),
-        )
-    display(HTML(missing_html(missing)))
+        name = HTML(f"<p><b>{html.escape(_name(pair))}</b></p>")
+        display(name, Image(data=path.read_bytes(), width=760))
+    display(HTML(missing_html(_named(missing))))
 
 
-def figure_4(run: Run, threshold="static", seed=0):
+def show_figure_4(saved: SavedResults, stem, threshold="static", seed=0) -> HTML:
     """dProb of a query's own and its neighbours' KNs (trimmed mean), a row of panels a direction,
-    a column a model; all queries, and beside them the known ones.
-
-    Returns the figure (None where nothing was run), the plotted numbers and what is missing."""
-    found, missing = run.frames("query_kn_mapping")
-    parts = [
-        summary(frame, PAPER_SETS, thresholds=(threshold,), seed=seed).assign(
-            model=run.label(*pair)
-        )
-        for pair, frame in found.items()
-    ]
-    return *_bars(parts, "direction", "set", "dProb, "), missing
+    a column a model; all queries, and beside them the known ones."""
+    found, missing = saved.frames("query_kn_mapping")
+    parts = []
+    for pair, frame in found.items():
+        part = summary(frame, ("self", *NEIGHBOURS), thresholds=(threshold,), seed=seed)
+        parts.append(part.assign(model=saved.label(*pair)))
+    return _show_bars(saved.study, stem, parts, missing, row="direction", x="set", ylabel="dProb, ")
 
 
-def figure_6(run: Run, threshold="static", seed=0):
+def show_figure_6(saved: SavedResults, stem, threshold="static", seed=0) -> HTML:
     """dValue and dProb of scaling a query's own synapses S and those of an irrelevant query, as
-    `figure_4`."""
-    found, missing = run.frames("knowledge_synapses")
-    parts, short = (
-        [],
-        {"self": "S", "irrelevant": "S_ir", "enhance": "enh", "suppress": "sup", "average": "avg"},
-    )
-    for (pair, frame), (name, quantity) in product(
-        found.items(), (("dValue", "value"), ("dProb", "probability"))
-    ):
-        rows = frame[(frame["quantity"] == quantity) & ~frame["renormalise"].astype(bool)]
+    Figure 4."""
+    found, missing = saved.frames("knowledge_synapses")
+    short = {"self": "S", "irrelevant": "S_ir"}
+    short |= {"enhance": "enh", "suppress": "sup", "average": "avg"}
+    parts = []
+    for (pair, frame), (name, quantity) in product(found.items(), QUANTITIES.items()):
+        rows = synapse_rates(frame, quantity)
         part = summary(rows, ("self", "irrelevant"), thresholds=(threshold,), seed=seed)
         part["scaled"] = part["set"].map(short) + "\n" + part["direction"].map(short)
-        parts.append(part.assign(model=run.label(*pair), quantity=name))
-    return *_bars(parts, "quantity", "scaled"), missing
+        parts.append(part.assign(model=saved.label(*pair), quantity=name))
+    return _show_bars(saved.study, stem, parts, missing, row="quantity", x="scaled")
 
 
-def _bars(parts, row, x, ylabel=""):
-    frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-    return (
-        figure_bars(frame, row=row, column="model", x=x, ylabel=ylabel) if parts else None
-    ), frame
-
-
-def averages(plotted: pd.DataFrame) -> str:
-    """Sentences that read Figure 4 or 6: trimmed means of both directions, a line a model,
-    quantity, class and queries counted (all or known) with facts; "–" where there are too few for
-    an interval."""
-    if plotted.empty:
-        return ""
-    lines, names = (
-        [],
-        [name for name in ("model", "quantity", "class", "queries") if name in plotted],
-    )
-    plotted = plotted[(plotted["direction"] == "average") & (plotted["n"] > 0)]
-    for keys, rows in plotted.groupby(names, sort=False):
-        told = rows["trimmed"].where(rows["trimmed_low"].notna())
-        values = ", ".join(
-            f"{name} {format_value(value, digits=3)}" for name, value in zip(rows["set"], told)
-        )
-        counts = f"{rows['n'].max():.0f} {keys[-1]} queries of {rows['n_facts'].max():.0f} facts"
-        lines.append(f"{', '.join(keys[:-2])}, K_{keys[-2]} ({counts}): {values}")
-    return "\n".join([f"{STATISTICS['trimmed']}:", *lines])
+def _show_bars(study, stem, parts, missing, **panels) -> HTML:
+    """Draw and keep the figure; below it, folded, its numbers."""
+    if not parts:
+        return HTML(missing_html(missing))
+    plotted = pd.concat(parts, ignore_index=True)
+    study.figure(figure_bars(plotted, column="model", **panels), stem, plotted)
+    numbers = folded("Means, medians and trimmed means", plotted, digits=3)
+    return HTML("\n".join([numbers.data, missing_html(missing)]))
 
 
 # --- the page and the figures folder --------------------------------------------------------------
@@ -453,17 +378,16 @@ def copy_results(results, folder) -> None:
     """The tables and figures under `results` as they are, in their folders, listed in
     `published.txt`. Of what the last such list names, that which is gone is removed; nothing else
     is."""
-    results, folder = Path(results), Path(folder)
+    results, folder = Path(results), Path(folder).resolve()
     kinds, listed = (".csv", ".md", ".tex", ".png", ".pdf"), folder / "published.txt"
-    wanted = {
-        path.relative_to(results).as_posix() for path in results.rglob("*") if path.suffix in kinds
-    }
-    for old in set(listed.read_text("utf-8").splitlines() if listed.is_file() else ()) - wanted:
-        if (
-            folder.resolve() in (folder / old).resolve().parents
-        ):  # the list may have been written by another hand
+    files = [path for path in sorted(results.rglob("*")) if path.suffix in kinds]
+    wanted = sorted(path.relative_to(results).as_posix() for path in files)
+    before = listed.read_text("utf-8").splitlines() if listed.is_file() else []
+    for old in set(before) - set(wanted):
+        # the list may have been written by another hand
+        if folder in (folder / old).resolve().parents:
             (folder / old).unlink(missing_ok=True)
-    write_bytes(listed, "".join(f"{name}\n" for name in sorted(wanted)).encode())
-    for name in sorted(wanted):
+    write_bytes(listed, "".join(f"{name}\n" for name in wanted).encode())
+    for name in wanted:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(results / name, folder / name)

@@ -326,29 +326,6 @@ def pick_call_argument(name: str | None, value, batch: int, queries: Tensor):
     return value[queries]
 
 
-def join_call_arguments(name: str | None, values: list, queries: list[int], length: int):
-    """One argument of a decoder layer from passes over `queries` prompts of different lengths, for
-    all of them together; masks are padded on the left to `length` (what they hold there is not
-    used)."""
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    if not tensors:
-        return values[0]
-    if min(value.dim() for value in tensors) < 2:
-        raise UnsupportedModel(f"the layers' argument {name!r} is not one for each prompt")
-    joined = []
-    for value, count in zip(values, queries):
-        if value is None:  # no mask where the prompt is shorter than the window
-            sees_all = tensors[0].dtype == torch.bool
-            value = tensors[0].new_full((1, *tensors[0].shape[1:]), sees_all)
-        if name == "attention_mask":
-            value = nn.functional.pad(value, (length - value.shape[-1], 0))
-        joined.append(value.expand(count, *value.shape[1:]))
-    return torch.cat(joined)
-
-
-# --- weights --------------------------------------------------------------------------------------
-
-
 def join_call_arguments(key: str | None, values: list, queries: list[int], length: int):
     """One argument of a decoder layer from passes over `queries` prompts of different lengths, for
     all of them together; masks are padded on the left to `length` (what they hold there is not
