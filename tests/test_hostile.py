@@ -427,6 +427,7 @@ def test_odd_texts_are_kept_by_tables(names, tmp_path):
     texts = [name for kind, name in names.items() if kind != "carriage return"]
     read = in_tables(texts, tmp_path)
     assert read["csv"] == read["pandas"] == texts
+    read["tex"] = [text.replace("{[}", "[").replace("{]}", "]") for text in read["tex"]]
     assert read["md"] == read["tex"] == [text.replace("\n", " ") for text in texts]
 
 
@@ -1151,12 +1152,12 @@ CALLS = [
         RIGHT,
     ),
     *(
-        (f"seed {value!r}", facts(seed=value), "seed must be")
+        (f"seed {value!r}", facts(seed=value), "seed .*: want")
         for value in (-1, 0.0, True, "0", None, NAN)
     ),
     ("a huge seed", facts(relations=["P36"], facts_per_relation=1, seed=10**30), RIGHT),
     *(
-        (f"min_patterns {value!r}", facts(min_patterns=value), "min_patterns must be")
+        (f"min_patterns {value!r}", facts(min_patterns=value), "min_patterns .*: want")
         for value in (0, -1, 1.5, None, True)
     ),
     ("min_patterns above all", facts(min_patterns=10**9), "min_patterns=1000000000"),

@@ -26,7 +26,7 @@ from qlutils import paths
 from qlutils.change import synapses
 from qlutils.experiments import effects
 from qlutils.experiments.consistency import classified_facts
-from qlutils.experiments.edit_tables import edit_table
+from qlutils.experiments.edit_tables import measures_table
 from qlutils.experiments.kn_modification import run_edits
 from qlutils.experiments.localize import localise
 from qlutils.experiments.query_kn_mapping import PAPER_SETS, scale_kns
@@ -68,7 +68,7 @@ def small_study(parameters):
     classes = classified_facts(queries, t, 0.1)
     edits, _ = run_edits(study, queries, ["local", "global"])
     study.save(edits, "edits")
-    table = edit_table(edits, classes, study.model, sets=("local",), controls=())
+    table = measures_table(edits, classes, study.model, sets=("local",), controls=())
     study.table(table, "table2")
 
     def moved(task, config=None, **more):

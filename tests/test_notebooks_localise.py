@@ -31,7 +31,7 @@ MISTAKES = {  # name: (notebook, parameters, what the error says)
     "another type": (
         "01_localize",
         dict(COMMON, facts_per_relation="many"),
-        "facts_per_relation must be .* not 'many'",
+        "facts_per_relation 'many': want .*",
     ),
 }
 

@@ -89,7 +89,7 @@ def index(tmp_path, cache, monkeypatch):
 
 
 def left_behind(cache):
-    return [path for path in cache.rglob("*") if path.is_file()]
+    return [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
 # --- fetching -----------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 def cleaned(notebook):
     """An executed notebook without papermill's traces, progress bars and widget views; cells
     numbered from 1."""
-    language = notebook.metadata["language_info"]
+    language = notebook.metadata.get("language_info", {"name": "python"})
     notebook.metadata = {"kernelspec": KERNEL, "language_info": language}
     number = 0
     for cell in notebook.cells:
