@@ -27,9 +27,10 @@ from qlutils.change import synapses
 from qlutils.experiments import effects
 from qlutils.experiments.consistency import classified_facts
 from qlutils.experiments.edit_tables import measures_table
+from qlutils.experiments.effects import PAPER_SETS
 from qlutils.experiments.kn_modification import run_edits
 from qlutils.experiments.localize import localise
-from qlutils.experiments.query_kn_mapping import PAPER_SETS, scale_kns
+from qlutils.experiments.query_kn_mapping import scale_kns
 from qlutils.files import read_table
 from qlutils.study import identity, store
 from qlutils.study.notebook import Study

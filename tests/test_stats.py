@@ -562,3 +562,12 @@ def test_fewer_facts_than_the_least_would_cover_less(monkeypatch):
     for kind in ("normal", "skewed", "tailed"):
         (mean, median, trimmed), promised = coverage(kind, 4, per_relation=2), COVERED[kind][0]
         assert mean < promised[0] - 3 and trimmed < promised[2] - 3, (kind, mean, median, trimmed)
+
+
+def test_a_few_huge_values_do_not_hide_the_median_and_the_trimmed_mean():
+    """Perplexity explodes in a broken model: its median must not be taken for rounding."""
+    values = [*np.linspace(1, 2, 15), 1e22, 1e30]
+    frame = pd.DataFrame({"fact": [f"f{i}" for i in range(17)], "relation": "R", "value": values})
+    found = bootstrap_mean(frame, "value")
+    assert found.median == np.median(values) and 1 <= found.median_low <= found.median
+    assert found.trimmed == pytest.approx(scipy_stats.trim_mean(values, 0.1))
