@@ -23,8 +23,7 @@ import pytest
 import torch
 
 from qlutils import paths
-from qlutils.change import synapses
-from qlutils.experiments import effects
+from qlutils.experiments import attention_predominance, effects, knowledge_synapses
 from qlutils.experiments.consistency import classified_facts
 from qlutils.experiments.edit_tables import measures_table
 from qlutils.experiments.effects import PAPER_SETS
@@ -78,9 +77,9 @@ def small_study(parameters):
 
     scaled = effects.rates(moved(scale_kns, other=0))
     study.table(effects.summary(scaled, PAPER_SETS, **few), "fig4")
-    winners = study.run(synapses.attend, effects.units(queries), desc="attend")
+    winners = study.run(attention_predominance.attend, effects.units(queries), desc="attend")
     study.table(effects.top_tokens(winners), "attended")
-    scaled = moved(synapses.scale_synapse_columns, dict(renormalise=False), irrelevant=0)
+    scaled = moved(knowledge_synapses.scale_synapse_columns, dict(renormalise=False), irrelevant=0)
     scaled = effects.rates(scaled[scaled["set"] != "none"])
     study.table(effects.summary(scaled, ("self", "irrelevant"), **few), "fig6")
     study.record()
