@@ -144,6 +144,8 @@ class Server:
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
+            # a shell's background job ignores Ctrl-C, and so would all that it starts
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         assert self.process.stdout.readline() == "ready\n"
 

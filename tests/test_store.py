@@ -383,6 +383,11 @@ def main(root, log):
     )
 
 
+def hear_interrupts():
+    """A shell's background job ignores Ctrl-C, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(root, log):
     import_path = os.pathsep.join([str(Path(__file__).parent), str(paths.PACKAGE.parent)])
     return subprocess.Popen(
@@ -390,6 +395,7 @@ def start(root, log):
         env={**os.environ, "PYTHONPATH": import_path},
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hear_interrupts,
     )
 
 

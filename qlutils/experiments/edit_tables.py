@@ -138,6 +138,7 @@ def in_short(contrasts, what) -> str:
 
 
 def with_classes(frame, classes) -> pd.DataFrame:
+    """The edits with class_static and class_otsu of their fact."""
     return frame.merge(classes[["fact", "class_static", "class_otsu"]], on="fact", how="left")
 
 

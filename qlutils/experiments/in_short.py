@@ -51,6 +51,7 @@ class Reading(Case):
 
 
 def about(topic):
+    """Decorator: the function tells a part of `topic` of a `Reading`."""
     def register(tell):
         SENTENCES.setdefault(topic, []).append(tell)
         return tell
