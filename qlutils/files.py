@@ -6,6 +6,7 @@ libraries that made it.
 """
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -190,7 +191,7 @@ def locked(path, wait=3):
                 f"another run writes here: {path} is held by {path.read_text()}. Wait for it, stop "
                 "it, or choose another output"
             )
-        for aside in path.parent.rglob(".*.tmp"):
+        for aside in path.parent.rglob(f".*.{glob.escape(socket.gethostname())}.*.tmp"):
             with suppress(FileNotFoundError):  # its writer has just finished
                 if time.time() - aside.stat().st_mtime > LEFT_BEHIND:
                     aside.unlink()

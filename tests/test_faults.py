@@ -24,8 +24,12 @@ from tiny import tiny_lm, trusted
 
 from qlutils import files, paths
 from qlutils.driver import stamps
-from qlutils.experiments import attention_predominance, knowledge_synapses, localize
-from qlutils.experiments import kn_modification as edit_study
+from qlutils.experiments import (
+    attention_predominance,
+    kn_modification,
+    knowledge_synapses,
+    localize,
+)
 from qlutils.experiments import query_kn_mapping as mapping
 from qlutils.run import main
 from qlutils.study import identity, store
@@ -285,7 +289,7 @@ def test_no_damage_to_a_record_is_read_as_a_record(small):
     assert list(read_record(path)) == ["01_localize"]
 
 
-def test_a_job_is_done_while_its_inputs_agree_and_its_files_are_there(tmp_path):
+def test_a_job_is_done_while_its_inputs_agree_and_its_files_are_as_it_left_them(tmp_path):
     names = ["notebooks/01.ipynb", "results/table1.csv", "results/fig1.png"]
     made = [tmp_path / name for name in names]
     for file in made:
@@ -299,9 +303,15 @@ def test_a_job_is_done_while_its_inputs_agree_and_its_files_are_there(tmp_path):
         file.rename(tmp_path / "elsewhere")
         assert not stamps.is_done(tmp_path, "01", inputs)
         (tmp_path / "elsewhere").rename(file)
+        for bad in (b"", b"contenu", b"content "):
+            file.write_bytes(bad)
+            assert not stamps.is_done(tmp_path, "01", inputs)
+        file.write_bytes(b"content")
+        assert stamps.is_done(tmp_path, "01", inputs)
     stamp = stamps.path_of(tmp_path, "01")
     whole = stamp.read_bytes()
-    for bad in (b"", b"[]", b"{}", whole[:-9], whole.replace(b"0.2", b"0.3")):
+    older = b'{"inputs": "0f3a", "outputs": ["results/table1.csv"]}'
+    for bad in (b"", b"[]", b"{}", older, whole[:-9], whole.replace(b"0.2", b"0.3")):
         stamp.write_bytes(bad)
         assert not stamps.is_done(tmp_path, "01", inputs)
 
@@ -402,7 +412,7 @@ TASKS = {
         lm, [{**UNIT[0], "irrelevant": ["9 8 7 6"] * 3}]
     ),
     "attention": lambda lm: attention_predominance.attend(lm, UNIT),
-    "edits": lambda lm: edit_study.edit_facts(lm, edit_plans()),
+    "edits": lambda lm: kn_modification.edit_facts(lm, edit_plans()),
 }
 
 

@@ -18,12 +18,12 @@ import pytest
 from qlutils.experiments import (
     attention_predominance,
     controls,
+    edit_tables,
     effects,
+    kn_modification,
     knowledge_synapses,
     localize,
 )
-from qlutils.experiments import edit_tables as edit_report
-from qlutils.experiments import kn_modification as edit_study
 from qlutils.experiments import query_kn_mapping as mapping
 from qlutils.experiments.consistency import classified_facts, consistency_summary
 from qlutils.facts import load_facts
@@ -34,7 +34,7 @@ TOLERANCE = 1e-6  # relative; the model computes in float64, so that machines ag
 TASKS = {
     "localise_unit": localize.localise_unit,
     "count_known": known.count_known,
-    "edit_facts": edit_study.edit_facts,
+    "edit_facts": kn_modification.edit_facts,
     "scale_kns": mapping.scale_kns,
     "attend": attention_predominance.attend,
     "scale_synapse_columns": knowledge_synapses.scale_synapse_columns,
@@ -70,7 +70,7 @@ def frames(name):
         facts = load_facts("demo", relations=["P36", "P103"], facts_per_relation=8)
         return [known.count_known(lm, [asdict(fact) for fact in facts])]
     if name == "edit_facts":
-        plans, _ = edit_study.plan_edits(
+        plans, _ = kn_modification.plan_edits(
             queries,
             load_facts("demo", relations=["P36", "P103"]),
             num_neurons=lm.num_neurons,
@@ -79,7 +79,7 @@ def frames(name):
             texts=["The river runs to the sea and the sea is wide."],
             ppl_entries=1,
         )
-        return [edit_study.edit_facts(lm, plans)]
+        return [kn_modification.edit_facts(lm, plans)]
     if name == "scale_kns":
         [unit] = effects.units(queries, 0.2, other=0)
         return [mapping.scale_kns(lm, unit)]
@@ -105,7 +105,7 @@ def derived():
         facts,
         consistency_summary({"ig": facts}),
         controls.null_consistency(queries, model().num_neurons),
-        edit_report.measures_table(edits, facts, "demo/gpt2", sets=("local",), controls=()),
+        edit_tables.measures_table(edits, facts, "demo/gpt2", sets=("local",), controls=()),
         effects.summary(moved, effects.PAPER_SETS, **few),
         effects.summary(changed[~changed["renormalise"]], ("self", "irrelevant"), **few),
         effects.synapse_counts(found[found["set"] == "none"]),

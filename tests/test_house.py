@@ -30,6 +30,7 @@ FREE = {
 }
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 FILES = sorted(PACKAGE.rglob("*.py"))
+assert FILES
 
 
 @cache

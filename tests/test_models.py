@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,10 +29,11 @@ from qlutils import (
     load_model,
     scale_neurons,
 )
+from qlutils.attribution.attribute import Spec, attribute_encoded
 from qlutils.model import architecture as arch
-from qlutils.model import loading
+from qlutils.model import check, loading
 from qlutils.model.answer import final_logits
-from qlutils.model.architecture import UnsupportedModel
+from qlutils.model.architecture import UnsupportedModel, join_call_arguments
 from qlutils.model.check import sharply
 from qlutils.model.language_model import LanguageModel
 from qlutils.model.loading import BUNDLED
@@ -143,6 +145,29 @@ def test_joined_passes_over_prompts_of_two_lengths_replay_as_each_alone(family):
             parts = zip(passes, hidden.split([2, 1]))
             alone = [run_layer(lm, clean, layer, rows) for clean, rows in parts]
             torch.testing.assert_close(run_layer(lm, joined, layer, hidden), torch.cat(alone))
+
+
+def test_prompts_of_several_lengths_that_change_one_another_are_noticed_at_load(monkeypatch):
+    """Then they are not refined together; what is found stays right."""
+    assert tiny_lm("llama2").layout == "sequence"
+    whole = check.join_passes
+    monkeypatch.setattr(check, "join_passes", lambda passes: replace(whole(passes), padding=None))
+    assert tiny_lm("llama2").layout == "batch"
+
+
+@pytest.mark.parametrize("given", [[None, torch.ones(1, 3)], [torch.ones(1), torch.ones(2)]])
+def test_arguments_that_cannot_be_joined_are_refused(given):
+    with pytest.raises(UnsupportedModel, match="argument 'position_bias'"):
+        join_call_arguments("position_bias", given, [1, 1], 4)
+
+
+def test_masks_given_by_place_are_joined_as_named_ones():
+    lm = tiny_lm("gpt2")
+    lm.model.set_attn_implementation("eager")
+    queries, spec = [([5, 6, 7, 8], [9]), ([5, 6], [7])], Spec(method="ig", rule="converged")
+    together = attribute_encoded(lm, queries, spec).scores
+    for found, query in zip(together, queries):
+        torch.testing.assert_close(found, attribute_encoded(lm, [query], spec).scores[0])
 
 
 # --- what cannot be studied -----------------------------------------------------------------------

@@ -17,6 +17,7 @@ from qlutils.experiments import claims, in_short, report
 from qlutils.experiments.consistency import classified_facts
 from qlutils.facts import load_facts
 from qlutils.show import page
+from qlutils.show.page import shown
 from qlutils.study.notebook import Study
 from qlutils.study.parameters import declared_parameters
 
@@ -376,7 +377,11 @@ def frames_where_all_holds(queries, sign=1.0):
     }
     facts = queries.drop_duplicates("fact")[["fact", "relation"]]
     high = facts.assign(
-        predominance=0.5 + 0.2 * sign, predominance_rest=0.5 + 0.1 * sign, first=0.4, same_first=0.6
+        predominance=0.5 + 0.2 * sign,
+        predominance_rest=0.5 + 0.1 * sign,
+        first=0.4,
+        same_first=0.6,
+        n_queries=4,
     )
     cas = edits_frame(queries, 0.1 * sign)
     if sign > 0:  # claim 13: the same for class I
@@ -762,7 +767,7 @@ def test_a_notebook_shows_the_verdicts_that_its_own_results_decide(queries):
 class Saved:
     """The saved results of models, given by hand: {model: {name: frame}}."""
 
-    methods, downstream = ["ig"], ["ig"]
+    methods, downstream = ["ig", "sig"], ["ig"]  # sig was not run
 
     def __init__(self, frames):
         self.frames, self.models = frames, list(frames)
@@ -773,10 +778,13 @@ class Saved:
         return self.frames[model][name]
 
     def entry(self, number, model, method=None):
+        if method == "sig":
+            raise claims.Missing("notebook 01 was not run")
         names = [name for name, notebook in report.FRAMES.items() if notebook == number]
         for name in names:
             self.frame(model, method, name)
-        return dict(facts=24, parameters=dict(data="demo", rule="right", known_prompts=3))
+        given = dict(data="demo", rule="right", steps=20, known_prompts=3)
+        return dict(facts=24, parameters=given)
 
     methods_of = report.SavedResults.methods_of
     read_all = report.SavedResults.read_all
@@ -822,8 +830,9 @@ def test_there_are_ten_topics_and_each_is_told_of_each_model(spoken):
 def test_what_was_run_and_what_holds_is_said(spoken):
     run_, holds = (sentence(spoken, topic) for topic in ("What was run", "What holds"))
     assert run_.startswith("24 facts that the model knows in 3 wordings or more (demo)")
-    assert run_.endswith("notebooks 01, 02, 03, 04, 05, 06, 07")
-    assert re.match(r"holds: 1, .*not run: 3$", holds), holds
+    assert "neurons located by ig at t = 0.2, by the paper's sum of 20 steps; " in run_
+    assert run_.endswith("notebooks 01, 02, 03, 04, 05, 06, 07; what follows is of ig")
+    assert re.match(r"holds: 1, .*not run, or with nothing to compare: 3$", holds), holds
 
 
 def test_the_share_of_the_second_class_is_that_of_the_facts(spoken, queries):
@@ -834,7 +843,10 @@ def test_the_share_of_the_second_class_is_that_of_the_facts(spoken, queries):
     shares.append((facts["cs2_3"] <= 0.2).mean())
     text = sentence(spoken, "share of the facts")
     assert first_numbers(text) == pytest.approx(shares, abs=0.005)
-    assert "(n = 24)" in text and "three wordings a fact for 7.0" in text
+    assert (
+        "(n = 24)" in text
+        and "counting three wordings of each fact instead of all (7 on average)" in text
+    )
 
 
 def test_the_classes_are_compared_on_the_other_half_as_the_claim_does(spoken):
@@ -842,13 +854,14 @@ def test_the_classes_are_compared_on_the_other_half_as_the_claim_does(spoken):
     rows = board[(board["claim"] == 2) & (board["part"] == "all facts")]
     text = sentence(spoken, "CS2 of K_I against K_II")
     assert first_numbers(text) == pytest.approx(rows["value"].tolist(), abs=0.005)
-    assert re.match(r"by the static threshold .* more \(n = 1\d and 1\d\) over all facts, by", text)
-    assert "by the otsu threshold cannot be told" in text and "within relations" in text
+    assert re.match(r"static threshold, all facts: .* more \(n = 1\d and 1\d\), ", text)
+    assert "Otsu's, all facts: cannot be told" in text and "within relations" in text
 
 
 def test_own_neurons_are_compared_with_others_as_more_and_less(spoken):
     text = sentence(spoken, "own neurons")
-    assert re.match(r"alone 0\.5\d \[.*?\] \(n = 24\); against its neighbours' together 0\.3", text)
+    both = r"0\.\d+ \[.*?\] \(n = 24\) by suppressing, 0\.\d+ \[.*?\] by enhancing; on average of both, "
+    assert re.match(both + r"against its neighbours' together 0\.3", text), text
     assert "against another fact's of the relation cannot be told (n = 0)" in text
     assert re.search(r"against random ones 0\.1\d? \[0\.\d+, 0\.\d+\] less", text)
 
@@ -869,8 +882,9 @@ def test_what_an_edit_breaks_and_what_cas_buys_are_means_over_all_facts(spoken):
 def test_predominance_is_told_with_and_without_the_first_token(spoken):
     text = sentence(spoken, "Attention")
     assert first_numbers(text)[:2] == [0.70, 0.60]
-    assert re.search(r"dValue 0\.\d+ \[.*?\] more \(n = 24\)", text)
-    assert "dProb without the first token cannot be told (n = 0)" in text
+    assert "most to one token (at least 0.25 by construction)" in text
+    assert re.search(r"dValue 0\.\d+ \[.*?\] more \(n = 24\) by suppressing", text), text
+    assert "dProb without the first token, on average of both, cannot be told (n = 0)" in text
 
 
 def test_of_one_fact_and_without_notebooks_nothing_can_be_told_but_why(spoken):
@@ -883,8 +897,8 @@ def test_of_one_fact_and_without_notebooks_nothing_can_be_told_but_why(spoken):
     attention = "cannot be told: notebook 05 was not run; cannot be told: notebook 06 was not run"
     assert sentence(spoken, "Attention", "b") == attention
     assert "(n = 1)" in sentence(spoken, "share of the facts", "b")
-    assert sentence(spoken, "What was run", "b").endswith("notebooks 01, 02")
-    assert "not run: 4, 5, 6" in sentence(spoken, "What holds", "b")
+    assert sentence(spoken, "What was run", "b").endswith("notebooks 01, 02; what follows is of ig")
+    assert "nothing to compare: 4, 5, 6" in sentence(spoken, "What holds", "b")
 
 
 @pytest.mark.parametrize(
@@ -905,6 +919,11 @@ def test_how_many_times_the_facts_it_would_take(row, number, times):
         dict(value=np.nan, value_low=np.nan, value_high=np.nan, n_facts=40, n_facts_other=40) | row
     )
     assert in_short.times_the_facts(claims.CLAIMS[number], row) == pytest.approx(times)
+
+
+def test_a_table_and_what_is_missing_beside_it_are_both_html():
+    page = shown(pd.DataFrame({"a": [1.5]}), ["fig <1>"]).data
+    assert "&lt;p&gt;" not in page and "<p>Not in this run: fig &lt;1&gt;.</p>" in page
 
 
 # --- what controls need beside the queries --------------------------------------------------------

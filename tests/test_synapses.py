@@ -542,6 +542,18 @@ def test_attribution_inside_is_that_of_the_changed_model(name):
             ), layer
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "mistral-window"])
+def test_prompts_of_several_lengths_are_changed_inside_as_each_alone(name):
+    """Columns are counted from each prompt's own first token."""
+    lm, queries = make(name), [([3, 17, 8, 25, 40], [5]), ([9, 4], [7, 6]), ([8, 3, 11], [12])]
+    spec = Spec(method="ig", rule="converged")
+    with scale_synapses(lm, {(0, 0, 1), (1, 1, 0), (2, 2, 3)}, 0.0):
+        together = attribute_encoded(lm, queries, spec).scores
+        alone = [attribute_encoded(lm, [query], spec).scores[0] for query in queries]
+    for found, expected in zip(together, alone):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 * float(expected.max()))
+
+
 def test_maps_of_figures_7_and_10_are_taken_under_each_querys_own_synapses():
     lm = make("llama-gqa")
     clean = dict(

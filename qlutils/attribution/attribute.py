@@ -23,6 +23,7 @@ from torch import Tensor
 from qlutils.attribution.integrate import integrate
 from qlutils.attribution.quadrature import RULES
 from qlutils.change.rows import score_queries
+from qlutils.model.attention import is_controlled
 from qlutils.model.passes import (
     SITES,
     clean_pass,
@@ -206,6 +207,7 @@ def _batches(tokens: list[_Token], spec: Spec, lm) -> Iterator[list[_Token]]:
     fixed nodes those with as many ids, by "converged" any (few rows are left in its later rounds).
     With sig as many prompt tokens each, since there is a baseline for each of them."""
     mixed = spec.rule == "converged" and lm.layout == "sequence"
+    mixed = mixed and not is_controlled(lm.model)  # columns count from a prompt's first token
 
     def kind(token):
         return (

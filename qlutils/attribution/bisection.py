@@ -6,7 +6,7 @@ of the probability, the interval is halved; each half has its 3 gradients alread
 done after the first two rounds; a layer whose probability jumps somewhere gets its gradients there.
 
 Shapes: Q queries, B baselines a query, L layers, N neurons a layer, K intervals or places, W the
-width of a row (see `attribution`). A path is named by (query, baseline, layer).
+width of a row (see `paths`). A path is named by (query, baseline, layer).
 """
 
 from __future__ import annotations

@@ -38,9 +38,8 @@ class Raw:
 def integrate(lm, clean: CleanPass, target: Tensor, starts: Tensor | None, spec) -> Raw:
     """Raw attributions of the answer tokens `target` (Q,) from baselines `starts` (Q, B, L, N;
     None: zero) to the clean neurons."""
-    p_clean = torch.softmax(final_logits(lm, clean.inputs[-1][:, 0]), -1).gather(
-        1, target[:, None]
-    )[:, 0]
+    logits = final_logits(lm, clean.inputs[-1][:, 0])  # (Q, V)
+    p_clean = torch.softmax(logits, -1).gather(1, target[:, None])[:, 0]
     replay = Replay(lm, clean, target, p_clean, Paths.of(lm, clean, starts, spec))
     if spec.rule == "converged":
         integral, p_start = _converge(replay, spec)
@@ -52,7 +51,7 @@ def integrate(lm, clean: CleanPass, target: Tensor, starts: Tensor | None, spec)
         evaluations = torch.full((len(target),), spec.steps, dtype=torch.float64)
     scores = [replay.paths.scores(mean[:, :, layer], layer) for layer in range(lm.num_layers)]
     scores = torch.stack(scores, 1)
-    known = final_logits(lm, clean.inputs[-1][:, 0]).argmax(-1) == target
+    known = logits.argmax(-1) == target
     gap = scores.sum(-1) - (p_clean[:, None, None] - p_start).sum(1)
     return Raw(scores, gap, p_clean, known, converged, evaluations)
 

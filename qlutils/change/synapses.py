@@ -97,8 +97,8 @@ def scale_synapses(lm, synapses, factor: float, *, renormalise: bool = False):
     Acts on all rows that attend to the column, those of answer tokens included, in any forward pass
     inside, with or without a key-value cache; padding on the left is told from the (batch, tokens)
     attention mask. Factor 0 suppresses, 2 enhances; `renormalise` divides each row of those heads'
-    layers by its new sum. A column that an input does not have changes nothing. ValueError names a
-    synapse outside the model."""
+    layers by its new sum. A column that an input does not have changes nothing. Contexts end in the
+    order in which `with` ends them, not otherwise. ValueError names a synapse outside the model."""
     found = check_synapses(lm, synapses)
     if check_finite(lm, "factor", factor) < 0:
         raise ValueError(f"factor is {factor!r}; use at least 0 (0 suppresses, 2 enhances)")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import qlutils
 from qlutils import paths
+from qlutils.checks import check
 from qlutils.facts import load_facts, perplexity_texts
 from qlutils.files import sha256
 from qlutils.study.identity import model_content
@@ -153,6 +154,8 @@ def facts_of_run(args, shared, extra):
     objects. Says how many facts there are."""
     count, known = shared["facts_per_relation"], args.known_prompts
     options = {"relations": args.relations, "middle": extra.get("middle", "cut")}
+    if count is not None:
+        check("--facts-per-relation", count, 1)
     sample = None if known else count
     facts = load_facts(shared["data"], **options, seed=args.seed, facts_per_relation=sample)
     check_known_prompts(known, facts, "--known-prompts")

@@ -1,13 +1,13 @@
 """What a finished job leaves: what it was made from and the files it made, runs/.../NAME.json.
 
-A job is done when its stamp holds its present inputs and its files are there.
+A job is done when its stamp holds its present inputs and its files are as it left them.
 """
 
 import json
 import os
 from pathlib import Path
 
-from qlutils.files import sha256, write_json
+from qlutils.files import file_hash, sha256, write_json
 from qlutils.study import identity
 
 
@@ -42,16 +42,20 @@ def read_stamp(root, name):
 
 def write_stamp(root, name, inputs, files):
     """Vouch for the files that a job made from its inputs."""
-    outputs = [file.relative_to(root).as_posix() for file in files]
+    outputs = {file.relative_to(root).as_posix(): file_hash(file) for file in files}
     write_json(path_of(root, name), {"inputs": inputs, "outputs": outputs})
 
 
 def is_done(root, name, inputs):
     """Whether a job need not run."""
     stamp = read_stamp(root, name)
-    if "inputs" not in stamp or identity.differing(inputs, stamp["inputs"]):
+    outputs = stamp.get("outputs")
+    if not isinstance(outputs, dict) or sha256(stamp.get("inputs")) != sha256(inputs):
         return False
-    return all((root / output).is_file() for output in stamp["outputs"])
+    try:
+        return all(file_hash(root / output) == made for output, made in outputs.items())
+    except OSError:  # one is gone
+        return False
 
 
 def cells_hash(cells):

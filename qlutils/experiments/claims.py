@@ -65,7 +65,8 @@ STYLE = [
     dict(selector="td span", props="cursor: help; padding: 0 0.8em; font-size: 1.2em"),
 ]
 LEGEND = (
-    "✓ holds · ◐ holds in part: some of its parts do · ✗ does not hold, or the opposite does · "
+    "✓ holds · ◐ holds in part: some of its parts do · ✗ no part that can be told holds, or the "
+    "opposite does · "
     "? cannot be told · – not run, or nothing to compare with. "
     "On hover, a mark shows the statistics that decide it."
 )

@@ -31,7 +31,7 @@ RELATIONS = json.loads(Path(__file__).with_name("relations.json").read_text("utf
 
 
 def classified_facts(queries, t: float = 0.2, static: float = 0.1) -> pd.DataFrame:
-    """`neurons.fact_table`, and each fact's class by the static and by Otsu's threshold on CS2.
+    """`sets.fact_table`, and each fact's class by the static and by Otsu's threshold on CS2.
 
     Columns class_static and class_otsu: "I" above the threshold, "II" at or below it, None where
     CS2 is `undefined` (no query of the fact has a KN). threshold_static and threshold_otsu: the

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from qlutils.experiments.consistency import CLASSES, THRESHOLDS, cells
-from qlutils.show.stats import bootstrap_difference, bootstrap_mean, mean_columns
+from qlutils.show.stats import bootstrap_difference, bootstrap_mean
 from qlutils.show.tables import paper_value, verdict, without_empty_paper_columns
 
 PAPER_OP = {"erase": "erasure", "update": "update"}
@@ -89,7 +89,10 @@ def locality_table(frame, seed=0) -> pd.DataFrame:
     edits = frame[(frame["control"] == "none") & frame["note"].isna()]
     rows = []
     for (op, neurons), part in edits.groupby(["op", "neurons"], sort=False):
-        means = mean_columns(part, ("loc_new", "loc_same", "loc_other"), seed)
+        means = {}
+        for name in ("loc_new", "loc_same", "loc_other"):
+            row = bootstrap_mean(part, name, seed=seed).row("mean", name)
+            means |= {f"n_{name}" if key == "n" else key: one for key, one in row.items()}
         rows.append(
             {
                 "op": op,

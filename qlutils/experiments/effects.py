@@ -222,8 +222,8 @@ def all_statistics(estimate: Estimate) -> dict:
 
 
 def predominance(winners) -> pd.DataFrame:
-    """One row a fact of the rows of `synapses.attend`, each query's most attended token, `_rest`
-    with the first token left out.
+    """One row a fact of the rows of `attention_predominance.attend`, each query's most attended
+    token, `_rest` with the first token left out.
 
     predominance: share of queries whose token is the most frequent one, `modal`. first: share whose
     token is the first one. same_first: what predominance would be if every query's were its first:

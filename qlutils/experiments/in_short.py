@@ -21,6 +21,7 @@ from qlutils.experiments.claims import (
     CLAIMS,
     MARKS,
     NAMES,
+    NOT_RUN,
     QUANTITIES,
     UNTOLD,
     Case,
@@ -37,6 +38,7 @@ from qlutils.experiments.report import NOTEBOOKS, SavedResults
 from qlutils.show.stats import LEAST
 from qlutils.show.tables import format_value
 
+SCALING = {"suppress": "suppressing", "enhance": "enhancing"}
 SENTENCES: dict = {}  # {topic: functions that tell a `Reading`'s sentence, or raise `Missing`}
 
 CAS_AGAINST = (("gen", "local"), ("loc", "global"), ("avg", "local"), ("avg", "global"))
@@ -49,9 +51,17 @@ class Reading(Case):
     saved: SavedResults
     board: pd.DataFrame
 
+    def located_by(self, method) -> bool:
+        """Whether notebook 01 was run by this method."""
+        try:
+            return bool(self.saved.entry("01", self.model, method))
+        except Missing:
+            return False
+
 
 def about(topic):
     """Decorator: the function tells a part of `topic` of a `Reading`."""
+
     def register(tell):
         SENTENCES.setdefault(topic, []).append(tell)
         return tell
@@ -139,10 +149,14 @@ def _run(one):
             done.append(number)
     known = given.get("known_prompts", 0)
     which = f" that the model knows in {known} wordings or more" if known else ""
+    rule = given["rule"]
+    integral = "the converged integral" if rule == "converged" else f"the rule {rule}"
+    if rule == "right":
+        integral = f"the paper's sum of {given['steps']} steps"
     return (
         f"{entry['facts']} facts{which} ({Path(given['data']).name}); neurons located by "
-        f"{', '.join(one.saved.methods)} at t = {one.t:g}, integrals by the rule {given['rule']}; "
-        f"notebooks {', '.join(done)}"
+        f"{', '.join(filter(one.located_by, one.saved.methods))} at t = {one.t:g}, by {integral}; "
+        f"notebooks {', '.join(done)}; what follows is of {one.method}"
     )
 
 
@@ -150,8 +164,11 @@ def _run(one):
 def _holds(one):
     marks = overall(one.board).set_index("claim")["mark"]
     groups = marks.index.groupby(marks)
+    words = {NOT_RUN: "not run, or with nothing to compare"}
     return "; ".join(
-        f"{mark}: {', '.join(map(str, groups[mark]))}" for mark in MARKS if mark in groups
+        f"{words.get(mark, mark)}: {', '.join(map(str, groups[mark]))}"
+        for mark in MARKS
+        if mark in groups
     )
 
 
@@ -165,7 +182,11 @@ def _untold(one):
         about = f"about {float(f'{times * facts:.2g}'):,.0f}"
         need = about if times < np.inf else "no number can be said"
         found.append(f"{number} ({need})")
-    return f"claims {', '.join(found)}; there are {facts} now" if found else "no claim"
+    if found:
+        return f"claims {', '.join(found)}; there are {facts} now"
+    undecided = one.board.loc[one.board["verdict"] == UNTOLD, "claim"].unique()
+    some = f"; parts of claims {', '.join(map(str, undecided))}" if len(undecided) else ""
+    return f"no claim as a whole{some}"
 
 
 def times_the_facts(claim, row) -> float:
@@ -189,11 +210,12 @@ def _share(one):
     facts, found = one.facts(), {}
     found[f"{{}} by the static threshold {one.static:g}"] = _share_of(one, facts)
     found["{} by Otsu's"] = _share_of(one, facts, "otsu")
-    for t in (0.1, 0.5):
+    for t in sorted({0.1, 0.5} - {one.t}):
         other = classified_facts(one.frame("queries"), t, one.static)
-        found[f"{{}} by the static one with t = {t:g} for {one.t:g}"] = _share_of(one, other)
+        found[f"{{}} by the static one if t were {t:g}"] = _share_of(one, other)
     three = (facts["cs2_3"] <= one.static).astype(float).where(facts["cs2_3"].notna())
-    wordings = f"{{}} with three wordings a fact for {facts['n_queries'].mean():.1f}"
+    average = f"{facts['n_queries'].mean():.2g}"
+    wordings = f"{{}} counting three wordings of each fact instead of all ({average} on average)"
     found[wordings] = _row(one.mean(facts.assign(three=three), "three", share=True))
     return _listed(found)
 
@@ -209,8 +231,8 @@ def _differ(one):
         raise Missing(rows[0]["why"])
     told = {}
     for row in rows:
-        where = row["part"].replace("all facts", "over all facts")
-        told[f"by the {row['threshold']} threshold {{}} {where}"] = row
+        threshold = {"static": "static threshold", "otsu": "Otsu's"}[row["threshold"]]
+        told[f"{threshold}, {row['part']}: {{}}"] = row
     return _listed(told, compared=True)
 
 
@@ -223,7 +245,7 @@ def _broken(one):
         told = {
             "{} of other facts' answers change": _row(lost),
             "{} of texts break": _row(one.mean(part, "broken", share=True)),
-            "perplexity rises by {} (median)": _row(one.mean(part, "dppl"), "median"),
+            "median relative change of the perplexity {}": _row(one.mean(part, "dppl"), "median"),
         }
         found.append(f"{PAPER_OP[op]} of {neurons} KNs: {_listed(told)}")
     return "; ".join(found)
@@ -232,7 +254,7 @@ def _broken(one):
 # --- section 3 ------------------------------------------------------------------------------------
 
 
-@about("How far scaling a query's own neurons moves P(answer), relative to it:")
+@about("How far scaling a query's own neurons moves P(answer) as expected, relative to it:")
 def _own(one):
     frame = one.frame("query_kn_mapping")
     others = {
@@ -242,14 +264,20 @@ def _own(one):
         "against random ones {}": "self_random",
     }
     gaps = {name: _gap(one, frame, "self", second) for name, second in others.items()}
-    return f"{_listed({'alone {}': _gap(one, frame, 'self')})}; {_listed(gaps, True)}"
+    alone = {
+        f"{{}} by {word}": _gap(one, frame, "self", direction=direction)
+        for direction, word in SCALING.items()
+    }
+    return f"{_listed(alone)}; on average of both, {_listed(gaps, True)}"
 
 
 @about("Attention:")
 def _predominance(one):
     facts = one.frame("attention_predominance")
+    least = (1 / facts["n_queries"]).mean()
+    token = f"one token (at least {least:.2f} by construction)"
     same = {
-        "{} of a fact's wordings attend most to one token": "predominance",
+        f"{{}} of a fact's wordings attend most to {token}": "predominance",
         "without the first token {}": "predominance_rest",
     }
     return _listed({name: _row(one.mean(facts, column)) for name, column in same.items()})
@@ -260,17 +288,19 @@ def _synapses(one):
     frame, gaps = one.frame("knowledge_synapses"), {}
     for name, quantity in QUANTITIES.items():
         rows = synapse_rates(frame, quantity)
-        gaps[f"{name} {{}}"] = _gap(one, rows, "self", "irrelevant")
+        for direction, word in SCALING.items():
+            gap = _gap(one, rows, "self", "irrelevant", direction=direction)
+            gaps[f"{name} {{}} by {word}"] = gap
         rest = _gap(one, rows, "self_without_first", "irrelevant_without_first")
-        gaps[f"{name} without the first token {{}}"] = rest
+        gaps[f"{name} without the first token, on average of both, {{}}"] = rest
     return (
         "scaling own synapses moves, against an irrelevant query's, KNs (dValue) and P(answer) "
-        f"(dProb): {_listed(gaps, True)}"
+        f"(dProb), as expected: {_listed(gaps, True)}"
     )
 
 
-def _gap(one, frame, first, *second) -> dict:
-    return _row(one.mean(query_gaps(frame, first, second), "gap"), "trimmed")
+def _gap(one, frame, first, *second, direction="average") -> dict:
+    return _row(one.mean(query_gaps(frame, first, second, direction), "gap"), "trimmed")
 
 
 @about("What CAS buys:")
@@ -291,4 +321,5 @@ def _known(one):
     facts["all_known"] = facts["known"] == 1
     gap = one.apart(facts, "cs2", "all_known", (True, False))
     share = _share_of(one, facts, among="all_known")
-    return f"{_listed({'CS2 {}': _row(gap)}, True)}; {_listed({'{} of them are K_II': share})}"
+    share_told = _listed({"{} of the former are K_II (static threshold)": share})
+    return f"{_listed({'CS2 {}': _row(gap)}, True)}; {share_told}"

@@ -210,7 +210,7 @@ def scaled_maps(
     activation (L, N)) again with each query's own synapses suppressed and enhanced: {"unmodified",
     "suppressed", "enhanced": {attribution, activation}}.
 
-    `spec`: fields of `attribution.Spec`. Attribution is that of the changed model, its clean
+    `spec`: fields of `qlutils.Spec`. Attribution is that of the changed model, its clean
     context included."""
     out = []
     for one in maps:

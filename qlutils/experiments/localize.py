@@ -81,9 +81,8 @@ localise_unit.passes = _passes
 
 def _add_scores(rows: list[dict], encoded, result: Attribution) -> None:
     """Fill in what was found of the queries that could be read, all three in one order."""
-    scores = (
-        result.scores
-    )  # (Q, L, N), on the model's device: half a million of a large model's query
+    # (Q, L, N), selected where it is: of a large model half a million scores a query
+    scores = result.scores
     converged = [None] * len(rows) if result.converged is None else result.converged.tolist()
     for i, (row, (prompt, answer)) in enumerate(zip(rows, encoded)):
         kept = scores[i] > STORE_THRESHOLD * scores[i].max().clamp_min(0)  # (L, N)

@@ -102,7 +102,7 @@ def typed_fact(prompts: str, answer: str) -> Fact:
 def saved_queries(
     model: str, method: str, data="demo", output="default", **spec
 ) -> pd.DataFrame | None:
-    """What notebook 01 saved in run `output` for this very model, method and `attribution.Spec`, or
+    """What notebook 01 saved in run `output` for this very model, method and `qlutils.Spec`, or
     None."""
     study = Study(
         "explore_fact",
@@ -115,6 +115,8 @@ def saved_queries(
     if not path.exists():
         return None
     table, made = read_table(path)
+    if table is None:  # damaged
+        return None
     wanted = asdict(Spec(method=method, **spec))
     same = (
         made["inputs"]["content"] == model_content(model)

@@ -93,7 +93,6 @@ class Architecture:
     layers: list[nn.Module]  # L decoder layers
     downs: list[nn.Module]  # L down-projections
     ups: list[nn.Module]  # L projections whose output is the pre-activation
-    mlps: list[nn.Module | None]  # None where the projections sit in the layer itself (OPT)
     tail: list[nn.Module]
     head: nn.Module
     norm_epsilons: list[float | None]  # see `_norm_epsilon`
@@ -131,7 +130,6 @@ def find_architecture(model: nn.Module) -> Architecture:
         layers=list(layers),
         downs=downs,
         ups=ups,
-        mlps=[None if owner is layer else owner for layer, owner in zip(layers, owners)],
         tail=tail,
         head=head,
         norm_epsilons=epsilons,
@@ -330,19 +328,19 @@ def join_call_arguments(key: str | None, values: list, queries: list[int], lengt
     """One argument of a decoder layer from passes over `queries` prompts of different lengths, for
     all of them together; masks are padded on the left to `length` (what they hold there is not
     used)."""
-    if isinstance(values[0], tuple):
-        return tuple(join_call_arguments(key, list(some), queries, length) for some in zip(*values))
     tensors = [value for value in values if isinstance(value, Tensor)]
     if not tensors:
         return values[0]
     if min(value.dim() for value in tensors) < 2:
         raise UnsupportedModel(f"the layers' argument {key!r} is not one for each prompt")
-    joined = []
+    joined, are_masks = [], tensors[0].dim() == 4  # named or not
     for value, count in zip(values, queries):
+        if value is None and not are_masks:
+            raise UnsupportedModel(f"the layers' argument {key!r} is there for some lengths only")
         if value is None:  # no mask where the prompt is shorter than the window
             whole = tensors[0].dtype == torch.bool
             value = tensors[0].new_full((1, *tensors[0].shape[1:]), whole)
-        if key == "attention_mask":
+        if are_masks:
             value = nn.functional.pad(value, (length - value.shape[-1], 0))
         joined.append(value.expand(count, *value.shape[1:]))
     return torch.cat(joined)

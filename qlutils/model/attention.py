@@ -106,7 +106,7 @@ def _weights(module, scores: Tensor, mask: Tensor | None, width: int, scaling, s
     elif mask is not None:
         scores = scores + mask
     weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    for control in ACTIVE:
+    for control in tuple(ACTIVE):  # another model's may come or go in another thread
         if module in control.layer_of:
             weights = control.apply(control.layer_of[module], weights, mask)
     return weights

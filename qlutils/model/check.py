@@ -22,6 +22,7 @@ from qlutils.model.passes import (
     SITES,
     CleanPass,
     clean_pass,
+    join_passes,
     replaying,
     run_layer,
     site_module,
@@ -60,7 +61,7 @@ def sharply(lm):
     tensors = _tensors(lm.model)
     ordinary = all(type(one) in (nn.Parameter, Tensor) and not one.is_meta for one in tensors)
     ordinary &= all(one.is_floating_point() for one in lm.model.parameters())
-    with torch.inference_mode(False), torch.no_grad():
+    with lm.in_use, torch.inference_mode(False), torch.no_grad():
         if lm.dtype.itemsize > 2 or not ordinary:
             yield TOLERANCE[lm.dtype]
         else:
@@ -152,6 +153,8 @@ def _check_replay(lm, ids: Tensor, own: Tensor) -> bool:
     with sharply(lm) as tolerance:
         adds = _check_layers(lm, ids, tolerance)
         _check_logits(lm, clean_pass(lm, ids), own, tolerance)
+        if lm.layout == "sequence":
+            _check_joined(lm, ids, tolerance)
     if lm.dtype.itemsize == 2:  # as it will run
         own = lm.model(input_ids=ids, use_cache=False).logits[:, -1]
         _check_logits(lm, clean_pass(lm, ids), own, TOLERANCE[lm.dtype])
@@ -258,3 +261,18 @@ def _check_logits(lm, clean: CleanPass, own: Tensor, tolerance: float) -> None:
         raise UnsupportedModel(
             f"The replayed row gives another probability (relative error {error:.1e})."
         )
+
+
+def _check_joined(lm, ids: Tensor, tolerance: float) -> None:
+    """`UnsupportedModel` unless rows of prompts of two lengths give together what each gives
+    alone."""
+    passes = [clean_pass(lm, ids[:1, 1:]), clean_pass(lm, ids)]
+    joined = join_passes(passes)
+    with replaying(lm):
+        for layer in range(lm.num_layers):
+            rows = torch.cat([joined.inputs[layer], joined.inputs[layer] / 2], 1)
+            parts = zip(passes, rows.split([1, len(ids)]))
+            alone = torch.cat([run_layer(lm, one, layer, part) for one, part in parts])
+            together = run_layer(lm, joined, layer, rows)
+            if differ(together, alone, alone - rows, tolerance):
+                raise UnsupportedModel(f"Layer {layer}: prompts of two lengths change one another.")

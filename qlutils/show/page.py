@@ -67,7 +67,7 @@ def _numeric(cell) -> bool:
 def shown(frame, missing=(), caption="", digits=2) -> HTML:
     """A table for the page, intervals in one column, and below it what is missing."""
     table = table_html(display_table(frame, digits=digits), caption) if len(frame) else ""
-    return HTML(table + missing_html(missing))
+    return HTML(f"{table}{missing_html(missing)}")
 
 
 def folded(title, frame, digits=2) -> HTML:

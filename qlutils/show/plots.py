@@ -141,7 +141,7 @@ def _violin(ax, values, at, width, color):
     found, counts = np.unique(np.round(values, 9), return_counts=True)
     if len(found) <= FEW and len(found) < len(values):
         wide = width * counts / counts.max()
-        high = 0.6 * np.diff(found).min(initial=0.1)
+        high = max(0.012, 0.6 * np.diff(found).min(initial=0.03))
         ax.barh(
             found,
             wide,
@@ -258,16 +258,17 @@ def bars_with_intervals(frame, ax, *, x, hue, y="mean"):
     hues = list(dict.fromkeys(frame[hue]))
     width = 0.8 / len(hues)
     ticks = [_label(group) for group in groups]
+    hanging = frame[y].max() < 0  # all bars point down
     n_of_hue = _counts(frame, hue)
     n_of_group = _counts(frame, x)
     if n_of_hue:
         counts = n_of_hue if len(set(n_of_hue)) > 1 else n_of_hue[:1]
         ax.annotate(
             f"n = {' / '.join(counts)}",
-            (0.99, 0.98),
+            (0.99, 0.02 if hanging else 0.98),
             xycoords="axes fraction",
             ha="right",
-            va="top",
+            va="bottom" if hanging else "top",
             fontsize=6,
         )
     elif n_of_group:
@@ -275,7 +276,7 @@ def bars_with_intervals(frame, ax, *, x, hue, y="mean"):
     for row in frame.to_dict("records"):
         at = groups.index(row[x]) + (hues.index(row[hue]) - (len(hues) - 1) / 2) * width
         bar = [row[y], row[f"{y}_low"], row[f"{y}_high"]]
-        top = _bar(ax, at, bar, width * 0.92, BAR_COLORS[row[hue]])
+        top = _bar(ax, at, bar, width * 0.92, BAR_COLORS[row[hue]], hanging)
         if "n" in row and not (n_of_hue or n_of_group):
             _upright(ax, at, top, f"n = {row['n']:.0f}")
     ax.axhline(0, color="black", linewidth=0.6)
@@ -285,11 +286,11 @@ def bars_with_intervals(frame, ax, *, x, hue, y="mean"):
     return ax
 
 
-def _bar(ax, at, bar, width, color):
+def _bar(ax, at, bar, width, color, hanging):
     """A bar (value, low, high) with its interval, in which the value need not lie; "–" where it is
     undefined. Its top, None without a bar."""
     if pd.isna(bar).any():
-        ax.annotate("–", (at, 0), ha="center", va="bottom")
+        ax.annotate("–", (at, 0), ha="center", va="top" if hanging else "bottom")
         return None
     value, low, high = bar
     ax.bar(at, value, width, color=color)
@@ -577,8 +578,8 @@ def figure_conditions(maps, conditions, kind):
     """Figures 7 and 10: (L, N) maps of queries, a column a query and a row a condition, on the
     scale of all conditions: of the query, for the attribution; of all queries, for the activation.
 
-    maps: from `synapses.scaled_maps`. kind: "attribution" or "activation". Returns the figure and
-    its numbers."""
+    maps: from `knowledge_synapses.scaled_maps`. kind: "attribution" or "activation". Returns the
+    figure and its numbers."""
     fig = plt.figure(figsize=(WIDE, 0.9 + 1.15 * len(conditions)))
     every = []  # the maps of all conditions there are, of each query
     for one in maps:

@@ -10,7 +10,7 @@ COLORS = ("#0072B2", "#E69F00", "#009E73")  # of the queries
 PLACES = (1.2, 4.5, 7.8)  # of the queries, above a grid of 8 neurons in each of 5 layers
 GREY = "#c9ced4"
 INK = "#1c2024"
-ATTENTION = "#882255"  # c9ced4", "#1c2024", "#882255"
+ATTENTION = "#882255"
 # neurons as (x, y): those of all queries in (a), of each query in (b)
 SHARED = [(2, 3), (6, 3), (3, 1), (7, 1)]
 OWN = ([(2, 4), (5, 3), (3, 2)], [(7, 3), (6, 2), (2, 1)], [(3, 2), (5, 0), (7, 0)])

@@ -216,9 +216,11 @@ def _bootstrap(sides, value, draws, seed) -> Estimate:
         low, high = np.clip([point + stretch * (bound - point) for bound in bounds], least, most)
     found = np.stack([point, low, high], axis=1).ravel()  # in the order of the fields
     # what rounding leaves of an exact 0 must not decide on which side of 0 it lies
-    # (sized by the same statistic of the absolute values: a few huge ones do not hide a median)
+    # (sized by the same statistic of the absolute values: a few huge ones do not hide a median; and
+    # by what is large among those up to 1, where most are rounding themselves)
     sizes = [_statistics(np.sort(np.abs(one)), np.ones((1, len(one))), slice(None))[0] for one in x]
-    found[np.abs(found) < 1e-13 * np.repeat(np.max(sizes, axis=0), 3)] = 0.0
+    sizes = np.maximum(np.max(sizes, axis=0), min(1.0, np.abs(np.concatenate(x)).max(initial=0.0)))
+    found[np.abs(found) < 1e-13 * np.repeat(sizes, 3)] = 0.0
     missing = sum(map(len, sides)) - sum(map(len, x))
     return Estimate(*found.tolist(), n_missing=missing, **counts)
 

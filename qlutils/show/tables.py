@@ -58,7 +58,7 @@ def format_value(value, low=None, high=None, n=None, digits=2) -> str:
 
     "–" where undefined; an undefined interval shows as [–, –], since a number without one is not a
     result. Floats have `digits` decimals, whole numbers and texts stand as they are."""
-    if pd.isna(value):
+    if pd.api.types.is_scalar(value) and pd.isna(value):
         text = UNDEFINED
     elif isinstance(value, (bool, np.bool_)):
         text = "yes" if value else "no"

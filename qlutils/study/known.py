@@ -118,7 +118,8 @@ def scan(study, every) -> pd.DataFrame:
     Relations that have not enough yet are asked a unit each at a time; all units where all known
     facts are wanted."""
     wanted = inf if study.facts_per_relation is None else study.facts_per_relation
-    waiting = _units(every, study.seed)
+    askable = [fact for fact in every if len(fact.prompts) >= study.known_prompts]
+    waiting = _units(askable, study.seed)
     most = max(map(len, waiting.values()))
     ask = most if wanted == inf else 1  # units of a relation at a time
     allowed = most if wanted == inf else ceil(wanted * SCAN_PER_FACT / UNIT_FACTS)

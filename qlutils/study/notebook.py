@@ -167,7 +167,7 @@ class Study:
 
     def localisation(self, method=None):
         """The choices beside the method with which the saved "queries" were localised, as
-        `attribution.Spec` takes them; {} where none are saved."""
+        `qlutils.Spec` takes them; {} where none are saved."""
         path = self._folder(method or self.method) / "queries.parquet"
         return read_metadata(path).get("localisation", {})
 

@@ -47,21 +47,26 @@ def parameters_of(name, namespace):
     """{parameter: value} of the notebook `name`, which hands over its namespace, `globals()`.
 
     What it declares is read from its file, here or in `paths.NOTEBOOKS`. Before a notebook is
-    opened nothing else is set in it, so any other name with a plain value was given as a parameter
-    and is refused. ValueError names it, or a value of another type than its default or out of
-    range."""
+    opened nothing else is set in it but imported CONSTANTS, so any other name with a plain value
+    was given as a parameter and is refused. ValueError names it, or a value of another type than
+    its default or out of range."""
     file = Path(f"{name}.ipynb")
     declared = declared_parameters(file if file.is_file() else paths.NOTEBOOKS / file)
     if absent := [parameter for parameter in declared if parameter not in namespace]:
         raise ValueError(f"parameter {absent[0]} is not set: run the parameters cell first")
     values = {parameter: namespace[parameter] for parameter in declared}
-    if "study" not in namespace:
+    if _is_plain(namespace.get("study")):  # not opened yet
         for other, value in namespace.items():
-            plain = value is None or isinstance(value, (bool, int, float, str, list))
-            if plain and not other.startswith("_") and not other[0].isupper():
+            constant = other.isupper() and len(other) > 1
+            jupyters = other in ("In", "Out") or other.startswith("_")
+            if _is_plain(value) and not (constant or jupyters):
                 values.setdefault(other, value)
     check_given(values, declared)
     return values
+
+
+def _is_plain(value):
+    return value is None or isinstance(value, (bool, int, float, str, list, tuple, dict))
 
 
 def check_given(given, declared):
