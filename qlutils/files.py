@@ -6,10 +6,10 @@ libraries that made it.
 """
 
 import fcntl
-import glob
 import hashlib
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -175,7 +175,7 @@ def locked(path, wait=3):
     """Hold the lock file `path`; StoreError names it and its holder after `wait` seconds in vain.
 
     The system drops the lock when its holder dies, however that happens; the file stays. What dead
-    writers left half-written in the lock's folder and below is removed after a day."""
+    writers left half-written in the lock's folder and below is removed."""
     path = Path(path)
     with ExitStack() as held:
         try:
@@ -191,11 +191,27 @@ def locked(path, wait=3):
                 f"another run writes here: {path} is held by {path.read_text()}. Wait for it, stop "
                 "it, or choose another output"
             )
-        for aside in path.parent.rglob(f".*.{glob.escape(socket.gethostname())}.*.tmp"):
+        for aside in path.parent.rglob(".*.tmp"):
             with suppress(FileNotFoundError):  # its writer has just finished
-                if time.time() - aside.stat().st_mtime > LEFT_BEHIND:
+                if _left_behind(aside):
                     aside.unlink()
         yield
+
+
+def _left_behind(aside):
+    """Whether nobody writes `.NAME.HOST.PID.tmp` any more: its process is dead or, on another
+    machine, it has not been touched for a day."""
+    if not (found := re.fullmatch(r"\..+\.(\d+)\.tmp", aside.name)):
+        return False
+    if f".{socket.gethostname()}.{found[1]}.tmp" not in aside.name:
+        return time.time() - aside.stat().st_mtime > LEFT_BEHIND
+    try:
+        os.kill(int(found[1]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's
+        return False
+    return False
 
 
 def _lock(stream, until):

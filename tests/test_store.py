@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -336,21 +337,22 @@ def test_the_same_work_twice_at_once_is_refused_by_the_name_of_the_lock_and_othe
     assert run(tmp_path)[1]["computed"] == 4
 
 
-def test_the_lock_of_a_dead_process_is_free_and_what_writers_left_for_a_day_is_removed(
-    tmp_path, lock
-):
+def test_the_lock_of_a_dead_process_is_free_and_what_writers_left_is_removed(tmp_path, lock):
     code = (
         "import os, sys; from qlutils import files\n"
         "lock = files.locked(sys.argv[1]); lock.__enter__(); os.kill(os.getpid(), 9)"
     )
     env = {**os.environ, "PYTHONPATH": str(paths.PACKAGE.parent)}
-    subprocess.run([sys.executable, "-c", code, lock], env=env)
-    left, alive = (tmp_path / "units" / f".{name}.parquet.host.7.tmp" for name in ("x", "y"))
-    for file in (left, alive):
+    dead = subprocess.Popen([sys.executable, "-c", code, lock], env=env)
+    dead.wait()
+    names = [".x.parquet.another.7.tmp", ".y.parquet.another.7.tmp", ".mine.tmp"]
+    names += [f".z.parquet.{socket.gethostname()}.{pid}.tmp" for pid in (os.getpid(), dead.pid)]
+    left = [tmp_path / "units" / name for name in names]
+    for file in left:
         file.write_text("half")
-    os.utime(left, (0, 0))
+    os.utime(left[0], (0, 0))
     assert run(tmp_path)[1]["computed"] == 4
-    assert alive.exists() and not left.exists()
+    assert [file.exists() for file in left] == [False, True, True, True, False]
 
 
 def test_an_error_names_the_unit_and_earlier_units_stay(tmp_path, model):
