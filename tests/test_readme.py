@@ -673,9 +673,59 @@ def test_the_table_of_real_models_is_the_committed_one():
         assert first["rule"] == "converged" and float(first["jaccard"]) == pytest.approx(
             1, abs=5e-3
         )
-        text = " ".join(README.split())
-        assert f"with {float(first['evaluations']):.1f}" in text
-        assert f"{float(rules['right']['jaccard']):.2f}" in text
+        found, paper = float(first["evaluations"]), float(rules["right"]["jaccard"])
+        said = {
+            "smollm2-135m": f"SmolLM2-135M with {found:.1f} gradients a layer (the paper's 20: {paper:.2f})",
+            "gemma-3-270m": f"Gemma 3 270M with {found:.1f} ({paper:.2f};",
+        }
+        assert said[model] in " ".join(README.split())
+
+
+def of_pararel(name, **where):
+    """The row of a table of figures/known-pararel."""
+    folder = ROOT / "figures/known-pararel/pretrained--smollm2-135m"
+    with (folder / f"{name}.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if where.items() <= row.items()]
+    assert len(rows) == 1 or not where
+    return rows[0] if where else rows
+
+
+def test_what_is_said_of_pararel_is_in_the_committed_tables():
+    scanned = of_pararel("ig/known_facts")
+    looked, known = (sum(int(row[name]) for row in scanned) for name in ("scanned", "known"))
+    agreement = of_pararel("all/consistency", method="ig")
+    static = of_pararel("all/table1", threshold="static")
+    edit = {"threshold": "all", "class": "all", "op": "erasure", "neurons": "local"}
+    erased, updated = (of_pararel("ig/table2", **edit | {"op": op}) for op in ("erasure", "update"))
+    random = of_pararel("ig/table2", **edit | {"neurons": "local (random)"})
+    update = {"op": "update", "neurons": "local (random)"}
+    luck = of_pararel("ig/table2", **edit | update)
+    where = of_pararel("ig/table2_loc", op="erase", neurons="local")
+    two = [
+        f"{float(agreement[name]):.2f} [{float(agreement[name + '_low']):.2f}, "
+        f"{float(agreement[name + '_high']):.2f}]"
+        for name in ("cs2", "jaccard")
+    ]
+
+    def percent(row, name):
+        return f"{100 * float(row[name]):.0f} %"
+
+    assert int(static["n_II"]) == 0
+    [localised] = of_pararel("ig/localisation")
+    text = " ".join(README.split())
+    for said in (
+        f"of {looked:,} facts with three wordings or more that were looked at it knows {known}.",
+        f"Of the {agreement['n']} kept ({int(localised['n_queries']):,} queries)",
+        f"CS2 is {two[0]}, Jaccard {two[1]}, and no fact is K_II",
+        f"a query's {float(erased['neurons_edited']):.0f} neurons makes it fail in "
+        f"{percent(erased, 'rel')} of the cases and its other wordings in {percent(erased, 'gen')} "
+        f"(as many random neurons: {percent(random, 'rel')}, {percent(random, 'gen')})",
+        f"other relations {percent(where, 'loc_other')} survive, in the same one "
+        f"{percent(where, 'loc_same')}.",
+        f"answer in {percent(updated, 'rel')} (random: {percent(luck, 'rel')}) and breaks "
+        f"{percent(updated, 'broken')} of the texts",
+    ):
+        assert said in text, said
 
 
 def test_the_readme_is_short():

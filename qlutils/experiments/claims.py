@@ -31,8 +31,15 @@ from qlutils.experiments.consistency import (
     share_of_class,
 )
 from qlutils.experiments.controls import split_frames
-from qlutils.experiments.edit_tables import PAPER_OP
-from qlutils.experiments.effects import COUNTED, DIRECTIONS, POPULATIONS, query_gaps, rates
+from qlutils.experiments.edit_tables import PAPER_OP, with_classes
+from qlutils.experiments.effects import (
+    COUNTED,
+    DIRECTIONS,
+    NEIGHBOURS,
+    POPULATIONS,
+    query_gaps,
+    rates,
+)
 from qlutils.show.page import folded, shown
 from qlutils.show.stats import LEAST, Estimate, bootstrap_difference, bootstrap_mean
 from qlutils.show.tables import format_value, too_few
@@ -42,7 +49,6 @@ UNTOLD, OPEN, NOT_RUN = "cannot be told", "not testable here", "not run"
 COMMON, HIGH, MARGIN = 0.25, 0.5, 0.1
 LOCALISED = "02"  # the notebook whose claims every method decides
 QUANTITIES = {"dValue": "value", "dProb": "probability"}  # what scaling synapses moves
-NEIGHBOURS = ("union", "intersection", "refine")
 NAMES = {
     "rel": "Rel",
     "gen": "Gen",
@@ -129,9 +135,8 @@ class Case:
     def edits(self, name) -> pd.DataFrame:
         """A notebook's edits of knowledge neurons (not its controls), with the facts' classes."""
         frame = self.frame(name)
-        frame = frame[(frame["control"] == "none") & frame["note"].isna()]
-        classes = self.facts()[["fact", "class_static", "class_otsu"]]
-        return frame.merge(classes, on="fact", how="left")
+        made = (frame["control"] == "none") & frame["note"].isna()
+        return with_classes(frame[made], self.facts())
 
     def moved(self):
         """(name, rates) of what scaling synapses moves: signed as in the paper, and in size, since

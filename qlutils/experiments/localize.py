@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 
 from qlutils.attribution.attribute import Attribution, Spec, attribute_encoded
+from qlutils.experiments.consistency import jaccard
 from qlutils.facts import Fact, prompt_tokens
 from qlutils.model.passes import neuron_vectors
 from qlutils.neurons.cas import cas_candidates
@@ -287,16 +288,16 @@ def compare_rules(lm, queries: pd.DataFrame, spec, *, t=0.2, sample=20, seed=0) 
 def _against(found: Attribution, exact: Attribution, t: float, method: str) -> dict:
     top = exact.scores.abs().flatten(1).amax(1).clamp_min(1e-30)
     pairs = zip(knowledge_neurons(found.scores, t), knowledge_neurons(exact.scores, t))
-    jaccard = [len(a & b) / len(a | b) if a | b else 1.0 for a, b in pairs]
+    agreement = [jaccard(a, b) for a, b in pairs]
     error = (found.scores - exact.scores).abs().flatten(1).amax(1) / top
     gap = found.completeness_gap.amax(1) / top
     settled = found.converged
     return {
         "evaluations": float(found.evaluations.mean()),
-        "jaccard": np.mean(jaccard),
-        "jaccard_p5": np.percentile(jaccard, 5),
+        "jaccard": np.mean(agreement),
+        "jaccard_p5": np.percentile(agreement, 5),
         "error": float(error.mean()),
         "gap": float(gap.mean()) if method == "ig" else np.nan,
         "converged": np.nan if settled is None else float(settled.float().mean()),
-        "n": len(jaccard),
+        "n": len(agreement),
     }

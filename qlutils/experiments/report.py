@@ -19,8 +19,8 @@ from IPython.display import HTML, Image, display
 
 from qlutils import paths
 from qlutils.experiments import controls
-from qlutils.experiments.claims import NEIGHBOURS, QUANTITIES, Missing, synapse_rates
-from qlutils.experiments.effects import query_gaps, summary
+from qlutils.experiments.claims import QUANTITIES, Missing, synapse_rates
+from qlutils.experiments.effects import PAPER_SETS, query_gaps, summary
 from qlutils.files import write_bytes
 from qlutils.show.page import export_html, folded, missing_html, shown
 from qlutils.show.plots import figure_bars
@@ -330,7 +330,7 @@ def show_figure_4(saved: SavedResults, stem, threshold="static", seed=0) -> HTML
     found, missing = saved.frames("query_kn_mapping")
     parts = []
     for pair, frame in found.items():
-        part = summary(frame, ("self", *NEIGHBOURS), thresholds=(threshold,), seed=seed)
+        part = summary(frame, PAPER_SETS, thresholds=(threshold,), seed=seed)
         parts.append(part.assign(model=saved.label(*pair)))
     return _show_bars(saved.study, stem, parts, missing, row="direction", x="set", ylabel="dProb, ")
 

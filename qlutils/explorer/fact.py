@@ -24,6 +24,7 @@ from qlutils.change.editing import edit_weights
 from qlutils.change.rows import score_queries
 from qlutils.change.scaling import answer_probability, scale_neurons
 from qlutils.change.synapses import column_scores, find_synapses, scale_synapses
+from qlutils.experiments.effects import NEIGHBOURS
 from qlutils.experiments.localize import localise_unit
 from qlutils.facts import Fact
 from qlutils.files import as_frame, read_table
@@ -37,7 +38,6 @@ from qlutils.study.notebook import Study
 
 FACTORS = {"suppress": 0.0, "enhance": 2.0}  # section 3.1
 ACTIONS = (*FACTORS, "erase", "update", "none")  # "none": to see what synapses do by themselves
-NEIGHBOURS = ("union", "intersection", "refine")  # sets made of the other prompts' KNs
 SETS = ("self", *NEIGHBOURS, "cas", "picked")
 TYPED = "typed"  # the relation of facts that were typed in
 
