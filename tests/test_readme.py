@@ -700,6 +700,8 @@ def test_what_is_said_of_pararel_is_in_the_committed_tables():
     random = of_pararel("ig/table2", **edit | {"neurons": "local (random)"})
     update = {"op": "update", "neurons": "local (random)"}
     luck = of_pararel("ig/table2", **edit | update)
+    cas, local = (of_pararel("ig/table3", **edit | {"neurons": one}) for one in ("cas", "local"))
+    assert f"{float(cas['avg']):.2f}" == f"{float(local['avg']):.2f}"
     where = of_pararel("ig/table2_loc", op="erase", neurons="local")
     two = [
         f"{float(agreement[name]):.2f} [{float(agreement[name + '_low']):.2f}, "
@@ -723,7 +725,8 @@ def test_what_is_said_of_pararel_is_in_the_committed_tables():
         f"other relations {percent(where, 'loc_other')} survive, in the same one "
         f"{percent(where, 'loc_same')}.",
         f"answer in {percent(updated, 'rel')} (random: {percent(luck, 'rel')}) and breaks "
-        f"{percent(updated, 'broken')} of the texts",
+        f"{percent(updated, 'broken')} of the texts. The {float(cas['neurons_edited']):.0f} neurons "
+        f"of CAS erase as well (Avg {float(cas['avg']):.2f}, as local).",
     ):
         assert said in text, said
 
