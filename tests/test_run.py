@@ -239,7 +239,7 @@ def test_a_job_is_done_while_its_cells_and_the_versions_of_the_code_stay(
         (["--models", "a\0b"], r"there is no model 'a\x00b'"),
         (["--models", "a b"], "there is no model 'a b'"),
         (["--relations", "P9999"], "P9999"),
-        (["--facts-per-relation", "0"], "facts_per_relation"),
+        (["--facts-per-relation", "0"], "--facts-per-relation 0: want an integer"),
         (["--data", "nowhere"], "nowhere"),
         (["--only", "09"], "--only 09: there are 01_localize, 02_consistency"),
         (["--output", "../elsewhere"], "../elsewhere"),
