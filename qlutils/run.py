@@ -52,10 +52,10 @@ def main(argv=None, notebooks=None):
 
 def _check_options(args):
     """ValueError for what the parser lets through and nothing later would name."""
-    if args.output == "demo":
+    if args.output == "notebooks":
         raise ValueError(
-            "--output demo: figures/demo holds the reference run's tables and figures; "
-            "choose another name"
+            "--output notebooks: figures/notebooks holds the tables and figures of the committed "
+            "notebooks; choose another name"
         )
     threads = literal(os.environ.get("QLUTILS_THREADS") or "1")
     numbers = {"QLUTILS_THREADS": threads, "--jobs": args.jobs, "--workers": args.workers}

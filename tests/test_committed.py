@@ -57,9 +57,7 @@ class TestCommitted:
             cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"
         ]
         lengths = sorted(
-            cell.source.count("\n") + 1
-            for cell in code
-            if "parameters" not in cell.metadata.get("tags", ())
+            cell.source.count("\n") + 1 for cell in code if not cell.metadata.get("tags")
         )
         assert lengths[-1] <= 25 and statistics.median_low(lengths) <= 9
         assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1

@@ -465,11 +465,14 @@ def test_the_slurm_example_is_a_call_that_dask_jobqueue_takes():
 
 
 def run_cells(notebook, parameters):
-    """Run a notebook's code here, as papermill would: in order, with `parameters` after its own."""
+    """Run a notebook's code here, as papermill would: in order, with `parameters` after its own,
+    in place of those that it was run with before."""
     names = {"__name__": "__main__", "display": lambda *_, **__: None}
     for cell in nbformat.read(notebook, as_version=4).cells:
-        sources = [cell.source] if cell.cell_type == "code" else []
-        if "parameters" in cell.metadata.get("tags", ()):
+        tags = cell.metadata.get("tags", ())
+        injected = "injected-parameters" in tags
+        sources = [cell.source] if cell.cell_type == "code" and not injected else []
+        if "parameters" in tags:
             sources.append(
                 "# Parameters\n"
                 + "\n".join(f"{name} = {value!r}" for name, value in parameters.items())

@@ -268,8 +268,8 @@ def test_an_unknown_option_or_value_is_refused(bad):
 
 
 def test_the_committed_figures_are_nobody_s_output(capsys):
-    assert run.main(["--only", "report", "--output", "demo"]) == 2
-    assert "figures/demo holds the reference run" in capsys.readouterr().err
+    assert run.main(["--only", "report", "--output", "notebooks"]) == 2
+    assert "figures/notebooks holds the tables" in capsys.readouterr().err
 
 
 def test_a_model_whose_files_change_while_a_notebook_runs_gives_no_result(

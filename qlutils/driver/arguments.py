@@ -31,8 +31,7 @@ HELP = {
     "output": "name of the run's folder (default: default)",
     "parameter": "set another notebook parameter, in every notebook that has it",
     "plan": "print what the localisation would cost on this device, start nothing",
-    "refresh": "run the notebooks as they stand and write their outputs into notebooks/ and "
-    "figures/demo (maintainers)",
+    "refresh": "make the committed notebooks' outputs and figures/notebooks anew (maintainers)",
     "jobs": "notebooks at a time (default: as many as cores, at most 4, for bundled models; "
     "else 1)",
     "workers": "compute in N local processes, one a GPU where there are GPUs (extra `cluster`)",

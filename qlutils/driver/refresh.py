@@ -1,9 +1,10 @@
-"""The committed state: notebooks that carry the outputs of the reference run, and figures/demo.
+"""The committed state: notebooks that carry the outputs of the reference run, and the tables and
+figures of that run.
 
-The reference run is the notebooks as they stand, with their own parameters (demo/gpt2, ig, all
-bundled facts). Nothing is injected, so what is committed is exactly what ran: `executed_source` in
-a notebook's metadata is a hash of its cells at that time, and a test compares it with the cells as
-they are.
+The reference run is the notebooks with the parameters below, which papermill puts into a cell of
+their own (`injected-parameters`) that stays in the committed notebook and runs when a reader runs
+it. `executed_source` in a notebook's metadata is a hash of its cells at that time; a test compares
+it with the cells as they are.
 """
 
 import sys
@@ -17,7 +18,17 @@ from qlutils import paths
 from qlutils.driver.stamps import cells_hash
 from qlutils.experiments.report import copy_results
 from qlutils.study.execute import execute, kernel_environment
+from qlutils.study.parameters import declared_parameters
 
+REFERENCE_MODEL = "pretrained/gemma-3-270m"
+REFERENCE = {  # {parameter: value} in every notebook that has it; all bundled facts it knows
+    "model": REFERENCE_MODEL,
+    "models": [REFERENCE_MODEL],
+    "methods": ["ig"],
+    "known_prompts": 3,
+    "rule": "converged",
+}
+KEPT_TAGS = ("parameters", "injected-parameters")
 DROPPED_MIME = "application/vnd.jupyter.widget-view+json"  # a widget is nothing without its kernel
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
@@ -29,8 +40,8 @@ def cleaned(notebook):
     notebook.metadata = {"kernelspec": KERNEL, "language_info": language}
     number = 0
     for cell in notebook.cells:
-        tagged = "parameters" in cell.metadata.get("tags", [])
-        cell.metadata = {"tags": ["parameters"]} if tagged else {}
+        tags = [tag for tag in cell.metadata.get("tags", []) if tag in KEPT_TAGS]
+        cell.metadata = {"tags": tags} if tags else {}
         if cell.cell_type == "code":
             number += 1
             cell.execution_count, outputs = number, cell.outputs
@@ -46,19 +57,21 @@ def cleaned(notebook):
 
 
 def refresh() -> int:
-    """Run every notebook of the checkout as it stands and put its outputs into it; 1 if one
-    failed."""
+    """Run every notebook of the checkout with the reference parameters and put its outputs into
+    it; 1 if one failed."""
     runs, started, failed = paths.RUNS / "reference", time.time(), 0
     names = sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
     names += [paths.NOTEBOOKS / f"{stem}.ipynb" for stem in ("report", "explore_fact")]
     (runs / "executed").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="qlutils-") as scratch:
         progress, log = Path(scratch, "progress"), Path(scratch, "log")
-        given = {"QLUTILS_RUNS": runs, "QLUTILS_COMMAND": "./run_all.sh --refresh"}
-        env = kernel_environment(scratch, **given, QLUTILS_PROGRESS=progress)
+        places = {"QLUTILS_RUNS": runs, "QLUTILS_COMMAND": "./run_all.sh --refresh"}
+        env = kernel_environment(scratch, **places, QLUTILS_PROGRESS=progress)
         for name in names:
             output = runs / "executed" / name.name
-            problem = execute(name, output, {}, env, log)
+            declared = declared_parameters(name)
+            given = {key: value for key, value in REFERENCE.items() if key in declared}
+            problem = execute(name, output, given, env, log)
             seconds = time.time() - started
             print(f"{name.name}: {problem or 'done'} ({seconds:.0f} s)", file=sys.stderr)
             if problem:
@@ -66,5 +79,5 @@ def refresh() -> int:
             else:
                 nbformat.write(cleaned(nbformat.read(output, as_version=4)), name)
     if not failed:
-        copy_results(runs / "default" / "results", paths.FIGURES / "demo")
+        copy_results(runs / "default" / "results", paths.FIGURES / "notebooks")
     return failed
