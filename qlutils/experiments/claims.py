@@ -13,6 +13,7 @@ ones stands beside and decides nothing. Nothing is written by hand for a model, 
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
@@ -27,6 +28,7 @@ from qlutils.experiments.consistency import (
     THRESHOLDS,
     classified_facts,
     difference_of_shares,
+    otsu_null,
     second_class,
     share_of_class,
 )
@@ -44,7 +46,8 @@ from qlutils.show.page import folded, shown
 from qlutils.show.stats import LEAST, Estimate, bootstrap_difference, bootstrap_mean
 from qlutils.show.tables import format_value, too_few
 
-HOLDS, PARTLY, FAILS, OPPOSITE = "holds", "holds in part", "does not hold", "the opposite holds"
+HOLDS, PARTLY, MIXED = "holds", "holds in part", "mixed"
+FAILS, OPPOSITE = "does not hold", "the opposite holds"
 UNTOLD, OPEN, NOT_RUN = "cannot be told", "not testable here", "not run"
 COMMON, HIGH, MARGIN = 0.25, 0.5, 0.1
 LOCALISED = "02"  # the notebook whose claims every method decides
@@ -62,8 +65,8 @@ NAMES = {
 }
 # How the claims about changes count; the known queries stand beside.
 QUERIES = "of all queries, trimmed mean"
-MARKS = {HOLDS: "✓", PARTLY: "◐", FAILS: "✗", OPPOSITE: "✗", UNTOLD: "?", NOT_RUN: "–"}
-COLOURS = {"✓": "#cfe8dc", "◐": "#eaf2d3", "✗": "#f8d9c8", "?": "#eceff1", "–": "#ffffff"}
+MARKS = {HOLDS: "✓", PARTLY: "◐", MIXED: "±", FAILS: "✗", OPPOSITE: "✗", UNTOLD: "?", NOT_RUN: "–"}
+COLOURS = dict(zip("✓◐±✗?–", "#cfe8dc #eaf2d3 #f6eed0 #f8d9c8 #eceff1 #ffffff".split()))
 STYLE = [
     dict(selector="th", props="text-align: left; font-weight: normal; white-space: normal"),
     dict(selector="thead th", props="text-align: center; font-weight: bold"),
@@ -71,10 +74,10 @@ STYLE = [
     dict(selector="td span", props="cursor: help; padding: 0 0.8em; font-size: 1.2em"),
 ]
 LEGEND = (
-    "✓ holds · ◐ holds in part: some of its parts do · ✗ no part that can be told holds, or the "
-    "opposite does · "
-    "? cannot be told · – not run, or nothing to compare with. "
-    "On hover, a mark shows the statistics that decide it."
+    "✓ holds · ◐ holds in part: of other parts nothing can be told · ± mixed: of other parts the "
+    "opposite holds, or they do not · ✗ no part that can be told holds · ? cannot be told · – not "
+    "run, or nothing to compare with. After the mark: how many of the parts that can be tested "
+    "hold. On hover, a mark shows the statistics that decide it."
 )
 
 
@@ -209,9 +212,14 @@ def claim(number, notebook, text, **bounds):
 
 @claim(1, "02", f"K_II is common (here: more than {COMMON:.0%} of the facts)", above=COMMON)
 def _common(case):
+    facts = case.facts()
+    noise = otsu_null(facts, seed=case.seed)
     for threshold in THRESHOLDS:
-        share = share_of_class(case.facts(), threshold, seed=case.seed)
-        yield Part("", "share of K_II", threshold, share)
+        share, why = share_of_class(facts, threshold, seed=case.seed), ""
+        if threshold == "otsu" and share.mean_low <= noise["R_II_high"]:
+            least, most = (f"{noise[f'R_II_{end}']:.0%}" for end in ("low", "high"))
+            why = f"Otsu's threshold makes {least} to {most} of normal noise K_II"
+        yield Part("", "share of K_II", threshold, share, why)
 
 
 @claim(2, "02", "the classes' CS differ (classes from one half of the queries, CS2 from the other)")
@@ -317,8 +325,8 @@ def _less(case):
 @claim(9, "05", f"predominance is high (here: above {HIGH:g})", above=HIGH)
 def _predominance(case):
     facts, why = case.frame("attention_predominance"), ""
-    if (facts["same_first"] == 1).all() and (facts["first"] == 1).all():
-        why = "1 by construction: all prompts begin with the same token, and it always wins"
+    if (facts["first"] == 1).all():
+        why = "the first token always wins, so it tells how many wordings begin alike"
     name = "mean predominance"
     yield Part("all tokens", name, "", case.mean(facts, "predominance"), why)
     yield Part("without the first token", name, "", case.mean(facts, "predominance_rest"))
@@ -468,7 +476,9 @@ def _mark(part) -> str:
         return UNTOLD if part["statistic"].any() else NOT_RUN
     if tested.nunique() == 1:
         return tested.iloc[0]
-    return PARTLY if (tested == HOLDS).any() else FAILS
+    if not (tested == HOLDS).any():
+        return FAILS
+    return MIXED if tested.isin([FAILS, OPPOSITE]).any() else PARTLY
 
 
 def _together(part) -> str:
@@ -477,7 +487,7 @@ def _together(part) -> str:
     tested = len(part) - counts.get(OPEN, 0)
     if not tested:
         return f"{OPEN}: {part['why'].iloc[0]}"
-    text = f"{counts.get(HOLDS if word in (PARTLY, FAILS) else word, 0)} of {tested}"
+    text = f"{counts.get(HOLDS if word in (PARTLY, MIXED, FAILS) else word, 0)} of {tested}"
     for verdict, name in ((OPPOSITE, "the opposite"), (UNTOLD, "undecided"), (OPEN, "untestable")):
         if verdict in counts and verdict != word:
             text += f", {counts[verdict]} {name}"
@@ -510,7 +520,7 @@ def show_matrix(board: pd.DataFrame) -> HTML:
         folded(f"({number}) {CLAIMS[number].text}", part.drop(columns=["claim", "text"])).data
         for number, part in board.groupby("claim", sort=False)
     ]
-    return HTML("\n".join([matrix(board), f"<p>{LEGEND}</p>", *details]))
+    return HTML("\n".join([f"<p>{LEGEND}</p>", matrix(board), *details]))
 
 
 def matrix(board: pd.DataFrame) -> str:
@@ -520,7 +530,7 @@ def matrix(board: pd.DataFrame) -> str:
     names, cells = ["model", "method"], overall(board)
     cells["mark"] = cells["mark"].map(MARKS)
     cells["cell"] = [
-        f'<span title="{html.escape(_hover(board, row))}">{row.mark}</span>'
+        f'<span title="{html.escape(_hover(board, row))}">{row.mark}{_held(row.verdict)}</span>'
         for row in cells.itertuples()
     ]
     columns = pd.MultiIndex.from_product([board[name].unique() for name in names])
@@ -530,6 +540,16 @@ def matrix(board: pd.DataFrame) -> str:
     styler = cells.style.format_index(html.escape, axis=1).set_table_styles(STYLE)
     styler.apply(lambda _: marks.map(lambda mark: f"background-color: {COLOURS[mark]}"), axis=None)
     return styler.set_uuid("claims").to_html()
+
+
+def _held(verdict) -> str:
+    """ "2/4" of a verdict "holds in part (2 of 4, 1 undecided)": of the parts that can be tested,
+    those that hold; "" where none can."""
+    found = re.search(r"^(.*) \((\d+) of (\d+)", verdict)
+    if not found:
+        return ""
+    word, count, tested = found.groups()
+    return f" <small>{0 if word in (UNTOLD, OPPOSITE) else count}/{tested}</small>"
 
 
 def _hover(board, cell) -> str:

@@ -1,15 +1,16 @@
-"""The ten sentences that open the report, computed from a run's saved results.
+"""What the report opens with: ten topics, each told of each model in a few plain sentences that are
+computed from a run's saved results.
 
-Each is a list of statistics with their 95 % intervals and n facts, so that it is true of any model;
-what is missing, undefined or rests on too few facts "cannot be told". They are about the first
-method by which neurons were changed; the claims' matrix has all.
+Every statistic stands with its 95 % interval, and n where it is not that of all facts, so that the
+sentences are true of any model; what is missing, undefined or rests on too few facts "cannot be
+told". They are about the first method by which neurons were changed; the claims' matrix has all.
 """
 
 from __future__ import annotations
 
 import html
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,7 @@ from qlutils import paths
 from qlutils.experiments.claims import (
     CLAIMS,
     MARKS,
-    NAMES,
     NOT_RUN,
-    QUANTITIES,
     UNTOLD,
     Case,
     Missing,
@@ -31,17 +30,20 @@ from qlutils.experiments.claims import (
     overall,
     synapse_rates,
 )
-from qlutils.experiments.consistency import classified_facts, share_of_class
+from qlutils.experiments.consistency import classified_facts, otsu_null, share_of_class
+from qlutils.experiments.controls import NULLS, null_consistency
 from qlutils.experiments.edit_tables import PAPER_OP
 from qlutils.experiments.effects import query_gaps
 from qlutils.experiments.report import NOTEBOOKS, SavedResults
 from qlutils.show.stats import LEAST
 from qlutils.show.tables import format_value
 
-SCALING = {"suppress": "suppressing", "enhance": "enhancing"}
-SENTENCES: dict = {}  # {topic: functions that tell a `Reading`'s sentence, or raise `Missing`}
-
-CAS_AGAINST = (("gen", "local"), ("loc", "global"), ("avg", "local"), ("avg", "global"))
+SENTENCES: dict = {}  # {topic: functions that yield its sentences of a `Reading`}
+EDITED = {  # {(neurons, control): whose value vectors were edited}
+    ("local", "none"): "one wording's {} KNs",
+    ("global", "none"): "all wordings' {} KNs",
+    ("local", "random"): "{} random neurons",
+}
 
 
 @dataclass
@@ -58,9 +60,13 @@ class Reading(Case):
         except Missing:
             return False
 
+    def n(self) -> int:
+        """The facts of the run."""
+        return self.frame("queries")["fact"].nunique()
+
 
 def about(topic):
-    """Decorator: the function tells a part of `topic` of a `Reading`."""
+    """Decorator: the generator below yields sentences of `topic`; it may raise `Missing`."""
 
     def register(tell):
         SENTENCES.setdefault(topic, []).append(tell)
@@ -70,40 +76,83 @@ def about(topic):
 
 
 def in_short(saved, board, *, t=0.2, static=0.1, seed=0) -> pd.DataFrame:
-    """topic, model, sentence: ten topics, a sentence for each model of which anything was run."""
+    """topic, model, sentence: a row a sentence, ten topics of each model of which anything was
+    run."""
     method, rows = (saved.downstream or saved.methods)[0], []
     board = board[board["method"] == method]
     ran = set(board.loc[board["statistic"] != "", "model"])
     models = [model for model in saved.models if paths.label(model) in ran] or saved.models
-    for (topic, parts), model in product(SENTENCES.items(), models):
+    for (topic, tellers), model in product(SENTENCES.items(), models):
         label = paths.label(model)
         own = board[board["model"] == label]
         one = Reading(saved.frame, model, method, None, t, static, seed, saved, own)
-        sentence = "; ".join(_sentence(one, tell) for tell in parts)
-        rows.append(dict(topic=topic, model=label, sentence=sentence))
+        for sentence in chain.from_iterable(_told(tell, one) for tell in tellers):
+            rows.append(dict(topic=topic, model=label, sentence=sentence))
     return pd.DataFrame(rows)
 
 
-def _sentence(one, tell) -> str:
+def _told(tell, one):
     try:
-        return tell(one)
+        yield from tell(one)
     except Missing as missing:
-        return f"{UNTOLD}: {missing}"
+        yield f"{UNTOLD.capitalize()}: {missing}."
 
 
 def show(table: pd.DataFrame) -> HTML:
-    """The sentences as a list, of several models each in a line of its own."""
+    """The sentences as a list of topics, of several models each in a paragraph of its own."""
     items = []
     for topic, rows in table.groupby("topic", sort=False):
-        lines = [html.escape(sentence) for sentence in rows["sentence"]]
-        if len(rows) > 1:
-            names = map(html.escape, rows["model"])
-            lines = [f"<br><i>{name}</i>: {line}" for name, line in zip(names, lines)]
-        items.append(f"<li><b>{html.escape(topic)}</b> {''.join(lines)}.</li>")
+        texts = []
+        for model, own in rows.groupby("model", sort=False):
+            name = f"<i>{html.escape(model)}</i>: " if table["model"].nunique() > 1 else ""
+            texts.append(name + "<br>".join(map(html.escape, own["sentence"])))
+        items.append(f"<li><b>{html.escape(topic)}</b><br>{'<br>'.join(texts)}</li>")
     return HTML(f"<ol>{''.join(items)}</ol>")
 
 
 # --- statistics in words --------------------------------------------------------------------------
+
+
+def _value(found, of=None) -> str:
+    """A mean for reading: "0.31 [0.25, 0.38]", with n facts where they are not `of`, all."""
+    if np.isnan(found.mean_low):
+        return UNTOLD + _n(found.facts(), of)
+    return format_value(found.mean, found.mean_low, found.mean_high) + _n(found.facts(), of)
+
+
+def _percent(found, measure="mean", of=None, sign=1) -> str:
+    """The same as a percentage: "31 % [25, 38]". sign: -1 turns a fall into a negative change."""
+    row = found.row(measure, "value")
+    value, *bounds = (row[name] for name in ("value", "value_low", "value_high"))
+    if np.isnan(bounds[0]):
+        return UNTOLD + _n(found.facts(), of)
+    low, high = sorted(sign * bound for bound in bounds)
+    return f"{_hundred(sign * value)} % [{_hundred(low)}, {_hundred(high)}]" + _n(found.facts(), of)
+
+
+def _hundred(share) -> str:
+    """A share in percent, below one with a decimal."""
+    text = f"{100 * share:.{1 if abs(share) < 0.0095 else 0}f}"
+    return text if float(text) else "0"
+
+
+def _apart(row, of=None) -> str:
+    """A difference, a row with value, value_low and value_high, as "0.31 [0.25, 0.38] more"."""
+    value, low, high = (row[name] for name in ("value", "value_low", "value_high"))
+    n = _n(row, of)
+    if np.isnan(low):
+        return UNTOLD + n
+    if low <= 0 <= high:
+        return f"{UNTOLD} ({format_value(value, low, high)})" + n
+    if low > 0:
+        return f"{format_value(value, low, high)} more" + n
+    return f"{format_value(-value, -high, -low)} less" + n
+
+
+def _n(row, of) -> str:
+    """n facts, " (n = 62 and 52)", where they are others than `of`, the number of all."""
+    n = n_facts(row)
+    return "" if n in (f"{of}", f"{of} and {of}") else f" (n = {n})"
 
 
 def _row(found, measure="mean") -> dict:
@@ -111,82 +160,257 @@ def _row(found, measure="mean") -> dict:
     return found.row(measure, "value") | found.facts()
 
 
-def _listed(rows, compared=False) -> str:
-    """{text with {} in it: row} as one text: "0.31 [0.25, 0.38] (n = 72) by Otsu's threshold, ...";
-    n facts where it is another than before. `compared`: the values are differences, so "more" or
-    "less"."""
-    parts, before = [], None
-    for text, row in rows.items():
-        n = n_facts(row)
-        told = _told(row, compared) + (f" (n = {n})" if n != before else "")
-        parts.append(text.format(told))
-        before = n
-    return ", ".join(parts)
+# --- the run --------------------------------------------------------------------------------------
 
 
-def _told(row, compared) -> str:
-    value, low, high = (row[name] for name in ("value", "value_low", "value_high"))
-    if np.isnan(low):
-        return UNTOLD
-    if not compared:
-        return format_value(value, low, high)
-    if low <= 0 <= high:
-        return f"{UNTOLD} ({format_value(value, low, high)})"
-    more = f"{format_value(value, low, high)} more"
-    return more if low > 0 else f"{format_value(-value, -high, -low)} less"
-
-
-# --- the run and the claims -----------------------------------------------------------------------
-
-
-@about("What was run:")
+@about("What was run")
 def _run(one):
-    entry = one.saved.entry("01", one.model, one.method)
-    given, done = entry["parameters"], []
-    for number in NOTEBOOKS:
-        found, _ = one.saved.read_all(number, lambda *pair, at=number: one.saved.entry(at, *pair))
-        if any(model == one.model for model, _ in found):
-            done.append(number)
+    entry, queries = one.saved.entry("01", one.model, one.method), one.frame("queries")
+    given = entry["parameters"]
     known = given.get("known_prompts", 0)
-    which = f" that the model knows in {known} wordings or more" if known else ""
+    which = f" of which the model answers {known} wordings or more" if known else ""
+    data = Path(given["data"])
+    name = data.parent.name if data.name == "data" else data.name
+    facts = queries.drop_duplicates("fact")
+    inside = [
+        one.casefold() in other.casefold() for one, other in zip(facts["object"], facts["subject"])
+    ]
+    yield (
+        f"{entry['facts']} facts ({name}){which}; {len(queries):,} queries, of which it answers "
+        f"{queries['known'].sum():,}; in {_hundred(np.mean(inside))} % of the facts the answer "
+        "stands in the subject."
+    )
     rule = given["rule"]
     integral = "the converged integral" if rule == "converged" else f"the rule {rule}"
     if rule == "right":
         integral = f"the paper's sum of {given['steps']} steps"
-    return (
-        f"{entry['facts']} facts{which} ({Path(given['data']).name}); neurons located by "
-        f"{', '.join(filter(one.located_by, one.saved.methods))} at t = {one.t:g}, by {integral}; "
-        f"notebooks {', '.join(done)}; what follows is of {one.method}"
+    located = ", ".join(filter(one.located_by, one.saved.methods))
+    yield (
+        f"KNs: neurons with more than {one.t:g} of a query's largest score, by {located}, with "
+        f"{integral}; what follows is of {one.method}. Notebooks {', '.join(_done(one))}."
     )
 
 
-@about("What holds of the paper's 13 claims, and what does not:")
+def _done(one):
+    """The numbers of the notebooks that were run for the model."""
+    for number in NOTEBOOKS:
+        found, _ = one.saved.read_all(number, lambda *pair, at=number: one.saved.entry(at, *pair))
+        if any(model == one.model for model, _ in found):
+            yield number
+
+
+# --- section 2 ------------------------------------------------------------------------------------
+
+
+@about("Do the wordings of a fact share their neurons?")
+def _shared(one):
+    facts, n = one.facts(), one.n()
+    cs2, jaccard = (_value(one.mean(facts, name), n) for name in ("cs2", "jaccard"))
+    yield (
+        f"Of a fact's KNs more than one wording has {cs2} (CS2); of two wordings' KNs both have "
+        f"{jaccard} (Jaccard)."
+    )
+    groups = null_consistency(one.frame("queries"), t=one.t, seed=one.seed)
+    told = {kind: _value(one.mean(groups[groups["kind"] == kind], "cs2"), n) for kind in NULLS}
+    yield (
+        f"CS2 of three queries: {told['own']} where they ask for one fact, {told['same pattern']} "
+        f"where they ask for three facts in one wording, {told['other relations']} where nothing "
+        f"is the same, {told['random']} of random neurons."
+    )
+
+
+@about("How many facts are K_II, whose wordings disagree?")
+def _share(one):
+    facts, n = one.facts(), one.n()
+    static, otsu = (_percent(_share_of(one, facts, name), of=n) for name in ("static", "otsu"))
+    noise = otsu_null(facts, seed=one.seed)
+    if np.isnan(noise["R_II"]):
+        made = UNTOLD
+    else:
+        made = " % to ".join(_hundred(noise[f"R_II{end}"]) for end in ("_low", "_high")) + " %"
+    yield (
+        f"{static} by the static class threshold (CS2 at most {one.static:g}); {otsu} by Otsu's "
+        f"(of normal noise it makes {made} K_II)."
+    )
+    others = []
+    for t in sorted({0.1, 0.5} - {one.t}):
+        other = classified_facts(one.frame("queries"), t, one.static)
+        others.append(f"{_percent(_share_of(one, other), of=n)} if KNs were cut at {t:g}")
+    three = (facts["cs2_3"] <= one.static).astype(float).where(facts["cs2_3"].notna())
+    few = one.mean(facts.assign(three=three), "three", share=True)
+    others.append(f"{_percent(few, of=n)} from three wordings of each fact")
+    yield f"The static share hangs on choices: {', '.join(others)}."
+
+
+def _share_of(one, facts, threshold="static", among=None):
+    return share_of_class(facts, threshold, seed=one.seed, among=among)
+
+
+@about("Are the classes more than a cut?")
+def _differ(one):
+    rows = one.board[one.board["claim"] == 2].to_dict("records")
+    if not rows[0]["statistic"]:
+        raise Missing(rows[0]["why"])
+    found = {(row["threshold"], row["part"]): _apart(row) for row in rows}
+    parts = [
+        f"by {label} {found[name, 'all facts']}, within relations {found[name, 'within relations']}"
+        for name, label in (("static", "the static threshold"), ("otsu", "Otsu's"))
+    ]
+    yield (
+        "Classes from one half of a fact's wordings, CS2 from the other; K_I against K_II: "
+        f"{'; '.join(parts)}."
+    )
+
+
+@about("What does an edit of KNs change?")
+def _edited(one):
+    edits = one.frame("edits")
+    edits = edits[edits["note"].isna()]
+    n = one.n()
+    for op, ((neurons, control), text) in product(PAPER_OP, EDITED.items()):
+        same = (edits["op"] == op) & (edits["neurons"] == neurons) & (edits["control"] == control)
+        part = edits[same]
+        if part.empty and control != "none":
+            continue
+        found = {
+            name: _percent(one.mean(part, name, share=True), of=n)
+            for name in ("rel", "gen", "broken")
+        }
+        lost = one.mean(part.assign(lost=1 - part["loc"]), "lost", share=True)
+        perplexity = one.mean(part, "dppl")
+        whose = text.format(_about(part["n_neurons"].mean()))
+        yield (
+            f"{PAPER_OP[op].capitalize()} of {whose}: this wording {found['rel']}, the others "
+            f"{found['gen']}, other facts' answers lost {_percent(lost, of=n)}, broken texts "
+            f"{found['broken']}, perplexity {_percent(perplexity, 'median', n)} up in the median."
+        )
+
+
+def _about(number) -> str:
+    """A mean size in a sentence."""
+    return "–" if np.isnan(number) else f"{number:.2g}" if number < 10 else f"{number:.0f}"
+
+
+# --- section 3 ------------------------------------------------------------------------------------
+
+
+@about("Whose neurons move an answer?")
+def _own(one):
+    frame = one.frame("query_kn_mapping")
+    n = one.n()
+    off, up = (
+        _percent(_gap(one, frame, "self", direction=way), "trimmed", n, sign)
+        for way, sign in (("suppress", -1), ("enhance", 1))
+    )
+    yield (
+        f"P(answer) changes by {off} when a query's own KNs are switched off, by {up} when they "
+        "are doubled (trimmed means over queries)."
+    )
+    sizes = frame.groupby("set")["size"].mean()
+    union = f"all other wordings' KNs together ({_about(sizes.get('union', np.nan))} against "
+    gaps = {
+        f"{union}{_about(sizes.get('self', np.nan))})": ("union", "self"),
+        "as many of them as own": ("union_matched", "self_as_union"),
+        "another fact's of the relation": ("self_same_relation", "self"),
+        "a fact's of another relation": ("self_other_relation", "self"),
+        "random ones": ("self_random", "self"),
+    }
+    told = [
+        f"{name}: {_apart(_row(_gap(one, frame, *pair), 'trimmed'), n)}"
+        for name, pair in gaps.items()
+    ]
+    yield f"Other neurons against the own, both averaged: {'; '.join(told)}."
+
+
+@about("Does attention choose them?")
+def _predominance(one):
+    facts = one.frame("attention_predominance")
+    n, least = one.n(), (1 / facts["n_queries"]).mean()
+    all_tokens, rest, first = (
+        _percent(one.mean(facts, name, share=True), of=n)
+        for name in ("predominance", "predominance_rest", "first")
+    )
+    yield (
+        f"The first token draws most attention in {first} of the queries; {all_tokens} of a fact's "
+        f"wordings attend most to the same token, without the first {rest} (at least "
+        f"{_hundred(least)} % by construction)."
+    )
+
+
+@about("Does attention choose them?")
+def _synapses(one):
+    rows = synapse_rates(one.frame("knowledge_synapses"), "probability")
+    n = one.n()
+    for way, word, sign in (("suppress", "Suppressed", -1), ("enhance", "Enhanced", 1)):
+        own, other = (
+            _percent(_gap(one, rows, name, direction=way), "trimmed", n, sign)
+            for name in ("self", "irrelevant")
+        )
+        gap = _apart(_row(_gap(one, rows, "self", "irrelevant", direction=way), "trimmed"), n)
+        yield (
+            f"{word}, a query's own synapses (columns that collect attention) change P(answer) by "
+            f"{own}, an irrelevant query's by {other}; own against irrelevant, in the direction "
+            f"claimed: {gap}."
+        )
+    rest = _gap(one, rows, "self_without_first", "irrelevant_without_first")
+    yield f"The same without the first token, both averaged: {_apart(_row(rest, 'trimmed'), n)}."
+
+
+def _gap(one, frame, first, *second, direction="average"):
+    return one.mean(query_gaps(frame, first, second, direction), "gap")
+
+
+@about("What does CAS buy?")
+def _cas(one):
+    edits, n = one.edits("cas_edits"), one.n()
+    size = _about(edits.loc[edits["neurons"] == "cas", "n_neurons"].mean())
+    for op, name in PAPER_OP.items():
+        part = edits[edits["op"] == op]
+        gen, loc = (
+            _apart(_row(one.apart(part, measure, "neurons", ("cas", other), share=True)), n)
+            for measure, other in (("gen", "local"), ("loc", "global"))
+        )
+        yield (
+            f"{name.capitalize()} of its {size} neurons against one wording's KNs: the other "
+            f"wordings reached (Gen) {gen}; against all wordings': other facts spared (Loc) {loc}."
+        )
+
+
+@about("Are facts known in every wording different?")
+def _known(one):
+    facts = one.facts()
+    facts["all_known"] = facts["known"] == 1
+    gap = _row(one.apart(facts, "cs2", "all_known", (True, False)))
+    share = _percent(_share_of(one, facts, among="all_known"))
+    yield f"Their CS2 against the others': {_apart(gap)}; {share} of them are K_II (static)."
+
+
+# --- the claims -----------------------------------------------------------------------------------
+
+
+@about("What holds of the paper's 13 claims?")
 def _holds(one):
     marks = overall(one.board).set_index("claim")["mark"]
     groups = marks.index.groupby(marks)
     words = {NOT_RUN: "not run, or with nothing to compare"}
-    return "; ".join(
+    told = [
         f"{words.get(mark, mark)}: {', '.join(map(str, groups[mark]))}"
         for mark in MARKS
         if mark in groups
-    )
-
-
-@about("What cannot be told, and about how many such facts it would take:")
-def _untold(one):
-    marks, facts = overall(one.board).set_index("claim")["mark"], one.facts()["cs2"].notna().sum()
-    found = []
+    ]
+    yield "; ".join(told).capitalize() + "."
+    facts = one.facts()["cs2"].notna().sum()
+    needs = []
     for number in marks.index[marks == UNTOLD]:
         parts = deciding(one.board[one.board["claim"] == number])
         times = min(times_the_facts(CLAIMS[number], row) for row in parts.to_dict("records"))
         about = f"about {float(f'{times * facts:.2g}'):,.0f}"
-        need = about if times < np.inf else "no number can be said"
-        found.append(f"{number} ({need})")
-    if found:
-        return f"claims {', '.join(found)}; there are {facts} now"
-    undecided = one.board.loc[one.board["verdict"] == UNTOLD, "claim"].unique()
-    some = f"; parts of claims {', '.join(map(str, undecided))}" if len(undecided) else ""
-    return f"no claim as a whole{some}"
+        needs.append(f"{number} {about if times < np.inf else 'no number can be said'}")
+    if needs:
+        yield (
+            f"To tell a part of claim {', '.join(needs)} such facts would do, if its value stays "
+            f"({facts} now)."
+        )
 
 
 def times_the_facts(claim, row) -> float:
@@ -200,126 +424,3 @@ def times_the_facts(claim, row) -> float:
         return (max(value - low, high - value) / distance) ** 2 if distance else np.inf
     side = np.nanmin([row["n_facts"], row["n_facts_other"]])
     return LEAST / side if 0 < side < LEAST else np.inf
-
-
-# --- section 2 ------------------------------------------------------------------------------------
-
-
-@about("K_II's share of the facts:")
-def _share(one):
-    facts, found = one.facts(), {}
-    found[f"{{}} by the static threshold {one.static:g}"] = _share_of(one, facts)
-    found["{} by Otsu's"] = _share_of(one, facts, "otsu")
-    for t in sorted({0.1, 0.5} - {one.t}):
-        other = classified_facts(one.frame("queries"), t, one.static)
-        found[f"{{}} by the static one if t were {t:g}"] = _share_of(one, other)
-    three = (facts["cs2_3"] <= one.static).astype(float).where(facts["cs2_3"].notna())
-    average = f"{facts['n_queries'].mean():.2g}"
-    wordings = f"{{}} counting three wordings of each fact instead of all ({average} on average)"
-    found[wordings] = _row(one.mean(facts.assign(three=three), "three", share=True))
-    return _listed(found)
-
-
-def _share_of(one, facts, threshold="static", among=None) -> dict:
-    return _row(share_of_class(facts, threshold, seed=one.seed, among=among))
-
-
-@about("CS2 of K_I against K_II, cut on one half of the wordings and measured on the other:")
-def _differ(one):
-    rows = one.board[one.board["claim"] == 2].to_dict("records")
-    if not rows[0]["statistic"]:
-        raise Missing(rows[0]["why"])
-    told = {}
-    for row in rows:
-        threshold = {"static": "static threshold", "otsu": "Otsu's"}[row["threshold"]]
-        told[f"{threshold}, {row['part']}: {{}}"] = row
-    return _listed(told, compared=True)
-
-
-@about("What an edit breaks elsewhere (local: one wording's KNs; global: all wordings'):")
-def _broken(one):
-    edits, found = one.edits("edits"), []
-    for op, neurons in product(PAPER_OP, ("local", "global")):
-        part = edits[(edits["op"] == op) & (edits["neurons"] == neurons)]
-        lost = one.mean(part.assign(lost=1 - part["loc"]), "lost", share=True)
-        told = {
-            "{} of other facts' answers change": _row(lost),
-            "{} of texts break": _row(one.mean(part, "broken", share=True)),
-            "median relative change of the perplexity {}": _row(one.mean(part, "dppl"), "median"),
-        }
-        found.append(f"{PAPER_OP[op]} of {neurons} KNs: {_listed(told)}")
-    return "; ".join(found)
-
-
-# --- section 3 ------------------------------------------------------------------------------------
-
-
-@about("How far scaling a query's own neurons moves P(answer) as expected, relative to it:")
-def _own(one):
-    frame = one.frame("query_kn_mapping")
-    others = {
-        "against its neighbours' together {}": "union",
-        "against another fact's of the relation {}": "self_same_relation",
-        "against a fact's of another relation {}": "self_other_relation",
-        "against random ones {}": "self_random",
-    }
-    gaps = {name: _gap(one, frame, "self", second) for name, second in others.items()}
-    alone = {
-        f"{{}} by {word}": _gap(one, frame, "self", direction=direction)
-        for direction, word in SCALING.items()
-    }
-    return f"{_listed(alone)}; on average of both, {_listed(gaps, True)}"
-
-
-@about("Attention:")
-def _predominance(one):
-    facts = one.frame("attention_predominance")
-    least = (1 / facts["n_queries"]).mean()
-    token = f"one token (at least {least:.2f} by construction)"
-    same = {
-        f"{{}} of a fact's wordings attend most to {token}": "predominance",
-        "without the first token {}": "predominance_rest",
-    }
-    return _listed({name: _row(one.mean(facts, column)) for name, column in same.items()})
-
-
-@about("Attention:")
-def _synapses(one):
-    frame, gaps = one.frame("knowledge_synapses"), {}
-    for name, quantity in QUANTITIES.items():
-        rows = synapse_rates(frame, quantity)
-        for direction, word in SCALING.items():
-            gap = _gap(one, rows, "self", "irrelevant", direction=direction)
-            gaps[f"{name} {{}} by {word}"] = gap
-        rest = _gap(one, rows, "self_without_first", "irrelevant_without_first")
-        gaps[f"{name} without the first token, on average of both, {{}}"] = rest
-    return (
-        "scaling own synapses moves, against an irrelevant query's, KNs (dValue) and P(answer) "
-        f"(dProb), as expected: {_listed(gaps, True)}"
-    )
-
-
-def _gap(one, frame, first, *second, direction="average") -> dict:
-    return _row(one.mean(query_gaps(frame, first, second, direction), "gap"), "trimmed")
-
-
-@about("What CAS buys:")
-def _cas(one):
-    edits, found = one.edits("cas_edits"), []
-    for op, name in PAPER_OP.items():
-        part, gaps = edits[edits["op"] == op], {}
-        for measure, other in CAS_AGAINST:
-            gap = one.apart(part, measure, "neurons", ("cas", other), share=True)
-            gaps[f"{NAMES[measure]} against {other} edits {{}}"] = _row(gap)
-        found.append(f"{name}: {_listed(gaps, True)}")
-    return "; ".join(found)
-
-
-@about("Facts known in every wording against the others:")
-def _known(one):
-    facts = one.facts()
-    facts["all_known"] = facts["known"] == 1
-    gap = one.apart(facts, "cs2", "all_known", (True, False))
-    share = _share_of(one, facts, among="all_known")
-    share_told = _listed({"{} of the former are K_II (static threshold)": share})
-    return f"{_listed({'CS2 {}': _row(gap)}, True)}; {share_told}"
