@@ -225,17 +225,13 @@ def explained(words, room):
 
 
 def use_pararel(room):
-    """ParaRel where this machine has it, else a small folder in its layout, in place of the
-    download."""
-    if PARAREL.is_dir():
-        room.patch.setenv("QLUTILS_CACHE", str(PARAREL))
-        return
-    small = Path(save_dataset(room.folder / "pararel"))
-    files = [file.relative_to(small).as_posix() for file in small.rglob("*.jsonl")]
-    room.patch.setattr(data, "pararel_registry", lambda: dict.fromkeys(files))
-    room.patch.setattr(
-        data, "_fetch_pararel", lambda kind, relation: small / kind / f"{relation}.jsonl"
-    )
+    """ParaRel where this machine has it, else a small folder in its layout, as if downloaded."""
+    folder = PARAREL
+    if not folder.is_dir():
+        folder = Path(save_dataset(room.folder / "pararel"))
+        files = [file.relative_to(folder).as_posix() for file in folder.rglob("*.jsonl")]
+        room.patch.setattr(data, "pararel_registry", lambda: dict.fromkeys(files))
+    room.patch.setenv("QLUTILS_CACHE", str(folder))
 
 
 @runs_commands(r"\./run_all\.sh --models gpt2 .*--data pararel.*")
