@@ -4,16 +4,8 @@ import warnings
 from contextlib import contextmanager
 
 import torch
-from tiny import spec_of
+from tiny import hooked, spec_of
 from torch import nn
-
-
-@contextmanager
-def hooked(handle):
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

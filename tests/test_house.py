@@ -1,4 +1,4 @@
-"""The package's shape: layers, formatting, and sizes that a reader can take in.
+"""The project's shape: layers, formatting, and sizes that a reader can take in.
 
 Tokens are Python's, without comments, docstrings, line ends and indentation: they do not change
 with the formatter, so the ceiling cannot be met by packing.
@@ -30,7 +30,8 @@ FREE = {
 }
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 FILES = sorted(PACKAGE.rglob("*.py"))
-assert FILES
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+assert FILES and TESTS
 
 
 @cache
@@ -107,3 +108,43 @@ def test_no_function_hides_an_import_of_the_package():
                 nodes = filter(imports_package, ast.walk(function))
                 hidden += [f"{file.relative_to(ROOT)}:{node.lineno}" for node in nodes]
     assert not hidden
+
+
+def imported(node):
+    """Every part of the dotted names that `node` imports."""
+    if isinstance(node, ast.ImportFrom):
+        names = [node.module or "", *(one.name for one in node.names)]
+    else:
+        names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+    return {part for name in names for part in name.split(".")}
+
+
+def of_other_tests(nodes):
+    tests = {file.stem for file in TESTS if file.name.startswith("test_")}
+    return [(node.lineno, name) for node in nodes for name in sorted(imported(node) & tests)]
+
+
+def test_no_test_file_is_imported_by_another():
+    """What several need is in `tiny`, `units` and the like."""
+    borrowed = [
+        f"{file.relative_to(ROOT)}:{line} {name}"
+        for file in TESTS
+        for line, name in of_other_tests(ast.walk(tree(file)))
+    ]
+    assert not borrowed
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import test_store",
+        "def f():\n    import test_store as other",
+        "from test_store import UNITS",
+        "from tests.study.test_store import UNITS",
+        "from tests.study import test_store",
+        "from . import test_store",
+    ],
+)
+def test_an_import_of_a_test_file_is_seen(line):
+    assert [name for _, name in of_other_tests(ast.walk(ast.parse(line)))] == ["test_store"]
+    assert not of_other_tests(ast.walk(ast.parse("import units\nfrom tiny import tiny_lm")))

@@ -213,8 +213,8 @@ def count(jobs):
 
 @runs_commands(r"\./run_all\.sh test")
 def collected(words, room):
-    said = script(room, "test", "--collect-only", "-q", "tests/test_stats.py", extra="[test]")
-    assert re.search(r"tests/test_stats\.py(::|: \d+)", said)
+    said = script(room, "test", "--collect-only", "-q", "tests/show/test_stats.py", extra="[test]")
+    assert re.search(r"tests/show/test_stats\.py(::|: \d+)", said)
 
 
 @runs_commands(r"\./run_all\.sh --help")
@@ -225,17 +225,13 @@ def explained(words, room):
 
 
 def use_pararel(room):
-    """ParaRel where this machine has it, else a small folder in its layout, in place of the
-    download."""
-    if PARAREL.is_dir():
-        room.patch.setenv("QLUTILS_CACHE", str(PARAREL))
-        return
-    small = Path(save_dataset(room.folder / "pararel"))
-    files = [file.relative_to(small).as_posix() for file in small.rglob("*.jsonl")]
-    room.patch.setattr(data, "pararel_registry", lambda: dict.fromkeys(files))
-    room.patch.setattr(
-        data, "_fetch_pararel", lambda kind, relation: small / kind / f"{relation}.jsonl"
-    )
+    """ParaRel where this machine has it, else a small folder in its layout, as if downloaded."""
+    folder = PARAREL
+    if not folder.is_dir():
+        folder = Path(save_dataset(room.folder / "pararel"))
+        files = [file.relative_to(folder).as_posix() for file in folder.rglob("*.jsonl")]
+        room.patch.setattr(data, "pararel_registry", lambda: dict.fromkeys(files))
+    room.patch.setenv("QLUTILS_CACHE", str(folder))
 
 
 @runs_commands(r"\./run_all\.sh --models gpt2 .*--data pararel.*")
@@ -252,7 +248,7 @@ def papers_run(words, room):
 
 @runs_commands(r"\./run_all\.sh --models pretrained/.*")
 def pretrained_run(words, room):
-    """Fetches hundreds of MB (tests/test_pretrained.py): here the real parser and planner."""
+    """Fetches hundreds of MB (tests/model/test_pretrained.py): here the real parser and planner."""
     use_pararel(room)
     jobs = jobs_of(words[1:])
     assert {job.model for job in jobs} - {None} <= set(pretrained.SOURCES)
@@ -327,7 +323,7 @@ def cluster(words, room):
 
 @runs_commands(r"\.venv/bin/jupyter lab \S+")
 def lab(words, room):
-    """What happens then is in test_browser.py."""
+    """What happens then is in explorer/test_browser.py."""
     assert (ROOT / words[-1]).is_file() and Path(sys.executable).with_name("jupyter").exists()
     assert re.search(r"^\d+\.\d+", shell(sys.executable, "-m", "jupyterlab", "--version"))
 
@@ -554,20 +550,27 @@ def test_every_file_of_the_project_that_is_named_exists():
     named = [
         span for span in spans(README) if re.match(r"(tests|qlutils|notebooks|figures)/", span)
     ]
-    assert len(named) > 10 and [name for name in named if not (ROOT / name).exists()] == []
+    text = (ROOT / "tests/FAULTS.md").read_text("utf-8")
+    faults = [f"tests/{span}" for span in spans(text) if span.endswith(".py")]
+    assert len(named) > 10 < len(faults)
+    assert [name for name in named + faults if not (ROOT / name).exists()] == []
 
 
 def test_every_promise_names_what_proves_it():
     promises = table(README, "## What it promises")
     assert len(promises) > 10
-    for row in promises:
-        assert spans(row["proved by"]) and all(
-            (ROOT / name).is_file() for name in spans(row["proved by"])
-        ), row
-    named = {name for row in promises for name in spans(row["proved by"])}
+    proofs = {row["promise"]: spans(row["proved in `tests/` by"]) for row in promises}
+    assert all(proofs.values()), proofs
+    named = {name for names in proofs.values() for name in names}
+    assert [name for name in named if not (ROOT / "tests" / name).is_file()] == []
     assert {
-        f"tests/test_{name}.py"
-        for name in ("hostile", "security", "invariants", "kills", "faults", "readme", "browser")
+        "test_hostile.py",
+        "test_security.py",
+        "test_invariants.py",
+        "test_readme.py",
+        "driver/test_kills.py",
+        "study/test_faults.py",
+        "explorer/test_browser.py",
     } <= named
 
 

@@ -1,7 +1,7 @@
 """What a checkpoint, a data set, a parameter or a neighbour on the network cannot do.
 
-Pickled weights, code in a checkpoint and wrong checksums are also in test_models.py and
-test_data.py; what is here is the rest: nothing in the project could unpickle or evaluate, no text
+Pickled weights, code in a checkpoint and wrong checksums are also in model/test_models.py and
+test_facts.py; what is here is the rest: nothing in the project could unpickle or evaluate, no text
 is a path out of the run's folder, nothing listens beyond this machine.
 """
 

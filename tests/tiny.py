@@ -7,6 +7,7 @@ The place of each family's MLP is written down here, on purpose not taken from
 
 import json
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -305,6 +306,31 @@ def trusted(hook):
     are refused."""
     hook.__module__ = "qlutils.tests"
     return hook
+
+
+@contextmanager
+def hooked(handle):
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def watched_rows(lm, limit=None):
+    """The largest number of rows (of one token) that enter the last decoder layer at once, and, in
+    `calls`, how often it is called; above `limit` the memory of this pretended device is full."""
+    seen = {"most": 0, "calls": 0}
+
+    def look(_, args, kwargs):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        rows = hidden.shape[0] * hidden.shape[1]
+        seen["most"], seen["calls"] = max(seen["most"], rows), seen["calls"] + 1
+        if limit is not None and rows > limit:
+            raise torch.OutOfMemoryError("pretended")
+
+    with hooked(lm.layers[-1].register_forward_pre_hook(trusted(look), with_kwargs=True)):
+        yield seen
 
 
 def readme_table(heading):

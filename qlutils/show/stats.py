@@ -20,9 +20,10 @@ TRIM = 0.1
 STATISTICS = {"trimmed": "10 % trimmed mean", "mean": "mean", "median": "median"}
 # The least number of resampled clusters (facts, or relations where these are resampled) on each
 # side of an interval or test. A side of one fact has no spread, which a bootstrap takes for
-# certainty. By simulation (tests/test_stats.py), intervals of 10 facts cover what they estimate in
-# at least 93 % of samples for means of symmetric values, medians, trimmed means and shares, alone
-# or as a difference of classes, and in 90 % for means of skewed values; with 4, in as few as 80 %.
+# certainty. By simulation (tests/show/test_stats.py), intervals of 10 facts cover what they
+# estimate in at least 93 % of samples for means of symmetric values, medians, trimmed means and
+# shares, alone or as a difference of classes, and in 90 % for means of skewed values; with 4, in as
+# few as 80 %.
 LEAST = 10
 _CHUNK = 1_000_000  # draws x rows worked on at a time: little enough to stay near the processor
 

@@ -9,77 +9,25 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import units
+from units import (
+    UNITS,
+    breaks_at_two,
+    fake_model,
+    lock_of,
+    numbers,
+    run,
+    signed,
+    unit_files,
+)
 
 from qlutils import files, paths
 from qlutils.study import store
-
-UNITS = [[{"x": i, "name": f"é{i}"}, {"x": i + 1, "name": "‏עברית 🦉"}] for i in range(4)]
-
-
-def fake_model(fingerprint="abc", dtype="torch.float32"):
-    return SimpleNamespace(
-        fingerprint=fingerprint,
-        device=SimpleNamespace(type="cpu"),
-        dtype=dtype,
-        check_untouched=lambda: None,
-    )
-
-
-def numbers(lm, unit, scale=1.0):
-    """Every kind of column that results have."""
-    return pd.DataFrame(
-        {
-            "name": [fact["name"] for fact in unit],
-            "count": [fact["x"] for fact in unit],
-            "single": np.float32([fact["x"] / 3 for fact in unit]),
-            "double": [scale * fact["x"] / 7 for fact in unit],
-            "known": [fact["x"] % 2 == 0 for fact in unit],
-            "layer": [list(range(fact["x"])) for fact in unit],
-            "score": [np.float32(np.arange(fact["x"]) / 3) for fact in unit],
-            "first_only": [[1.5] if fact["x"] == 0 else None for fact in unit],
-        },
-        index=[5] * len(unit),
-    )
-
-
-numbers.VERSION = 1
-
-
-def counted(lm, unit, log="", pause=0.0):
-    with open(log, "a") as stream:
-        stream.write(f"{unit[0]['x']}\n")
-    time.sleep(pause)
-    return numbers(lm, unit)
-
-
-counted.VERSION = 1
-
-
-def breaks_at_two(lm, unit):
-    if unit[0]["x"] == 2:
-        raise FloatingPointError("probability is not finite")
-    return numbers(lm, unit)
-
-
-breaks_at_two.VERSION = 1
-
-
-def logits(lm, unit):
-    import torch
-
-    ids = torch.tensor([[fact["x"] + 3, 5, 7, 11] for fact in unit])
-    with torch.no_grad():
-        return pd.DataFrame({"score": list(lm.model(ids).logits[:, -1].numpy())})
-
-
-logits.VERSION = 1
 
 
 def tiny_checkpoint(folder):
@@ -104,20 +52,6 @@ def tiny_checkpoint(folder):
 @pytest.fixture
 def model(monkeypatch):
     monkeypatch.setattr(store, "cached_model", lambda *_: fake_model())
-
-
-def run(root, task=numbers, config=None, units=UNITS, **options):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        info = {}
-        frame = store.run_units(
-            task, "m", units, config, desc="test", root=root, info=info, **options
-        )
-    return frame, info, [str(w.message) for w in caught]
-
-
-def unit_files(root):
-    return {path.name: path.read_bytes() for path in sorted((root / "units").glob("*.parquet"))}
 
 
 def test_a_result_is_the_same_whether_it_was_computed_or_read(tmp_path, model):
@@ -180,7 +114,7 @@ def test_a_unit_is_computed_again_when_its_tasks_version_is_raised_and_for_no_ot
         """The task with another docstring."""
         return first
 
-    numbers.__module__, numbers.__qualname__, numbers.VERSION = __name__, "numbers", 1
+    numbers.__module__, numbers.__qualname__, numbers.VERSION = units.__name__, "numbers", 1
     again, info, _ = run(tmp_path, task=numbers)
     assert info["computed"] == 0
     pd.testing.assert_frame_equal(first, again)
@@ -311,17 +245,6 @@ def test_finished_units_can_be_read_where_nothing_can_be_written(tmp_path, model
     assert run(tmp_path)[1]["computed"] == 0
 
 
-def lock_of(root):
-    """The lock that `run(root)` holds while it computes."""
-    taken = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "locked", lambda path: taken.append(path) or files.locked(path))
-        run(root)
-    for file in unit_files(root):
-        (root / "units" / file).unlink()
-    return taken[0]
-
-
 @pytest.fixture
 def lock(tmp_path, model):
     return lock_of(tmp_path)
@@ -373,28 +296,15 @@ def test_no_units_give_an_empty_table(tmp_path, model):
     assert run(tmp_path, units=[])[0].empty
 
 
-def main(root, log):
-    store.cached_model = lambda *_: fake_model()
-    store.run_units(
-        counted,
-        "m",
-        UNITS * 1 + [[{"x": i, "name": "n"}] for i in range(10, 16)],
-        {"log": log, "pause": 0.1},
-        desc="killed",
-        root=root,
-    )
-
-
 def hear_interrupts():
     """A shell's background job ignores Ctrl-C, and so would all that it starts."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def start(root, log):
-    import_path = os.pathsep.join([str(Path(__file__).parent), str(paths.PACKAGE.parent)])
     return subprocess.Popen(
-        [sys.executable, "-c", f"import test_store; test_store.main({str(root)!r}, {str(log)!r})"],
-        env={**os.environ, "PYTHONPATH": import_path},
+        [sys.executable, "-c", f"import units; units.work_slowly({str(root)!r}, {str(log)!r})"],
+        env={**os.environ, "PYTHONPATH": units.IMPORT_PATH},
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=hear_interrupts,
@@ -464,17 +374,6 @@ def test_workers_write_the_same_bytes_as_a_plain_loop(tmp_path, model):
     assert unit_files(tmp_path / "workers") == unit_files(tmp_path / "plain")
 
 
-def signed(lm, unit, log="", pause=0.5):
-    """Leaves the number of its process."""
-    with open(log, "a") as stream:
-        stream.write(f"{os.getpid()}\n")
-    time.sleep(pause)
-    return logits(lm, unit) if hasattr(lm, "model") else numbers(lm, unit)
-
-
-signed.VERSION = 1
-
-
 @pytest.mark.parametrize(
     "real", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "with a model"]
 )
@@ -486,13 +385,9 @@ def test_a_worker_killed_while_it_computes_costs_its_unit_and_changes_no_byte(
 
     class WithoutModel(distributed.WorkerPlugin):
         def setup(self, worker):
-            import test_store
+            units.without_model()
 
-            test_store.store.cached_model = lambda *_: fake_model()
-
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(paths.PACKAGE.parent)])
-    )
+    monkeypatch.setenv("PYTHONPATH", units.IMPORT_PATH)
     log, options, killed = tmp_path / "log", dict(desc="two workers", device="cpu"), []
     checkpoint = tiny_checkpoint(tmp_path / "model") if real else "m"
     if not real:

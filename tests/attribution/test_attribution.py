@@ -4,13 +4,13 @@ afterwards, refusals)."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
-from naive import Naive, hooked, keeping_float64
-from tiny import FAMILIES, tiny_lm, tiny_model, trusted, word_tokenizer
+from naive import Naive, keeping_float64
+from tiny import FAMILIES, hooked, tiny_lm, tiny_model, trusted, watched_rows, word_tokenizer
 from torch import nn
 
 from qlutils import attribute
@@ -408,23 +408,6 @@ def test_a_batch_of_mixed_lengths_equals_one_query_at_a_time(family, method, rul
             rtol=1e-12,
             atol=0,
         )
-
-
-@contextmanager
-def watched_rows(lm, limit=None):
-    """The largest number of rows (of one token) that enter the last decoder layer at once, and, in
-    `calls`, how often it is called; above `limit` the memory of this pretended device is full."""
-    seen = {"most": 0, "calls": 0}
-
-    def look(_, args, kwargs):
-        hidden = args[0] if args else kwargs["hidden_states"]
-        rows = hidden.shape[0] * hidden.shape[1]
-        seen["most"], seen["calls"] = max(seen["most"], rows), seen["calls"] + 1
-        if limit is not None and rows > limit:
-            raise torch.OutOfMemoryError("pretended")
-
-    with hooked(lm.layers[-1].register_forward_pre_hook(trusted(look), with_kwargs=True)):
-        yield seen
 
 
 @pytest.mark.parametrize(

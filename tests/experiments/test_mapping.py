@@ -5,26 +5,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from tiny import tiny_lm, word_tokenizer
+from units import EFFECTS_UNIT
 
 from qlutils.change.scaling import answer_probability, scale_neurons
 from qlutils.experiments import attention_predominance, effects
 from qlutils.experiments import query_kn_mapping as mapping
 from qlutils.neurons.others import active_neurons, random_neurons
 from qlutils.show import tables
-
-UNIT = [
-    dict(
-        fact="R1|a|8 6",
-        relation="R1",
-        object="8 6",
-        prompts=["13 17 8 25", "5 17 8", "9 13 30 12"],
-        prompt_index=[0, 2, 3],
-        layer=[[0, 0, 2], [0, 1], []],
-        neuron=[[3, 7, 40], [3, 5], []],
-        same_relation=[[[2, 9]], [], []],
-        other_relation=[[[0, 1], [0, 2]], [], []],
-    )
-]
 
 
 def query(fact, i, neurons, score, tokens=3, known=True):
@@ -103,9 +90,9 @@ def test_the_most_active_neuron_is_matched_first():
 @pytest.mark.parametrize("family", ["gpt2", "llama3"])
 def test_rows_of_the_batch_equal_one_set_at_a_time(family):
     lm = tiny_lm(family)
-    frame = mapping.scale_kns(lm, UNIT, suppress=0.0, enhance=3.0)
+    frame = mapping.scale_kns(lm, EFFECTS_UNIT, suppress=0.0, enhance=3.0)
     assert len(frame) == 3 * 2 * mapping.NUM_SETS == 3 * 2 * frame["set"].nunique()
-    sets = [set(zip(*kns)) for kns in zip(UNIT[0]["layer"], UNIT[0]["neuron"])]
+    sets = [set(zip(*kns)) for kns in zip(EFFECTS_UNIT[0]["layer"], EFFECTS_UNIT[0]["neuron"])]
     for row in frame.to_dict("records"):
         if row["set"] not in effects.PAPER_SETS:
             continue
@@ -117,7 +104,7 @@ def test_rows_of_the_batch_equal_one_set_at_a_time(family):
             "intersection": others[0] & others[1],
             "refine": others[0] & others[1],
         }[row["set"]]
-        ask = [UNIT[0]["prompts"][i]], ["8 6"]
+        ask = [EFFECTS_UNIT[0]["prompts"][i]], ["8 6"]
         before = float(answer_probability(lm, *ask))
         with scale_neurons(lm, chosen, 3.0 if row["direction"] == "enhance" else 0.0):
             after = float(answer_probability(lm, *ask))
@@ -129,7 +116,7 @@ def test_rows_of_the_batch_equal_one_set_at_a_time(family):
 
 def test_a_fact_with_one_query_is_named():
     with pytest.raises(ValueError, match=r"R1\|a\|8.*single"):
-        mapping.scale_kns(tiny_lm("gpt2"), [dict(UNIT[0], prompts=["13 4 5"])])
+        mapping.scale_kns(tiny_lm("gpt2"), [dict(EFFECTS_UNIT[0], prompts=["13 4 5"])])
 
 
 # --- units ----------------------------------------------------------------------------------------

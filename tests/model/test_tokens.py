@@ -23,7 +23,7 @@ from qlutils.model.language_model import LanguageModel
 from qlutils.model.passes import attention_implementation
 from qlutils.study.notebook import Study
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 NAMES = ("gpt2", "llama2", "llama3")
 needs_data = pytest.mark.skipif(
     not SHARED.is_dir(), reason="the real data is not at ../shared/data"

@@ -16,11 +16,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_attribution import watched_rows
-from test_mapping import UNIT
-from test_store import UNITS, fake_model, lock_of, numbers, run, signed
-from test_synapses import make
-from tiny import tiny_lm, trusted
+from tiny import hooked, tiny_lm, trusted, watched_rows
+from units import EFFECTS_UNIT, UNITS, fake_model, lock_of, numbers, run, signed
 
 from qlutils import files, paths
 from qlutils.driver import stamps
@@ -404,22 +401,18 @@ def edit_plans():
 
 
 TASKS = {
-    "mapping": lambda lm: mapping.scale_kns(lm, UNIT),
+    "mapping": lambda lm: mapping.scale_kns(lm, EFFECTS_UNIT),
     "synapses": lambda lm: knowledge_synapses.scale_synapse_columns(
-        lm, [{**UNIT[0], "irrelevant": ["9 8 7 6"] * 3}]
+        lm, [{**EFFECTS_UNIT[0], "irrelevant": ["9 8 7 6"] * 3}]
     ),
-    "attention": lambda lm: attention_predominance.attend(lm, UNIT),
+    "attention": lambda lm: attention_predominance.attend(lm, EFFECTS_UNIT),
     "edits": lambda lm: kn_modification.edit_facts(lm, edit_plans()),
 }
 
 
-def lm_of(task):
-    return tiny_lm("gpt2", torch.float32) if task == "edits" else make("gpt2", torch.float32)
-
-
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_that_runs_out_of_memory_goes_on_in_smaller_batches_with_the_same_numbers(task):
-    lm = lm_of(task)
+    lm = tiny_lm("gpt2", torch.float32)
     TASKS[task](lm)  # the checks of a model's first use are over
     with watched_rows(lm) as seen:
         wanted = TASKS[task](lm)
@@ -440,17 +433,14 @@ def broken_for(lm, token, value):
     def spoil(_, inputs, output):
         return torch.where((inputs[0] == token)[..., None], torch.full_like(output, value), output)
 
-    handle = lm.model.get_input_embeddings().register_forward_hook(trusted(spoil))
-    try:
+    with hooked(lm.model.get_input_embeddings().register_forward_hook(trusted(spoil))):
         yield
-    finally:
-        handle.remove()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("task", [*TASKS, "localise"])
 def test_numbers_that_are_not_finite_stop_the_unit_and_name_the_query(task, value):
-    lm = lm_of("edits" if task == "localise" else task)
+    lm = tiny_lm("gpt2", torch.float32)
     work = TASKS.get(task, lambda lm: localize.localise_unit(lm, FACTS, method="ig", steps=3))
     work(lm)
     query, token = ("8 9 10 11", 10) if task in ("edits", "localise") else ("9 13 30 12", 30)

@@ -35,7 +35,7 @@ from qlutils.study import identity, store
 from qlutils.study.notebook import Study
 from qlutils.study.results import read_record
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TABLES = (".csv", ".md", ".tex")
 RELATIONS = ["P36", "P19", "P103"]
 PARAMETERS = dict(
@@ -133,7 +133,7 @@ class Server:
     def __init__(self, hash_seed):
         env = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)]),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(ROOT)]),
             "OMP_NUM_THREADS": "1",
             "PYTHONHASHSEED": str(hash_seed),
         }

@@ -27,7 +27,7 @@ from qlutils.study.identity import model_content
 from qlutils.study.notebook import Study
 from qlutils.study.parameters import declared_parameters, parameters_of
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = (
     "model = 'demo/gpt2'\nmethod = 'ig'\ndata = 'demo'\nrelations = None\nfacts_per_relation = "
     "3\nseed = 0\n"
