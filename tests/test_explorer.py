@@ -14,6 +14,7 @@ import torch
 from qlutils import attribute, knowledge_neurons, load_facts
 from qlutils.change.scaling import answer_probability, scale_neurons
 from qlutils.change.synapses import Row, above_threshold, column_scores, run_rows
+from qlutils.driver.execute import execute, kernel_environment
 from qlutils.experiments.localize import localise
 from qlutils.explorer import fact as explorer
 from qlutils.explorer.fact import (
@@ -52,7 +53,6 @@ from qlutils.neurons.cas import cas_candidates, cas_neurons
 from qlutils.neurons.sets import consistency, neighbour_sets
 from qlutils.paths import NOTEBOOKS
 from qlutils.study import store
-from qlutils.study.execute import execute, kernel_environment
 from qlutils.study.notebook import Study
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"

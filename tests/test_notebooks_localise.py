@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from qlutils import attribute, consistency, knowledge_neurons, load_facts, load_model, paths
+from qlutils.driver.execute import execute, kernel_environment
 from qlutils.experiments.localize import localise
-from qlutils.study.execute import execute, kernel_environment
 from qlutils.study.notebook import Study
 
 MODEL, RELATIONS, STEPS = "demo/gpt2", ["P36", "P103", "P1412"], 4

@@ -27,9 +27,9 @@ from torch import Tensor
 from qlutils.change.changes import Change, prompt_of
 from qlutils.model.answer import token_scores
 from qlutils.model.architecture import UnsupportedModel
-from qlutils.model.check import sharply
 from qlutils.model.passes import CleanPass, clean_pass, computing, run_rows, within_memory
 from qlutils.model.trace import edited
+from qlutils.model.verify import sharply
 
 CPU_TOKENS = 2048  # tokens of a batch on a CPU; from 1,024 on the time is flat
 _CHECKED: WeakSet = WeakSet()  # models that passed `_check`

@@ -23,10 +23,10 @@ from qlutils.change.rows import in_batches, refuse_numbers
 from qlutils.model.answer import token_probabilities
 from qlutils.model.architecture import UnsupportedModel, refusing
 from qlutils.model.attention import EXACT, Control, attention_implementation
-from qlutils.model.check import differ, sample_ids, sharply
 from qlutils.model.language_model import whole_numbers
 from qlutils.model.passes import full_precision
 from qlutils.model.trace import Trace
+from qlutils.model.verify import differ, sample_ids, sharply
 
 SCORES = ("sum", "visible_mean")
 _REPLACEABLE: WeakSet = WeakSet()  # models that passed `check_replaceable`

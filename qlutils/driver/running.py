@@ -15,11 +15,11 @@ from pathlib import Path
 
 from qlutils import paths
 from qlutils.driver import stamps
+from qlutils.driver.execute import execute, kernel_environment
 from qlutils.driver.jobs import LAST
 from qlutils.experiments.report import publish
 from qlutils.files import versions, write_json
 from qlutils.study import identity
-from qlutils.study.execute import execute, kernel_environment
 
 LOG_SECONDS = 60  # a line this often says what runs
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

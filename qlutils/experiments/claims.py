@@ -43,6 +43,7 @@ from qlutils.experiments.effects import (
 from qlutils.show.page import folded, shown
 from qlutils.show.stats import LEAST, Estimate, bootstrap_difference, bootstrap_mean
 from qlutils.show.tables import format_value, too_few
+from qlutils.study.results import Missing
 
 HOLDS, PARTLY, FAILS, OPPOSITE = "holds", "holds in part", "does not hold", "the opposite holds"
 UNTOLD, OPEN, NOT_RUN = "cannot be told", "not testable here", "not run"
@@ -81,10 +82,6 @@ LEGEND = (
 def synapse_rates(frame, quantity) -> pd.DataFrame:
     """The rows of notebook 06 about one of QUANTITIES, attention not renormalised."""
     return frame[(frame["quantity"] == quantity) & ~frame["renormalise"].astype(bool)]
-
-
-class Missing(Exception):
-    """A result that a claim needs is not there; the message says which and why."""
 
 
 @dataclass

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from qlutils.experiments.consistency import THRESHOLDS, classified_facts, share_of_class
-from qlutils.experiments.effects import seeded
+from qlutils.facts import seeded
 from qlutils.neurons.others import random_neurons
 from qlutils.neurons.sets import (
     classify,

@@ -129,7 +129,7 @@ def with_verdicts(contrasts) -> pd.DataFrame:
     return contrasts.replace(words).assign(verdict=said)
 
 
-def in_short(contrasts, what) -> str:
+def verdict_counts(contrasts, what) -> str:
     """How many of some differences lie on which side of 0; `what` says which differences."""
     verdicts = [verdict(row, "difference") for row in contrasts.to_dict("records")]
     counts = Counter(said.split(" (")[0] for said in verdicts)

@@ -25,7 +25,6 @@ from qlutils.experiments.claims import (
     QUANTITIES,
     UNTOLD,
     Case,
-    Missing,
     deciding,
     n_facts,
     overall,
@@ -37,6 +36,7 @@ from qlutils.experiments.effects import query_gaps
 from qlutils.experiments.report import NOTEBOOKS, SavedResults
 from qlutils.show.stats import LEAST
 from qlutils.show.tables import format_value
+from qlutils.study.results import Missing
 
 SCALING = {"suppress": "suppressing", "enhance": "enhancing"}
 SENTENCES: dict = {}  # {topic: functions that tell a `Reading`'s sentence, or raise `Missing`}

@@ -8,11 +8,10 @@ import pandas as pd
 import torch
 
 from qlutils.attribution.attribute import Attribution, Spec, attribute_encoded
-from qlutils.experiments.consistency import jaccard
 from qlutils.facts import Fact, prompt_tokens
 from qlutils.model.passes import neuron_vectors
 from qlutils.neurons.cas import cas_candidates
-from qlutils.neurons.sets import STORE_THRESHOLD, fact_table, knowledge_neurons
+from qlutils.neurons.sets import STORE_THRESHOLD, fact_table, jaccard, knowledge_neurons
 
 # What `compare_rules` compares, and the tolerance that stands for the exact integral.
 COMPARED = (

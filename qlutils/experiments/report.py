@@ -19,14 +19,14 @@ from IPython.display import HTML, Image, display
 
 from qlutils import paths
 from qlutils.experiments import controls
-from qlutils.experiments.claims import QUANTITIES, Missing, synapse_rates
-from qlutils.experiments.effects import PAPER_SETS, query_gaps, summary
+from qlutils.experiments.claims import QUANTITIES, synapse_rates
+from qlutils.experiments.effects import FIGURE_4_SETS, query_gaps, summary
 from qlutils.files import write_bytes
 from qlutils.show.page import export_html, folded, missing_html, shown
 from qlutils.show.plots import figure_bars
 from qlutils.show.tables import paper, paper_notes
 from qlutils.study.notebook import Study
-from qlutils.study.results import read_record
+from qlutils.study.results import Missing, read_record
 
 NOTEBOOKS = {
     "01": "01_localize",
@@ -330,7 +330,7 @@ def show_figure_4(saved: SavedResults, stem, threshold="static", seed=0) -> HTML
     found, missing = saved.frames("query_kn_mapping")
     parts = []
     for pair, frame in found.items():
-        part = summary(frame, PAPER_SETS, thresholds=(threshold,), seed=seed)
+        part = summary(frame, FIGURE_4_SETS, thresholds=(threshold,), seed=seed)
         parts.append(part.assign(model=saved.label(*pair)))
     return _show_bars(saved.study, stem, parts, missing, row="direction", x="set", ylabel="dProb, ")
 

@@ -27,7 +27,7 @@ from qlutils.change.synapses import column_scores, find_synapses, scale_synapses
 from qlutils.experiments.effects import NEIGHBOURS
 from qlutils.experiments.localize import localise_unit
 from qlutils.facts import Fact
-from qlutils.files import as_frame, read_table
+from qlutils.files import as_frame, read_parquet
 from qlutils.model.architecture import UnsupportedModel
 from qlutils.model.passes import computing, neuron_vectors
 from qlutils.neurons.cas import cas_neurons
@@ -114,7 +114,7 @@ def saved_queries(
     path = study.results / "queries.parquet"
     if not path.exists():
         return None
-    table, made = read_table(path)
+    table, made = read_parquet(path)
     if table is None:  # damaged
         return None
     wanted = asdict(Spec(method=method, **spec))

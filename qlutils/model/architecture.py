@@ -3,7 +3,7 @@
 The rest of the package sees a model through the `Architecture` found here: its decoder layers, the
 down-projection of each MLP (whose *input* holds the neurons), the modules between the last layer
 and the unembedding, and the elementwise map from unembedding output to logits. What is found is not
-trusted: at load `check.verify` replays rows through it and compares them with the model's own.
+trusted: at load `verify.verify` replays rows through it and compares them with the model's own.
 """
 
 from __future__ import annotations

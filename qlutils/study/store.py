@@ -17,7 +17,15 @@ from tqdm import tqdm
 
 import qlutils
 from qlutils import paths
-from qlutils.files import StoreError, as_frame, canonical, locked, read_table, sha256, write_table
+from qlutils.files import (
+    StoreError,
+    as_frame,
+    canonical,
+    locked,
+    read_parquet,
+    sha256,
+    write_parquet,
+)
 from qlutils.study.identity import model_content, task_version
 
 UNIT_FACTS = 24  # batches of equal lengths are full from there on
@@ -98,7 +106,7 @@ def _read(units, otherwise=""):
     any that is not, if anything."""
     found = {}
     for unit in units:
-        table = read_table(unit.file, unit.key)[0] if unit.file.exists() else None
+        table = read_parquet(unit.file, unit.key)[0] if unit.file.exists() else None
         if table is not None:
             found[unit.key] = table
         elif otherwise:
@@ -188,7 +196,7 @@ def compute_unit(unit, threads=None):
             where = f"unit {unit.key[:12]} of {name}, {unit.model}"
             error.add_note(f"(in {where}; finished units are kept)")
             raise
-        write_table(frame, unit.file, unit.key, task=unit.task, model=unit.model)
+        write_parquet(frame, unit.file, unit.key, task=unit.task, model=unit.model)
     return unit.key
 
 
