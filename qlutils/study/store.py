@@ -1,6 +1,10 @@
-"""Units of work: one unit, one parquet file, named by a hash of all that determines its content.
+"""Units of work: one unit, one parquet file, named by a hash of what determines it, the key.
 
-Present and valid means done, so a run that was stopped at any moment goes on where it was.
+The key holds the task's name and VERSION, its configuration, the model's fingerprint, the kind of
+device, the dtype and the unit's facts. It does not hold the versions of the libraries, which stand
+in the file's footer only, nor the number of threads, which no unit says and on which the last
+digits of a sum may depend. Present and valid means done, so a run that was stopped at any moment
+goes on where it was.
 """
 
 import importlib
@@ -149,7 +153,9 @@ def packed(task, lm, facts, config):
     """Units of work: the facts in order, about `UNIT_FLOPS` a unit, but 1 to `UNIT_FACTS` facts.
 
     `task.passes(lm, fact, config)` says how many tokens a fact sends through the model; a pass of a
-    token costs two operations a parameter. No machine is timed: a unit's facts are part of its key.
+    token costs two operations a parameter. No machine is timed, as a unit's facts are part of its
+    key. So a unit is used again as a whole or not at all: one more fact may move the boundaries of
+    all units after it, which are then computed anew.
     """
     parameters = lm.arch.head.weight.numel()
     for layer in lm.layers:
