@@ -25,6 +25,7 @@ from qlutils.files import write_bytes
 from qlutils.show.page import export_html, folded, missing_html, shown
 from qlutils.show.plots import figure_bars
 from qlutils.show.tables import paper, paper_notes
+from qlutils.study.identity import differing
 from qlutils.study.notebook import Study
 from qlutils.study.results import Missing, read_record
 
@@ -83,7 +84,7 @@ class SavedResults:
             raise Missing(f"notebook {number} was not run") from None
         except ValueError as error:
             raise Missing(str(error)) from None
-        differ = [name for name, ours in inputs.items() if entry["inputs"].get(name) != ours]
+        differ = differing(inputs, entry["inputs"])
         for name in SETTINGS:
             ours = study.parameters.get(name)
             if entry["parameters"].get(name, ours) != ours:
