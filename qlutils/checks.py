@@ -4,8 +4,8 @@ from math import inf
 from numbers import Integral, Real
 
 # Of localisation, see `attribution.attribute`: integrated gradients, from zero; sequential
-# integrated gradients (Enguehard), from a baseline for each token; architecture-adapted multilingual
-# integrated gradients (Chen et al. 2024), from a prompt of EOS tokens.
+# integrated gradients (Enguehard), from a baseline for each token; architecture-adapted
+# multilingual integrated gradients (Chen et al. 2024), from a prompt of EOS tokens.
 METHODS = ("ig", "sig", "amig")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
