@@ -249,7 +249,7 @@ def test_02_localises_by_its_first_method_where_nothing_was_localised(run, folde
     assert (
         problem == ""
         and "ig: not run yet" in printed(book)
-        and "localising with default settings" in printed(book)
+        and "localising by the paper's rule" in printed(book)
     )
     where = folder / "runs" / "empty" / "results" / "demo--gpt2"
     assert (where / "amig" / "queries.parquet").exists() and not (where / "ig").exists()
