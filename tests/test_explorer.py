@@ -35,6 +35,7 @@ from qlutils.explorer.fact import (
     parse_neurons,
     predictions,
     saved_queries,
+    saved_spec,
     typed_fact,
 )
 from qlutils.explorer.page import (
@@ -262,6 +263,32 @@ def test_scores_of_a_run_are_read_instead_of_computed_unless_the_prompts_differ(
     assert read.sets(0.1) == fresh.sets(0.1)
     with pytest.raises(pytest.fail.Exception, match="computed"):
         look(lm, replace(fact, prompts=fact.prompts[:2]), "ig", saved)
+
+
+def test_what_is_computed_beside_a_saved_run_is_computed_by_the_runs_own_rule(runs, lm, fact):
+    study = Study(
+        "01_localize", model="demo/gpt2", method="ig", relations=["P36"], facts_per_relation=1
+    )
+    assert saved_spec("demo/gpt2", "ig") == {}
+    localise(study, rule="converged", tolerance=0.2)
+    [other] = study.facts()
+    spec = saved_spec("demo/gpt2", "ig")
+    assert (spec["rule"], spec["tolerance"]) == ("converged", 0.2)
+    assert saved_queries("demo/gpt2", "ig") is None  # by the default rule there is nothing
+    saved = saved_queries("demo/gpt2", "ig", **spec)
+    page = Page(fact=other.id)
+    assert "read from a saved run" in page.status.value
+    pd.testing.assert_frame_equal(page.saved, saved)
+    page.source.value, page.prompts.value = "typed", "\n".join(fact.prompts)
+    page.answer.value = fact.object
+    page.run.click()
+    assert "computed now" in page.status.value and page.view.frame["converged"].notna().all()
+    wanted = look(lm, page.view.fact, "ig", saved, rule="converged", tolerance=0.2)
+    assert page.view.sets(0.1) == wanted.sets(0.1)
+    code, run = page.code.value, {}
+    assert "    rule='converged',\n" in code and "    tolerance=0.2\n" in code
+    exec(compile(code, "copied", "exec"), run)
+    assert run["sets"] == page.view.sets(page.t.value)
 
 
 # --- changes --------------------------------------------------------------------------------------

@@ -99,19 +99,22 @@ def typed_fact(prompts: str, answer: str) -> Fact:
     return Fact(TYPED, "your prompts", answer.strip(), lines)
 
 
+def _study(model, method, data, output) -> Study:
+    return Study("explore_fact", model=model, method=method, data=data, output=output)
+
+
+def saved_spec(model: str, method: str, data="demo", output="default") -> dict:
+    """The fields of `qlutils.Spec` with which notebook 01 localised what it saved in run `output`;
+    {} where nothing is saved."""
+    return _study(model, method, data, output).localisation()
+
+
 def saved_queries(
     model: str, method: str, data="demo", output="default", **spec
 ) -> pd.DataFrame | None:
     """What notebook 01 saved in run `output` for this very model, method and `qlutils.Spec`, or
-    None."""
-    study = Study(
-        "explore_fact",
-        model=model,
-        method=method,
-        data=data,
-        output=output,
-    )
-    path = study.results / "queries.parquet"
+    None. `spec`: what is saved may be by another rule than the default, see `saved_spec`."""
+    path = _study(model, method, data, output).results / "queries.parquet"
     if not path.exists():
         return None
     table, made = read_parquet(path)
