@@ -68,10 +68,7 @@ class SavedResults:
     def of(self, model, method=None) -> Study:
         """The study of a model and method, with the report's parameters; for what it saved and for
         new units."""
-        given = {**self.study.parameters, "model": model, "method": method}
-        found = Study(self.study.notebook, **given)
-        found.may_scan = False
-        return found
+        return self.study.beside(model, method=method)
 
     def entry(self, number, model, method=None) -> dict:
         """The record of a notebook; `Missing` where it was not run, or on other facts, model or
