@@ -18,7 +18,7 @@ from qlutils.study.known import check_known_prompts
 from qlutils.study.parameters import check_given, declared_parameters
 
 # 01 runs per model and method, 02 per model; the others per model and downstream method
-FIRST, COMPARES, LAST = "01", "02", "report"
+FIRST, LAST = "01", "report"
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Job:
             return not other.is_of(LAST)
         if self.is_of(FIRST) or not other.is_of(FIRST) or other.model != self.model:
             return False
-        return self.is_of(COMPARES) or other.method == self.method
+        return self.is_of(paths.COMPARES) or other.method == self.method
 
 
 def plan_jobs(args, folder):
@@ -93,7 +93,7 @@ def models_and_methods(stem, shared):
         return [(None, None)]
     downstream = shared["downstream_methods"]
     every = list(dict.fromkeys(shared["methods"] + downstream))
-    methods = {FIRST: every, COMPARES: [None]}.get(stem[:2], downstream)
+    methods = {FIRST: every, paths.COMPARES: [None]}.get(stem[:2], downstream)
     return list(product(shared["models"], methods))
 
 

@@ -40,6 +40,7 @@ from qlutils.experiments.effects import (
     query_gaps,
     rates,
 )
+from qlutils.paths import COMPARES as LOCALISED  # its claims are decided for every method
 from qlutils.show.page import folded, shown
 from qlutils.show.stats import LEAST, Estimate, bootstrap_difference, bootstrap_mean
 from qlutils.show.tables import format_value, too_few
@@ -48,7 +49,6 @@ from qlutils.study.results import Missing
 HOLDS, PARTLY, FAILS, OPPOSITE = "holds", "holds in part", "does not hold", "the opposite holds"
 UNTOLD, OPEN, NOT_RUN = "cannot be told", "not testable here", "not run"
 COMMON, HIGH, MARGIN = 0.25, 0.5, 0.1
-LOCALISED = "02"  # the notebook whose claims every method decides
 QUANTITIES = {"dValue": "value", "dProb": "probability"}  # what scaling synapses moves
 NAMES = {
     "rel": "Rel",

@@ -126,8 +126,8 @@ def otsu_share(facts, weights, name="II", among=None) -> float:
 
 
 def common_class_two(facts, threshold: str) -> float:
-    """The paper's "cap:II": the share of facts that all three methods put into K_II; NaN while a
-    method is missing. A fact that a method cannot classify does not count."""
+    """The paper's "cap:II": the share of facts that all METHODS put into K_II; NaN while one of
+    them is missing. A fact that a method cannot classify does not count."""
     if set(facts) != set(METHODS):
         return np.nan
     classes = [frame.set_index("fact")[f"class_{threshold}"] for frame in facts.values()]

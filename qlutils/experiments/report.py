@@ -29,7 +29,7 @@ from qlutils.study.identity import differing
 from qlutils.study.notebook import Study
 from qlutils.study.results import Missing, read_record
 
-NOTEBOOKS = {
+NOTEBOOKS = {  # by number; `paths.NOTEBOOKS` is their folder
     "01": "01_localize",
     "02": "02_consistency",
     "03": "03_kn_modification",
@@ -38,7 +38,6 @@ NOTEBOOKS = {
     "06": "06_knowledge_synapses",
     "07": "07_cas_editing",
 }
-COMPARES = "02"  # the notebook that compares methods: its results stand in the model's folder `all`
 # What the report and a notebook must have in common, where the notebook has it.
 SETTINGS = ("t", "static_threshold", "middle")
 # The frames that claims and figures read: {name under which it was saved: notebook}.
@@ -107,7 +106,7 @@ class SavedResults:
         return path
 
     def methods_of(self, number) -> list:
-        return {"01": self.methods, COMPARES: [None]}.get(number, self.downstream)
+        return {"01": self.methods, paths.COMPARES: [None]}.get(number, self.downstream)
 
     def read_all(self, number, read) -> tuple[dict, dict]:
         """{(model, method): read(model, method)} of all that notebook `number` runs for, and
