@@ -60,7 +60,11 @@ class Job:
 
 def plan_jobs(args, folder):
     """(jobs in order, hash of the facts). ValueError, before anything starts, for whatever cannot
-    be run."""
+    be run.
+
+    Every notebook of the folder becomes jobs, so that each knows what it `needs`; those of the
+    notebooks asked for (`--only`) are returned, less those of notebook 01 for a method that only
+    later notebooks have: what they need and nobody makes they make themselves."""
     shared, extra = shared_parameters(args), extra_parameters(args)
     facts = facts_of_run(args, shared, extra)
     found = sorted(folder.glob("[0-9][0-9]_*.ipynb")) + sorted(folder.glob(f"{LAST}.ipynb"))

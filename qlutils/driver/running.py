@@ -120,7 +120,8 @@ def may_start(job, run):
     """Whether all that a job reads is made, and no running job writes where it does.
 
     What it reads and this run does not make it makes itself: then no other job of its model may
-    run, which might make the same."""
+    run, which might make the same. So 03 and 04 of one model and method never run side by side; 03
+    by ig starts beside 04 by sig where 01 has run by ig, and else waits until it is alone."""
     running = run.running.values()
     if not {other.name for other in [*run.waiting, *running]}.isdisjoint(job.needs):
         return False

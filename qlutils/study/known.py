@@ -116,7 +116,8 @@ def scan(study, every) -> pd.DataFrame:
     """`count_known` of facts in the seeded order of each relation, and whether each is `kept`.
 
     Relations that have not enough yet are asked a unit each at a time; all units where all known
-    facts are wanted."""
+    facts are wanted. With 2 facts wanted a round asks the next 32 of each relation that has found
+    fewer than 2, for 2 * 32 / 32 = 2 rounds at most; kept are the first 2 known ones."""
     wanted = inf if study.facts_per_relation is None else study.facts_per_relation
     askable = [fact for fact in every if len(fact.prompts) >= study.known_prompts]
     waiting = _units(askable, study.seed)
