@@ -3,7 +3,10 @@
 from math import inf
 from numbers import Integral, Real
 
-METHODS = ("ig", "sig", "amig")  # of localisation, see `attribution.attribute`
+# Of localisation, see `attribution.attribute`: integrated gradients, from zero; sequential
+# integrated gradients (Enguehard), from a baseline for each token; architecture-adapted
+# multilingual integrated gradients (Chen et al. 2024), from a prompt of EOS tokens.
+METHODS = ("ig", "sig", "amig")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 

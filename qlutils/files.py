@@ -113,7 +113,7 @@ def write_json(path, value):
     write_bytes(path, json_bytes(value))
 
 
-def write_table(frame, path, key, **metadata):
+def write_parquet(frame, path, key, **metadata):
     """Write a DataFrame as parquet under `key`, with JSON-able metadata; equal content gives
     equal bytes.
 
@@ -133,7 +133,7 @@ def write_table(frame, path, key, **metadata):
     write_bytes(path, data[:at] + sha256(data).encode() + data[at + 64 :])
 
 
-def read_table(path, key=None):
+def read_parquet(path, key=None):
     """(table, metadata) of a valid file; else (None, what is wrong), and a warning that names
     the file.
 
@@ -155,7 +155,7 @@ def read_table(path, key=None):
 
 
 def read_metadata(path):
-    """The metadata of a file of `write_table`, its content not checked; {} where there is none."""
+    """The metadata of a `write_parquet` file, its content not checked; {} where there is none."""
     try:
         return json.loads(pq.read_metadata(path).metadata[b"metadata"])
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):

@@ -106,7 +106,7 @@ def derived():
         consistency_summary({"ig": facts}),
         controls.null_consistency(queries, model().num_neurons),
         edit_tables.measures_table(edits, facts, "demo/gpt2", sets=("local",), controls=()),
-        effects.summary(moved, effects.PAPER_SETS, **few),
+        effects.summary(moved, effects.FIGURE_4_SETS, **few),
         effects.summary(changed[~changed["renormalise"]], ("self", "irrelevant"), **few),
         effects.synapse_counts(found[found["set"] == "none"]),
         effects.predominance_table(effects.predominance(winners).merge(classes, on="fact")),

@@ -55,8 +55,7 @@ from qlutils.experiments.localize import localise, localise_unit
 from qlutils.experiments.query_kn_mapping import scale_kns
 from qlutils.explorer.fact import change, look, next_token
 from qlutils.facts import perplexity_texts
-from qlutils.files import read_table
-from qlutils.files import write_table as write_parquet
+from qlutils.files import read_parquet, write_parquet
 from qlutils.model.language_model import LanguageModel
 from qlutils.model.passes import neuron_vectors
 from qlutils.neurons.cas import cas_candidates, cas_neurons
@@ -367,7 +366,7 @@ def test_odd_facts_go_through_a_run_and_its_store_unchanged(names, tmp_path, run
 def test_odd_texts_are_kept_by_a_result_file(names, tmp_path):
     frame = pd.DataFrame({"text": list(names.values())})
     write_parquet(frame, tmp_path / "t.parquet", "key")
-    assert read_table(tmp_path / "t.parquet", "key")[0].to_pandas()["text"].tolist() == list(
+    assert read_parquet(tmp_path / "t.parquet", "key")[0].to_pandas()["text"].tolist() == list(
         names.values()
     )
 

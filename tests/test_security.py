@@ -27,11 +27,11 @@ from tiny import WORDS, save_checkpoint, save_dataset, word_tokenizer
 
 from qlutils import facts as data
 from qlutils import load_model, paths, run
+from qlutils.driver.execute import kernel_environment
 from qlutils.driver.jobs import Job, literal
 from qlutils.experiments.localize import localise
 from qlutils.show.plots import save_figure
 from qlutils.show.tables import write_table
-from qlutils.study.execute import kernel_environment
 from qlutils.study.notebook import Study
 from qlutils.study.parameters import check_given, declared_parameters
 

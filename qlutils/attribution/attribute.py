@@ -23,6 +23,7 @@ from torch import Tensor
 from qlutils.attribution.integrate import integrate
 from qlutils.attribution.quadrature import RULES
 from qlutils.change.rows import score_queries
+from qlutils.checks import METHODS
 from qlutils.model.attention import is_controlled
 from qlutils.model.passes import (
     SITES,
@@ -37,7 +38,6 @@ from qlutils.model.passes import (
 # Batches of the first round that the rule "converged" refines together: what it keeps of a query
 # is small beside a batch's activations, and its later rounds have few rows a query.
 HELD = 4
-METHODS = ("ig", "sig", "amig")
 CHOICES = {
     "method": METHODS,
     "rule": RULES,
@@ -288,7 +288,12 @@ def _add_batch(lm, batch: list[_Token], spec: Spec, found: Attribution) -> None:
 
 
 def _baselines(lm, ids: Tensor, prompt_lengths: list[int], spec: Spec) -> Tensor | None:
-    """(Q, B, L, N) neuron vectors the paths start from; None stands for zero."""
+    """(Q, B, L, N) neuron vectors at the last token that the paths start from.
+
+    ig: None, which stands for zero. amig: B = 1, of the prompt with every token but BOS replaced by
+    EOS. sig: of the prompt with one token replaced by the mask, pad or EOS token, a baseline for
+    each of its B tokens but BOS; all prompts of a batch have as many (see `_batches`). The answer's
+    tokens before the one that is attributed stay."""
     if spec.method == "ig":
         return None
     first, (queries, length) = lm.bos_offset, ids.shape
@@ -298,13 +303,15 @@ def _baselines(lm, ids: Tensor, prompt_lengths: list[int], spec: Spec) -> Tensor
         variants = ids.clone()
         for row, prompt_length in enumerate(prompt_lengths):
             variants[row, first:prompt_length] = token
-    else:
+    elif spec.method == "sig":
         candidates = [tokenizer.mask_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id]
         token = _stand_in(lm, "sig needs a mask, pad or EOS token", candidates)
         places = range(first, prompt_lengths[0])
         variants = ids[:, None].repeat(1, len(places), 1)  # (Q, B, T)
         for row, place in enumerate(places):
             variants[:, row, place] = token
+    else:
+        raise ValueError(f"method {spec.method!r} has no baselines")
     variants = variants.reshape(-1, length)
     chunk = max(1, spec.row_budget // length)
     vectors = neuron_vectors(lm, variants, spec.site, chunk)

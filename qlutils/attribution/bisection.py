@@ -165,7 +165,12 @@ class Integral:
 
 def bisect(replay: Replay, coordinate: Coordinate, intervals: Intervals, spec) -> Integral:
     """Halve `intervals` until no attribution of a query moves by more than the tolerance's share of
-    its largest one."""
+    its largest one.
+
+    A round: the integrals so far give the scores, and these what an interval's error may be; one
+    above that gets its quarter points or, if it has them, gives way to its halves with theirs. An
+    interval of 3 gradients, as every path is at first, is judged by the trapezoid rule against
+    Simpson's, one of 5 by Simpson's against Boole's. `touched`: layers with new scores."""
     queries, baselines, layers = coordinate.center.shape
     shape = queries * baselines * layers, intervals.gradient.shape[-1]
     evaluations = torch.full((queries, layers), 3.0, dtype=torch.float64)
@@ -187,12 +192,8 @@ def bisect(replay: Replay, coordinate: Coordinate, intervals: Intervals, spec) -
             converged[query[moving]] = False
             return Integral(mean, converged, evaluations)
         chosen = intervals.pick(refined)
-        chosen = Intervals.join(
-            [
-                chosen.pick(~chosen.quartered),
-                chosen.pick(chosen.quartered).halves(),
-            ]
-        )
+        whole, halved = chosen.pick(~chosen.quartered), chosen.pick(chosen.quartered).halves()
+        chosen = Intervals.join([whole, halved])
         _add_quarter_points(chosen, replay, coordinate, spec.row_budget)
         chosen.judge(replay, SIMPSON, BOOLE)
         where = chosen.path[0], chosen.path[2]

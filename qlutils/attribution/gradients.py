@@ -109,7 +109,12 @@ class Replay:
 
     def _grow(self, leaves: list[Leaf], with_end: bool):
         """The last layer's output (Q, R, d); the leaves' rows, L x (Q, P, W); and a list that the
-        backward pass fills with the gradients of row 0, the clean one, L x (Q, W) (`with_end`)."""
+        backward pass fills with the gradients of row 0, the clean one, L x (Q, W) (`with_end`).
+
+        With 2 points a layer the batch has 0, 2, 4, ... rows a query when it enters layers 0, 1,
+        2, ...: a layer runs the rows that are there, then those of its own leaf begin at its
+        output. `with_end`: the clean row begins with the leaf of layer 0, and is a row of every
+        later layer."""
         lm, site = self.lm, self.paths.site
         hidden, points, end = None, [], [None] * lm.num_layers
         with replaying(lm):
@@ -165,7 +170,10 @@ class Replay:
 def even_batches(query: np.ndarray, row_budget: int) -> Iterator[np.ndarray]:
     """Indices of points, given the query of each, in batches. A batch holds as many rows for each
     of its queries as for the one with most; so a query with less than half as many joins it only
-    while the padding costs less than a pass of its own."""
+    while the padding costs less than a pass of its own.
+
+    Queries with 100, 90 and 4 points: the first two share a batch of 200 rows; the third would add
+    96 rows of padding, more than `PASS_ROWS`, and gets a batch of its own."""
     queries, count = np.unique(query, return_counts=True)
     order = np.argsort(-count, kind="stable")
     start = 0
@@ -187,7 +195,11 @@ def even_batches(query: np.ndarray, row_budget: int) -> Iterator[np.ndarray]:
 class Layout:
     """Where K points of Q queries stand, sorted by layer, then query: in the batch, at `row` (K,)
     of their query's rows (row 0 takes the padding); in their layer's leaf, at `column` (K,) of the
-    query's. `of_layer`: the slice of each layer's points."""
+    query's. `of_layer`: the slice of each layer's points.
+
+    Points of (layer, query) (0, a), (0, a), (0, b), (1, b): `column` is 0, 1, 0, 0; `row` 1, 2, 1,
+    2, as b's point of layer 1 comes after its own of layer 0. The leaves have 2 columns and 1; the
+    batch has 3 rows a query from layer 0 on: row 0 and at most two points."""
 
     def __init__(self, query: np.ndarray, layer: np.ndarray, queries: int, layers: int):
         self.query, self.queries = query, queries

@@ -27,9 +27,9 @@ from torch import Tensor
 from qlutils.change.changes import Change, prompt_of
 from qlutils.model.answer import token_scores
 from qlutils.model.architecture import UnsupportedModel
-from qlutils.model.check import sharply
 from qlutils.model.passes import CleanPass, clean_pass, computing, run_rows, within_memory
 from qlutils.model.trace import edited
+from qlutils.model.verify import sharply
 
 CPU_TOKENS = 2048  # tokens of a batch on a CPU; from 1,024 on the time is flat
 _CHECKED: WeakSet = WeakSet()  # models that passed `_check`
@@ -197,7 +197,12 @@ def _in_order(by_query: list[list[_Row]]) -> list[_Row]:
 
 
 def _run(lm, clean: CleanPass, rows: list[_Row]) -> Tensor:
-    """(R, S, d) output of the last layer for `rows`, sorted as by `_in_order`."""
+    """(R, S, d) output of the last layer for `rows`, sorted as by `_in_order`.
+
+    A row joins the batch at its `entry`, the first layer that must be run for it: rows that are
+    first changed in layers 2, 2 and 5 join at 2, 2 and 5 with the clean pass's input of that layer;
+    where layers add what their MLPs write (`skip`), at 3, 3 and 6, with the clean output of the
+    changed layer and the change added to it. Unchanged rows join at the end."""
     slots = torch.tensor([row.slot for row in rows], device=lm.device)
     skip = lm.adds_mlp_output  # then a row's first changed layer need not be run
     entry = [min(row.start + skip, lm.num_layers) for row in rows]
@@ -236,7 +241,10 @@ def _write(lm, clean: CleanPass, layer: int, rows: list[_Row], hidden: Tensor) -
 
 
 def _changing(lm, layer: int, changes: list[Change | None]):
-    """Inside, the down-projection of `layer` sees and gives what the rows' `changes` ask for."""
+    """Inside, the down-projection of `layer` sees and gives what the rows' `changes` ask for: each
+    changed activation times its factor and, added to the output, the row's vector times the sum of
+    what they were. Of neurons 3 and 7 in row 0 and neuron 4 in row 2 the pairs are row = 0, 0, 2
+    and neuron = 3, 7, 4."""
     row, neuron, factor = [], [], []  # of each pair of a row and a neuron
     vectors: dict[int, Tensor] = {}  # of the rows that add one
     for place, change in enumerate(changes):

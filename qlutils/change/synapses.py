@@ -22,11 +22,11 @@ from qlutils.change.changes import check_finite
 from qlutils.change.rows import in_batches, refuse_numbers
 from qlutils.model.answer import token_probabilities
 from qlutils.model.architecture import UnsupportedModel, refusing
-from qlutils.model.attention import EXACT, Control, attention_implementation
-from qlutils.model.check import differ, sample_ids, sharply
+from qlutils.model.attention import EXACT, AttentionChange, attention_implementation
 from qlutils.model.language_model import whole_numbers
 from qlutils.model.passes import full_precision
 from qlutils.model.trace import Trace
+from qlutils.model.verify import differ, sample_ids, sharply
 
 SCORES = ("sum", "visible_mean")
 _REPLACEABLE: WeakSet = WeakSet()  # models that passed `check_replaceable`
@@ -37,19 +37,19 @@ _REPLACEABLE: WeakSet = WeakSet()  # models that passed `check_replaceable`
 
 @contextmanager
 def controlled(lm, factors=None, renormalise=False, observe=None):
-    """Inside, every forward pass of `lm.model` runs `attention.exact_attention` under a `Control`
-    of these arguments.
+    """Inside, every forward pass of `lm.model` runs `attention.exact_attention` under an
+    `AttentionChange` of these arguments.
 
     `UnsupportedModel`, naming the model, where its attention cannot be replaced."""
     lm.check_ready()
     check_replaceable(lm)
-    with _exact_attention(lm, Control(factors, renormalise, observe)):
+    with _exact_attention(lm, AttentionChange(factors, renormalise, observe)):
         yield
 
 
 @contextmanager
-def _exact_attention(lm, control):
-    with attention_implementation(lm.model, EXACT), control.on(lm.model, lm.layers):
+def _exact_attention(lm, change):
+    with attention_implementation(lm.model, EXACT), change.on(lm.model, lm.layers):
         yield
 
 
@@ -73,7 +73,7 @@ def check_replaceable(lm) -> None:
 def _replace(lm, ids) -> None:
     """`UnsupportedModel` unless `exact_attention` can take the place of the model's on `ids`."""
     seen = set()
-    watch = Control(observe=lambda layer, *_: seen.add(layer))
+    watch = AttentionChange(observe=lambda layer, *_: seen.add(layer))
     with sharply(lm) as tolerance:
         own = lm.model(input_ids=ids, use_cache=False).logits
         with _exact_attention(lm, watch):

@@ -18,7 +18,7 @@ from qlutils.study.known import check_known_prompts
 from qlutils.study.parameters import check_given, declared_parameters
 
 # 01 runs per model and method, 02 per model; the others per model and downstream method
-FIRST, COMPARES, LAST = "01", "02", "report"
+FIRST, LAST = "01", "report"
 
 
 @dataclass
@@ -55,12 +55,16 @@ class Job:
             return not other.is_of(LAST)
         if self.is_of(FIRST) or not other.is_of(FIRST) or other.model != self.model:
             return False
-        return self.is_of(COMPARES) or other.method == self.method
+        return self.is_of(paths.COMPARES) or other.method == self.method
 
 
 def plan_jobs(args, folder):
     """(jobs in order, hash of the facts). ValueError, before anything starts, for whatever cannot
-    be run."""
+    be run.
+
+    Every notebook of the folder becomes jobs, so that each knows what it `needs`; those of the
+    notebooks asked for (`--only`) are returned, less those of notebook 01 for a method that only
+    later notebooks have: what they need and nobody makes they make themselves."""
     shared, extra = shared_parameters(args), extra_parameters(args)
     facts = facts_of_run(args, shared, extra)
     found = sorted(folder.glob("[0-9][0-9]_*.ipynb")) + sorted(folder.glob(f"{LAST}.ipynb"))
@@ -93,7 +97,7 @@ def models_and_methods(stem, shared):
         return [(None, None)]
     downstream = shared["downstream_methods"]
     every = list(dict.fromkeys(shared["methods"] + downstream))
-    methods = {FIRST: every, COMPARES: [None]}.get(stem[:2], downstream)
+    methods = {FIRST: every, paths.COMPARES: [None]}.get(stem[:2], downstream)
     return list(product(shared["models"], methods))
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import nbformat
 
 from qlutils import paths
+from qlutils.driver.execute import execute, kernel_environment
 from qlutils.driver.stamps import cells_hash
 from qlutils.experiments.report import copy_results
-from qlutils.study.execute import execute, kernel_environment
 from qlutils.study.parameters import declared_parameters
 
 REFERENCE_MODEL = "pretrained/gemma-3-270m"

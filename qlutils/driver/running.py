@@ -15,11 +15,11 @@ from pathlib import Path
 
 from qlutils import paths
 from qlutils.driver import stamps
+from qlutils.driver.execute import execute, kernel_environment
 from qlutils.driver.jobs import LAST
 from qlutils.experiments.report import publish
 from qlutils.files import versions, write_json
 from qlutils.study import identity
-from qlutils.study.execute import execute, kernel_environment
 
 LOG_SECONDS = 60  # a line this often says what runs
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -120,7 +120,8 @@ def may_start(job, run):
     """Whether all that a job reads is made, and no running job writes where it does.
 
     What it reads and this run does not make it makes itself: then no other job of its model may
-    run, which might make the same."""
+    run, which might make the same. So 03 and 04 of one model and method never run side by side; 03
+    by ig starts beside 04 by sig where 01 has run by ig, and else waits until it is alone."""
     running = run.running.values()
     if not {other.name for other in [*run.waiting, *running]}.isdisjoint(job.needs):
         return False

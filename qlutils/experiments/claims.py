@@ -42,15 +42,16 @@ from qlutils.experiments.effects import (
     query_gaps,
     rates,
 )
+from qlutils.paths import COMPARES as LOCALISED  # its claims are decided for every method
 from qlutils.show.page import folded, shown
 from qlutils.show.stats import LEAST, Estimate, bootstrap_difference, bootstrap_mean
 from qlutils.show.tables import format_value, too_few
+from qlutils.study.results import Missing
 
 HOLDS, PARTLY, MIXED = "holds", "holds in part", "mixed"
 FAILS, OPPOSITE = "does not hold", "the opposite holds"
 UNTOLD, OPEN, NOT_RUN = "cannot be told", "not testable here", "not run"
 COMMON, HIGH, MARGIN = 0.25, 0.5, 0.1
-LOCALISED = "02"  # the notebook whose claims every method decides
 QUANTITIES = {"dValue": "value", "dProb": "probability"}  # what scaling synapses moves
 NAMES = {
     "rel": "Rel",
@@ -84,10 +85,6 @@ LEGEND = (
 def synapse_rates(frame, quantity) -> pd.DataFrame:
     """The rows of notebook 06 about one of QUANTITIES, attention not renormalised."""
     return frame[(frame["quantity"] == quantity) & ~frame["renormalise"].astype(bool)]
-
-
-class Missing(Exception):
-    """A result that a claim needs is not there; the message says which and why."""
 
 
 @dataclass

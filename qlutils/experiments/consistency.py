@@ -11,7 +11,7 @@ import pandas as pd
 from skimage.filters import threshold_otsu
 
 from qlutils.checks import METHODS
-from qlutils.neurons.sets import classify, fact_table, kn_sets, otsu_threshold
+from qlutils.neurons.sets import classify, fact_table, jaccard, kn_sets, otsu_threshold
 from qlutils.show.stats import (
     LEAST,
     Estimate,
@@ -126,8 +126,8 @@ def otsu_share(facts, weights, name="II", among=None) -> float:
 
 
 def common_class_two(facts, threshold: str) -> float:
-    """The paper's "cap:II": the share of facts that all three methods put into K_II; NaN while a
-    method is missing. A fact that a method cannot classify does not count."""
+    """The paper's "cap:II": the share of facts that all METHODS put into K_II; NaN while one of
+    them is missing. A fact that a method cannot classify does not count."""
     if set(facts) != set(METHODS):
         return np.nan
     classes = [frame.set_index("fact")[f"class_{threshold}"] for frame in facts.values()]
@@ -257,11 +257,6 @@ def threshold_sensitivity(
             share = mean_columns(second, ["R_II"], share=True)
             rows.append({"t": t, "static": static} | cs2 | share)
     return pd.DataFrame(rows)
-
-
-def jaccard(one: set, other: set, empty: float = 1.0) -> float:
-    """Size of the intersection over that of the union; `empty` where both sets are."""
-    return len(one & other) / len(one | other) if one or other else empty
 
 
 def rules_compared(

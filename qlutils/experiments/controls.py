@@ -1,9 +1,20 @@
 """What else could make a fact's queries agree or disagree: controls of the study that the paper
 does not have. Input is the `queries` frame of a run; nothing here needs torch.
 
-1: groups of queries that are no fact's. 5: classes from one half of a fact's queries, outcomes from
-the other, in place of a circular test. 7: is K_II only ignorance? Controls 2 and 6 localise again:
-see `relocalise`.
+The report has seven, by number:
+1  groups of queries that are no fact's: `null_consistency`
+2  sets that should be one, localised again by other rules and in other words: `relocalise.noise`
+3  other thresholds on scores and on CS2: `consistency.threshold_sensitivity`
+4  interventions on other neurons: `report.other_neurons` for notebook 04's sets; those that 03 and
+   07 edit are drawn in `edit_plans`
+5  classes from one half of a fact's queries, outcomes from the other, in place of a circular test:
+   `split_half`
+6  KN sets in two precisions of the model: `relocalise.precision`
+7  is K_II only ignorance? `knowledge`
+
+In notebooks 03 and 07 a "control" (the parameter `controls`, the column `control`) is something
+narrower, and part of number 4: other neurons, of `edit_plans.CONTROLS`, that are edited in place of
+a KN set.
 """
 
 import re
@@ -14,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from qlutils.experiments.consistency import THRESHOLDS, classified_facts, share_of_class
-from qlutils.experiments.effects import seeded
+from qlutils.facts import seeded
 from qlutils.neurons.others import random_neurons
 from qlutils.neurons.sets import (
     classify,

@@ -12,7 +12,6 @@ from qlutils.show.stats import bootstrap_difference, bootstrap_mean
 from qlutils.show.tables import paper_value, verdict, without_empty_paper_columns
 
 PAPER_OP = {"erase": "erasure", "update": "update"}
-PAPER_SETS = {2: ("local", "global"), 3: ("local", "global", "cas")}  # of the paper's two tables
 RATES = ("rel", "gen", "loc", "avg")
 METRICS = (*RATES, "dppl", "broken")
 MEDIANS = ("dppl",)  # a few broken texts decide its mean
@@ -58,7 +57,7 @@ def measures_table(
         }
         if control != "none":
             row["neurons"] = f"{neurons} ({control})"
-        elif keys["threshold"] == "static" and neurons in PAPER_SETS[table]:
+        elif keys["threshold"] == "static":
             for name in METRICS[:-1]:  # the paper counts no broken texts
                 row[f"{name}_paper"] = paper_value(
                     table, model, name, operation=row["op"], neurons=neurons, class_=keys["class"]
@@ -129,7 +128,7 @@ def with_verdicts(contrasts) -> pd.DataFrame:
     return contrasts.replace(words).assign(verdict=said)
 
 
-def in_short(contrasts, what) -> str:
+def verdict_counts(contrasts, what) -> str:
     """How many of some differences lie on which side of 0; `what` says which differences."""
     verdicts = [verdict(row, "difference") for row in contrasts.to_dict("records")]
     counts = Counter(said.split(" (")[0] for said in verdicts)

@@ -7,12 +7,13 @@ import numpy as np
 import pandas as pd
 
 from qlutils.experiments.consistency import CLASSES, THRESHOLDS, cells, classified_facts
+from qlutils.facts import seeded
 from qlutils.neurons.others import OtherFacts
 from qlutils.neurons.sets import kn_sets
 from qlutils.show.stats import LEAST, Estimate, bootstrap_difference, bootstrap_mean, mean_columns
 
-PAPER_SETS = ("self", "union", "intersection", "refine")
-NEIGHBOURS = PAPER_SETS[1:]  # made of the KNs of the fact's other queries, too
+FIGURE_4_SETS = ("self", "union", "intersection", "refine")
+NEIGHBOURS = FIGURE_4_SETS[1:]  # made of the KNs of the fact's other queries, too
 # Beyond the paper, see `query_kn_mapping.query_sets`: those of which notebook 04 shows the effect.
 COMPARISON_SETS = (
     "self_random",
@@ -45,11 +46,6 @@ COUNTED = ("all", "known")
 
 
 # --- units of work --------------------------------------------------------------------------------
-
-
-def seeded(seed: int, *what) -> np.random.Generator:
-    """A random generator of its own for each thing that is drawn for, whatever the order."""
-    return np.random.default_rng([seed, *" ".join(map(str, what)).encode()])
 
 
 def units(queries, t=None, *, irrelevant=None, other=None) -> list[list[dict]]:

@@ -24,7 +24,6 @@ from qlutils.experiments.claims import (
     NOT_RUN,
     UNTOLD,
     Case,
-    Missing,
     deciding,
     n_facts,
     overall,
@@ -37,6 +36,7 @@ from qlutils.experiments.effects import query_gaps
 from qlutils.experiments.report import NOTEBOOKS, SavedResults
 from qlutils.show.stats import LEAST
 from qlutils.show.tables import format_value
+from qlutils.study.results import Missing
 
 SENTENCES: dict = {}  # {topic: functions that yield its sentences of a `Reading`}
 EDITED = {  # {(neurons, control): whose value vectors were edited}

@@ -18,7 +18,7 @@ from qlutils.change.editing import MIN_TOKENS, encode_entries, usable_texts, vir
 from qlutils.change.rows import Change, Scores, score_rows
 from qlutils.change.scaling import greedy_answers
 from qlutils.experiments.edit_plans import plan_edits
-from qlutils.facts import load_facts, perplexity_texts, prompt_tokens
+from qlutils.facts import perplexity_texts, prompt_tokens
 from qlutils.model.passes import neuron_vectors
 from qlutils.neurons.others import active_neurons
 
@@ -124,29 +124,23 @@ def _edits(lm, fact, ops, options) -> list[Edit]:
     names = ("fact", "relation", "subject", "object", "new_object")
     about = {name: plan[name] for name in names} | {"prompt": plan["prompts"][plan["query"]]}
     for op in ops:
-        for edit in plan["edits"]:
+        for edit in plan["edits"]:  # a set itself, "none", comes before its controls: `plan_edits`
             name = edit["neurons"], edit["control"]
             if edit["control"] == "matched" and name not in sets:
                 sets[name] = matched_neurons(lm, plan, sets[edit["neurons"], "none"])
             neurons = sets.setdefault(name, edit["set"])
             key = op, tuple(map(tuple, neurons))
             if op in fact.targets and key not in changes:
-                objects = dict(old=fact.answer("erase"), new=fact.answer("update"))
-                changes[key] = virtual_edit(
-                    lm,
-                    neurons,
-                    op,
-                    **objects,
-                    **options,
-                )
+                old, new = fact.answer("erase"), fact.answer("update")
+                changes[key] = virtual_edit(lm, neurons, op, old=old, new=new, **options)
             change = changes.get(key)
             which = dict(
                 op=op,
                 neurons=name[0],
                 control=name[1],
                 n_neurons=len(neurons),
+                note=fact.note if change is None else None,
             )
-            which["note"] = fact.note if change is None else None
             edits.append(Edit(fact, op, about | which, change))
     return edits
 
@@ -231,7 +225,11 @@ def _mean(values) -> float:
 def _shares_of_new_object(lm, edits, scored) -> list[float]:
     """loc_new of every edit. Greedy decoding gives the new object where it begins as that does and,
     for one of several tokens, where each of them is the likeliest after those before it; only the
-    latter has to be asked for."""
+    latter has to be asked for.
+
+    Of an update to "New York" a query whose edited answer begins with "New" is scored with the
+    answer "New York"; one that begins with "The" is not, and counts as no. Of an update to "Rome",
+    one token, an answer that begins so is enough."""
     begun = [_begun(edit, after.greedy) for edit, (_, after) in zip(edits, scored)]
     longer = [[query for query in own if query and len(query[1]) > 1] for own in begun]
     shares = []
@@ -289,16 +287,10 @@ def study_plans(study, queries, sets, **changes):
     if p["ppl_entries"]:
         shortest = min(MIN_TOKENS, p["ppl_max_tokens"])
         texts = usable_texts(lm, perplexity_texts(p["corpus"]), shortest)
-    middle = p.get("middle", "cut")
     names = ("controls", "t", "n_locality", "ppl_entries", "seed")
     return plan_edits(
         queries,
-        load_facts(
-            study.data,
-            relations=study.relations,
-            middle=middle,
-            warn=False,
-        ),
+        study.candidates(warn=False),
         num_neurons=lm.num_neurons,
         sets=sets,
         texts=texts,
@@ -328,12 +320,7 @@ def with_more_controls(study, queries, edits, controls, size) -> pd.DataFrame:
     """The `edits` of a sample of `size` facts, and beside each those of other `controls`, without
     perplexity."""
     some = sample_of_facts(edits, size, study.seed)
-    changes = dict(controls=controls, ppl_entries=0)
     more, _ = run_edits(
-        study,
-        queries,
-        ["local", "global"],
-        facts=some,
-        **changes,
+        study, queries, ["local", "global"], facts=some, controls=controls, ppl_entries=0
     )
     return pd.concat([edits[edits["fact"].isin(some)], more[more["control"] != "none"]])

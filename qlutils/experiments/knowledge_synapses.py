@@ -23,8 +23,8 @@ from qlutils.change.synapses import (
     run_rows,
     scale_synapses,
 )
-from qlutils.experiments.effects import rates, seeded, summary
-from qlutils.facts import prompt_tokens
+from qlutils.experiments.effects import rates, summary
+from qlutils.facts import prompt_tokens, seeded
 from qlutils.model.passes import neuron_vectors
 from qlutils.show.stats import bootstrap_difference
 

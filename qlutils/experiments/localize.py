@@ -1,5 +1,9 @@
-"""From facts to stored knowledge neurons: every query of a run is attributed, and of its scores
-those that can matter are kept."""
+"""From facts to stored scores: every query of a run is attributed, and of its scores those that can
+matter are kept, all above 0.05 of its largest.
+
+A KN set is not stored: it depends on the threshold t, and `neurons.sets.kn_sets(queries, t)` makes
+it of the scores wherever one is read.
+"""
 
 from dataclasses import asdict, replace
 
@@ -8,11 +12,10 @@ import pandas as pd
 import torch
 
 from qlutils.attribution.attribute import Attribution, Spec, attribute_encoded
-from qlutils.experiments.consistency import jaccard
 from qlutils.facts import Fact, prompt_tokens
 from qlutils.model.passes import neuron_vectors
 from qlutils.neurons.cas import cas_candidates
-from qlutils.neurons.sets import STORE_THRESHOLD, fact_table, knowledge_neurons
+from qlutils.neurons.sets import STORE_THRESHOLD, fact_table, jaccard, knowledge_neurons
 
 # What `compare_rules` compares, and the tolerance that stands for the exact integral.
 COMPARED = (
@@ -132,11 +135,16 @@ def localise(study, **spec) -> pd.DataFrame:
             f"no fact of this run has two usable queries for {study.model}; first reason: "
             f"{lost['left_out'].iloc[0]}"
         )
-    choices = asdict(Spec(**config))
-    del choices["method"], choices["row_budget"]
-    study.save(queries, "queries", localisation=choices)
+    study.save(queries, "queries", localisation=_settings(**config))
     study.save(lost[["fact", "prompt", "left_out"]], "left_out")
     return queries
+
+
+def _settings(**config) -> dict:
+    """The fields of `Spec` on which scores depend, beside the method."""
+    settings = asdict(Spec(**config))
+    del settings["method"], settings["row_budget"]
+    return settings
 
 
 def _usable(frame) -> pd.DataFrame:
@@ -174,15 +182,19 @@ def localise_by_other_rule(
 
 
 def localised(study) -> pd.DataFrame:
-    """The `queries` frame of a study: what notebook 01 saved for these inputs, computed with
-    defaults if it is missing."""
+    """The `queries` frame of a study: what notebook 01 saved for these inputs. Where that is
+    missing it is computed: with the settings of what was saved from other inputs (of other facts,
+    say), if anything, else with the defaults, which are the paper's."""
     if study.method in study.methods_done("queries"):
         return study.load("queries")
+    saved = study.localisation()
+    how = "with the settings of what is saved" if saved else "by the paper's rule"
+    told = ", ".join(f"{name}={value!r}" for name, value in _settings(**saved).items())
     print(
-        f"Knowledge neurons of {study.model} by {study.method} are not there yet: localising with "
-        f"default settings."
+        f"Knowledge neurons of {study.model} by {study.method} are not there yet: localising "
+        f"{how}: {told}."
     )
-    return localise(study)
+    return localise(study, **saved)
 
 
 # --- what notebook 01 shows -----------------------------------------------------------------------

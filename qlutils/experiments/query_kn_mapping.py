@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 
 from qlutils.change.scaling import scaled_answer_probabilities
-from qlutils.experiments.effects import NEIGHBOURS, OTHER_FACTS, seeded
+from qlutils.experiments.effects import NEIGHBOURS, OTHER_FACTS
 from qlutils.experiments.localize import activations
-from qlutils.facts import prompt_tokens
+from qlutils.facts import prompt_tokens, seeded
 from qlutils.neurons.others import active_neurons, random_neurons
 from qlutils.neurons.sets import neighbour_sets
 

@@ -6,10 +6,9 @@ import re
 import numpy as np
 import pandas as pd
 
-from qlutils.experiments.consistency import jaccard
 from qlutils.experiments.controls import GROUP, agreement, subject_in
 from qlutils.experiments.localize import localise_again
-from qlutils.neurons.sets import kn_sets
+from qlutils.neurons.sets import jaccard, kn_sets
 
 RULES, STEPS = ("right", "midpoint", "gauss"), 20
 ARTICLE = r"\b(?:the|a|an) "

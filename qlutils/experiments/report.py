@@ -19,16 +19,17 @@ from IPython.display import HTML, Image, display
 
 from qlutils import paths
 from qlutils.experiments import controls
-from qlutils.experiments.claims import QUANTITIES, Missing, synapse_rates
-from qlutils.experiments.effects import PAPER_SETS, query_gaps, summary
+from qlutils.experiments.claims import QUANTITIES, synapse_rates
+from qlutils.experiments.effects import FIGURE_4_SETS, query_gaps, summary
 from qlutils.files import write_bytes
 from qlutils.show.page import export_html, folded, missing_html, shown
 from qlutils.show.plots import figure_bars
 from qlutils.show.tables import paper, paper_notes
+from qlutils.study.identity import differing
 from qlutils.study.notebook import Study
-from qlutils.study.results import read_record
+from qlutils.study.results import Missing, read_record
 
-NOTEBOOKS = {
+NOTEBOOKS = {  # by number; `paths.NOTEBOOKS` is their folder
     "01": "01_localize",
     "02": "02_consistency",
     "03": "03_kn_modification",
@@ -37,7 +38,6 @@ NOTEBOOKS = {
     "06": "06_knowledge_synapses",
     "07": "07_cas_editing",
 }
-COMPARES = "02"  # the notebook that compares methods: its results stand in the model's folder `all`
 # What the report and a notebook must have in common, where the notebook has it.
 SETTINGS = ("t", "static_threshold", "middle")
 # The frames that claims and figures read: {name under which it was saved: notebook}.
@@ -67,10 +67,7 @@ class SavedResults:
     def of(self, model, method=None) -> Study:
         """The study of a model and method, with the report's parameters; for what it saved and for
         new units."""
-        given = {**self.study.parameters, "model": model, "method": method}
-        found = Study(self.study.notebook, **given)
-        found.may_scan = False
-        return found
+        return self.study.beside(model, method=method)
 
     def entry(self, number, model, method=None) -> dict:
         """The record of a notebook; `Missing` where it was not run, or on other facts, model or
@@ -83,7 +80,7 @@ class SavedResults:
             raise Missing(f"notebook {number} was not run") from None
         except ValueError as error:
             raise Missing(str(error)) from None
-        differ = [name for name, ours in inputs.items() if entry["inputs"].get(name) != ours]
+        differ = differing(inputs, entry["inputs"])
         for name in SETTINGS:
             ours = study.parameters.get(name)
             if entry["parameters"].get(name, ours) != ours:
@@ -109,7 +106,7 @@ class SavedResults:
         return path
 
     def methods_of(self, number) -> list:
-        return {"01": self.methods, COMPARES: [None]}.get(number, self.downstream)
+        return {"01": self.methods, paths.COMPARES: [None]}.get(number, self.downstream)
 
     def read_all(self, number, read) -> tuple[dict, dict]:
         """{(model, method): read(model, method)} of all that notebook `number` runs for, and
@@ -330,7 +327,7 @@ def show_figure_4(saved: SavedResults, stem, threshold="static", seed=0) -> HTML
     found, missing = saved.frames("query_kn_mapping")
     parts = []
     for pair, frame in found.items():
-        part = summary(frame, PAPER_SETS, thresholds=(threshold,), seed=seed)
+        part = summary(frame, FIGURE_4_SETS, thresholds=(threshold,), seed=seed)
         parts.append(part.assign(model=saved.label(*pair)))
     return _show_bars(saved.study, stem, parts, missing, row="direction", x="set", ylabel="dProb, ")
 

@@ -27,7 +27,7 @@ from qlutils.change.synapses import column_scores, find_synapses, scale_synapses
 from qlutils.experiments.effects import NEIGHBOURS
 from qlutils.experiments.localize import localise_unit
 from qlutils.facts import Fact
-from qlutils.files import as_frame, read_table
+from qlutils.files import as_frame, read_parquet
 from qlutils.model.architecture import UnsupportedModel
 from qlutils.model.passes import computing, neuron_vectors
 from qlutils.neurons.cas import cas_neurons
@@ -99,22 +99,25 @@ def typed_fact(prompts: str, answer: str) -> Fact:
     return Fact(TYPED, "your prompts", answer.strip(), lines)
 
 
+def _study(model, method, data, output) -> Study:
+    return Study("explore_fact", model=model, method=method, data=data, output=output)
+
+
+def saved_spec(model: str, method: str, data="demo", output="default") -> dict:
+    """The fields of `qlutils.Spec` with which notebook 01 localised what it saved in run `output`;
+    {} where nothing is saved."""
+    return _study(model, method, data, output).localisation()
+
+
 def saved_queries(
     model: str, method: str, data="demo", output="default", **spec
 ) -> pd.DataFrame | None:
     """What notebook 01 saved in run `output` for this very model, method and `qlutils.Spec`, or
-    None."""
-    study = Study(
-        "explore_fact",
-        model=model,
-        method=method,
-        data=data,
-        output=output,
-    )
-    path = study.results / "queries.parquet"
+    None. `spec`: what is saved may be by another rule than the default, see `saved_spec`."""
+    path = _study(model, method, data, output).results / "queries.parquet"
     if not path.exists():
         return None
-    table, made = read_table(path)
+    table, made = read_parquet(path)
     if table is None:  # damaged
         return None
     wanted = asdict(Spec(method=method, **spec))

@@ -382,8 +382,11 @@ class Page(w.VBox):
         key = name, method, fact
         if key not in self.views:
             lm = store.cached_model(name)
-            saved = ex.saved_queries(lm.name, method, self.data, self.output)
-            found = ex.look(lm, fact, method, saved), saved, ex.control_facts(lm, self.facts, fact)
+            run = lm.name, method, self.data, self.output
+            spec = ex.saved_spec(*run)  # so what is computed now is by the run's own rule
+            saved = ex.saved_queries(*run, **spec)
+            view = ex.look(lm, fact, method, saved, **spec)
+            found = view, saved, ex.control_facts(lm, self.facts, fact)
             self.views = {old: one for old, one in self.views.items() if one[0].lm is lm}
             self.views[key] = found
         return self.views[key]

@@ -1,9 +1,14 @@
-"""Everything that differs between model families, and nothing else.
+"""What differs between model families: where their parts are, and what is refused.
 
 The rest of the package sees a model through the `Architecture` found here: its decoder layers, the
 down-projection of each MLP (whose *input* holds the neurons), the modules between the last layer
 and the unembedding, and the elementwise map from unembedding output to logits. What is found is not
-trusted: at load `check.verify` replays rows through it and compares them with the model's own.
+trusted: at load `verify.verify` replays rows through it and compares them with the model's own.
+
+Elsewhere, where they are used, are: what further arguments of an attention may say
+(`attention.HARMLESS`), which model types' MLPs have two matrices (`driver.plan.UNGATED`, for what a
+run costs), and that OPT flattens batch and sequence before its MLP (`passes`, `verify`, and `rows`,
+`changes` and `synapses` of `change`).
 """
 
 from __future__ import annotations

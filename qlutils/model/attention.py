@@ -25,7 +25,7 @@ from transformers.masking_utils import eager_mask
 from qlutils.model.trace import hooked
 
 EXACT, PREFIX = "qlutils_exact", "qlutils_prefix"
-ACTIVE: list[Control] = []  # the controls whose contexts are entered, outermost first
+ACTIVE: list[AttentionChange] = []  # those whose contexts are entered, outermost first
 SHARED = threading.local()  # `prefix`: keys and values that the layer now running attends to
 # What the interface's further arguments may say without changing what is computed here: the window
 # is in the mask, positions are in queries and keys, models are evaluated without dropout, and what
@@ -52,7 +52,7 @@ def exact_attention(module, query, key, value, attention_mask, scaling=None, sof
 
     query (B, H, R, dh), key and value (B, Hkv, K, dh), Hkv dividing H; attention_mask (B or 1, 1 or
     H, R, K), additive or boolean, None for plain causal. Returns (B, R, H, dh) and the post-softmax
-    weights (B, H, R, K), both after the controls active on `module`.
+    weights (B, H, R, K), both after the changes active on `module`.
     """
     _check_arguments(module, other)
     (batch, heads, rows, width), kv_heads, columns = query.shape, key.shape[1], key.shape[2]
@@ -95,7 +95,7 @@ def prefix_attention(
 
 
 def _weights(module, scores: Tensor, mask: Tensor | None, width: int, scaling, softcap) -> Tensor:
-    """Post-softmax weights, in float32 at least, of `scores` (B, H, R, K), after the controls
+    """Post-softmax weights, in float32 at least, of `scores` (B, H, R, K), after the changes
     active on `module`."""
     scores = scores * (width**-0.5 if scaling is None else scaling)
     if softcap is not None:
@@ -106,9 +106,9 @@ def _weights(module, scores: Tensor, mask: Tensor | None, width: int, scaling, s
     elif mask is not None:
         scores = scores + mask
     weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    for control in tuple(ACTIVE):  # another model's may come or go in another thread
-        if module in control.layer_of:
-            weights = control.apply(control.layer_of[module], weights, mask)
+    for change in tuple(ACTIVE):  # another model's may come or go in another thread
+        if module in change.layer_of:
+            weights = change.apply(change.layer_of[module], weights, mask)
     return weights
 
 
@@ -198,11 +198,11 @@ def tokens_of(call: dict) -> Tensor | None:
 
 
 def is_controlled(model: nn.Module) -> bool:
-    """Whether a `Control` is active on a part of `model`."""
-    return any(part in control.layer_of for control in ACTIVE for part in model.modules())
+    """Whether an `AttentionChange` is active on a part of `model`."""
+    return any(part in change.layer_of for change in ACTIVE for part in model.modules())
 
 
-class Control:
+class AttentionChange:
     """One observation of, or change to, the attention matrices of a model while it is active.
 
     `factors`: {layer: (B or 1, H, C)} by which column c of each head's matrix is multiplied, in all

@@ -20,8 +20,8 @@ from qlutils.facts import check_text, continuation
 from qlutils.model import architecture
 from qlutils.model.architecture import Architecture, UnsupportedModel
 from qlutils.model.attention import is_controlled
-from qlutils.model.check import verify
 from qlutils.model.passes import full_precision
+from qlutils.model.verify import verify
 
 # Packages whose hooks are known: they move tensors between devices, or are removed with the call.
 KNOWN_HOOKS = ("qlutils", "transformers", "accelerate", "torch")
@@ -48,7 +48,7 @@ class LanguageModel:
     num_embeddings: float = math.inf  # tokens with both embeddings; a tokenizer alone has no limit
     context: int  # longest input in tokens (a large number where the configuration states none)
     rope_switches: Iterable[int] = ()  # lengths beyond which rotary frequencies are others
-    # Set by `check.verify`: how rows lie ("sequence" or "batch", see `passes.run_layer`), and
+    # Set by `verify.verify`: how rows lie ("sequence" or "batch", see `passes.run_layer`), and
     # whether every layer adds what its MLP writes to the residual stream as it is.
     layout: str
     adds_mlp_output: bool

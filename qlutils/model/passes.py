@@ -342,9 +342,11 @@ def start_rows(lm, clean: CleanPass, layer: int, rows: Tensor, site: str = "down
     """(Q, P, d) output of `layer` for rows that are clean except that its site module (the
     down-projection, or the up-projection for pre-activations) gives `rows` (Q, P, W).
 
-    Where the layer adds what its MLP writes to the residual stream as it is, it need not run. Else,
-    in the layout "sequence", its part before the site runs once a query: the rows appear at the
-    site, and the residual broadcasts.
+    Where the layer adds what its MLP writes to the residual stream as it is, it need not run: with
+    clean output y and MLP output m, a row r gives y + (r - m). Else it runs on its clean input, and
+    a hook puts the rows in place of what the site module gives. In the layout "sequence" that input
+    is one row a query, so that the part before the site runs once: P rows appear at the site, and
+    the residual of the one broadcasts over them.
     """
     if site == "down_input" and lm.adds_mlp_output:
         return clean.inputs[layer + 1] + (rows - clean.written[layer])

@@ -146,7 +146,7 @@ def consistency(kn_sets) -> Consistency:
         )
     counts = _counts(sets)
     everywhere = sum(count == len(sets) for count in counts.values())
-    pairs = [len(a & b) / len(a | b) for a, b in combinations(sets, 2) if a or b]
+    pairs = [jaccard(*two) for two in combinations(sets, 2) if any(two)]
     return Consistency(
         cs1=everywhere / len(counts) if counts else np.nan,
         cs2=_cs2(counts),
@@ -156,6 +156,11 @@ def consistency(kn_sets) -> Consistency:
         n_intersection=everywhere,
         sizes=tuple(map(len, sets)),
     )
+
+
+def jaccard(one: set, other: set, empty: float = 1.0) -> float:
+    """Size of the intersection over that of the union; `empty` where both sets are."""
+    return len(one & other) / len(one | other) if one or other else empty
 
 
 def cs2_subsampled(kn_sets, k=3, seed=0) -> float:

@@ -245,24 +245,22 @@ def _latex(shown, numeric, caption, note, stem):
 
 
 def paper_value(table, model, column, **keys) -> float:
-    """A value the paper prints, NaN where it has none for this model.
+    """A value the paper prints, NaN where it has none: for another model, method or set of neurons.
 
     `paper_values.json` names each table's columns and keys; the key class is written `class_`.
-    ValueError, naming what there is, for a table, column or key that the paper does not have."""
+    ValueError, naming what there is, for the name of a table, column or key that there is not."""
     tables = paper()["tables"]
     if str(table) not in tables:
         raise ValueError(f"the paper's values are of tables {', '.join(tables)}, not {table!r}")
     printed = tables[str(table)]
-    (_, *names), columns, rows = printed["keys"], printed["columns"], printed["rows"]
+    (_, *names), columns = printed["keys"], printed["columns"]
     keys = {name.rstrip("_"): value for name, value in keys.items()}
-    wanted = "|".join(str(keys.get(name)) for name in names)
-    known = {row.split("|", 1)[1] for row in rows}  # a row's name begins with its model
-    if column not in columns or set(keys) != set(names) or wanted not in known:
+    if column not in columns or set(keys) != set(names):
         raise ValueError(
-            f"Table {table} has the columns {', '.join(columns)} and, by {', '.join(names)}, "
-            f"the rows {', '.join(sorted(known))}; got {column!r} and {keys}"
+            f"Table {table} has the columns {', '.join(columns)} and the keys {', '.join(names)}; "
+            f"got {column!r} and {keys}"
         )
-    row = rows.get(f"{_ALIASES.get(model, model)}|{wanted}")
+    row = printed["rows"].get("|".join([_ALIASES.get(model, model), *map(keys.get, names)]))
     value = row[columns.index(column)] if row else None
     return np.nan if value is None else float(value)
 

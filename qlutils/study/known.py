@@ -21,7 +21,7 @@ from qlutils.facts import Fact, seeded_order
 from qlutils.files import locked
 from qlutils.study.results import load_frame, save_frame
 
-UNIT_FACTS = 32
+SCAN_UNIT = 32  # facts of a unit of `count_known`
 SCAN_PER_FACT = 32  # a relation of which less than one fact in 32 is known may stay short
 
 
@@ -116,13 +116,14 @@ def scan(study, every) -> pd.DataFrame:
     """`count_known` of facts in the seeded order of each relation, and whether each is `kept`.
 
     Relations that have not enough yet are asked a unit each at a time; all units where all known
-    facts are wanted."""
+    facts are wanted. With 2 facts wanted a round asks the next 32 of each relation that has found
+    fewer than 2, for 2 * 32 / 32 = 2 rounds at most; kept are the first 2 known ones."""
     wanted = inf if study.facts_per_relation is None else study.facts_per_relation
     askable = [fact for fact in every if len(fact.prompts) >= study.known_prompts]
     waiting = _units(askable, study.seed)
     most = max(map(len, waiting.values()))
     ask = most if wanted == inf else 1  # units of a relation at a time
-    allowed = most if wanted == inf else ceil(wanted * SCAN_PER_FACT / UNIT_FACTS)
+    allowed = most if wanted == inf else ceil(wanted * SCAN_PER_FACT / SCAN_UNIT)
     found, parts = Counter(), []
     for first in range(0, allowed, ask):
         units = []
@@ -146,5 +147,5 @@ def _units(every, seed) -> dict[str, list[list[dict]]]:
     for relation in dict.fromkeys(fact.relation for fact in every):
         facts = [fact for fact in every if fact.relation == relation]
         ordered = [asdict(facts[place]) for place in seeded_order(facts, relation, seed)]
-        units[relation] = [ordered[i : i + UNIT_FACTS] for i in range(0, len(ordered), UNIT_FACTS)]
+        units[relation] = [ordered[i : i + SCAN_UNIT] for i in range(0, len(ordered), SCAN_UNIT)]
     return units

@@ -69,9 +69,10 @@ class Study:
         pd.set_option("display.max_colwidth", 120)
         return cls(notebook, **parameters_of(notebook, namespace))
 
-    def beside(self, model):
-        """This study for another model of the same run, to read its results."""
-        other = Study(self.notebook, **{**self.parameters, "model": model})
+    def beside(self, model, **changes):
+        """This study for another model of the same run, to read its results; `changes`: other
+        parameters."""
+        other = Study(self.notebook, **{**self.parameters, "model": model, **changes})
         other.may_scan = False
         return other
 

@@ -4,20 +4,24 @@ import json
 import warnings
 from pathlib import Path
 
-from qlutils.files import as_frame, json_bytes, read_table, sha256, write_json, write_table
+from qlutils.files import as_frame, json_bytes, read_parquet, sha256, write_json, write_parquet
 from qlutils.study.identity import differing
+
+
+class Missing(Exception):
+    """A result that is needed is not there; the message says which and why."""
 
 
 def save_frame(frame, path, inputs, **more):
     """Write a DataFrame with what it was made from."""
-    write_table(frame, path, sha256(inputs), inputs=inputs, **more)
+    write_parquet(frame, path, sha256(inputs), inputs=inputs, **more)
 
 
 def load_frame(path, inputs):
     """The DataFrame of `save_frame`; ValueError says why it is none of a run with these inputs."""
     if not path.exists():
         raise ValueError("it was not made yet")
-    table, made = read_table(path)
+    table, made = read_parquet(path)
     if table is None:
         raise ValueError(made)
     if differ := differing(inputs, made.get("inputs", {})):

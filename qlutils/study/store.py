@@ -1,6 +1,10 @@
-"""Units of work: one unit, one parquet file, named by a hash of all that determines its content.
+"""Units of work: one unit, one parquet file, named by a hash of what determines it, the key.
 
-Present and valid means done, so a run that was stopped at any moment goes on where it was.
+The key holds the task's name and VERSION, its configuration, the model's fingerprint, the kind of
+device, the dtype and the unit's facts. It does not hold the versions of the libraries, which stand
+in the file's footer only, nor the number of threads, which no unit says and on which the last
+digits of a sum may depend. Present and valid means done, so a run that was stopped at any moment
+goes on where it was.
 """
 
 import importlib
@@ -17,7 +21,15 @@ from tqdm import tqdm
 
 import qlutils
 from qlutils import paths
-from qlutils.files import StoreError, as_frame, canonical, locked, read_table, sha256, write_table
+from qlutils.files import (
+    StoreError,
+    as_frame,
+    canonical,
+    locked,
+    read_parquet,
+    sha256,
+    write_parquet,
+)
 from qlutils.study.identity import model_content, task_version
 
 UNIT_FACTS = 24  # batches of equal lengths are full from there on
@@ -98,7 +110,7 @@ def _read(units, otherwise=""):
     any that is not, if anything."""
     found = {}
     for unit in units:
-        table = read_table(unit.file, unit.key)[0] if unit.file.exists() else None
+        table = read_parquet(unit.file, unit.key)[0] if unit.file.exists() else None
         if table is not None:
             found[unit.key] = table
         elif otherwise:
@@ -141,7 +153,9 @@ def packed(task, lm, facts, config):
     """Units of work: the facts in order, about `UNIT_FLOPS` a unit, but 1 to `UNIT_FACTS` facts.
 
     `task.passes(lm, fact, config)` says how many tokens a fact sends through the model; a pass of a
-    token costs two operations a parameter. No machine is timed: a unit's facts are part of its key.
+    token costs two operations a parameter. No machine is timed, as a unit's facts are part of its
+    key. So a unit is used again as a whole or not at all: one more fact may move the boundaries of
+    all units after it, which are then computed anew.
     """
     parameters = lm.arch.head.weight.numel()
     for layer in lm.layers:
@@ -188,7 +202,7 @@ def compute_unit(unit, threads=None):
             where = f"unit {unit.key[:12]} of {name}, {unit.model}"
             error.add_note(f"(in {where}; finished units are kept)")
             raise
-        write_table(frame, unit.file, unit.key, task=unit.task, model=unit.model)
+        write_parquet(frame, unit.file, unit.key, task=unit.task, model=unit.model)
     return unit.key
 
 

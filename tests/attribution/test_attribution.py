@@ -14,12 +14,13 @@ from tiny import FAMILIES, hooked, tiny_lm, tiny_model, trusted, watched_rows, w
 from torch import nn
 
 from qlutils import attribute
-from qlutils.attribution.attribute import METHODS, Spec, attribute_encoded
+from qlutils.attribution.attribute import Spec, attribute_encoded
 from qlutils.attribution.coordinate import Coordinate
 from qlutils.attribution.paths import Paths
 from qlutils.attribution.quadrature import RULES, quadrature
 from qlutils.change.rows import Change, score_queries, score_rows
 from qlutils.change.synapses import Row, column_scores, run_rows
+from qlutils.checks import METHODS
 from qlutils.model import answer as replay
 from qlutils.model.attention import exact_attention, prefix_attention
 from qlutils.model.language_model import LanguageModel

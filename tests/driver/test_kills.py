@@ -26,11 +26,11 @@ from qlutils import paths
 from qlutils.experiments import attention_predominance, effects, knowledge_synapses
 from qlutils.experiments.consistency import classified_facts
 from qlutils.experiments.edit_tables import measures_table
-from qlutils.experiments.effects import PAPER_SETS
+from qlutils.experiments.effects import FIGURE_4_SETS
 from qlutils.experiments.kn_modification import run_edits
 from qlutils.experiments.localize import localise
 from qlutils.experiments.query_kn_mapping import scale_kns
-from qlutils.files import read_table
+from qlutils.files import read_parquet
 from qlutils.study import identity, store
 from qlutils.study.notebook import Study
 from qlutils.study.results import read_record
@@ -76,7 +76,7 @@ def small_study(parameters):
         return effects.beside_queries(frame, queries, t, 0.1)
 
     scaled = effects.rates(moved(scale_kns, other=0))
-    study.table(effects.summary(scaled, PAPER_SETS, **few), "fig4")
+    study.table(effects.summary(scaled, FIGURE_4_SETS, **few), "fig4")
     winners = study.run(attention_predominance.attend, effects.units(queries), desc="attend")
     study.table(effects.top_tokens(winners), "attended")
     scaled = moved(knowledge_synapses.scale_synapse_columns, dict(renormalise=False), irrelevant=0)
@@ -309,7 +309,7 @@ def test_two_threads_find_the_knowledge_neurons_of_one(server, undisturbed, tmp_
     threshold."""
     server.run(tmp_path / "two", threads=2)
     one, two = (
-        read_table(runs / "default" / "results" / "demo--gpt2" / "ig" / "queries.parquet")[
+        read_parquet(runs / "default" / "results" / "demo--gpt2" / "ig" / "queries.parquet")[
             0
         ].to_pandas()
         for runs in (undisturbed[0], tmp_path / "two")

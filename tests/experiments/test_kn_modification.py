@@ -19,8 +19,8 @@ from qlutils.experiments.edit_tables import (
     by_class,
     class_contrasts,
     contrasts,
-    in_short,
     measures_table,
+    verdict_counts,
     with_verdicts,
 )
 from qlutils.experiments.kn_modification import edit_facts, matched_neurons, plan_edits
@@ -435,9 +435,9 @@ def test_classes_are_compared_where_a_threshold_fills_both_and_the_rest_is_said_
     assert gaps.loc[("otsu", "rel"), ["difference", "verdict"]].tolist() == [1, "lies above 0"]
     assert set(gaps["op"]) == {"erasure"} and ("otsu", "median dPPL") in gaps.index
     rel = class_contrasts(frame, classes).query("metric == 'rel'")
-    assert in_short(rel, "I minus II") == "I minus II: lies above 0 in 1 of 1"
+    assert verdict_counts(rel, "I minus II") == "I minus II: lies above 0 in 1 of 1"
     none = class_contrasts(frame, classes.assign(class_otsu="I"))
-    assert in_short(none, "I minus II") == "I minus II: nothing to compare"
+    assert verdict_counts(none, "I minus II") == "I minus II: nothing to compare"
 
 
 def test_the_cas_sweep_varies_one_setting_at_a_time():

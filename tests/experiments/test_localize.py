@@ -261,11 +261,27 @@ def test_other_settings_are_other_units(model, data, runs):
 def test_what_a_later_notebook_reads_is_what_was_localised(model, data, runs, capsys):
     study = study_of(model, data)
     by_default = localised(study)
-    assert "localising with default settings" in capsys.readouterr().out
+    assert "localising by the paper's rule: steps=20, rule='right'" in capsys.readouterr().out
     pd.testing.assert_frame_equal(localised(study_of(model, data)), by_default)
     assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="steps is 1"):
         localise(study_of(model, data), steps=1)
+
+
+def test_other_facts_are_localised_with_the_settings_of_those_that_are_saved(
+    model, data, runs, capsys
+):
+    settings = dict(rule="converged", tolerance=0.2)
+    localise(study_of(model, data, facts_per_relation=1), **settings)
+    queries, said = localised(study_of(model, data)), capsys.readouterr().out
+    assert "with the settings of what is saved: " in said
+    assert "rule='converged'" in said and "tolerance=0.2" in said
+    pd.testing.assert_frame_equal(queries, localise(study_of(model, data), **settings))
+    assert queries["converged"].notna().all() and queries["fact"].nunique() == 5
+    assert study_of(model, data).localisation().items() >= settings.items()
+    other = study_of(model, data, "amig")  # of which nothing is saved
+    assert localised(other)["converged"].isna().all()
+    assert "by the paper's rule" in capsys.readouterr().out
 
 
 def test_what_was_made_from_another_localisation_is_not_read(model, data, runs):

@@ -64,7 +64,7 @@ def test_every_set_of_a_query_by_hand():
     for name, like in (("self_random", sets["self"]), ("union_random", sets["union"])):
         assert not sets[name] & like
         assert sorted(layer for layer, _ in sets[name]) == sorted(layer for layer, _ in like)
-    shown = {*effects.PAPER_SETS, *effects.COMPARISON_SETS}
+    shown = {*effects.FIGURE_4_SETS, *effects.COMPARISON_SETS}
     assert shown - {"self_same_relation", "self_other_relation"} <= set(sets)
 
 
@@ -94,7 +94,7 @@ def test_rows_of_the_batch_equal_one_set_at_a_time(family):
     assert len(frame) == 3 * 2 * mapping.NUM_SETS == 3 * 2 * frame["set"].nunique()
     sets = [set(zip(*kns)) for kns in zip(EFFECTS_UNIT[0]["layer"], EFFECTS_UNIT[0]["neuron"])]
     for row in frame.to_dict("records"):
-        if row["set"] not in effects.PAPER_SETS:
+        if row["set"] not in effects.FIGURE_4_SETS:
             continue
         i = [0, 2, 3].index(row["prompt_index"])
         others = [s for k, s in enumerate(sets) if k != i]

@@ -17,11 +17,11 @@ from qlutils import (
     scale_neurons,
     scale_synapses,
 )
+from qlutils.driver.execute import execute, kernel_environment
 from qlutils.experiments.consistency import classified_facts
-from qlutils.files import read_table
+from qlutils.files import read_parquet
 from qlutils.model.passes import attention_implementation
 from qlutils.neurons.sets import kn_sets, neighbour_sets
-from qlutils.study.execute import execute, kernel_environment
 
 MODEL, RELATIONS = "demo/gpt2", ["P36", "P103", "P1412"]
 COMMON = dict(
@@ -68,7 +68,7 @@ def lm():
 
 @pytest.fixture(scope="module")
 def queries(books):
-    return read_table(books[1] / "queries.parquet")[0].to_pandas()
+    return read_parquet(books[1] / "queries.parquet")[0].to_pandas()
 
 
 def probability(lm, row):

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from qlutils import attribute, consistency, knowledge_neurons, load_facts, load_model, paths
+from qlutils.driver.execute import execute, kernel_environment
 from qlutils.experiments.localize import localise
-from qlutils.study.execute import execute, kernel_environment
 from qlutils.study.notebook import Study
 
 MODEL, RELATIONS, STEPS = "demo/gpt2", ["P36", "P103", "P1412"], 4
@@ -249,7 +249,7 @@ def test_02_localises_by_its_first_method_where_nothing_was_localised(run, folde
     assert (
         problem == ""
         and "ig: not run yet" in printed(book)
-        and "localising with default settings" in printed(book)
+        and "localising by the paper's rule" in printed(book)
     )
     where = folder / "runs" / "empty" / "results" / "demo--gpt2"
     assert (where / "amig" / "queries.parquet").exists() and not (where / "ig").exists()

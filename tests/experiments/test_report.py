@@ -20,6 +20,7 @@ from qlutils.show import page
 from qlutils.show.page import shown
 from qlutils.study.notebook import Study
 from qlutils.study.parameters import declared_parameters
+from qlutils.study.results import Missing
 
 MODELS = ["demo/gpt2", "demo/llama2", "demo/llama3"]
 SAMPLE = dict(relations=["P36", "P19"], facts_per_relation=12)
@@ -223,11 +224,11 @@ def test_only_results_of_these_facts_and_settings_are_read(runs, queries):
         (dict(dtype="bfloat16"), "dtype"),
         (dict(seed=1), "seed"),
     ):
-        with pytest.raises(claims.Missing, match=f"other .*{why}"):
+        with pytest.raises(Missing, match=f"other .*{why}"):
             the_run(**changed).frame("demo/gpt2", "ig", "queries")
-    with pytest.raises(claims.Missing, match="notebook 01 was not run"):
+    with pytest.raises(Missing, match="notebook 01 was not run"):
         the_run().frame("demo/gpt2", "sig", "queries")
-    with pytest.raises(claims.Missing, match="there is no model 'demo/none'"):
+    with pytest.raises(Missing, match="there is no model 'demo/none'"):
         the_run(models=["demo/none"]).entry("01", "demo/none", "ig")
 
 
@@ -240,7 +241,7 @@ def test_a_record_that_was_changed_is_not_read(runs, queries):
     path.write_text(text.replace(f'"facts": {entry["facts"]}', '"facts": 99999'))
     with (
         pytest.warns(UserWarning, match="run.json is damaged"),
-        pytest.raises(claims.Missing, match="01 was not run"),
+        pytest.raises(Missing, match="01 was not run"),
     ):
         the_run().entry("01", "demo/gpt2", "ig")
 
@@ -702,7 +703,7 @@ def test_claim_3_compares_neighbouring_models_in_the_given_order(queries):
 def test_what_cannot_be_tested_says_why(queries):
     def get(model, method, name):
         if name != "queries":
-            raise claims.Missing("notebook 03 was not run")
+            raise Missing("notebook 03 was not run")
         return queries
 
     board = claims.scoreboard(
@@ -733,7 +734,7 @@ def cells_of(text):
 def test_the_matrix_has_a_row_a_claim_and_a_column_a_model_and_method(queries):
     def get(model, method, name):
         if (model, name) != ("a<b", "queries"):
-            raise claims.Missing("notebook 03 was not run")
+            raise Missing("notebook 03 was not run")
         return queries
 
     board = claims.scoreboard(get, ["a<b", "c"], ["ig", "sig"], ["ig"], static=0.5)
@@ -799,12 +800,12 @@ class Saved:
 
     def frame(self, model, method, name):
         if name not in self.frames[model]:
-            raise claims.Missing(f"notebook {report.FRAMES[name]} was not run")
+            raise Missing(f"notebook {report.FRAMES[name]} was not run")
         return self.frames[model][name]
 
     def entry(self, number, model, method=None):
         if method == "sig":
-            raise claims.Missing("notebook 01 was not run")
+            raise Missing("notebook 01 was not run")
         names = [name for name, notebook in report.FRAMES.items() if notebook == number]
         for name in names:
             self.frame(model, method, name)

@@ -16,8 +16,8 @@ import urllib.request
 import nbformat
 import pytest
 
+from qlutils.driver.execute import kernel_environment
 from qlutils.paths import NOTEBOOKS
-from qlutils.study.execute import kernel_environment
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]

@@ -14,6 +14,7 @@ import torch
 from qlutils import attribute, knowledge_neurons, load_facts
 from qlutils.change.scaling import answer_probability, scale_neurons
 from qlutils.change.synapses import Row, above_threshold, column_scores, run_rows
+from qlutils.driver.execute import execute, kernel_environment
 from qlutils.experiments.localize import localise
 from qlutils.explorer import fact as explorer
 from qlutils.explorer.fact import (
@@ -34,6 +35,7 @@ from qlutils.explorer.fact import (
     parse_neurons,
     predictions,
     saved_queries,
+    saved_spec,
     typed_fact,
 )
 from qlutils.explorer.page import (
@@ -52,7 +54,6 @@ from qlutils.neurons.cas import cas_candidates, cas_neurons
 from qlutils.neurons.sets import consistency, neighbour_sets
 from qlutils.paths import NOTEBOOKS
 from qlutils.study import store
-from qlutils.study.execute import execute, kernel_environment
 from qlutils.study.notebook import Study
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"
@@ -262,6 +263,32 @@ def test_scores_of_a_run_are_read_instead_of_computed_unless_the_prompts_differ(
     assert read.sets(0.1) == fresh.sets(0.1)
     with pytest.raises(pytest.fail.Exception, match="computed"):
         look(lm, replace(fact, prompts=fact.prompts[:2]), "ig", saved)
+
+
+def test_what_is_computed_beside_a_saved_run_is_computed_by_the_runs_own_rule(runs, lm, fact):
+    study = Study(
+        "01_localize", model="demo/gpt2", method="ig", relations=["P36"], facts_per_relation=1
+    )
+    assert saved_spec("demo/gpt2", "ig") == {}
+    localise(study, rule="converged", tolerance=0.2)
+    [other] = study.facts()
+    spec = saved_spec("demo/gpt2", "ig")
+    assert (spec["rule"], spec["tolerance"]) == ("converged", 0.2)
+    assert saved_queries("demo/gpt2", "ig") is None  # by the default rule there is nothing
+    saved = saved_queries("demo/gpt2", "ig", **spec)
+    page = Page(fact=other.id)
+    assert "read from a saved run" in page.status.value
+    pd.testing.assert_frame_equal(page.saved, saved)
+    page.source.value, page.prompts.value = "typed", "\n".join(fact.prompts)
+    page.answer.value = fact.object
+    page.run.click()
+    assert "computed now" in page.status.value and page.view.frame["converged"].notna().all()
+    wanted = look(lm, page.view.fact, "ig", saved, rule="converged", tolerance=0.2)
+    assert page.view.sets(0.1) == wanted.sets(0.1)
+    code, run = page.code.value, {}
+    assert "    rule='converged',\n" in code and "    tolerance=0.2\n" in code
+    exec(compile(code, "copied", "exec"), run)
+    assert run["sets"] == page.view.sets(page.t.value)
 
 
 # --- changes --------------------------------------------------------------------------------------

@@ -31,14 +31,14 @@ from qlutils import (
 )
 from qlutils.attribution.attribute import Spec, attribute_encoded
 from qlutils.model import architecture as arch
-from qlutils.model import check, loading
+from qlutils.model import loading, verify
 from qlutils.model.answer import final_logits
 from qlutils.model.architecture import UnsupportedModel, join_call_arguments
-from qlutils.model.check import sharply
 from qlutils.model.language_model import LanguageModel
 from qlutils.model.loading import BUNDLED
 from qlutils.model.passes import clean_pass, join_passes, replaying, run_layer
 from qlutils.model.trace import Trace
+from qlutils.model.verify import sharply
 from qlutils.study import store
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -150,8 +150,8 @@ def test_joined_passes_over_prompts_of_two_lengths_replay_as_each_alone(family):
 def test_prompts_of_several_lengths_that_change_one_another_are_noticed_at_load(monkeypatch):
     """Then they are not refined together; what is found stays right."""
     assert tiny_lm("llama2").layout == "sequence"
-    whole = check.join_passes
-    monkeypatch.setattr(check, "join_passes", lambda passes: replace(whole(passes), padding=None))
+    whole = verify.join_passes
+    monkeypatch.setattr(verify, "join_passes", lambda passes: replace(whole(passes), padding=None))
     assert tiny_lm("llama2").layout == "batch"
 
 

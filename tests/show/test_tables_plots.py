@@ -207,6 +207,10 @@ def test_models_the_paper_has_not_and_the_cell_it_lost_are_nan():
         np.isnan(paper_value(3, LLAMA3, "dppl", **keys)) and "Table 2" in paper_notes(3, LLAMA3)[0]
     )
     assert paper_value(2, "openai-community/gpt2", "rel", **keys) == 0.53
+    assert np.isnan(paper_value(2, "gpt2", "rel", **{**keys, "neurons": "cas"}))  # of Table 3
+    for method in ("ig", "another"):
+        found = paper_value(4, "gpt2", "threshold_value", threshold="otsu", method=method)
+        assert np.isnan(found) == (method == "another")
 
 
 @pytest.mark.parametrize(
@@ -215,10 +219,10 @@ def test_models_the_paper_has_not_and_the_cell_it_lost_are_nan():
         (6, "rel", {}, "tables 1, 2, 3, 4"),
         (1, "rel", dict(threshold="otsu", method="ig"), "ratio_I"),
         (1, "t", dict(threshold="otsu"), "threshold, method"),
-        (4, "threshold_value", dict(threshold="x", method="ig"), "'x'"),
+        (4, "threshold_value", dict(threshold="otsu", methods="ig"), "keys threshold, method; got"),
     ],
 )
-def test_what_the_paper_does_not_print_is_refused(table, column, keys, message):
+def test_names_that_the_papers_tables_do_not_have_are_refused(table, column, keys, message):
     with pytest.raises(ValueError, match=message):
         paper_value(table, "gpt2", column, **keys)
 

@@ -63,7 +63,7 @@ def data(tmp_path_factory):
 @pytest.fixture
 def study(data, runs, monkeypatch):
     """Makes studies of these facts, looked through four at a time."""
-    monkeypatch.setattr(known, "UNIT_FACTS", 4)
+    monkeypatch.setattr(known, "SCAN_UNIT", 4)
 
     def make(**changes):
         given = dict(

@@ -178,9 +178,9 @@ def test_a_unit_holds_as_many_facts_as_cost_about_a_minute_and_between_1_and_24(
 
 def test_no_flipped_bit_and_no_truncation_goes_unnoticed(tmp_path):
     path = tmp_path / "x.parquet"
-    files.write_table(numbers(None, UNITS[1]), path, "key")
+    files.write_parquet(numbers(None, UNITS[1]), path, "key")
     data = path.read_bytes()
-    assert files.read_table(path, "key")[0].num_rows == 2
+    assert files.read_parquet(path, "key")[0].num_rows == 2
     rng = random.Random(0)
     damaged = [
         data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
@@ -190,7 +190,7 @@ def test_no_flipped_bit_and_no_truncation_goes_unnoticed(tmp_path):
     for bad in damaged:
         path.write_bytes(bad)
         with pytest.warns(UserWarning, match="x.parquet"):
-            assert files.read_table(path, "key")[0] is None
+            assert files.read_parquet(path, "key")[0] is None
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "foreign"])

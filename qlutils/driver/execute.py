@@ -34,7 +34,7 @@ def execute(notebook, output, parameters, env, log, stop=None):
     env: from `kernel_environment`. log: file for what the process says. stop: a `threading.Event`,
     once set, ends the process and its kernel, and this call; so does whatever interrupts it."""
     Path(output).unlink(missing_ok=True)
-    code = "from qlutils.study.execute import run_papermill; run_papermill()"
+    code = "from qlutils.driver.execute import run_papermill; run_papermill()"
     spec = json.dumps([str(notebook), str(output), parameters, os.getpid()])
     with open(log, "wb") as stream:
         child = subprocess.Popen(

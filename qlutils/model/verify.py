@@ -181,7 +181,12 @@ class _Change:
 
 def _check_layers(lm, ids: Tensor, tolerance: float) -> bool:
     """`UnsupportedModel` unless each layer gives for rows what it gives for whole sequences, from
-    its input on and from changed neurons on. Whether every layer adds what its MLP writes."""
+    its input on and from changed neurons on. Whether every layer adds what its MLP writes.
+
+    Whole sequences run in 1 + 2 L passes at once: pass 0 is clean, pass 1 + l has another
+    output of layer l's down-projection, pass 1 + L + l other pre-activations there. At layer l the
+    passes that are changed elsewhere are rows for `run_layer`, and the two that are changed here
+    rows for `start_rows`, between two clean ones, so that what leaks from row to row shows."""
     clean = {site: clean_pass(lm, ids, site) for site in SITES}
     layers = range(lm.num_layers)
     changes = [_Change.of(lm, clean[site], layer, site) for site in SITES for layer in layers]
