@@ -19,7 +19,7 @@ import seaborn as sns
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import CenteredNorm, Normalize
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
+from matplotlib.ticker import LogLocator
 from PIL import Image
 
 from qlutils.files import write_bytes
@@ -71,13 +71,11 @@ LABELS = {
 CONTROLS = {"self_random": "self", "union_random": "union", "irrelevant": "self"}
 CHANGE = {  # what a bar of Figure 4 and 6 is, by what stands at its ticks
     "set": "ΔProb: change of P(answer),\nas claimed (1 = 100 %)",
-    "direction": "change, positive as claimed: up when\nenhanced, down when suppressed (1 = 100 %)",
+    "direction": "change, positive as claimed:\nup if enhanced, down\nif suppressed (1 = 100 %)",
 }
 MAX_PNG = 150_000  # bytes
 INTERVAL = f"line: 95 % bootstrap over facts; –: fewer than {LEAST} facts"
 FEW = 5  # facts from which on a median is drawn
-MANY = 40  # facts from which on a violin stands for dots
-KINDS = {"attribution": "share of the query's largest", "activation": "activation, one scale"}
 
 
 plt.style.use(Path(__file__).with_name("study.mplstyle"))  # for every figure from here on
@@ -106,24 +104,27 @@ def _legend(fig, colors, title="", hollow=""):
 
 def figure_cs2(frames, method, names, line=0.3):
     """Figure 3, 8 or 9: CS2 of several models' facts (rows of `classified_facts` a model, with a
-    column model) by relation, from the lowest median to the highest; the thresholds and the paper's
-    example as lines. names: {code of a relation: its name}."""
+    column model), a dot each, by relation, from the lowest median to the highest; the thresholds
+    and the paper's example as lines. names: {code of a relation: its name}."""
     columns = ["model", "relation", "fact", "cs2", "threshold_static", "threshold_otsu"]
     frame = pd.concat(frames, ignore_index=True)[columns]
     colors = model_colors(dict.fromkeys(frame["model"]))
-    drawn = frame.dropna(subset="cs2")
-    fig, ax = plt.subplots(figsize=(WIDE, 3.8))
+    drawn = frame.dropna(subset="cs2").sort_values("cs2", kind="stable")
+    relations = drawn.groupby("relation")["cs2"].median().sort_values(kind="stable").index
     width = 0.8 / len(colors)
-    ticks = []
-    medians = drawn.groupby("relation")["cs2"].median().sort_values(kind="stable")
-    for at, code in enumerate(medians.index):
-        counts = {}
-        for place, (name, color) in enumerate(colors.items()):
-            here = (drawn["relation"] == code) & (drawn["model"] == name)
-            values = np.sort(drawn.loc[here, "cs2"])
-            _strip(ax, values, at + (place - (len(colors) - 1) / 2) * width, width, color)
-            counts[len(values)] = str(len(values))
-        ticks.append(f"{names.get(code, code)} ({' / '.join(counts.values())})")
+    groups = drawn.groupby(["relation", "model"])["cs2"]
+    middle = drawn["relation"].map(relations.get_loc)
+    middle += (drawn["model"].map(list(colors).index) - (len(colors) - 1) / 2) * width
+    aside = groups.cumcount() * 0.618 % 1 - 0.5  # neighbours far from each other
+    n = groups.transform("size")
+    fig, ax = plt.subplots(figsize=(WIDE, 3.8))
+    look = dict(color=drawn["model"].map(colors), alpha=0.8, linewidth=0, rasterized=True)
+    ax.scatter(middle + (n > 1) * aside * 0.8 * width, drawn["cs2"], 9, **look)
+    medians = drawn.assign(middle=middle)[n >= FEW].groupby("middle")["cs2"].median()
+    ends = medians.index - width / 2, medians.index + width / 2
+    ax.hlines(medians, *ends, color="black", linewidth=1.4)
+    counts = groups.size().unstack(fill_value=0)[list(colors)].loc[relations]
+    ticks = [f"{names.get(code, code)} ({_slashed(found)})" for code, *found in counts.itertuples()]
     turned = dict(rotation=90 if len(ticks) > 20 else 40, ha="right", rotation_mode="anchor")
     ax.set_xticks(range(len(ticks)), ticks, **turned)
     ax.set(xlim=(-0.6, len(ticks) - 0.4), ylim=(-0.03, 1.03), ylabel="$CS_2$ of a fact")
@@ -135,16 +136,10 @@ def figure_cs2(frames, method, names, line=0.3):
     return fig, frame
 
 
-def _strip(ax, values, at, width, color):
-    """A dot a fact, a violin where there are many, and the median where there are enough."""
-    if len(values) >= MANY:
-        [body] = ax.violinplot([values], [at], widths=0.9 * width, showextrema=False)["bodies"]
-        body.set(facecolor=color, alpha=0.8)
-    elif len(values):
-        aside = np.arange(len(values)) * 0.618 % 1 * 0.8 * width  # neighbours far from each other
-        ax.scatter(at + aside - aside.mean(), values, s=9, color=color, alpha=0.8, linewidth=0)
-    if len(values) >= FEW:
-        ax.hlines(np.median(values), at - width / 2, at + width / 2, color="black", linewidth=1.4)
+def _slashed(counts) -> str:
+    """ "62 / 52"; one number where all are equal."""
+    counts = list(map(str, counts))
+    return " / ".join(counts if len(set(counts)) > 1 else counts[:1])
 
 
 def _thresholds(ax, models, line):
@@ -174,15 +169,13 @@ def figure_thresholds(frame, otsu, t=0.2, static=0.1):
     sns.heatmap(shares, ax=ax, annot=True, fmt=".2f", annot_kws={"fontsize": 8}, **scale)
     ax.set(xlabel="static threshold on $CS_2$", ylabel="t: share of the largest attribution")
     ax.tick_params("y", rotation=0)
+    places = np.interp([otsu, static], [*shares.columns, 1.0], np.arange(len(shares.T) + 1) + 0.5)
     top = np.interp(t, shares.index, range(len(shares)))
-    at = np.interp(otsu, [*shares.columns, 1.0], np.arange(len(shares.columns) + 1) + 0.5)
-    ax.plot([at, at], [top, top + 1], "k", linewidth=4, solid_capstyle="butt")
-    ax.text(at, -0.12, f"Otsu's, {otsu:.2f}" if at == at else "", ha="center", va="bottom")
-    if static in shares:
-        left = shares.columns.get_loc(static)
-        box = Rectangle((left, 0), 1, len(shares), fill=False, color="#D55E00", linewidth=2)
-        ax.add_patch(box).set_clip_on(False)
-        ax.text(left + 0.5, -0.12, f"paper's, {static:g}", ha="center", va="bottom")
+    for at, name in zip(places, (f"Otsu's, {otsu:.2f}", f"paper's, {static:g}")):
+        ax.text(at, -0.12, name, ha="center", va="bottom")
+    ax.vlines(places[:1], top, top + 1, color="black", linewidth=3)
+    box = Rectangle((places[1] - 0.5, 0), 1, len(shares), fill=False, color="#D55E00", linewidth=2)
+    ax.add_patch(box).set_clip_on(False)
     return fig, frame
 
 
@@ -196,35 +189,31 @@ def figure_predominance(facts):
         rows += [(model, part, threshold) for threshold in split or ["static"]]
     size = (WIDE, 0.8 + 1.45 * len(rows))
     fig, axes = plt.subplots(len(rows), 2, figsize=size, squeeze=False, sharex=True, sharey=True)
+    classes = {}
     for (model, part, threshold), pair in zip(rows, axes):
-        least = (1 / part["n_queries"]).mean()
+        label, least = part[f"class_{threshold}"], (1 / part["n_queries"]).mean()
+        counts = label.value_counts(sort=False).sort_index()
+        classes |= {name: CLASS_COLORS[name] for name in counts.index}
         for value, ax in zip(values, pair):
-            n = _histogram(ax, part.dropna(subset=value), value, f"class_{threshold}")
+            drawn = dict(x=part[value] - 1e-9, hue=label, hue_order=counts.index, ax=ax)
+            look = dict(palette=CLASS_COLORS, multiple="dodge", shrink=0.9, alpha=1, linewidth=0)
+            bins = dict(bins=np.linspace(0, 1, 11), stat="probability", common_norm=False)
+            sns.histplot(**drawn, **look, **bins, legend=False)  # a bin has its upper end
             ax.axvline(least, color="black", linestyle=":", zorder=3)
             ax.text(least + 0.015, 1.06, f"least possible: 1 of k wordings, {least:.2f}")
+            ax.set(title=values[value] if part is rows[0][1] else "", xlabel="predominance")
+        n = " / ".join(map(str, counts))
         pair[0].set_ylabel(f"{model}\n{_label(threshold)}\nn = {n} facts")
-    for ax, title in zip(axes[0], values.values()):
-        ax.set_title(title)
-    for ax in axes[-1]:
-        ax.set(xlabel="predominance of a fact", ylim=(0, 1.25), yticks=(0, 0.5, 1))
-        ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    pair[0].set(ylim=(0, 1.25), yticks=(0, 0.5, 1))
+    pair[0].yaxis.set_major_formatter(_percent)
     fig.supylabel("share of the facts of a class")
-    found = pd.concat(part[f"class_{threshold}"] for _, part, threshold in rows)
-    _legend(fig, {name: CLASS_COLORS[name] for name in sorted(found.dropna().unique())})
+    _legend(fig, dict(sorted(classes.items())))
     columns = ["model", "fact", "relation", "class_static", "class_otsu", *values, "n_queries"]
     return fig, facts[columns]
 
 
-def _histogram(ax, part, value, label) -> str:
-    """Shares of the facts of each class (column `label`) in ten bins; the numbers of facts."""
-    edges = np.linspace(0, 1, 11)
-    groups = {name: group for name, group in part.groupby(label) if len(group)}
-    width = 0.09 / max(1, len(groups))
-    for place, (name, group) in enumerate(groups.items()):
-        counts, _ = np.histogram(group[value] - 1e-9, edges)  # a bin has its upper end
-        left = edges[:-1] + 0.005 + place * width
-        ax.bar(left, counts / len(group), width, align="edge", color=CLASS_COLORS[name])
-    return " / ".join(str(len(group)) for group in groups.values())
+def _percent(share, _=None) -> str:
+    return f"{100 * share:.0f} %"
 
 
 # --- bars -----------------------------------------------------------------------------------------
@@ -242,14 +231,13 @@ def bars_with_intervals(frame, ax, *, x, hue, y="mean", base=0):
         for place, row in enumerate(part.to_dict("records")):
             middle = at + (place - (len(part) - 1) / 2) * width
             bar = np.array([row[y], row[f"{y}_low"], row[f"{y}_high"]], float)
-            color = BAR_COLORS[row[hue]]
+            face = edge = BAR_COLORS[row[hue]]
+            if row.get("hollow"):
+                face = "white"
             if np.isnan(bar).any():
                 ax.annotate("–", (middle, base), ha="center", va="bottom")
                 continue
-            look = dict(color=color)
-            if row.get("hollow"):
-                look = dict(facecolor="white", edgecolor=color)
-            ax.bar(middle, bar[0] - base, 0.86 * width, base, linewidth=0.9, **look)
+            ax.bar(middle, bar[0] - base, 0.86 * width, base, color=face, edgecolor=edge)
             ax.vlines(middle, *bar[1:], color="black", linewidth=0.7)
     ax.axhline(base, color="black", linewidth=0.6)
     width = max(7, 50 // len(groups) // ax.get_subplotspec().get_gridspec().ncols)
@@ -264,8 +252,7 @@ def _counted(frame, hue, of) -> str:
     have the same."""
     own = frame[~frame["hollow"]].groupby(hue, sort=False)["n"]
     counts = [f"{n.min():.0f}" + f"–{n.max():.0f}" * (n.nunique() > 1) for _, n in own]
-    counts = counts if len(set(counts)) > 1 else counts[:1]
-    return f"n = {' / '.join(counts)} {of}"
+    return f"n = {_slashed(counts)} {of}"
 
 
 def _drawn(frame) -> tuple[pd.DataFrame, str]:
@@ -296,21 +283,21 @@ def figure_bars(frame, *, row, column, x="set", y="trimmed", control=""):
     fig, axes = plt.subplots(len(tops), len(sides), figsize=size, squeeze=False, sharey="row")
     told = {}
     for (top, side), ax in zip(product(tops, sides), axes.flat):
-        part = bars[(bars[row] == top) & (bars[column] == side)]
-        if part.empty:
-            continue
-        levels = list(dict.fromkeys(frame[x]))
-        part = part.sort_values(x, key=lambda sets: sets.map(levels.index), kind="stable")
-        part = part.assign(**{x: part[x].map(_label) + _sizes(part) if x == "set" else part[x]})
-        bars_with_intervals(part, ax, x=x, hue="bar", y=y)
-        n = _counted(part, "bar", "queries")
-        ax.set_title(_label(side) if ax in axes[0] else "")
-        if n not in (told.get(top), told.get(side)):
-            ax.set_title(f"{ax.get_title()}\n{textwrap.fill(n, 90 // len(sides))}".strip())
-        told |= {top: n, side: n}
-    for (top, _), ax in zip(product(tops, sides), axes.flat):
+        part = bars[(bars[row] == top) & (bars[column] == side)].copy()
         ax.set_ylabel(_label(top))
         ax.label_outer()
+        if part.empty:
+            continue
+        if x == "set":
+            sizes = _mean_size(part[(part["queries"] == "all") & ~part["hollow"]], "set", "size")
+            part["set"] = part["set"].map(lambda name: f"{_label(name)} ({sizes[name]:.0f})")
+        bars_with_intervals(part, ax, x=x, hue="bar", y=y)
+        n = _counted(part, "bar", "queries")
+        title = [_label(side)] if ax in axes[0] else []
+        if n not in (told.get(top), told.get(side)):
+            title.append(textwrap.fill(n, 90 // len(sides)))
+        ax.set_title("\n".join(title))
+        told |= {top: n, side: n}
     fig.supylabel(CHANGE[x])
     shown = {name: BAR_COLORS[name] for name in BAR_COLORS if (bars["bar"] == name).any()}
     title = "\n".join(filter(None, [f"{STATISTICS[y]} over queries; {INTERVAL}", note]))
@@ -318,24 +305,20 @@ def figure_bars(frame, *, row, column, x="set", y="trimmed", control=""):
     return fig
 
 
-def _sizes(part) -> pd.Series:
-    """The mean size of each row's set over all queries of both classes, " (23)"."""
-    own = part[(part["queries"] == "all") & ~part["hollow"]]
-    total = (own["size"] * own["n"]).groupby(own["set"]).sum()
-    mean = total / own.groupby("set")["n"].sum()
-    return part["set"].map(lambda name: f" ({mean[name]:.0f})")
+def _mean_size(frame, by, size) -> pd.Series:
+    """The mean of column `size` over the n of all rows, by the levels of column `by`."""
+    sums = frame.assign(total=frame[size] * frame["n"]).groupby(by)[["total", "n"]].sum()
+    return sums["total"] / sums["n"]
 
 
 def figure_edits(table, threshold, sets):
     """(figure, plotted numbers) of Table 2 or 3: a row an operation; Rel, Gen, Loc and Avg of each
     class, then the median perplexity after an edit over that before; random neurons hollow."""
-    random = " (random)"
-    names = [*sets, *(f"{name}{random}" for name in sets)]
-    table = table[(table["threshold"] == threshold) & table["neurons"].isin(names)]
-    table = table[table["n"] > 0]
+    own = table["neurons"].str.removesuffix(" (random)")
+    table = table[(table["threshold"] == threshold) & own.isin(sets) & (table["n"] > 0)]
     plotted = _by_metric(table)
-    bars = plotted.assign(hollow=plotted["neurons"].str.endswith(random))
-    bars["neurons"] = bars["neurons"].str.removesuffix(random)
+    bars = plotted.assign(neurons=plotted["neurons"].str.removesuffix(" (random)"))
+    bars["hollow"] = bars["neurons"] != plotted["neurons"]
     classes, ops = (list(dict.fromkeys(table[name])) for name in ("class", "op"))
     size = (WIDE, 0.8 + 2.1 * len(ops))
     grid = dict(width_ratios=[3] * len(classes) + [2], squeeze=False, sharey="col")
@@ -352,10 +335,8 @@ def figure_edits(table, threshold, sets):
         bars_with_intervals(dppl.assign(**factors), last, x="class", hue="neurons", base=1)
         last.set_title(f"{op}, perplexity\n(median factor)")
     _factors(axes[:, -1])
-    shown = table[table["neurons"].isin(sets)]
-    neurons = (shown["neurons_edited"] * shown["n"]).groupby(shown["neurons"]).sum()
-    neurons /= shown.groupby("neurons")["n"].sum()
-    named = {f"{_label(name)} ({neurons[name]:.0f} neurons)": SET_COLORS[name] for name in sets}
+    sizes = _mean_size(table, "neurons", "neurons_edited")
+    named = {f"{_label(name)} ({sizes[name]:.0f} neurons)": SET_COLORS[name] for name in sets}
     _legend(fig, named, INTERVAL, "random neurons" if bars["hollow"].any() else "")
     return fig, plotted
 
@@ -363,11 +344,10 @@ def figure_edits(table, threshold, sets):
 def _factors(axes):
     """A logarithmic axis of factors, shared by the panels, from 1 to 2 at least."""
     low, high = axes[0].get_ylim()
-    axes[0].set_yscale("log")
-    axes[0].set_ylim(min(low, 0.9), max(high, 2.2))
+    axes[0].set(yscale="log", ylim=(min(low, 0.9), max(high, 2.2)))
     for ax in axes:
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 else (1,)))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}×")
         ax.yaxis.minorticks_off()
 
 
@@ -385,70 +365,65 @@ def _by_metric(table) -> pd.DataFrame:
 
 # --- maps of neurons ------------------------------------------------------------------------------
 
-SHOWN = "neurons above {} of the largest\n(filled: in both wordings of the fact)"
 
-
-def strong_neurons(values, kind, least) -> pd.DataFrame:
-    """The neurons whose value in a (layers, neurons) map exceeds `least`, as an attribution or, as
-    an activation, in magnitude: layer, neuron, value."""
-    values = np.asarray(values, dtype=np.float64)
-    layer, neuron = np.nonzero((np.abs(values) if kind == "activation" else values) > least)
+def strong_neurons(values, signed, t) -> pd.DataFrame:
+    """The neurons whose value in a (layers, neurons) map, in magnitude if `signed`, exceeds `t`:
+    layer, neuron, value."""
+    layer, neuron = np.nonzero((np.abs(values) if signed else values) > t)
     return pd.DataFrame({"layer": layer, "neuron": neuron, "value": values[layer, neuron]})
 
 
-def scatter_neurons(frame, ax, norm):
-    """Dots of a frame of `strong_neurons`, the larger and darker the larger in magnitude; filled
-    where `shared`, rings elsewhere."""
-    cmap = plt.get_cmap("RdBu_r" if norm.vmin < 0 else "viridis_r")
-    colors = cmap(norm(frame["value"].to_numpy()))
+def scatter_neurons(frame, ax, signed):
+    """Dots of a frame of `strong_neurons` whose values are shares, the larger and darker the larger
+    in magnitude; filled where `shared`, rings elsewhere. Returns the scale."""
+    cmap = plt.get_cmap("RdBu_r" if signed else "viridis_r")
+    scale = ScalarMappable(Normalize(-1 if signed else 0, 1), cmap)
+    colors = scale.to_rgba(frame["value"])
     faces = np.where(frame[["shared"]], colors, 0.0)  # transparent elsewhere
-    sizes = 6 + 40 * np.minimum(1, frame["value"].abs() / norm.vmax)
-    where = frame["neuron"], frame["layer"], sizes
+    where = frame["neuron"], frame["layer"], 6 + 40 * frame["value"].abs().clip(upper=1)
     ax.scatter(*where, facecolors=faces, edgecolors=colors, linewidth=1, clip_on=False)
-    return ScalarMappable(norm, cmap)
+    return scale
 
 
-def _draw_maps(fig, cells, labels, kind, t) -> pd.DataFrame:
-    """A panel each cell of rows of (query, title, its state now, its state unchanged): the neurons
-    above `t` of the largest of the unchanged state, of all queries for an activation; filled those
-    that more than one of the row's prompts of a fact has. Returns the dots."""
-    options = dict(squeeze=False, sharex=True, sharey=True)
-    axes = fig.subplots(len(cells), len(cells[0]), **options)
-    tops = [np.max(np.abs(before[kind])) for row in cells for *_, before in row]
-    norm = Normalize(0, 1) if kind == "attribution" else Normalize(-max(tops), max(tops))
+def _draw_maps(fig, cells, kind, t) -> list[pd.DataFrame]:
+    """A panel each cell of rows of (query, title, its state now, its state unchanged, y label): the
+    neurons above `t` of the largest value unchanged, of the query or, as activations, of all;
+    filled those that more than one of the row's prompts of a fact has. Returns the dots of each
+    row, with their value as a share."""
+    signed = kind == "activation"
+    axes = fig.subplots(len(cells), len(cells[0]), squeeze=False, sharex=True, sharey=True)
+    most = max(np.abs(before[kind]).max() for _, _, _, before, _ in cells[0]) if signed else None
+    fig.suptitle(f"{kind}, neurons above {t:g} of the largest\n(filled: in both wordings)")
     frames = []
-    for row, label, line in zip(cells, labels, axes):
+    for row, line in zip(cells, axes):
         found = []
-        for place, (one, _, state, before) in enumerate(row):
-            top = np.max(before[kind]) if kind == "attribution" else norm.vmax
-            dots = strong_neurons(state[kind], kind, t * top)
-            names = dict(fact=one["fact"], prompt=one["prompt"], panel=place)
-            found.append(dots.assign(share=dots["value"] / top, **names))
+        for panel, (one, _, state, before, _) in enumerate(row):
+            dots = strong_neurons(state[kind] / (most or before[kind].max() or 1.0), signed, t)
+            found.append(dots.assign(fact=one["fact"], prompt=one["prompt"], panel=panel))
         found = pd.concat(found, ignore_index=True)
         found["shared"] = found.duplicated(["fact", "layer", "neuron"], keep=False)
-        for (place, (_, title, state, _)), ax in zip(enumerate(row), line):
-            here = found[found["panel"] == place]
-            drawn = here.assign(value=here["share"]) if kind == "attribution" else here
-            mesh = scatter_neurons(drawn, ax, norm)
-            if here.empty:
-                ax.text(0.5, 0.5, "none", transform=ax.transAxes, ha="center")
-            layers, neurons = np.shape(state[kind])
-            ax.set(xlim=(-0.5, neurons), ylim=(-0.5, layers), xlabel="neuron", ylabel=label)
-            ax.set_title(f"{title}\nP(answer) = {format_value(state['probability'])}".strip())
-            ax.title.set_fontsize(8)
+        for panel, ((_, title, state, _, label), ax) in enumerate(zip(row, line)):
+            here = found[found["panel"] == panel]
+            scale = scatter_neurons(here, ax, signed)
+            ax.text(0.5, 0.5, "" if len(here) else "none", transform=ax.transAxes, ha="center")
+            layers, neurons = state[kind].shape
+            ax.set(xlim=(-0.5, neurons), ylim=(-0.5, layers), xlabel="neuron")
+            ax.set_ylabel(f"{label}\nlayer")
+            title += f"\nP(answer) = {format_value(state['probability'])}"
+            ax.set_title(title.strip(), fontsize=8)
             ax.label_outer()
-        frames.append(found)
-    bar = fig.colorbar(mesh, ax=axes, location="bottom", shrink=0.7, aspect=40, pad=0.02)
-    bar.set_label(KINDS[kind])
+        frames.append(found.assign(kind=kind))
+    bar = fig.colorbar(scale, ax=axes, location="bottom", shrink=0.7, aspect=40, pad=0.02)
+    bar.set_label(f"share of the largest {'of all queries' if signed else 'of the query'}")
     return frames
 
 
-def _wrapped(text, width) -> str:
-    return "\n".join(textwrap.wrap(text, width, max_lines=3, placeholder=" …"))
+def _wrapped(text) -> str:
+    return "\n".join(textwrap.wrap(text, 22, max_lines=3, placeholder=" …"))
 
 
 def _subject(one) -> str:
-    return " → ".join(one["fact"].split("|")[1:])
+    return _wrapped(" → ".join(one["fact"].split("|")[1:]))
 
 
 def figure_1(maps, t=0.2):
@@ -457,15 +432,14 @@ def figure_1(maps, t=0.2):
     unsure one's; beside them those of the largest activations, on one scale.
 
     maps: from `localize.example_maps`. Returns the figure and its dots as a tidy frame."""
-    facts = [list(group) for _, group in groupby(maps, key=itemgetter("fact"))]
-    fig = plt.figure(figsize=(WIDE, 2.1 * len(facts) + 0.9))
-    labels = [f"{_wrapped(_subject(fact[0]), 22)}\nlayer" for fact in facts]
+    cells = [
+        [(one, _wrapped(one["prompt"]), one, one, _subject(one)) for one in group]
+        for _, group in groupby(maps, key=itemgetter("fact"))
+    ]
+    fig = plt.figure(figsize=(WIDE, 2.1 * len(cells) + 0.9))
     frames = []
-    for part, kind in zip(fig.subfigures(1, 2), KINDS):
-        cells = [[(one, _wrapped(one["prompt"], 22), one, one) for one in fact] for fact in facts]
-        found = _draw_maps(part, cells, labels, kind, t)
-        part.suptitle(f"{kind}, {SHOWN.format(t)}", fontsize=9)
-        frames += [dots.assign(kind=kind) for dots in found]
+    for part, kind in zip(fig.subfigures(1, 2), ("attribution", "activation")):
+        frames += _draw_maps(part, cells, kind, t)
     return fig, pd.concat(frames, ignore_index=True)
 
 
@@ -476,48 +450,42 @@ def figure_conditions(maps, conditions, kind, t=0.2):
     maps: from `knowledge_synapses.scaled_maps`. kind: "attribution" or "activation". Returns the
     figure and its dots."""
     fig = plt.figure(figsize=(WIDE, 1.6 + 1.6 * len(conditions)))
+    titles = [f"{_subject(one)}\n{_wrapped(one['prompt'])}" for one in maps]
     cells = []
     for name in conditions:
-        cells.append([])
-        for one in maps:
-            title = f"{_wrapped(_subject(one), 22)}\n{_wrapped(one['prompt'], 22)}"
-            title = title if name == conditions[0] else ""
-            cells[-1].append((one, title, one[name], one["unmodified"]))
-    found = _draw_maps(fig, cells, [f"{name}\nlayer" for name in conditions], kind, t)
-    fig.suptitle(f"{kind}, {SHOWN.format(t)}", fontsize=9)
-    frames = [dots.assign(condition=name, kind=kind) for name, dots in zip(conditions, found)]
+        cells.append(
+            [(one, above, one[name], one["unmodified"], name) for one, above in zip(maps, titles)]
+        )
+        titles = [""] * len(maps)  # once
+    found = _draw_maps(fig, cells, kind, t)
+    frames = [dots.assign(condition=name) for name, dots in zip(conditions, found)]
     return fig, pd.concat(frames, ignore_index=True)
 
 
 def figure_places(found, num_heads):
     """Where synapses sit: the share of all that each column (token of the prompt) has, and the mean
     number of a query in each layer and head."""
-    by_head = np.array(found["by_head"].tolist())  # (queries, layers * heads)
-    heads = by_head.mean(0).reshape(-1, num_heads)
-    by_column = [*zip_longest(*found["by_column"], fillvalue=np.nan)]  # prompts differ in length
-    by_column = np.array(by_column, float).T.copy() / heads.size  # (queries, columns)
-    total = np.nansum(by_column, 0)
-    places = pd.DataFrame({"column": range(len(total)), "share": np.nanmean(by_column, 0)})
-    places["n"] = (~np.isnan(by_column)).sum(0)
-    places["of_all"] = total / max(total.sum(), 1e-30)
+    heads = np.stack(found["by_head"]).mean(0).reshape(-1, num_heads)
+    columns = pd.DataFrame(zip_longest(*found["by_column"], fillvalue=np.nan)).T  # prompts differ
+    columns /= heads.size
+    places = pd.DataFrame({"share": columns.mean(), "n": columns.count()}).rename_axis("column")
+    places["of_all"] = columns.sum() / (columns.sum().sum() or 1.0)
     fig, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 2.8))
-    shown = places[places["of_all"] >= 0.005]
-    told = [f"{100 * share:.0f} %" for share in shown["of_all"]]
-    names = ["first token", *(f"token {one + 1}" for one in shown["column"][1:])]
-    left.bar_label(left.barh(names, shown["of_all"], color="0.4"), told, padding=3)
-    title = f"first token: {100 * places['of_all'][0]:.0f} % of all synapses"
+    shares = places["of_all"][places["of_all"] >= 0.005]
+    names = [f"token {one + 1}" if one else "first token" for one in shares.index]
+    left.bar_label(left.barh(names, shares, color="0.4"), map(_percent, shares), padding=3)
+    title = f"first token: {_percent(places['of_all'][0])} of all synapses"
     left.set(title=title, xlabel="share of all synapses", xlim=(0, 1.1))
-    left.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    left.xaxis.set_major_formatter(_percent)
     left.invert_yaxis()
     typical = np.median(heads)
     mesh = right.imshow(heads, "PuOr", norm=CenteredNorm(typical), aspect="auto", origin="lower")
     fig.colorbar(mesh, ax=right, label="synapses a query")
     right.set(xlabel="head", ylabel="layer", title=f"each head (white: the median, {typical:.2f})")
-    for axis in (right.xaxis, right.yaxis):
-        axis.get_major_locator().set_params(integer=True)
-    cells = [(l, h, heads[l, h]) for l, h in np.ndindex(heads.shape)]
-    numbers = pd.DataFrame(cells, columns=["layer", "head", "synapses"])
-    return fig, pd.concat([numbers, places], ignore_index=True)
+    right.locator_params(integer=True)
+    index = pd.MultiIndex.from_product(map(range, heads.shape), names=["layer", "head"])
+    numbers = pd.Series(heads.ravel(), index, name="synapses")
+    return fig, pd.concat([numbers.reset_index(), places.reset_index()], ignore_index=True)
 
 
 # --- files ----------------------------------------------------------------------------------------
