@@ -20,13 +20,14 @@ from qlutils.driver.stamps import cells_hash
 from qlutils.experiments.report import copy_results
 from qlutils.study.parameters import declared_parameters
 
-REFERENCE_MODEL = "pretrained/gemma-3-270m"
+REFERENCE_MODEL = "pretrained/smollm2-135m"
 REFERENCE = {  # {parameter: value} in every notebook that has it; all bundled facts it knows
     "model": REFERENCE_MODEL,
     "models": [REFERENCE_MODEL],
     "methods": ["ig"],
     "known_prompts": 3,
     "rule": "converged",
+    "ppl_max_tokens": 128,
 }
 KEPT_TAGS = ("parameters", "injected-parameters")
 DROPPED_MIME = "application/vnd.jupyter.widget-view+json"  # a widget is nothing without its kernel

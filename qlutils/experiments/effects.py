@@ -13,6 +13,11 @@ from qlutils.neurons.sets import kn_sets
 from qlutils.show.stats import LEAST, Estimate, bootstrap_difference, bootstrap_mean, mean_columns
 
 FIGURE_4_SETS = ("self", "union", "intersection", "refine")
+FIGURE_4_DRAWN = (
+    *FIGURE_4_SETS,
+    "self_random",
+    "union_random",
+)  # as many random neurons beside two
 NEIGHBOURS = FIGURE_4_SETS[1:]  # made of the KNs of the fact's other queries, too
 # Beyond the paper, see `query_kn_mapping.query_sets`: those of which notebook 04 shows the effect.
 COMPARISON_SETS = (

@@ -206,9 +206,9 @@ def _where(own: np.ndarray, other: np.ndarray | None, first: int) -> dict:
 def scaled_maps(
     lm, maps: list[dict], *, alpha=0.3, score="sum", suppress=0.0, enhance=2.0, **spec
 ) -> list[dict]:
-    """Figures 7 and 10: the maps of `localize.example_maps` (fact, prompt, answer, attribution,
-    activation (L, N)) again with each query's own synapses suppressed and enhanced: {"unmodified",
-    "suppressed", "enhanced": {attribution, activation}}.
+    """Figures 7 and 10: the maps of `localize.example_maps` again with each query's own synapses
+    suppressed and enhanced: {"unmodified", "suppressed", "enhanced": {attribution, activation
+    (L, N), probability}}, and fact and prompt.
 
     `spec`: fields of `qlutils.Spec`. Attribution is that of the changed model, its clean
     context included."""
@@ -220,9 +220,13 @@ def scaled_maps(
         row = dict(fact=one["fact"], prompt=one["prompt"], unmodified=one)
         for name, factor in (("suppressed", suppress), ("enhanced", enhance)):
             with scale_synapses(lm, found, factor):
-                [scores] = attribute_encoded(lm, [query], Spec(**spec), [one["prompt"]]).scores
+                scored = attribute_encoded(lm, [query], Spec(**spec), [one["prompt"]])
                 [activation] = neuron_vectors(lm, ids).to(lm.score_dtype)
-            row[name] = dict(attribution=scores.cpu().numpy(), activation=activation.cpu().numpy())
+            row[name] = {
+                "attribution": scored.scores[0].cpu().numpy(),
+                "activation": activation.cpu().numpy(),
+                "probability": float(scored.probability[0]),
+            }
         out.append(row)
     return out
 

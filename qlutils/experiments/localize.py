@@ -241,7 +241,7 @@ def example_facts(queries, t=0.2) -> list[str]:
 def example_maps(lm, queries, facts: list[str], **spec) -> list[dict]:
     """The dense attribution and activation (L, N) of two neighbour queries of each fact, for the
     heatmaps of Figure 1: of its first and last known prompt (of all prompts if fewer than two are
-    known). Dicts with fact, prompt, answer, attribution, activation."""
+    known). Dicts with fact, prompt, answer, attribution, activation, probability."""
     maps = []
     for fact in facts:
         group = queries[queries["fact"] == fact]
@@ -252,8 +252,9 @@ def example_maps(lm, queries, facts: list[str], **spec) -> list[dict]:
     encoded = [lm.encode(one["prompt"], one["answer"]) for one in maps]
     result = attribute_encoded(lm, encoded, Spec(**spec), [one["prompt"] for one in maps])
     seen = activations(lm, [prompt for prompt, _ in encoded])
-    for one, scores, activation in zip(maps, result.scores.cpu().numpy(), seen):
-        one |= {"attribution": scores, "activation": activation}
+    found = zip(maps, result.scores.cpu().numpy(), seen, result.probability.tolist())
+    for one, scores, activation, probability in found:
+        one |= {"attribution": scores, "activation": activation, "probability": probability}
     return maps
 
 

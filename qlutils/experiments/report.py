@@ -20,7 +20,7 @@ from IPython.display import HTML, Image, display
 from qlutils import paths
 from qlutils.experiments import controls
 from qlutils.experiments.claims import QUANTITIES, synapse_rates
-from qlutils.experiments.effects import FIGURE_4_SETS, query_gaps, summary
+from qlutils.experiments.effects import FIGURE_4_DRAWN, query_gaps, summary
 from qlutils.files import write_bytes
 from qlutils.show.page import export_html, folded, missing_html, shown
 from qlutils.show.plots import figure_bars
@@ -317,34 +317,33 @@ def show_pictures(saved: SavedResults, number, stem) -> None:
     found, missing = saved.read_all(number, lambda *pair: saved.file(number, f"{stem}.png", *pair))
     for pair, path in found.items():
         name = HTML(f"<p><b>{html.escape(_name(pair))}</b></p>")
-        display(name, Image(data=path.read_bytes(), width=760))
+        display(name, Image(data=path.read_bytes(), width=900))
     display(HTML(missing_html(_named(missing))))
 
 
 def show_figure_4(saved: SavedResults, stem, threshold="static", seed=0) -> HTML:
-    """dProb of a query's own and its neighbours' KNs (trimmed mean), a row of panels a direction,
-    a column a model; all queries, and beside them the known ones."""
+    """ΔProb of a query's own and its neighbours' KNs and of random neurons (trimmed mean), a row
+    of panels a direction, a column a model; all queries, and beside them the known ones."""
     found, missing = saved.frames("query_kn_mapping")
     parts = []
     for pair, frame in found.items():
-        part = summary(frame, FIGURE_4_SETS, thresholds=(threshold,), seed=seed)
+        part = summary(frame, FIGURE_4_DRAWN, thresholds=(threshold,), seed=seed)
         parts.append(part.assign(model=saved.label(*pair)))
-    return _show_bars(saved.study, stem, parts, missing, row="direction", x="set", ylabel="dProb, ")
+    random = "as many random neurons"
+    return _show_bars(saved.study, stem, parts, missing, row="direction", control=random)
 
 
 def show_figure_6(saved: SavedResults, stem, threshold="static", seed=0) -> HTML:
-    """dValue and dProb of scaling a query's own synapses S and those of an irrelevant query, as
-    Figure 4."""
+    """ΔValue and ΔProb of scaling a query's own synapses S and, hollow, those of an irrelevant
+    query, by direction, else as Figure 4."""
     found, missing = saved.frames("knowledge_synapses")
-    short = {"self": "S", "irrelevant": "S_ir"}
-    short |= {"enhance": "enh", "suppress": "sup", "average": "avg"}
     parts = []
-    for (pair, frame), (name, quantity) in product(found.items(), QUANTITIES.items()):
+    for (pair, frame), quantity in product(found.items(), QUANTITIES.values()):
         rows = synapse_rates(frame, quantity)
         part = summary(rows, ("self", "irrelevant"), thresholds=(threshold,), seed=seed)
-        part["scaled"] = part["set"].map(short) + "\n" + part["direction"].map(short)
-        parts.append(part.assign(model=saved.label(*pair), quantity=name))
-    return _show_bars(saved.study, stem, parts, missing, row="quantity", x="scaled")
+        parts.append(part.assign(model=saved.label(*pair), quantity=quantity))
+    other = dict(x="direction", control="synapses of an irrelevant query")
+    return _show_bars(saved.study, stem, parts, missing, row="quantity", **other)
 
 
 def _show_bars(study, stem, parts, missing, **panels) -> HTML:

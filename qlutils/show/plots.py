@@ -8,7 +8,6 @@ apart (Okabe & Ito for methods and classes, Tol's muted scheme for models).
 
 import io
 import textwrap
-from dataclasses import dataclass
 from itertools import cycle, groupby, product, zip_longest
 from operator import itemgetter
 from pathlib import Path
@@ -17,14 +16,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.colors import Normalize
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import CenteredNorm, Normalize
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import LogLocator
 from PIL import Image
 
 from qlutils.files import write_bytes
 from qlutils.show.stats import LEAST, STATISTICS
-from qlutils.show.tables import csv_text, files_of
+from qlutils.show.tables import csv_text, files_of, format_value
 
 WIDE = 7.0  # inches: two columns of a paper
 CLASS_COLORS = {"I": "#56B4E9", "II": "#D55E00"}
@@ -45,35 +45,37 @@ MODEL_COLORS = {
 }
 _OTHER_COLORS = ("#CC6677", "#999933", "#882255", "#88CCEE", "#117733", "#AA4499")
 LABELS = {
-    "self": "Self",
-    "union": "Union",
-    "intersection": "Inter.",
-    "refine": "Refine",
-    "irrelevant": "Irrelevant",
+    "self": "own",
+    "union": "all others'",
+    "intersection": "in all others",
+    "refine": "in several others",
     "enhance": "enhanced",
     "suppress": "suppressed",
     "average": "average of both",
-    "probability": r"$\Delta$Prob",
-    "value": r"$\Delta$Value",
+    "probability": "ΔProb",
+    "value": "ΔValue",
     "static": "static threshold",
     "otsu": "Otsu's threshold",
-    "cs1": "$CS_1$",
-    "cs2": "$CS_2$",
-    "predominance": r"predominance $\mathcal{P}$",
-    "rel": "Rel",
-    "gen": "Gen",
-    "loc": "Loc",
-    "avg": "Avg",
+    "rel": "this wording changed",
+    "gen": "other wordings changed",
+    "loc": "other facts kept",
+    "avg": "mean of the three",
+    "cas": "CAS",
     "I": "$K_{I}$",
     "II": "$K_{II}$",
     "all": "all facts",
     "I, known": "$K_{I}$, known queries",
     "II, known": "$K_{II}$, known queries",
-    "broken": "broken texts",
+}
+# Sets that are drawn as hollow bars, beside the set that they control.
+CONTROLS = {"self_random": "self", "union_random": "union", "irrelevant": "self"}
+CHANGE = {  # what a bar of Figure 4 and 6 is, by what stands at its ticks
+    "set": "ΔProb: change of P(answer),\nas claimed (1 = 100 %)",
+    "direction": "change, positive as claimed:\nup if enhanced, down\nif suppressed (1 = 100 %)",
 }
 MAX_PNG = 150_000  # bytes
 INTERVAL = f"line: 95 % bootstrap over facts; –: fewer than {LEAST} facts"
-FEW = 10  # up to this many values are drawn as such: a shape alone would say more than is known
+FEW = 5  # facts from which on a median is drawn
 
 
 plt.style.use(Path(__file__).with_name("study.mplstyle"))  # for every figure from here on
@@ -89,310 +91,264 @@ def _label(name):
     return LABELS.get(name, name)
 
 
-def _patches(colors):
-    return [Patch(color=color, label=_label(name)) for name, color in colors.items()]
+def _legend(fig, colors, title="", hollow=""):
+    """One legend above all panels: {name: colour}, and what hollow bars are, if any."""
+    handles = [Patch(color=color, label=_label(name)) for name, color in colors.items()]
+    if hollow:
+        handles.append(Patch(facecolor="none", edgecolor="0.3", label=hollow))
+    fig.legend(handles=handles, title=title, loc="outside upper center", ncols=len(handles))
 
 
-def _legend(fig, colors, title=None):
-    """One legend above all panels."""
-    where = dict(loc="outside upper center", ncols=len(colors))
-    fig.legend(
-        handles=_patches(colors),
-        title=title,
-        title_fontsize=6.5,
-        **where,
-    )
+# --- facts ----------------------------------------------------------------------------------------
 
 
-# --- violins --------------------------------------------------------------------------------------
-
-
-def violins(frame, ax, *, x, hue, value, colors):
-    """Violins of `value` for each level of column `x`, those of column `hue` side by side in their
-    `colors`.
-
-    frame: one row a fact; NaNs are not drawn. The numbers of facts drawn stand after each level of
-    x, one where all are equal; a group without facts shows as 0."""
-    levels = list(dict.fromkeys(frame[x]))
+def figure_cs2(frames, method, names, line=0.3):
+    """Figure 3, 8 or 9: CS2 of several models' facts (rows of `classified_facts` a model, with a
+    column model), a dot each, by relation, from the lowest median to the highest; the thresholds
+    and the paper's example as lines. names: {code of a relation: its name}."""
+    columns = ["model", "relation", "fact", "cs2", "threshold_static", "threshold_otsu"]
+    frame = pd.concat(frames, ignore_index=True)[columns]
+    colors = model_colors(dict.fromkeys(frame["model"]))
+    drawn = frame.dropna(subset="cs2").sort_values("cs2", kind="stable")
+    relations = drawn.groupby("relation")["cs2"].median().sort_values(kind="stable").index
     width = 0.8 / len(colors)
-    labels = []
-    frame = frame.dropna(subset=[value])
-    for at, level in enumerate(levels):
-        counts = []
-        for place, (name, color) in enumerate(colors.items()):
-            values = frame.loc[(frame[x] == level) & (frame[hue] == name), value].to_numpy(float)
-            _violin(ax, values, at + (place - (len(colors) - 1) / 2) * width, 0.95 * width, color)
-            counts.append(str(len(values)))
-        labels.append(f"{level} ({' / '.join(counts if len(set(counts)) > 1 else counts[:1])})")
-    ax.set_xticks(range(len(levels)), labels)
-    ax.set(
-        xlim=(-0.6, len(levels) - 0.4),
-        ylim=(-0.03, 1.03),
-        ylabel=_label(value),
-    )
-    return ax
-
-
-def _violin(ax, values, at, width, color):
-    """A violin from the smallest to the largest value; a bar as wide as its share for each of a few
-    different values, between which a violin would show facts that there are not."""
-    if len(values) == 0:
-        return
-    found, counts = np.unique(np.round(values, 9), return_counts=True)
-    if len(found) <= FEW and len(found) < len(values):
-        wide = width * counts / counts.max()
-        high = max(0.012, 0.6 * np.diff(found).min(initial=0.03))
-        ax.barh(
-            found,
-            wide,
-            high,
-            left=at - wide / 2,
-            color=color,
-            alpha=0.8,
-        )
-    elif len(found) > 1:
-        [body] = ax.violinplot([values], [at], widths=width, showextrema=False)["bodies"]
-        body.set(
-            facecolor=color,
-            edgecolor=color,
-            alpha=0.8,
-            linewidth=0.3,
-        )
-    if len(values) <= FEW or len(found) == 1:
-        ax.hlines(values, at - width / 3, at + width / 3, color="black", linewidth=0.4)
-    ax.hlines(np.median(values), at - width / 2, at + width / 2, color="black", linewidth=0.9)
-
-
-def figure_thresholds(frame):
-    """Share of the facts in K_II by the KN threshold and the static threshold on CS2 (see
-    `threshold_sensitivity`)."""
-    fig, ax = plt.subplots(figsize=(WIDE / 2, 2.0))
-    shares = frame.pivot(
-        index="t",
-        columns="static",
-        values="R_II",
-    )
-    scale = dict(
-        vmin=0,
-        vmax=1,
-        cmap="magma_r",
-        cbar_kws={"label": "share of $K_{II}$"},
-    )
-    sns.heatmap(
-        shares,
-        ax=ax,
-        annot=True,
-        fmt=".2f",
-        annot_kws={"fontsize": 6.5},
-        **scale,
-    )
-    ax.set(xlabel="static threshold on $CS_2$", ylabel="KN threshold $t$")
+    groups = drawn.groupby(["relation", "model"])["cs2"]
+    middle = drawn["relation"].map(relations.get_loc)
+    middle += (drawn["model"].map(list(colors).index) - (len(colors) - 1) / 2) * width
+    aside = groups.cumcount() * 0.618 % 1 - 0.5  # neighbours far from each other
+    n = groups.transform("size")
+    fig, ax = plt.subplots(figsize=(WIDE, 3.8))
+    look = dict(color=drawn["model"].map(colors), alpha=0.8, linewidth=0, rasterized=True)
+    ax.scatter(middle + (n > 1) * aside * 0.8 * width, drawn["cs2"], 9, **look)
+    medians = drawn.assign(middle=middle)[n >= FEW].groupby("middle")["cs2"].median()
+    ends = medians.index - width / 2, medians.index + width / 2
+    ax.hlines(medians, *ends, color="black", linewidth=1.4)
+    counts = groups.size().unstack(fill_value=0)[list(colors)].loc[relations]
+    ticks = [f"{names.get(code, code)} ({_slashed(found)})" for code, *found in counts.itertuples()]
+    turned = dict(rotation=90 if len(ticks) > 20 else 40, ha="right", rotation_mode="anchor")
+    ax.set_xticks(range(len(ticks)), ticks, **turned)
+    ax.set(xlim=(-0.6, len(ticks) - 0.4), ylim=(-0.03, 1.03), ylabel="$CS_2$ of a fact")
+    ax.set_xlabel("relation (n facts)")
+    ax.set_title(f"localised by {method}", loc="left")
+    _thresholds(ax, frame.drop_duplicates("model"), line)
+    if len(colors) > 1:
+        _legend(fig, colors)
     return fig, frame
 
 
-def figure_cs2(frames, method, line=0.3):
-    """Figure 3, 8 or 9: CS2 of several models' facts (a frame a model, with a column model) by
-    relation, with the paper's example threshold as a line."""
-    frame = pd.concat(frames, ignore_index=True)[["model", "relation", "fact", "cs2"]]
-    fig, ax = plt.subplots(figsize=(WIDE, 2.6))
-    colors = model_colors(dict.fromkeys(frame["model"]))
-    violins(
-        frame,
-        ax,
-        x="relation",
-        hue="model",
-        value="cs2",
-        colors=colors,
-    )
-    where = dict(
-        loc="lower right",
-        bbox_to_anchor=(1.0, 1.0),
-        ncols=len(colors),
-        borderaxespad=0.2,
-    )
-    ax.legend(handles=_patches(colors), **where)
-    ax.axhline(
-        line,
-        color="black",
-        linestyle="--",
-        linewidth=0.7,
-    )
-    ax.tick_params("x", rotation=90)
-    ax.set_xlabel("relation (number of facts)")
-    ax.set_title(f"localised by {method}", loc="left")
+def _slashed(counts) -> str:
+    """ "62 / 52"; one number where all are equal."""
+    counts = list(map(str, counts))
+    return " / ".join(counts if len(set(counts)) > 1 else counts[:1])
+
+
+def _thresholds(ax, models, line):
+    """The thresholds on CS2, a row a model, and the example line, named on the right."""
+    static = models["threshold_static"].iloc[0]
+    otsu = models["threshold_otsu"].dropna().sort_values()
+    lines = {f"static threshold, {static:g}": static, f"paper's example, {line:g}": line}
+    if len(otsu):
+        found = dict.fromkeys(f"{value:.2f}" for value in (otsu.iloc[0], otsu.iloc[-1]))
+        lines[f"Otsu's, {' to '.join(found)}"] = otsu.mean()
+    for value in (static, line, *otsu):
+        ax.axhline(value, color="black", linestyle="--", linewidth=0.7, zorder=0)
+    lowest = 0.0
+    for name, value in sorted(lines.items(), key=itemgetter(1)):
+        lowest = max(value, lowest)
+        ax.text(1.01, lowest, name, transform=ax.get_yaxis_transform(), va="center")
+        lowest += 0.08
+
+
+def figure_thresholds(frame, otsu, t=0.2, static=0.1):
+    """Share of the facts in K_II by the KN threshold and the static threshold on CS2 (see
+    `threshold_sensitivity`); marked are the paper's static one and, at this t, `otsu`, Otsu's."""
+    fig, ax = plt.subplots(figsize=(5.2, 2.8))
+    shares = frame.pivot(index="t", columns="static", values="R_II")
+    scale = dict(vmin=0, vmax=1, cmap="cividis_r")
+    scale["cbar_kws"] = {"label": "share of facts in $K_{II}$"}
+    sns.heatmap(shares, ax=ax, annot=True, fmt=".2f", annot_kws={"fontsize": 8}, **scale)
+    ax.set(xlabel="static threshold on $CS_2$", ylabel="t: share of the largest attribution")
+    ax.tick_params("y", rotation=0)
+    places = np.interp([otsu, static], [*shares.columns, 1.0], np.arange(len(shares.T) + 1) + 0.5)
+    top = np.interp(t, shares.index, range(len(shares)))
+    for at, name in zip(places, (f"Otsu's, {otsu:.2f}", f"paper's, {static:g}")):
+        ax.text(at, -0.12, name, ha="center", va="bottom")
+    ax.vlines(places[:1], top, top + 1, color="black", linewidth=3)
+    box = Rectangle((places[1] - 0.5, 0), 1, len(shares), fill=False, color="#D55E00", linewidth=2)
+    ax.add_patch(box).set_clip_on(False)
     return fig, frame
 
 
 def figure_predominance(facts):
-    """Figure 5: `predominance` and `predominance_rest` by model and class (number of facts), by
-    both thresholds."""
-    fig, axes = plt.subplots(2, 2, figsize=(WIDE, 4.0), sharey=True)
-    values = {"predominance": "as in the paper", "predominance_rest": "without the first token"}
-    named = facts.assign(model=facts["model"].str.replace("/", "/\n") + "\n")  # to fit
-    for threshold, row in zip(("static", "otsu"), axes):
-        for (value, title), ax in zip(values.items(), row):
-            by = dict(
-                x="model",
-                hue=f"class_{threshold}",
-                colors=CLASS_COLORS,
-            )
-            violins(named, ax, value=value, **by)
-            ax.set(title=title if ax in axes[0] else "", ylabel="")
-        row[0].set_ylabel(f"{_label('predominance')}\n{_label(threshold)}")
-    _legend(fig, CLASS_COLORS)
+    """Figure 5: how many facts have which `predominance` and `predominance_rest`, a row a model and
+    threshold that leaves no class empty (the static one where none does)."""
+    values = {"predominance": "most attended token", "predominance_rest": "without the first token"}
+    rows = []
+    for model, part in facts.groupby("model", sort=False):
+        split = [name for name in ("static", "otsu") if part[f"class_{name}"].nunique() == 2]
+        rows += [(model, part, threshold) for threshold in split or ["static"]]
+    size = (WIDE, 0.8 + 1.45 * len(rows))
+    fig, axes = plt.subplots(len(rows), 2, figsize=size, squeeze=False, sharex=True, sharey=True)
+    classes = {}
+    for (model, part, threshold), pair in zip(rows, axes):
+        label, least = part[f"class_{threshold}"], (1 / part["n_queries"]).mean()
+        counts = label.value_counts(sort=False).sort_index()
+        classes |= {name: CLASS_COLORS[name] for name in counts.index}
+        for value, ax in zip(values, pair):
+            drawn = dict(x=part[value] - 1e-9, hue=label, hue_order=counts.index, ax=ax)
+            look = dict(palette=CLASS_COLORS, multiple="dodge", shrink=0.9, alpha=1, linewidth=0)
+            bins = dict(bins=np.linspace(0, 1, 11), stat="probability", common_norm=False)
+            sns.histplot(**drawn, **look, **bins, legend=False)  # a bin has its upper end
+            ax.axvline(least, color="black", linestyle=":", zorder=3)
+            ax.text(least + 0.015, 1.06, f"least possible: 1 of k wordings, {least:.2f}")
+            ax.set(title=values[value] if part is rows[0][1] else "", xlabel="predominance")
+        n = " / ".join(map(str, counts))
+        pair[0].set_ylabel(f"{model}\n{_label(threshold)}\nn = {n} facts")
+    pair[0].set(ylim=(0, 1.25), yticks=(0, 0.5, 1))
+    pair[0].yaxis.set_major_formatter(_percent)
+    fig.supylabel("share of the facts of a class")
+    _legend(fig, dict(sorted(classes.items())))
     columns = ["model", "fact", "relation", "class_static", "class_otsu", *values, "n_queries"]
     return fig, facts[columns]
+
+
+def _percent(share, _=None) -> str:
+    return f"{100 * share:.0f} %"
 
 
 # --- bars -----------------------------------------------------------------------------------------
 
 
-def bars_with_intervals(frame, ax, *, x, hue, y="mean"):
-    """Figures 4 and 6: grouped bars of column `y` with the interval `y`_low to `y`_high, and n
-    where there is one.
+def bars_with_intervals(frame, ax, *, x, hue, y="mean", base=0):
+    """Grouped bars of column `y` from `base` on, with the interval `y`_low to `y`_high, in the
+    frame's order.
 
-    frame: one row a bar, with columns x, hue (in BAR_COLORS), y, y_low, y_high and perhaps n. A
-    bar that is undefined, or whose interval is, is left out and marked "–"; n stands once where it
-    depends on one of x and hue, else at every bar."""
-    groups = list(dict.fromkeys(frame[x]))
-    hues = list(dict.fromkeys(frame[hue]))
-    width = 0.8 / len(hues)
-    ticks = [_label(group) for group in groups]
-    hanging = frame[y].max() < 0  # all bars point down
-    n_of_hue = _counts(frame, hue)
-    n_of_group = _counts(frame, x)
-    if n_of_hue:
-        counts = n_of_hue if len(set(n_of_hue)) > 1 else n_of_hue[:1]
-        ax.annotate(
-            f"n = {' / '.join(counts)}",
-            (0.99, 0.02 if hanging else 0.98),
-            xycoords="axes fraction",
-            ha="right",
-            va="bottom" if hanging else "top",
-            fontsize=6,
-        )
-    elif n_of_group:
-        ticks = [f"{tick}\nn = {count}" for tick, count in zip(ticks, n_of_group)]
-    for row in frame.to_dict("records"):
-        at = groups.index(row[x]) + (hues.index(row[hue]) - (len(hues) - 1) / 2) * width
-        bar = [row[y], row[f"{y}_low"], row[f"{y}_high"]]
-        top = _bar(ax, at, bar, width * 0.92, BAR_COLORS[row[hue]], hanging)
-        if "n" in row and not (n_of_hue or n_of_group):
-            _upright(ax, at, top, f"n = {row['n']:.0f}")
-    ax.axhline(0, color="black", linewidth=0.6)
-    ax.margins(y=0.2)
+    frame: one row a bar, with columns x, hue (in BAR_COLORS), y, y_low, y_high and perhaps hollow.
+    A bar that is undefined, or whose interval is, is left out and marked "–"."""
+    groups = list(frame.groupby(x, sort=False))
+    width = 0.8 / max(len(part) for _, part in groups)
+    for at, (_, part) in enumerate(groups):
+        for place, row in enumerate(part.to_dict("records")):
+            middle = at + (place - (len(part) - 1) / 2) * width
+            bar = np.array([row[y], row[f"{y}_low"], row[f"{y}_high"]], float)
+            face = edge = BAR_COLORS[row[hue]]
+            if row.get("hollow"):
+                face = "white"
+            if np.isnan(bar).any():
+                ax.annotate("–", (middle, base), ha="center", va="bottom")
+                continue
+            ax.bar(middle, bar[0] - base, 0.86 * width, base, color=face, edgecolor=edge)
+            ax.vlines(middle, *bar[1:], color="black", linewidth=0.7)
+    ax.axhline(base, color="black", linewidth=0.6)
+    width = max(7, 50 // len(groups) // ax.get_subplotspec().get_gridspec().ncols)
+    ticks = [textwrap.fill(_label(name), width, break_long_words=False) for name, _ in groups]
     ax.set_xticks(range(len(groups)), ticks)
-    ax.set(xlim=(-0.6, len(groups) - 0.4), ylabel=_label(y))
+    ax.set_xlim(-0.6, len(groups) - 0.4)
     return ax
 
 
-def _bar(ax, at, bar, width, color, hanging):
-    """A bar (value, low, high) with its interval, in which the value need not lie; "–" where it is
-    undefined. Its top, None without a bar."""
-    if pd.isna(bar).any():
-        ax.annotate("–", (at, 0), ha="center", va="top" if hanging else "bottom")
-        return None
-    value, low, high = bar
-    ax.bar(at, value, width, color=color)
-    ax.vlines(at, low, high, color="black", linewidth=0.7)
-    return max(0.0, value, high)
+def _counted(frame, hue, of) -> str:
+    """n of the bars that are not hollow, of each level of column `hue`, in words; once where all
+    have the same."""
+    own = frame[~frame["hollow"]].groupby(hue, sort=False)["n"]
+    counts = [f"{n.min():.0f}" + f"–{n.max():.0f}" * (n.nunique() > 1) for _, n in own]
+    return f"n = {_slashed(counts)} {of}"
 
 
-def _upright(ax, at, top, text):
-    """A number above a bar, or above the sign that there is none."""
-    ax.annotate(
-        text,
-        (at, top or 0.0),
-        xytext=(0, 6 if top is None else 2),
-        textcoords="offset points",
-        ha="center",
-        va="bottom",
-        rotation=90,
-        fontsize=6,
-    )
+def _drawn(frame) -> tuple[pd.DataFrame, str]:
+    """The rows of a table of `effects.summary` that become bars, with `bar`, the class, and after
+    each the same of known queries ("I, known"), if any, and `hollow`, of a control, which stands
+    right after what it controls; and in words which classes are empty."""
+    empty = frame.groupby(["threshold", "class"], sort=False)["n"].max()
+    told = [f"{_label(at)}: no fact is in {_label(name)}" for at, name in empty.index[empty == 0]]
+    known = np.where(frame["queries"] == "known", ", known", "")
+    frame = frame.assign(bar=frame["class"] + known, hollow=frame["set"].isin(CONTROLS))
+    frame["set"] = frame["set"].replace(CONTROLS)
+    order = list(BAR_COLORS).index
+    frame = frame.sort_values("bar", key=lambda bars: bars.map(order), kind="stable")
+    return frame[frame["n"] > 0], "; ".join(told)
 
 
-def _counts(frame, by) -> list[str]:
-    """n of each level of column `by`; empty where a level has several, or there is no n."""
-    levels = frame.groupby(by, sort=False)["n"].unique() if "n" in frame else []
-    single = all(len(values) == 1 for values in levels)
-    return [f"{values[0]:.0f}" for values in levels] if single else []
-
-
-def _beside_known(frame) -> pd.DataFrame:
-    """A table of `effects.summary` with `bar`: the class, and after each the same of known queries
-    ("I, known"), if any."""
-    known = frame["queries"] == "known"
-    frame = frame.assign(bar=frame["class"] + np.where(known, ", known", ""))
-    if not (known & (frame["n"] > 0)).any():
-        frame = frame[~known]
-    order = list(BAR_COLORS)
-    return frame.sort_values("bar", key=lambda bars: bars.map(order.index), kind="stable")
-
-
-def figure_bars(frame, *, row, column, x="set", y="trimmed", ylabel=""):
+def figure_bars(frame, *, row, column, x="set", y="trimmed", control=""):
     """Figures 4 and 6: bars of a table of `effects.summary` by `x` and class, those of known
-    queries beside where there are any; a row of panels each level of column `row` of the frame, a
-    column each of `column`. `ylabel` stands before the row's level."""
+    queries beside where there are any, `control` (what it is, in words) hollow; a row of panels
+    each level of column `row` of the frame, a column each of `column` (one column lies down)."""
+    bars, note = _drawn(frame)
+    if x == "direction":
+        bars = bars[bars["direction"] != "average"]  # in which both cancel
+    if frame[column].nunique() == 1:
+        row, column = column, row
     tops, sides = (list(dict.fromkeys(frame[name])) for name in (row, column))
-    bars = _beside_known(frame)
-    ways = column == "direction"
-    fig, axes = plt.subplots(
-        len(tops),
-        len(sides),
-        figsize=(WIDE, 0.7 + 1.75 * len(tops)),
-        squeeze=False,
-        sharey="col" if ways else "row",  # enhancing does far less
-    )
+    size = (WIDE, 1.3 + 1.75 * len(tops))
+    fig, axes = plt.subplots(len(tops), len(sides), figsize=size, squeeze=False, sharey="row")
+    told = {}
     for (top, side), ax in zip(product(tops, sides), axes.flat):
-        part = bars[(bars[row] == top) & (bars[column] == side)]
-        bars_with_intervals(
-            part,
-            ax,
-            x=x,
-            hue="bar",
-            y=y,
-        )
-        ax.set_title(_label(side) if ax in axes[0] else "", pad=8)
-        ax.set_ylabel(f"{ylabel}{_label(top)}" if ax in axes[:, 0] else "")
-    for ax in axes[0] if ways else axes[:, 0]:
-        ax.set_ylim(top=1.15 * ax.get_ylim()[1])  # room for the numbers on the bars
+        part = bars[(bars[row] == top) & (bars[column] == side)].copy()
+        ax.set_ylabel(_label(top))
+        ax.label_outer()
+        if part.empty:
+            continue
+        if x == "set":
+            sizes = _mean_size(part[(part["queries"] == "all") & ~part["hollow"]], "set", "size")
+            part["set"] = part["set"].map(lambda name: f"{_label(name)} ({sizes[name]:.0f})")
+        bars_with_intervals(part, ax, x=x, hue="bar", y=y)
+        n = _counted(part, "bar", "queries")
+        title = [_label(side)] if ax in axes[0] else []
+        if n not in (told.get(top), told.get(side)):
+            title.append(textwrap.fill(n, 90 // len(sides)))
+        ax.set_title("\n".join(title))
+        told |= {top: n, side: n}
+    fig.supylabel(CHANGE[x])
     shown = {name: BAR_COLORS[name] for name in BAR_COLORS if (bars["bar"] == name).any()}
-    _legend(fig, shown, f"{STATISTICS[y]} over queries (n); {INTERVAL}")
+    title = "\n".join(filter(None, [f"{STATISTICS[y]} over queries; {INTERVAL}", note]))
+    _legend(fig, shown, title, control if bars["hollow"].any() else "")
     return fig
+
+
+def _mean_size(frame, by, size) -> pd.Series:
+    """The mean of column `size` over the n of all rows, by the levels of column `by`."""
+    sums = frame.assign(total=frame[size] * frame["n"]).groupby(by)[["total", "n"]].sum()
+    return sums["total"] / sums["n"]
 
 
 def figure_edits(table, threshold, sets):
     """(figure, plotted numbers) of Table 2 or 3: a row an operation; Rel, Gen, Loc and Avg of each
-    class, each with the n edits for which it is defined, then the median dPPL."""
-    table = table[(table["threshold"] == threshold) & table["neurons"].isin(sets)]
+    class, then the median perplexity after an edit over that before; random neurons hollow."""
+    own = table["neurons"].str.removesuffix(" (random)")
+    table = table[(table["threshold"] == threshold) & own.isin(sets) & (table["n"] > 0)]
     plotted = _by_metric(table)
-    classes = list(dict.fromkeys(table["class"]))
-    ops = list(dict.fromkeys(table["op"]))
-    widths = [4] * len(classes) + [len(classes) + 1]
-    size = (WIDE, 2.3 * len(ops))
-    grid = dict(width_ratios=widths, squeeze=False)
-    fig, axes = plt.subplots(len(ops), len(widths), figsize=size, **grid)
+    bars = plotted.assign(neurons=plotted["neurons"].str.removesuffix(" (random)"))
+    bars["hollow"] = bars["neurons"] != plotted["neurons"]
+    classes, ops = (list(dict.fromkeys(table[name])) for name in ("class", "op"))
+    size = (WIDE, 0.8 + 2.1 * len(ops))
+    grid = dict(width_ratios=[3] * len(classes) + [2], squeeze=False, sharey="col")
+    fig, axes = plt.subplots(len(ops), len(classes) + 1, figsize=size, **grid)
     for op, (*panels, last) in zip(ops, axes):
-        here = plotted[plotted["op"] == op]
-        is_dppl = here["metric"] == "dppl"
+        is_dppl = bars["metric"] == "dppl"
         for ax, name in zip(panels, classes):
-            part = here[~is_dppl & (here["class"] == name)]
+            part = bars[~is_dppl & (bars["op"] == op) & (bars["class"] == name)]
             bars_with_intervals(part, ax, x="metric", hue="neurons")
-            ax.set(
-                title=f"{op}, {_label(name)}",
-                ylabel="",
-                ylim=(0, 1.02),
-            )
-        dppl = here[is_dppl]
-        bars_with_intervals(dppl, last, x="class", hue="neurons")
-        unbounded = dppl["mean"].abs().max() > 1  # broken texts
-        last.set(title=f"{op}, median dPPL{' (log)' if unbounded else ''}", ylabel="")
-        if unbounded:
-            last.set_yscale("symlog", linthresh=0.1)
-        last.margins(y=0.4)  # room for the numbers on the bars, on either scale
-    _legend(fig, {name: SET_COLORS[name] for name in dict.fromkeys(table["neurons"])}, INTERVAL)
+            ax.set_title(f"{op}, {_label(name)}\n{_counted(part, 'metric', 'edits')}")
+            ax.set(ylabel="share" if ax in axes[:, 0] else "", ylim=(0, 1.02))
+        dppl = bars[is_dppl & (bars["op"] == op)]
+        factors = {name: 1 + dppl[name] for name in ("mean", "mean_low", "mean_high")}
+        bars_with_intervals(dppl.assign(**factors), last, x="class", hue="neurons", base=1)
+        last.set_title(f"{op}, perplexity\n(median factor)")
+    _factors(axes[:, -1])
+    sizes = _mean_size(table, "neurons", "neurons_edited")
+    named = {f"{_label(name)} ({sizes[name]:.0f} neurons)": SET_COLORS[name] for name in sets}
+    _legend(fig, named, INTERVAL, "random neurons" if bars["hollow"].any() else "")
     return fig, plotted
+
+
+def _factors(axes):
+    """A logarithmic axis of factors, shared by the panels, from 1 to 2 at least."""
+    low, high = axes[0].get_ylim()
+    axes[0].set(yscale="log", ylim=(min(low, 0.9), max(high, 2.2)))
+    for ax in axes:
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}×")
+        ax.yaxis.minorticks_off()
 
 
 def _by_metric(table) -> pd.DataFrame:
@@ -403,226 +359,133 @@ def _by_metric(table) -> pd.DataFrame:
         n = f"n_{metric}" if f"n_{metric}" in table else "n"
         part = table[[*keys, metric, f"{metric}_low", f"{metric}_high", n]]
         part = part.set_axis([*keys, "mean", "mean_low", "mean_high", "n"], axis=1)
-        parts.append(part.assign(metric=_label(metric)))
+        parts.append(part.assign(metric=metric))
     return pd.concat(parts, ignore_index=True)
 
 
-# --- heatmaps -------------------------------------------------------------------------------------
+# --- maps of neurons ------------------------------------------------------------------------------
 
 
-def pool_neurons(values, bins=100) -> pd.DataFrame:
-    """(layers, neurons) values as a tidy frame of at most `bins` columns: layer, first, last,
-    value.
-
-    Single neurons among thousands are narrower than a pixel, so each bin keeps its value of largest
-    magnitude, with its sign. `first` and `last` are the neurons a bin covers."""
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 2 or not np.isfinite(values).all():
-        shape = values.shape
-        raise ValueError(f"values must be finite and of shape (layers, neurons), not {shape}")
-    parts = []
-    layers = range(len(values))
-    for bin in np.array_split(np.arange(values.shape[1]), min(bins, values.shape[1])):
-        block = values[:, bin]
-        strongest = block[layers, np.abs(block).argmax(1)]
-        parts.append(
-            dict(
-                layer=layers,
-                first=bin[0],
-                last=bin[-1],
-                value=strongest,
-            )
-        )
-    pooled = pd.concat(map(pd.DataFrame, parts), ignore_index=True)
-    return pooled.sort_values(["layer", "first"], ignore_index=True)
+def strong_neurons(values, signed, t) -> pd.DataFrame:
+    """The neurons whose value in a (layers, neurons) map, in magnitude if `signed`, exceeds `t`:
+    layer, neuron, value."""
+    layer, neuron = np.nonzero((np.abs(values) if signed else values) > t)
+    return pd.DataFrame({"layer": layer, "neuron": neuron, "value": values[layer, neuron]})
 
 
-def shared_norm(*frames) -> Normalize:
-    """One colour scale for several pooled frames: symmetric about 0 if a value is negative, else
-    from 0."""
-    values = np.concatenate([frame["value"].to_numpy(float) for frame in frames])
-    top = np.abs(values).max(initial=0.0) or 1.0
-    return Normalize(-top if (values < 0).any() else 0.0, top)
+def scatter_neurons(frame, ax, signed):
+    """Dots of a frame of `strong_neurons` whose values are shares, the larger and darker the larger
+    in magnitude; filled where `shared`, rings elsewhere. Returns the scale."""
+    cmap = plt.get_cmap("RdBu_r" if signed else "viridis_r")
+    scale = ScalarMappable(Normalize(-1 if signed else 0, 1), cmap)
+    colors = scale.to_rgba(frame["value"])
+    faces = np.where(frame[["shared"]], colors, 0.0)  # transparent elsewhere
+    where = frame["neuron"], frame["layer"], 6 + 40 * frame["value"].abs().clip(upper=1)
+    ax.scatter(*where, facecolors=faces, edgecolors=colors, linewidth=1, clip_on=False)
+    return scale
 
 
-def heatmap_neurons(frame, ax, norm):
-    """Layer by neuron, from a frame of `pool_neurons`; darker is larger in magnitude.
-
-    norm: from `shared_norm` over all panels that are to be compared."""
-    table = frame.pivot(
-        index="layer",
-        columns="first",
-        values="value",
-    )
-    edges = [*table.columns, frame["last"].max() + 1], np.arange(len(table) + 1) - 0.5
-    cmap = "RdBu_r" if norm.vmin < 0 else "magma_r"
-    ax.pcolormesh(
-        *edges,
-        table.to_numpy(),
-        norm=norm,
-        cmap=cmap,
-        rasterized=True,
-    )
-    ax.set(xlabel="neuron", ylabel="layer")
-    ax.yaxis.get_major_locator().set_params(integer=True)
-    return ax
-
-
-@dataclass
-class _Panel:
-    """A map (layers, neurons) to draw; those of one `norm` share a colour scale."""
-
-    values: np.ndarray
-    title: str
-    label: str
-    norm: Normalize
-
-
-def _norms(values, kind) -> list[Normalize]:
-    """The colour scale of each query, given all its maps: its own for attributions, one for all
-    activations."""
-    frames = [[pool_neurons(one) for one in maps] for maps in values]
-    if kind == "attribution":
-        return [shared_norm(*of_query) for of_query in frames]
-    return [shared_norm(*sum(frames, []))] * len(frames)
-
-
-def _heatmaps(fig, panels, kind) -> list[pd.DataFrame]:
-    """Draw the rows of `panels`; their pooled frames."""
-    axes = fig.subplots(
-        len(panels),
-        len(panels[0]),
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-    )
+def _draw_maps(fig, cells, kind, t) -> list[pd.DataFrame]:
+    """A panel each cell of rows of (query, title, its state now, its state unchanged, y label): the
+    neurons above `t` of the largest value unchanged, of the query or, as activations, of all;
+    filled those that more than one of the row's prompts of a fact has. Returns the dots of each
+    row, with their value as a share."""
+    signed = kind == "activation"
+    axes = fig.subplots(len(cells), len(cells[0]), squeeze=False, sharex=True, sharey=True)
+    most = max(np.abs(before[kind]).max() for _, _, _, before, _ in cells[0]) if signed else None
+    fig.suptitle(f"{kind}, neurons above {t:g} of the largest\n(filled: in both wordings)")
     frames = []
-    scales = {}  # the panels of each colour scale
-    for one, ax in zip(sum(panels, []), axes.flat):
-        frames.append(pool_neurons(one.values))
-        heatmap_neurons(frames[-1], ax, one.norm)
-        ax.set_title(one.title, fontsize=6.5)
-        ax.set_ylabel(f"{one.label}\nlayer", fontsize=6.5)
-        ax.label_outer()
-        scales.setdefault(id(one.norm), []).append(ax)
-    for group in scales.values():
-        _colorbar(fig, group, kind, alone=len(scales) == 1)
+    for row, line in zip(cells, axes):
+        found = []
+        for panel, (one, _, state, before, _) in enumerate(row):
+            dots = strong_neurons(state[kind] / (most or before[kind].max() or 1.0), signed, t)
+            found.append(dots.assign(fact=one["fact"], prompt=one["prompt"], panel=panel))
+        found = pd.concat(found, ignore_index=True)
+        found["shared"] = found.duplicated(["fact", "layer", "neuron"], keep=False)
+        for panel, ((_, title, state, _, label), ax) in enumerate(zip(row, line)):
+            here = found[found["panel"] == panel]
+            scale = scatter_neurons(here, ax, signed)
+            ax.text(0.5, 0.5, "" if len(here) else "none", transform=ax.transAxes, ha="center")
+            layers, neurons = state[kind].shape
+            ax.set(xlim=(-0.5, neurons), ylim=(-0.5, layers), xlabel="neuron")
+            ax.set_ylabel(f"{label}\nlayer")
+            title += f"\nP(answer) = {format_value(state['probability'])}"
+            ax.set_title(title.strip(), fontsize=8)
+            ax.label_outer()
+        frames.append(found.assign(kind=kind))
+    bar = fig.colorbar(scale, ax=axes, location="bottom", shrink=0.7, aspect=40, pad=0.02)
+    bar.set_label(f"share of the largest {'of all queries' if signed else 'of the query'}")
     return frames
 
 
-def _colorbar(fig, axes, kind, alone):
-    """The scale of the panels `axes`: beside all of them where there is no other, beside a single
-    one, below a column."""
-    mesh = axes[0].collections[0]
-    one = len(axes) == 1
-    bar = fig.colorbar(
-        mesh,
-        ax=axes,
-        location="right" if one or alone else "bottom",
-        label="" if one else kind,
-        pad=0.03,
-        shrink=0.8,
-    )
-    if alone:
-        return
-    bar.ax.tick_params(labelsize=6)
-    bar.locator = MaxNLocator(3)
-    bar.update_ticks()
-
-
-def _prompt(one, width) -> str:
-    text = f"{one['prompt']}\xa0…"
-    return "\n".join(textwrap.wrap(text, width, max_lines=4, placeholder=" …"))
+def _wrapped(text) -> str:
+    return "\n".join(textwrap.wrap(text, 22, max_lines=3, placeholder=" …"))
 
 
 def _subject(one) -> str:
-    return " | ".join(one["fact"].split("|")[1:])
+    return _wrapped(" → ".join(one["fact"].split("|")[1:]))
 
 
-def _noted(frame, one, **notes) -> pd.DataFrame:
-    """A pooled frame with the query it is of."""
-    return frame.assign(
-        fact=one["fact"],
-        prompt=one["prompt"],
-        **notes,
-    )
+def figure_1(maps, t=0.2):
+    """Figure 1: two queries of each of two facts, a row a fact: the neurons above `t` of the
+    query's largest attribution, as shares of it, since a confident query's is a thousand times an
+    unsure one's; beside them those of the largest activations, on one scale.
 
-
-def figure_1(maps):
-    """Figure 1: (L, N) maps of two queries of each of two facts, a row a fact; attribution on a
-    colour scale for each query, since a confident query's is a thousand times an unsure one's;
-    beside it activation, on one scale.
-
-    maps: from `localize.example_maps`. Returns the figure and the plotted numbers as a tidy
-    frame."""
-    facts = [list(group) for _, group in groupby(maps, key=itemgetter("fact"))]
-    titles = {
-        "attribution": "attribution, each query on a scale of its own",
-        "activation": "activation",
-    }
-    fig = plt.figure(figsize=(WIDE, 1.5 * len(facts) + 0.2))
+    maps: from `localize.example_maps`. Returns the figure and its dots as a tidy frame."""
+    cells = [
+        [(one, _wrapped(one["prompt"]), one, one, _subject(one)) for one in group]
+        for _, group in groupby(maps, key=itemgetter("fact"))
+    ]
+    fig = plt.figure(figsize=(WIDE, 2.1 * len(cells) + 0.9))
     frames = []
-    for part, (kind, title) in zip(fig.subfigures(1, 2), titles.items()):
-        norms = iter(_norms([[one[kind]] for one in maps], kind))
-        rows = []
-        for fact in facts:
-            label = _subject(fact[0]).replace(" | ", "\n")
-            rows.append([_Panel(one[kind], _prompt(one, 22), label, next(norms)) for one in fact])
-        pooled = _heatmaps(part, rows, kind)
-        part.suptitle(title, fontsize=8)
-        frames += [_noted(frame, one, kind=kind) for frame, one in zip(pooled, maps)]
+    for part, kind in zip(fig.subfigures(1, 2), ("attribution", "activation")):
+        frames += _draw_maps(part, cells, kind, t)
     return fig, pd.concat(frames, ignore_index=True)
 
 
-def figure_conditions(maps, conditions, kind):
-    """Figures 7 and 10: (L, N) maps of queries, a column a query and a row a condition, on the
-    scale of all conditions: of the query, for the attribution; of all queries, for the activation.
+def figure_conditions(maps, conditions, kind, t=0.2):
+    """Figures 7 and 10: the neurons of queries as in Figure 1, a column a query and a row a
+    condition, all by the scale of the unmodified one.
 
     maps: from `knowledge_synapses.scaled_maps`. kind: "attribution" or "activation". Returns the
-    figure and its numbers."""
-    fig = plt.figure(figsize=(WIDE, 0.9 + 1.15 * len(conditions)))
-    every = []  # the maps of all conditions there are, of each query
-    for one in maps:
-        every.append([value[kind] for value in one.values() if isinstance(value, dict)])
-    norms = _norms(every, kind)
-    rows = []
+    figure and its dots."""
+    fig = plt.figure(figsize=(WIDE, 1.6 + 1.6 * len(conditions)))
+    titles = [f"{_subject(one)}\n{_wrapped(one['prompt'])}" for one in maps]
+    cells = []
     for name in conditions:
-        rows.append([])
-        for one, norm in zip(maps, norms):
-            title = f"{_subject(one)}\n{_prompt(one, 28)}" if name == conditions[0] else ""
-            rows[-1].append(_Panel(one[name][kind], title, name, norm))
-    pooled = _heatmaps(fig, rows, kind)
-    frames = []
-    for frame, (name, one) in zip(pooled, product(conditions, maps)):
-        frames.append(_noted(frame, one, condition=name, kind=kind))
+        cells.append(
+            [(one, above, one[name], one["unmodified"], name) for one, above in zip(maps, titles)]
+        )
+        titles = [""] * len(maps)  # once
+    found = _draw_maps(fig, cells, kind, t)
+    frames = [dots.assign(condition=name) for name, dots in zip(conditions, found)]
     return fig, pd.concat(frames, ignore_index=True)
 
 
 def figure_places(found, num_heads):
-    """Where synapses sit: mean number in each layer and head, and how likely each column is one in
-    a layer and head."""
-    by_head = np.array(found["by_head"].tolist())  # (queries, layers * heads)
-    heads = by_head.mean(0).reshape(-1, num_heads)
-    by_column = [*zip_longest(*found["by_column"], fillvalue=np.nan)]  # prompts differ in length
-    by_column = np.array(by_column, float).T.copy() / heads.size  # (queries, columns)
-    shares = np.nanmean(by_column, 0)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 2.2), gridspec_kw=dict(wspace=0.12))
-    rows = np.arange(heads.shape[0] + 1) - 0.5
-    columns = np.arange(num_heads + 1) - 0.5
-    mesh = left.pcolormesh(columns, rows, heads, cmap="magma_r", vmin=0)
-    fig.colorbar(mesh, ax=left, label="synapses a query")
-    left.set(xlabel="head", ylabel="layer")
-    for axis in (left.xaxis, left.yaxis):
-        axis.get_major_locator().set_params(integer=True)
-    right.bar(range(len(shares)), shares, color="0.4")
-    right.set_xlim(-0.6, 0.6 + max(np.flatnonzero(shares > 0.002 * shares.max()), default=0))
-    right.set_xlabel("column (token of the prompt)")
-    right.set_ylabel("share of layers and heads\nin which it is a synapse")
-    cells = [(l, h, heads[l, h]) for l, h in np.ndindex(heads.shape)]
-    numbers = pd.DataFrame(cells, columns=["layer", "head", "synapses"])
-    counts = (~np.isnan(by_column)).sum(0)
-    places = pd.DataFrame({"column": range(len(shares)), "share": shares, "n": counts})
-    return fig, pd.concat([numbers, places], ignore_index=True)
+    """Where synapses sit: the share of all that each column (token of the prompt) has, and the mean
+    number of a query in each layer and head."""
+    heads = np.stack(found["by_head"]).mean(0).reshape(-1, num_heads)
+    columns = pd.DataFrame(zip_longest(*found["by_column"], fillvalue=np.nan)).T  # prompts differ
+    columns /= heads.size
+    places = pd.DataFrame({"share": columns.mean(), "n": columns.count()}).rename_axis("column")
+    places["of_all"] = columns.sum() / (columns.sum().sum() or 1.0)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 2.8))
+    shares = places["of_all"][places["of_all"] >= 0.005]
+    names = [f"token {one + 1}" if one else "first token" for one in shares.index]
+    left.bar_label(left.barh(names, shares, color="0.4"), map(_percent, shares), padding=3)
+    title = f"first token: {_percent(places['of_all'][0])} of all synapses"
+    left.set(title=title, xlabel="share of all synapses", xlim=(0, 1.1))
+    left.xaxis.set_major_formatter(_percent)
+    left.invert_yaxis()
+    typical = np.median(heads)
+    mesh = right.imshow(heads, "PuOr", norm=CenteredNorm(typical), aspect="auto", origin="lower")
+    fig.colorbar(mesh, ax=right, label="synapses a query")
+    right.set(xlabel="head", ylabel="layer", title=f"each head (white: the median, {typical:.2f})")
+    right.locator_params(integer=True)
+    index = pd.MultiIndex.from_product(map(range, heads.shape), names=["layer", "head"])
+    numbers = pd.Series(heads.ravel(), index, name="synapses")
+    return fig, pd.concat([numbers.reset_index(), places.reset_index()], ignore_index=True)
 
 
 # --- files ----------------------------------------------------------------------------------------

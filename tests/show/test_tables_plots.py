@@ -231,211 +231,290 @@ def test_names_that_the_papers_tables_do_not_have_are_refused(table, column, key
 
 
 def cs2_frame():
+    """CS2 of 12, 3 and 6 facts of three relations, of two models; one is undefined."""
     rng = np.random.default_rng(0)
+    thresholds = dict(threshold_static=0.1, threshold_otsu=0.5)
     rows = [
-        dict(relation=r, model=m, fact=i, cs2=rng.random())
-        for r, n in (("P17", 12), ("P101", 3))
+        dict(relation=r, model=m, fact=i, cs2=low + 0.1 * rng.random(), **thresholds)
+        for r, n, low in (("P17", 12, 0.6), ("P101", 3, 0.2), ("mine", 6, 0.4))
         for m in ("demo/gpt2", "other")
         for i in range(n)
     ]
-    return pd.DataFrame(rows + [dict(relation="P17", model="other", fact=99, cs2=np.nan)])
+    return pd.DataFrame(rows + [rows[0] | dict(model="other", fact=99, cs2=np.nan)])
 
 
-def test_violins_show_every_relation_and_model_with_n_and_the_threshold():
-    fig, plotted = plots.figure_cs2([cs2_frame()], "ig", line=0.3)
+def ticks(ax):
+    return [label.get_text() for label in ax.get_xticklabels()]
+
+
+def test_figure_3_has_a_dot_a_fact_by_relation_in_the_order_of_medians():
+    fig, plotted = plots.figure_cs2([cs2_frame()], "ig", {"P17": "country", "P101": "field"})
     [ax] = fig.axes
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["P17 (12)", "P101 (3)"] and len(
-        plotted
-    ) == 31
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["demo/gpt2", "other"]
-    assert [line.get_ydata()[0] for line in ax.lines] == [0.3]
-    bodies = [
-        body
-        for body in ax.collections
-        if body.get_paths() and len(body.get_paths()[0].vertices) > 20
+    assert ticks(ax) == ["field (3)", "mine (6)", "country (12)"] and len(plotted) == 43
+    [legend] = fig.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["demo/gpt2", "other"]
+    dots, medians = ax.collections
+    assert len(dots.get_offsets()) == 42  # the undefined one is none
+    assert sorted(dots.get_offsets()[:, 1]) == pytest.approx(sorted(plotted["cs2"].dropna()))
+    bars = sorted(bar.tolist() for bar in medians.get_segments())
+    assert len(bars) == 4  # no median of three facts
+    assert {round(sum(x for x, _ in bar) / 2) for bar in bars} == {1, 2}  # where its dots are
+    first = plotted.query("relation == 'mine' and model == 'demo/gpt2'")["cs2"]
+    assert bars[0][0][1] == pytest.approx(first.median())
+
+
+def test_the_thresholds_of_figure_3_are_lines_with_names():
+    one = cs2_frame().query("model == 'other'")
+    fig, _ = plots.figure_cs2([one], "ig", {}, line=0.3)
+    [ax] = fig.axes
+    assert not fig.legends and ax.get_legend() is None  # one model
+    assert sorted(line.get_ydata()[0] for line in ax.lines) == [0.1, 0.3, 0.5]
+    names = {text.get_text(): text.get_position()[1] for text in ax.texts}
+    assert names == {"static threshold, 0.1": 0.1, "paper's example, 0.3": 0.3, "Otsu's, 0.50": 0.5}
+    near = pd.concat([one.assign(threshold_otsu=0.28), one.assign(model="b", threshold_otsu=0.32)])
+    [ax] = plots.figure_cs2([near], "ig", {}, line=0.3)[0].axes
+    names = {text.get_text(): text.get_position()[1] for text in ax.texts}
+    assert set(names) > {"Otsu's, 0.28 to 0.32"} and len(ax.lines) == 4
+    assert np.diff(sorted(names.values())).min() > 0.06  # no name over another
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_figure_5_has_a_row_a_threshold_that_divides_the_facts(split):
+    classes = dict(class_static="I", class_otsu=["I", "I", "II", "II"] if split else "I")
+    facts = pd.DataFrame(
+        dict(
+            model="m",
+            fact=range(4),
+            relation="P17",
+            predominance=[0.5, 1, 1, 1],
+            predominance_rest=[0.25, 0.25, 0.5, 0.75],
+            n_queries=4,
+            **classes,
+        )
+    )
+    fig, plotted = plots.figure_predominance(facts)
+    left, right = fig.axes
+    label = left.get_ylabel().split("\n")
+    assert label == [
+        "m",
+        *(
+            ["Otsu's threshold", "n = 2 / 2 facts"]
+            if split
+            else ["static threshold", "n = 4 facts"]
+        ),
     ]
-    assert len(bodies) == 4
-    low, high = (
-        bodies[0].get_paths()[0].vertices[:, 1].min(),
-        bodies[0].get_paths()[0].vertices[:, 1].max(),
-    )
-    values = cs2_frame().query("relation == 'P17' and model == 'demo/gpt2'").cs2
-    assert (low, high) == pytest.approx((values.min(), values.max()))  # cut = 0
-
-
-def test_violins_of_equal_few_or_no_values_do_not_fail():
-    frame = pd.DataFrame(
-        dict(relation=["P1", "P1", "P2", "P3"], model="gpt2", cs2=[0.5, 0.5, 1.0, np.nan])
-    )
-    ax = plots.violins(
-        frame,
-        plt.figure().subplots(),
-        x="relation",
-        hue="model",
-        value="cs2",
-        colors={"gpt2": "red"},
-    )
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["P1 (2)", "P2 (1)", "P3 (0)"]
-    classes = pd.DataFrame(
-        {"model": "gpt2", "predominance": [0.5, 0.6, 0.9], "class": ["I", "I", None]}
-    )
-    ax = plots.violins(
-        classes,
-        plt.figure().subplots(),
-        x="model",
-        hue="class",
-        value="predominance",
-        colors=plots.CLASS_COLORS,
-    )
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["gpt2 (2 / 0)"]
-    ax.figure.canvas.draw()
-
-
-def test_a_violin_of_a_few_values_is_a_bar_at_each_as_wide_as_its_share():
-    frame = pd.DataFrame(
-        dict(model="gpt2", share=[1 / 7] * 6 + [2 / 7] * 12 + [4 / 7] * 3, **{"class": "I"})
-    )
-    ax = plots.violins(
-        frame,
-        plt.figure().subplots(),
-        x="model",
-        hue="class",
-        value="share",
-        colors=plots.CLASS_COLORS,
-    )
-    bars = [
-        (bar.get_y() + bar.get_height() / 2, bar.get_width(), bar.get_x() + bar.get_width() / 2)
-        for bar in ax.patches
+    high = [
+        (int(10 * bar.get_x()) / 10, bar.get_height()) for bar in left.patches if bar.get_height()
     ]
-    assert [y for y, *_ in bars] == pytest.approx([1 / 7, 2 / 7, 4 / 7])
-    assert [width / bars[1][1] for _, width, _ in bars] == pytest.approx([0.5, 1, 0.25])
-    assert (
-        len({round(middle, 9) for *_, middle in bars}) == 1 and ax.patches[0].get_height() < 1 / 7
+    assert sorted(high) == (
+        [(0.4, 0.5), (0.9, 0.5), (0.9, 1)] if split else [(0.4, 0.25), (0.9, 0.75)]
     )
-    plt.close(ax.figure)
+    for ax in fig.axes:
+        assert [line.get_xdata()[0] for line in ax.lines] == [0.25]
+        assert "least possible" in ax.texts[0].get_text() and "0.25" in ax.texts[0].get_text()
+    names = [text.get_text() for text in fig.legends[0].get_texts()]
+    assert names == ["$K_{I}$", "$K_{II}$"][: 1 + split] and len(plotted) == 4
+    assert right.get_title() == "without the first token"
 
 
-def test_bars_have_their_values_intervals_and_n():
+def test_bars_have_their_values_and_intervals_and_controls_are_hollow():
     frame = pd.DataFrame(
         {
-            "set": ["Self", "Self", "Union", "Union"],
+            "set": ["own", "own", "all others'", "all others'"],
             "class": ["I", "II"] * 2,
             "mean": [0.5, -0.2, 1, np.nan],
             "mean_low": [0.4, -0.3, 1.05, np.nan],
             "mean_high": [0.6, -0.1, 1.2, np.nan],
-            "n": [9, 8, 7, 0],
+            "hollow": [False, True, False, False],
         }
     )
     ax = plots.bars_with_intervals(frame, plt.figure().subplots(), x="set", hue="class")
     assert [bar.get_height() for bar in ax.patches] == [0.5, -0.2, 1]
-    assert [matplotlib.colors.to_hex(bar.get_facecolor()).upper() for bar in ax.patches][:2] == [
-        plots.CLASS_COLORS["I"],
-        plots.CLASS_COLORS["II"],
-    ]
+    faces = [matplotlib.colors.to_hex(bar.get_facecolor()).upper() for bar in ax.patches]
+    assert faces == [plots.CLASS_COLORS["I"], "#FFFFFF", plots.CLASS_COLORS["I"]]
+    edge = matplotlib.colors.to_hex(ax.patches[1].get_edgecolor()).upper()
+    assert edge == plots.CLASS_COLORS["II"]
     spans = [tuple(line.get_segments()[0][:, 1]) for line in ax.collections]
     assert spans == [(0.4, 0.6), (-0.3, -0.1), (1.05, 1.2)]
-    assert [text.get_text() for text in ax.texts] == ["n = 9", "n = 8", "n = 7", "–", "n = 0"]
-    few = frame.assign(
-        mean_low=[0.4, np.nan, np.nan, np.nan], mean_high=[0.6, np.nan, np.nan, np.nan]
-    )
+    assert [text.get_text() for text in ax.texts] == ["–"]
+    few = frame.assign(mean_low=[0.4] + [np.nan] * 3, mean_high=[0.6] + [np.nan] * 3)
     ax = plots.bars_with_intervals(few, plt.figure().subplots(), x="set", hue="class")
-    assert [bar.get_height() for bar in ax.patches] == [
-        0.5
-    ]  # a value without an interval is no bar
-    assert [text.get_text() for text in ax.texts] == [
-        "n = 9",
-        "–",
-        "n = 8",
-        "–",
-        "n = 7",
-        "–",
-        "n = 0",
-    ]
+    assert [bar.get_height() for bar in ax.patches] == [0.5]  # a value without interval is no bar
+    assert [text.get_text() for text in ax.texts] == ["–"] * 3
 
 
-def summarised(known):
-    """A table as of `effects.summary`: one set and direction, both classes, and the known queries
-    if there are `known`."""
-    rows = [
-        dict(panel="p", direction="average", set="self", queries=queries, n=n)
-        | {"class": name}
-        | {
-            f"{statistic}{end}": value + place + shift
-            for place, statistic in enumerate(("mean", "trimmed"))
-            for end, shift in (("", 0), ("_low", -0.1), ("_high", 0.1))
-        }
-        for queries, value, counts in (
-            ("all", 0.2, (90, 40)),
-            ("known", 0.6, (30, 12) if known else (0, 0)),
-        )
-        for name, n in zip(("I", "II"), counts)
-    ]
+def summarised(sets, counts, known=(0, 0)):
+    """A table as of `effects.summary` by the static threshold: n queries of each class, all and
+    known. A class's value is by its place: 1 or 2, that of known ones 3 or 4."""
+    rows = []
+    for queries, start, numbers in (("all", 1, counts), ("known", 3, known)):
+        for name, direction, (place, kind) in product(
+            sets, ("enhance", "suppress", "average"), enumerate(("I", "II"))
+        ):
+            value = (
+                (start + place) * (-1 if direction == "enhance" else 1)
+                if numbers[place]
+                else np.nan
+            )
+            row = dict(
+                threshold="static", model="m", queries=queries, set=name, direction=direction
+            )
+            row |= {"class": kind, "n": numbers[place], "size": 23.4}
+            for statistic in ("mean", "trimmed"):
+                row |= {f"{statistic}{end}": value for end in ("", "_low", "_high")}
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_figures_4_and_6_show_all_queries_and_the_known_ones_beside_where_there_are_any(known):
-    fig = plots.figure_bars(summarised(known), row="panel", column="direction")
-    [ax], [legend] = fig.axes, fig.legends
-    heights = [bar.get_height() for bar in ax.patches]
-    assert heights == pytest.approx(
-        [1.2, 1.2, 1.6, 1.6] if known else [1.2, 1.2]
-    )  # the trimmed means
-    colors = [matplotlib.colors.to_hex(bar.get_facecolor()).upper() for bar in ax.patches]
-    assert len(set(colors)) == len(colors) and colors[:2] == list(plots.CLASS_COLORS.values())
-    assert [text.get_text() for text in ax.texts] == [
-        "n = 90 / 40 / 30 / 12" if known else "n = 90 / 40"
+@pytest.mark.parametrize("known", [(30, 12), (0, 0)])
+def test_figure_4_shows_the_sets_their_sizes_and_random_neurons_beside(known):
+    sets = ("self", "union", "intersection", "self_random")
+    frame = summarised(sets, (90, 40), known)
+    fig = plots.figure_bars(frame, row="direction", column="model", control="random")
+    assert [ax.get_title().split("\n")[0] for ax in fig.axes] == [  # one model's panels lie down
+        "enhanced",
+        "suppressed",
+        "average of both",
     ]
-    names = [text.get_text() for text in legend.get_texts()]
+    n = " / ".join(map(str, (90, 40, *filter(None, known))))
     assert (
-        names[:2] == ["$K_{I}$", "$K_{II}$"]
-        and [("known" in name) for name in names[2:]] == [True] * 2 * known
+        fig.axes[0].get_title().endswith(f"n = {n} queries")
+        and "n =" not in fig.axes[1].get_title()
     )
+    assert [" ".join(tick.split()) for tick in ticks(fig.axes[1])] == [
+        "own (23)",
+        "all others' (23)",
+        "in all others (23)",
+    ]
+    heights = [bar.get_height() for bar in fig.axes[1].patches]
+    values = [1, 2, 3, 4] if known[0] else [1, 2]
+    assert heights == [value for value in values for _ in range(2)] + values * 2
+    hollow = [bar.get_facecolor() == (1, 1, 1, 1) for bar in fig.axes[1].patches]
+    assert hollow == [False, True] * len(values) + [False] * 2 * len(values)
+    assert fig._supylabel.get_text().split() == (
+        "ΔProb: change of P(answer), as claimed (1 = 100 %)".split()
+    )
+    names = [text.get_text() for text in fig.legends[0].get_texts()]
+    assert names[:2] == ["$K_{I}$", "$K_{II}$"] and names[-1] == "random"
+    title = fig.legends[0].get_title().get_text()
     assert (
-        "10 % trimmed mean" in legend.get_title().get_text()
-        and "fewer than 10 facts" in legend.get_title().get_text()
+        "10 % trimmed mean" in title and "fewer than 10 facts" in title and "no fact" not in title
     )
 
 
-@pytest.mark.parametrize("dppl", [0.07, 1e5])
-def test_no_legend_or_number_of_a_figure_of_edits_lies_over_a_title(dppl):
+def test_an_empty_class_has_no_place_and_is_named():
+    frame = summarised(("self", "union"), (90, 0))
+    fig = plots.figure_bars(frame, row="direction", column="model")
+    for ax in fig.axes:
+        assert len(ax.patches) == 2 and not ax.texts
+        middles = [bar.get_x() + bar.get_width() / 2 for bar in ax.patches]
+        assert middles == pytest.approx(ax.get_xticks())
+    [legend] = fig.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["$K_{I}$"]
+    assert "static threshold: no fact is in $K_{II}$" in legend.get_title().get_text()
+
+
+def test_figure_6_pairs_own_and_irrelevant_synapses_in_each_direction():
+    parts = [
+        summarised(("self", "irrelevant"), (90, 40)).assign(quantity=q)
+        for q in ("value", "probability")
+    ]
+    plotted = pd.concat(parts)
+    fig = plots.figure_bars(plotted, row="quantity", column="model", x="direction", control="other")
+    assert [ax.get_title().split("\n")[0] for ax in fig.axes] == ["ΔValue", "ΔProb"]
+    for ax in fig.axes:
+        assert ticks(ax) == ["enhanced", "suppressed"] if ax is fig.axes[0] else True
+        assert [bar.get_height() for bar in ax.patches] == [
+            -1,
+            -1,
+            -2,
+            -2,
+            1,
+            1,
+            2,
+            2,
+        ]  # no average
+        assert [bar.get_facecolor() == (1, 1, 1, 1) for bar in ax.patches] == [False, True] * 4
+    assert len({ax.get_ylim() for ax in fig.axes}) == 1
+    assert "up if enhanced, down\nif suppressed" in fig._supylabel.get_text()
+    two = pd.concat([plotted, plotted.assign(model="b")])
+    fig = plots.figure_bars(two, row="quantity", column="model", x="direction")
+    assert [ax.get_ylabel() for ax in fig.axes] == ["ΔValue", "", "ΔProb", ""]
+
+
+def edits_table(dppl):
     keys = [
-        dict(threshold="otsu", op=op, neurons=name, n=340) | {"class": kind}
+        dict(threshold="otsu", op=op, neurons=name, n=340, neurons_edited=21.3) | {"class": kind}
         for op in ("erasure", "update")
-        for name in ("local", "global")
+        for name in ("local", "local (random)", "cas", "cas (random)")
         for kind in ("I", "II")
     ]
     table = pd.DataFrame(keys)
     for name in ("rel", "gen", "loc", "avg", "dppl"):
         value = dppl if name == "dppl" else 0.98
-        table = table.assign(
-            **{name: value, f"{name}_low": 0.9 * value, f"{name}_high": 1.02 * value}
-        )
-    fig, _ = plots.figure_edits(table, "otsu", ["local", "global"])
+        columns = {name: value, f"{name}_low": 0.9 * value, f"{name}_high": 1.02 * value}
+        table = table.assign(**columns)
+    return table
+
+
+@pytest.mark.parametrize("dppl", [0.07, 1e5])
+def test_a_figure_of_edits_says_what_it_shows_and_nothing_lies_over_a_title(dppl):
+    table = edits_table(dppl)
+    fig, plotted = plots.figure_edits(table, "otsu", ["local", "cas"])
     fig.canvas.draw()
     [legend] = fig.legends
-    assert "bootstrap" in legend.get_title().get_text()
-    shown = [[text.get_text() for text in ax.texts] for ax in fig.axes]
-    assert [sum("n = 340" in text for text in texts) for texts in shown] == [1] * 6
-    few = plots.figure_edits(table.assign(n_gen=12, n_avg=12), "otsu", ["local", "global"])[
-        0
-    ]  # fewer have Gen, and so Avg
-    ticks = [label.get_text() for label in few.axes[0].get_xticklabels()]
-    assert [tick.split("\n")[-1] for tick in ticks] == ["n = 340", "n = 12", "n = 340", "n = 12"]
-    assert "median dPPL" in few.axes[2].get_title()
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["local (21 neurons)", "CAS (21 neurons)", "random neurons"]
+    first, _, last = fig.axes[:3]
+    assert first.get_title() == "erasure, $K_{I}$\nn = 340 edits" and first.get_ylabel() == "share"
+    assert [" ".join(tick.split()) for tick in ticks(first)] == [
+        "this wording changed",
+        "other wordings changed",
+        "other facts kept",
+        "mean of the three",
+    ]
+    assert [bar.get_facecolor() == (1, 1, 1, 1) for bar in first.patches] == [False, True] * 8
+    assert last.get_yscale() == "log" and last.get_ylim()[1] > max(2, dppl)
+    tops = [bar.get_y() + bar.get_height() for bar in last.patches]
+    assert tops == pytest.approx([1 + dppl] * 8)  # factors
+    assert set(plotted.loc[plotted["metric"] == "dppl", "mean"]) == {dppl}
+    few, _ = plots.figure_edits(table.assign(n_gen=12), "otsu", ["local", "cas"])
+    assert few.axes[0].get_title().endswith("n = 340 / 12 / 340 / 340 edits")
     for ax in fig.axes:
         title = ax.title.get_window_extent()
         assert ax.get_legend() is None and not legend.get_window_extent().overlaps(title)
         assert all(text.get_window_extent().y1 <= title.y0 for text in ax.texts)
-    plt.close(fig)
+
+
+def test_the_thresholds_of_the_sweep_are_marked():
+    frame = pd.DataFrame(list(product([0.1, 0.2], [0.05, 0.1, 0.3])), columns=["t", "static"])
+    fig, _ = plots.figure_thresholds(frame.assign(R_II=0.5), otsu=0.2)
+    ax = fig.axes[0]
+    marks = {
+        text.get_text(): text.get_position()[0]
+        for text in ax.texts
+        if text.get_text()[-3:] != ".50"
+    }
+    assert marks.pop("paper's, 0.1") == 1.5
+    [otsu] = ax.collections[-1].get_segments()
+    assert otsu.tolist() == [[2, 1], [2, 2]]  # between two columns, in its row
+    [static] = ax.patches
+    assert static.get_bbox().bounds == (1, 0, 1, 2)
+    assert ax.get_ylabel() == "t: share of the largest attribution"
+    assert fig.axes[1].get_ylabel() == "share of facts in $K_{II}$"
+    plots.figure_thresholds(frame.assign(R_II=0.5), otsu=np.nan)[0].canvas.draw()
 
 
 def test_places_are_averaged_over_prompts_of_different_lengths(recwarn):
     found = pd.DataFrame({"by_head": [[4, 0], [0, 2]], "by_column": [[2, 2], [0, 1, 1]]})
     fig, frame = plots.figure_places(found, 2)
-    plt.close(fig)
     assert frame["synapses"].tolist()[:2] == [2, 1]
     assert frame["share"].tolist()[2:] == [0.5, 0.75, 0.5] and frame["n"].tolist()[2:] == [2, 2, 1]
+    assert frame["of_all"].tolist()[2:] == pytest.approx([2 / 6, 3 / 6, 1 / 6])
+    left, right = fig.axes[:2]
+    assert left.get_title() == "first token: 33 % of all synapses"
+    assert [text.get_text() for text in left.texts] == ["33 %", "50 %", "17 %"]
+    assert "1.50" in right.get_title()
     assert not [
         one
         for one in recwarn
@@ -452,83 +531,81 @@ def test_the_numbers_beside_a_figure_keep_their_texts(text, tmp_path):
     pd.testing.assert_frame_equal(pd.read_csv(paths["csv"]), data)
 
 
-def test_pooling_keeps_single_neurons_and_covers_every_neuron_once():
+def test_the_strong_neurons_of_a_map_are_those_above_the_least():
     values = np.zeros((3, 1003))
     values[1, 517], values[2, 0], values[2, 1] = -2.0, 0.5, 0.3
-    pooled = plots.pool_neurons(values)
-    assert len(pooled) == 3 * 100
-    hit = pooled[pooled.value != 0]
-    assert [tuple(row) for row in hit[["layer", "value"]].to_numpy()] == [(1, -2.0), (2, 0.5)]
-    assert hit["first"].iloc[0] <= 517 <= hit["last"].iloc[0]
-    one = pooled[pooled.layer == 0]
-    assert one["first"].iloc[0] == 0 and one["last"].iloc[-1] == 1002
-    assert (one["first"].to_numpy()[1:] == one["last"].to_numpy()[:-1] + 1).all()
-    small = np.arange(6.0).reshape(2, 3)
-    assert plots.pool_neurons(small).value.tolist() == small.ravel().tolist()
-    with pytest.raises(ValueError, match="shape"):
-        plots.pool_neurons(np.zeros(3))
-
-
-def test_heatmaps_are_centred_on_zero_when_signed_and_share_a_scale():
-    signed, unsigned = plots.pool_neurons([[0.0, -1.0, 0.5]]), plots.pool_neurons([[0.0, 3.0, 0.5]])
-    assert (plots.shared_norm(signed).vmin, plots.shared_norm(signed).vmax) == (-1, 1)
-    assert (plots.shared_norm(unsigned).vmin, plots.shared_norm(unsigned).vmax) == (0, 3)
-    norm = plots.shared_norm(signed, unsigned)
-    assert (norm.vmin, norm.vmax) == (-3, 3)
-    ax = plots.heatmap_neurons(signed, plt.figure().subplots(), norm)
-    mesh = ax.collections[0]
-    assert list(mesh.get_array().ravel()) == [0, -1, 0.5] and mesh.get_clim() == (-3, 3)
-    assert plots.shared_norm(plots.pool_neurons(np.zeros((2, 2)))).vmax == 1
+    found = plots.strong_neurons(values, True, 0.4)
+    assert found.to_numpy().tolist() == [[1, 517, -2.0], [2, 0, 0.5]]
+    assert plots.strong_neurons(values, False, 0.4)["neuron"].tolist() == [0]
+    assert plots.strong_neurons(np.zeros((2, 2)), False, 0.0).empty
 
 
 def example_maps():
-    return [
-        dict(
-            fact=f"P|{fact}|o",
-            prompt=f"{fact} {p}",
-            attribution=np.full((2, 4), scale * (p + 1)),
-            activation=np.full((2, 4), float(scale > 0.1) + p),
-        )
-        for fact, scale in (("sure", 0.4), ("unsure", 1e-4))
-        for p in (0, 1)
-    ]
+    """Two prompts each of two facts; of a fact both have neuron (0, 1), each has one of its own."""
+    maps = []
+    for fact, scale in (("sure", 0.4), ("unsure", 1e-4)):
+        for p in (0, 1):
+            attribution = np.zeros((2, 4))
+            attribution[0, 1], attribution[1, p] = scale, 0.5 * scale
+            one = dict(fact=f"P|{fact}|o", prompt=f"{fact} {p}", probability=scale)
+            maps.append(one | dict(attribution=attribution, activation=attribution - 0.3))
+    return maps
 
 
-def test_attributions_have_a_colour_scale_a_query_and_activations_one_for_all():
-    fig, plotted = plots.figure_1(example_maps())
-    attribution, activation = (
-        [
-            ax.collections[0].get_clim()[1]
-            for ax in part.axes
-            if ax.get_title() or ax.get_xlabel() == "neuron"
-        ]
-        for part in fig.subfigs
-    )
-    assert attribution == pytest.approx([0.4, 0.8, 1e-4, 2e-4]) and activation == [2.0] * 4
-    assert "scale of its own" in fig.subfigs[0].get_suptitle() and set(plotted["kind"]) == {
-        "attribution",
-        "activation",
-    }
-    changed = {"unmodified": 1.0, "suppressed": 0.5, "enhanced": 3.0}
-    maps = [
-        one
-        | {
-            name: dict(attribution=one["attribution"] * factor, activation=one["activation"])
+def drawn_dots(ax):
+    """(neuron, layer, filled) of a panel."""
+    [dots] = ax.collections
+    filled = dots.get_facecolors()[:, 3] > 0
+    return [(*place, full) for place, full in zip(dots.get_offsets().tolist(), filled.tolist())]
+
+
+def test_figure_1_fills_the_neurons_of_both_wordings_on_a_scale_of_each_query():
+    fig, plotted = plots.figure_1(example_maps(), 0.2)
+    panels = [ax for ax in fig.subfigs[0].axes if ax.get_title()]
+    for place, ax in enumerate(panels):
+        assert drawn_dots(ax) == [(1, 0, True), (place % 2, 1, False)]
+    titles = [ax.get_title().split("\n")[-1] for ax in panels]
+    assert titles == ["P(answer) = 0.40"] * 2 + ["P(answer) = 0.0001"] * 2
+    shares = plotted[plotted["kind"] == "attribution"].groupby("prompt")["value"]
+    assert shares.max().tolist() == [1.0] * 4 and shares.min().tolist() == [0.5] * 4
+    assert set(plotted["kind"]) == {"attribution", "activation"}
+    assert "filled: in both wordings" in fig.subfigs[0].get_suptitle()
+
+
+def test_figures_7_and_10_keep_the_scale_of_the_unmodified_query():
+    changed = {"unmodified": 1.0, "suppressed": 0.1, "enhanced": 3.0}
+    maps = []
+    for one in example_maps():
+        states = {
+            name: dict(
+                attribution=one["attribution"] * factor,
+                activation=one["activation"],
+                probability=factor / 4,
+            )
             for name, factor in changed.items()
         }
-        for one in example_maps()
-    ]
-    for names in (
-        list(changed)[:2],
-        list(changed),
-    ):  # Figure 7 has two conditions, on Figure 10's scale
-        fig, _ = plots.figure_conditions(maps, names, "attribution")
-        limits = [ax.collections[0].get_clim()[1] for ax in fig.axes[: 4 * len(names)]]
-        assert limits == pytest.approx([1.2, 2.4, 3e-4, 6e-4] * len(names))
-        fig, _ = plots.figure_conditions(maps, names, "activation")
-        assert [ax.collections[0].get_clim()[1] for ax in fig.axes[: 4 * len(names)]] == [
-            2.0
-        ] * 4 * len(names)
+        maps.append(dict(fact=one["fact"], prompt=one["prompt"], **states))
+    for names in (list(changed)[:2], list(changed)):
+        fig, plotted = plots.figure_conditions(maps, names, "attribution", 0.2)
+        panels = fig.axes[: 4 * len(names)]
+        assert [len(drawn_dots(ax)) for ax in panels] == ([2] * 4 + [0] * 4 + [2] * 4)[
+            : len(panels)
+        ]
+        assert [text.get_text() for text in panels[4].texts] == ["none"]
+        assert panels[4].get_title() == "P(answer) = 0.03" and "sure → o" in panels[0].get_title()
+        assert set(plotted["condition"]) == {"unmodified", "enhanced"} & set(names)
+        fig, _ = plots.figure_conditions(maps, names, "activation", 0.2)
+        assert {len(drawn_dots(ax)) for ax in fig.axes[: 4 * len(names)]} == {8}
+
+
+def test_no_text_of_a_figure_is_small():
+    figures = [plots.figure_1(example_maps())[0], plots.figure_cs2([cs2_frame()], "ig", {})[0]]
+    figures.append(plots.figure_edits(edits_table(0.1), "otsu", ["local"])[0])
+    frame = summarised(("self", "union"), (90, 40))
+    figures.append(plots.figure_bars(frame, row="direction", column="model"))
+    for fig in figures:
+        texts = [text for text in fig.findobj(matplotlib.text.Text) if text.get_text().strip()]
+        assert texts and min(text.get_fontsize() for text in texts) >= 8
 
 
 def test_models_get_fixed_and_different_colours():
@@ -544,7 +621,7 @@ def test_a_figure_is_written_with_its_numbers_small_and_byte_for_byte_the_same(
     contents = []
     for folder, epoch in (("a", "100000"), ("b", "900000000")):
         monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
-        fig, _ = plots.figure_cs2([data], "ig")
+        fig, _ = plots.figure_cs2([data], "ig", {})
         paths = plots.save_figure(fig, "fig3", tmp_path / folder, data)
         contents.append({kind: path.read_bytes() for kind, path in paths.items()})
         plt.close(fig)
@@ -558,8 +635,7 @@ def test_a_figure_is_written_with_its_numbers_small_and_byte_for_byte_the_same(
 def test_a_crowded_figure_is_made_to_fit_150_kilobytes(tmp_path):
     fig, axes = plt.subplots(2, 2, figsize=(7, 4))
     for seed, ax in enumerate(axes.flat):
-        pooled = plots.pool_neurons(np.random.default_rng(seed).normal(size=(32, 4096)), bins=200)
-        plots.heatmap_neurons(pooled, ax, plots.shared_norm(pooled))
+        ax.imshow(np.random.default_rng(seed).normal(size=(32, 200)), aspect="auto")
     paths = plots.save_figure(fig, "fig1", tmp_path, pd.DataFrame())
     assert paths["png"].stat().st_size <= plots.MAX_PNG
     from PIL import Image
