@@ -101,15 +101,11 @@ def table(text, heading):
     return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
 
 
-def committed(name, **where):
-    """Rows of a committed CSV of the reference run for which columns have these texts."""
-    with open(paths.FIGURES / "demo" / name, encoding="utf-8", newline="") as file:
-        rows = [
-            row
-            for row in csv.DictReader(file)
-            if all(row[key] == value for key, value in where.items())
-        ]
-    assert rows, f"{name} has no row with {where}"
+def committed(folder, name, **where):
+    """Rows of a committed CSV below figures/ in which columns have these texts."""
+    with open(paths.FIGURES / folder / f"{name}.csv", encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if where.items() <= row.items()]
+    assert rows, f"{folder}/{name}.csv has no row with {where}"
     return rows
 
 
@@ -297,23 +293,6 @@ def own_model_and_facts(words, room):
     assert "2 done in" in room.capsys.readouterr().out
     [table1] = (room.runs / "mine" / "results").rglob("table1.csv")
     assert "ig" in table1.read_text()
-
-
-@runs_commands(r"\./run_all\.sh --models demo/gpt2 --methods ig --full --output full")
-def reference_run(words, room):
-    """It plans what the committed notebooks ran: all facts, one model, one method."""
-    jobs, _ = plan_jobs(parser().parse_args(words[1:]), paths.NOTEBOOKS)
-    assert [job.notebook.stem[:2] for job in jobs] == [
-        "01",
-        "02",
-        "03",
-        "04",
-        "05",
-        "06",
-        "07",
-        "re",
-    ]
-    assert {job.parameters.get("facts_per_relation") for job in jobs} == {None}
 
 
 @runs_commands(r"\./run_all\.sh --scheduler \S+")
@@ -574,167 +553,145 @@ def test_every_promise_names_what_proves_it():
     } <= named
 
 
-def test_table_1_is_the_committed_one():
-    there = table((paths.FIGURES / "demo/table1_all.md").read_text("utf-8"), "Table 1")
-    there = [row for row in there if (row["model"], row["method"]) == ("demo/gpt2", "ig")]
-    ours = table(README, "**Table 1**")
-    assert ours == [{name: row[name] for name in ours[0]} for row in there]
+KNOWN = "known-pararel"
+MODELS = {"SmolLM2-135M": "pretrained/smollm2-135m", "Gemma 3 270M": "pretrained/gemma-3-270m"}
+ALL = {"threshold": "all", "class": "all"}
+GROUPS = (
+    "the fact's own queries",
+    "one pattern, different facts",
+    "different patterns and objects, different relations",
+)
 
 
-def share(value):
-    return f"{100 * float(value):.0f} %"
+def share(row, name, sign=1):
+    return f"{100 * sign * float(row[name]):.0f} %"
 
 
-def findings():
-    """Every measured number of the README's findings, as it is written there, from the committed
-    tables."""
-    one = dict(model="demo/gpt2")
-    [kns] = committed("demo--gpt2/all/consistency.csv", method="ig")
-    static, otsu = committed("table1_all.csv", **one, method="ig")
-    swept = [float(row["R_II"]) for row in committed("demo--gpt2/all/threshold_sensitivity_ig.csv")]
-    [halves] = committed(
-        "control5_split_half.csv", **one, method="ig", threshold="otsu", outcome="CS2"
-    )
-    erased = {
-        row["neurons"]: row
-        for row in committed("table2_all.csv", **one, threshold="all", op="erasure")
-    }
-    local, everywhere, random = erased["local"], erased["global"], erased["local (random)"]
-    facts = committed("demo--gpt2/ig/fig5.csv")
-    mean = lambda name: sum(float(row[name]) for row in facts) / len(facts)  # noqa: E731
-    less, low, high = (float(halves[f"I - II{end}"]) for end in ("", "_low", "_high"))
-    yield f"all {static['n']} facts"
-    [localised] = committed("demo--gpt2/ig/localisation.csv")
-    [noise] = committed("demo--gpt2/all/otsu_null.csv", method="ig")
-    yield f"{share(localised['share in layer 0'])} of the neurons are in the lowest layer"
-    yield f"both have {share(kns['jaccard'])} (mean Jaccard index)"
-    yield f"of the facts are K_II, as are {share(noise['R_II'])} of normal noise"
-    assert int(static["n_II"]) == 0
-    yield f"by Otsu's, {share(otsu['R_II'])} of the facts are K_II"
-    yield f"anything from {share(min(swept))} to {share(max(swept))}"
-    yield f"they differ by {less:.2f} [{low:.2f}, {high:.2f}], within relations by {float(halves['within']):.2f}"
-    yield f"fail that query in {share(local['rel'])} of the cases and the other wordings in {share(local['gen'])}"
-    yield (
-        f"does so in {share(everywhere['rel'])} and {share(everywhere['gen'])}, and leaves "
-        f"{share(everywhere['loc'])} of other facts' answers alone"
-    )
-    yield f"change nothing ({100 * float(random['rel']):.1f} %, {100 * float(random['gen']):.1f} %)"
-    yield f"the same in {share(mean('predominance'))} of a fact's queries, {share(mean('predominance_rest'))} without"
-    own, nulls = (
-        "the fact's own queries",
-        {
-            row["kind"]: float(row["cs2"])
-            for row in committed("control1_null.csv", **one, method="ig")
-        },
-    )
-    yield (
-        f"(CS2 {nulls['one pattern, different facts']:.2f}) as three wordings of one fact "
-        f"({nulls[own]:.2f})"
-    )
-    [updated] = committed("table2_all.csv", **one, threshold="all", op="update", neurons="local")
-    yield f"reaches {share(updated['gen'])} of the other wordings and changes {share(1 - float(updated['loc']))} of other facts'"
-    yield f"(the least possible is {share(sum(1 / float(row['n_queries']) for row in facts) / len(facts))})"
-    yield f"hardly any ({nulls['random neurons, as many in each layer']:.2f})"
+def interval(row, name):
+    value, low, high = (float(row[name + end]) for end in ("", "_low", "_high"))
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def test_every_measured_number_is_the_committed_one():
-    text = " ".join(README.split())
-    assert [found for found in findings() if found not in text] == []
+def of_all_facts(rows, name):
+    """The mean of a column over classes that together hold all facts."""
+    counted = [(int(row["n"]), float(row[name])) for row in rows if row["n"] not in ("", "0")]
+    return {name: sum(n * value for n, value in counted) / sum(n for n, _ in counted)}
 
 
-def of_known_facts(model, table):
-    """The rows of a table of the two real models' run."""
-    name = f"pretrained--{model}/{table}.csv"
-    return list(csv.DictReader((ROOT / "figures/known" / name).open(encoding="utf-8")))
-
-
-def real_findings(model):
-    """The cells of README's table of real models, in order."""
-
-    def interval(row, name, digits=2):
-        mean, low, high = (float(row[name + end]) for end in ("", "_low", "_high"))
-        return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-    [localised] = of_known_facts(model, "ig/localisation")
-    [agreement] = of_known_facts(model, "all/consistency")
-    [static] = [row for row in of_known_facts(model, "all/table1") if row["threshold"] == "static"]
-    converged, right = of_known_facts(model, "all/by_rule")
-    second = [100 * float(static["R_II" + end]) for end in ("", "_low", "_high")]
-    yield f"{agreement['n']}, {localised['n_queries']}"
-    yield f"{100 * float(localised['share in layer 0']):.0f} %"
+def known_facts(model):
+    """(facts, queries and what they share), the first rows of a model's column."""
+    own, where = f"{KNOWN}/{model.replace('/', '--')}", dict(model=model, method="ig")
+    [localised] = committed(own, "ig/localisation")
+    [agreement] = committed(own, "all/consistency", method="ig")
+    [static] = committed(own, "all/table1", threshold="static", method="ig")
+    [otsu] = committed(own, "all/table1", threshold="otsu", method="ig")
+    [noise] = committed(own, "all/otsu_null", method="ig")
+    groups = [committed(KNOWN, "control1_null", **where, kind=kind)[0] for kind in GROUPS]
+    answered = int(localised["n_known"]) / int(localised["n_queries"])
+    facts, queries = int(agreement["n"]), int(localised["n_queries"])
+    yield f"{facts}, {queries:,} ({100 * answered:.0f} %)"
     yield interval(agreement, "cs2")
-    yield interval(agreement, "jaccard")
-    yield f"{second[0]:.0f} % [{second[1]:.0f}, {second[2]:.0f}], {static['n_II']} facts"
-    yield f"Jaccard {float(converged['jaccard']):.2f}"
-    yield f"{float(converged['cs2']):.2f}, {float(right['cs2']):.2f}"
+    yield " / ".join(f"{float(group['cs2']):.2f}" for group in groups)
+    low, high = (100 * float(static[f"R_II_{end}"]) for end in ("low", "high"))
+    yield f"{share(static, 'R_II')} [{low:.0f}, {high:.0f}]"
+    yield f"{share(otsu, 'R_II')} ({share(noise, 'R_II')})"
+
+
+def changed_facts(model):
+    """What edits, attention and the rule of the integral do, the other rows."""
+    own = f"{KNOWN}/{model.replace('/', '--')}"
+
+    def edit(number, op, neurons):
+        [row] = committed(own, f"ig/table{number}", **ALL, op=op, neurons=neurons)
+        return row
+
+    erased, random = (edit(2, "erasure", name) for name in ("local", "local (random)"))
+    size = float(erased["neurons_edited"])
+    yield f"{size:.0f}: {share(erased, 'rel')}, {share(erased, 'gen')}"
+    yield f"{share(random, 'rel')}, {share(random, 'gen')}"
+    [kept] = committed(own, "ig/table2_loc", op="erase", neurons="local")
+    yield f"{share(kept, 'loc_same')}, {share(kept, 'loc_other')}"
+    updated = edit(2, "update", "local")
+    yield f"{share(updated, 'rel')}, {share(updated, 'gen')}; {share(updated, 'broken')}"
+    most = committed(own, "ig/fig5_values", threshold="otsu")
+    both = [of_all_facts(most, name) for name in ("predominance", "predominance_rest")]
+    yield ", ".join(share(row, name) for row in both for name in row)
+    names = ("share in column 0", "jaccard", "jaccard_rest")
+    first, *alike = (committed(own, "ig/synapses", quantity=name)[0] for name in names)
+    two = ", ".join(f"{float(row['mean']):.2f}" for row in alike)
+    yield f"{share(first, 'mean')}; {two}"
+    cas, local, everywhere = (edit(3, "erasure", name) for name in ("cas", "local", "global"))
+    size = float(cas["neurons_edited"])
+    spared = f"{share(local, 'loc')}, {share(everywhere, 'loc')}"
+    yield f"{size:.0f}: {share(cas, 'gen')}, {share(cas, 'loc')}; {spared}"
+    [right] = committed(own, "all/by_rule", rule="right")
+    [converged] = committed(own, "all/by_rule", rule="converged")
+    two = f"{float(right['cs2']):.2f}, {float(converged['cs2']):.2f}"
+    yield f"{float(right['jaccard']):.2f}; {two}"
 
 
 def test_the_table_of_real_models_is_the_committed_one():
-    rows = README.split("| | SmolLM2-135M | Gemma 3 270M |")[1].split("\n\n")[0].splitlines()[2:]
-    columns = zip(*([cell.strip() for cell in row.split("|")[2:4]] for row in rows))
-    for model, written in zip(("smollm2-135m", "gemma-3-270m"), columns, strict=True):
-        assert list(written) == list(real_findings(model))
-        rules = {row["rule"]: row for row in of_known_facts(model, "ig/quadrature")[:4]}
-        first = of_known_facts(model, "ig/quadrature")[3]
-        assert first["rule"] == "converged" and float(first["jaccard"]) == pytest.approx(
-            1, abs=5e-3
-        )
-        found, paper = float(first["evaluations"]), float(rules["right"]["jaccard"])
-        said = {
-            "smollm2-135m": f"SmolLM2-135M with {found:.1f} gradients a layer (the paper's 20: {paper:.2f})",
-            "gemma-3-270m": f"Gemma 3 270M with {found:.1f} ({paper:.2f};",
-        }
-        assert said[model] in " ".join(README.split())
+    rows = table(README, "## What it finds on real models")
+    names = [name for name in rows[0] if name in MODELS]
+    there = {path.name for path in (paths.FIGURES / KNOWN).glob("pretrained--*")}
+    assert {MODELS[name].replace("/", "--") for name in names} == there
+    for name in names:
+        wanted = [*known_facts(MODELS[name]), *changed_facts(MODELS[name])]
+        assert [row[name] for row in rows] == wanted
 
 
-def of_pararel(name, **where):
-    """The row of a table of figures/known-pararel."""
-    folder = ROOT / "figures/known-pararel/pretrained--smollm2-135m"
-    with (folder / f"{name}.csv").open(encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if where.items() <= row.items()]
-    assert len(rows) == 1 or not where
-    return rows[0] if where else rows
-
-
-def test_what_is_said_of_pararel_is_in_the_committed_tables():
-    scanned = of_pararel("ig/known_facts")
+def sentences():
+    """Measured numbers of the README's sentences, as they are written there."""
+    model = MODELS["SmolLM2-135M"]
+    own = f"{KNOWN}/{model.replace('/', '--')}"
+    scanned = committed(own, "ig/known_facts")
     looked, known = (sum(int(row[name]) for row in scanned) for name in ("scanned", "known"))
-    agreement = of_pararel("all/consistency", method="ig")
-    static = of_pararel("all/table1", threshold="static")
-    edit = {"threshold": "all", "class": "all", "op": "erasure", "neurons": "local"}
-    erased, updated = (of_pararel("ig/table2", **edit | {"op": op}) for op in ("erasure", "update"))
-    random = of_pararel("ig/table2", **edit | {"neurons": "local (random)"})
-    update = {"op": "update", "neurons": "local (random)"}
-    luck = of_pararel("ig/table2", **edit | update)
-    cas, local = (of_pararel("ig/table3", **edit | {"neurons": one}) for one in ("cas", "local"))
-    assert f"{float(cas['avg']):.2f}" == f"{float(local['avg']):.2f}"
-    where = of_pararel("ig/table2_loc", op="erase", neurons="local")
-    two = [
-        f"{float(agreement[name]):.2f} [{float(agreement[name + '_low']):.2f}, "
-        f"{float(agreement[name + '_high']):.2f}]"
-        for name in ("cs2", "jaccard")
-    ]
+    yield f"SmolLM2 knows {known} of {looked:,} facts looked at"
+    for row in committed(KNOWN, "in_short", model=model):
+        text = row["sentence"]
+        if inside := re.search(r"in (\d+ %) of the facts the answer stands", text):
+            yield f"in {inside[1]} of those kept the answer stands in the subject"
+        if off := re.search(r"changes by -(\d+ %) \[.*switched off", text):
+            yield f"switched off, the own take {off[1]} of P(answer)"
+        if others := re.search(r"together \(.*?\): (.*?) more; .*?: (.*?) less;", text):
+            yield f"do {others[1]} more (of P(answer), both directions averaged), as many of them {others[2]} less"
+        if gap := re.search(r"^Suppressed.*cannot be told \((.*?)\)", text):
+            yield f"no more than scaling another's ({gap[1]} suppressed)"
+        if every := re.search(r"against the others': (.*?) more", text):
+            yield f"agree more (CS2 by {every[1]})"
+    [agreement] = committed("notebooks/pretrained--smollm2-135m", "all/consistency", method="ig")
+    [static] = committed(
+        "notebooks/pretrained--smollm2-135m", "all/table1", threshold="static", method="ig"
+    )
+    yield f"CS2 is {float(agreement['cs2']):.2f} and {share(static, 'R_II')} are K_II"
+    yield f"SmolLM2 on the {agreement['n']} bundled facts that it knows"
+    toy = dict(model="demo/gpt2")
+    [alike] = committed("sample", "table1_all", **toy, method="ig", threshold="static")
+    assert float(alike["R_I"]) == 1  # so that K_I's mean is that of all facts
+    [erased] = committed("sample", "table2_all", **toy, **ALL, op="erasure", neurons="local")
+    yield f"(`demo/gpt2`: CS2 {float(alike['S_I']):.2f}), but erasing one wording's neurons makes only {share(erased, 'gen')}"
 
-    def percent(row, name):
-        return f"{100 * float(row[name]):.0f} %"
 
-    assert int(static["n_II"]) == 0
-    [localised] = of_pararel("ig/localisation")
-    text = " ".join(README.split())
-    for said in (
-        f"of {looked:,} facts with three wordings or more that were looked at it knows {known}.",
-        f"Of the {agreement['n']} kept ({int(localised['n_queries']):,} queries)",
-        f"CS2 is {two[0]}, Jaccard {two[1]}, and no fact is K_II",
-        f"a query's {float(erased['neurons_edited']):.0f} neurons makes it fail in "
-        f"{percent(erased, 'rel')} of the cases and its other wordings in {percent(erased, 'gen')} "
-        f"(as many random neurons: {percent(random, 'rel')}, {percent(random, 'gen')})",
-        f"other relations {percent(where, 'loc_other')} survive, in the same one "
-        f"{percent(where, 'loc_same')}.",
-        f"answer in {percent(updated, 'rel')} (random: {percent(luck, 'rel')}) and breaks "
-        f"{percent(updated, 'broken')} of the texts. The {float(cas['neurons_edited']):.0f} neurons "
-        f"of CAS erase as well (Avg {float(cas['avg']):.2f}, as local).",
-    ):
-        assert said in text, said
+def test_every_measured_number_is_the_committed_one():
+    text, found = " ".join(README.split()), list(sentences())
+    assert len(found) == 9 and [one for one in found if one not in text] == []
+
+
+def test_what_is_said_of_the_rules_is_the_measured_table():
+    measured = (ROOT / "tests/benchmarks/results/rules.md").read_text("utf-8")
+    rows = {(row["queries"], row["rule"]): row for row in table(measured, "## SmolLM2-135M")}
+    jaccard, evaluations = "mean Jaccard index", "evaluations"
+    ours, papers = (
+        [rows[kind, rule] for kind in ("answered", "other")]
+        for rule in ("`converged`", "`right` 20 (the paper)")
+    )
+    said = (
+        f"is {ours[0][jaccard]} for {ours[0]['n']} answered and {ours[1][jaccard]} for "
+        f"{ours[1]['n']} other queries, with {ours[0][evaluations]} and {ours[1][evaluations]} "
+        f"gradients a layer; that of the paper's 20 is {papers[0][jaccard]} and "
+        f"{papers[1][jaccard]}."
+    )
+    assert said in " ".join(README.split())
 
 
 def test_the_readme_is_short():

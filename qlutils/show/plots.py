@@ -161,7 +161,7 @@ def _thresholds(ax, models, line):
 
 def figure_thresholds(frame, otsu, t=0.2, static=0.1):
     """Share of the facts in K_II by the KN threshold and the static threshold on CS2 (see
-    `threshold_sensitivity`); marked are the paper's static one and, at this t, `otsu`, Otsu's."""
+    `threshold_sensitivity`); marked are the paper's static one and `otsu`, Otsu's at this t."""
     fig, ax = plt.subplots(figsize=(5.2, 2.8))
     shares = frame.pivot(index="t", columns="static", values="R_II")
     scale = dict(vmin=0, vmax=1, cmap="cividis_r")
@@ -170,10 +170,10 @@ def figure_thresholds(frame, otsu, t=0.2, static=0.1):
     ax.set(xlabel="static threshold on $CS_2$", ylabel="t: share of the largest attribution")
     ax.tick_params("y", rotation=0)
     places = np.interp([otsu, static], [*shares.columns, 1.0], np.arange(len(shares.T) + 1) + 0.5)
-    top = np.interp(t, shares.index, range(len(shares)))
-    for at, name in zip(places, (f"Otsu's, {otsu:.2f}", f"paper's, {static:g}")):
-        ax.text(at, -0.12, name, ha="center", va="bottom")
-    ax.vlines(places[:1], top, top + 1, color="black", linewidth=3)
+    ax.text(places[1], -0.12, f"paper's, {static:g}", ha="center", va="bottom")
+    ax.plot(places[0], -0.12, "v", color="black", clip_on=False)
+    name = f"Otsu's at t = {t:g}: {otsu:.2f}"
+    ax.text(places[0], -0.5, name, ha="center", va="bottom")  # above, as both may lie close
     box = Rectangle((places[1] - 0.5, 0), 1, len(shares), fill=False, color="#D55E00", linewidth=2)
     ax.add_patch(box).set_clip_on(False)
     return fig, frame
