@@ -147,11 +147,12 @@ class Study:
             "facts": sha256([asdict(fact) for fact in facts]),
         }
 
-    def inputs(self, localised=True):
+    def inputs(self, localised=True, method=None):
         """What this run's results are made from, apart from the method; `load` compares it.
 
-        localised: with the choices of the localisation they are about, and all facts of the
-        relations where edits draw new objects from them."""
+        localised: with the choices of the localisation they are about, by `method`, this study's
+        own or, where it has none, all; and all facts of the relations where edits draw new objects
+        from them."""
         made = self.origin(self.facts())
         if localised and "embedding" in self.parameters:
             if self._objects is None:
@@ -161,9 +162,10 @@ class Study:
             made["objects"] = self._objects
         if localised and self.model:
             made["localisation"] = {}
-            for method in [self.method] if self.method else METHODS:
-                if spec := self.localisation(method):
-                    made["localisation"][method] = spec
+            own = method or self.method
+            for name in [own] if own else METHODS:
+                if spec := self.localisation(name):
+                    made["localisation"][name] = spec
         return made
 
     def localisation(self, method=None):
@@ -204,7 +206,8 @@ class Study:
         method = method or self.method
         path = self._folder(method) / f"{name}.parquet"
         try:
-            return load_frame(path, self.inputs(name != "queries") if path.exists() else {})
+            inputs = self.inputs(name != "queries", method) if path.exists() else {}
+            return load_frame(path, inputs)
         except ValueError as problem:
             raise ValueError(
                 f"no usable {name!r} of {self.model} by {method} in run {self.output!r}: "

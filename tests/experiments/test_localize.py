@@ -538,3 +538,17 @@ def test_units_are_not_computed_or_read_while_a_context_changes_the_model(tmp_pa
         with context, pytest.raises(ValueError, match="demo/gpt2 is being changed"):
             run(desc="x")
     pd.testing.assert_frame_equal(run(desc="x"), clean)
+
+
+def test_what_one_method_saved_by_another_rule_is_found_beside_other_methods(runs):
+    facts = dict(model="demo/gpt2", relations=["P36"], facts_per_relation=2)
+    for method in ("ig", "amig"):
+        study = Study("01_localize", method=method, **facts)
+        queries = localise(study, steps=4)
+        if method == "ig":
+            localize.localise_by_other_rule(study, queries, steps=4)
+    both = Study("02_consistency", method=None, methods=["ig", "amig"], **facts)
+    assert both.methods_done("queries") == ["ig", "amig"]
+    assert both.methods_done("other_rule") == ["ig"]
+    localise(Study("01_localize", method="ig", **facts), steps=5)  # another sum
+    assert both.methods_done("other_rule") == []
