@@ -563,8 +563,9 @@ GROUPS = (
 )
 
 
-def share(row, name, sign=1):
-    return f"{100 * sign * float(row[name]):.0f} %"
+def share(row, name):
+    """A share in percent; "–" where it was not measured."""
+    return f"{100 * float(row[name]):.0f} %" if row[name] else "–"
 
 
 def interval(row, name):
@@ -620,10 +621,13 @@ def changed_facts(model):
     first, *alike = (committed(own, "ig/synapses", quantity=name)[0] for name in names)
     two = ", ".join(f"{float(row['mean']):.2f}" for row in alike)
     yield f"{share(first, 'mean')}; {two}"
-    cas, local, everywhere = (edit(3, "erasure", name) for name in ("cas", "local", "global"))
-    size = float(cas["neurons_edited"])
-    spared = f"{share(local, 'loc')}, {share(everywhere, 'loc')}"
-    yield f"{size:.0f}: {share(cas, 'gen')}, {share(cas, 'loc')}; {spared}"
+    if (paths.FIGURES / own / "ig/table3.csv").is_file():
+        cas, local, everywhere = (edit(3, "erasure", name) for name in ("cas", "local", "global"))
+        spared = f"{share(local, 'loc')}, {share(everywhere, 'loc')}"
+        size = float(cas["neurons_edited"])
+        yield f"{size:.0f}: {share(cas, 'gen')}, {share(cas, 'loc')}; {spared}"
+    else:  # notebook 07 was not run for it
+        yield "–"
     [right] = committed(own, "all/by_rule", rule="right")
     [converged] = committed(own, "all/by_rule", rule="converged")
     two = f"{float(right['cs2']):.2f}, {float(converged['cs2']):.2f}"

@@ -7,6 +7,7 @@ it. `executed_source` in a notebook's metadata is a hash of its cells at that ti
 it with the cells as they are.
 """
 
+import shutil
 import sys
 import tempfile
 import time
@@ -64,6 +65,7 @@ def refresh() -> int:
     names = sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
     names += [paths.NOTEBOOKS / f"{stem}.ipynb" for stem in ("report", "explore_fact")]
     (runs / "executed").mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(runs / "default" / "results", ignore_errors=True)  # the units stay
     with tempfile.TemporaryDirectory(prefix="qlutils-") as scratch:
         progress, log = Path(scratch, "progress"), Path(scratch, "log")
         places = {"QLUTILS_RUNS": runs, "QLUTILS_COMMAND": "./run_all.sh --refresh"}

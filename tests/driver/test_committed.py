@@ -50,7 +50,7 @@ class TestCommitted:
                 assert not re.search(r"(?<![\w.])/(?:home|root|work|tmp|Users)/[\w.-]+", text)
                 assert "it/s]" not in text
                 image = out.get("data", {}).get("image/png")
-                assert image is None or len(base64.b64decode(image)) <= 150_000
+                assert image is None or len(base64.b64decode(image)) <= 170_000
 
     def test_cells_are_short_and_parameters_are_tagged(self, path):
         code = [
