@@ -19,8 +19,8 @@ RANGES = {
     "ppl_max_tokens": (2, 10**6, "a number of tokens"),
     "seed": (0, 2**63),
     "known_prompts": (0, 10**6, "a number of prompts (0: all facts)"),
-    "more_controls_facts": (0, 10**6, "a number of facts"),
-    "sweep_facts": (0, 10**6, "a number of facts"),
+    "more_controls_facts": (1, 10**6, "a number of facts (none: more_controls = [])"),
+    "sweep_facts": (1, 10**6, "a number of facts"),
     "control_queries": (1, 10**6, "a number of queries"),
 }
 
