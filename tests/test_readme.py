@@ -646,39 +646,59 @@ def test_the_table_of_real_models_is_the_committed_one():
 
 def sentences():
     """Measured numbers of the README's sentences, as they are written there."""
+    inside = []
+    for name, lead in (("SmolLM2-135M", "SmolLM2 knows"), ("Gemma 3 270M", "Gemma")):
+        model = MODELS[name]
+        scanned = committed(f"{KNOWN}/{model.replace('/', '--')}", "ig/known_facts")
+        looked, known = (sum(int(row[key]) for row in scanned) for key in ("scanned", "known"))
+        yield f"{lead} {known} of {looked:,}"
+        told = " ".join(row["sentence"] for row in committed(KNOWN, "in_short", model=model))
+        inside.append(re.search(r"in (\d+ %) of the facts the answer stands", told)[1])
+    yield f"in {' and '.join(inside)} of those kept the answer stands in the subject"
     model = MODELS["SmolLM2-135M"]
-    own = f"{KNOWN}/{model.replace('/', '--')}"
-    scanned = committed(own, "ig/known_facts")
-    looked, known = (sum(int(row[name]) for row in scanned) for name in ("scanned", "known"))
-    yield f"SmolLM2 knows {known} of {looked:,} facts looked at"
     for row in committed(KNOWN, "in_short", model=model):
         text = row["sentence"]
-        if inside := re.search(r"in (\d+ %) of the facts the answer stands", text):
-            yield f"in {inside[1]} of those kept the answer stands in the subject"
         if off := re.search(r"changes by -(\d+ %) \[.*switched off", text):
             yield f"switched off, the own take {off[1]} of P(answer)"
         if others := re.search(r"together \(.*?\): (.*?) more; .*?: (.*?) less;", text):
             yield f"do {others[1]} more (of P(answer), both directions averaged), as many of them {others[2]} less"
         if gap := re.search(r"^Suppressed.*cannot be told \((.*?)\)", text):
-            yield f"no more than scaling another's ({gap[1]} suppressed)"
+            yield f"no more than scaling another's ({gap[1]} suppressed"
         if every := re.search(r"against the others': (.*?) more", text):
-            yield f"agree more (CS2 by {every[1]})"
-    [agreement] = committed("notebooks/pretrained--smollm2-135m", "all/consistency", method="ig")
-    [static] = committed(
-        "notebooks/pretrained--smollm2-135m", "all/table1", threshold="static", method="ig"
-    )
+            yield f"agree more (CS2 by {every[1]} in SmolLM2)"
+    own = "notebooks/pretrained--smollm2-135m"
+    [agreement] = committed(own, "all/consistency", method="ig")
+    [static] = committed(own, "all/table1", threshold="static", method="ig")
     yield f"CS2 is {float(agreement['cs2']):.2f} and {share(static, 'R_II')} are K_II"
     yield f"SmolLM2 on the {agreement['n']} bundled facts that it knows"
+    pattern, fact = (
+        float(committed("notebooks", "control1_null", kind=kind)[0]["cs2"])
+        for kind in (GROUPS[1], GROUPS[0])
+    )
+    yield f"on the bundled facts more ({pattern:.2f} against {fact:.2f})"
+    own = "paper-pararel/pretrained--smollm2-135m"
+    [localised] = committed(own, "ig/localisation")
+    cs2 = [
+        interval(committed(own, "all/consistency", method=method)[0], "cs2")
+        for method in ("ig", "amig")
+    ]
+    yield (
+        f"SmolLM2 answers {localised['n_known']} of {localised['n_queries']} queries, and CS2 is "
+        f"{cs2[0]} by `ig` and {cs2[1]} by `amig`"
+    )
     toy = dict(model="demo/gpt2")
     [alike] = committed("sample", "table1_all", **toy, method="ig", threshold="static")
     assert float(alike["R_I"]) == 1  # so that K_I's mean is that of all facts
     [erased] = committed("sample", "table2_all", **toy, **ALL, op="erasure", neurons="local")
-    yield f"(`demo/gpt2`: CS2 {float(alike['S_I']):.2f}), but erasing one wording's neurons makes only {share(erased, 'gen')}"
+    yield (
+        f"(`demo/gpt2`: CS2 {float(alike['S_I']):.2f}), but erasing one wording's neurons makes only "
+        f"{share(erased, 'gen')}"
+    )
 
 
 def test_every_measured_number_is_the_committed_one():
     text, found = " ".join(README.split()), list(sentences())
-    assert len(found) == 9 and [one for one in found if one not in text] == []
+    assert len(found) == 12 and [one for one in found if one not in text] == []
 
 
 def test_what_is_said_of_the_rules_is_the_measured_table():

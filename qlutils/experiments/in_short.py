@@ -272,18 +272,18 @@ def _edited(one):
         part = edits[same]
         if part.empty and control != "none":
             continue
-        found = {
-            name: _percent(one.mean(part, name, share=True), of=n)
-            for name in ("rel", "gen", "broken")
-        }
+        rel, gen = (_percent(one.mean(part, name, share=True), of=n) for name in ("rel", "gen"))
         lost = one.mean(part.assign(lost=1 - part["loc"]), "lost", share=True)
-        perplexity = one.mean(part, "dppl")
         whose = text.format(_about(part["n_neurons"].mean()))
-        yield (
-            f"{PAPER_OP[op].capitalize()} of {whose}: this wording {found['rel']}, the others "
-            f"{found['gen']}, other facts' answers lost {_percent(lost, of=n)}, broken texts "
-            f"{found['broken']}, perplexity {_percent(perplexity, 'median', n)} up in the median."
+        told = (
+            f"{PAPER_OP[op].capitalize()} of {whose}: this wording {rel}, the others {gen}, other "
+            f"facts' answers lost {_percent(lost, of=n)}"
         )
+        if part["dppl"].notna().any():
+            broken = _percent(one.mean(part, "broken", share=True), of=n)
+            perplexity = _percent(one.mean(part, "dppl"), "median", n)
+            told += f", broken texts {broken}, perplexity {perplexity} up in the median"
+        yield told + "."
 
 
 def _about(number) -> str:
@@ -400,17 +400,21 @@ def _holds(one):
     ]
     yield "; ".join(told).capitalize() + "."
     facts = one.facts()["cs2"].notna().sum()
-    needs = []
+    needs, never = [], []
     for number in marks.index[marks == UNTOLD]:
         parts = deciding(one.board[one.board["claim"] == number])
         times = min(times_the_facts(CLAIMS[number], row) for row in parts.to_dict("records"))
-        about = f"about {float(f'{times * facts:.2g}'):,.0f}"
-        needs.append(f"{number} {about if times < np.inf else 'no number can be said'}")
+        if times < np.inf:
+            needs.append(f"{number} about {float(f'{times * facts:.2g}'):,.0f}")
+        else:
+            never.append(str(number))
     if needs:
         yield (
             f"To tell a part of claim {', '.join(needs)} such facts would do, if its value stays "
             f"({facts} now)."
         )
+    if never:
+        yield f"Of claim {', '.join(never)} more facts alone would tell nothing."
 
 
 def times_the_facts(claim, row) -> float:
