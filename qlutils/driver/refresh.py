@@ -44,6 +44,7 @@ def cleaned(notebook):
     for cell in notebook.cells:
         tags = [tag for tag in cell.metadata.get("tags", []) if tag in KEPT_TAGS]
         cell.metadata = {"tags": tags} if tags else {}
+        cell.source = cell.source.rstrip("\n")  # papermill ends its cell with an empty line
         if cell.cell_type == "code":
             number += 1
             cell.execution_count, outputs = number, cell.outputs

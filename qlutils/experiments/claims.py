@@ -542,11 +542,11 @@ def matrix(board: pd.DataFrame) -> str:
 def _held(verdict) -> str:
     """ "2/4" of a verdict "holds in part (2 of 4, 1 undecided)": of the parts that can be tested,
     those that hold; "" where none can."""
-    found = re.search(r"^(.*) \((\d+) of (\d+)", verdict)
+    found = re.search(r"\((\d+) of (\d+)", verdict)
     if not found:
         return ""
-    word, count, tested = found.groups()
-    return f" <small>{0 if word in (UNTOLD, OPPOSITE) else count}/{tested}</small>"
+    held = 0 if verdict.startswith((UNTOLD, OPPOSITE)) else found[1]
+    return f" <small>{held}/{found[2]}</small>"
 
 
 def _hover(board, cell) -> str:

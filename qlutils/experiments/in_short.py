@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import html
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, product
 from pathlib import Path
 
@@ -53,12 +54,10 @@ class Reading(Case):
     saved: SavedResults
     board: pd.DataFrame
 
-    def located_by(self, method) -> bool:
-        """Whether notebook 01 was run by this method."""
-        try:
-            return bool(self.saved.entry("01", self.model, method))
-        except Missing:
-            return False
+    def ran(self, number) -> list:
+        """The methods for which a notebook was run with the model."""
+        entries, _ = self.saved.read_all(number, lambda *pair: self.saved.entry(number, *pair))
+        return [method for model, method in entries if model == self.model]
 
     def n(self) -> int:
         """The facts of the run."""
@@ -115,19 +114,17 @@ def show(table: pd.DataFrame) -> HTML:
 
 def _value(found, of=None) -> str:
     """A mean for reading: "0.31 [0.25, 0.38]", with n facts where they are not `of`, all."""
-    if np.isnan(found.mean_low):
-        return UNTOLD + _n(found.facts(), of)
-    return format_value(found.mean, found.mean_low, found.mean_high) + _n(found.facts(), of)
+    text = format_value(found.mean, found.mean_low, found.mean_high)
+    return (UNTOLD if np.isnan(found.mean_low) else text) + _n(found.facts(), of)
 
 
 def _percent(found, measure="mean", of=None, sign=1) -> str:
     """The same as a percentage: "31 % [25, 38]". sign: -1 turns a fall into a negative change."""
     row = found.row(measure, "value")
-    value, *bounds = (row[name] for name in ("value", "value_low", "value_high"))
-    if np.isnan(bounds[0]):
-        return UNTOLD + _n(found.facts(), of)
-    low, high = sorted(sign * bound for bound in bounds)
-    return f"{_hundred(sign * value)} % [{_hundred(low)}, {_hundred(high)}]" + _n(found.facts(), of)
+    value, *bounds = (sign * row[name] for name in ("value", "value_low", "value_high"))
+    low, high = map(_hundred, sorted(bounds))
+    text = UNTOLD if np.isnan(bounds[0]) else f"{_hundred(value)} % [{low}, {high}]"
+    return text + _n(found.facts(), of)
 
 
 def _hundred(share) -> str:
@@ -139,14 +136,18 @@ def _hundred(share) -> str:
 def _apart(row, of=None) -> str:
     """A difference, a row with value, value_low and value_high, as "0.31 [0.25, 0.38] more"."""
     value, low, high = (row[name] for name in ("value", "value_low", "value_high"))
-    n = _n(row, of)
     if np.isnan(low):
-        return UNTOLD + n
-    if low <= 0 <= high:
-        return f"{UNTOLD} ({format_value(value, low, high)})" + n
-    if low > 0:
-        return f"{format_value(value, low, high)} more" + n
-    return f"{format_value(-value, -high, -low)} less" + n
+        text = UNTOLD
+    elif low <= 0 <= high:
+        text = f"{UNTOLD} ({format_value(value, low, high)})"
+    elif low > 0:
+        text = f"{format_value(value, low, high)} more"
+    else:
+        text = f"{format_value(-value, -high, -low)} less"
+    return text + _n(row, of)
+
+
+_count = partial(format_value, digits=0)  # a mean number of neurons
 
 
 def _n(row, of) -> str:
@@ -184,19 +185,11 @@ def _run(one):
     integral = "the converged integral" if rule == "converged" else f"the rule {rule}"
     if rule == "right":
         integral = f"the paper's sum of {given['steps']} steps"
-    located = ", ".join(filter(one.located_by, one.saved.methods))
+    located, done = ", ".join(one.ran("01")), ", ".join(filter(one.ran, NOTEBOOKS))
     yield (
         f"KNs: neurons with more than {one.t:g} of a query's largest score, by {located}, with "
-        f"{integral}; what follows is of {one.method}. Notebooks {', '.join(_done(one))}."
+        f"{integral}; what follows is of {one.method}. Notebooks {done}."
     )
-
-
-def _done(one):
-    """The numbers of the notebooks that were run for the model."""
-    for number in NOTEBOOKS:
-        found, _ = one.saved.read_all(number, lambda *pair, at=number: one.saved.entry(at, *pair))
-        if any(model == one.model for model, _ in found):
-            yield number
 
 
 # --- section 2 ------------------------------------------------------------------------------------
@@ -274,7 +267,7 @@ def _edited(one):
             continue
         rel, gen = (_percent(one.mean(part, name, share=True), of=n) for name in ("rel", "gen"))
         lost = one.mean(part.assign(lost=1 - part["loc"]), "lost", share=True)
-        whose = text.format(_about(part["n_neurons"].mean()))
+        whose = text.format(_count(part["n_neurons"].mean()))
         told = (
             f"{PAPER_OP[op].capitalize()} of {whose}: this wording {rel}, the others {gen}, other "
             f"facts' answers lost {_percent(lost, of=n)}"
@@ -284,11 +277,6 @@ def _edited(one):
             perplexity = _percent(one.mean(part, "dppl"), "median", n)
             told += f", broken texts {broken}, perplexity {perplexity} up in the median"
         yield told + "."
-
-
-def _about(number) -> str:
-    """A mean size in a sentence."""
-    return "–" if np.isnan(number) else f"{number:.2g}" if number < 10 else f"{number:.0f}"
 
 
 # --- section 3 ------------------------------------------------------------------------------------
@@ -307,12 +295,11 @@ def _own(one):
         "are doubled (trimmed means over queries)."
     )
     sizes = frame.groupby("set")["size"].mean()
-    union = f"all other wordings' KNs together ({_about(sizes.get('union', np.nan))} against "
+    union = f"all other wordings' KNs together ({_count(sizes.get('union'))} against "
     gaps = {
-        f"{union}{_about(sizes.get('self', np.nan))})": ("union", "self"),
+        f"{union}{_count(sizes.get('self'))})": ("union", "self"),
         "as many of them as own": ("union_matched", "self_as_union"),
         "another fact's of the relation": ("self_same_relation", "self"),
-        "a fact's of another relation": ("self_other_relation", "self"),
         "random ones": ("self_random", "self"),
     }
     told = [
@@ -363,7 +350,7 @@ def _gap(one, frame, first, *second, direction="average"):
 @about("What does CAS buy?")
 def _cas(one):
     edits, n = one.edits("cas_edits"), one.n()
-    size = _about(edits.loc[edits["neurons"] == "cas", "n_neurons"].mean())
+    size = _count(edits.loc[edits["neurons"] == "cas", "n_neurons"].mean())
     for op, name in PAPER_OP.items():
         part = edits[edits["op"] == op]
         gen, loc = (

@@ -26,11 +26,6 @@ _PIECES = template(Path(__file__).with_name("pieces.html")).module
 # --- HTML -----------------------------------------------------------------------------------------
 
 
-def tokens_html(tokens, shares) -> str:
-    """The tokens of a prompt, tinted by the attention they receive, if it is known."""
-    return _PIECES.tokens(tokens, shares)
-
-
 def prompts_html(view: ex.View) -> str:
     """Every prompt: known or not, probability and rank of the answer, runners-up, attention."""
     rows = list(zip(view.predictions.itertuples(), view.attention))

@@ -46,7 +46,6 @@ from qlutils.explorer.page import (
     neuron_html,
     png,
     prompts_html,
-    tokens_html,
 )
 from qlutils.facts import Fact
 from qlutils.model.passes import attention_implementation
@@ -487,12 +486,12 @@ def test_no_text_from_outside_becomes_markup(lm):
     )
     saved = view.frame.assign(fact=f"r|{EVIL}|o")
     neuron = next(iter(view.sets(0.2)[0]))
+    tokens = [([EVIL], None), ([EVIL], np.ones(1))] * len(view.attention)
     pieces = [
         prompts_html(view),
         effects_html(result, EVIL),
         neuron_html(view, neuron, 0.05, saved),
-        tokens_html([EVIL], None),
-        tokens_html([EVIL], np.ones(1)),
+        prompts_html(replace(view, attention=tokens[: len(view.attention)])),
     ]
     for piece in pieces:
         assert "<script" not in piece and "<img" not in piece and "same <b>" not in piece
