@@ -553,19 +553,37 @@ def test_every_promise_names_what_proves_it():
     } <= named
 
 
-KNOWN = "known-pararel"
-MODELS = {"SmolLM2-135M": "pretrained/smollm2-135m", "Gemma 3 270M": "pretrained/gemma-3-270m"}
+KNOWN, BUNDLED_FACTS = "known-pararel", "notebooks"
+COLUMNS = {  # of the README's tables: the folder below figures/ and the model
+    "SmolLM2-135M": (KNOWN, "pretrained/smollm2-135m"),
+    "Gemma 3 270M": (KNOWN, "pretrained/gemma-3-270m"),
+    "SmolLM2, bundled facts": (BUNDLED_FACTS, "pretrained/smollm2-135m"),
+}
 ALL = {"threshold": "all", "class": "all"}
 GROUPS = (
     "the fact's own queries",
-    "one pattern, different facts",
+    "one pattern, different objects",
     "different patterns and objects, different relations",
 )
+EDITED = ("local", "global", "cas", "local (random)")  # a row of the table each
+
+
+def own_folder(folder, model):
+    return f"{folder}/{model.replace('/', '--')}"
 
 
 def share(row, name):
     """A share in percent; "–" where it was not measured."""
     return f"{100 * float(row[name]):.0f} %" if row[name] else "–"
+
+
+def percent(values):
+    """Shares as "96 / 94 / 37 %", each "–" where it was not measured."""
+    return " / ".join(f"{100 * float(one):.0f}" if one else "–" for one in values) + " %"
+
+
+def numbers(values):
+    return " / ".join(f"{float(one):.2f}" for one in values)
 
 
 def interval(row, name):
@@ -576,116 +594,174 @@ def interval(row, name):
 def of_all_facts(rows, name):
     """The mean of a column over classes that together hold all facts."""
     counted = [(int(row["n"]), float(row[name])) for row in rows if row["n"] not in ("", "0")]
-    return {name: sum(n * value for n, value in counted) / sum(n for n, _ in counted)}
+    return sum(n * value for n, value in counted) / sum(n for n, _ in counted)
 
 
-def known_facts(model):
-    """(facts, queries and what they share), the first rows of a model's column."""
-    own, where = f"{KNOWN}/{model.replace('/', '--')}", dict(model=model, method="ig")
+def found_neurons(folder, model):
+    """The rows on KNs of a column of the table."""
+    own, where = own_folder(folder, model), dict(model=model, method="ig")
     [localised] = committed(own, "ig/localisation")
     [agreement] = committed(own, "all/consistency", method="ig")
     [static] = committed(own, "all/table1", threshold="static", method="ig")
     [otsu] = committed(own, "all/table1", threshold="otsu", method="ig")
     [noise] = committed(own, "all/otsu_null", method="ig")
-    groups = [committed(KNOWN, "control1_null", **where, kind=kind)[0] for kind in GROUPS]
-    answered = int(localised["n_known"]) / int(localised["n_queries"])
-    facts, queries = int(agreement["n"]), int(localised["n_queries"])
-    yield f"{facts}, {queries:,} ({100 * answered:.0f} %)"
+    groups = [committed(folder, "control1_null", **where, kind=kind)[0] for kind in GROUPS]
+    two = ("variants", "neighbours")
+    alike = [committed(folder, "control2_noise", **where, kind=kind)[0] for kind in two]
+    queries = int(localised["n_queries"])
+    answered = 100 * int(localised["n_known"]) / queries
+    yield f"{agreement['n']}, {queries:,} ({answered:.0f} %)"
     yield interval(agreement, "cs2")
-    yield " / ".join(f"{float(group['cs2']):.2f}" for group in groups)
+    yield numbers(group["cs2"] for group in groups)
+    yield numbers(one["cs2"] for one in alike)
     low, high = (100 * float(static[f"R_II_{end}"]) for end in ("low", "high"))
     yield f"{share(static, 'R_II')} [{low:.0f}, {high:.0f}]"
     yield f"{share(otsu, 'R_II')} ({share(noise, 'R_II')})"
 
 
-def changed_facts(model):
+def changed_answers(folder, model):
     """What edits, attention and the rule of the integral do, the other rows."""
-    own = f"{KNOWN}/{model.replace('/', '--')}"
+    own = own_folder(folder, model)
+    whole = (paths.FIGURES / own / "ig/table3.csv").is_file()  # was notebook 07 run for it?
 
-    def edit(number, op, neurons):
-        [row] = committed(own, f"ig/table{number}", **ALL, op=op, neurons=neurons)
+    def edit(op, neurons):
+        [row] = committed(own, f"ig/table{2 + whole}", **ALL, op=op, neurons=neurons)
         return row
 
-    erased, random = (edit(2, "erasure", name) for name in ("local", "local (random)"))
-    size = float(erased["neurons_edited"])
-    yield f"{size:.0f}: {share(erased, 'rel')}, {share(erased, 'gen')}"
-    yield f"{share(random, 'rel')}, {share(random, 'gen')}"
+    for neurons in EDITED:
+        if neurons == "cas" and not whole:
+            yield "–"
+            continue
+        row = edit("erasure", neurons)
+        size = float(row["neurons_edited"])
+        yield f"{percent(row[name] for name in ('rel', 'gen', 'loc'))} ({size:.0f})"
     [kept] = committed(own, "ig/table2_loc", op="erase", neurons="local")
-    yield f"{share(kept, 'loc_same')}, {share(kept, 'loc_other')}"
-    updated = edit(2, "update", "local")
-    yield f"{share(updated, 'rel')}, {share(updated, 'gen')}; {share(updated, 'broken')}"
+    yield percent(kept[name] for name in ("loc_same", "loc_other"))
+    updated = edit("update", "local")
+    [said] = committed(own, "ig/table2_loc", op="update", neurons="local")
+    yield percent((updated["rel"], updated["gen"], said["loc_new"]))
+    yield share(updated, "broken")
     most = committed(own, "ig/fig5_values", threshold="otsu")
-    both = [of_all_facts(most, name) for name in ("predominance", "predominance_rest")]
-    yield ", ".join(share(row, name) for row in both for name in row)
+    yield percent(of_all_facts(most, name) for name in ("predominance", "predominance_rest"))
     names = ("share in column 0", "jaccard", "jaccard_rest")
     first, *alike = (committed(own, "ig/synapses", quantity=name)[0] for name in names)
-    two = ", ".join(f"{float(row['mean']):.2f}" for row in alike)
-    yield f"{share(first, 'mean')}; {two}"
-    if (paths.FIGURES / own / "ig/table3.csv").is_file():
-        cas, local, everywhere = (edit(3, "erasure", name) for name in ("cas", "local", "global"))
-        spared = f"{share(local, 'loc')}, {share(everywhere, 'loc')}"
-        size = float(cas["neurons_edited"])
-        yield f"{size:.0f}: {share(cas, 'gen')}, {share(cas, 'loc')}; {spared}"
-    else:  # notebook 07 was not run for it
-        yield "–"
-    [right] = committed(own, "all/by_rule", rule="right")
-    [converged] = committed(own, "all/by_rule", rule="converged")
-    two = f"{float(right['cs2']):.2f}, {float(converged['cs2']):.2f}"
-    yield f"{float(right['jaccard']):.2f}; {two}"
+    yield f"{share(first, 'mean')}; {numbers(row['mean'] for row in alike)}"
+    rules = [committed(own, "all/by_rule", rule=rule)[0] for rule in ("right", "converged")]
+    yield f"{float(rules[0]['jaccard']):.2f}; {numbers(row['cs2'] for row in rules)}"
 
 
 def test_the_table_of_real_models_is_the_committed_one():
     rows = table(README, "## What it finds on real models")
-    names = [name for name in rows[0] if name in MODELS]
     there = {path.name for path in (paths.FIGURES / KNOWN).glob("pretrained--*")}
-    assert {MODELS[name].replace("/", "--") for name in names} == there
-    for name in names:
-        wanted = [*known_facts(MODELS[name]), *changed_facts(MODELS[name])]
-        assert [row[name] for row in rows] == wanted
+    assert {own_folder("", model)[1:] for _, model in COLUMNS.values()} == there
+    for name, where in COLUMNS.items():
+        assert [row[name] for row in rows] == [*found_neurons(*where), *changed_answers(*where)]
+
+
+def test_what_the_paper_found_is_what_it_prints():
+    """CS2 of all facts is the mean of the classes', by the static threshold and `ig`."""
+    values = json.loads((ROOT / "qlutils/show/paper_values.json").read_text("utf-8"))["tables"]
+    models = ("gpt2", "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B")
+    static, otsu = (
+        [values["1"]["rows"][f"{model}|{threshold}|ig"] for model in models]
+        for threshold in ("static", "otsu")
+    )
+
+    def edits(op, neurons, columns=3):
+        cells = []
+        for name in ("I", "II"):
+            row = values["3"]["rows"][f"gpt2|{op}|{neurons}|{name}"]
+            cells.append(f"{name}: {percent(row[:columns])}")
+        return "; ".join(cells)
+
+    wanted = {
+        1: ", ".join(f"{r_1 * s_1 + r_2 * s_2:.2f}" for r_1, s_1, r_2, s_2, *_ in static),
+        4: ", ".join(f"{100 * row[2]:.0f} %" for row in static),
+        5: ", ".join(f"{100 * row[2]:.0f} %" for row in otsu),
+        6: edits("erasure", "local"),
+        7: edits("erasure", "global"),
+        8: edits("erasure", "cas"),
+        11: edits("update", "local", 2),
+    }
+    rows = table(README, "## What it finds on real models")
+    assert {place: rows[place]["the paper"] for place in wanted} == wanted
+
+
+def test_the_marks_of_the_claims_are_the_committed_ones():
+    rows = table(README, "### Which of the paper's claims hold")
+    for name, (folder, model) in COLUMNS.items():
+        board = committed(folder, "scoreboard", model=model, method="ig")
+        marks = [(row["claim"], row["mark"]) for row in board]
+        assert [(row["claim"].split()[0], row[name]) for row in rows] == marks
+
+
+def told(name, pattern):
+    """What the first sentence of a column's "In short" that fits says in the pattern's groups."""
+    folder, model = COLUMNS[name]
+    for row in committed(folder, "in_short", model=model):
+        if found := re.search(pattern, row["sentence"]):
+            return found.groups()
+    raise AssertionError(f"In short of {name} has no sentence with {pattern!r}")
 
 
 def sentences():
     """Measured numbers of the README's sentences, as they are written there."""
-    inside = []
-    for name, lead in (("SmolLM2-135M", "SmolLM2 knows"), ("Gemma 3 270M", "Gemma")):
-        model = MODELS[name]
-        scanned = committed(f"{KNOWN}/{model.replace('/', '--')}", "ig/known_facts")
-        looked, known = (sum(int(row[key]) for row in scanned) for key in ("scanned", "known"))
-        yield f"{lead} {known} of {looked:,}"
-        told = " ".join(row["sentence"] for row in committed(KNOWN, "in_short", model=model))
-        inside.append(re.search(r"in (\d+ %) of the facts the answer stands", told)[1])
+    small, large, varied = COLUMNS
+    scanned = []
+    for name, lead in ((small, "SmolLM2 knows"), (large, "Gemma")):
+        rows = committed(own_folder(*COLUMNS[name]), "ig/known_facts")
+        looked, known = (sum(int(row[key]) for row in rows) for key in ("scanned", "known"))
+        scanned.append(f"{lead} {known} of {looked:,}")
+    yield f"{scanned[0]} facts looked at, {scanned[1]} "
+    inside = [told(name, r"in (\d+ %) of the facts the answer")[0] for name in (small, large)]
     yield f"in {' and '.join(inside)} of those kept the answer stands in the subject"
-    model = MODELS["SmolLM2-135M"]
-    for row in committed(KNOWN, "in_short", model=model):
-        text = row["sentence"]
-        if off := re.search(r"changes by -(\d+ %) \[.*switched off", text):
-            yield f"switched off, the own take {off[1]} of P(answer)"
-        if others := re.search(r"together \(.*?\): (.*?) more; .*?: (.*?) less;", text):
-            yield f"do {others[1]} more (of P(answer), both directions averaged), as many of them {others[2]} less"
-        if gap := re.search(r"^Suppressed.*cannot be told \((.*?)\)", text):
-            yield f"no more than scaling another's ({gap[1]} suppressed"
-        if every := re.search(r"against the others': (.*?) more", text):
-            yield f"agree more (CS2 by {every[1]} in SmolLM2)"
-    own = "notebooks/pretrained--smollm2-135m"
-    [agreement] = committed(own, "all/consistency", method="ig")
-    [static] = committed(own, "all/table1", threshold="static", method="ig")
-    yield f"CS2 is {float(agreement['cs2']):.2f} and {share(static, 'R_II')} are K_II"
-    yield f"SmolLM2 on the {agreement['n']} bundled facts that it knows"
-    pattern, fact = (
-        float(committed("notebooks", "control1_null", kind=kind)[0]["cs2"])
-        for kind in (GROUPS[1], GROUPS[0])
-    )
-    yield f"on the bundled facts more ({pattern:.2f} against {fact:.2f})"
-    own = "paper-pararel/pretrained--smollm2-135m"
+    answered = [told(name, r"against three others .*: (.*) more")[0] for name in (small, large)]
+    yield f"{answered[0]} higher than of three others of the same facts in SmolLM2, {answered[1]} in"
+    own = own_folder("paper-pararel", COLUMNS[small][1])
     [localised] = committed(own, "ig/localisation")
-    cs2 = [
-        interval(committed(own, "all/consistency", method=method)[0], "cs2")
-        for method in ("ig", "amig")
-    ]
+    cs2, of_ii = [], []
+    for method in ("ig", "amig"):
+        cs2.append(interval(committed(own, "all/consistency", method=method)[0], "cs2"))
+        [static] = committed(own, "all/table1", threshold="static", method=method)
+        of_ii.append(share(static, "R_II"))
     yield (
         f"SmolLM2 answers {localised['n_known']} of {localised['n_queries']} queries, and CS2 is "
-        f"{cs2[0]} by `ig` and {cs2[1]} by `amig`"
+        f"{cs2[0]} by `ig` and {cs2[1]} by `amig`, with {of_ii[0]} and {of_ii[1]} K_II"
     )
+    halves = [told(name, r"by Otsu's (.*?) more")[0] for name in (small, large)]
+    yield f"CS2 of the other half, by {halves[0]} and {halves[1]}"
+    groups = [
+        [
+            float(committed(folder, "control1_null", model=model, kind=kind)[0]["cs2"])
+            for kind in GROUPS[1::-1]
+        ]
+        for folder, model in COLUMNS.values()
+    ]
+    yield f"({groups[2][0]:.2f} against {groups[2][1]:.2f}"
+    assert all(0.55 < pattern / fact < 0.65 for pattern, fact in groups[:2])  # three fifths
+    kinds = (
+        r"by -(\d+ %) \[[^]]*\] when a query's own",
+        r"not its own -(\d+ %)",
+        r"what they share -(\d+ %)",
+    )
+    off = [told(small, kind)[0] for kind in kinds]
+    yield (
+        f"the own off takes {off[0]} of P(answer), the other wordings' that are not its own "
+        f"{off[1]}, another fact's of the relation {off[2]}"
+    )
+    first = [told(name, r"suppressed (.*?) more")[0] for name in (small, large)]
+    yield f"({first[0]} in SmolLM2, {first[1]} in Gemma)"
+    up = [told(name, r"Enhanced, .*? by -(\d+ %)")[0] for name in (small, large)]
+    yield f"lowers P(answer), too, by {' and '.join(up)}"
+    by_size = {
+        row["metric"]: interval(row, "difference")
+        for row in committed(
+            own_folder(*COLUMNS[small]), "ig/cas_by_size", op="erase", facts="all facts"
+        )
+    }
+    yield f"{by_size['gen']} in the other wordings, {by_size['loc']} in other facts"
+    relations = [told(name, r"relations resampled .* is (.*?) \(")[0] for name in (small, large)]
+    yield f"relations resampled, CS2 is {relations[0]} and {relations[1]}"
     toy = dict(model="demo/gpt2")
     [alike] = committed("sample", "table1_all", **toy, method="ig", threshold="static")
     assert float(alike["R_I"]) == 1  # so that K_I's mean is that of all facts
@@ -698,7 +774,7 @@ def sentences():
 
 def test_every_measured_number_is_the_committed_one():
     text, found = " ".join(README.split()), list(sentences())
-    assert len(found) == 12 and [one for one in found if one not in text] == []
+    assert len(found) == 14 and [one for one in found if one not in text] == []
 
 
 def test_what_is_said_of_the_rules_is_the_measured_table():

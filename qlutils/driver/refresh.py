@@ -29,6 +29,7 @@ REFERENCE = {  # {parameter: value} in every notebook that has it; all bundled f
     "known_prompts": 3,
     "rule": "converged",
     "ppl_max_tokens": 128,
+    "fact": "P36|Germany|Berlin",
 }
 KEPT_TAGS = ("parameters", "injected-parameters")
 DROPPED_MIME = "application/vnd.jupyter.widget-view+json"  # a widget is nothing without its kernel

@@ -57,7 +57,7 @@ class Group(NamedTuple):
 
 NULLS = {
     "own": Group("the fact's own queries"),
-    "same pattern": Group("one pattern, different facts", ("pattern",), ("fact",)),
+    "same pattern": Group("one pattern, different objects", ("pattern",), ("fact", "object")),
     "other objects": Group(
         "different patterns and objects, one relation",
         ("relation",),
@@ -248,8 +248,9 @@ def knowledge(queries, *, t=0.2, static=0.1, seed=0) -> pd.DataFrame:
 
     Spearman's correlation of CS2 with mean P(answer), over all facts and within relations (ranks
     less their relation's mean), the mean CS2 of facts known in every wording less that of the
-    others, and the share of K_II over all facts and over those known in every wording. The
-    correlations' intervals keep the ranks of the whole sample."""
+    others, the same of 3 wordings that are answered and 3 that are not, of one fact, and the share
+    of K_II over all facts and over those known in every wording. The correlations' intervals keep
+    the ranks of the whole sample."""
     facts = classified_facts(queries, t, static).dropna(subset="cs2")
     facts["all_known"] = facts["known"] == 1
     ranks = facts[["cs2", "probability"]].rank()
@@ -257,6 +258,8 @@ def knowledge(queries, *, t=0.2, static=0.1, seed=0) -> pd.DataFrame:
     relation = pd.factorize(facts["relation"], sort=True)[0]
     one_stratum = np.zeros(len(set(relation)), int)
     difference = bootstrap_difference(facts, "cs2", "all_known", (True, False), seed=seed)
+    thirds = answered_and_not(queries, t, seed)
+    answered = bootstrap_difference(thirds, "cs2", "known", (True, False), seed=seed)
     found = {
         "correlation of CS2 and P(answer)": _correlation(
             ranks, np.arange(len(facts)), relation, seed
@@ -265,6 +268,7 @@ def knowledge(queries, *, t=0.2, static=0.1, seed=0) -> pd.DataFrame:
         # negative), so the relation is what is resampled.
         "the same, within relations": _correlation(inside, relation, one_stratum, seed),
         "CS2 of known facts minus CS2 of others": difference.row("mean", "value"),
+        "CS2 of 3 answered wordings minus 3 others": answered.row("mean", "value"),
     }
     for threshold in THRESHOLDS:
         for which, among in (("all facts", None), ("known facts", "all_known")):
@@ -272,6 +276,19 @@ def knowledge(queries, *, t=0.2, static=0.1, seed=0) -> pd.DataFrame:
             name = f"share of K_II, {threshold} threshold, {which}"
             found[name] = share.row("mean", "value")
     return pd.DataFrame([{"statistic": name} | row for name, row in found.items()])
+
+
+def answered_and_not(queries, t=0.2, seed=0) -> pd.DataFrame:
+    """`agreement` of a fact's answered wordings and of its others, a row each, of the facts with at
+    least 3 of both: fact, relation, known, cs2, jaccard."""
+    queries, rows = queries.assign(sets=kn_sets(queries, t)), []
+    for (fact, relation), group in queries.groupby(["fact", "relation"], sort=False):
+        if min(group["known"].sum(), (~group["known"]).sum()) < GROUP:
+            continue
+        for known, part in group.groupby("known"):
+            about = {"fact": fact, "relation": relation, "known": known}
+            rows.append(about | agreement([*part["sets"]], seed))
+    return pd.DataFrame(rows, columns=["fact", "relation", "known", "cs2", "jaccard"])
 
 
 def _correlation(pairs, cluster, strata, seed) -> dict:

@@ -31,7 +31,7 @@ from qlutils.experiments.claims import (
     synapse_rates,
 )
 from qlutils.experiments.consistency import classified_facts, otsu_null, share_of_class
-from qlutils.experiments.controls import NULLS, null_consistency
+from qlutils.experiments.controls import NULLS, answered_and_not, null_consistency
 from qlutils.experiments.edit_tables import PAPER_OP
 from qlutils.experiments.effects import query_gaps
 from qlutils.experiments.report import NOTEBOOKS, SavedResults
@@ -39,6 +39,7 @@ from qlutils.show.stats import LEAST
 from qlutils.show.tables import format_value
 from qlutils.study.results import Missing
 
+WITHOUT_FIRST = ("self_without_first", "irrelevant_without_first")
 SENTENCES: dict = {}  # {topic: functions that yield its sentences of a `Reading`}
 EDITED = {  # {(neurons, control): whose value vectors were edited}
     ("local", "none"): "one wording's {} KNs",
@@ -203,6 +204,9 @@ def _shared(one):
         f"Of a fact's KNs more than one wording has {cs2} (CS2); of two wordings' KNs both have "
         f"{jaccard} (Jaccard)."
     )
+    relations = facts.assign(fact=facts["relation"], relation="")
+    spread = _value(one.mean(relations, "cs2"), n)
+    yield f"With relations resampled in place of facts CS2 is {spread}."
     groups = null_consistency(one.frame("queries"), t=one.t, seed=one.seed)
     told = {kind: _value(one.mean(groups[groups["kind"] == kind], "cs2"), n) for kind in NULLS}
     yield (
@@ -276,6 +280,9 @@ def _edited(one):
             broken = _percent(one.mean(part, "broken", share=True), of=n)
             perplexity = _percent(one.mean(part, "dppl"), "median", n)
             told += f", broken texts {broken}, perplexity {perplexity} up in the median"
+        if part["loc_new"].notna().any():
+            shouted = _percent(one.mean(part, "loc_new", share=True), of=n)
+            told += f", unrelated queries answered with the new object {shouted}"
         yield told + "."
 
 
@@ -286,14 +293,23 @@ def _edited(one):
 def _own(one):
     frame = one.frame("query_kn_mapping")
     n = one.n()
-    off, up = (
-        _percent(_gap(one, frame, "self", direction=way), "trimmed", n, sign)
-        for way, sign in (("suppress", -1), ("enhance", 1))
-    )
+    own = _percent(_gap(one, frame, "self", direction="suppress"), "trimmed", n, -1)
+    doubled = _percent(_gap(one, frame, "self", direction="enhance"), "trimmed", n)
     yield (
-        f"P(answer) changes by {off} when a query's own KNs are switched off, by {up} when they "
-        "are doubled (trimmed means over queries)."
+        f"P(answer) changes by {own} when a query's own KNs are switched off, by {doubled} when "
+        "they are doubled (trimmed means over queries)."
     )
+    others = {
+        "the other wordings' that are not its own": "union_others",
+        "as many of all other wordings' as it has": "union_matched",
+        "another fact's of the relation, without what they share": "self_same_relation",
+        "random ones": "self_random",
+    }
+    told = []
+    for name, kind in others.items():
+        change = _percent(_gap(one, frame, kind, direction="suppress"), "trimmed", n, -1)
+        told.append(f"{name} {change}")
+    yield f"Others switched off in their place: {', '.join(told)}."
     sizes = frame.groupby("set")["size"].mean()
     union = f"all other wordings' KNs together ({_count(sizes.get('union'))} against "
     gaps = {
@@ -339,8 +355,12 @@ def _synapses(one):
             f"{own}, an irrelevant query's by {other}; own against irrelevant, in the direction "
             f"claimed: {gap}."
         )
-    rest = _gap(one, rows, "self_without_first", "irrelevant_without_first")
-    yield f"The same without the first token, both averaged: {_apart(_row(rest, 'trimmed'), n)}."
+    rest = {
+        word: _apart(_row(_gap(one, rows, *WITHOUT_FIRST, direction=way), "trimmed"), n)
+        for way, word in (("suppress", "suppressed"), ("enhance", "enhanced"))
+    }
+    told = ", ".join(f"{word} {gap}" for word, gap in rest.items())
+    yield f"Own against irrelevant without the first token, in the direction claimed: {told}."
 
 
 def _gap(one, frame, first, *second, direction="average"):
@@ -370,6 +390,9 @@ def _known(one):
     gap = _row(one.apart(facts, "cs2", "all_known", (True, False)))
     share = _percent(_share_of(one, facts, among="all_known"))
     yield f"Their CS2 against the others': {_apart(gap)}; {share} of them are K_II (static)."
+    thirds = answered_and_not(one.frame("queries"), one.t, one.seed)
+    gap = _row(one.apart(thirds, "cs2", "known", (True, False)))
+    yield f"CS2 of three answered wordings against three others of the same facts: {_apart(gap)}."
 
 
 # --- the claims -----------------------------------------------------------------------------------
