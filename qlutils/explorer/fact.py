@@ -8,7 +8,7 @@ q1, ...
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,12 +24,11 @@ from qlutils.change.editing import edit_weights
 from qlutils.change.rows import score_queries
 from qlutils.change.scaling import answer_probability, scale_neurons
 from qlutils.change.synapses import column_scores, find_synapses, scale_synapses
-from qlutils.experiments.effects import NEIGHBOURS
-from qlutils.experiments.localize import localise_unit
+from qlutils.experiments.localize import activations, localise_unit
 from qlutils.facts import Fact
 from qlutils.files import as_frame, read_parquet
 from qlutils.model.architecture import UnsupportedModel
-from qlutils.model.passes import computing, neuron_vectors
+from qlutils.model.passes import computing
 from qlutils.neurons.cas import cas_neurons
 from qlutils.neurons.sets import consistency, kn_sets, neighbour_sets
 from qlutils.show.plots import WIDE
@@ -38,7 +37,6 @@ from qlutils.study.notebook import Study
 
 FACTORS = {"suppress": 0.0, "enhance": 2.0}  # section 3.1
 ACTIONS = (*FACTORS, "erase", "update", "none")  # "none": to see what synapses do by themselves
-SETS = ("self", *NEIGHBOURS, "cas", "picked")
 TYPED = "typed"  # the relation of facts that were typed in
 
 
@@ -66,14 +64,17 @@ class View:
         """The KN set of each prompt at threshold `t` (0.05 to 1)."""
         return kn_sets(self.frame, t)
 
-    def shares(self) -> list[dict]:
-        """For each prompt {(layer, neuron): its score as a share of the prompt's largest}, of the
-        neurons kept."""
-        found = []
-        for row in self.frame.itertuples():
-            shares = np.asarray(row.score) / max(row.score, default=1.0)
-            found.append(dict(zip(zip(row.layer, row.neuron), shares)))
-        return found
+    def kns(self, t: float) -> pd.DataFrame:
+        """A row a prompt and neuron whose score is kept: prompt (0, 1, ...), layer, neuron, score,
+        `share` of the prompt's largest, and `kn`, whether it is a KN at threshold `t`."""
+        frame = self.frame[["layer", "neuron", "score"]].rename_axis("prompt")
+        rows = frame.explode(["layer", "neuron", "score"]).dropna().reset_index()
+        rows = rows.astype({"layer": int, "neuron": int, "score": float})
+        rows["share"] = rows["score"] / rows.groupby("prompt")["score"].transform("max")
+        sets = self.sets(t)
+        names = zip(rows["prompt"], rows["layer"], rows["neuron"])
+        kns = [(layer, neuron) in sets[prompt] for prompt, layer, neuron in names]
+        return rows.assign(kn=np.array(kns, bool))
 
 
 def find_fact(facts, fact=None) -> Fact:
@@ -91,22 +92,26 @@ def find_fact(facts, fact=None) -> Fact:
 
 def typed_fact(prompts: str, answer: str) -> Fact:
     """A fact from typed text, one prompt a line. ValueError: no prompt, or no answer."""
-    lines = tuple(dict.fromkeys(filter(None, map(str.strip, prompts.splitlines()))))
-    if not lines:
+    lines = map(str.strip, prompts.splitlines())
+    distinct = tuple(dict.fromkeys(filter(None, lines)))
+    if not distinct:
         raise ValueError("type at least one prompt, one a line: what leads up to the answer")
     if not answer.strip():
         raise ValueError("type the answer that should follow the prompts")
-    return Fact(TYPED, "your prompts", answer.strip(), lines)
-
-
-def _study(model, method, data, output) -> Study:
-    return Study("explore_fact", model=model, method=method, data=data, output=output)
+    return Fact(TYPED, "your prompts", answer.strip(), distinct)
 
 
 def saved_spec(model: str, method: str, data="demo", output="default") -> dict:
     """The fields of `qlutils.Spec` with which notebook 01 localised what it saved in run `output`;
     {} where nothing is saved."""
-    return _study(model, method, data, output).localisation()
+    study = Study(
+        "explore_fact",
+        model=model,
+        method=method,
+        data=data,
+        output=output,
+    )
+    return study.localisation()
 
 
 def saved_queries(
@@ -114,19 +119,28 @@ def saved_queries(
 ) -> pd.DataFrame | None:
     """What notebook 01 saved in run `output` for this very model, method and `qlutils.Spec`, or
     None. `spec`: what is saved may be by another rule than the default, see `saved_spec`."""
-    path = _study(model, method, data, output).results / "queries.parquet"
+    study = Study(
+        "explore_fact",
+        model=model,
+        method=method,
+        data=data,
+        output=output,
+    )
+    path = study.results / "queries.parquet"
     if not path.exists():
         return None
     table, made = read_parquet(path)
     if table is None:  # damaged
         return None
+    inputs = made["inputs"]
+    ours = {
+        "content": model_content(model),
+        "code": code_versions(),
+        "dtype": None,
+    }
     wanted = asdict(Spec(method=method, **spec))
-    same = (
-        made["inputs"]["content"] == model_content(model)
-        and made["inputs"].get("code") == code_versions()
-        and made["inputs"]["dtype"] is None
-        and wanted | made["localisation"] == wanted
-    )
+    same = all(inputs.get(name) == value for name, value in ours.items())
+    same = same and wanted | made["localisation"] == wanted
     return as_frame([table]) if same else None
 
 
@@ -135,19 +149,16 @@ def look(lm, fact: Fact, method="ig", saved: pd.DataFrame | None = None, **spec)
     computed now.
 
     ValueError, with its prompt, for a query that cannot be read."""
-    frame = pd.DataFrame({"prompt": []})
-    source = "read from a saved run"
+    frame = None
     if saved is not None:
         frame = saved[saved["fact"] == fact.id].reset_index(drop=True)
-    if tuple(frame["prompt"]) != fact.prompts:
-        frame = localise_unit(lm, [asdict(fact)], method=method, **spec)
+    source = "read from a saved run"
+    if frame is None or tuple(frame["prompt"]) != fact.prompts:
         source = "computed now"
-        if frame["left_out"].notna().any():
-            raise ValueError(frame["left_out"].dropna().iloc[0])
-    activations = []
-    for prompt in fact.prompts:
-        ids = torch.tensor([lm.encode_prompt(prompt)], device=lm.device)
-        activations.append(neuron_vectors(lm, ids))  # (1, L, N)
+        frame = localise_unit(lm, [asdict(fact)], method=method, **spec)
+        for reason in frame["left_out"].dropna():
+            raise ValueError(reason)
+    tokens = [lm.encode_prompt(prompt) for prompt in fact.prompts]
     return View(
         lm=lm,
         fact=fact,
@@ -155,7 +166,7 @@ def look(lm, fact: Fact, method="ig", saved: pd.DataFrame | None = None, **spec)
         frame=frame,
         predictions=predictions(lm, fact.prompts, fact.object),
         attention=[attention_received(lm, prompt) for prompt in fact.prompts],
-        activations=torch.cat(activations).float().cpu().numpy(),
+        activations=np.stack(activations(lm, tokens)),
         source=source,
         spec=spec,
     )
@@ -177,20 +188,23 @@ def predictions(lm, prompts, answer: str, top: int = 4) -> pd.DataFrame:
     encoded = [lm.encode(prompt, answer) for prompt in prompts]
     scores = score_queries(lm, encoded)
     rows = []
-    for row, (prompt, (_, target)) in enumerate(zip(prompts, encoded)):
+    for prompt, (_, (first, *_)) in zip(prompts, encoded):
         p = next_token(lm, prompt)
-        best = [i for i in p.topk(min(top + 1, len(p))).indices.tolist() if i != target[0]][:top]
-        rows.append(
-            dict(
-                prompt=prompt,
-                known=bool(scores.exact[row]),
-                probability=float(np.exp(scores.log_probability[row])),
-                first_token=lm.tokenizer.decode([target[0]]),
-                rank=int((p > p[target[0]]).sum()) + 1,
-                runners_up=[(lm.tokenizer.decode([i]), float(p[i])) for i in best],
-            )
-        )
-    return pd.DataFrame(rows)
+        others = p.clone()
+        others[first] = -1  # the answer is no runner-up
+        best = others.topk(min(top, len(p) - 1))
+        words = [lm.tokenizer.decode([token]) for token in best.indices.tolist()]
+        row = {
+            "prompt": prompt,
+            "first_token": lm.tokenizer.decode([first]),
+            "rank": int((p > p[first]).sum()) + 1,
+            "runners_up": list(zip(words, best.values.tolist())),
+        }
+        rows.append(row)
+    return pd.DataFrame(rows).assign(
+        known=scores.exact,
+        probability=np.exp(scores.log_probability),
+    )
 
 
 def attention_received(lm, prompt: str) -> tuple[list[str], np.ndarray | None]:
@@ -212,53 +226,52 @@ def attention_received(lm, prompt: str) -> tuple[list[str], np.ndarray | None]:
 def kn_table(view: View, t: float) -> pd.DataFrame:
     """The neurons that are KNs of a prompt, most shared first: layer, neuron, n (prompts), prompts,
     and `score`, the largest share of a prompt's largest score."""
-    rows = []
-    for i, (kns, shares) in enumerate(zip(view.sets(t), view.shares())):
-        rows += [(*neuron, f"q{i}", shares[neuron]) for neuron in kns]
-    frame = pd.DataFrame(rows, columns=["layer", "neuron", "prompt", "score"])
-    frame = frame.astype({"layer": int, "neuron": int, "score": float})
-    table = frame.groupby(["layer", "neuron"], as_index=False).agg(
+    rows = view.kns(t)
+    rows["prompt"] = "q" + rows["prompt"].astype(str)
+    table = rows[rows["kn"]].groupby(["layer", "neuron"], as_index=False)
+    table = table.agg(
         n=("prompt", "size"),
         prompts=("prompt", " ".join),
-        score=("score", "max"),
+        score=("share", "max"),
     )
-    order = ["n", "score", "layer", "neuron"]
-    return table.sort_values(order, ascending=[False, False, True, True], ignore_index=True)
+    by = {
+        "n": False,
+        "score": False,
+        "layer": True,
+        "neuron": True,
+    }
+    return table.sort_values(list(by), ascending=list(by.values()), ignore_index=True)
 
 
 def agreement(view: View, t: float) -> dict:
     """CS1, CS2, mean Jaccard (NaN with one prompt), size of the union and the number of KNs of each
     prompt."""
     sets = view.sets(t)
-    result = consistency(sets) if len(sets) > 1 else None
-    shared = {name: getattr(result, name, np.nan) for name in ("cs1", "cs2", "jaccard")}
-    return shared | dict(union=len(set().union(*sets)), sizes=[len(one) for one in sets])
+    found = consistency(sets) if len(sets) > 1 else None
+    shared = {name: getattr(found, name, np.nan) for name in ("cs1", "cs2", "jaccard")}
+    sizes = [len(one) for one in sets]
+    return shared | {"union": len(set().union(*sets)), "sizes": sizes}
 
 
 def choose_neurons(view: View, t: float, which: str, prompt: int = 0, picked: str = "") -> set:
     """The neurons to change, by name: "self", "union", "intersection", "refine" (Eq. 3, of prompt
     `prompt`), "cas" (Eq. 7), or "picked", read from text such as "3:17, 4:2"."""
-    sets = view.sets(t)
     if which == "picked":
         return parse_neurons(view.lm, picked)
     if which == "cas":
         return cas_neurons(view.frame.iloc[0])
-    if which == "self":
-        return sets[prompt]
-    if which not in NEIGHBOURS:
-        raise ValueError(f"set {which!r} is unknown; use one of {', '.join(SETS)}")
-    if len(sets) < 2:
-        raise ValueError(f"{which} is made of a fact's other prompts; there is only one prompt")
-    return neighbour_sets(sets, prompt)[which]
+    sets = view.sets(t)
+    return sets[prompt] if which == "self" else neighbour_sets(sets, prompt)[which]
 
 
 def parse_neurons(lm, text: str) -> set:
     """{(layer, neuron)} of text such as "3:17, 4:2"; ValueError for anything else or a neuron
     outside the model."""
-    pairs = [part.split(":") for part in text.replace(",", " ").split()]
-    if not pairs or not all(len(pair) == 2 and "".join(pair).isdecimal() for pair in pairs):
+    parts = text.replace(",", " ").split()
+    if not parts or not all(re.fullmatch(r"\d+:\d+", part) for part in parts):
         raise ValueError(f"neurons are written layer:neuron, such as 3:17, 4:2; got {text!r}")
-    return set(lm.check_neurons([(int(layer), int(index)) for layer, index in pairs]))
+    pairs = [tuple(map(int, part.split(":"))) for part in parts]
+    return set(lm.check_neurons(pairs))
 
 
 @torch.no_grad()
@@ -279,10 +292,10 @@ def neuron_tokens(lm, neuron, top: int = 8) -> pd.DataFrame:
         )
     score = (weight.to(lm.score_dtype) @ value.to(lm.score_dtype)).cpu()  # (V,)
     shown = {}
-    for name, sign in (("promotes", 1), ("suppresses", -1)):
-        best = (sign * score).topk(top)
-        shown[name] = [lm.tokenizer.decode([i]) for i in best.indices.tolist()]
-        shown[f"{name}_score"] = sign * best.values.numpy()
+    for name, largest in (("promotes", True), ("suppresses", False)):
+        best = score.topk(top, largest=largest)
+        shown[name] = [lm.tokenizer.decode([token]) for token in best.indices.tolist()]
+        shown[f"{name}_score"] = best.values.numpy()
     return pd.DataFrame(shown)
 
 
@@ -290,25 +303,27 @@ def neuron_activations(view: View, neuron, t: float) -> pd.DataFrame:
     """A row a prompt: a neuron's activation at the last token, its score as a share of the prompt's
     largest (0 where it is below what is kept), and whether it is a KN."""
     [(layer, index)] = view.lm.check_neurons([neuron])
+    rows = view.kns(t)
+    rows = rows[(rows["layer"] == layer) & (rows["neuron"] == index)].set_index("prompt")
+    prompts = range(len(view.fact.prompts))
     return pd.DataFrame(
         {
-            "prompt": [f"q{i} {prompt}" for i, prompt in enumerate(view.fact.prompts)],
+            "prompt": [f"q{i} {view.fact.prompts[i]}" for i in prompts],
             "activation": view.activations[:, layer, index].astype(float),
-            "share": [float(shares.get((layer, index), 0.0)) for shares in view.shares()],
-            "kn": [(layer, index) in one for one in view.sets(t)],
+            "share": rows["share"].reindex(prompts, fill_value=0.0),
+            "kn": rows["kn"].reindex(prompts, fill_value=False),
         }
     )
 
 
-def facts_using(saved: pd.DataFrame | None, neuron, t: float, but: str = "") -> pd.DataFrame:
+def facts_using(saved: pd.DataFrame, neuron, t: float, but: str = "") -> pd.DataFrame:
     """Facts of a saved run with the neuron among their KNs, by the number of prompts that have it;
     not fact `but`."""
-    if saved is None:
-        return pd.DataFrame(columns=["fact", "n", "of"])
-    uses = saved[["fact"]].assign(n=[tuple(neuron) in one for one in kn_sets(saved, t)])
-    table = uses.groupby("fact", sort=False)["n"].agg(n="sum", of="size").reset_index()
-    table = table[(table["n"] > 0) & (table["fact"] != but)]
-    return table.sort_values(["n", "fact"], ascending=[False, True], ignore_index=True)
+    uses = saved[["fact"]].assign(kn=[tuple(neuron) in one for one in kn_sets(saved, t)])
+    uses = uses[uses["fact"] != but].groupby("fact", as_index=False)["kn"]
+    table = uses.agg(n="sum", of="size")
+    table = table[table["n"] > 0]
+    return table.sort_values("n", ascending=False, kind="stable", ignore_index=True)
 
 
 # --- neurons: figures -----------------------------------------------------------------------------
@@ -319,16 +334,13 @@ def kn_map(view: View, t: float, neuron=None) -> Figure:
     how many prompts have it; `neuron` is ringed."""
     table = kn_table(view, t).iloc[::-1]
     prompts = len(view.fact.prompts)
-    layers = view.lm.num_layers
-    neurons = view.lm.num_neurons
-    fig = Figure(figsize=(WIDE, 0.7 + 0.19 * min(layers, 16)))
+    fig = Figure(figsize=(WIDE, 0.7 + 0.19 * min(view.lm.num_layers, 16)))
     ax = fig.subplots()
     dots = ax.scatter(
-        "neuron",
-        "layer",
+        table["neuron"],
+        table["layer"],
         s=6 + 50 * table["score"],
-        c="n",
-        data=table,
+        c=table["n"],
         cmap="viridis_r",
         vmin=0.5,
         vmax=prompts + 0.5,
@@ -336,11 +348,18 @@ def kn_map(view: View, t: float, neuron=None) -> Figure:
     )
     if neuron is not None:
         layer, index = neuron
-        ax.plot(index, layer, "o", markersize=10, fillstyle="none", color="#D55E00")
-    ax.set(xlim=(-0.01 * neurons, 1.01 * neurons), ylim=(-0.5, layers - 0.5))
-    ax.set(xlabel="neuron", ylabel="layer")
+        ring = dict(markersize=10, fillstyle="none", color="#D55E00")
+        ax.plot(index, layer, "o", **ring)
+    layers, neurons = view.lm.num_layers, view.lm.num_neurons
+    ax.set(xlabel="neuron", xlim=(-0.01 * neurons, 1.01 * neurons))
+    ax.set(ylabel="layer", ylim=(-0.5, layers - 0.5))
     ax.set_title(f"{len(table)} knowledge neurons of {prompts} prompts, t = {t:.2f}", loc="left")
-    bar = fig.colorbar(dots, ax=ax, label="prompts that share it", pad=0.01)
+    bar = fig.colorbar(
+        dots,
+        ax=ax,
+        label="prompts that share it",
+        pad=0.01,
+    )
     for axis in (ax.yaxis, bar.ax.yaxis):
         axis.get_major_locator().set_params(integer=True)
     return fig
@@ -349,35 +368,36 @@ def kn_map(view: View, t: float, neuron=None) -> Figure:
 def overlap_figure(view: View, t: float, most: int = 14) -> Figure:
     """How many neurons exactly these prompts share: a bar for each combination, largest first (an
     UpSet plot)."""
-    sets = view.sets(t)
-    counts = Counter()
-    for neuron in set().union(*sets):
-        counts[tuple(i for i, one in enumerate(sets) if neuron in one)] += 1
-    order = sorted(counts, key=lambda who: (-counts[who], -len(who), who))[:most]
-    fig = Figure(figsize=(WIDE, 1.5 + 0.14 * len(sets)))
-    bars, dots = fig.subplots(2, 1, sharex=True, height_ratios=[7, 1.2 * len(sets)])
-    for x, who in enumerate(order):
-        everyone = len(who) == len(sets) > 1
-        several = len(who) > 1
-        color = "#D55E00" if everyone else "#0072B2" if several else "0.65"
-        bars.bar_label(bars.bar(x, counts[who], color=color, width=0.7), fontsize=6.5, padding=1)
-        dots.plot([x] * len(sets), range(len(sets)), "o", color="0.88", markersize=3.5)
+    sizes = agreement(view, t)["sizes"]
+    counts = kn_table(view, t)["prompts"].value_counts()
+    fig = Figure(figsize=(WIDE, 1.5 + 0.14 * len(sizes)))
+    bars, dots = fig.subplots(2, 1, sharex=True, height_ratios=[7, 1.2 * len(sizes)])
+    for x, (names, count) in enumerate(counts.head(most).items()):
+        prompts = [int(name[1:]) for name in names.split()]
+        color = "#0072B2"
+        if len(prompts) == 1:
+            color = "0.65"
+        elif len(prompts) == len(sizes):
+            color = "#D55E00"
+        bars.bar_label(bars.bar(x, count, color=color, width=0.7), fontsize=6.5, padding=1)
+        dots.plot([x] * len(sizes), range(len(sizes)), "o", color="0.88", markersize=3.5)
         dots.plot(
-            [x] * len(who),
-            who,
+            [x] * len(prompts),
+            prompts,
             "o-",
             color=color,
             markersize=4,
             linewidth=1.2,
         )
+    hidden = len(counts) - most
+    more = f" ({hidden} more combinations not shown)" if hidden > 0 else ""
+    bars.set_title(f"grey: in one prompt only; blue: shared; orange: in all{more}", loc="left")
     bars.margins(y=0.2)
     bars.yaxis.get_major_locator().set_params(integer=True)
-    bars.set(ylabel="neurons", xlim=(-0.6, max(len(order), 1) - 0.4))
-    hidden = len(counts) - len(order)
-    more = f" ({hidden} more combinations not shown)" if hidden else ""
-    bars.set_title(f"grey: in one prompt only; blue: shared; orange: in all{more}", loc="left")
-    dots.set_yticks(range(len(sets)), [f"q{i}: {len(one)} KNs" for i, one in enumerate(sets)])
-    dots.set(ylim=(len(sets) - 0.5, -0.5), xticks=[])
+    bars.set(ylabel="neurons", xlim=(-0.6, max(1, min(most, len(counts))) - 0.4))
+    labels = [f"q{i}: {size} KNs" for i, size in enumerate(sizes)]
+    dots.set_yticks(range(len(sizes)), labels)
+    dots.set(ylim=(len(sizes) - 0.5, -0.5), xticks=[])
     dots.tick_params(axis="y", length=0)
     dots.spines[["left", "bottom"]].set_visible(False)
     return fig
@@ -392,9 +412,13 @@ def control_facts(lm, facts, fact: Fact) -> list[tuple[str, Fact]]:
     answers, else the first readable."""
     found = []
     rng = np.random.default_rng(0)
-    others = [one for one in facts if one.subject != fact.subject]
-    others = [one for one in others if one.object.casefold() != fact.object.casefold()]
-    for name, same in (("same relation", True), ("other relation", False)):
+    others = []
+    for one in facts:
+        same_object = one.object.casefold() == fact.object.casefold()
+        if one.subject != fact.subject and not same_object:
+            others.append(one)
+    for name in ("same relation", "other relation"):
+        same = name == "same relation"
         pool = [one for one in others if (one.relation == fact.relation) == same]
         readable = []
         encoded = []
@@ -403,7 +427,7 @@ def control_facts(lm, facts, fact: Fact) -> list[tuple[str, Fact]]:
                 encoded.append(lm.encode(pool[i].prompts[0], pool[i].object))
                 readable.append(pool[i])
         if readable:
-            known = np.asarray(score_queries(lm, encoded).exact)
+            known = score_queries(lm, encoded).exact
             found.append((name, readable[known.argmax()]))  # the first, where none is known
     return found
 
@@ -440,24 +464,24 @@ def change(
     def measure(when):
         for name, texts in answers.items():
             frame[f"{name}{when}"] = answer_probability(lm, prompts, texts).double().numpy()
-        top = [int(next_token(lm, text).argmax()) for text in prompts]
-        frame[f"top_{when}"] = [lm.tokenizer.decode([token]) for token in top]
+        top = [next_token(lm, prompt).argmax() for prompt in prompts]
+        frame[f"top_{when}"] = [lm.tokenizer.decode([int(token)]) for token in top]
 
     measure("before")
     with _changed(view, neurons, action, new, synapses, prompt):
         measure("after")
     before = frame["before"].where(frame["before"] > 0)
-    return frame.assign(change=(frame["after"] - frame["before"]) / before)
+    return frame.assign(change=(frame["after"] - before) / before)
 
 
 def losses(effects, prompt=0) -> pd.DataFrame:
     """The mean relative loss of the answer's probability in a table of `change`, and n, the
     prompts for which it is defined: of prompt `prompt`, the fact's other prompts, the controls."""
     role = effects["role"]
-    others = np.where(role.str.startswith("control"), "controls", "other wordings")
-    of = role.where(role == f"q{prompt}", others).rename("of")
-    found = (-effects["change"]).groupby(of, sort=False).agg(loss="mean", n="count")
-    return found.reset_index()
+    of = role.mask(role != f"q{prompt}", "other wordings")
+    of = of.mask(role.str.startswith("control"), "controls").rename("of")
+    loss = -effects["change"]
+    return loss.groupby(of, sort=False).agg(loss="mean", n="count").reset_index()
 
 
 def _watched(fact, controls) -> pd.DataFrame:
@@ -472,15 +496,18 @@ def _changed(view, neurons, action, new, synapses, prompt):
     """The model under a change of neurons, of synapses, or of both."""
     lm = view.lm
     asked = view.fact.prompts[prompt]
-    words = {"old": view.fact.object, "new": new} if action == "update" else {}
-    words = {name: lm.encode(asked, text)[1] for name, text in words.items()}
     with ExitStack() as stack:
         if synapses != 1:
             stack.enter_context(scale_synapses(lm, find_synapses(lm, asked), synapses))
         if action in FACTORS:
             stack.enter_context(scale_neurons(lm, neurons, FACTORS[action]))
-        elif action != "none":
-            stack.enter_context(edit_weights(lm, neurons, action, **words))
+        elif action == "erase":
+            stack.enter_context(edit_weights(lm, neurons, "erase"))
+        elif action == "update":
+            _, old_answer = lm.encode(asked, view.fact.object)
+            _, new_answer = lm.encode(asked, new)
+            edit = edit_weights(lm, neurons, "update", old=old_answer, new=new_answer)
+            stack.enter_context(edit)
         yield
 
 

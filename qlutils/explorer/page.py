@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import os
 from contextlib import contextmanager
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -48,18 +49,16 @@ def kn_html(view: ex.View, t: float) -> str:
 def neuron_html(view: ex.View, neuron, t: float, saved=None) -> str:
     """A neuron's page: activation on each prompt, tokens promoted and suppressed, other facts that
     use it."""
-    active = ex.neuron_activations(view, neuron, t)
-    used = ex.facts_using(saved, neuron, t, but=view.fact.id)
-    note = f"{len(used)} of the saved run's other facts have it among their KNs at t = {t:.2f}."
-    if saved is None:
-        note = "Other facts that use it are known once notebook 01 has run for this model."
+    used = None
+    if saved is not None:
+        used = ex.facts_using(saved, neuron, t, but=view.fact.id)
+        used = list(used.itertuples())
     return _PIECES.neuron(
-        *neuron,
-        active=list(active.itertuples()),
-        largest=active["activation"].abs().max() or 1.0,
+        neuron,
+        active=list(ex.neuron_activations(view, neuron, t).itertuples()),
         words=list(ex.neuron_tokens(view.lm, neuron).itertuples()),
-        used=list(used.head(8).itertuples()),
-        note=note,
+        used=used,
+        t=t,
         least=STORE_THRESHOLD,
     )
 
@@ -99,43 +98,19 @@ _BUTTONS = {
     "update": "Update",
     "none": "Synapses alone",
 }
-_DONE = {
-    "suppress": "Suppressed (× 0)",
-    "enhance": "Enhanced (× 2)",
-    "erase": "Erased",
-    "update": "Updated",
-    "none": "Neurons left alone",
-}
-
-
-def _fixed(pixels):
-    return dict(layout=w.Layout(width=f"{pixels}px"))
-
-
-def _growing(pixels, share=1):
-    """As wide as there is room, beside others by its share, and at least so many pixels."""
-    layout = w.Layout(width="auto", flex=f"{share} 1 {pixels}px")
-    return dict(layout=layout, style={"description_width": "60px"})
 
 
 def _row(*widgets):
+    """Side by side with equal shares of the width, below one another where there is no room."""
+    for widget in widgets:
+        widget.layout.flex = "1 1 170px"
+        widget.layout.width = "auto"
     return w.HBox(widgets, layout=w.Layout(flex_flow="row wrap", align_items="center"))
 
 
-def _choice(name, options=(), **where):
-    return w.Dropdown(
-        description=name,
-        options=options,
-        **where,
-    )
-
-
-def _text(name, **where):
-    return w.Text(
-        description=name,
-        continuous_update=False,
-        **where,
-    )
+def _options(names: dict) -> list:
+    """{name: text} as a Dropdown takes it."""
+    return [(text, name) for name, text in names.items()]
 
 
 def _picture():
@@ -155,20 +130,21 @@ class Page(w.VBox):
     Only Run computes scores; the slider selects among them. A problem is a line in `status`, never
     a traceback."""
 
+    view = None  # this and the next two are set by Run
+    saved = None
+    controls = ()
+    effects = None  # the last change
+    action = "suppress"
+    filling = False  # whether a list is being changed, which is no choice of the reader's
+
     def __init__(
         self, model="demo/gpt2", method="ig", data="demo", fact=None, output="default", t=0.2
     ):
         super().__init__()
         self.data = data
         self.output = output
-        self.view = None  # this and the next two are set by Run
-        self.saved = None
-        self.controls = []
-        self.views = {}  # what Run found, for each fact seen with the model in memory
         self.facts = []
-        self.effects = None
-        self.action = "suppress"
-        self.filling = False  # whether a list is being changed, which is no choice of the reader's
+        self.views = {}  # what Run found, for each fact seen with the model in memory
         self._make_question(model, method, t)
         self._make_answers()
         self._make_changes()
@@ -186,32 +162,22 @@ class Page(w.VBox):
             value=model,
             options=list(BUNDLED),
             placeholder="bundled name, Hugging Face id, or folder",
-            **_growing(260),
         )
-        self.method = _choice("Method", list(METHODS), value=method, **_fixed(150))
+        self.method = w.Dropdown(description="Method", options=list(METHODS), value=method)
         self.source = w.ToggleButtons(
-            options=[("a fact of the data", "data"), ("my own prompts", ex.TYPED)],
-            style={"button_width": "140px"},
+            options=[("a fact of the data", "data"), ("my own prompts", ex.TYPED)]
         )
-        self.relation = _choice("Relation", **_growing(260))
-        self.fact = _choice("Fact", **_growing(260))
-        self.prompts = w.Textarea(
-            description="Prompts", placeholder="one a line", rows=4, **_growing(420, 3)
-        )
-        self.answer = w.Text(description="Answer", **_growing(260))
-        self.run = w.Button(
-            description="Run",
-            button_style="primary",
-            icon="play",
-            **_fixed(110),
-        )
+        self.relation = w.Dropdown(description="Relation")
+        self.fact = w.Dropdown(description="Fact")
+        self.prompts = w.Textarea(description="Prompts", placeholder="one a line", rows=4)
+        self.answer = w.Text(description="Answer")
+        self.run = w.Button(description="Run", button_style="primary", icon="play")
         self.t = w.FloatSlider(
             description="threshold t",
             value=t,
             min=STORE_THRESHOLD,
             max=0.95,
             step=0.05,
-            **_fixed(420),
         )
         self.status = w.HTML()
 
@@ -221,31 +187,33 @@ class Page(w.VBox):
         self.page_table = w.HTML()
         self.map = _picture()
         self.overlap = _picture()
-        self.neuron = _choice("neuron", **_fixed(360))
-        self.other = _text("or another", placeholder="layer:neuron", **_fixed(220))
-        self.pick = w.Button(
-            description="add to hand-picked",
-            icon="plus",
-            **_fixed(170),
+        self.neuron = w.Dropdown(description="neuron")
+        self.other = w.Text(
+            description="or another",
+            placeholder="layer:neuron",
+            continuous_update=False,
         )
+        self.pick = w.Button(description="add to hand-picked", icon="plus")
         self.page_neuron = w.HTML()
 
     def _make_changes(self):
-        self.which = _choice(
-            "neurons", [(text, name) for name, text in _SETS.items()], **_fixed(300)
+        self.which = w.Dropdown(description="neurons", options=_options(_SETS))
+        self.prompt = w.Dropdown(description="prompt")
+        self.picked = w.Text(
+            description="hand-picked",
+            placeholder="3:17, 4:2",
+            continuous_update=False,
         )
-        self.prompt = _choice("prompt", **_growing(300))
-        self.picked = _text("hand-picked", placeholder="3:17, 4:2", **_fixed(300))
-        self.synapses = _choice("synapses", list(_SYNAPSES.items()), **_fixed(240))
-        self.new = _text("new answer", placeholder="for update", **_fixed(240))
+        self.synapses = w.Dropdown(description="synapses", options=list(_SYNAPSES.items()))
+        self.new = w.Text(
+            description="new answer",
+            placeholder="for update",
+            continuous_update=False,
+        )
         self.buttons = {}
         for action, name in _BUTTONS.items():
             style = "warning" if action in ex.FACTORS else ""
-            self.buttons[action] = w.Button(
-                description=name,
-                button_style=style,
-                **_fixed(130),
-            )
+            self.buttons[action] = w.Button(description=name, button_style=style)
         self.set_size = w.HTML()
         self.page_effects = w.HTML()
         self.code = w.Textarea(rows=24, layout=w.Layout(width="100%"))
@@ -273,7 +241,7 @@ class Page(w.VBox):
             self.of_data,
             self.of_user,
             _row(self.run, self.t, self.status),
-            w.Tab([w.VBox(parts) for parts in tabs.values()], titles=tuple(tabs)),
+            w.Tab(list(map(w.VBox, tabs.values())), titles=tuple(tabs)),
         ]
         self._show_source()
 
@@ -287,11 +255,11 @@ class Page(w.VBox):
         }
         for act, widgets in choices.items():
             for widget in widgets:
-                widget.observe(lambda _, act=act: self._chosen_anew(act), "value")
+                widget.observe(partial(self._chosen_anew, act), "value")
         self.run.on_click(lambda _: self._run())
         self.pick.on_click(lambda _: self._add())
         for action, button in self.buttons.items():
-            button.on_click(lambda _, action=action: self._change(action))
+            button.on_click(partial(self._change, action))
 
     # -- what happens ------------------------------------------------------------------------------
     @contextmanager
@@ -316,7 +284,7 @@ class Page(w.VBox):
     def _say(self, text, color):
         self.status.value = f'<span style="color:{color};font-weight:600">{escape(text)}</span>'
 
-    def _chosen_anew(self, act):
+    def _chosen_anew(self, act, _):
         """A reader has changed something: act, if there is anything to act on."""
         if self.view and not self.filling:
             with self._in_place():
@@ -339,7 +307,7 @@ class Page(w.VBox):
         for one in self.facts:
             text = one.prompts[0].replace(one.subject, "…")
             examples.setdefault(one.relation, f"{one.relation}: {text[:48]}")
-        self.relation.options = [(text, name) for name, text in examples.items()]
+        self.relation.options = _options(examples)
         self.relation.value = first.relation
         self._list_facts()
         self.fact.value = first.id
@@ -360,47 +328,43 @@ class Page(w.VBox):
             if self.source.value == ex.TYPED:
                 fact = ex.typed_fact(self.prompts.value, self.answer.value)
             else:
-                fact = next(one for one in self.facts if one.id == self.fact.value)
+                fact = ex.find_fact(self.facts, self.fact.value)
             self.view, self.saved, self.controls = self._looked_at(fact)
             # a new fact's page begins with its most shared neuron
             self._fill(self.neuron, [], None)
             self.effects = None
             self.page_effects.value = ""
             self.page_prompts.value = prompts_html(self.view)
-            self._fill(self.prompt, [(f"q{i} {text}", i) for i, text in enumerate(fact.prompts)], 0)
+            names = [(f"q{i} {text}", i) for i, text in enumerate(fact.prompts)]
+            self._fill(self.prompt, names, 0)
             self._refresh()
 
     def _looked_at(self, fact):
         """(view, saved queries, controls) of a fact, computed once while its model is in memory."""
-        name = self.model.value.strip()
-        method = self.method.value
-        key = name, method, fact
+        lm = store.cached_model(self.model.value.strip())
+        key = lm, self.method.value, fact
         if key not in self.views:
-            lm = store.cached_model(name)
-            run = lm.name, method, self.data, self.output
+            run = lm.name, self.method.value, self.data, self.output
             spec = ex.saved_spec(*run)  # so what is computed now is by the run's own rule
             saved = ex.saved_queries(*run, **spec)
-            view = ex.look(lm, fact, method, saved, **spec)
+            view = ex.look(lm, fact, self.method.value, saved, **spec)
             found = view, saved, ex.control_facts(lm, self.facts, fact)
-            self.views = {old: one for old, one in self.views.items() if one[0].lm is lm}
+            self.views = {old: one for old, one in self.views.items() if old[0] is lm}
             self.views[key] = found
         return self.views[key]
 
     def _refresh(self):
         """Everything that depends on t, from the scores at hand."""
         t = self.t.value
-        table = ex.kn_table(self.view, self.t.value)
         self.page_numbers.value = agreement_html(self.view, t)
         self.page_table.value = kn_html(self.view, t)
         self.overlap.value = png(ex.overlap_figure(self.view, t))
-        options = {}
-        for row in table.itertuples():
-            name = f"layer {row.layer}, neuron {row.neuron}: KN of {row.n} prompts"
-            options[name] = (row.layer, row.neuron)
-        kept = self.neuron.value
-        if kept not in options.values():
-            kept = next(iter(options.values()), None)
-        self._fill(self.neuron, list(options.items()), kept)
+        names = {}
+        for row in ex.kn_table(self.view, t).itertuples():
+            text = f"layer {row.layer}, neuron {row.neuron}: KN of {row.n} prompts"
+            names[row.layer, row.neuron] = text
+        kept = self.neuron.value if self.neuron.value in names else next(iter(names), None)
+        self._fill(self.neuron, _options(names), kept)
         self._show_neuron()
         self._show_set()
 
@@ -431,59 +395,39 @@ class Page(w.VBox):
             self.view, self.t.value, self.which.value, self.prompt.value, self.picked.value
         )
 
-    def _show_set(self):
-        """The size of the chosen set, and the script that does what is chosen."""
-        which = self.which.value
-        size = "type neurons, or add them from “One neuron”"
-        if which == "picked" and not self.picked.value.strip():
-            which = "self"  # in the script
-        else:
-            size = f"{len(self._neurons())} neurons at t = {self.t.value:.2f}"
-        self.set_size.value = f"&nbsp; {size}"
-        self.code.value = ex.as_code(
-            self.view,
-            self.t.value,
-            which,
-            self.action,
-            self.controls,
-            picked=self.picked.value,
+    def _options_of_change(self):
+        return dict(
             new=self.new.value,
             synapses=self.synapses.value,
             prompt=self.prompt.value,
         )
 
-    def _change(self, action):
+    def _show_set(self):
+        """The size of the chosen set, and the script that does what is chosen."""
+        which = self.which.value
+        picked = self.picked.value
+        size = "type neurons, or add them from “One neuron”"
+        if which == "picked" and not picked.strip():
+            which = "self"  # in the script
+        else:
+            size = f"{len(self._neurons())} neurons at t = {self.t.value:.2f}"
+        self.set_size.value = f"&nbsp; {size}"
+        choice = which, self.action, self.controls
+        options = self._options_of_change()
+        self.code.value = ex.as_code(self.view, self.t.value, *choice, picked=picked, **options)
+
+    def _change(self, action, _):
         if not self.view:
             return
         with self._in_place("Working: before and after …"):
             neurons = set() if action == "none" else self._neurons()
-            self.effects = ex.change(
-                self.view,
-                neurons,
-                action,
-                self.controls,
-                new=self.new.value,
-                synapses=self.synapses.value,
-                prompt=self.prompt.value,
-            )
-            self.page_effects.value = effects_html(self.effects, self._done(action, len(neurons)))
+            options = self._options_of_change()
+            self.effects = ex.change(self.view, neurons, action, self.controls, **options)
+            which = _SETS[self.which.value].split(":")[0]
+            title = _PIECES.done(action, len(neurons), which, self.t.value, **options)
+            self.page_effects.value = effects_html(self.effects, title)
             self.action = action
             self._show_set()
-
-    def _done(self, action, count) -> str:
-        """What a change was, as the title of its table."""
-        place = self.prompt.value
-        factor = self.synapses.value
-        title = _DONE[action]
-        if action != "none":
-            which = _SETS[self.which.value].split(":")[0]
-            title += f": {count} neurons ({which}, q{place}, t = {self.t.value:.2f})"
-            title += "" if count else ": an empty set changes nothing"
-        if factor != 1:
-            title += f"; synapses of q{place} × {factor:g}"
-        elif action == "none":
-            title += ", and so are synapses: choose above what happens to them"
-        return title
 
 
 def explore(model="demo/gpt2", method="ig", data="demo", fact=None, output="default", t=0.2):

@@ -38,43 +38,41 @@ def template(path) -> Template:
 _TABLE = template(Path(__file__).with_name("table.html"))
 
 
-def table_html(frame, caption="", tint=lambda cell: "") -> Markup:
+def table_html(frame, caption="") -> Markup:
     """A DataFrame of texts, as `tables.display_table` gives it, or of `Markup`: numbers on the
     right, texts on the left, a model, method or threshold named once where it stays the same.
-    tint(cell): the CSS class of a cell. Whatever is not `Markup` is escaped."""
+    Whatever is not `Markup` is escaped."""
     texts = frame.copy()
     same = True
     for name in takewhile(("model", "method", "threshold").__contains__, frame):
         same &= frame[name] == frame[name].shift()
         texts[name] = frame[name].mask(same, "")
-    left = [not frame[name].map(_numeric).all() for name in frame]
-    rows = list(texts.itertuples(index=False, name=None))
     table = _TABLE.render(
         caption=caption,
         names=list(frame),
-        rows=rows,
-        left=left,
-        tint=tint,
+        rows=list(texts.itertuples(index=False, name=None)),
+        left=[not frame[name].map(_numeric).all() for name in frame],
     )
     return Markup(table)
 
 
 def _numeric(cell) -> bool:
-    letters = {letter for letter in str(cell) if letter.isalpha()}
-    return str(cell)[:1] in "0123456789–-" and letters <= {"e"}
+    text = str(cell)
+    letters = set(filter(str.isalpha, text))
+    return text[:1] in "0123456789–-" and letters <= {"e"}
 
 
 def shown(frame, missing=(), caption="", digits=2) -> HTML:
     """A table for the page, intervals in one column, and below it what is missing."""
-    table = table_html(display_table(frame, digits=digits), caption) if len(frame) else ""
+    table = table_html(display_table(frame, digits), caption) if len(frame) else ""
     return HTML(f"{table}{missing_html(missing)}")
 
 
 def folded(title, frame, digits=2) -> HTML:
     """A table that opens when its title is clicked; nothing where it is empty."""
-    if not len(frame):
+    if frame.empty:
         return HTML("")
-    table = table_html(display_table(frame, digits=digits))
+    table = table_html(display_table(frame, digits))
     return HTML(f"<details><summary>{escape(title)}</summary>{table}</details>")
 
 
@@ -109,7 +107,8 @@ def export_html(notebook, path) -> Path:
         exclude_output_prompt=True,
         exclude_anchor_links=True,
     )
-    page = _page(exporter.from_notebook_node(book)[0])
+    body, _ = exporter.from_notebook_node(book)
+    page = _page(body)
     outside = ", ".join(external_addresses(page)[:5])
     if outside:
         raise ValueError(f"{notebook.name} refers to addresses outside of the file: {outside}")
@@ -134,26 +133,31 @@ def external_addresses(page: str) -> list[str]:
 def _page(body: str) -> str:
     """The document: a title, links to its parts, and pictures described by the last bold words
     before them."""
-    words = ["Figure"]
+    words = "Figure"
     links = []
 
     def described(match):
-        if match[1] is None:
-            return f'alt="{words[-1]}"'
-        words.append(escape(_plain(match[1])))
+        nonlocal words
+        if match["bold"] is None:
+            return f'alt="{words}"'
+        words = escape(_plain(match["bold"]))
         return match[0]
 
     def linked(match):
-        links.append(f'<a href="#part-{len(links) + 1}">{match[1].strip()}</a>')
+        links.append(match[1])
         return f'<h2 id="part-{len(links)}">{match[1]}</h2>'
 
-    body = re.sub(r'<strong>(.*?)</strong>|alt="No description[^"]*"', described, body, flags=re.S)
+    pictures = r'<strong>(?P<bold>.*?)</strong>|alt="No description[^"]*"'
+    body = re.sub(pictures, described, body, flags=re.S)
     body = re.sub(r"<h2[^>]*>(.*?)</h2>", linked, body, flags=re.S)
-    title = re.search(r"<h1[^>]*>(.*?)</h1>", body, re.S)
-    if title and links:
-        body = body.replace(title[0], f"{title[0]}\n<nav>{''.join(links)}</nav>", 1)
+    before, title, after = re.split(r"(<h1[^>]*>.*?</h1>)", body, maxsplit=1, flags=re.S)
     document = template(Path(__file__).with_name("page.html"))
-    return document.render(title=_plain(title[1]) if title else "Report", body=Markup(body))
+    return document.render(
+        title=_plain(title),
+        head=Markup(before + title),
+        links=[Markup(link).strip() for link in links],
+        body=Markup(after),
+    )
 
 
 def _plain(text: str) -> str:

@@ -8,7 +8,7 @@ apart (Okabe & Ito for methods and classes, Tol's muted scheme for models).
 
 import io
 import textwrap
-from itertools import cycle, groupby, product, zip_longest
+from itertools import cycle, product
 from operator import itemgetter
 from pathlib import Path
 
@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import CenteredNorm, Normalize
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.colors import Normalize
+from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator
 from PIL import Image
 
@@ -68,7 +68,11 @@ LABELS = {
     "II, known": "$K_{II}$, known queries",
 }
 # Sets that are drawn as hollow bars, beside the set that they control.
-CONTROLS = {"self_random": "self", "union_random": "union", "irrelevant": "self"}
+CONTROLS = {
+    "self_random": "self",
+    "union_random": "union",
+    "irrelevant": "self",
+}
 CHANGE = {  # what a bar of Figure 4 and 6 is, by what stands at its ticks
     "set": "ΔProb: change of P(answer),\nas claimed (1 = 100 %)",
     "direction": "change, positive as claimed:\nup if enhanced, down\nif suppressed (1 = 100 %)",
@@ -91,12 +95,22 @@ def _label(name):
     return LABELS.get(name, name)
 
 
+def _panels(rows, columns, height, **grid):
+    """A figure as wide as a page, and its axes, a row a row of panels."""
+    return plt.subplots(rows, columns, figsize=(WIDE, height), squeeze=False, **grid)
+
+
 def _legend(fig, colors, title="", hollow=""):
     """One legend above all panels: {name: colour}, and what hollow bars are, if any."""
     handles = [Patch(color=color, label=_label(name)) for name, color in colors.items()]
     if hollow:
         handles.append(Patch(facecolor="none", edgecolor="0.3", label=hollow))
-    fig.legend(handles=handles, title=title, loc="outside upper center", ncols=len(handles))
+    fig.legend(
+        handles=handles,
+        title=title,
+        loc="outside upper center",
+        ncols=len(handles),
+    )
 
 
 # --- facts ----------------------------------------------------------------------------------------
@@ -108,27 +122,23 @@ def figure_cs2(frames, method, names, line=0.3):
     and the paper's example as lines. names: {code of a relation: its name}."""
     columns = ["model", "relation", "fact", "cs2", "threshold_static", "threshold_otsu"]
     frame = pd.concat(frames, ignore_index=True)[columns]
-    colors = model_colors(dict.fromkeys(frame["model"]))
     drawn = frame.dropna(subset="cs2").sort_values("cs2", kind="stable")
-    relations = drawn.groupby("relation")["cs2"].median().sort_values(kind="stable").index
-    width = 0.8 / len(colors)
-    groups = drawn.groupby(["relation", "model"])["cs2"]
-    middle = drawn["relation"].map(relations.get_loc)
-    middle += (drawn["model"].map(list(colors).index) - (len(colors) - 1) / 2) * width
-    aside = groups.cumcount() * 0.618 % 1 - 0.5  # neighbours far from each other
-    n = groups.transform("size")
+    colors = model_colors(frame["model"].unique())
+    medians = drawn.groupby("relation")["cs2"].median().sort_values(kind="stable")
     fig, ax = plt.subplots(figsize=(WIDE, 3.8))
-    look = dict(color=drawn["model"].map(colors), alpha=0.8, linewidth=0, rasterized=True)
-    ax.scatter(middle + (n > 1) * aside * 0.8 * width, drawn["cs2"], 9, **look)
-    medians = drawn.assign(middle=middle)[n >= FEW].groupby("middle")["cs2"].median()
-    ends = medians.index - width / 2, medians.index + width / 2
-    ax.hlines(medians, *ends, color="black", linewidth=1.4)
-    counts = groups.size().unstack(fill_value=0)[list(colors)].loc[relations]
-    ticks = [f"{names.get(code, code)} ({_slashed(found)})" for code, *found in counts.itertuples()]
-    turned = dict(rotation=90 if len(ticks) > 20 else 40, ha="right", rotation_mode="anchor")
-    ax.set_xticks(range(len(ticks)), ticks, **turned)
-    ax.set(xlim=(-0.6, len(ticks) - 0.4), ylim=(-0.03, 1.03), ylabel="$CS_2$ of a fact")
-    ax.set_xlabel("relation (n facts)")
+    _draw_cs2(ax, drawn, order=medians.index, palette=colors)
+    counts = pd.crosstab(drawn["relation"], drawn["model"]).loc[medians.index, list(colors)]
+    ticks = [f"{names.get(code, code)} ({_slashed(n)})" for code, *n in counts.itertuples()]
+    angle = 90 if len(ticks) > 20 else 40
+    ax.set_xticks(
+        range(len(ticks)),
+        ticks,
+        rotation=angle,
+        rotation_mode="anchor",
+        ha="right",
+    )
+    ax.set(xlim=(-0.6, len(ticks) - 0.4), ylim=(-0.03, 1.03))
+    ax.set(xlabel="relation (n facts)", ylabel="$CS_2$ of a fact")
     ax.set_title(f"localised by {method}", loc="left")
     _thresholds(ax, frame.drop_duplicates("model"), line)
     if len(colors) > 1:
@@ -136,27 +146,73 @@ def figure_cs2(frames, method, names, line=0.3):
     return fig, frame
 
 
+def _draw_cs2(ax, drawn, order, palette):
+    """A dot a fact, by relation and beside it by model; a line at the median of `FEW` or more."""
+    axes = dict(
+        x="relation",
+        y="cs2",
+        hue="model",
+        legend=False,
+        ax=ax,
+    )
+    dots = dict(
+        dodge=True,
+        jitter=0.4,
+        size=3,
+        alpha=0.8,
+        rasterized=True,
+    )
+    np.random.seed(0)  # whose numbers seaborn's jitter takes
+    sns.stripplot(
+        drawn,
+        **axes,
+        order=order,
+        palette=palette,
+        **dots,
+    )
+    n = drawn.groupby(["relation", "model"])["cs2"].transform("size")
+    models = len(palette)
+    sns.pointplot(
+        drawn[n >= FEW],
+        **axes,
+        order=order,
+        palette=dict.fromkeys(palette, "black"),
+        estimator="median",
+        errorbar=None,
+        linestyle="none",
+        dodge=0.8 - 0.8 / models,
+        marker="_",
+        markersize=340 / models / len(order),  # points: as wide as the dots
+    )
+
+
 def _slashed(counts) -> str:
     """ "62 / 52"; one number where all are equal."""
     counts = list(map(str, counts))
-    return " / ".join(counts if len(set(counts)) > 1 else counts[:1])
+    return counts[0] if len(set(counts)) == 1 else " / ".join(counts)
 
 
 def _thresholds(ax, models, line):
     """The thresholds on CS2, a row a model, and the example line, named on the right."""
     static = models["threshold_static"].iloc[0]
-    otsu = models["threshold_otsu"].dropna().sort_values()
-    lines = {f"static threshold, {static:g}": static, f"paper's example, {line:g}": line}
+    otsu = models["threshold_otsu"].dropna()
+    names = {f"static threshold, {static:g}": static, f"paper's example, {line:g}": line}
     if len(otsu):
-        found = dict.fromkeys(f"{value:.2f}" for value in (otsu.iloc[0], otsu.iloc[-1]))
-        lines[f"Otsu's, {' to '.join(found)}"] = otsu.mean()
+        ends = dict.fromkeys([f"{otsu.min():.2f}", f"{otsu.max():.2f}"])
+        names[f"Otsu's, {' to '.join(ends)}"] = otsu.mean()
     for value in (static, line, *otsu):
-        ax.axhline(value, color="black", linestyle="--", linewidth=0.7, zorder=0)
-    lowest = 0.0
-    for name, value in sorted(lines.items(), key=itemgetter(1)):
-        lowest = max(value, lowest)
-        ax.text(1.01, lowest, name, transform=ax.get_yaxis_transform(), va="center")
-        lowest += 0.08
+        ax.axhline(
+            value,
+            color="black",
+            linestyle="--",
+            linewidth=0.7,
+            zorder=0,
+        )
+    free = 0.0  # where a name stands on no other
+    for name, value in sorted(names.items(), key=itemgetter(1)):
+        height = max(value, free)
+        ax.text(1.01, height, name, transform=ax.get_yaxis_transform(), va="center")
+        free = height + 0.08
 
 
 def figure_thresholds(frame, otsu, t=0.2, static=0.1):
@@ -164,52 +220,87 @@ def figure_thresholds(frame, otsu, t=0.2, static=0.1):
     `threshold_sensitivity`); marked are the paper's static one and `otsu`, Otsu's at this t."""
     fig, ax = plt.subplots(figsize=(5.2, 2.8))
     shares = frame.pivot(index="t", columns="static", values="R_II")
-    scale = dict(vmin=0, vmax=1, cmap="cividis_r")
-    scale["cbar_kws"] = {"label": "share of facts in $K_{II}$"}
-    sns.heatmap(shares, ax=ax, annot=True, fmt=".2f", annot_kws={"fontsize": 8}, **scale)
+    sns.heatmap(
+        shares,
+        ax=ax,
+        vmin=0,
+        vmax=1,
+        cmap="cividis_r",
+        cbar_kws={"label": "share of facts in $K_{II}$"},
+        annot=True,
+        annot_kws={"fontsize": 8},
+        fmt=".2f",
+    )
     ax.set(xlabel="static threshold on $CS_2$", ylabel="t: share of the largest attribution")
     ax.tick_params("y", rotation=0)
-    places = np.interp([otsu, static], [*shares.columns, 1.0], np.arange(len(shares.T) + 1) + 0.5)
-    ax.text(places[1], -0.12, f"paper's, {static:g}", ha="center", va="bottom")
-    ax.plot(places[0], -0.12, "v", color="black", clip_on=False)
-    name = f"Otsu's at t = {t:g}: {otsu:.2f}"
-    ax.text(places[0], -0.5, name, ha="center", va="bottom")  # above, as both may lie close
-    box = Rectangle((places[1] - 0.5, 0), 1, len(shares), fill=False, color="#D55E00", linewidth=2)
-    ax.add_patch(box).set_clip_on(False)
+    middles = np.arange(len(shares.columns) + 1) + 0.5
+    ours, papers = np.interp([otsu, static], [*shares.columns, 1.0], middles)
+    above = dict(ha="center", va="bottom")
+    ax.text(papers, -0.12, f"paper's, {static:g}", **above)
+    ax.plot(ours, -0.12, "v", color="black", clip_on=False)
+    ax.text(ours, -0.5, f"Otsu's at t = {t:g}: {otsu:.2f}", **above)  # higher: both may lie close
+    box = dict(
+        fill=False,
+        color="#D55E00",
+        linewidth=2,
+        clip_on=False,
+    )
+    ax.axvspan(papers - 0.5, papers + 0.5, **box)
     return fig, frame
 
 
 def figure_predominance(facts):
     """Figure 5: how many facts have which `predominance` and `predominance_rest`, a row a model and
     threshold that leaves no class empty (the static one where none does)."""
-    values = {"predominance": "most attended token", "predominance_rest": "without the first token"}
-    rows = []
+    rows = {}
     for model, part in facts.groupby("model", sort=False):
-        split = [name for name in ("static", "otsu") if part[f"class_{name}"].nunique() == 2]
-        rows += [(model, part, threshold) for threshold in split or ["static"]]
-    size = (WIDE, 0.8 + 1.45 * len(rows))
-    fig, axes = plt.subplots(len(rows), 2, figsize=size, squeeze=False, sharex=True, sharey=True)
-    classes = {}
-    for (model, part, threshold), pair in zip(rows, axes):
-        label, least = part[f"class_{threshold}"], (1 / part["n_queries"]).mean()
-        counts = label.value_counts(sort=False).sort_index()
-        classes |= {name: CLASS_COLORS[name] for name in counts.index}
-        for value, ax in zip(values, pair):
-            drawn = dict(x=part[value] - 1e-9, hue=label, hue_order=counts.index, ax=ax)
-            look = dict(palette=CLASS_COLORS, multiple="dodge", shrink=0.9, alpha=1, linewidth=0)
-            bins = dict(bins=np.linspace(0, 1, 11), stat="probability", common_norm=False)
-            sns.histplot(**drawn, **look, **bins, legend=False)  # a bin has its upper end
-            ax.axvline(least, color="black", linestyle=":", zorder=3)
-            ax.text(least + 0.015, 1.06, f"least possible: 1 of k wordings, {least:.2f}")
-            ax.set(title=values[value] if part is rows[0][1] else "", xlabel="predominance")
-        n = " / ".join(map(str, counts))
-        pair[0].set_ylabel(f"{model}\n{_label(threshold)}\nn = {n} facts")
-    pair[0].set(ylim=(0, 1.25), yticks=(0, 0.5, 1))
-    pair[0].yaxis.set_major_formatter(_percent)
+        divides = [name for name in ("static", "otsu") if part[f"class_{name}"].nunique() == 2]
+        for threshold in divides or ["static"]:
+            label = part[f"class_{threshold}"]
+            rows[f"{model}\n{_label(threshold)}"] = part.assign(label=label)
+    height = 0.8 + 1.45 * len(rows)
+    fig, axes = _panels(len(rows), 2, height, sharex=True, sharey=True)
+    for (name, part), (left, right) in zip(rows.items(), axes):
+        _draw_shares(left, part, "predominance")
+        _draw_shares(right, part, "predominance_rest")
+        n = " / ".join(part["label"].value_counts().sort_index().astype(str))
+        left.set_ylabel(f"{name}\nn = {n} facts")
+    axes[0, 0].set(title="most attended token", ylim=(0, 1.25), yticks=(0, 0.5, 1))
+    axes[0, 0].yaxis.set_major_formatter(_percent)
+    axes[0, 1].set_title("without the first token")
     fig.supylabel("share of the facts of a class")
-    _legend(fig, dict(sorted(classes.items())))
-    columns = ["model", "fact", "relation", "class_static", "class_otsu", *values, "n_queries"]
-    return fig, facts[columns]
+    classes = sorted(pd.concat(rows)["label"].dropna().unique())
+    _legend(fig, {name: CLASS_COLORS[name] for name in classes})
+    columns = "model fact relation class_static class_otsu predominance predominance_rest n_queries"
+    return fig, facts[columns.split()]
+
+
+def _draw_shares(ax, facts, value):
+    """The distribution of a share in tenths, of the facts of each class."""
+    sns.histplot(
+        x=facts[value] - 1e-9,  # a bin has its upper end
+        hue=facts["label"],
+        hue_order=sorted(facts["label"].dropna().unique()),
+        palette=CLASS_COLORS,
+        bins=np.linspace(0, 1, 11),
+        stat="probability",
+        common_norm=False,
+        multiple="dodge",
+        shrink=0.9,
+        alpha=1,
+        linewidth=0,
+        legend=False,
+        ax=ax,
+    )
+    least = (1 / facts["n_queries"]).mean()
+    ax.axvline(
+        least,
+        color="black",
+        linestyle=":",
+        zorder=3,
+    )
+    ax.text(least + 0.015, 1.06, f"least possible: 1 of k wordings, {least:.2f}")
+    ax.set_xlabel("predominance")
 
 
 def _percent(share, _=None) -> str:
@@ -219,96 +310,139 @@ def _percent(share, _=None) -> str:
 # --- bars -----------------------------------------------------------------------------------------
 
 
-def bars_with_intervals(frame, ax, *, x, hue, y="mean", base=0):
+def bars_with_intervals(
+    frame,
+    ax,
+    *,
+    x,
+    hue,
+    y="mean",
+    base=0,
+):
     """Grouped bars of column `y` from `base` on, with the interval `y`_low to `y`_high, in the
     frame's order.
 
     frame: one row a bar, with columns x, hue (in BAR_COLORS), y, y_low, y_high and perhaps hollow.
     A bar that is undefined, or whose interval is, is left out and marked "–"."""
-    groups = list(frame.groupby(x, sort=False))
-    width = 0.8 / max(len(part) for _, part in groups)
-    for at, (_, part) in enumerate(groups):
-        for place, row in enumerate(part.to_dict("records")):
-            middle = at + (place - (len(part) - 1) / 2) * width
-            bar = np.array([row[y], row[f"{y}_low"], row[f"{y}_high"]], float)
-            face = edge = BAR_COLORS[row[hue]]
-            if row.get("hollow"):
-                face = "white"
-            if np.isnan(bar).any():
-                ax.annotate("–", (middle, base), ha="center", va="bottom")
-                continue
-            ax.bar(middle, bar[0] - base, 0.86 * width, base, color=face, edgecolor=edge)
-            ax.vlines(middle, *bar[1:], color="black", linewidth=0.7)
+    groups = frame.groupby(x, sort=False)
+    n = groups[x].transform("size")
+    width = 0.8 / n.max()
+    middles = groups.ngroup() + width * (groups.cumcount() - (n - 1) / 2)
+    low, high = f"{y}_low", f"{y}_high"
+    undefined = frame[[y, low, high]].isna().any(axis=1)
+    for middle in middles[undefined]:
+        ax.annotate("–", (middle, base), ha="center", va="bottom")
+    drawn = frame[~undefined]
+    middles = middles[~undefined]
+    colors = drawn[hue].map(BAR_COLORS)
+    faces = colors.mask(drawn["hollow"], "white") if "hollow" in drawn else colors
+    ax.bar(
+        middles,
+        drawn[y] - base,
+        0.86 * width,
+        base,
+        color=faces,
+        edgecolor=colors,
+    )
+    ax.vlines(middles, drawn[low], drawn[high], color="black", linewidth=0.7)
     ax.axhline(base, color="black", linewidth=0.6)
-    width = max(7, 50 // len(groups) // ax.get_subplotspec().get_gridspec().ncols)
-    ticks = [textwrap.fill(_label(name), width, break_long_words=False) for name, _ in groups]
-    ax.set_xticks(range(len(groups)), ticks)
-    ax.set_xlim(-0.6, len(groups) - 0.4)
+    _name_ticks(ax, frame[x].unique())
     return ax
+
+
+def _name_ticks(ax, names):
+    """A tick a group of bars, its label wrapped to the room it has."""
+    columns = ax.get_subplotspec().get_gridspec().ncols
+    length = max(7, 50 // len(names) // columns)
+    ticks = [textwrap.fill(_label(name), length, break_long_words=False) for name in names]
+    ax.set_xticks(range(len(names)), ticks)
+    ax.set_xlim(-0.6, len(names) - 0.4)
 
 
 def _counted(frame, hue, of) -> str:
     """n of the bars that are not hollow, of each level of column `hue`, in words; once where all
     have the same."""
-    own = frame[~frame["hollow"]].groupby(hue, sort=False)["n"]
-    counts = [f"{n.min():.0f}" + f"–{n.max():.0f}" * (n.nunique() > 1) for _, n in own]
+    counts = []
+    for _, n in frame[~frame["hollow"]].groupby(hue, sort=False)["n"]:
+        ends = dict.fromkeys([f"{n.min():.0f}", f"{n.max():.0f}"])
+        counts.append("–".join(ends))
     return f"n = {_slashed(counts)} {of}"
 
 
-def _drawn(frame) -> tuple[pd.DataFrame, str]:
+def _as_bars(frame) -> pd.DataFrame:
     """The rows of a table of `effects.summary` that become bars, with `bar`, the class, and after
     each the same of known queries ("I, known"), if any, and `hollow`, of a control, which stands
-    right after what it controls; and in words which classes are empty."""
-    empty = frame.groupby(["threshold", "class"], sort=False)["n"].max()
-    told = [f"{_label(at)}: no fact is in {_label(name)}" for at, name in empty.index[empty == 0]]
+    right after what it controls."""
     known = np.where(frame["queries"] == "known", ", known", "")
-    frame = frame.assign(bar=frame["class"] + known, hollow=frame["set"].isin(CONTROLS))
-    frame["set"] = frame["set"].replace(CONTROLS)
-    order = list(BAR_COLORS).index
-    frame = frame.sort_values("bar", key=lambda bars: bars.map(order), kind="stable")
-    return frame[frame["n"] > 0], "; ".join(told)
+    bars = frame.assign(
+        bar=pd.Categorical(frame["class"] + known, BAR_COLORS),
+        hollow=frame["set"].isin(CONTROLS),
+        set=frame["set"].replace(CONTROLS),
+    )
+    bars = bars[bars["n"] > 0].sort_values("bar", kind="stable")
+    return bars.astype({"bar": object})
 
 
-def figure_bars(frame, *, row, column, x="set", y="trimmed", control=""):
+def _empty_classes(frame) -> str:
+    largest = frame.groupby(["threshold", "class"], sort=False)["n"].max()
+    empty = largest.index[largest == 0]
+    return "; ".join(f"{_label(at)}: no fact is in {_label(name)}" for at, name in empty)
+
+
+def figure_bars(
+    frame,
+    *,
+    row,
+    column,
+    x="set",
+    y="trimmed",
+    control="",
+):
     """Figures 4 and 6: bars of a table of `effects.summary` by `x` and class, those of known
     queries beside where there are any, `control` (what it is, in words) hollow; a row of panels
     each level of column `row` of the frame, a column each of `column` (one column lies down)."""
-    bars, note = _drawn(frame)
+    bars = _as_bars(frame)
     if x == "direction":
         bars = bars[bars["direction"] != "average"]  # in which both cancel
     if frame[column].nunique() == 1:
         row, column = column, row
-    tops, sides = (list(dict.fromkeys(frame[name])) for name in (row, column))
-    size = (WIDE, 1.3 + 1.75 * len(tops))
-    fig, axes = plt.subplots(len(tops), len(sides), figsize=size, squeeze=False, sharey="row")
+    tops = frame[row].unique()
+    sides = frame[column].unique()
+    fig, axes = _panels(len(tops), len(sides), 1.3 + 1.75 * len(tops), sharey="row")
     told = {}
     for (top, side), ax in zip(product(tops, sides), axes.flat):
-        part = bars[(bars[row] == top) & (bars[column] == side)].copy()
+        part = bars[(bars[row] == top) & (bars[column] == side)]
         ax.set_ylabel(_label(top))
         ax.label_outer()
         if part.empty:
             continue
-        if x == "set":
-            sizes = _mean_size(part[(part["queries"] == "all") & ~part["hollow"]], "set", "size")
-            part["set"] = part["set"].map(lambda name: f"{_label(name)} ({sizes[name]:.0f})")
-        bars_with_intervals(part, ax, x=x, hue="bar", y=y)
-        n = _counted(part, "bar", "queries")
+        drawn = _with_sizes(part) if x == "set" else part
+        bars_with_intervals(drawn, ax, x=x, hue="bar", y=y)
         title = [_label(side)] if ax in axes[0] else []
+        n = _counted(part, "bar", "queries")
         if n not in (told.get(top), told.get(side)):
             title.append(textwrap.fill(n, 90 // len(sides)))
+        told[top] = told[side] = n
         ax.set_title("\n".join(title))
-        told |= {top: n, side: n}
     fig.supylabel(CHANGE[x])
-    shown = {name: BAR_COLORS[name] for name in BAR_COLORS if (bars["bar"] == name).any()}
-    title = "\n".join(filter(None, [f"{STATISTICS[y]} over queries; {INTERVAL}", note]))
+    shown = {name: color for name, color in BAR_COLORS.items() if name in set(bars["bar"])}
+    title = f"{STATISTICS[y]} over queries; {INTERVAL}\n{_empty_classes(frame)}".strip()
     _legend(fig, shown, title, control if bars["hollow"].any() else "")
     return fig
 
 
+def _with_sizes(part) -> pd.DataFrame:
+    """A panel's bars whose sets are named with their mean number of neurons."""
+    counted = part[(part["queries"] == "all") & ~part["hollow"]]
+    sizes = _mean_size(counted, "set", "size")
+    names = {name: f"{_label(name)} ({size:.0f})" for name, size in sizes.items()}
+    return part.assign(set=part["set"].map(names))
+
+
 def _mean_size(frame, by, size) -> pd.Series:
     """The mean of column `size` over the n of all rows, by the levels of column `by`."""
-    sums = frame.assign(total=frame[size] * frame["n"]).groupby(by)[["total", "n"]].sum()
-    return sums["total"] / sums["n"]
+    total = frame[size] * frame["n"]
+    return total.groupby(frame[by]).sum() / frame.groupby(by)["n"].sum()
 
 
 def figure_edits(table, threshold, sets):
@@ -319,20 +453,23 @@ def figure_edits(table, threshold, sets):
     plotted = _by_metric(table)
     bars = plotted.assign(neurons=plotted["neurons"].str.removesuffix(" (random)"))
     bars["hollow"] = bars["neurons"] != plotted["neurons"]
-    classes, ops = (list(dict.fromkeys(table[name])) for name in ("class", "op"))
-    size = (WIDE, 0.8 + 2.1 * len(ops))
-    grid = dict(width_ratios=[3] * len(classes) + [2], squeeze=False, sharey="col")
-    fig, axes = plt.subplots(len(ops), len(classes) + 1, figsize=size, **grid)
+    classes = table["class"].unique()
+    ops = table["op"].unique()
+    height = 0.8 + 2.1 * len(ops)
+    widths = [3] * len(classes) + [2]
+    fig, axes = _panels(len(ops), len(widths), height, width_ratios=widths, sharey="col")
     for op, (*panels, last) in zip(ops, axes):
-        is_dppl = bars["metric"] == "dppl"
+        of_op = bars[bars["op"] == op]
+        shares = of_op[of_op["metric"] != "dppl"]
         for ax, name in zip(panels, classes):
-            part = bars[~is_dppl & (bars["op"] == op) & (bars["class"] == name)]
+            part = shares[shares["class"] == name]
             bars_with_intervals(part, ax, x="metric", hue="neurons")
             ax.set_title(f"{op}, {_label(name)}\n{_counted(part, 'metric', 'edits')}")
-            ax.set(ylabel="share" if ax in axes[:, 0] else "", ylim=(0, 1.02))
-        dppl = bars[is_dppl & (bars["op"] == op)]
-        factors = {name: 1 + dppl[name] for name in ("mean", "mean_low", "mean_high")}
-        bars_with_intervals(dppl.assign(**factors), last, x="class", hue="neurons", base=1)
+            ax.set_ylim(0, 1.02)
+        panels[0].set_ylabel("share")
+        factors = of_op[of_op["metric"] == "dppl"].copy()
+        factors[["mean", "mean_low", "mean_high"]] += 1
+        bars_with_intervals(factors, last, x="class", hue="neurons", base=1)
         last.set_title(f"{op}, perplexity\n(median factor)")
     _factors(axes[:, -1])
     sizes = _mean_size(table, "neurons", "neurons_edited")
@@ -353,13 +490,17 @@ def _factors(axes):
 
 def _by_metric(table) -> pd.DataFrame:
     """A row a metric and row of a table of edits: its value as `mean`, its interval and n."""
-    keys = ["threshold", "class", "op", "neurons"]
+    keys = table[["threshold", "class", "op", "neurons"]]
     parts = []
     for metric in ("rel", "gen", "loc", "avg", "dppl"):
-        n = f"n_{metric}" if f"n_{metric}" in table else "n"
-        part = table[[*keys, metric, f"{metric}_low", f"{metric}_high", n]]
-        part = part.set_axis([*keys, "mean", "mean_low", "mean_high", "n"], axis=1)
-        parts.append(part.assign(metric=metric))
+        part = keys.assign(
+            mean=table[metric],
+            mean_low=table[f"{metric}_low"],
+            mean_high=table[f"{metric}_high"],
+            n=table.get(f"n_{metric}", table["n"]),
+            metric=metric,
+        )
+        parts.append(part)
     return pd.concat(parts, ignore_index=True)
 
 
@@ -370,52 +511,72 @@ def strong_neurons(values, signed, t) -> pd.DataFrame:
     """The neurons whose value in a (layers, neurons) map, in magnitude if `signed`, exceeds `t`:
     layer, neuron, value."""
     layer, neuron = np.nonzero((np.abs(values) if signed else values) > t)
-    return pd.DataFrame({"layer": layer, "neuron": neuron, "value": values[layer, neuron]})
+    return pd.DataFrame(
+        {
+            "layer": layer,
+            "neuron": neuron,
+            "value": values[layer, neuron],
+        }
+    )
 
 
-def scatter_neurons(frame, ax, signed):
-    """Dots of a frame of `strong_neurons` whose values are shares, the larger and darker the larger
-    in magnitude; filled where `shared`, rings elsewhere. Returns the scale."""
-    cmap = plt.get_cmap("RdBu_r" if signed else "viridis_r")
-    scale = ScalarMappable(Normalize(-1 if signed else 0, 1), cmap)
-    colors = scale.to_rgba(frame["value"])
-    faces = np.where(frame[["shared"]], colors, 0.0)  # transparent elsewhere
-    where = frame["neuron"], frame["layer"], 6 + 40 * frame["value"].abs().clip(upper=1)
-    ax.scatter(*where, facecolors=faces, edgecolors=colors, linewidth=1, clip_on=False)
-    return scale
-
-
-def _draw_maps(fig, cells, kind, t) -> list[pd.DataFrame]:
-    """A panel each cell of rows of (query, title, its state now, its state unchanged, y label): the
-    neurons above `t` of the largest value unchanged, of the query or, as activations, of all;
-    filled those that more than one of the row's prompts of a fact has. Returns the dots of each
-    row, with their value as a share."""
+def _draw_maps(fig, panels, kind, t) -> pd.DataFrame:
+    """Panels, each a dict of its `row`, its place in it (`panel`), its query's fact and prompt, a
+    title, and the query's state `now` and `before` any change: dots for the neurons above `t` of
+    the largest value before, of the query or, as activations, of a row; filled those that more than
+    one of a row's prompts of a fact has. Returns the dots, values as shares of the largest."""
     signed = kind == "activation"
-    axes = fig.subplots(len(cells), len(cells[0]), squeeze=False, sharex=True, sharey=True)
-    most = max(np.abs(before[kind]).max() for _, _, _, before, _ in cells[0]) if signed else None
+    columns = panels[-1]["panel"] + 1
+    most = max(np.abs(panel["before"][kind]).max() for panel in panels[:columns])
+    dots = []
+    for panel in panels:
+        largest = most if signed else panel["before"][kind].max()
+        found = strong_neurons(panel["now"][kind] / (largest or 1.0), signed, t)
+        place = {name: panel[name] for name in ("row", "fact", "prompt", "panel")}
+        dots.append(found.assign(**place))
+    dots = pd.concat(dots, keys=range(len(panels)), names=["number"])
+    dots["shared"] = dots.duplicated(["row", "fact", "layer", "neuron"], keep=False)
+    dots["kind"] = kind
+    rows = len(panels) // columns
+    axes = fig.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    cmap = "RdBu_r" if signed else "viridis_r"
+    scale = ScalarMappable(Normalize(-1 if signed else 0, 1), cmap)
+    for number, (panel, ax) in enumerate(zip(panels, axes.flat)):
+        _draw_map(ax, dots.query(f"number == {number}"), panel, scale)
+    layers, neurons = panels[0]["now"][kind].shape
+    ax.set(xlim=(-0.5, neurons), ylim=(-0.5, layers))
     fig.suptitle(f"{kind}, neurons above {t:g} of the largest\n(filled: in both wordings)")
-    frames = []
-    for row, line in zip(cells, axes):
-        found = []
-        for panel, (one, _, state, before, _) in enumerate(row):
-            dots = strong_neurons(state[kind] / (most or before[kind].max() or 1.0), signed, t)
-            found.append(dots.assign(fact=one["fact"], prompt=one["prompt"], panel=panel))
-        found = pd.concat(found, ignore_index=True)
-        found["shared"] = found.duplicated(["fact", "layer", "neuron"], keep=False)
-        for panel, ((_, title, state, _, label), ax) in enumerate(zip(row, line)):
-            here = found[found["panel"] == panel]
-            scale = scatter_neurons(here, ax, signed)
-            ax.text(0.5, 0.5, "" if len(here) else "none", transform=ax.transAxes, ha="center")
-            layers, neurons = state[kind].shape
-            ax.set(xlim=(-0.5, neurons), ylim=(-0.5, layers), xlabel="neuron")
-            ax.set_ylabel(f"{label}\nlayer")
-            title += f"\nP(answer) = {format_value(state['probability'])}"
-            ax.set_title(title.strip(), fontsize=8)
-            ax.label_outer()
-        frames.append(found.assign(kind=kind))
-    bar = fig.colorbar(scale, ax=axes, location="bottom", shrink=0.7, aspect=40, pad=0.02)
+    bar = fig.colorbar(
+        scale,
+        ax=axes,
+        location="bottom",
+        shrink=0.7,
+        aspect=40,
+        pad=0.02,
+    )
     bar.set_label(f"share of the largest {'of all queries' if signed else 'of the query'}")
-    return frames
+    return dots.reset_index(drop=True)
+
+
+def _draw_map(ax, dots, panel, scale):
+    """The dots of one query, the larger and darker the larger in magnitude; filled where `shared`,
+    rings elsewhere."""
+    colors = scale.to_rgba(dots["value"])
+    ax.scatter(
+        dots["neuron"],
+        dots["layer"],
+        s=6 + 40 * dots["value"].abs().clip(upper=1),
+        facecolors=np.where(dots[["shared"]], colors, 0.0),  # transparent elsewhere
+        edgecolors=colors,
+        linewidth=1,
+        clip_on=False,
+    )
+    if dots.empty:
+        ax.text(0.5, 0.5, "none", transform=ax.transAxes, ha="center")
+    ax.set(xlabel="neuron", ylabel=f"{panel['row']}\nlayer")
+    probability = format_value(panel["now"]["probability"])
+    ax.set_title(f"{panel['title']}\nP(answer) = {probability}".strip(), fontsize=8)
+    ax.label_outer()
 
 
 def _wrapped(text) -> str:
@@ -432,15 +593,15 @@ def figure_1(maps, t=0.2):
     unsure one's; beside them those of the largest activations, on one scale.
 
     maps: from `localize.example_maps`. Returns the figure and its dots as a tidy frame."""
-    cells = [
-        [(one, _wrapped(one["prompt"]), one, one, _subject(one)) for one in group]
-        for _, group in groupby(maps, key=itemgetter("fact"))
-    ]
-    fig = plt.figure(figsize=(WIDE, 2.1 * len(cells) + 0.9))
-    frames = []
-    for part, kind in zip(fig.subfigures(1, 2), ("attribution", "activation")):
-        frames += _draw_maps(part, cells, kind, t)
-    return fig, pd.concat(frames, ignore_index=True)
+    panels = []
+    for number, one in enumerate(maps):
+        place = dict(row=_subject(one), panel=number % 2)
+        panels.append(one | place | dict(title=_wrapped(one["prompt"]), now=one, before=one))
+    fig = plt.figure(figsize=(WIDE, 1.05 * len(maps) + 0.9))
+    kinds = "attribution", "activation"
+    parts = zip(fig.subfigures(1, 2), kinds)
+    found = [_draw_maps(part, panels, kind, t) for part, kind in parts]
+    return fig, pd.concat(found, ignore_index=True).drop(columns="row")
 
 
 def figure_conditions(maps, conditions, kind, t=0.2):
@@ -449,43 +610,46 @@ def figure_conditions(maps, conditions, kind, t=0.2):
 
     maps: from `knowledge_synapses.scaled_maps`. kind: "attribution" or "activation". Returns the
     figure and its dots."""
+    panels = []
+    for name, (number, one) in product(conditions, enumerate(maps)):
+        title = f"{_subject(one)}\n{_wrapped(one['prompt'])}" if name == conditions[0] else ""
+        states = dict(now=one[name], before=one["unmodified"])
+        panels.append(one | states | dict(row=name, panel=number, title=title))
     fig = plt.figure(figsize=(WIDE, 1.6 + 1.6 * len(conditions)))
-    titles = [f"{_subject(one)}\n{_wrapped(one['prompt'])}" for one in maps]
-    cells = []
-    for name in conditions:
-        cells.append(
-            [(one, above, one[name], one["unmodified"], name) for one, above in zip(maps, titles)]
-        )
-        titles = [""] * len(maps)  # once
-    found = _draw_maps(fig, cells, kind, t)
-    frames = [dots.assign(condition=name) for name, dots in zip(conditions, found)]
-    return fig, pd.concat(frames, ignore_index=True)
+    dots = _draw_maps(fig, panels, kind, t)
+    return fig, dots.assign(condition=dots.pop("row"))
 
 
 def figure_places(found, num_heads):
     """Where synapses sit: the share of all that each column (token of the prompt) has, and the mean
     number of a query in each layer and head."""
     heads = np.stack(found["by_head"]).mean(0).reshape(-1, num_heads)
-    columns = pd.DataFrame(zip_longest(*found["by_column"], fillvalue=np.nan)).T  # prompts differ
+    columns = pd.DataFrame(list(map(pd.Series, found["by_column"])))  # prompts differ in length
     columns /= heads.size
     places = pd.DataFrame({"share": columns.mean(), "n": columns.count()}).rename_axis("column")
     places["of_all"] = columns.sum() / (columns.sum().sum() or 1.0)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 2.8))
+    fig, [(left, right)] = _panels(1, 2, 2.8)
     shares = places["of_all"][places["of_all"] >= 0.005]
-    names = [f"token {one + 1}" if one else "first token" for one in shares.index]
+    names = [f"token {column + 1}" if column else "first token" for column in shares.index]
     left.bar_label(left.barh(names, shares, color="0.4"), map(_percent, shares), padding=3)
-    title = f"first token: {_percent(places['of_all'][0])} of all synapses"
-    left.set(title=title, xlabel="share of all synapses", xlim=(0, 1.1))
+    left.set_title(f"first token: {_percent(places['of_all'][0])} of all synapses")
+    left.set(xlabel="share of all synapses", xlim=(0, 1.1))
     left.xaxis.set_major_formatter(_percent)
     left.invert_yaxis()
     typical = np.median(heads)
-    mesh = right.imshow(heads, "PuOr", norm=CenteredNorm(typical), aspect="auto", origin="lower")
-    fig.colorbar(mesh, ax=right, label="synapses a query")
-    right.set(xlabel="head", ylabel="layer", title=f"each head (white: the median, {typical:.2f})")
-    right.locator_params(integer=True)
-    index = pd.MultiIndex.from_product(map(range, heads.shape), names=["layer", "head"])
-    numbers = pd.Series(heads.ravel(), index, name="synapses")
-    return fig, pd.concat([numbers.reset_index(), places.reset_index()], ignore_index=True)
+    grid = pd.DataFrame(heads).rename_axis(index="layer", columns="head")
+    sns.heatmap(
+        grid,
+        center=typical,
+        cmap="PuOr",
+        cbar_kws={"label": "synapses a query"},
+        ax=right,
+    )
+    right.invert_yaxis()
+    right.tick_params("y", rotation=0)
+    right.set_title(f"each head (white: the median, {typical:.2f})")
+    numbers = grid.stack().rename("synapses").reset_index()
+    return fig, pd.concat([numbers, places.reset_index()], ignore_index=True)
 
 
 # --- files ----------------------------------------------------------------------------------------

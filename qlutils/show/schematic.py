@@ -6,14 +6,18 @@ import numpy as np
 
 from qlutils.show.plots import WIDE
 
-COLORS = ("#0072B2", "#E69F00", "#009E73")  # of the queries
+BLUE, ORANGE, GREEN = COLORS = ("#0072B2", "#E69F00", "#009E73")  # of the queries
 PLACES = (1.2, 4.5, 7.8)  # of the queries, above a grid of 8 neurons in each of 5 layers
 GREY = "#c9ced4"
 INK = "#1c2024"
 ATTENTION = "#882255"
-# neurons as (x, y): those of all queries in (a), of each query in (b)
-SHARED = [(2, 3), (6, 3), (3, 1), (7, 1)]
-OWN = ([(2, 4), (5, 3), (3, 2)], [(7, 3), (6, 2), (2, 1)], [(3, 2), (5, 0), (7, 0)])
+# places of neurons, x and y: of those of all queries in (a), of each query in (b)
+SHARED = ([2, 6, 3, 7], [3, 3, 1, 1])
+OWN = (
+    ([2, 5, 3], [4, 3, 2]),
+    ([7, 6, 2], [3, 2, 1]),
+    ([3, 5, 7], [2, 0, 0]),
+)
 
 
 def two_assumptions():
@@ -22,26 +26,21 @@ def two_assumptions():
     fig, (first, second, third) = plt.subplots(1, 3, figsize=(WIDE, 2.5))
     _panel(first, "(a) localisation: one fact,\none set of neurons", COLORS)
     first.set_xlabel("MLP neurons, a layer a row: the same for all")
-    first.scatter(*zip(*SHARED), color=INK)
+    first.scatter(*SHARED, color=INK)
     _panel(second, "(b) query localisation: one\nquery, one set of neurons", COLORS)
     second.set_xlabel("the sets overlap little")
     for x, color, own in zip(PLACES, COLORS, OWN):
         _arrow(first, (x, 6.8), (4.5, 4.6), color)
-        second.scatter(*zip(*own), color=color)
-        for neuron in own:
+        second.scatter(*own, color=color)
+        for neuron in zip(*own):
             _arrow(second, (x, 6.8), neuron, color)
-    second.scatter(
-        *OWN[2][0],
-        color=COLORS[2],
-        edgecolor=COLORS[0],
-        linewidth=2,
-    )  # of two
-    _panel(third, "(c) attention helps to\nselect the query's set", (COLORS[0], GREY, GREY))
+    second.scatter(3, 2, color=GREEN, edgecolor=BLUE, linewidth=2)  # of two
+    _panel(third, "(c) attention helps to\nselect the query's set", (BLUE, GREY, GREY))
     third.set_xlabel("from which one query reads its own")
-    third.scatter(*zip(*OWN[0]), color=COLORS[0])
+    third.scatter(*OWN[0], color=BLUE)
     _box(third, 4.5, 5.3, f"{'attention':^44}", ATTENTION)
-    _arrow(third, (PLACES[0], 6.8), (PLACES[0], 5.8), COLORS[0])
-    for x, y in OWN[0]:
+    _arrow(third, (1.2, 6.8), (1.2, 5.8), BLUE)
+    for x, y in zip(*OWN[0]):
         _arrow(third, (x, 4.9), (x, y), ATTENTION)
     return fig
 
@@ -63,22 +62,20 @@ def _panel(ax, title, colors):
         _box(ax, x, 7.3, f"query $q_{number}$", color)
 
 
-def _box(ax, x, y, text, color):
+def _box(
+    ax,
+    x,
+    y,
+    text,
+    color,
+):
     frame = dict(
         boxstyle="round",
         facecolor="white",
         edgecolor=color,
     )
-    ax.text(
-        x,
-        y,
-        text,
-        ha="center",
-        va="center",
-        fontsize=7,
-        color=color,
-        bbox=frame,
-    )
+    centred = dict(ha="center", va="center")
+    ax.text(x, y, text, fontsize=7, color=color, bbox=frame, **centred)
 
 
 def _arrow(ax, start, end, color):

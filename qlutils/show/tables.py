@@ -16,59 +16,65 @@ from qlutils.show.stats import LEAST
 UNDEFINED = "–"
 PAPER_MODELS = ("gpt2", "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B")
 _ALIASES = {"openai-community/gpt2": "gpt2"}
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "[": "{[}",  # at the start of a row it would be an argument of the row end before it
-    "–": "--",
-    "—": "---",
-    "−": "$-$",
-    "Δ": r"$\Delta$",
-    "∩": r"$\cap$",
-    "×": r"$\times$",
-    "±": r"$\pm$",
-    "≥": r"$\geq$",
-    "≤": r"$\leq$",
-    "λ": r"$\lambda$",
-    "β": r"$\beta$",
-    "α": r"$\alpha$",
-    "τ": r"$\tau$",
-    "σ": r"$\sigma$",
-    "μ": r"$\mu$",
-    "→": r"$\rightarrow$",
-    "’": "'",
-    "“": "``",
-    "”": "''",
-    "…": r"\ldots{}",
-    "\n": " ",
-    "\r": " ",
-}
-_LATEX = str.maketrans(_LATEX | {sign: f"\\{sign}" for sign in "&%$#_{}"})
+# A sign and what LaTeX wants; "[" at the start of a row would be an argument of the row end before.
+_LATEX = r"""
+\ \textbackslash{}
+~ \textasciitilde{}
+^ \textasciicircum{}
+< \textless{}
+> \textgreater{}
+| \textbar{}
+[ {[}
+– --
+— ---
+− $-$
+Δ $\Delta$
+∩ $\cap$
+× $\times$
+± $\pm$
+≥ $\geq$
+≤ $\leq$
+λ $\lambda$
+β $\beta$
+α $\alpha$
+τ $\tau$
+σ $\sigma$
+μ $\mu$
+→ $\rightarrow$
+’ '
+“ ``
+” ''
+… \ldots{}
+& \&
+% \%
+$ \$
+# \#
+_ \_
+{ \{
+} \}
+"""
+_LATEX = dict(line.split() for line in _LATEX.strip().splitlines())
+_LATEX = str.maketrans(_LATEX | {"\n": " ", "\r": " "})
 
 
 # --- numbers and sentences ------------------------------------------------------------------------
 
 
-def format_value(value, low=None, high=None, n=None, digits=2) -> str:
-    """One value for reading: "0.52 [0.47, 0.57] (n = 12)"; the interval and n are optional.
+def format_value(value, low=None, high=None, digits=2) -> str:
+    """One value for reading: "0.52 [0.47, 0.57]"; the interval is optional.
 
     "–" where undefined; an undefined interval shows as [–, –], since a number without one is not a
     result. Floats have `digits` decimals, whole numbers and texts stand as they are."""
     if pd.api.types.is_scalar(value) and pd.isna(value):
-        text = UNDEFINED
-    elif isinstance(value, (bool, np.bool_)):
-        text = "yes" if value else "no"
-    elif low is None and not isinstance(value, (float, np.floating)):
-        text = str(value)
-    else:
-        numbers = [float(value)] if low is None else [float(value), float(low), float(high)]
-        text, *bounds = _decimals(numbers, digits)
-        text += f" [{', '.join(bounds)}]" if bounds else ""
-    return text if n is None else f"{text} (n = {format_value(n, digits=0)})"
+        return UNDEFINED
+    if isinstance(value, (bool, np.bool_)):
+        return "yes" if value else "no"
+    if low is not None:
+        text, low, high = _decimals([value, low, high], digits)
+        return f"{text} [{low}, {high}]"
+    if isinstance(value, (float, np.floating)):
+        return _decimals([value], digits)[0]
+    return str(value)
 
 
 def _decimals(numbers, digits) -> list[str]:
@@ -78,21 +84,25 @@ def _decimals(numbers, digits) -> list[str]:
     from 0, would read as 0. With a size below 0.0001, or from 10,000 on, all are written as
     1.2e-07. The size of a number with bounds is a tenth of their distance at least, as for
     0.00001 [-0.003, 0.003]."""
-    low, high = numbers[1:] or numbers * 2
-    size = np.nanmax([abs(numbers[0]), (high - low) / 10])
-    form = ".1e"
+    value, *bounds = map(float, numbers)
+    low, high = bounds or (value, value)
+    size = np.nanmax([abs(value), (high - low) / 10])
+    largest = np.nanmax(np.abs([value, low, high]))
     places = digits
-    if not digits or not size or (size >= 1e-4 and np.nanmax(np.abs(numbers)) < 1e4):
-        nearest = max(low, -high)  # of the bounds to 0; negative where they are on both sides
-        least = min(size, nearest) if nearest >= 5e-5 else size
-        if digits and 0 < 2 * least < 10**-digits:
-            rounded_up = 2 * least if len(numbers) > 1 else least  # of an interval 0.0006 is 0.001
-            places = min(4, -int(np.floor(np.log10(rounded_up))))
-        form = f".{places}f"
-    return [UNDEFINED if np.isnan(one) else _positive_zero(f"{one:{form}}") for one in numbers]
+    if digits and size and (size < 1e-4 or largest >= 1e4):
+        return [_formatted(one, ".1e") for one in (value, *bounds)]
+    nearest = max(low, -high)  # of the bounds to 0; negative where they are on both sides
+    least = min(size, nearest) if nearest >= 5e-5 else size
+    if digits and 0 < 2 * least < 10**-digits:
+        rounded_up = 2 * least if bounds else least  # of an interval 0.0006 is 0.001
+        places = min(4, -int(np.floor(np.log10(rounded_up))))
+    return [_formatted(one, f".{places}f") for one in (value, *bounds)]
 
 
-def _positive_zero(text) -> str:
+def _formatted(number, form) -> str:
+    if np.isnan(number):
+        return UNDEFINED
+    text = f"{number:{form}}"
     return text if float(text) else text.removeprefix("-")
 
 
@@ -100,9 +110,10 @@ def with_interval(row, name="mean", digits=2) -> str:
     """A value of a table's row for a sentence: "0.41 [0.35, 0.47] (n = 120)", of a difference "(n
     = 90 and 30)"; "undefined (n = 0)"; without n if it has none."""
     n = _counted(row, "n")
-    if pd.isna(row[name]):
-        return f"undefined (n = {n})" if n else "undefined"
-    return format_value(row[name], row[f"{name}_low"], row[f"{name}_high"], n or None, digits)
+    text = "undefined"
+    if not pd.isna(row[name]):
+        text = format_value(row[name], row[f"{name}_low"], row[f"{name}_high"], digits)
+    return f"{text} (n = {n})" if n else text
 
 
 def _counted(row, name) -> str:
@@ -124,7 +135,9 @@ def verdict(row, name="mean") -> str:
     high = row[f"{name}_high"]
     if pd.isna(row[name]) or pd.isna(low):
         return f"not testable here ({too_few(row)})"
-    return "lies above 0" if low > 0 else "lies below 0" if high < 0 else "cannot be told from 0"
+    if low > 0:
+        return "lies above 0"
+    return "lies below 0" if high < 0 else "cannot be told from 0"
 
 
 def pick(table: pd.DataFrame, **keys) -> pd.Series:
@@ -153,7 +166,15 @@ def display_table(frame, digits=2) -> pd.DataFrame:
     return pd.DataFrame(shown, index=[""] * len(frame))
 
 
-def write_table(frame, stem, folder, caption="", note="", *, digits=2) -> dict[str, Path]:
+def write_table(
+    frame,
+    stem,
+    folder,
+    caption="",
+    note="",
+    *,
+    digits=2,
+) -> dict[str, Path]:
     """Write `stem`.csv (every column, full precision), .md and .tex (as `display_table`) into
     folder; their paths."""
     paths = files_of(stem, folder, ("csv", "md", "tex"))
@@ -179,65 +200,70 @@ def files_of(stem, folder, kinds) -> dict[str, Path]:
 
 def csv_text(frame) -> str:
     """A frame without its index as CSV, rows ended by a line feed."""
-    text = frame.to_csv(index=False, lineterminator="\n")
+    plain = dict(index=False, lineterminator="\n")
+    text = frame.to_csv(**plain)
     if "\r" in text:  # the csv module need not quote it; every reader takes it for a row's end
-        text = frame.to_csv(
-            index=False,
-            lineterminator="\n",
-            quoting=csv.QUOTE_NONNUMERIC,
-        )
+        text = frame.to_csv(**plain, quoting=csv.QUOTE_NONNUMERIC)
     return text
 
 
 def _bounds(frame) -> dict[str, list[str]]:
     """{column: [] or its columns of bounds, x_low and x_high}, without these columns."""
-    bounds = {name: [f"{name}_low", f"{name}_high"] for name in frame}
-    bounds = {name: both if set(both) <= set(frame) else [] for name, both in bounds.items()}
+    bounds = {}
+    for name in frame:
+        both = [f"{name}_low", f"{name}_high"]
+        bounds[name] = both if set(both) <= set(frame) else []
     inner = sum(bounds.values(), [])
     return {name: both for name, both in bounds.items() if name not in inner}
 
 
 def _flat(frame):
-    """Columns named by texts, no two alike; rows numbered."""
-    names = pd.Index(map(str, frame))
-    if not names.is_unique:
-        doubled = sorted(set(names[names.duplicated()]))
-        raise ValueError(f"the table has two columns named {', '.join(doubled)}")
-    return frame.set_axis(names, axis=1).reset_index(drop=True)
+    """Columns named by texts; rows numbered."""
+    return frame.rename(columns=str).reset_index(drop=True)
 
 
 def _markdown(shown, numeric, caption, note):
-    def escaped(cell):  # backslashes before a pipe are doubled, else they would escape its escape
-        return re.sub(r"(\\*)\|", r"\1\1\|", re.sub(r"\r\n|\r|\n", " ", str(cell)))
-
     def line(cells):
-        return f"| {' | '.join(map(escaped, cells))} |"
+        text = " | ".join(map(_cell, cells))
+        return f"| {text} |"
 
-    rows = [shown.columns, ["--:" if right else ":--" for right in numeric], *shown.to_numpy()]
+    aligned = ["--:" if right else ":--" for right in numeric]
+    rows = [shown.columns, aligned, *shown.to_numpy()]
     table = "\n".join(map(line, rows))
-    parts = [f"**{caption}**" if caption else "", table, note]
-    return "\n\n".join(filter(None, parts)) + "\n"
+    title = caption and f"**{caption}**"
+    return "\n\n".join(filter(None, [title, table, note])) + "\n"
 
 
-def _latex(shown, numeric, caption, note, stem):
+def _cell(text) -> str:
+    """A cell of Markdown. Backslashes before a pipe are doubled, else they would escape its
+    escape."""
+    text = re.sub(r"\r\n|\r|\n", " ", str(text))
+    return re.sub(r"(\\*)\|", r"\1\1\|", text)
+
+
+def _latex(
+    shown,
+    numeric,
+    caption,
+    note,
+    stem,
+):
     def escaped(text):
         return str(text).translate(_LATEX)
 
     styler = shown.reset_index(drop=True).style.hide(axis="index")
-    table = (
-        styler.format(escaped)
-        .format_index(escaped, axis=1)
-        .to_latex(
-            column_format="".join("r" if right else "l" for right in numeric),
-            position_float="centering",
-            hrules=True,
-            label=f"tab:{stem}",
-            caption=escaped(caption) if caption else None,
-        )
+    styler = styler.format(escaped).format_index(escaped, axis=1)
+    table = styler.to_latex(
+        column_format="".join("r" if right else "l" for right in numeric),
+        position_float="centering",
+        hrules=True,
+        label=f"tab:{stem}",
+        caption=escaped(caption) if caption else None,
     )
-    below = f"\\par\\smallskip{{\\footnotesize {escaped(note)}}}\n" if note else ""
-    end = "\\end{table}\n"
-    table = table.replace("\\centering\n", "\\centering\n\\small\n", 1).replace(end, below + end)
+    table = table.replace("\\centering\n", "\\centering\n\\small\n", 1)
+    if note:
+        below = f"\\par\\smallskip{{\\footnotesize {escaped(note)}}}\n"
+        table = table.replace("\\end{table}", below + "\\end{table}")
     return "% needs \\usepackage{booktabs}\n" + table
 
 
@@ -247,21 +273,14 @@ def _latex(shown, numeric, caption, note, stem):
 def paper_value(table, model, column, **keys) -> float:
     """A value the paper prints, NaN where it has none: for another model, method or set of neurons.
 
-    `paper_values.json` names each table's columns and keys; the key class is written `class_`.
-    ValueError, naming what there is, for the name of a table, column or key that there is not."""
-    tables = paper()["tables"]
-    if str(table) not in tables:
-        raise ValueError(f"the paper's values are of tables {', '.join(tables)}, not {table!r}")
-    printed = tables[str(table)]
-    (_, *names), columns = printed["keys"], printed["columns"]
-    keys = {name.rstrip("_"): value for name, value in keys.items()}
-    if column not in columns or set(keys) != set(names):
-        raise ValueError(
-            f"Table {table} has the columns {', '.join(columns)} and the keys {', '.join(names)}; "
-            f"got {column!r} and {keys}"
-        )
-    row = printed["rows"].get("|".join([_ALIASES.get(model, model), *map(keys.get, names)]))
-    value = row[columns.index(column)] if row else None
+    `paper_values.json` names each table's columns and keys; the key class is written `class_`. An
+    error for the name of a table, column or key that there is not."""
+    printed = paper()["tables"][str(table)]
+    place = printed["columns"].index(column)
+    cells = [_ALIASES.get(model, model)]
+    cells += [keys.get(name, keys.get(f"{name}_")) for name in printed["keys"][1:]]
+    row = printed["rows"].get("|".join(cells))
+    value = row[place] if row else None
     return np.nan if value is None else float(value)
 
 
