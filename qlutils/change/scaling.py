@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from qlutils.change.changes import Change, Scaling, prompt_of
 from qlutils.change.rows import score_queries, score_rows
+from qlutils.checks import one_of
 from qlutils.model.attention import forward_passes
 from qlutils.model.trace import hooked
 
@@ -23,12 +25,12 @@ def answer_probability(lm, prompts, answers, *, answer="all") -> Tensor:
     Inside `scale_neurons` or `edit_weights` the changed model answers. ValueError names an unusable
     prompt.
     """
-    if answer not in ("all", "first"):
-        raise ValueError(f"answer {answer!r} is unknown; use all, first")
+    one_of("answer", answer, ("all", "first"))
     queries = lm.encode_all(prompts, answers)
     if answer == "first":
         queries = [(prompt, target[:1]) for prompt, target in queries]
-    return torch.from_numpy(np.exp(score_queries(lm, queries).log_probability)).float()
+    log_p = score_queries(lm, queries).log_probability
+    return torch.from_numpy(np.exp(log_p)).float()
 
 
 def scaled_answer_probabilities(lm, rows, *, answer="all") -> np.ndarray:
@@ -36,14 +38,13 @@ def scaled_answer_probabilities(lm, rows, *, answer="all") -> np.ndarray:
     set of neurons scaled at the last prompt token and every later one (float64). An empty set
     changes nothing."""
     queries: dict[tuple, int] = {}
-    changes: dict[tuple, Change] = {}
+    change = cache(partial(Change, lm))  # one object for equal ones: they are computed once
     plan = []
     for prompt, target, neurons, factor in rows:
-        query = tuple(prompt), tuple(target if answer == "all" else target[:1])
-        change = frozenset(neurons), factor
-        if change not in changes:
-            changes[change] = Change(lm, neurons, factor)
-        plan.append((queries.setdefault(query, len(queries)), changes[change]))
+        scored = target if answer == "all" else target[:1]
+        query = tuple(prompt), tuple(scored)
+        place = queries.setdefault(query, len(queries))
+        plan.append((place, change(frozenset(neurons), factor)))
     return np.exp(score_rows(lm, list(queries), plan).log_probability)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qlutils.change.changes import check_finite
 from qlutils.change.rows import in_batches, refuse_numbers
+from qlutils.checks import one_of
 from qlutils.model.answer import token_probabilities
 from qlutils.model.architecture import UnsupportedModel, refusing
 from qlutils.model.attention import EXACT, AttentionChange, attention_implementation
@@ -106,11 +107,11 @@ def scale_synapses(lm, synapses, factor: float, *, renormalise: bool = False):
         check_replaceable(lm)
         yield
         return
-    columns, layers, heads = (list(places) for places in zip(*found))
+    columns, layers, heads = map(list, zip(*found))
     shape = 1, lm.num_layers, lm.num_heads, 1 + max(columns)
     scale = torch.ones(shape, dtype=lm.score_dtype, device=lm.device)
     scale[0, layers, heads, columns] = factor
-    factors = {layer: scale[:, layer] for layer in set(layers)}
+    factors = {layer: scale[:, layer] for layer in layers}
     with controlled(lm, factors, renormalise):
         yield
 
@@ -151,8 +152,7 @@ def check_alpha(alpha, score) -> None:
     """ValueError for a threshold or a score that `find_synapses` does not know."""
     if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha <= 1:
         raise ValueError(f"alpha is {alpha!r}; use a number above 0 and at most 1 (the paper: 0.3)")
-    if score not in SCORES:
-        raise ValueError(f"score {score!r} is unknown; use one of {', '.join(SCORES)}")
+    one_of("score", score, SCORES)
 
 
 def column_scores(
@@ -179,20 +179,22 @@ def column_scores(
 @torch.no_grad()
 def _column_scores(lm, ids, score):
     """`column_scores` of prompts of one length, ids (B, T)."""
-    sums: list[Tensor] = [None] * lm.num_layers
-    scores: list[Tensor] = [None] * lm.num_layers
+    sums: list[Tensor] = []  # a layer after the other
+    scores: list[Tensor] = []
 
-    def observe(layer, weights, visible):  # (B, H, T, T), (B or 1, 1 or H, T, T)
-        sums[layer] = scores[layer] = weights.sum(-2)  # (B, H, T)
+    def observe(_, weights, visible):  # (B, H, T, T), (B or 1, 1 or H, T, T)
+        total = weights.sum(-2)  # (B, H, T)
+        sums.append(total)
         if score == "visible_mean":
             if visible is None:
                 visible = torch.ones_like(weights[:1, :1], dtype=torch.bool).tril()
-            scores[layer] = sums[layer] * weights.shape[-2] / visible.sum(-2)
+            total = total * weights.shape[-2] / visible.sum(-2)
+        scores.append(total)
 
     with controlled(lm, observe=observe):
         lm.model.base_model(input_ids=ids, use_cache=False)
-    sums, scores = (torch.stack(one, 1).double().cpu().numpy() for one in (sums, scores))
-    return zip(sums, scores)  # (B, L, H, T) both
+    both = torch.stack([torch.stack(sums, 1), torch.stack(scores, 1)], 1)
+    return both.double().cpu().numpy()  # (B, 2, L, H, T)
 
 
 def above_threshold(total: np.ndarray, score: np.ndarray, alpha: float) -> np.ndarray:
@@ -227,8 +229,8 @@ class Row:
     def key(self) -> tuple:
         """Equal for rows that are one and the same."""
         columns = None if self.columns is None else self.columns.tobytes()
-        change = columns, self.factor, self.renormalise
-        return tuple(self.prompt), tuple(self.answer), change, self.neurons
+        query = tuple(self.prompt), tuple(self.answer)
+        return query, columns, self.factor, self.renormalise, self.neurons
 
 
 @torch.no_grad()
@@ -266,34 +268,23 @@ def _run_batch(lm, rows: list[Row]) -> list[tuple]:
     hidden = hidden[:, last:].flatten(0, 1)  # (B * A, d)
     p = token_probabilities(lm, hidden, target.flatten())
     p = p.view(target.shape).prod(-1).tolist()
-    values = _kns(torch.stack(trace.kept, 1), rows)
-    out = []
-    for row, probability, kns in zip(rows, p, values):
-        if not np.isfinite([probability, *kns]).all():
+    neurons = torch.stack(trace.kept, 1)  # (B, L, N)
+    found = []
+    for row, probability, activations in zip(rows, p, neurons):
+        layer, index = torch.tensor(row.neurons, dtype=torch.long).reshape(-1, 2).T
+        kns = activations[layer, index].double()
+        if not np.isfinite([probability, *kns.tolist()]).all():
             refuse_numbers(lm, row.prompt)
-        if row.neurons:
-            out.append((probability, np.abs(kns).mean(), kns.mean()))
-        else:
-            out.append((probability, np.nan, np.nan))
-    return out
-
-
-def _kns(neurons: Tensor, rows: list[Row]) -> list[np.ndarray]:
-    """The values of each row's KNs among those of all `neurons` (B, L, N)."""
-    kns = [(place, *kn) for place, row in enumerate(rows) for kn in row.neurons]
-    index = torch.tensor(kns, dtype=torch.long, device=neurons.device).reshape(-1, 3)
-    values = neurons[tuple(index.T)].double().cpu().numpy()
-    ends = np.cumsum([len(row.neurons) for row in rows])
-    return np.split(values, ends[:-1])
+        found.append((probability, kns.abs().mean().item(), kns.mean().item()))
+    return found
 
 
 def _factors(lm, rows: list[Row]) -> dict[int, Tensor]:
-    """{layer: (B, H, T)} of what each row multiplies its columns by; layers where none does are
-    left out."""
-    scale = np.ones((len(rows), lm.num_layers, lm.num_heads, len(rows[0].prompt)))
+    """{layer: (B, H, T)} of what each row multiplies its columns by."""
+    tokens = len(rows[0].prompt)
+    scale = np.ones((lm.num_layers, len(rows), lm.num_heads, tokens))
     for place, row in enumerate(rows):
         if row.columns is not None:
-            scale[place][row.columns] = row.factor
-    factors = torch.tensor(scale, dtype=lm.score_dtype, device=lm.device)
-    layers = np.flatnonzero((scale != 1).any(axis=(0, 2, 3)))
-    return {layer: factors[:, layer] for layer in layers.tolist()}
+            scale[:, place][row.columns] = row.factor
+    scale = torch.tensor(scale, dtype=lm.score_dtype, device=lm.device)
+    return dict(enumerate(scale))

@@ -93,7 +93,7 @@ def test_rows_of_a_batch_equal_forward_passes_changed_by_hand(family, everywhere
     assert moved >= len(plan) / 3  # the changes are large enough to be missed
 
 
-def test_a_row_does_not_depend_on_the_other_rows_or_on_the_size_of_a_batch():
+def test_a_row_does_not_depend_on_the_other_rows_or_on_the_size_of_a_batch(monkeypatch):
     lm = tiny_lm("llama3")
     queries, sets = queries_and_sets(lm)
     plan = [(q, Change(lm, neurons, 0.0)) for neurons in sets for q in range(len(queries))] + [
@@ -104,7 +104,9 @@ def test_a_row_does_not_depend_on_the_other_rows_or_on_the_size_of_a_batch():
         alone = [
             score_rows(lm, queries, [row], everywhere=everywhere).log_probability[0] for row in plan
         ]
-        small = score_rows(lm, queries, plan, everywhere=everywhere, tokens=9).log_probability
+        with monkeypatch.context() as patch:
+            patch.setattr(rows, "token_budget", lambda lm: 9)
+            small = score_rows(lm, queries, plan, everywhere=everywhere).log_probability
         np.testing.assert_allclose(together, alone, rtol=1e-12)
         np.testing.assert_allclose(together, small, rtol=1e-12)
 
