@@ -2,7 +2,6 @@
 of other facts."""
 
 from collections import defaultdict
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -35,44 +34,32 @@ def active_neurons(neurons, active, but=()) -> set:
     return found
 
 
-@dataclass
-class _FactNeurons:
-    relation: str
-    subject: str
-    object: str
-    neurons: set = field(default_factory=set)
-
-
 class OtherFacts:
     """The KNs of whole facts, to be drawn from as a control: if a fact's neurons do what only they
     can, another fact's do not. `queries`: a `queries` frame; `sets`: the KN set of each of its
     rows."""
 
     def __init__(self, queries, sets):
-        self.facts: dict[str, _FactNeurons] = {}
-        self.of_relation = defaultdict(list)  # {relation: its facts}
-        columns = queries[["fact", "relation", "subject", "object"]]
-        for (fact, *about), kns in zip(columns.itertuples(index=False), sets):
-            if fact not in self.facts:
-                self.facts[fact] = _FactNeurons(*about)
-                self.of_relation[self.facts[fact].relation].append(fact)
-            self.facts[fact].neurons.update(kns)
+        self.facts = queries.drop_duplicates("fact").set_index("fact")
+        self.neurons: dict[str, set] = defaultdict(set)
+        for fact, kns in zip(queries["fact"], sets):
+            self.neurons[fact].update(kns)
 
     def draw(self, neurons, fact, rng, *, same_relation: bool) -> set:
         """As many neurons in each layer as `neurons`, drawn among the KNs of one fact that `rng`
         chooses, less those of `fact`; fewer where it has fewer. It has another subject and object,
         and is of the same relation or of another. Empty where no fact is."""
-        own = self.facts[fact]
-        names = self.of_relation[own.relation] if same_relation else list(self.facts)
-        for place in rng.permutation(len(names)):
-            other = self.facts[names[place]]
-            if (
-                (other.relation == own.relation) == same_relation
-                and other.subject != own.subject
-                and other.object != own.object
-            ):
-                pool = other.neurons - own.neurons
-                return random_neurons(
-                    neurons, None, rng, among=lambda layer: [n for at, n in pool if at == layer]
-                )
+        own, others = self.facts.loc[fact], self.facts
+        if same_relation:
+            others = others[others["relation"] == own["relation"]]
+        for place in rng.permutation(len(others)):
+            other = others.iloc[place]
+            related = other["relation"] == own["relation"]
+            apart = other["subject"] != own["subject"] and other["object"] != own["object"]
+            if apart and related == same_relation:
+                pool = self.neurons[other.name] - self.neurons[fact]
+                by_layer = defaultdict(list)
+                for layer, neuron in pool:
+                    by_layer[layer].append(neuron)
+                return random_neurons(neurons, None, rng, among=by_layer.__getitem__)
         return set()

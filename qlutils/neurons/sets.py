@@ -6,7 +6,7 @@ them. Everything undefined is NaN: the consistency of empty sets, the class of a
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain, combinations
 from math import comb
 from numbers import Real
@@ -36,10 +36,7 @@ def knowledge_neurons(scores, t=0.2) -> list[set]:
     a non-finite score.
     """
     _check_share(t)
-    sets = []
-    for score in dense_scores(scores):  # (L, N)
-        sets.append(as_set(*above_share(score, t).nonzero()))
-    return sets
+    return [as_set(*above_share(score, t).nonzero()) for score in dense_scores(scores)]
 
 
 def kn_sets(queries, t=0.2) -> list[set]:
@@ -69,13 +66,8 @@ def kn_sets(queries, t=0.2) -> list[set]:
 def dense_scores(scores) -> np.ndarray:
     """Scores (Q, L, N) of an array, or of a tensor on any device, as float64 in NumPy; ValueError
     for what is none, or naming the first query with a score that is not finite."""
-    if hasattr(scores, "scores"):
-        raise ValueError(
-            f"scores must be an array; pass the .scores of this {type(scores).__name__}"
-        )
     if hasattr(scores, "detach"):
-        scores = scores.detach().cpu()
-        scores = scores.double() if scores.is_floating_point() else scores
+        scores = scores.detach().cpu().double()
     try:
         scores = np.asarray(scores)
     except ValueError as error:
@@ -134,15 +126,11 @@ class Consistency:
 def consistency(kn_sets) -> Consistency:
     """CS1, CS2 (Eq. 1) and mean pairwise Jaccard of one fact's KN sets; ValueError with fewer than
     two."""
-    sets = list(kn_sets) if isinstance(kn_sets, Iterable) else [kn_sets]
-    if not all(isinstance(one, (set, frozenset)) for one in sets):
+    sets = list(kn_sets) if isinstance(kn_sets, Iterable) else []
+    if len(sets) < 2 or not all(isinstance(one, (set, frozenset)) for one in sets):
         raise ValueError(
-            "consistency needs a list of KN sets, one set of (layer, neuron) a query, as "
-            f"knowledge_neurons gives it; got {type(kn_sets).__name__} {kn_sets!r:.80}"
-        )
-    if len(sets) < 2:
-        raise ValueError(
-            f"consistency needs the KN sets of at least 2 queries of a fact, not {len(sets)}"
+            "consistency needs the KN sets of at least 2 queries of a fact, as knowledge_neurons "
+            f"gives them; got {kn_sets!r:.80}"
         )
     counts = _counts(sets)
     everywhere = sum(count == len(sets) for count in counts.values())
@@ -221,10 +209,7 @@ def classify(cs2, threshold) -> np.ndarray:
     """ "I" above the threshold, "II" at or below it, None where CS2 is NaN (or the threshold
     is)."""
     cs2 = np.asarray(cs2, dtype=np.float64)
-    classes = np.full(cs2.shape, None, dtype=object)
-    classes[cs2 > threshold] = "I"
-    classes[cs2 <= threshold] = "II"
-    return classes
+    return np.select([cs2 > threshold, cs2 <= threshold], ["I", "II"], default=None)
 
 
 def otsu_threshold(values) -> float:
@@ -239,10 +224,10 @@ def otsu_threshold(values) -> float:
     return float(threshold_otsu(values)) if np.unique(values).size > 1 else np.nan
 
 
-FACT_COLUMNS = (
-    *("fact", "relation", "subject", "object", "n_queries", "n_empty", "cs1", "cs2", "jaccard"),
-    *("cs2_3", "mean_size", "union_size", "mean_layer", "known", "probability"),
-)
+FACT_COLUMNS = """
+fact relation subject object n_queries n_empty cs1 cs2 jaccard cs2_3 mean_size union_size mean_layer
+known probability
+""".split()
 
 
 def fact_table(queries, t=0.2) -> pd.DataFrame:
@@ -259,15 +244,9 @@ def fact_table(queries, t=0.2) -> pd.DataFrame:
         sets = kn_sets(group, t)
         sizes = [len(one) for one in sets]
         layers = [layer for one in sets for layer, _ in one]
-        first = group.iloc[0]
-        row = {name: first[name] for name in ("fact", "relation", "subject", "object")}
+        row = group.iloc[0][["fact", "relation", "subject", "object"]].to_dict()
         if len(sets) > 1:
-            agreement = consistency(sets)
-            row |= dict(
-                cs1=agreement.cs1,
-                cs2=agreement.cs2,
-                jaccard=agreement.jaccard,
-            )
+            row |= asdict(consistency(sets))
         row |= dict(
             n_queries=len(sets),
             n_empty=sizes.count(0),
@@ -279,4 +258,4 @@ def fact_table(queries, t=0.2) -> pd.DataFrame:
             probability=float(group["probability"].mean()),
         )
         rows.append(row)
-    return pd.DataFrame(rows, columns=list(FACT_COLUMNS))
+    return pd.DataFrame(rows, columns=FACT_COLUMNS)
