@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
-from numbers import Integral, Real
+from math import ceil
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from qlutils.attribution.integrate import integrate
 from qlutils.attribution.quadrature import RULES
 from qlutils.change.rows import score_queries
-from qlutils.checks import METHODS
+from qlutils.checks import METHODS, check, one_of
 from qlutils.model.attention import is_controlled
 from qlutils.model.passes import (
     SITES,
@@ -65,35 +65,12 @@ class Spec:
     row_budget: int | None = None
 
     def __post_init__(self):
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}"
-                )
-        least = 3 if self.rule == "clenshaw" else 2
-        if not _is_whole(self.steps, least):
-            raise ValueError(
-                f"steps is {self.steps!r}; the rule {self.rule} needs a whole number of at least "
-                f"{least} steps"
-            )
-        tolerance = self.tolerance
-        if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not 0 < tolerance < 1:
-            raise ValueError(
-                f"tolerance is {tolerance!r}; it is the share of a query's largest score up to "
-                "which the rule converged leaves its scores uncertain, above 0 and below 1"
-            )
-        if self.row_budget is not None and not _is_whole(self.row_budget, 1):
-            raise ValueError(
-                f"row_budget is {self.row_budget!r}; use a whole number of at least 1 row, or None "
-                "for the default"
-            )
-        for name, kind in (("steps", int), ("tolerance", float), ("row_budget", int)):
-            if getattr(self, name) is not None:  # the JSON of a run cannot hold NumPy's numbers
-                object.__setattr__(self, name, kind(getattr(self, name)))
-
-
-def _is_whole(value, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+        for name, known in CHOICES.items():
+            one_of(name, getattr(self, name), known)
+        check("steps is", self.steps, 3 if self.rule == "clenshaw" else 2)
+        check("tolerance is", self.tolerance, 1e-9, 1, "a share of a query's largest score")
+        if self.row_budget is not None:
+            check("row_budget is", self.row_budget, 1)
 
 
 @dataclass
@@ -132,31 +109,19 @@ def default_row_budget(lm) -> int:
     return max(lm.num_layers, int(memory / per_row))
 
 
-def attribute(
-    lm,
-    prompts,
-    answers,
-    *,
-    method="ig",
-    steps=20,
-    rule="right",
-    answer="all",
-    site="down_input",
-    amig_factor="w-b",
-    tolerance=0.05,
-    row_budget=None,
-) -> Attribution:
+def attribute(lm, prompts, answers, **spec) -> Attribution:
     """Attribution scores of every neuron for each query (prompt, answer).
 
-    `prompts`, `answers`: Q texts each. `method`: "ig" (Eq. 10), "sig" (Eq. 13, 14) or "amig" (Eq.
-        16, 18).
-    `rule`: quadrature over the path, "right" being the paper's Riemann sum; "converged" takes
-    gradients where the integral has not settled until no score moves by more than `tolerance` of
-    the query's largest. `answer`: "all" averages the raw attribution over the answer's tokens,
-    "first" takes the first. Dense in memory, Q x L x N: for a handful of queries (runs stream
-    through `localize`). ValueError names the offending prompt, answer or parameter.
+    `prompts`, `answers`: Q texts each. `spec`, with the defaults of `Spec`:
+    method: "ig" (Eq. 10), "sig" (Eq. 13, 14) or "amig" (Eq. 16, 18; `amig_factor`: "w-b" or "w").
+    rule: quadrature over the path in `steps` steps, "right" being the paper's Riemann sum;
+    "converged" takes gradients where the integral has not settled until no score moves by more than
+    `tolerance` of the query's largest. answer: "all" averages the raw attribution over the answer's
+    tokens, "first" takes the first. site: "down_input" or "pre_activation".
+    Dense in memory, Q x L x N: for a handful of queries (runs stream through `localize`).
+    ValueError names the offending prompt, answer or parameter.
     """
-    spec = Spec(method, steps, rule, answer, site, amig_factor, tolerance, row_budget)
+    spec = Spec(**spec)
     return attribute_encoded(lm, lm.encode_all(prompts, answers), spec).cpu()
 
 
@@ -210,12 +175,10 @@ def _batches(tokens: list[_Token], spec: Spec, lm) -> Iterator[list[_Token]]:
     mixed = mixed and not is_controlled(lm.model)  # columns count from a prompt's first token
 
     def kind(token):
-        return (
-            token.prompt_length if spec.method == "sig" else 0,
-            0 if mixed else len(token.ids),
-        )
+        prompt_length = token.prompt_length if spec.method == "sig" else 0
+        return prompt_length, 0 if mixed else len(token.ids)
 
-    tokens = sorted(tokens, key=lambda token: (*kind(token), len(token.ids), token.prompt_length))
+    tokens = sorted(tokens, key=lambda token: (kind(token), len(token.ids), token.prompt_length))
     for (prompt_length, _), group in groupby(tokens, kind):
         group = list(group)
         baselines = prompt_length - lm.bos_offset if spec.method == "sig" else 1
@@ -223,68 +186,70 @@ def _batches(tokens: list[_Token], spec: Spec, lm) -> Iterator[list[_Token]]:
         size = max(1, spec.row_budget // (lm.num_layers * points * baselines))
         if mixed:
             size *= HELD
-        even = -(-len(group) // -(-len(group) // size))  # as many batches of even size
-        yield from (group[start : start + even] for start in range(0, len(group), even))
+        batches = ceil(len(group) / size)
+        size = ceil(len(group) / batches)  # all of about one size
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
 
 
 def _attribute(lm, queries, spec: Spec, names) -> Attribution:
     # Everything stays on the device to the end: the next batch is on its way meanwhile.
-    shape, options = (len(queries), lm.num_layers), dict(dtype=lm.score_dtype, device=lm.device)
+    shape = len(queries), lm.num_layers
+    options = dict(dtype=lm.score_dtype, device=lm.device)
+    known = torch.ones(len(queries), dtype=torch.bool, device=lm.device)
     found = Attribution(
         scores=torch.zeros(*shape, lm.num_neurons, **options),
         completeness_gap=torch.zeros(shape, **options),
         probability=torch.ones(len(queries), **options),
-        known=torch.ones(len(queries), dtype=torch.bool, device=lm.device),
-        converged=None,
+        known=known,
+        converged=known.clone() if spec.rule == "converged" else None,
         evaluations=torch.zeros(len(queries), dtype=torch.float64),
         row_budget=spec.row_budget,
     )
-    if spec.rule == "converged":
-        found.converged = found.known.clone()
     for batch in _batches(_tokens(queries, spec.answer), spec, lm):
         _add_batch(lm, batch, spec, found)
     if spec.answer == "first":
         whole = score_queries(lm, queries)
         found.probability = torch.from_numpy(np.exp(whole.log_probability)).to(found.probability)
         found.known = torch.from_numpy(whole.exact).to(lm.device)
-    finite = torch.isfinite(found.scores).flatten(1).all(1) & torch.isfinite(found.probability)
-    bad = (~finite).cpu()
-    if bad.any():
-        raise ValueError(
-            f"the scores of {names[int(bad.nonzero()[0])]!r} are not finite: {lm.name} gives "
-            f"infinite or NaN values in {lm.dtype}; try float32"
-        )
+    _check_finite(lm, found, names)
     found.scores = _normalise(found.scores, spec.method, names)
     found.completeness_gap = found.completeness_gap.abs()
     return found
 
 
+def _check_finite(lm, found: Attribution, names) -> None:
+    finite = found.scores.isfinite().flatten(1).all(1) & found.probability.isfinite()
+    if not finite.all():
+        name = names[int(finite.int().argmin())]
+        raise ValueError(
+            f"the scores of {name!r} are not finite: {lm.name} gives infinite or NaN values in "
+            f"{lm.dtype}; try float32"
+        )
+
+
 def _add_batch(lm, batch: list[_Token], spec: Spec, found: Attribution) -> None:
     """Add to `found` the mean over an answer's tokens of what those in `batch` give."""
-    pieces = [list(piece) for _, piece in groupby(batch, lambda token: len(token.ids))]
     passes, starts = [], []
-    for piece in pieces:
+    for _, piece in groupby(batch, lambda token: len(token.ids)):
+        piece = list(piece)
         ids = on_device([token.ids for token in piece], lm.device)
         passes.append(clean_pass(lm, ids, spec.site))
         starts.append(_baselines(lm, ids, [token.prompt_length for token in piece], spec))
     clean = join_passes(passes)
     del passes
+    starts = None if spec.method == "ig" else torch.cat(starts)
     target = on_device([token.target for token in batch], lm.device)
-    starts = None if starts[0] is None else torch.cat(starts)
     raw = integrate(lm, clean, target, starts, spec)
-    first = 0
-    for piece in pieces:  # the tokens of one answer are in different pieces
-        here = slice(first, first + len(piece))
-        first += len(piece)
-        place, used = [token.query for token in piece], [token.used for token in piece]
-        found.evaluations[place] += raw.evaluations[here] / torch.tensor(used)
-        query, used = on_device(place, lm.device), on_device(used, lm.device)
-        found.scores[query] += raw.scores[here] / used[:, None, None]
-        found.completeness_gap[query] += raw.gap[here] / used[:, None]
-        found.probability[query] *= raw.probability[here]
-        found.known[query] &= raw.known[here]
+    for i, token in enumerate(batch):
+        query = token.query
+        found.scores[query] += raw.scores[i] / token.used
+        found.completeness_gap[query] += raw.gap[i] / token.used
+        found.evaluations[query] += raw.evaluations[i] / token.used
+        found.probability[query] *= raw.probability[i]
+        found.known[query] &= raw.known[i]
         if found.converged is not None:
-            found.converged[query] &= on_device(raw.converged[here], lm.device)
+            found.converged[query] &= raw.converged[i].item()  # which is on the CPU
 
 
 def _baselines(lm, ids: Tensor, prompt_lengths: list[int], spec: Spec) -> Tensor | None:
@@ -298,24 +263,22 @@ def _baselines(lm, ids: Tensor, prompt_lengths: list[int], spec: Spec) -> Tensor
         return None
     first, (queries, length) = lm.bos_offset, ids.shape
     tokenizer = lm.tokenizer
+    eos = tokenizer.eos_token_id
     if spec.method == "amig":
-        token = _stand_in(lm, "amig replaces the prompt by EOS tokens", [tokenizer.eos_token_id])
-        variants = ids.clone()
+        token = _stand_in(lm, "amig replaces the prompt by EOS tokens", [eos])
+        variants = ids[:, None].clone()
         for row, prompt_length in enumerate(prompt_lengths):
-            variants[row, first:prompt_length] = token
-    elif spec.method == "sig":
-        candidates = [tokenizer.mask_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id]
-        token = _stand_in(lm, "sig needs a mask, pad or EOS token", candidates)
-        places = range(first, prompt_lengths[0])
-        variants = ids[:, None].repeat(1, len(places), 1)  # (Q, B, T)
-        for row, place in enumerate(places):
-            variants[:, row, place] = token
+            variants[row, 0, first:prompt_length] = token
     else:
-        raise ValueError(f"method {spec.method!r} has no baselines")
-    variants = variants.reshape(-1, length)
+        candidates = [tokenizer.mask_token_id, tokenizer.pad_token_id, eos]
+        token = _stand_in(lm, "sig needs a mask, pad or EOS token", candidates)
+        baselines = prompt_lengths[0] - first
+        variants = ids[:, None].repeat(1, baselines, 1)
+        for baseline in range(baselines):
+            variants[:, baseline, first + baseline] = token
     chunk = max(1, spec.row_budget // length)
-    vectors = neuron_vectors(lm, variants, spec.site, chunk)
-    return vectors.view(queries, -1, lm.num_layers, lm.num_neurons)
+    vectors = neuron_vectors(lm, variants.flatten(0, 1), spec.site, chunk)  # of (Q * B, T)
+    return vectors.unflatten(0, (queries, -1))
 
 
 def _stand_in(lm, need: str, candidates: list[int | None]) -> int:
@@ -328,15 +291,16 @@ def _stand_in(lm, need: str, candidates: list[int | None]) -> int:
 
 def _normalise(raw: Tensor, method: str, names) -> Tensor:
     """Raw scores (Q, L, N) normalised as the method says."""
+    if method == "ig":
+        return raw
+    flat = raw.flatten(1)
     if method == "sig":  # Eq. 14
-        norm = raw.flatten(1).norm(dim=1).clamp_min(torch.finfo(raw.dtype).tiny)
-        return raw / norm[:, None, None]
-    if method == "amig":  # Eq. 18, with the absolute value of the sum
-        total = raw.sum((1, 2)).abs()
-        if (total == 0).any():
+        size = flat.norm(dim=1).clamp_min(torch.finfo(raw.dtype).tiny)
+    else:  # Eq. 18, with the absolute value of the sum
+        size = raw.sum((1, 2)).abs()
+        if (size == 0).any():
+            name = names[int(size.argmin())]
             raise ValueError(
-                "amig divides by the sum of a query's scores, which is zero for "
-                f"{names[int((total == 0).nonzero()[0])]!r}"
+                f"amig divides by the sum of a query's scores, which is zero for {name!r}"
             )
-        return raw / total[:, None, None]
-    return raw
+    return raw / size[:, None, None]

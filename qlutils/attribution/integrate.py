@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from qlutils.attribution.bisection import Integral, Intervals, bisect
 from qlutils.attribution.coordinate import Coordinate
@@ -40,44 +41,44 @@ def integrate(lm, clean: CleanPass, target: Tensor, starts: Tensor | None, spec)
     None: zero) to the clean neurons."""
     logits = final_logits(lm, clean.inputs[-1][:, 0])  # (Q, V)
     p_clean = torch.softmax(logits, -1).gather(1, target[:, None])[:, 0]
-    replay = Replay(lm, clean, target, p_clean, Paths.of(lm, clean, starts, spec))
-    if spec.rule == "converged":
-        integral, p_start = _converge(replay, spec)
-        mean, converged = integral.mean, integral.converged
-        evaluations = integral.evaluations.mean(1)
-    else:
-        mean, p_start = _fixed_sum(replay, spec)
-        converged = None
-        evaluations = torch.full((len(target),), spec.steps, dtype=torch.float64)
-    scores = [replay.paths.scores(mean[:, :, layer], layer) for layer in range(lm.num_layers)]
+    paths = Paths.of(lm, clean, starts, spec)
+    replay = Replay(lm, clean, target, p_clean, paths)
+    rule = _converge if spec.rule == "converged" else _fixed_sum
+    integral, p_start = rule(replay, spec)
+    layers = range(lm.num_layers)
+    scores = [paths.scores(integral.mean[:, :, layer], layer) for layer in layers]
     scores = torch.stack(scores, 1)
-    known = logits.argmax(-1) == target
-    gap = scores.sum(-1) - (p_clean[:, None, None] - p_start).sum(1)
-    return Raw(scores, gap, p_clean, known, converged, evaluations)
+    rise = p_clean[:, None, None] - p_start  # (Q, B, L)
+    return Raw(
+        scores=scores,
+        gap=scores.sum(-1) - rise.sum(1),
+        probability=p_clean,
+        known=logits.argmax(-1) == target,
+        converged=integral.converged,
+        evaluations=integral.evaluations.mean(1),
+    )
 
 
-def _fixed_sum(replay: Replay, spec) -> tuple[Tensor, Tensor]:
-    """Mean gradients (Q, B, L, W) by a rule whose nodes are known in advance, and the probabilities
-    (Q, B, L) at the paths' beginnings."""
-    layers, device = replay.lm.num_layers, replay.target.device
-    queries, baselines = replay.paths.factor.shape[:2]
-    plan, at_end = fixed_plan(spec.rule, spec.steps, baselines)
-    index, node, weight = (on_device(one, device) for one in plan)
-    begin = torch.stack(replay.paths.begin, 2)
-    mean = torch.zeros_like(begin, dtype=replay.lm.score_dtype)  # (Q, B, L, W)
-    first = []
+def _fixed_sum(replay: Replay, spec) -> tuple[Integral, Tensor]:
+    """The integral by a rule whose nodes are known in advance, and the probabilities (Q, B, L) at
+    the paths' beginnings."""
+    paths = replay.paths
+    queries, baselines, layers, _ = paths.factor.shape
+    points = fixed_plan(spec.rule, spec.steps, baselines)
+    points = [on_device(one, replay.target.device) for one in points]
     size = max(1, spec.row_budget // (layers * queries))
-    for start in range(0, index.shape[1], size):
-        part = slice(start, start + size)
-        with_end = at_end is not None and start == 0
-        found = replay.gradients([Leaf(index[:, part], node[:, part])] * layers, with_end=with_end)
-        of_baseline = torch.nn.functional.one_hot(index[:, part], baselines) * weight[:, part, None]
-        for layer, gradient in enumerate(found.at):
+    begin = torch.stack(paths.begin, 2)  # (Q, B, L, W)
+    mean = torch.zeros_like(begin, dtype=replay.lm.score_dtype)
+    p = []
+    for index, node, weight in zip(*(one.split(size, 1) for one in points)):
+        gradients, probability = replay.gradients([Leaf(index, node)] * layers)
+        p.append(probability.unflatten(1, (layers, -1)))
+        of_baseline = one_hot(index, baselines) * weight[..., None]  # (1, P, B)
+        for layer, gradient in enumerate(gradients):
             mean[:, :, layer] += of_baseline.mT.to(mean) @ gradient.to(mean)
-            if with_end:
-                mean[:, :, layer] += at_end * found.end[layer][:, None]
-        first.append(found.probability.unflatten(1, (layers, -1)))
-    return mean, torch.cat(first, 2)[:, :, :baselines].mT
+    p_begin = torch.cat(p, 2)[:, :, :baselines].mT  # the first points, see `fixed_plan`
+    evaluations = torch.full((queries, layers), spec.steps, dtype=torch.float64)
+    return Integral(mean, None, evaluations), p_begin
 
 
 def _converge(replay: Replay, spec) -> tuple[Integral, Tensor]:
@@ -91,16 +92,18 @@ def _converge(replay: Replay, spec) -> tuple[Integral, Tensor]:
 
 def _whole_paths(replay: Replay, coordinate: Coordinate, row_budget: int) -> Intervals:
     """Every path as one interval: gradients at its beginning, its middle and its end."""
-    queries, baselines, layers = coordinate.center.shape
-    path = torch.cartesian_prod(*(torch.arange(n) for n in coordinate.center.shape)).T  # (3, K)
-    places = [torch.full((path.shape[1],), u, dtype=torch.float64) for u in (0.0, 0.5, 1.0)]
-    alpha = torch.cat([coordinate.alpha(path, u) for u in places[:2]])
-    gradient, probability = replay.gradients_at(path.repeat(1, 2), alpha, row_budget)
-    nowhere = Leaf(path.new_zeros(1, 0).to(gradient.device), gradient.new_zeros(1, 0))
-    end = replay.gradients([nowhere] * layers, with_end=True).end  # which a query's paths share
-    end = torch.stack(end, 1)[:, None].expand(-1, baselines, -1, -1).flatten(0, 2)
+    shape = coordinate.center.shape
+    queries, baselines, layers = shape
+    path = torch.cartesian_prod(*map(torch.arange, shape)).T  # (3, K)
+    count = path.shape[1]
+    begin, middle, end = (torch.full((count,), u, dtype=torch.float64) for u in (0.0, 0.5, 1.0))
+    alpha = torch.cat([coordinate.alpha(path, u) for u in (begin, middle)])
+    found = replay.gradients_at(path.repeat(1, 2), alpha, row_budget)
+    gradient, probability = (list(one.chunk(2)) for one in found)
+    at_end = replay.gradients_at_end()[:, None].expand(-1, baselines, -1, -1)
+    gradient = torch.stack([*gradient, at_end.flatten(0, 2)], 1)  # (K, 3, W)
     p_end = replay.p_clean.repeat_interleave(baselines * layers)
-    gradient = torch.stack([*gradient.chunk(2), end], 1)  # (K, 3, W)
-    probability = torch.stack([*probability.chunk(2), p_end], 1)  # (K, 3)
-    slopes = torch.stack([coordinate.slope(path, u) for u in places], 1)
-    return Intervals.whole(path, gradient * slopes.to(gradient)[..., None], probability)
+    probability = torch.stack([*probability, p_end], 1)  # (K, 3)
+    slopes = torch.stack([coordinate.slope(path, u) for u in (begin, middle, end)], 1)
+    gradient = gradient * slopes.to(gradient)[..., None]
+    return Intervals.whole(path, gradient, probability)

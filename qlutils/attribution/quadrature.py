@@ -45,22 +45,13 @@ def _clenshaw_curtis(count: int) -> tuple[np.ndarray, np.ndarray]:
     return (1 - np.cos(angle)) / 2, weights
 
 
-def fixed_plan(
-    rule: str, steps: int, baselines: int
-) -> tuple[tuple[Tensor, Tensor, Tensor], float | None]:
+def fixed_plan(rule: str, steps: int, baselines: int) -> tuple[Tensor, Tensor, Tensor]:
     """(baseline, node, weight), each (1, P), of the points of a rule with the same nodes
-    everywhere.
-
-    The first points are the paths' beginnings, of weight 0 where the rule has no node there,
-    because the completeness gap needs P at them. A node at the end of a path is the clean pass, for
-    every baseline and layer; it is left out and its weight returned, for the one row that serves
-    them all."""
-    nodes, weights = (torch.from_numpy(x) for x in quadrature(rule, steps))
-    at_end = float(weights[-1]) if nodes[-1] == 1 else None
-    if at_end is not None:
-        nodes, weights = nodes[:-1], weights[:-1]
+    everywhere. The first points are the paths' beginnings, of weight 0 where the rule has no node
+    there, because the completeness gap needs P at them."""
+    nodes, weights = quadrature(rule, steps)
     if nodes[0] != 0:
-        nodes, weights = (torch.cat([one.new_zeros(1), one]) for one in (nodes, weights))
-    index = torch.arange(baselines).repeat(len(nodes))[None]
-    node, weight = (one.repeat_interleave(baselines)[None] for one in (nodes, weights))
-    return (index, node, weight), at_end
+        nodes, weights = (np.insert(one, 0, 0.0) for one in (nodes, weights))
+    baseline = np.tile(np.arange(baselines), len(nodes))
+    node, weight = (one.repeat(baselines) for one in (nodes, weights))
+    return tuple(torch.from_numpy(one)[None] for one in (baseline, node, weight))
