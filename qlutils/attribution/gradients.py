@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -50,9 +51,9 @@ class Leaf:
         if self.row is None:
             return torch.cat([hidden, new], 1)
         missing = self.count - hidden.shape[1]
-        empty = new.new_zeros(len(new), missing, new.shape[2])
+        wider = torch.nn.functional.pad(hidden, (0, 0, 0, missing))
         row = self.row[..., None].expand_as(new)
-        return torch.cat([hidden, empty], 1).scatter(1, row, new)
+        return wider.scatter(1, row, new)
 
 
 @dataclass
@@ -66,15 +67,18 @@ class Replay:
     p_clean: Tensor
     paths: Paths
 
-    def pick(self, queries: Tensor) -> Replay:
+    def pick(self, queries) -> Replay:
         """Some of the queries."""
         queries = on_device(queries, self.target.device)
-        clean, paths = self.clean.pick(queries), self.paths.pick(queries)
-        return Replay(self.lm, clean, self.target[queries], self.p_clean[queries], paths)
+        return Replay(
+            lm=self.lm,
+            clean=self.clean.pick(queries),
+            target=self.target[queries],
+            p_clean=self.p_clean[queries],
+            paths=self.paths.pick(queries),
+        )
 
-    def gradients(
-        self, leaves: list[Leaf], rows: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[list[Tensor], Tensor]:
+    def gradients(self, leaves: list[Leaf], rows=None) -> tuple[list[Tensor], Tensor]:
         """Gradients at each layer's leaf, L x (Q, P, W), and the answer's probability in all rows
         (Q, R). `rows`: (query, row) of the K points whose probabilities (K,) are wanted; all others
         are padding."""
@@ -89,60 +93,63 @@ class Replay:
         p = p.detach()
         return at, p if rows is None else p[:, 0]
 
-    def _grow(self, leaves: list[Leaf]) -> tuple[Tensor, list[Tensor]]:
+    def _grow(self, leaves):
         """The last layer's output (Q, R, d) and the leaves' rows, L x (Q, P, W).
 
         With 2 points a layer the batch has 0, 2, 4, ... rows a query when it enters layers 0, 1,
         2, ...: a layer runs the rows that are there, then those of its own leaf begin at its
         output."""
+        lm, clean, paths = self.lm, self.clean, self.paths
         points = []
-        hidden = self.clean.inputs[0][:, :0]  # no row yet
-        with replaying(self.lm):
+        hidden = clean.inputs[0][:, :0]  # no row yet
+        with replaying(lm):
             for layer, leaf in enumerate(leaves):
-                rows = self.paths.rows(layer, leaf.index, leaf.node).requires_grad_()
-                points.append(rows)
+                rows = paths.rows(layer, leaf.index, leaf.node)
+                points.append(rows.requires_grad_())
                 if hidden.shape[1]:
-                    hidden = run_layer(self.lm, self.clean, layer, hidden)
+                    hidden = run_layer(lm, clean, layer, hidden)
                 if rows.shape[1]:
-                    begun = start_rows(self.lm, self.clean, layer, rows, self.paths.site)
+                    begun = start_rows(lm, clean, layer, rows, paths.site)
                     hidden = leaf.place(hidden, begun)
         return hidden, points
 
     def gradients_at_end(self) -> Tensor:
         """(Q, L, W) gradients at the paths' ends: the clean pass, whatever the baseline, so that
         one row serves all layers."""
-        lm, site, points = self.lm, self.paths.site, []
+        lm, points = self.lm, []
 
         def watch(_, __, output):
             points.append(output)
             return output.clone()  # which the layer may change in place
 
-        sites = [site_module(lm, layer, site) for layer in range(lm.num_layers)]
+        layers = range(lm.num_layers)
+        sites = [site_module(lm, layer, self.paths.site) for layer in layers]
         with torch.enable_grad(), replaying(lm), edited(sites, after=watch):
             hidden = self.clean.inputs[0].detach().requires_grad_()
-            for layer in range(lm.num_layers):
+            for layer in layers:
                 hidden = run_layer(lm, self.clean, layer, hidden)
             p = answer_probabilities(lm, hidden, self.target, need_grad=True)
             at = torch.autograd.grad(p.sum(), points)
+        at = torch.stack([one.flatten(0, -2) for one in at], 1)  # (Q, L, W)
         width = self.paths.end[0].shape[-1]  # a fused gate_up_proj gives more
-        at = [one.reshape(len(self.target), -1)[:, :width] for one in at]
-        return torch.stack(at, 1).to(lm.score_dtype)
+        return at[..., :width].to(lm.score_dtype)
 
-    def gradients_at(self, path: Tensor, alpha: Tensor, row_budget: int) -> tuple[Tensor, Tensor]:
+    def gradients_at(self, path, alpha, row_budget: int) -> tuple[Tensor, Tensor]:
         """(K, W) gradients and (K,) probabilities at `alpha` (K,) of the paths `path` (3, K: query,
         baseline, layer), in batches of at most `row_budget` rows."""
-        width, device = self.paths.end[0].shape[-1], self.target.device
-        gradient = torch.zeros(len(alpha), width, dtype=self.lm.score_dtype, device=device)
-        probability = gradient.new_zeros(len(alpha))
         path, alpha = path.numpy(), alpha.numpy()
+        parts, found = [], []
         for chosen in even_batches(path[0], row_budget):
-            chosen = chosen[path[2, chosen].argsort(kind="stable")]
-            found = self._at_points(path[:, chosen], alpha[chosen])
-            at = on_device(chosen, device)
-            gradient[at], probability[at] = (one.to(gradient) for one in found)
-        return gradient, probability
+            by_layer = path[2, chosen].argsort(kind="stable")
+            chosen = chosen[by_layer]
+            parts.append(chosen)
+            found.append(self._at_points(path[:, chosen], alpha[chosen]))
+        back = np.concatenate(parts).argsort()
+        back = on_device(back, self.target.device)
+        gradient, probability = (torch.cat(some)[back] for some in zip(*found))
+        return gradient.to(self.lm.score_dtype), probability
 
-    def _at_points(self, path: np.ndarray, alpha: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _at_points(self, path, alpha):
         """`gradients_at` of points in the order of their layers, in one batch.
 
         The batch has as many rows for each query as for the one with most points, and a leaf as
@@ -158,27 +165,24 @@ class Replay:
         np.maximum.at(count, layer, row + 1)
         np.maximum.at(width, layer, column + 1)
         count = np.maximum.accumulate(count)
-        column += (width.cumsum() - width)[layer]  # among those of all leaves
+        column = column + (width.cumsum() - width)[layer]  # among those of all leaves
 
         def by_leaf(values):
             table = np.zeros((len(queries), width.sum()), values.dtype)
             table[query, column] = values
             return on_device(table, device).split(width.tolist(), 1)
 
-        leaves = map(Leaf, by_leaf(baseline), by_leaf(alpha), by_leaf(row), count.tolist())
-        query, row, column = (on_device(one, device) for one in (query, row, column))
-        some = self.pick(torch.from_numpy(queries))
-        at, probability = some.gradients(list(leaves), rows=(query, row))
+        tables = map(by_leaf, (baseline, alpha, row))
+        leaves = list(map(Leaf, *tables, count.tolist()))
+        query, row, column = on_device(np.stack([query, row, column]), device)
+        some = self.pick(queries)
+        at, probability = some.gradients(leaves, rows=(query, row))
         return torch.cat(at, 1)[query, column], probability
 
 
-def _rank(group: np.ndarray) -> np.ndarray:
+def _rank(group):
     """How many equal entries come before each."""
-    order = group.argsort(kind="stable")
-    _, first, inverse = np.unique(group[order], return_index=True, return_inverse=True)
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(group)) - first[inverse]
-    return rank
+    return pd.Series(group).groupby(group).cumcount().to_numpy()
 
 
 def even_batches(query: np.ndarray, row_budget: int) -> Iterator[np.ndarray]:
@@ -194,11 +198,14 @@ def even_batches(query: np.ndarray, row_budget: int) -> Iterator[np.ndarray]:
     start = 0
     while start < len(queries):
         most = count[start]
-        padding = np.where(2 * count <= most, most - count, 0)[start:].cumsum()
+        few = 2 * count <= most
+        padding = np.where(few, most - count, 0)[start:]
+        padding = padding.cumsum()
         rows = most * np.arange(1, len(padding) + 1)
         fit = (padding <= PASS_ROWS) & (rows <= row_budget)
         size = max(1, fit.cumprod().sum())  # as many as fit before the first that does not
-        chosen = np.flatnonzero(np.isin(query, queries[start : start + size]))
+        together = queries[start : start + size]
+        chosen = np.flatnonzero(np.isin(query, together))
         parts = -(-len(chosen) // row_budget) if size == 1 else 1  # one query, too many
         yield from np.array_split(chosen, parts)
         start += size

@@ -35,13 +35,15 @@ def quadrature(rule: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
     return nodes, np.full(steps, 1 / steps)
 
 
-def _clenshaw_curtis(count: int) -> tuple[np.ndarray, np.ndarray]:
+def _clenshaw_curtis(count):
     """Nodes and weights on [0, 1]: the weights integrate Chebyshev polynomials of degree < `count`
     exactly, which is a linear system at Chebyshev's extrema."""
     angle = np.pi * np.arange(count) / (count - 1)
     degree = np.arange(count)
-    exact = np.where(degree % 2 == 0, 1 / (1 - degree.astype(float) ** 2 + (degree == 1)), 0.0)
-    weights = np.linalg.solve(np.cos(np.outer(degree, angle)), exact)
+    exact = np.zeros(count)
+    exact[::2] = 1 / (1 - degree[::2] ** 2)
+    chebyshev = np.cos(np.outer(degree, angle))
+    weights = np.linalg.solve(chebyshev, exact)
     return (1 - np.cos(angle)) / 2, weights
 
 
@@ -51,7 +53,8 @@ def fixed_plan(rule: str, steps: int, baselines: int) -> tuple[Tensor, Tensor, T
     there, because the completeness gap needs P at them."""
     nodes, weights = quadrature(rule, steps)
     if nodes[0] != 0:
-        nodes, weights = (np.insert(one, 0, 0.0) for one in (nodes, weights))
+        nodes = np.insert(nodes, 0, 0.0)
+        weights = np.insert(weights, 0, 0.0)
     baseline = np.tile(np.arange(baselines), len(nodes))
-    node, weight = (one.repeat(baselines) for one in (nodes, weights))
-    return tuple(torch.from_numpy(one)[None] for one in (baseline, node, weight))
+    points = baseline, nodes.repeat(baselines), weights.repeat(baselines)
+    return tuple(torch.from_numpy(one)[None] for one in points)

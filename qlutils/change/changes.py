@@ -76,20 +76,22 @@ class Scaling:
                 raise ValueError(
                     "scale_neurons acts on whole forward passes; attribute outside of it"
                 )
-            x = inputs[0].reshape(-1, self.tokens, inputs[0].shape[-1])  # OPT flattens (R, S)
-            x = x.clone()  # (R, S, N)
+            given, *rest = inputs
+            rows = given.unflatten(0, (-1, self.tokens)) if given.dim() == 2 else given
+            x = rows.clone()  # (R, S, N); OPT flattens (R, S)
             x[:, self.first :, index] *= self.change.factor
-            return (x.reshape(inputs[0].shape), *inputs[1:])
+            return (x.view_as(given), *rest)
 
         return scale
 
 
-def _check_ends(mask) -> None:
+def _check_ends(mask):
     """ValueError unless by its attention mask (1: a token, 0: padding) every row ends with a
     token."""
     if mask is None:
         return
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or not mask[:, -1].all():
+    plain = isinstance(mask, Tensor) and mask.dim() == 2
+    if not plain or not mask[:, -1].all():
         raise ValueError(
             "scale_neurons takes each row's last position for its prompt's last token: give a 2-D "
             'attention_mask, and pad on the left (tokenizer.padding_side = "left"), not the right'

@@ -48,8 +48,11 @@ def edit_weights(lm, neurons, op, **options):
     offloaded, pruned, parametrised) or that layers share.
     """
     change = virtual_edit(lm, neurons, op, **options)
-    places = [(lm.value_vectors(layer), index) for layer, index in change.by_layer.items()]
-    before = [vectors[index].clone() for vectors, index in places]  # (n, d) each
+    places, before = [], []
+    for layer, index in change.by_layer.items():
+        vectors = lm.value_vectors(layer)
+        places.append((vectors, index))
+        before.append(vectors[index].clone())  # (n, d)
     if op == "erase":
         after = [torch.zeros_like(rows) for rows in before]
     else:
@@ -96,7 +99,8 @@ def virtual_edit(lm, neurons, op, **options) -> Change:
     """The `Change` that scores rows as `edit_weights(lm, neurons, op, **options)` would, with
     `everywhere=True`; what that refuses, this does."""
     delta = edit_vector(lm, op, **options)
-    change = Change(lm, neurons, 0.0) if delta is None else Change(lm, neurons, vector=delta)
+    factor = 0.0 if op == "erase" else 1.0
+    change = Change(lm, neurons, factor, delta)
     for layer in change.by_layer:
         _editable(lm, layer)
     return change
@@ -169,7 +173,7 @@ def object_tokens(lm, text: str) -> list[int]:
     return found
 
 
-def _editable(lm, layer) -> Tensor:
+def _editable(lm, layer):
     """The value vectors of `layer`. `UnsupportedModel` unless an edit of them reaches the model,
     and this layer alone."""
     try:
@@ -208,7 +212,7 @@ def encode_entries(lm, texts, max_tokens) -> list[tuple[list[int], list[int]]]:
     return entries
 
 
-def _entry(lm, text, first: int, max_tokens: int) -> tuple[list[int], list[int]]:
+def _entry(lm, text, first, max_tokens):
     if not isinstance(text, str):
         raise ValueError(f"a text must be a string, got {type(text).__name__}: {text!r}")
     ids = lm.tokenize(text)[:max_tokens]

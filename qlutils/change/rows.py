@@ -20,14 +20,13 @@ from weakref import WeakSet
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from qlutils.change.changes import Change, prompt_of
 from qlutils.model.answer import token_scores
 from qlutils.model.architecture import UnsupportedModel
-from qlutils.model.passes import CleanPass, clean_pass, computing, run_rows, within_memory
+from qlutils.model.passes import clean_pass, computing, run_rows, within_memory
 from qlutils.model.trace import edited
-from qlutils.model.verify import sharply
+from qlutils.model.verify import sample_ids, sharply
 
 CPU_TOKENS = 2048  # tokens of a batch on a CPU; from 1,024 on the time is flat
 _CHECKED: WeakSet = WeakSet()  # models that passed `_check`
@@ -47,7 +46,8 @@ class Scores:
 
 def score_queries(lm, queries) -> Scores:
     """`score_rows` of each query once, unchanged."""
-    return score_rows(lm, queries, [(query, None) for query in range(len(queries))])
+    rows = [(query, None) for query in range(len(queries))]
+    return score_rows(lm, queries, rows)
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def score_rows(lm, queries, rows, *, everywhere=False) -> Scores:
     return _score(lm, queries, rows, everywhere)
 
 
-def _score(lm, queries, rows, everywhere: bool) -> Scores:
+def _score(lm, queries, rows, everywhere):
     different = dict.fromkeys(rows)  # equal rows are computed once
     different = sorted(different, key=lambda row: row[0])  # so that a batch has few queries
     changed = {query for query, change in rows if change is not None}
@@ -78,9 +78,11 @@ def _score(lm, queries, rows, everywhere: bool) -> Scores:
 
     def compute(batch):
         _, prefix, _ = kinds[batch[0]]
-        return _score_batch(lm, queries, [different[place] for place in batch], prefix)
+        some = [different[place] for place in batch]
+        return _score_batch(lm, queries, some, prefix)
 
-    scored = dict(zip(different, in_batches(lm, kinds, compute)))
+    scored = in_batches(lm, kinds, compute)
+    scored = dict(zip(different, scored))
     found = [scored[row] for row in rows]
     log_p, exact, match, greedy = zip(*found) if found else [()] * 4
     return Scores(
@@ -123,38 +125,45 @@ def token_budget(lm) -> int:
         return CPU_TOKENS
     free = torch.cuda.mem_get_info(lm.device)[0]
     width = lm.arch.head.weight.shape[1]  # the clean pass keeps every layer's input
-    per_token = ((14 + lm.num_layers) * width + 5 * lm.num_neurons) * lm.dtype.itemsize
-    return int(min(2**17, max(256, free // 4 // per_token)))
+    numbers = (14 + lm.num_layers) * width + 5 * lm.num_neurons
+    per_token = numbers * lm.dtype.itemsize
+    tokens = free // 4 // per_token
+    return int(min(2**17, max(256, tokens)))
 
 
-def _score_batch(lm, queries, rows, prefix: int) -> Iterator[tuple]:
+def _score_batch(lm, queries, rows, prefix):
     """The fields of `Scores` of each of `rows`, (query, change), whose prompts are of one length
     and whose targets are of one length, A."""
-    used, slots = np.unique([query for query, _ in rows], return_inverse=True)
+    asked = [query for query, _ in rows]
+    used, slots = np.unique(asked, return_inverse=True)
     prompts, targets = zip(*(queries[query] for query in used))
-    texts = [[*prompt, *target[:-1]] for prompt, target in zip(prompts, targets)]
-    ids = torch.tensor(texts, device=lm.device)  # (Q, tokens of the prefix, and S)
     gold = torch.tensor(targets, device=lm.device)[slots]  # (R, A)
-    prompt_length = len(prompts[0])
+    texts = []
+    for prompt, target in zip(prompts, targets):
+        texts.append([*prompt, *target[:-1]])
+    ids = torch.tensor(texts, device=lm.device)  # (Q, tokens of the prefix, and S)
+    last = len(prompts[0]) - 1
     unchanged = Change(lm, ())
     changes = [change or unchanged for _, change in rows]
-    with prompt_of(lm.scales, prompt_length):
+    with prompt_of(lm.scales, last + 1):
         clean = clean_pass(lm, ids, prefix=prefix, layers=())
         for scaling in lm.scales:
-            scaling.at(ids.shape[1] - prefix, prompt_length - 1 - prefix)
+            tokens = ids.shape[1] - prefix
+            scaling.at(tokens, last - prefix)
         hidden = _run(lm, clean, torch.from_numpy(slots), changes)
-    answering = hidden[:, -gold.shape[1] :].flatten(0, 1)
-    log_p, best = token_scores(lm, answering, gold.flatten())
-    log_p = log_p.view(gold.shape).double().cpu().numpy()
+    answers = hidden[:, last - prefix :]  # (R, A, d)
+    log_p, best = token_scores(lm, answers.flatten(0, 1), gold.flatten())
+    log_p = log_p.double().cpu().numpy()
+    log_p = log_p.reshape(gold.shape)
     best = best.view(gold.shape)
     hits = (best == gold).cpu().numpy()
-    for slot, finite in zip(slots, np.isfinite(log_p).all(1)):
-        if not finite:
-            refuse_numbers(lm, prompts[slot])
+    finite = np.isfinite(log_p).all(1)
+    if not finite.all():
+        refuse_numbers(lm, prompts[slots[finite.argmin()]])
     return zip(log_p.sum(1), hits.all(1), hits.mean(1), best.tolist())
 
 
-def _run(lm, clean: CleanPass, slots: Tensor, changes: list[Change]) -> Tensor:
+def _run(lm, clean, slots, changes):
     """(R, S, d) output of the last layer for rows of the queries `slots` (R,) under `changes`.
 
     A row joins the batch in the first layer that its change reaches, with the clean pass's input of
@@ -169,39 +178,45 @@ def _run(lm, clean: CleanPass, slots: Tensor, changes: list[Change]) -> Tensor:
     for layer in range(starts[0], lm.num_layers + 1):
         stop = np.searchsorted(starts, layer, side="right")
         joining = slots[len(hidden) : stop]
-        hidden = torch.cat([hidden, clean.inputs[layer][joining]])
+        begun = clean.inputs[layer][joining]
+        hidden = torch.cat([hidden, begun])
         if layer < lm.num_layers:
             with _changing(lm, layer, changes[:stop]):
                 hidden = run_rows(lm, clean, layer, hidden, slots[:stop])
     return hidden[order.argsort()]
 
 
-def _changing(lm, layer: int, changes: list[Change]):
+def _changing(lm, layer, changes):
     """Inside, the down-projection W of `layer` gives W(f x) + v sum(f x) for the activations x of a
     row, f being its change's factors and v its vector; the sum is over the changed neurons."""
     places = []
     for row, change in enumerate(changes):
-        places += [(row, neuron) for neuron in change.by_layer.get(layer, ())]
+        index = change.by_layer.get(layer, ())
+        places += [(row, neuron) for neuron in index]
     if not places:
         return nullcontext()
     row, neuron = torch.tensor(places, device=lm.device).T
-    chosen = torch.zeros(len(changes), lm.num_neurons, dtype=torch.bool, device=lm.device)
-    chosen[row, neuron] = True
+    chosen = torch.zeros(len(changes), lm.num_neurons, device=lm.device)
+    chosen[row, neuron] = 1.0
     factor = [[change.factor] for change in changes]
-    factor = torch.tensor(factor, dtype=lm.dtype, device=lm.device).where(chosen, 1.0)  # (R, N)
+    factor = torch.tensor(factor, dtype=lm.dtype, device=lm.device)
+    factor = factor.where(chosen > 0, 1.0)  # (R, N)
 
     def by_row(x):  # OPT flattens (R, S)
         return x.reshape(len(changes), -1, x.shape[-1])
 
     def before(_, args, kwargs):
-        scaled = by_row(args[0]) * factor[:, None]
-        return (scaled.reshape(args[0].shape),), kwargs
+        x = args[0]
+        scaled = by_row(x) * factor[:, None]
+        return (scaled.reshape(x.shape),), kwargs
 
     def after(_, args, output):
-        nothing = output.new_zeros(output.shape[-1])
-        vectors = [nothing if change.vector is None else change.vector for change in changes]
-        sums = torch.einsum("rsn,rn->rs", by_row(args[0]), chosen.to(output))
-        added = sums[..., None] * torch.stack(vectors)[:, None]  # (R, S, d)
+        nothing = torch.zeros_like(by_row(output)[0, 0])
+        vectors = [nothing if one.vector is None else one.vector for one in changes]
+        vectors = torch.stack(vectors)  # (R, d)
+        x = by_row(args[0])
+        sums = torch.einsum("rsn,rn->rs", x, chosen.to(x))
+        added = torch.einsum("rs,rd->rsd", sums, vectors)
         return output + added.reshape(output.shape)
 
     return edited([lm.downs[layer]], before=before, after=after)
@@ -216,18 +231,21 @@ def refuse_numbers(lm, prompt: list[int]):
     )
 
 
-def _check(lm) -> None:
+def _check(lm):
     """`UnsupportedModel` for one whose layers cannot be run on rows of our own."""
-    ids = torch.arange(8, device=lm.device).reshape(2, 4) % lm.num_embeddings
-    queries = [(row[:3], row[3:]) for row in ids.tolist()]
-    nothing, again = Change(lm, [(0, 0)]), Change(lm, [(0, 0)])
+    ids = sample_ids(lm, 4)
+    queries = [(row[:-1], row[-1:]) for row in ids.tolist()]
+    nothing = Change(lm, [(0, 0)])
+    again = Change(lm, [(0, 0)])
     rows = [(1, nothing), (0, nothing), (1, again)]  # not as many as queries, nor in their order
     with sharply(lm) as tolerance:
-        logits = lm.model(input_ids=ids[:, :-1], use_cache=False).logits[:, -1]
-        logits = logits.to(lm.score_dtype)
-        own = torch.log_softmax(logits, -1).gather(1, ids[:, -1:])
-        own = own[[1, 0, 1], 0].double().cpu().numpy()
-        limit = tolerance * max(1.0, float(logits.abs().max()))
+        logits = lm.model(input_ids=ids[:, :-1], use_cache=False).logits
+        logits = logits[:, -1].to(lm.score_dtype)
+        log_p = torch.log_softmax(logits, -1)
+        own = log_p.gather(1, ids[:, -1:])[[1, 0, 1], 0]
+        own = own.cpu().numpy()
+        size = float(logits.abs().max())
+        limit = tolerance * max(1.0, size)
         for everywhere in (True, False):
             found = _score(lm, queries, rows, everywhere).log_probability
             if not np.abs(found - own).max() <= limit:

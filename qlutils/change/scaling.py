@@ -45,7 +45,8 @@ def scaled_answer_probabilities(lm, rows, *, answer="all") -> np.ndarray:
         query = tuple(prompt), tuple(scored)
         place = queries.setdefault(query, len(queries))
         plan.append((place, change(frozenset(neurons), factor)))
-    return np.exp(score_rows(lm, list(queries), plan).log_probability)
+    scores = score_rows(lm, list(queries), plan)
+    return np.exp(scores.log_probability)
 
 
 def greedy_answers(lm, prompts, lengths) -> list[list[int]]:
@@ -54,7 +55,8 @@ def greedy_answers(lm, prompts, lengths) -> list[list[int]]:
     for step in range(max(lengths, default=0)):
         going = [i for i, length in enumerate(lengths) if length > step]
         queries = [(prompts[i], [*found[i], 0]) for i in going]  # the 0 is never fed
-        for i, greedy in zip(going, score_queries(lm, queries).greedy):
+        scores = score_queries(lm, queries)
+        for i, greedy in zip(going, scores.greedy):
             found[i].append(greedy[-1])
     return found
 
@@ -78,7 +80,8 @@ def scale_neurons(lm, neurons, factor):
     scaling = Scaling(Change(lm, neurons, factor))
     lm.scales.append(scaling)
     try:
-        with hooked(_hooks(lm, scaling)), _generating(lm.model, scaling):
+        hooks = hooked(_hooks(lm, scaling))
+        with hooks, _generating(lm.model, scaling):
             yield
     finally:
         lm.scales.remove(scaling)

@@ -10,7 +10,14 @@ import pandas as pd
 from qlutils.checks import check
 from qlutils.neurons.sets import above_share, as_set, dense_scores, list_cell
 
-CAS_BETAS = ((1.0, 0.0), (0.9, 0.1), (0.8, 0.2), (0.7, 0.3), (0.6, 0.4), (0.5, 0.5))
+CAS_BETAS = (
+    (1.0, 0.0),
+    (0.9, 0.1),
+    (0.8, 0.2),
+    (0.7, 0.3),
+    (0.6, 0.4),
+    (0.5, 0.5),
+)
 CAS_MIN_THRESHOLD = 0.1
 CAS_SCORES = ("raw", "max")
 
@@ -28,7 +35,8 @@ def cas_candidates(scores) -> dict[str, np.ndarray]:
     """
     scores = dense_scores(scores)
     top = scores.max((1, 2), keepdims=True)
-    scaled = np.divide(scores, top, out=np.zeros_like(scores), where=top > 0)
+    nothing = np.zeros_like(scores)
+    scaled = np.divide(scores, top, out=nothing, where=top > 0)
     keep = np.zeros(scores.shape[1:], bool)
     moments = {}
     for ending, values in (("", scores), ("_max", scaled)):
@@ -51,9 +59,11 @@ def kept_neurons(candidates, score="raw") -> pd.DataFrame:
         raise ValueError(f"CAS score {score!r} is unknown: use one of {CAS_SCORES}")
     prefix = "cas_" if "cas_layer" in candidates else ""
     ending = "_max" if score == "max" else ""
-    stored = {"layer": int, "neuron": int, f"mean{ending}": float, f"std{ending}": float}
-    kept = {name: list_cell(candidates[prefix + name], kind) for name, kind in stored.items()}
-    return pd.DataFrame(kept).set_axis(["layer", "neuron", "mean", "std"], axis=1)
+    kept = pd.DataFrame()
+    for name, kind in (("layer", int), ("neuron", int), ("mean", float), ("std", float)):
+        stored = f"{prefix}{name}" if kind is int else f"{prefix}{name}{ending}"
+        kept[name] = list_cell(candidates[stored], kind)
+    return kept
 
 
 def cas_neurons(candidates, *, b1=0.7, b2=0.3, threshold=0.3, score="raw") -> set:
@@ -79,5 +89,6 @@ def strongest_neurons(candidates, count, score="raw") -> set:
     `candidates` and `score` as for `kept_neurons`)."""
     kept = kept_neurons(candidates, score)
     kept = kept[above_share(kept["mean"].to_numpy(), CAS_MIN_THRESHOLD)]
-    kept = kept.sort_values("mean", ascending=False, kind="stable").head(count)
+    kept = kept.sort_values("mean", ascending=False, kind="stable")
+    kept = kept.head(count)
     return as_set(kept["layer"], kept["neuron"])

@@ -14,7 +14,8 @@ def random_neurons(neurons, num_neurons, rng, *, among=None, outside=True) -> se
         inside = [neuron for at, neuron in neurons if at == layer]
         pool = list(among(layer)) if among else np.arange(num_neurons)
         free = np.setdiff1d(pool, inside if outside else [])
-        chosen = rng.choice(free, min(len(inside), len(free)), replace=False)
+        count = min(len(inside), len(free))
+        chosen = rng.choice(free, count, replace=False)
         drawn |= {(layer, int(neuron)) for neuron in chosen}
     return drawn
 
@@ -24,9 +25,11 @@ def active_neurons(neurons, active, but=()) -> set:
     whose |activation| is nearest; the most active neurons choose first. active: (L, N)."""
     strength = np.abs(np.asarray(active, np.float64))
     taken, found = set(neurons) | set(but), set()
-    for layer, neuron in sorted(neurons, key=lambda pair: (-strength[pair], pair)):
+    order = sorted(neurons, key=lambda pair: (-strength[pair], pair))
+    for layer, neuron in order:
         gap = np.abs(strength[layer] - strength[layer, neuron])  # (N,)
-        gap[[other for at, other in taken if at == layer]] = np.inf
+        used = [other for at, other in taken if at == layer]
+        gap[used] = np.inf
         if np.isfinite(gap.min()):
             nearest = (layer, int(gap.argmin()))
             found.add(nearest)
@@ -40,7 +43,8 @@ class OtherFacts:
     rows."""
 
     def __init__(self, queries, sets):
-        self.facts = queries.drop_duplicates("fact").set_index("fact")
+        about = queries[["fact", "relation", "subject", "object"]]
+        self.facts = about.drop_duplicates().set_index("fact")
         self.neurons: dict[str, set] = defaultdict(set)
         for fact, kns in zip(queries["fact"], sets):
             self.neurons[fact].update(kns)
@@ -54,9 +58,9 @@ class OtherFacts:
             others = others[others["relation"] == own["relation"]]
         for place in rng.permutation(len(others)):
             other = others.iloc[place]
-            related = other["relation"] == own["relation"]
-            apart = other["subject"] != own["subject"] and other["object"] != own["object"]
-            if apart and related == same_relation:
+            shared = other == own
+            apart = not (shared["subject"] or shared["object"])
+            if apart and shared["relation"] == same_relation:
                 pool = self.neurons[other.name] - self.neurons[fact]
                 by_layer = defaultdict(list)
                 for layer, neuron in pool:

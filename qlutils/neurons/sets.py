@@ -36,7 +36,11 @@ def knowledge_neurons(scores, t=0.2) -> list[set]:
     a non-finite score.
     """
     _check_share(t)
-    return [as_set(*above_share(score, t).nonzero()) for score in dense_scores(scores)]
+    sets = []
+    for score in dense_scores(scores):  # (L, N)
+        keep = above_share(score, t)
+        sets.append(as_set(*keep.nonzero()))
+    return sets
 
 
 def kn_sets(queries, t=0.2) -> list[set]:
@@ -59,7 +63,8 @@ def kn_sets(queries, t=0.2) -> list[set]:
             fact, prompt = queries.iloc[row][["fact", "prompt_index"]]
             raise ValueError(f"query {fact} prompt {prompt} has non-finite attribution scores")
         keep = above_share(score, t)
-        sets.append(as_set(list_cell(layer, int)[keep], list_cell(neuron, int)[keep]))
+        layer, neuron = list_cell(layer, int), list_cell(neuron, int)
+        sets.append(as_set(layer[keep], neuron[keep]))
     return sets
 
 
@@ -89,7 +94,7 @@ def dense_scores(scores) -> np.ndarray:
 
 def list_cell(values, dtype) -> np.ndarray:
     """A list cell of a frame as an array; null cells (None, NaN) are empty lists."""
-    null = values is None or (np.isscalar(values) and pd.isna(values))
+    null = np.ndim(values) == 0 and pd.isna(values)
     return np.asarray([] if null else values, dtype)
 
 
@@ -132,16 +137,16 @@ def consistency(kn_sets) -> Consistency:
             "consistency needs the KN sets of at least 2 queries of a fact, as knowledge_neurons "
             f"gives them; got {kn_sets!r:.80}"
         )
-    counts = _counts(sets)
-    everywhere = sum(count == len(sets) for count in counts.values())
+    counts = np.array(list(_counts(sets).values()))
+    everywhere = counts == len(sets)
     pairs = [jaccard(*two) for two in combinations(sets, 2) if any(two)]
     return Consistency(
-        cs1=everywhere / len(counts) if counts else np.nan,
-        cs2=_cs2(counts),
-        jaccard=float(np.mean(pairs)) if pairs else np.nan,
+        cs1=_mean(everywhere),
+        cs2=_mean(counts > 1),
+        jaccard=_mean(pairs),
         n_queries=len(sets),
         n_union=len(counts),
-        n_intersection=everywhere,
+        n_intersection=int(everywhere.sum()),
         sizes=tuple(map(len, sets)),
     )
 
@@ -163,13 +168,17 @@ def cs2_subsampled(kn_sets, k=3, seed=0) -> float:
     if comb(len(sets), k) <= MAX_SUBSETS:
         subsets = list(combinations(range(len(sets)), k))
     else:
-        rng, drawn = np.random.default_rng(seed), {}
-        while len(drawn) < MAX_SUBSETS:
-            drawn[tuple(sorted(rng.choice(len(sets), k, replace=False).tolist()))] = None
-        subsets = list(drawn)  # of a dict, not of a set: in the same order each time
-    found = [_cs2(_counts(sets[i] for i in subset)) for subset in subsets]
-    defined = [cs2 for cs2 in found if not np.isnan(cs2)]
-    return float(np.mean(defined)) if defined else np.nan
+        rng = np.random.default_rng(seed)
+        subsets = {}  # a dict, not a set: in the same order each time
+        while len(subsets) < MAX_SUBSETS:
+            drawn = rng.choice(len(sets), k, replace=False)
+            subsets[tuple(sorted(drawn.tolist()))] = None
+    found = []
+    for subset in subsets:
+        counts = _counts(sets[i] for i in subset)
+        if counts:
+            found.append(_mean([count > 1 for count in counts.values()]))
+    return _mean(found)
 
 
 def _counts(sets):
@@ -177,8 +186,8 @@ def _counts(sets):
     return Counter(chain.from_iterable(sets))
 
 
-def _cs2(counts):
-    return sum(count > 1 for count in counts.values()) / len(counts) if counts else np.nan
+def _mean(values):
+    return float(np.mean(values)) if len(values) else np.nan
 
 
 def neighbour_sets(kn_sets, i) -> dict[str, set]:
@@ -197,8 +206,8 @@ def neighbour_sets(kn_sets, i) -> dict[str, set]:
     return {
         "self": sets[i],
         "union": set(counts),
-        "intersection": {neuron for neuron, count in counts.items() if count == len(sets) - 1},
-        "refine": {neuron for neuron, count in counts.items() if count > 1},
+        "intersection": {neuron for neuron in counts if counts[neuron] == len(sets) - 1},
+        "refine": {neuron for neuron in counts if counts[neuron] > 1},
     }
 
 
@@ -244,18 +253,19 @@ def fact_table(queries, t=0.2) -> pd.DataFrame:
         sets = kn_sets(group, t)
         sizes = [len(one) for one in sets]
         layers = [layer for one in sets for layer, _ in one]
-        row = group.iloc[0][["fact", "relation", "subject", "object"]].to_dict()
+        names = ["fact", "relation", "subject", "object"]
+        row = group.iloc[0][names].to_dict()
         if len(sets) > 1:
             row |= asdict(consistency(sets))
         row |= dict(
             n_queries=len(sets),
             n_empty=sizes.count(0),
             cs2_3=cs2_subsampled(sets),
-            mean_size=float(np.mean(sizes)),
+            mean_size=_mean(sizes),
             union_size=len(set().union(*sets)),
-            mean_layer=float(np.mean(layers)) if layers else np.nan,
-            known=float(group["known"].mean()),
-            probability=float(group["probability"].mean()),
+            mean_layer=_mean(layers),
+            known=_mean(group["known"]),
+            probability=_mean(group["probability"]),
         )
         rows.append(row)
     return pd.DataFrame(rows, columns=FACT_COLUMNS)
