@@ -11,19 +11,17 @@ tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
-from numbers import Integral, Real
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qlutils.attribution.integrate import integrate
+from qlutils.attribution.integrate import Raw, integrate
 from qlutils.attribution.quadrature import RULES
-from qlutils.change.rows import score_queries
-from qlutils.checks import METHODS
+from qlutils.change.rows import equal_batches, score_queries
+from qlutils.checks import METHODS, check, one_of
 from qlutils.model.attention import is_controlled
 from qlutils.model.passes import (
     SITES,
@@ -65,35 +63,12 @@ class Spec:
     row_budget: int | None = None
 
     def __post_init__(self):
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}"
-                )
-        least = 3 if self.rule == "clenshaw" else 2
-        if not _is_whole(self.steps, least):
-            raise ValueError(
-                f"steps is {self.steps!r}; the rule {self.rule} needs a whole number of at least "
-                f"{least} steps"
-            )
-        tolerance = self.tolerance
-        if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not 0 < tolerance < 1:
-            raise ValueError(
-                f"tolerance is {tolerance!r}; it is the share of a query's largest score up to "
-                "which the rule converged leaves its scores uncertain, above 0 and below 1"
-            )
-        if self.row_budget is not None and not _is_whole(self.row_budget, 1):
-            raise ValueError(
-                f"row_budget is {self.row_budget!r}; use a whole number of at least 1 row, or None "
-                "for the default"
-            )
-        for name, kind in (("steps", int), ("tolerance", float), ("row_budget", int)):
-            if getattr(self, name) is not None:  # the JSON of a run cannot hold NumPy's numbers
-                object.__setattr__(self, name, kind(getattr(self, name)))
-
-
-def _is_whole(value, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+        for name, known in CHOICES.items():
+            one_of(name, getattr(self, name), known)
+        check("steps is", self.steps, 3 if self.rule == "clenshaw" else 2)
+        check("tolerance is", self.tolerance, 1e-9, 1, "a share of a query's largest score")
+        if self.row_budget is not None:
+            check("row_budget is", self.row_budget, 1)
 
 
 @dataclass
@@ -102,8 +77,8 @@ class Attribution:
     (Q, L), of the raw scores; `probability` (Q,) of the whole answer; `known` (Q,), whether greedy
     decoding gives it; `converged` (Q,), whether the rule "converged" got all integrals below its
     tolerance (None for the other rules, which cannot tell); `evaluations` (Q,), gradients taken a
-    layer and baseline, mean over layers and answer tokens; all of them on the model's device;
-    `row_budget`, the rows a batch was allowed in the end (halved after running out of memory)."""
+    layer and baseline, mean over layers and answer tokens; `row_budget`, the rows a batch was
+    allowed in the end (halved after running out of memory)."""
 
     scores: Tensor
     completeness_gap: Tensor
@@ -124,61 +99,54 @@ def default_row_budget(lm) -> int:
     CPU."""
     memory = CPU_MEMORY
     if lm.device.type == "cuda":
-        free = torch.cuda.mem_get_info(lm.device)[0]
-        free += torch.cuda.memory_reserved(lm.device) - torch.cuda.memory_allocated(lm.device)
-        memory = max(2**28, 0.8 * free)
+        free, _ = torch.cuda.mem_get_info(lm.device)
+        reserved = torch.cuda.memory_reserved(lm.device)
+        unused = reserved - torch.cuda.memory_allocated(lm.device)
+        memory = max(2**28, 0.8 * (free + unused))
     width = lm.arch.head.weight.shape[1]
-    per_row = (14 * width + 5 * lm.num_neurons) * lm.dtype.itemsize * (lm.num_layers + 1) / 2
-    return max(lm.num_layers, int(memory / per_row))
+    numbers = 14 * width + 5 * lm.num_neurons  # of a row in a layer
+    layers = (lm.num_layers + 1) / 2  # of a row, on average
+    rows = memory / (numbers * layers * lm.dtype.itemsize)
+    return max(lm.num_layers, int(rows))
 
 
-def attribute(
-    lm,
-    prompts,
-    answers,
-    *,
-    method="ig",
-    steps=20,
-    rule="right",
-    answer="all",
-    site="down_input",
-    amig_factor="w-b",
-    tolerance=0.05,
-    row_budget=None,
-) -> Attribution:
+def attribute(lm, prompts, answers, **spec) -> Attribution:
     """Attribution scores of every neuron for each query (prompt, answer).
 
-    `prompts`, `answers`: Q texts each. `method`: "ig" (Eq. 10), "sig" (Eq. 13, 14) or "amig" (Eq.
-        16, 18).
-    `rule`: quadrature over the path, "right" being the paper's Riemann sum; "converged" takes
-    gradients where the integral has not settled until no score moves by more than `tolerance` of
-    the query's largest. `answer`: "all" averages the raw attribution over the answer's tokens,
-    "first" takes the first. Dense in memory, Q x L x N: for a handful of queries (runs stream
-    through `localize`). ValueError names the offending prompt, answer or parameter.
+    `prompts`, `answers`: Q texts each. `spec`, with the defaults of `Spec`:
+    method: "ig" (Eq. 10), "sig" (Eq. 13, 14) or "amig" (Eq. 16, 18; `amig_factor`: "w-b" or "w").
+    rule: quadrature over the path in `steps` steps, "right" being the paper's Riemann sum;
+    "converged" takes gradients where the integral has not settled until no score moves by more than
+    `tolerance` of the query's largest. answer: "all" averages the raw attribution over the answer's
+    tokens, "first" takes the first. site: "down_input" or "pre_activation".
+    Dense in memory, Q x L x N: for a handful of queries (runs stream through `localize`).
+    ValueError names the offending prompt, answer or parameter.
     """
-    spec = Spec(method, steps, rule, answer, site, amig_factor, tolerance, row_budget)
-    return attribute_encoded(lm, lm.encode_all(prompts, answers), spec).cpu()
+    spec = Spec(**spec)
+    queries = lm.encode_all(prompts, answers)
+    return attribute_encoded(lm, queries, spec).cpu()
 
 
 @torch.inference_mode(False)  # in which no gradients could be taken
-def attribute_encoded(
-    lm, queries: list[tuple[list[int], list[int]]], spec: Spec, names=None
-) -> Attribution:
-    """`attribute` for queries already tokenised into (prompt ids, answer ids). `names` are used in
-    errors."""
+def attribute_encoded(lm, queries, spec: Spec, names=None) -> Attribution:
+    """`attribute` for queries already tokenised into (prompt ids, answer ids), lists. `names` are
+    used in errors."""
     lm.check_ready()
     if lm.dtype == torch.float16:
         raise ValueError(
             "float16 gradients of a probability underflow silently; load the model in bfloat16 or "
             "float32"
         )
-    names = names or [lm.tokenizer.decode(p, skip_special_tokens=True) for p, _ in queries]
+    if names is None:
+        prompts = [prompt for prompt, _ in queries]
+        names = [lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts]
+
+    def compute(row_budget):
+        return _attribute(lm, queries, replace(spec, row_budget=row_budget), names)
+
+    budget = spec.row_budget or default_row_budget(lm)
     with computing(lm):
-        return within_memory(
-            lambda budget: _attribute(lm, queries, replace(spec, row_budget=budget), names),
-            spec.row_budget or default_row_budget(lm),
-            lm.num_layers,
-        )
+        return within_memory(compute, budget, least=lm.num_layers)
 
 
 @dataclass
@@ -193,132 +161,125 @@ class _Token:
     used: int
 
 
-def _tokens(queries, answer: str) -> list[_Token]:
+def _tokens(queries, answer):
+    """The answer tokens to attribute, by their number of ids."""
     tokens = []
-    for index, (prompt, whole) in enumerate(queries):
+    for query, (prompt, whole) in enumerate(queries):
         used = whole if answer == "all" else whole[:1]
         for k, target in enumerate(used):
-            tokens.append(_Token(prompt + used[:k], target, len(prompt), index, len(used)))
-    return tokens
+            token = _Token(
+                ids=prompt + used[:k],
+                target=target,
+                prompt_length=len(prompt),
+                query=query,
+                used=len(used),
+            )
+            tokens.append(token)
+    return sorted(tokens, key=lambda token: (len(token.ids), token.prompt_length))
 
 
-def _batches(tokens: list[_Token], spec: Spec, lm) -> Iterator[list[_Token]]:
-    """Tokens whose integrals are computed together, sorted by their number of ids: by a rule with
-    fixed nodes those with as many ids, by "converged" any (few rows are left in its later rounds).
-    With sig as many prompt tokens each, since there is a baseline for each of them."""
+def _kinds(lm, tokens, spec):
+    """What tokens have in common whose integrals are computed together: the rows of each, and by a
+    rule with fixed nodes the number of ids; "converged" has few rows left in its later rounds."""
     mixed = spec.rule == "converged" and lm.layout == "sequence"
     mixed = mixed and not is_controlled(lm.model)  # columns count from a prompt's first token
-
-    def kind(token):
-        return (
-            token.prompt_length if spec.method == "sig" else 0,
-            0 if mixed else len(token.ids),
-        )
-
-    tokens = sorted(tokens, key=lambda token: (*kind(token), len(token.ids), token.prompt_length))
-    for (prompt_length, _), group in groupby(tokens, kind):
-        group = list(group)
-        baselines = prompt_length - lm.bos_offset if spec.method == "sig" else 1
-        points = 2 if spec.rule == "converged" else spec.steps  # of the first round
-        size = max(1, spec.row_budget // (lm.num_layers * points * baselines))
+    points = 2 if spec.rule == "converged" else spec.steps  # of the first round
+    kinds = []
+    for token in tokens:
+        baselines = token.prompt_length - lm.bos_offset if spec.method == "sig" else 1
+        rows = lm.num_layers * points * baselines
         if mixed:
-            size *= HELD
-        even = -(-len(group) // -(-len(group) // size))  # as many batches of even size
-        yield from (group[start : start + even] for start in range(0, len(group), even))
+            kinds.append((max(1, rows // HELD), baselines))
+        else:
+            kinds.append((rows, baselines, len(token.ids)))
+    return kinds
 
 
-def _attribute(lm, queries, spec: Spec, names) -> Attribution:
+def _attribute(lm, queries, spec, names):
     # Everything stays on the device to the end: the next batch is on its way meanwhile.
-    shape, options = (len(queries), lm.num_layers), dict(dtype=lm.score_dtype, device=lm.device)
-    found = Attribution(
-        scores=torch.zeros(*shape, lm.num_neurons, **options),
-        completeness_gap=torch.zeros(shape, **options),
-        probability=torch.ones(len(queries), **options),
-        known=torch.ones(len(queries), dtype=torch.bool, device=lm.device),
-        converged=None,
+    shape = len(queries), lm.num_layers, lm.num_neurons
+    options = dict(dtype=lm.score_dtype, device=lm.device)
+    found = Raw(
+        scores=torch.zeros(shape, **options),
+        gap=torch.zeros(shape[:2], **options),
+        converged=torch.ones(len(queries), dtype=torch.bool),
         evaluations=torch.zeros(len(queries), dtype=torch.float64),
+    )
+    tokens = _tokens(queries, spec.answer)
+    kinds = _kinds(lm, tokens, spec)
+    for batch in equal_batches(kinds, spec.row_budget):
+        some = [tokens[place] for place in batch]
+        _add_batch(lm, some, spec, found)
+    finite = found.scores.isfinite().flatten(1).all(1)
+    if not finite.all():
+        name = names[int(finite.int().argmin())]
+        raise ValueError(
+            f"the scores of {name!r} are not finite: {lm.name} gives infinite or NaN values in "
+            f"{lm.dtype}; try float32"
+        )
+    answers = score_queries(lm, queries)
+    probability = torch.from_numpy(np.exp(answers.log_probability))
+    return Attribution(
+        scores=_normalise(found.scores, spec.method, names),
+        completeness_gap=found.gap.abs(),
+        probability=probability.to(found.scores),
+        known=torch.from_numpy(answers.exact).to(lm.device),
+        converged=found.converged if spec.rule == "converged" else None,
+        evaluations=found.evaluations,
         row_budget=spec.row_budget,
     )
-    if spec.rule == "converged":
-        found.converged = found.known.clone()
-    for batch in _batches(_tokens(queries, spec.answer), spec, lm):
-        _add_batch(lm, batch, spec, found)
-    if spec.answer == "first":
-        whole = score_queries(lm, queries)
-        found.probability = torch.from_numpy(np.exp(whole.log_probability)).to(found.probability)
-        found.known = torch.from_numpy(whole.exact).to(lm.device)
-    finite = torch.isfinite(found.scores).flatten(1).all(1) & torch.isfinite(found.probability)
-    bad = (~finite).cpu()
-    if bad.any():
-        raise ValueError(
-            f"the scores of {names[int(bad.nonzero()[0])]!r} are not finite: {lm.name} gives "
-            f"infinite or NaN values in {lm.dtype}; try float32"
-        )
-    found.scores = _normalise(found.scores, spec.method, names)
-    found.completeness_gap = found.completeness_gap.abs()
-    return found
 
 
-def _add_batch(lm, batch: list[_Token], spec: Spec, found: Attribution) -> None:
+def _add_batch(lm, batch, spec, found):
     """Add to `found` the mean over an answer's tokens of what those in `batch` give."""
-    pieces = [list(piece) for _, piece in groupby(batch, lambda token: len(token.ids))]
     passes, starts = [], []
-    for piece in pieces:
+    for _, piece in groupby(batch, lambda token: len(token.ids)):
+        piece = list(piece)
         ids = on_device([token.ids for token in piece], lm.device)
         passes.append(clean_pass(lm, ids, spec.site))
-        starts.append(_baselines(lm, ids, [token.prompt_length for token in piece], spec))
+        prompt_lengths = [token.prompt_length for token in piece]
+        starts.append(_baselines(lm, ids, prompt_lengths, spec))
     clean = join_passes(passes)
     del passes
+    starts = None if spec.method == "ig" else torch.cat(starts)
     target = on_device([token.target for token in batch], lm.device)
-    starts = None if starts[0] is None else torch.cat(starts)
     raw = integrate(lm, clean, target, starts, spec)
-    first = 0
-    for piece in pieces:  # the tokens of one answer are in different pieces
-        here = slice(first, first + len(piece))
-        first += len(piece)
-        place, used = [token.query for token in piece], [token.used for token in piece]
-        found.evaluations[place] += raw.evaluations[here] / torch.tensor(used)
-        query, used = on_device(place, lm.device), on_device(used, lm.device)
-        found.scores[query] += raw.scores[here] / used[:, None, None]
-        found.completeness_gap[query] += raw.gap[here] / used[:, None]
-        found.probability[query] *= raw.probability[here]
-        found.known[query] &= raw.known[here]
-        if found.converged is not None:
-            found.converged[query] &= on_device(raw.converged[here], lm.device)
+    for i, token in enumerate(batch):
+        query = token.query
+        found.scores[query] += raw.scores[i] / token.used
+        found.gap[query] += raw.gap[i] / token.used
+        found.evaluations[query] += raw.evaluations[i] / token.used
+        found.converged[query] &= raw.converged[i]
 
 
-def _baselines(lm, ids: Tensor, prompt_lengths: list[int], spec: Spec) -> Tensor | None:
-    """(Q, B, L, N) neuron vectors at the last token that the paths start from.
+def _baselines(lm, ids, prompt_lengths, spec):
+    """(Q, B, L, N) neuron vectors at the last token of `ids` (Q, T) that the paths start from.
 
     ig: None, which stands for zero. amig: B = 1, of the prompt with every token but BOS replaced by
     EOS. sig: of the prompt with one token replaced by the mask, pad or EOS token, a baseline for
-    each of its B tokens but BOS; all prompts of a batch have as many (see `_batches`). The answer's
+    each of its B tokens but BOS; all prompts of a batch have as many (see `_kinds`). The answer's
     tokens before the one that is attributed stay."""
     if spec.method == "ig":
         return None
-    first, (queries, length) = lm.bos_offset, ids.shape
-    tokenizer = lm.tokenizer
+    first, tokenizer = lm.bos_offset, lm.tokenizer
+    place = torch.arange(ids.shape[1])
     if spec.method == "amig":
-        token = _stand_in(lm, "amig replaces the prompt by EOS tokens", [tokenizer.eos_token_id])
-        variants = ids.clone()
-        for row, prompt_length in enumerate(prompt_lengths):
-            variants[row, first:prompt_length] = token
-    elif spec.method == "sig":
-        candidates = [tokenizer.mask_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id]
-        token = _stand_in(lm, "sig needs a mask, pad or EOS token", candidates)
-        places = range(first, prompt_lengths[0])
-        variants = ids[:, None].repeat(1, len(places), 1)  # (Q, B, T)
-        for row, place in enumerate(places):
-            variants[:, row, place] = token
+        special = [tokenizer.eos_token_id]
+        token = _stand_in(lm, "amig replaces the prompt by EOS tokens", special)
+        end = torch.tensor(prompt_lengths)[:, None, None]
+        replaced = (place >= first) & (place < end)  # (Q, 1, T)
     else:
-        raise ValueError(f"method {spec.method!r} has no baselines")
-    variants = variants.reshape(-1, length)
-    chunk = max(1, spec.row_budget // length)
-    vectors = neuron_vectors(lm, variants, spec.site, chunk)
-    return vectors.view(queries, -1, lm.num_layers, lm.num_neurons)
+        special = [tokenizer.mask_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id]
+        token = _stand_in(lm, "sig needs a mask, pad or EOS token", special)
+        replaced = place == torch.arange(first, prompt_lengths[0])[:, None]  # (B, T)
+    replaced = on_device(replaced, lm.device)
+    variants = ids[:, None].where(~replaced, token)  # (Q, B, T)
+    chunk = max(1, spec.row_budget // ids.shape[1])
+    vectors = neuron_vectors(lm, variants.flatten(0, 1), spec.site, chunk)
+    return vectors.unflatten(0, variants.shape[:2])
 
 
-def _stand_in(lm, need: str, candidates: list[int | None]) -> int:
+def _stand_in(lm, need, candidates):
     """The first of the special tokens that the tokenizer has and the model embeds."""
     for token in candidates:
         if token is not None and token < lm.num_embeddings:
@@ -326,17 +287,19 @@ def _stand_in(lm, need: str, candidates: list[int | None]) -> int:
     raise ValueError(f"{lm.name}: {need}, and its tokenizer has none that the model embeds")
 
 
-def _normalise(raw: Tensor, method: str, names) -> Tensor:
+def _normalise(raw, method, names):
     """Raw scores (Q, L, N) normalised as the method says."""
+    if method == "ig":
+        return raw
+    flat = raw.flatten(1)
     if method == "sig":  # Eq. 14
-        norm = raw.flatten(1).norm(dim=1).clamp_min(torch.finfo(raw.dtype).tiny)
-        return raw / norm[:, None, None]
-    if method == "amig":  # Eq. 18, with the absolute value of the sum
-        total = raw.sum((1, 2)).abs()
-        if (total == 0).any():
+        tiny = torch.finfo(raw.dtype).tiny
+        size = flat.norm(dim=1).clamp_min(tiny)
+    else:  # Eq. 18, with the absolute value of the sum
+        size = raw.sum((1, 2)).abs()
+        if (size == 0).any():
+            name = names[int(size.argmin())]
             raise ValueError(
-                "amig divides by the sum of a query's scores, which is zero for "
-                f"{names[int((total == 0).nonzero()[0])]!r}"
+                f"amig divides by the sum of a query's scores, which is zero for {name!r}"
             )
-        return raw / total[:, None, None]
-    return raw
+    return raw / size[:, None, None]

@@ -35,32 +35,26 @@ def quadrature(rule: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
     return nodes, np.full(steps, 1 / steps)
 
 
-def _clenshaw_curtis(count: int) -> tuple[np.ndarray, np.ndarray]:
+def _clenshaw_curtis(count):
     """Nodes and weights on [0, 1]: the weights integrate Chebyshev polynomials of degree < `count`
     exactly, which is a linear system at Chebyshev's extrema."""
     angle = np.pi * np.arange(count) / (count - 1)
     degree = np.arange(count)
-    exact = np.where(degree % 2 == 0, 1 / (1 - degree.astype(float) ** 2 + (degree == 1)), 0.0)
-    weights = np.linalg.solve(np.cos(np.outer(degree, angle)), exact)
+    exact = np.zeros(count)
+    exact[::2] = 1 / (1 - degree[::2] ** 2)
+    chebyshev = np.cos(np.outer(degree, angle))
+    weights = np.linalg.solve(chebyshev, exact)
     return (1 - np.cos(angle)) / 2, weights
 
 
-def fixed_plan(
-    rule: str, steps: int, baselines: int
-) -> tuple[tuple[Tensor, Tensor, Tensor], float | None]:
+def fixed_plan(rule: str, steps: int, baselines: int) -> tuple[Tensor, Tensor, Tensor]:
     """(baseline, node, weight), each (1, P), of the points of a rule with the same nodes
-    everywhere.
-
-    The first points are the paths' beginnings, of weight 0 where the rule has no node there,
-    because the completeness gap needs P at them. A node at the end of a path is the clean pass, for
-    every baseline and layer; it is left out and its weight returned, for the one row that serves
-    them all."""
-    nodes, weights = (torch.from_numpy(x) for x in quadrature(rule, steps))
-    at_end = float(weights[-1]) if nodes[-1] == 1 else None
-    if at_end is not None:
-        nodes, weights = nodes[:-1], weights[:-1]
+    everywhere. The first points are the paths' beginnings, of weight 0 where the rule has no node
+    there, because the completeness gap needs P at them."""
+    nodes, weights = quadrature(rule, steps)
     if nodes[0] != 0:
-        nodes, weights = (torch.cat([one.new_zeros(1), one]) for one in (nodes, weights))
-    index = torch.arange(baselines).repeat(len(nodes))[None]
-    node, weight = (one.repeat_interleave(baselines)[None] for one in (nodes, weights))
-    return (index, node, weight), at_end
+        nodes = np.insert(nodes, 0, 0.0)
+        weights = np.insert(weights, 0, 0.0)
+    baseline = np.tile(np.arange(baselines), len(nodes))
+    points = baseline, nodes.repeat(baselines), weights.repeat(baselines)
+    return tuple(torch.from_numpy(one)[None] for one in points)

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from torch import Tensor
 
+from qlutils.checks import check
 from qlutils.model.attention import tokens_of
 
 
 class Change:
     """What a row does to `neurons`, (layer, index) pairs, at every token the row feeds: their
-    activations are multiplied by `factor`, and `vector` (d,) times the sum of their activations is
-    added to the output of their layer's down-projection."""
+    activations are multiplied by `factor`, and `vector` (d,) times their sum is added to the output
+    of their layer's down-projection."""
 
     def __init__(self, lm, neurons, factor: float = 1.0, vector: Tensor | None = None):
         self.neurons = lm.check_neurons(neurons)
@@ -33,12 +33,7 @@ class Change:
 def check_finite(lm, name: str, value) -> float:
     """`value` as a float; ValueError for what is no finite number of the model's dtype."""
     largest = torch.finfo(lm.dtype).max
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not abs(value) <= largest:  # not, for NaN
-        raise ValueError(
-            f"{name} is {value!r}; it must be a finite number of at most {largest:.0e} in "
-            f"magnitude, what {lm.dtype} holds"
-        )
+    check(f"{name} is", value, -largest, largest, f"a finite number of {lm.dtype}")
     return float(value)
 
 
@@ -53,23 +48,23 @@ class Scaling:
 
     def begin(self, call: dict) -> None:
         """At the start of a forward pass with the named arguments `call`."""
-        tokens = tokens_of(call)
-        cache = call["cache"]
-        if tokens is None:  # the model says so itself
+        fed, cache = tokens_of(call), call["cache"]
+        if fed is None:  # the model says so itself
             return
-        self.tokens = tokens.shape[1]
-        past = cache.get_seq_length() if cache is not None else 0
+        tokens = fed.shape[1]
+        past = 0 if cache is None else cache.get_seq_length()
         if self.prompt is not None:
-            self.first = max(0, self.prompt - 1 - past)
-            return
-        _check_ends(call.get("attention_mask"))
-        self.first = 0 if past else self.tokens - 1
+            first = max(0, self.prompt - 1 - past)
+        else:
+            _check_ends(call.get("attention_mask"))
+            first = 0 if past else tokens - 1
+        self.at(tokens, first)
 
     def end(self, _output=None) -> None:
         self.first = None
 
     def at(self, tokens: int, first: int) -> None:
-        """Where layers run one by one, on rows of `tokens` tokens."""
+        """From here on rows have `tokens` tokens and are scaled from the token `first` on."""
         self.tokens = tokens
         self.first = first
 
@@ -81,20 +76,22 @@ class Scaling:
                 raise ValueError(
                     "scale_neurons acts on whole forward passes; attribute outside of it"
                 )
-            x = inputs[0].reshape(-1, self.tokens, inputs[0].shape[-1])  # OPT flattens (R, S)
-            x = x.clone()  # (R, S, N)
+            given, *rest = inputs
+            rows = given.unflatten(0, (-1, self.tokens)) if given.dim() == 2 else given
+            x = rows.clone()  # (R, S, N); OPT flattens (R, S)
             x[:, self.first :, index] *= self.change.factor
-            return (x.reshape(inputs[0].shape), *inputs[1:])
+            return (x.view_as(given), *rest)
 
         return scale
 
 
-def _check_ends(mask) -> None:
+def _check_ends(mask):
     """ValueError unless by its attention mask (1: a token, 0: padding) every row ends with a
     token."""
     if mask is None:
         return
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or not mask[:, -1].all():
+    plain = isinstance(mask, Tensor) and mask.dim() == 2
+    if not plain or not mask[:, -1].all():
         raise ValueError(
             "scale_neurons takes each row's last position for its prompt's last token: give a 2-D "
             'attention_mask, and pad on the left (tokenizer.padding_side = "left"), not the right'

@@ -9,11 +9,8 @@ evaluates many edits in one batch and never touches a weight.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +19,7 @@ from torch import Tensor
 
 from qlutils.change.changes import Change, check_finite
 from qlutils.change.rows import score_queries
+from qlutils.checks import check, one_of
 from qlutils.facts import check_text
 from qlutils.model.architecture import UnsupportedModel, check_sole_owner, plain_weight
 from qlutils.model.language_model import whole_numbers
@@ -32,52 +30,44 @@ MIN_TOKENS = 64  # of a paragraph that perplexity may be measured on
 CARRIER = "is"  # a word for an object to continue, so that it is tokenised as inside a sentence
 
 
-@dataclass(frozen=True)
-class Edit:
-    """What `edit_weights` did: the operation, the neurons edited (sorted, possibly none), and
-    whether any of their weights is another now."""
-
-    op: str
-    neurons: tuple[tuple[int, int], ...]
-    changed: bool
-
-
 @contextmanager
-def edit_weights(
-    lm, neurons, op, *, old=None, new=None, lambda1=2.0, lambda2=2.0, embedding="input"
-):
+def edit_weights(lm, neurons, op, **options):
     """Edit the value vectors of `neurons`, (layer, index) pairs, in the model's weights while
     inside:
 
-        with edit_weights(lm, {(3, 17)}, "update", old="Paris", new="Rome") as edit:
+        with edit_weights(lm, {(3, 17)}, "update", old="Paris", new="Rome"):
             text = lm.model.generate(**tokens)
 
     `op="erase"` sets them to zero (Eq. 2); `op="update"` adds -lambda1 E(old) + lambda2 E(new) to
-    each (Eq. 2), E the mean embedding of the object's tokens, which may be ids or text.
-    `embedding`: "input" word embedding or "output" (unembedding). Yields an `Edit`. The weights are
-    bit-identical afterwards, whatever happens inside. Contexts may be nested, and end as `with`
-    ends them, the inner one first. ValueError: a neuron outside the model, an unknown operation or
-    embedding, an object without an embedding, weights that no forward pass reads as they stand
-    (quantised, offloaded, pruned, parametrised) or that layers share.
+    each (Eq. 2), E the mean embedding of the object's tokens, which may be ids or text. `options`:
+    old, new, lambda1=2.0, lambda2=2.0 and embedding, the "input" word embedding or the "output" one
+    (unembedding). Yields whether any weight is another now. The weights are bit-identical
+    afterwards, whatever happens inside. Contexts may be nested, and end as `with` ends them, the
+    inner one first. ValueError: a neuron outside the model, an unknown operation or embedding, an
+    object without an embedding, weights that no forward pass reads as they stand (quantised,
+    offloaded, pruned, parametrised) or that layers share.
     """
-    options = dict(old=old, new=new, lambda1=lambda1, lambda2=lambda2, embedding=embedding)
     change = virtual_edit(lm, neurons, op, **options)
-    vectors = {layer: lm.value_vectors(layer) for layer in change.by_layer}
-    before = {layer: vectors[layer][index].clone() for layer, index in change.by_layer.items()}
+    places, before = [], []
+    for layer, index in change.by_layer.items():
+        vectors = lm.value_vectors(layer)
+        places.append((vectors, index))
+        before.append(vectors[index].clone())  # (n, d)
+    if op == "erase":
+        after = [torch.zeros_like(rows) for rows in before]
+    else:
+        after = [rows + change.vector for rows in before]
+
+    def write(values):
+        with torch.no_grad():
+            for (vectors, index), rows in zip(places, values):
+                vectors[index] = rows
+
     try:
-        with torch.no_grad():
-            for layer, rows in before.items():  # rows (n, d)
-                new = torch.zeros_like(rows) if change.vector is None else rows + change.vector
-                vectors[layer][change.by_layer[layer]] = new
-        changed = any(
-            not torch.equal(vectors[layer][change.by_layer[layer]], rows)
-            for layer, rows in before.items()
-        )
-        yield Edit(op, tuple(change.neurons), changed)
+        write(after)
+        yield not all(map(torch.equal, before, after))
     finally:
-        with torch.no_grad():
-            for layer, rows in before.items():
-                vectors[layer][change.by_layer[layer]] = rows
+        write(before)
 
 
 def save_edited(lm, folder, neurons, op, **options) -> Path:
@@ -86,16 +76,16 @@ def save_edited(lm, folder, neurons, op, **options) -> Path:
     `folder` already holds a checkpoint or when the edit changes no weight."""
     if not isinstance(folder, (str, Path)):
         raise ValueError(f"folder must be a path, not {folder!r}")
-    folder = Path(os.path.expanduser(folder))
-    if os.path.exists(folder / "config.json") or os.path.isfile(folder):
+    folder = Path(folder).expanduser()
+    if folder.is_file() or (folder / "config.json").exists():
         raise ValueError(f"{folder} already holds a checkpoint or is a file; name a new folder")
     if getattr(lm.model, "_hf_peft_config_loaded", False):
         raise UnsupportedModel(
             f"{lm.name} carries an adapter, and transformers would save nothing else; merge it "
             "into the weights first"
         )
-    with edit_weights(lm, neurons, op, **options) as edit:
-        if not edit.changed:
+    with edit_weights(lm, neurons, op, **options) as changed:
+        if not changed:
             raise ValueError(
                 f"this edit changes no weight of {lm.name} (no neurons, or a change too small for "
                 f"{lm.dtype}), so there is no edited model to save"
@@ -109,7 +99,8 @@ def virtual_edit(lm, neurons, op, **options) -> Change:
     """The `Change` that scores rows as `edit_weights(lm, neurons, op, **options)` would, with
     `everywhere=True`; what that refuses, this does."""
     delta = edit_vector(lm, op, **options)
-    change = Change(lm, neurons, 0.0) if delta is None else Change(lm, neurons, vector=delta)
+    factor = 0.0 if op == "erase" else 1.0
+    change = Change(lm, neurons, factor, delta)
     for layer in change.by_layer:
         _editable(lm, layer)
     return change
@@ -120,12 +111,10 @@ def edit_vector(
 ) -> Tensor | None:
     """What an update adds to every edited value vector, (d,) in the model's dtype; None for an
     erasure."""
-    if op not in OPERATIONS:
-        raise ValueError(f"op {op!r} is unknown; use one of {', '.join(OPERATIONS)}")
+    one_of("op", op, OPERATIONS)
+    one_of("embedding", embedding, EMBEDDINGS)
     check_finite(lm, "lambda1", lambda1)
     check_finite(lm, "lambda2", lambda2)
-    if embedding not in EMBEDDINGS:
-        raise ValueError(f"embedding {embedding!r} is unknown; use one of {', '.join(EMBEDDINGS)}")
     if op == "erase":
         return None
     if old is None or new is None:
@@ -144,15 +133,15 @@ def object_embedding(lm, words, embedding="input") -> Tensor:
     copy."""
     if isinstance(words, str):
         ids = object_tokens(lm, words)
-    elif isinstance(words, Iterable) and not isinstance(words, bytes):
-        ids = [token for (token,) in whole_numbers(zip(words), ("id",), "token")]
     else:
-        raise ValueError(f"object {words!r} must be text or a list of token ids")
+        groups = zip(words) if isinstance(words, Iterable) else words
+        ids = [token for (token,) in whole_numbers(groups, ("id",), "token")]
     try:
         weight = plain_weight(getattr(lm.model, f"get_{embedding}_embeddings")())
     except UnsupportedModel as error:
-        said = f"{lm.name}: its {embedding} embeddings cannot be read: {error}"
-        raise UnsupportedModel(said) from None
+        raise UnsupportedModel(
+            f"{lm.name}: its {embedding} embeddings cannot be read: {error}"
+        ) from None
     if not ids or not all(0 <= token < weight.shape[0] for token in ids):
         raise ValueError(
             f"object {words!r} has no embedding: {lm.name} embeds the tokens 0 to "
@@ -184,7 +173,7 @@ def object_tokens(lm, text: str) -> list[int]:
     return found
 
 
-def _editable(lm, layer) -> Tensor:
+def _editable(lm, layer):
     """The value vectors of `layer`. `UnsupportedModel` unless an edit of them reaches the model,
     and this layer alone."""
     try:
@@ -205,40 +194,39 @@ def perplexity(lm, texts, max_tokens=256) -> float:
 
     What the tokenizer puts before a text (BOS), or its first token, is context and not scored.
     ValueError: no text, an empty one or one of a single token, max_tokens that leave none."""
-    if isinstance(texts, str) or not isinstance(texts, Iterable):
-        got = "a single text" if isinstance(texts, str) else repr(texts)
-        raise ValueError(f"texts is a list of texts; got {got}")
-    entries = encode_entries(lm, list(texts), max_tokens)
+    entries = encode_entries(lm, texts, max_tokens)
+    scored = sum(len(target) for _, target in entries)
     nll = -score_queries(lm, entries).log_probability.sum()
-    return float(np.exp(nll / sum(len(target) for _, target in entries)))
+    return float(np.exp(nll / scored))
 
 
 def encode_entries(lm, texts, max_tokens) -> list[tuple[list[int], list[int]]]:
     """(what precedes the text, or its first token; the tokens to score) of each text."""
     first = max(1, lm.bos_offset)
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, Integral) or max_tokens <= first:
-        raise ValueError(
-            f"max_tokens is {max_tokens!r}; it must be a whole number of at least {first + 1}"
-        )
-    if not texts:
+    check("max_tokens is", max_tokens, first + 1)
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise ValueError(f"texts must be a list of texts, not {texts!r:.60}")
+    entries = [_entry(lm, text, first, max_tokens) for text in texts]
+    if not entries:
         raise ValueError("perplexity needs at least one text")
-    entries = []
-    for text in texts:
-        if not isinstance(text, str):
-            raise ValueError(f"a text must be a string, got {type(text).__name__}: {text!r}")
-        ids = lm.tokenize(text)[:max_tokens]
-        if len(ids) <= first:
-            raise ValueError(
-                f"text {text[:60]!r} has fewer than two tokens, so nothing of it can be scored; "
-                "leave it out"
-            )
-        if len(ids) > lm.context:
-            raise ValueError(
-                f"text {text[:60]!r}... has {len(ids)} tokens of {max_tokens} allowed; "
-                f"{lm.name} reads at most {lm.context}: lower max_tokens"
-            )
-        entries.append((ids[:first], ids[first:]))
     return entries
+
+
+def _entry(lm, text, first, max_tokens):
+    if not isinstance(text, str):
+        raise ValueError(f"a text must be a string, got {type(text).__name__}: {text!r}")
+    ids = lm.tokenize(text)[:max_tokens]
+    if len(ids) <= first:
+        raise ValueError(
+            f"text {text[:60]!r} has fewer than two tokens, so nothing of it can be scored; "
+            "leave it out"
+        )
+    if len(ids) > lm.context:
+        raise ValueError(
+            f"text {text[:60]!r}... has {len(ids)} tokens of {max_tokens} allowed; "
+            f"{lm.name} reads at most {lm.context}: lower max_tokens"
+        )
+    return ids[:first], ids[first:]
 
 
 def usable_texts(lm, texts, min_tokens=MIN_TOKENS) -> list[str]:

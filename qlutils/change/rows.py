@@ -6,30 +6,27 @@ reach is computed once a query and shared by all its rows: the layers below the 
 neuron and, where changes begin at the last prompt token, the keys and values of the tokens before
 it. Logits are computed at scored positions only.
 
-Shapes: Q queries, R rows, S tokens a row (those after the shared prefix), K scored tokens, d
+Shapes: Q queries, R rows, S tokens a row (those after the shared prefix), A scored tokens, d
 residual width, N neurons a layer.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
 from weakref import WeakSet
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from qlutils.change.changes import Change, prompt_of
 from qlutils.model.answer import token_scores
 from qlutils.model.architecture import UnsupportedModel
-from qlutils.model.passes import CleanPass, clean_pass, computing, run_rows, within_memory
+from qlutils.model.passes import clean_pass, computing, run_rows, within_memory
 from qlutils.model.trace import edited
-from qlutils.model.verify import sharply
+from qlutils.model.verify import sample_ids, sharply
 
 CPU_TOKENS = 2048  # tokens of a batch on a CPU; from 1,024 on the time is flat
 _CHECKED: WeakSet = WeakSet()  # models that passed `_check`
@@ -46,90 +43,54 @@ class Scores:
     match: np.ndarray
     greedy: list[list[int]]
 
-    @classmethod
-    def empty(cls, rows: int) -> Scores:
-        return cls(np.zeros(rows), np.zeros(rows, bool), np.zeros(rows), [[]] * rows)
 
-
-class _Kind(NamedTuple):
-    """What the queries of a batch have in common."""
-
-    tokens: int  # S
-    prefix: int  # tokens before those, which no change reaches
-    first: int  # the prompt's last of the S tokens, where active scalings begin
-
-
-@dataclass
-class _Row:
-    """Equal rows of a call (same query, same `Change` object), computed once."""
-
-    prompt: list[int]
-    target: list[int]
-    change: Change | None
-    start: int  # the layer in which it leaves the clean pass
-    places: list[int] = field(default_factory=list)  # among the rows of the call
-    slot: int = 0  # of its query in the batch
-
-
-def score_queries(lm, queries, **options) -> Scores:
+def score_queries(lm, queries) -> Scores:
     """`score_rows` of each query once, unchanged."""
     rows = [(query, None) for query in range(len(queries))]
-    return score_rows(lm, queries, rows, **options)
+    return score_rows(lm, queries, rows)
 
 
 @torch.no_grad()
-def score_rows(lm, queries, rows, *, everywhere=False, tokens=None) -> Scores:
+def score_rows(lm, queries, rows, *, everywhere=False) -> Scores:
     """Score `rows`, pairs (index into `queries`, `Change` or None).
 
     `everywhere`: changes act at every token (an edited weight); else at the last prompt token and
-    later ones. `tokens` bounds the tokens of a batch. Inside `scale_neurons` or `edit_weights` the
-    model is the one they make."""
+    later ones. Inside `scale_neurons` or `edit_weights` the model is the one they make."""
     lm.check_ready()
-    with computing(lm):
-        if lm not in _CHECKED:
+    if lm not in _CHECKED:
+        with computing(lm):
             _check(lm)
-            _CHECKED.add(lm)
-        return _score(lm, queries, rows, everywhere, tokens or token_budget(lm))
+        _CHECKED.add(lm)
+    return _score(lm, queries, rows, everywhere)
 
 
-def _score(lm, queries, rows, everywhere: bool, tokens: int) -> Scores:
-    by_query = _distinct(lm, queries, rows)
-    kinds = [_kind(lm, group, everywhere) for group in by_query]
-    scores = Scores.empty(len(rows))
+def _score(lm, queries, rows, everywhere):
+    different = dict.fromkeys(rows)  # equal rows are computed once
+    different = sorted(different, key=lambda row: row[0])  # so that a batch has few queries
+    changed = {query for query, change in rows if change is not None}
+    kinds = []
+    for query, _ in different:
+        prompt, target = queries[query]
+        last = len(prompt) - 1
+        prefix = 0 if everywhere or query not in changed else last  # what no change reaches
+        tokens = last + len(target) - prefix
+        kinds.append((tokens, prefix, len(target)))
 
-    def score(tokens):
-        for batch in equal_batches(kinds, tokens):
-            kind = kinds[batch[0]]
-            some = [by_query[place] for place in batch]
-            _score_batch(lm, kind, some, tokens, scores)
+    def compute(batch):
+        _, prefix, _ = kinds[batch[0]]
+        some = [different[place] for place in batch]
+        return _score_batch(lm, queries, some, prefix)
 
-    within_memory(score, tokens)
-    return scores
-
-
-def _distinct(lm, queries, rows) -> list[list[_Row]]:
-    """The different rows of a call, those of a query together."""
-    found: dict[tuple, _Row] = {}
-    by_query: dict[int, list[_Row]] = {}
-    for place, (query, change) in enumerate(rows):
-        change = change if change is not None and change.neurons else None
-        key = query, id(change)
-        if key not in found:
-            start = change.start if change else lm.num_layers
-            found[key] = _Row(*queries[query], change, start)
-            by_query.setdefault(query, []).append(found[key])
-        found[key].places.append(place)
-    return list(by_query.values())
-
-
-def _kind(lm, rows: list[_Row], everywhere: bool) -> _Kind:
-    """Of the query of `rows`. Without active scalings prompts of a batch may end anywhere."""
-    last = len(rows[0].prompt) - 1
-    changed = any(row.change for row in rows)
-    prefix = last if changed and not everywhere else 0
-    tokens = last + len(rows[0].target) - prefix
-    first = last - prefix if lm.scales else 0
-    return _Kind(tokens, prefix, first)
+    scored = in_batches(lm, kinds, compute)
+    scored = dict(zip(different, scored))
+    found = [scored[row] for row in rows]
+    log_p, exact, match, greedy = zip(*found) if found else [()] * 4
+    return Scores(
+        log_probability=np.array(log_p, float),
+        exact=np.array(exact, bool),
+        match=np.array(match, float),
+        greedy=list(greedy),
+    )
 
 
 def equal_batches(kinds: list[tuple], tokens: int) -> Iterator[list[int]]:
@@ -164,146 +125,101 @@ def token_budget(lm) -> int:
         return CPU_TOKENS
     free = torch.cuda.mem_get_info(lm.device)[0]
     width = lm.arch.head.weight.shape[1]  # the clean pass keeps every layer's input
-    per_token = ((14 + lm.num_layers) * width + 5 * lm.num_neurons) * lm.dtype.itemsize
-    return int(min(2**17, max(256, free // 4 // per_token)))
+    numbers = (14 + lm.num_layers) * width + 5 * lm.num_neurons
+    per_token = numbers * lm.dtype.itemsize
+    tokens = free // 4 // per_token
+    return int(min(2**17, max(256, tokens)))
 
 
-def _score_batch(lm, kind: _Kind, by_query: list[list[_Row]], tokens: int, scores) -> None:
-    """Score all rows of some queries of one kind, so many tokens at a time."""
-    texts = [[*group[0].prompt, *group[0].target[:-1]] for group in by_query]
-    ids = torch.tensor(texts, device=lm.device)  # (Q, tokens before S, and S)
-    rows = _in_order(by_query)
-    starts = {row.start for row in rows if row.change}
-    size = max(1, tokens // kind.tokens)
-    with prompt_of(lm.scales, kind.prefix + kind.first + 1):
-        clean = clean_pass(lm, ids, prefix=kind.prefix, layers=starts)
+def _score_batch(lm, queries, rows, prefix):
+    """The fields of `Scores` of each of `rows`, (query, change), whose prompts are of one length
+    and whose targets are of one length, A."""
+    asked = [query for query, _ in rows]
+    used, slots = np.unique(asked, return_inverse=True)
+    prompts, targets = zip(*(queries[query] for query in used))
+    gold = torch.tensor(targets, device=lm.device)[slots]  # (R, A)
+    texts = []
+    for prompt, target in zip(prompts, targets):
+        texts.append([*prompt, *target[:-1]])
+    ids = torch.tensor(texts, device=lm.device)  # (Q, tokens of the prefix, and S)
+    last = len(prompts[0]) - 1
+    unchanged = Change(lm, ())
+    changes = [change or unchanged for _, change in rows]
+    with prompt_of(lm.scales, last + 1):
+        clean = clean_pass(lm, ids, prefix=prefix, layers=())
         for scaling in lm.scales:
-            scaling.at(kind.tokens, kind.first)
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            _read(lm, _run(lm, clean, part), part, scores)
+            tokens = ids.shape[1] - prefix
+            scaling.at(tokens, last - prefix)
+        hidden = _run(lm, clean, torch.from_numpy(slots), changes)
+    answers = hidden[:, last - prefix :]  # (R, A, d)
+    log_p, best = token_scores(lm, answers.flatten(0, 1), gold.flatten())
+    log_p = log_p.double().cpu().numpy()
+    log_p = log_p.reshape(gold.shape)
+    best = best.view(gold.shape)
+    hits = (best == gold).cpu().numpy()
+    finite = np.isfinite(log_p).all(1)
+    if not finite.all():
+        refuse_numbers(lm, prompts[slots[finite.argmin()]])
+    return zip(log_p.sum(1), hits.all(1), hits.mean(1), best.tolist())
 
 
-def _in_order(by_query: list[list[_Row]]) -> list[_Row]:
-    """The rows by the layer in which they leave the clean pass, those of a change together."""
-    rows = []
-    order: dict[int, int] = {}
-    for slot, group in enumerate(by_query):
-        for row in group:
-            row.slot = slot
-            order.setdefault(id(row.change), len(order))
-            rows.append(row)
-    return sorted(rows, key=lambda row: (row.start, order[id(row.change)]))
+def _run(lm, clean, slots, changes):
+    """(R, S, d) output of the last layer for rows of the queries `slots` (R,) under `changes`.
 
-
-def _run(lm, clean: CleanPass, rows: list[_Row]) -> Tensor:
-    """(R, S, d) output of the last layer for `rows`, sorted as by `_in_order`.
-
-    A row joins the batch at its `entry`, the first layer that must be run for it: rows that are
-    first changed in layers 2, 2 and 5 join at 2, 2 and 5 with the clean pass's input of that layer;
-    where layers add what their MLPs write (`skip`), at 3, 3 and 6, with the clean output of the
-    changed layer and the change added to it. Unchanged rows join at the end."""
-    slots = torch.tensor([row.slot for row in rows], device=lm.device)
-    skip = lm.adds_mlp_output  # then a row's first changed layer need not be run
-    entry = [min(row.start + skip, lm.num_layers) for row in rows]
+    A row joins the batch in the first layer that its change reaches, with the clean pass's input of
+    that layer: of rows that are first changed in layers 2, 2 and 5 there are 2 in layers 2 to 4,
+    and 3 from there on. Unchanged rows join at the end."""
+    starts = np.array([change.start for change in changes])
+    order = starts.argsort(kind="stable")
+    starts = starts[order]
+    changes = [changes[place] for place in order]
+    slots = slots[order].to(lm.device)
     hidden = clean.inputs[0][:0]  # no row yet
-    for layer in range(entry[0], lm.num_layers + 1):
-        new = slice(len(hidden), bisect_right(entry, layer))
-        if new.start < new.stop:
-            begun = clean.inputs[layer][slots[new]]
-            if skip:
-                _write(lm, clean, layer - 1, rows[new], begun)
-            hidden = torch.cat([hidden, begun]) if len(hidden) else begun
+    for layer in range(starts[0], lm.num_layers + 1):
+        stop = np.searchsorted(starts, layer, side="right")
+        joining = slots[len(hidden) : stop]
+        begun = clean.inputs[layer][joining]
+        hidden = torch.cat([hidden, begun])
         if layer < lm.num_layers:
-            running = rows[: len(hidden)]
-            with _changing(lm, layer, [row.change for row in running]):
-                hidden = run_rows(lm, clean, layer, hidden, slots[: len(hidden)])
-    return hidden
+            with _changing(lm, layer, changes[:stop]):
+                hidden = run_rows(lm, clean, layer, hidden, slots[:stop])
+    return hidden[order.argsort()]
 
 
-def _write(lm, clean: CleanPass, layer: int, rows: list[_Row], hidden: Tensor) -> None:
-    """Add to the clean output `hidden` (R, S, d) of `layer`, the first that the changes of `rows`
-    reach, what they make its neurons write."""
-    first = 0
-    for _, group in groupby(rows, key=lambda row: id(row.change)):
-        slots = [row.slot for row in group]
-        change = rows[first].change
-        here = hidden[first : first + len(slots)]
-        first += len(slots)
-        if change is None:
-            continue
-        index = change.by_layer[layer]
-        neurons = clean.neurons[layer][slots][..., index]  # (rows of the change, S, its neurons)
-        if change.factor != 1.0:
-            here.add_(neurons @ lm.value_vectors(layer)[index], alpha=change.factor - 1)
-        if change.vector is not None:
-            here.add_(neurons.sum(-1, keepdim=True) * change.vector.to(hidden))
-
-
-def _changing(lm, layer: int, changes: list[Change | None]):
-    """Inside, the down-projection of `layer` sees and gives what the rows' `changes` ask for: each
-    changed activation times its factor and, added to the output, the row's vector times the sum of
-    what they were. Of neurons 3 and 7 in row 0 and neuron 4 in row 2 the pairs are row = 0, 0, 2
-    and neuron = 3, 7, 4."""
-    row, neuron, factor = [], [], []  # of each pair of a row and a neuron
-    vectors: dict[int, Tensor] = {}  # of the rows that add one
-    for place, change in enumerate(changes):
-        index = change.by_layer.get(layer) if change else None
-        if index:
-            row += [place] * len(index)
-            neuron += index
-            factor += [change.factor] * len(index)
-            if change.vector is not None:
-                vectors[place] = change.vector
-    if not row:
+def _changing(lm, layer, changes):
+    """Inside, the down-projection W of `layer` gives W(f x) + v sum(f x) for the activations x of a
+    row, f being its change's factors and v its vector; the sum is over the changed neurons."""
+    places = []
+    for row, change in enumerate(changes):
+        index = change.by_layer.get(layer, ())
+        places += [(row, neuron) for neuron in index]
+    if not places:
         return nullcontext()
-    row, neuron = torch.tensor([row, neuron], device=lm.device)
-    writing = torch.tensor(list(vectors), dtype=torch.long, device=lm.device)
-    sums = None  # (rows that add a vector, S)
+    row, neuron = torch.tensor(places, device=lm.device).T
+    chosen = torch.zeros(len(changes), lm.num_neurons, device=lm.device)
+    chosen[row, neuron] = 1.0
+    factor = [[change.factor] for change in changes]
+    factor = torch.tensor(factor, dtype=lm.dtype, device=lm.device)
+    factor = factor.where(chosen > 0, 1.0)  # (R, N)
+
+    def by_row(x):  # OPT flattens (R, S)
+        return x.reshape(len(changes), -1, x.shape[-1])
 
     def before(_, args, kwargs):
-        nonlocal sums
-        x = args[0].reshape(len(changes), -1, lm.num_neurons)  # OPT flattens (R, S)
-        values = x[row, :, neuron]  # (pairs, S)
-        if vectors:
-            sums = x.new_zeros(x.shape[:2]).index_add_(0, row, values)[writing]
-        factors = torch.tensor(factor).to(x)  # (pairs,)
-        x[row, :, neuron] = values * factors[:, None]
-        return (x.reshape(args[0].shape),), kwargs
+        x = args[0]
+        scaled = by_row(x) * factor[:, None]
+        return (scaled.reshape(x.shape),), kwargs
 
-    def after(_, __, output):
-        if not vectors:
-            return output
-        whole = output.reshape(len(changes), -1, output.shape[-1])  # (R, S, d)
-        added = torch.stack(list(vectors.values())).to(whole)  # (rows that add one, d)
-        whole = whole.index_add(0, writing, sums[..., None] * added[:, None])
-        return whole.reshape(output.shape)
+    def after(_, args, output):
+        nothing = torch.zeros_like(by_row(output)[0, 0])
+        vectors = [nothing if one.vector is None else one.vector for one in changes]
+        vectors = torch.stack(vectors)  # (R, d)
+        x = by_row(args[0])
+        sums = torch.einsum("rsn,rn->rs", x, chosen.to(x))
+        added = torch.einsum("rs,rd->rsd", sums, vectors)
+        return output + added.reshape(output.shape)
 
     return edited([lm.downs[layer]], before=before, after=after)
-
-
-def _read(lm, hidden: Tensor, rows: list[_Row], scores: Scores) -> None:
-    """Fill in what `rows` are asked for, from the last layer's output `hidden` (R, S, d)."""
-    scored = []  # (row, token, target)
-    for place, row in enumerate(rows):
-        tokens = range(-len(row.target), 0)  # what is fed ends before the target's last token
-        scored += zip([place] * len(tokens), tokens, row.target)
-    row_of, token_of, gold = torch.tensor(scored, device=lm.device).T  # (K,) each
-    log_p, best = token_scores(lm, hidden[row_of, token_of], gold)
-    log_p = log_p.double().cpu().numpy()
-    best = best.cpu().numpy()
-    end = 0
-    for row in rows:
-        here = slice(end, end + len(row.target))
-        end = here.stop
-        if not np.isfinite(log_p[here]).all():
-            refuse_numbers(lm, row.prompt)
-        hits = best[here] == row.target
-        for place in row.places:
-            scores.log_probability[place] = log_p[here].sum()
-            scores.exact[place] = hits.all()
-            scores.match[place] = hits.mean()
-            scores.greedy[place] = best[here].tolist()
 
 
 def refuse_numbers(lm, prompt: list[int]):
@@ -315,21 +231,23 @@ def refuse_numbers(lm, prompt: list[int]):
     )
 
 
-def _check(lm) -> None:
+def _check(lm):
     """`UnsupportedModel` for one whose layers cannot be run on rows of our own."""
-    ids = torch.arange(8, device=lm.device).reshape(2, 4) % lm.num_embeddings
-    queries = [(row[:3], row[3:]) for row in ids.tolist()]
+    ids = sample_ids(lm, 4)
+    queries = [(row[:-1], row[-1:]) for row in ids.tolist()]
     nothing = Change(lm, [(0, 0)])
     again = Change(lm, [(0, 0)])
     rows = [(1, nothing), (0, nothing), (1, again)]  # not as many as queries, nor in their order
     with sharply(lm) as tolerance:
-        logits = lm.model(input_ids=ids[:, :-1], use_cache=False).logits[:, -1]
-        logits = logits.to(lm.score_dtype)
-        own = torch.log_softmax(logits, -1).gather(1, ids[:, -1:])
-        own = own[[1, 0, 1], 0].double().cpu().numpy()
-        limit = tolerance * max(1.0, float(logits.abs().max()))
+        logits = lm.model(input_ids=ids[:, :-1], use_cache=False).logits
+        logits = logits[:, -1].to(lm.score_dtype)
+        log_p = torch.log_softmax(logits, -1)
+        own = log_p.gather(1, ids[:, -1:])[[1, 0, 1], 0]
+        own = own.cpu().numpy()
+        size = float(logits.abs().max())
+        limit = tolerance * max(1.0, size)
         for everywhere in (True, False):
-            found = _score(lm, queries, rows, everywhere, CPU_TOKENS).log_probability
+            found = _score(lm, queries, rows, everywhere).log_probability
             if not np.abs(found - own).max() <= limit:
                 raise UnsupportedModel(
                     f"{lm.name} ({type(lm.model).__name__}): its layers do not give the model's "

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from qlutils.change.changes import Change, Scaling, prompt_of
 from qlutils.change.rows import score_queries, score_rows
+from qlutils.checks import one_of
 from qlutils.model.attention import forward_passes
 from qlutils.model.trace import hooked
 
@@ -23,12 +25,12 @@ def answer_probability(lm, prompts, answers, *, answer="all") -> Tensor:
     Inside `scale_neurons` or `edit_weights` the changed model answers. ValueError names an unusable
     prompt.
     """
-    if answer not in ("all", "first"):
-        raise ValueError(f"answer {answer!r} is unknown; use all, first")
+    one_of("answer", answer, ("all", "first"))
     queries = lm.encode_all(prompts, answers)
     if answer == "first":
         queries = [(prompt, target[:1]) for prompt, target in queries]
-    return torch.from_numpy(np.exp(score_queries(lm, queries).log_probability)).float()
+    log_p = score_queries(lm, queries).log_probability
+    return torch.from_numpy(np.exp(log_p)).float()
 
 
 def scaled_answer_probabilities(lm, rows, *, answer="all") -> np.ndarray:
@@ -36,15 +38,15 @@ def scaled_answer_probabilities(lm, rows, *, answer="all") -> np.ndarray:
     set of neurons scaled at the last prompt token and every later one (float64). An empty set
     changes nothing."""
     queries: dict[tuple, int] = {}
-    changes: dict[tuple, Change] = {}
+    change = cache(partial(Change, lm))  # one object for equal ones: they are computed once
     plan = []
     for prompt, target, neurons, factor in rows:
-        query = tuple(prompt), tuple(target if answer == "all" else target[:1])
-        change = frozenset(neurons), factor
-        if change not in changes:
-            changes[change] = Change(lm, neurons, factor)
-        plan.append((queries.setdefault(query, len(queries)), changes[change]))
-    return np.exp(score_rows(lm, list(queries), plan).log_probability)
+        scored = target if answer == "all" else target[:1]
+        query = tuple(prompt), tuple(scored)
+        place = queries.setdefault(query, len(queries))
+        plan.append((place, change(frozenset(neurons), factor)))
+    scores = score_rows(lm, list(queries), plan)
+    return np.exp(scores.log_probability)
 
 
 def greedy_answers(lm, prompts, lengths) -> list[list[int]]:
@@ -53,7 +55,8 @@ def greedy_answers(lm, prompts, lengths) -> list[list[int]]:
     for step in range(max(lengths, default=0)):
         going = [i for i, length in enumerate(lengths) if length > step]
         queries = [(prompts[i], [*found[i], 0]) for i in going]  # the 0 is never fed
-        for i, greedy in zip(going, score_queries(lm, queries).greedy):
+        scores = score_queries(lm, queries)
+        for i, greedy in zip(going, scores.greedy):
             found[i].append(greedy[-1])
     return found
 
@@ -77,7 +80,8 @@ def scale_neurons(lm, neurons, factor):
     scaling = Scaling(Change(lm, neurons, factor))
     lm.scales.append(scaling)
     try:
-        with hooked(_hooks(lm, scaling)), _generating(lm.model, scaling):
+        hooks = hooked(_hooks(lm, scaling))
+        with hooks, _generating(lm.model, scaling):
             yield
     finally:
         lm.scales.remove(scaling)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qlutils.change.changes import check_finite
 from qlutils.change.rows import in_batches, refuse_numbers
+from qlutils.checks import one_of
 from qlutils.model.answer import token_probabilities
 from qlutils.model.architecture import UnsupportedModel, refusing
 from qlutils.model.attention import EXACT, AttentionChange, attention_implementation
@@ -59,31 +60,26 @@ def check_replaceable(lm) -> None:
     model's own logits come out; tried once a model."""
     if lm in _REPLACEABLE:
         return
+    ids, seen = sample_ids(lm, 6), set()
+    watch = AttentionChange(observe=lambda layer, *_: seen.add(layer))
+    trying = refusing("a pass with it replaced")
     try:
-        with full_precision(lm.device), refusing("a pass with it replaced"):
-            _replace(lm, sample_ids(lm, 6))
+        with full_precision(lm.device), trying, sharply(lm) as tolerance:
+            own = lm.model(input_ids=ids, use_cache=False).logits
+            with _exact_attention(lm, watch):
+                ours = lm.model(input_ids=ids, use_cache=False).logits
+            if len(seen) < lm.num_layers:
+                unseen = f"{lm.num_layers - len(seen)} of its {lm.num_layers} layers"
+                raise UnsupportedModel(f"{unseen} do not use transformers' attention interface")
+            if differ(ours, own, own, tolerance):
+                error = float((ours - own).abs().max())
+                raise UnsupportedModel(f"its logits then differ by {error:.1e}")
     except UnsupportedModel as problem:
         raise UnsupportedModel(
             f"{lm.name} ({lm.model.config.model_type}): its attention can be neither read nor "
             f"changed exactly ({problem}); notebooks 05 and 06 need another model"
         ) from problem
     _REPLACEABLE.add(lm)
-
-
-def _replace(lm, ids) -> None:
-    """`UnsupportedModel` unless `exact_attention` can take the place of the model's on `ids`."""
-    seen = set()
-    watch = AttentionChange(observe=lambda layer, *_: seen.add(layer))
-    with sharply(lm) as tolerance:
-        own = lm.model(input_ids=ids, use_cache=False).logits
-        with _exact_attention(lm, watch):
-            ours = lm.model(input_ids=ids, use_cache=False).logits
-    if len(seen) < lm.num_layers:
-        unseen = f"{lm.num_layers - len(seen)} of its {lm.num_layers} layers"
-        raise UnsupportedModel(f"{unseen} do not use transformers' attention interface")
-    if differ(ours, own, own, tolerance):
-        error = float((ours - own).abs().max())
-        raise UnsupportedModel(f"its logits then differ by {error:.1e}")
 
 
 @contextmanager
@@ -106,11 +102,11 @@ def scale_synapses(lm, synapses, factor: float, *, renormalise: bool = False):
         check_replaceable(lm)
         yield
         return
-    columns, layers, heads = (list(places) for places in zip(*found))
-    shape = 1, lm.num_layers, lm.num_heads, 1 + max(columns)
+    columns, layers, heads = map(list, zip(*found))
+    shape = lm.num_layers, 1, lm.num_heads, 1 + max(columns)
     scale = torch.ones(shape, dtype=lm.score_dtype, device=lm.device)
-    scale[0, layers, heads, columns] = factor
-    factors = {layer: scale[:, layer] for layer in set(layers)}
+    scale[layers, 0, heads, columns] = factor
+    factors = {layer: scale[layer] for layer in layers}
     with controlled(lm, factors, renormalise):
         yield
 
@@ -143,16 +139,16 @@ def find_synapses(
     (mean attention a row gives). ValueError: alpha outside (0, 1]; a prompt of one token."""
     check_alpha(alpha, score)
     [attention] = column_scores(lm, [lm.encode_prompt(prompt)], score)
-    layers, heads, columns = np.nonzero(above_threshold(*attention, alpha))
-    return set(zip(columns.tolist(), layers.tolist(), heads.tolist()))
+    found = above_threshold(*attention, alpha)  # (L, H, T)
+    places = np.argwhere(found).tolist()
+    return {(column, layer, head) for layer, head, column in places}
 
 
 def check_alpha(alpha, score) -> None:
     """ValueError for a threshold or a score that `find_synapses` does not know."""
     if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha <= 1:
         raise ValueError(f"alpha is {alpha!r}; use a number above 0 and at most 1 (the paper: 0.3)")
-    if score not in SCORES:
-        raise ValueError(f"score {score!r} is unknown; use one of {', '.join(SCORES)}")
+    one_of("score", score, SCORES)
 
 
 def column_scores(
@@ -166,10 +162,12 @@ def column_scores(
     time."""
 
     def compute(batch):
-        ids = torch.tensor([prompts[place] for place in batch], device=lm.device)
+        ids = [prompts[place] for place in batch]
+        ids = torch.tensor(ids, device=lm.device)
         return _column_scores(lm, ids, score)
 
-    found = in_batches(lm, [(len(prompt),) for prompt in prompts], compute)
+    kinds = [(len(prompt),) for prompt in prompts]
+    found = in_batches(lm, kinds, compute)
     for prompt, (total, _) in zip(prompts, found):
         if not np.isfinite(total).all():
             refuse_numbers(lm, prompt)
@@ -179,20 +177,24 @@ def column_scores(
 @torch.no_grad()
 def _column_scores(lm, ids, score):
     """`column_scores` of prompts of one length, ids (B, T)."""
-    sums: list[Tensor] = [None] * lm.num_layers
-    scores: list[Tensor] = [None] * lm.num_layers
+    sums: list[Tensor] = []  # a layer after the other
+    scores: list[Tensor] = []
 
-    def observe(layer, weights, visible):  # (B, H, T, T), (B or 1, 1 or H, T, T)
-        sums[layer] = scores[layer] = weights.sum(-2)  # (B, H, T)
+    def observe(_, weights, visible):  # (B, H, T, T), (B or 1, 1 or H, T, T)
+        total = weights.sum(-2)  # (B, H, T)
+        sums.append(total)
         if score == "visible_mean":
             if visible is None:
-                visible = torch.ones_like(weights[:1, :1], dtype=torch.bool).tril()
-            scores[layer] = sums[layer] * weights.shape[-2] / visible.sum(-2)
+                visible = torch.ones_like(weights[:1, :1]).tril()
+            rows = weights.shape[-2]
+            total = total * rows / visible.sum(-2)
+        scores.append(total)
 
     with controlled(lm, observe=observe):
         lm.model.base_model(input_ids=ids, use_cache=False)
-    sums, scores = (torch.stack(one, 1).double().cpu().numpy() for one in (sums, scores))
-    return zip(sums, scores)  # (B, L, H, T) both
+    both = [torch.stack(one, 1) for one in (sums, scores)]  # (B, L, H, T) each
+    both = torch.stack(both, 1)
+    return both.double().cpu().numpy()
 
 
 def above_threshold(total: np.ndarray, score: np.ndarray, alpha: float) -> np.ndarray:
@@ -223,20 +225,13 @@ class Row:
     renormalise: bool = False
     neurons: tuple = ()
 
-    @property
-    def key(self) -> tuple:
-        """Equal for rows that are one and the same."""
-        columns = None if self.columns is None else self.columns.tobytes()
-        change = columns, self.factor, self.renormalise
-        return tuple(self.prompt), tuple(self.answer), change, self.neurons
-
 
 @torch.no_grad()
 def run_rows(lm, rows: list[Row]) -> np.ndarray:
     """(rows, 3): probability of the answer (product over its tokens), mean |activation| and mean
     activation of the row's KNs at the last prompt token (NaN without KNs). Each row has its own
-    synapses; equal lengths share a batch, and equal rows are computed once."""
-    different = {row.key: row for row in rows}
+    synapses; equal lengths share a batch, and a row that comes again is computed once."""
+    different = {id(row): row for row in rows}
     todo = list(different.values())
     kinds = []
     for row in todo:
@@ -246,54 +241,54 @@ def run_rows(lm, rows: list[Row]) -> np.ndarray:
     def compute(batch):
         return _run_batch(lm, [todo[place] for place in batch])
 
-    found = dict(zip(different, in_batches(lm, kinds, compute)))
-    return np.array([found[row.key] for row in rows]).reshape(-1, 3)
+    scored = in_batches(lm, kinds, compute)
+    found = dict(zip(different, scored))
+    values = [found[id(row)] for row in rows]
+    return np.array(values).reshape(-1, 3)
 
 
-def _run_batch(lm, rows: list[Row]) -> list[tuple]:
+def _run_batch(lm, rows):
     """`run_rows` of rows whose prompts are of one length, their answers too, and that all
     renormalise or do not."""
     last = len(rows[0].prompt) - 1
-    ids = torch.tensor([row.prompt + row.answer[:-1] for row in rows], device=lm.device)
-    target = torch.tensor([row.answer for row in rows], device=lm.device)  # (B, A)
+    texts = [row.prompt + row.answer[:-1] for row in rows]
+    ids = torch.tensor(texts, device=lm.device)
+    answers = [row.answer for row in rows]
+    target = torch.tensor(answers, device=lm.device)  # (B, A)
 
     def at_last(call):  # (B, N); OPT flattens (B, T)
-        return call.args[0].reshape(*ids.shape, -1)[:, last]
+        x = call.args[0].reshape(*ids.shape, -1)
+        return x[:, last]
 
-    changed = controlled(lm, _factors(lm, rows), rows[0].renormalise)
+    factors = _factors(lm, rows)
+    changed = controlled(lm, factors, rows[0].renormalise)
     with changed, Trace(lm.downs, at_last) as trace:
         hidden = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     hidden = hidden[:, last:].flatten(0, 1)  # (B * A, d)
     p = token_probabilities(lm, hidden, target.flatten())
-    p = p.view(target.shape).prod(-1).tolist()
-    values = _kns(torch.stack(trace.kept, 1), rows)
-    out = []
-    for row, probability, kns in zip(rows, p, values):
-        if not np.isfinite([probability, *kns]).all():
+    p = p.view(target.shape)
+    p = p.prod(-1).tolist()
+    neurons = torch.stack(trace.kept, 1)  # (B, L, N)
+    found = []
+    for row, probability, activations in zip(rows, p, neurons):
+        kns = torch.tensor(row.neurons, dtype=torch.long)
+        layer, index = kns.reshape(-1, 2).T
+        kns = activations[layer, index].double()
+        numbers = [probability, *kns.tolist()]
+        if not np.isfinite(numbers).all():
             refuse_numbers(lm, row.prompt)
-        if row.neurons:
-            out.append((probability, np.abs(kns).mean(), kns.mean()))
-        else:
-            out.append((probability, np.nan, np.nan))
-    return out
+        value, signed = kns.abs().mean(), kns.mean()
+        found.append((probability, value.item(), signed.item()))
+    return found
 
 
-def _kns(neurons: Tensor, rows: list[Row]) -> list[np.ndarray]:
-    """The values of each row's KNs among those of all `neurons` (B, L, N)."""
-    kns = [(place, *kn) for place, row in enumerate(rows) for kn in row.neurons]
-    index = torch.tensor(kns, dtype=torch.long, device=neurons.device).reshape(-1, 3)
-    values = neurons[tuple(index.T)].double().cpu().numpy()
-    ends = np.cumsum([len(row.neurons) for row in rows])
-    return np.split(values, ends[:-1])
-
-
-def _factors(lm, rows: list[Row]) -> dict[int, Tensor]:
-    """{layer: (B, H, T)} of what each row multiplies its columns by; layers where none does are
-    left out."""
-    scale = np.ones((len(rows), lm.num_layers, lm.num_heads, len(rows[0].prompt)))
+def _factors(lm, rows):
+    """{layer: (B, H, T)} of what each row multiplies its columns by."""
+    tokens = len(rows[0].prompt)
+    shape = lm.num_layers, len(rows), lm.num_heads, tokens
+    scale = np.ones(shape)
     for place, row in enumerate(rows):
         if row.columns is not None:
-            scale[place][row.columns] = row.factor
-    factors = torch.tensor(scale, dtype=lm.score_dtype, device=lm.device)
-    layers = np.flatnonzero((scale != 1).any(axis=(0, 2, 3)))
-    return {layer: factors[:, layer] for layer in layers.tolist()}
+            scale[:, place][row.columns] = row.factor
+    scale = torch.tensor(scale, dtype=lm.score_dtype, device=lm.device)
+    return dict(enumerate(scale))

@@ -4,16 +4,20 @@ CAS = b1 * mean - b2 * std of a neuron's attribution over the fact's queries. Re
 and deviations of those neurons that an offered setting can select, and of no others.
 """
 
-from numbers import Real
-
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
+from qlutils.checks import check
 from qlutils.neurons.sets import above_share, as_set, dense_scores, list_cell
 
-CAS_BETAS = ((1.0, 0.0), (0.9, 0.1), (0.8, 0.2), (0.7, 0.3), (0.6, 0.4), (0.5, 0.5))
+CAS_BETAS = (
+    (1.0, 0.0),
+    (0.9, 0.1),
+    (0.8, 0.2),
+    (0.7, 0.3),
+    (0.6, 0.4),
+    (0.5, 0.5),
+)
 CAS_MIN_THRESHOLD = 0.1
 CAS_SCORES = ("raw", "max")
 
@@ -29,26 +33,21 @@ def cas_candidates(scores) -> dict[str, np.ndarray]:
     CAS_MIN_THRESHOLD of the largest CAS, for either kind of score; so the largest is kept too, and
     any higher threshold selects among the kept.
     """
-    if not (isinstance(scores, Tensor) and scores.ndim == 3 and scores.isfinite().all()):
-        scores = torch.from_numpy(dense_scores(scores))  # or says what is wrong with them
-    scores = scores.double()  # (Q, L, N), where they are: half a million of a large model's query
-    top = scores.amax((1, 2), keepdim=True)  # (Q, 1, 1)
-    scaled = (scores / top.clamp_min(torch.finfo(torch.double).tiny)).where(top > 0, 0.0)
-    moments = {
-        "mean": scores.mean(0),
-        "std": scores.std(0, correction=0),
-        "mean_max": scaled.mean(0),
-        "std_max": scaled.std(0, correction=0),
-    }  # (L, N) each
-    keep = torch.zeros_like(scores[0], dtype=torch.bool)
-    for ending in ("", "_max"):
+    scores = dense_scores(scores)
+    top = scores.max((1, 2), keepdims=True)
+    nothing = np.zeros_like(scores)
+    scaled = np.divide(scores, top, out=nothing, where=top > 0)
+    keep = np.zeros(scores.shape[1:], bool)
+    moments = {}
+    for ending, values in (("", scores), ("_max", scaled)):
+        mean, std = values.mean(0), values.std(0)  # (L, N)
+        moments[f"mean{ending}"] = mean
+        moments[f"std{ending}"] = std
         for b1, b2 in CAS_BETAS:
-            cas = b1 * moments[f"mean{ending}"] - b2 * moments[f"std{ending}"]
-            keep |= cas > CAS_MIN_THRESHOLD * cas.max().clamp_min(0)
-    layer, neuron = keep.nonzero(as_tuple=True)
-    found = {"layer": layer, "neuron": neuron}
-    found |= {name: value[keep] for name, value in moments.items()}
-    return {name: value.cpu().numpy() for name, value in found.items()}
+            keep |= above_share(b1 * mean - b2 * std, CAS_MIN_THRESHOLD)
+    layer, neuron = keep.nonzero()
+    kept = {name: values[keep] for name, values in moments.items()}
+    return {"layer": layer, "neuron": neuron} | kept
 
 
 def kept_neurons(candidates, score="raw") -> pd.DataFrame:
@@ -60,14 +59,11 @@ def kept_neurons(candidates, score="raw") -> pd.DataFrame:
         raise ValueError(f"CAS score {score!r} is unknown: use one of {CAS_SCORES}")
     prefix = "cas_" if "cas_layer" in candidates else ""
     ending = "_max" if score == "max" else ""
-    return pd.DataFrame(
-        dict(
-            layer=list_cell(candidates[f"{prefix}layer"], int),
-            neuron=list_cell(candidates[f"{prefix}neuron"], int),
-            mean=list_cell(candidates[f"{prefix}mean{ending}"], float),
-            std=list_cell(candidates[f"{prefix}std{ending}"], float),
-        )
-    )
+    kept = pd.DataFrame()
+    for name, kind in (("layer", int), ("neuron", int), ("mean", float), ("std", float)):
+        stored = f"{prefix}{name}" if kind is int else f"{prefix}{name}{ending}"
+        kept[name] = list_cell(candidates[stored], kind)
+    return kept
 
 
 def cas_neurons(candidates, *, b1=0.7, b2=0.3, threshold=0.3, score="raw") -> set:
@@ -77,14 +73,10 @@ def cas_neurons(candidates, *, b1=0.7, b2=0.3, threshold=0.3, score="raw") -> se
     candidates, score: as for `kept_neurons`. Only the offered settings, for which enough was kept:
     (b1, b2) of CAS_BETAS, 0.1 <= threshold < 1; else ValueError.
     """
-    betas = [_number(b1), _number(b2)]
-    if not any(np.allclose(betas, pair, rtol=0, atol=1e-9) for pair in CAS_BETAS):
+    if (b1, b2) not in CAS_BETAS:
         raise ValueError(f"(b1, b2) = ({b1!r}, {b2!r}) is not offered: use one of {CAS_BETAS}")
-    if not CAS_MIN_THRESHOLD <= _number(threshold) < 1:
-        raise ValueError(
-            f"CAS threshold {threshold!r} is not offered: it must be at least "
-            f"{CAS_MIN_THRESHOLD} and below 1"
-        )
+    what = "a number (of others not enough is kept: they are not offered)"
+    check("CAS threshold", threshold, CAS_MIN_THRESHOLD, 1, what)
     kept = kept_neurons(candidates, score)
     cas = b1 * kept["mean"] - b2 * kept["std"]
     kept = kept[above_share(cas.to_numpy(), threshold)]
@@ -97,10 +89,6 @@ def strongest_neurons(candidates, count, score="raw") -> set:
     `candidates` and `score` as for `kept_neurons`)."""
     kept = kept_neurons(candidates, score)
     kept = kept[above_share(kept["mean"].to_numpy(), CAS_MIN_THRESHOLD)]
-    kept = kept.sort_values("mean", ascending=False, kind="stable").head(count)
+    kept = kept.sort_values("mean", ascending=False, kind="stable")
+    kept = kept.head(count)
     return as_set(kept["layer"], kept["neuron"])
-
-
-def _number(value):
-    """NaN, which no setting equals, for what is no number."""
-    return value if isinstance(value, Real) and not isinstance(value, bool) else np.nan

@@ -2,7 +2,6 @@
 of other facts."""
 
 from collections import defaultdict
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,7 +14,8 @@ def random_neurons(neurons, num_neurons, rng, *, among=None, outside=True) -> se
         inside = [neuron for at, neuron in neurons if at == layer]
         pool = list(among(layer)) if among else np.arange(num_neurons)
         free = np.setdiff1d(pool, inside if outside else [])
-        chosen = rng.choice(free, min(len(inside), len(free)), replace=False)
+        count = min(len(inside), len(free))
+        chosen = rng.choice(free, count, replace=False)
         drawn |= {(layer, int(neuron)) for neuron in chosen}
     return drawn
 
@@ -25,22 +25,16 @@ def active_neurons(neurons, active, but=()) -> set:
     whose |activation| is nearest; the most active neurons choose first. active: (L, N)."""
     strength = np.abs(np.asarray(active, np.float64))
     taken, found = set(neurons) | set(but), set()
-    for layer, neuron in sorted(neurons, key=lambda pair: (-strength[pair], pair)):
+    order = sorted(neurons, key=lambda pair: (-strength[pair], pair))
+    for layer, neuron in order:
         gap = np.abs(strength[layer] - strength[layer, neuron])  # (N,)
-        gap[[other for at, other in taken if at == layer]] = np.inf
+        used = [other for at, other in taken if at == layer]
+        gap[used] = np.inf
         if np.isfinite(gap.min()):
             nearest = (layer, int(gap.argmin()))
             found.add(nearest)
             taken.add(nearest)
     return found
-
-
-@dataclass
-class _FactNeurons:
-    relation: str
-    subject: str
-    object: str
-    neurons: set = field(default_factory=set)
 
 
 class OtherFacts:
@@ -49,30 +43,27 @@ class OtherFacts:
     rows."""
 
     def __init__(self, queries, sets):
-        self.facts: dict[str, _FactNeurons] = {}
-        self.of_relation = defaultdict(list)  # {relation: its facts}
-        columns = queries[["fact", "relation", "subject", "object"]]
-        for (fact, *about), kns in zip(columns.itertuples(index=False), sets):
-            if fact not in self.facts:
-                self.facts[fact] = _FactNeurons(*about)
-                self.of_relation[self.facts[fact].relation].append(fact)
-            self.facts[fact].neurons.update(kns)
+        about = queries[["fact", "relation", "subject", "object"]]
+        self.facts = about.drop_duplicates().set_index("fact")
+        self.neurons: dict[str, set] = defaultdict(set)
+        for fact, kns in zip(queries["fact"], sets):
+            self.neurons[fact].update(kns)
 
     def draw(self, neurons, fact, rng, *, same_relation: bool) -> set:
         """As many neurons in each layer as `neurons`, drawn among the KNs of one fact that `rng`
         chooses, less those of `fact`; fewer where it has fewer. It has another subject and object,
         and is of the same relation or of another. Empty where no fact is."""
-        own = self.facts[fact]
-        names = self.of_relation[own.relation] if same_relation else list(self.facts)
-        for place in rng.permutation(len(names)):
-            other = self.facts[names[place]]
-            if (
-                (other.relation == own.relation) == same_relation
-                and other.subject != own.subject
-                and other.object != own.object
-            ):
-                pool = other.neurons - own.neurons
-                return random_neurons(
-                    neurons, None, rng, among=lambda layer: [n for at, n in pool if at == layer]
-                )
+        own, others = self.facts.loc[fact], self.facts
+        if same_relation:
+            others = others[others["relation"] == own["relation"]]
+        for place in rng.permutation(len(others)):
+            other = others.iloc[place]
+            shared = other == own
+            apart = not (shared["subject"] or shared["object"])
+            if apart and shared["relation"] == same_relation:
+                pool = self.neurons[other.name] - self.neurons[fact]
+                by_layer = defaultdict(list)
+                for layer, neuron in pool:
+                    by_layer[layer].append(neuron)
+                return random_neurons(neurons, None, rng, among=by_layer.__getitem__)
         return set()

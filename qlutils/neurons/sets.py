@@ -6,7 +6,7 @@ them. Everything undefined is NaN: the consistency of empty sets, the class of a
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain, combinations
 from math import comb
 from numbers import Real
@@ -38,7 +38,8 @@ def knowledge_neurons(scores, t=0.2) -> list[set]:
     _check_share(t)
     sets = []
     for score in dense_scores(scores):  # (L, N)
-        sets.append(as_set(*above_share(score, t).nonzero()))
+        keep = above_share(score, t)
+        sets.append(as_set(*keep.nonzero()))
     return sets
 
 
@@ -62,20 +63,16 @@ def kn_sets(queries, t=0.2) -> list[set]:
             fact, prompt = queries.iloc[row][["fact", "prompt_index"]]
             raise ValueError(f"query {fact} prompt {prompt} has non-finite attribution scores")
         keep = above_share(score, t)
-        sets.append(as_set(list_cell(layer, int)[keep], list_cell(neuron, int)[keep]))
+        layer, neuron = list_cell(layer, int), list_cell(neuron, int)
+        sets.append(as_set(layer[keep], neuron[keep]))
     return sets
 
 
 def dense_scores(scores) -> np.ndarray:
     """Scores (Q, L, N) of an array, or of a tensor on any device, as float64 in NumPy; ValueError
     for what is none, or naming the first query with a score that is not finite."""
-    if hasattr(scores, "scores"):
-        raise ValueError(
-            f"scores must be an array; pass the .scores of this {type(scores).__name__}"
-        )
     if hasattr(scores, "detach"):
-        scores = scores.detach().cpu()
-        scores = scores.double() if scores.is_floating_point() else scores
+        scores = scores.detach().cpu().double()
     try:
         scores = np.asarray(scores)
     except ValueError as error:
@@ -97,7 +94,7 @@ def dense_scores(scores) -> np.ndarray:
 
 def list_cell(values, dtype) -> np.ndarray:
     """A list cell of a frame as an array; null cells (None, NaN) are empty lists."""
-    null = values is None or (np.isscalar(values) and pd.isna(values))
+    null = np.ndim(values) == 0 and pd.isna(values)
     return np.asarray([] if null else values, dtype)
 
 
@@ -134,26 +131,22 @@ class Consistency:
 def consistency(kn_sets) -> Consistency:
     """CS1, CS2 (Eq. 1) and mean pairwise Jaccard of one fact's KN sets; ValueError with fewer than
     two."""
-    sets = list(kn_sets) if isinstance(kn_sets, Iterable) else [kn_sets]
-    if not all(isinstance(one, (set, frozenset)) for one in sets):
+    sets = list(kn_sets) if isinstance(kn_sets, Iterable) else []
+    if len(sets) < 2 or not all(isinstance(one, (set, frozenset)) for one in sets):
         raise ValueError(
-            "consistency needs a list of KN sets, one set of (layer, neuron) a query, as "
-            f"knowledge_neurons gives it; got {type(kn_sets).__name__} {kn_sets!r:.80}"
+            "consistency needs the KN sets of at least 2 queries of a fact, as knowledge_neurons "
+            f"gives them; got {kn_sets!r:.80}"
         )
-    if len(sets) < 2:
-        raise ValueError(
-            f"consistency needs the KN sets of at least 2 queries of a fact, not {len(sets)}"
-        )
-    counts = _counts(sets)
-    everywhere = sum(count == len(sets) for count in counts.values())
+    counts = np.array(list(_counts(sets).values()))
+    everywhere = counts == len(sets)
     pairs = [jaccard(*two) for two in combinations(sets, 2) if any(two)]
     return Consistency(
-        cs1=everywhere / len(counts) if counts else np.nan,
-        cs2=_cs2(counts),
-        jaccard=float(np.mean(pairs)) if pairs else np.nan,
+        cs1=_mean(everywhere),
+        cs2=_mean(counts > 1),
+        jaccard=_mean(pairs),
         n_queries=len(sets),
         n_union=len(counts),
-        n_intersection=everywhere,
+        n_intersection=int(everywhere.sum()),
         sizes=tuple(map(len, sets)),
     )
 
@@ -175,13 +168,17 @@ def cs2_subsampled(kn_sets, k=3, seed=0) -> float:
     if comb(len(sets), k) <= MAX_SUBSETS:
         subsets = list(combinations(range(len(sets)), k))
     else:
-        rng, drawn = np.random.default_rng(seed), {}
-        while len(drawn) < MAX_SUBSETS:
-            drawn[tuple(sorted(rng.choice(len(sets), k, replace=False).tolist()))] = None
-        subsets = list(drawn)  # of a dict, not of a set: in the same order each time
-    found = [_cs2(_counts(sets[i] for i in subset)) for subset in subsets]
-    defined = [cs2 for cs2 in found if not np.isnan(cs2)]
-    return float(np.mean(defined)) if defined else np.nan
+        rng = np.random.default_rng(seed)
+        subsets = {}  # a dict, not a set: in the same order each time
+        while len(subsets) < MAX_SUBSETS:
+            drawn = rng.choice(len(sets), k, replace=False)
+            subsets[tuple(sorted(drawn.tolist()))] = None
+    found = []
+    for subset in subsets:
+        counts = _counts(sets[i] for i in subset)
+        if counts:
+            found.append(_mean([count > 1 for count in counts.values()]))
+    return _mean(found)
 
 
 def _counts(sets):
@@ -189,8 +186,8 @@ def _counts(sets):
     return Counter(chain.from_iterable(sets))
 
 
-def _cs2(counts):
-    return sum(count > 1 for count in counts.values()) / len(counts) if counts else np.nan
+def _mean(values):
+    return float(np.mean(values)) if len(values) else np.nan
 
 
 def neighbour_sets(kn_sets, i) -> dict[str, set]:
@@ -209,8 +206,8 @@ def neighbour_sets(kn_sets, i) -> dict[str, set]:
     return {
         "self": sets[i],
         "union": set(counts),
-        "intersection": {neuron for neuron, count in counts.items() if count == len(sets) - 1},
-        "refine": {neuron for neuron, count in counts.items() if count > 1},
+        "intersection": {neuron for neuron in counts if counts[neuron] == len(sets) - 1},
+        "refine": {neuron for neuron in counts if counts[neuron] > 1},
     }
 
 
@@ -221,10 +218,7 @@ def classify(cs2, threshold) -> np.ndarray:
     """ "I" above the threshold, "II" at or below it, None where CS2 is NaN (or the threshold
     is)."""
     cs2 = np.asarray(cs2, dtype=np.float64)
-    classes = np.full(cs2.shape, None, dtype=object)
-    classes[cs2 > threshold] = "I"
-    classes[cs2 <= threshold] = "II"
-    return classes
+    return np.select([cs2 > threshold, cs2 <= threshold], ["I", "II"], default=None)
 
 
 def otsu_threshold(values) -> float:
@@ -239,10 +233,10 @@ def otsu_threshold(values) -> float:
     return float(threshold_otsu(values)) if np.unique(values).size > 1 else np.nan
 
 
-FACT_COLUMNS = (
-    *("fact", "relation", "subject", "object", "n_queries", "n_empty", "cs1", "cs2", "jaccard"),
-    *("cs2_3", "mean_size", "union_size", "mean_layer", "known", "probability"),
-)
+FACT_COLUMNS = """
+fact relation subject object n_queries n_empty cs1 cs2 jaccard cs2_3 mean_size union_size mean_layer
+known probability
+""".split()
 
 
 def fact_table(queries, t=0.2) -> pd.DataFrame:
@@ -259,24 +253,19 @@ def fact_table(queries, t=0.2) -> pd.DataFrame:
         sets = kn_sets(group, t)
         sizes = [len(one) for one in sets]
         layers = [layer for one in sets for layer, _ in one]
-        first = group.iloc[0]
-        row = {name: first[name] for name in ("fact", "relation", "subject", "object")}
+        names = ["fact", "relation", "subject", "object"]
+        row = group.iloc[0][names].to_dict()
         if len(sets) > 1:
-            agreement = consistency(sets)
-            row |= dict(
-                cs1=agreement.cs1,
-                cs2=agreement.cs2,
-                jaccard=agreement.jaccard,
-            )
+            row |= asdict(consistency(sets))
         row |= dict(
             n_queries=len(sets),
             n_empty=sizes.count(0),
             cs2_3=cs2_subsampled(sets),
-            mean_size=float(np.mean(sizes)),
+            mean_size=_mean(sizes),
             union_size=len(set().union(*sets)),
-            mean_layer=float(np.mean(layers)) if layers else np.nan,
-            known=float(group["known"].mean()),
-            probability=float(group["probability"].mean()),
+            mean_layer=_mean(layers),
+            known=_mean(group["known"]),
+            probability=_mean(group["probability"]),
         )
         rows.append(row)
-    return pd.DataFrame(rows, columns=list(FACT_COLUMNS))
+    return pd.DataFrame(rows, columns=FACT_COLUMNS)
