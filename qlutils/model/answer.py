@@ -57,55 +57,51 @@ def token_probabilities(lm, final: Tensor, target: Tensor, need_grad: bool = Fal
     t the map from the unembedding's output to logits.
     """
     size = ROW_CHUNK.get(final.device.type, 2**20)
-    with torch.no_grad():
-        parts = [
-            _probability(part, lm, own, need_grad)
-            for part, own in zip(final.split(size), target.split(size))
-        ]
-    p = torch.cat([p for p, _ in parts])
+    parts = zip(final.detach().split(size), target.split(size))
+    p, gradients = zip(*(_probability(lm, hidden, own, need_grad) for hidden, own in parts))
     if not need_grad:
-        return p
-    gradient = torch.cat([gradient for _, gradient in parts])
-    return p + (gradient * (final - final.detach())).sum(-1)  # adds nothing but the gradient
+        return torch.cat(p)
+    gradient = torch.cat(gradients)
+    return torch.cat(p) + (gradient * (final - final.detach())).sum(-1)  # adds only the gradient
 
 
-def _probability(hidden: Tensor, lm, target: Tensor, need_grad: bool):
+@torch.no_grad()
+def _probability(lm, hidden, target, need_grad):
     """(R,) probabilities of the tokens `target` (R,) and, if needed, their gradients (R, d).
 
     Both sums over the vocabulary run in chunks with a running maximum, so no (R, V) matrix is kept.
     """
-    weight, bias, dtype = lm.arch.head.weight, getattr(lm.arch.head, "bias", None), lm.score_dtype
-    top = torch.full((len(hidden), 1), float("-inf"), dtype=dtype, device=hidden.device)
+    weight, dtype = lm.arch.head.weight, lm.score_dtype
+    top = hidden.new_full((len(hidden), 1), float("-inf"), dtype=dtype)
     total = torch.zeros_like(top)  # sum_v exp(logit_v - top)
-    mean = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if need_grad else None
+    mean = torch.zeros_like(hidden, dtype=dtype)  # sum_v exp(logit_v - top) t'_v W_v
     size = VOCAB_CHUNK.get(hidden.device.type, 8192)
     for start in range(0, weight.shape[0], size):
-        part = weight[start : start + size]
-        z = _matmul(hidden, part.T, dtype)
-        if bias is not None:
-            z += bias[start : start + size]
-        z, slope = _to_logits(z, lm.arch)
+        chunk = slice(start, start + size)
+        z, slope = _logits(lm, _matmul(hidden, weight[chunk].T, dtype), chunk)
         new_top = torch.maximum(top, z.amax(-1, keepdim=True))
         shrink = (top - new_top).exp_()
         z = z.sub_(new_top).exp_()
         total = total.mul_(shrink).add_(z.sum(-1, keepdim=True))
         if need_grad:
             z = z if slope is None else z.mul_(slope)
-            mean = mean.mul_(shrink).add_(_matmul(z.to(part.dtype), part, dtype))
+            mean = mean.mul_(shrink).add_(_matmul(z.to(weight.dtype), weight[chunk], dtype))
         top = new_top
     own = weight[target].to(dtype)
-    z = (hidden.to(dtype) * own).sum(-1, keepdim=True)
-    if bias is not None:
-        z = z + bias[target, None]
-    z, slope = _to_logits(z, lm.arch)
-    p = (z - top).exp_() / total
-    if not need_grad:
-        return p.squeeze(-1), None
-    own, slope = (own, lm.arch.scale) if slope is None else (own * slope, 1.0)
-    return p.squeeze(-1), (p * (own - mean.div_(total))) * slope
+    z, slope = _logits(lm, (hidden.to(dtype) * own).sum(-1), target)
+    p = (z - top[:, 0]).exp_() / total[:, 0]
+    if slope is None:
+        return p, p[:, None] * (own - mean.div_(total)) * lm.arch.scale
+    return p, p[:, None] * (own * slope[:, None] - mean.div_(total))
 
 
-def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def _logits(lm, z, tokens):
+    """`_to_logits` of the products `z` of hidden states with the unembedding's rows `tokens`."""
+    bias = getattr(lm.arch.head, "bias", None)
+    return _to_logits(z if bias is None else z + bias[tokens], lm.arch)
+
+
+def _matmul(a, b, dtype):
     """a @ b accumulated and returned in `dtype`, without rounding the result to bfloat16 in
     between."""
     if a.dtype == b.dtype == dtype:
@@ -118,7 +114,7 @@ def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return a.to(dtype) @ b.to(dtype)
 
 
-def _to_logits(z: Tensor, arch) -> tuple[Tensor, Tensor | None]:
+def _to_logits(z, arch):
     """Logits from the unembedding's output `z`, and the slope of the map where it is not the
     constant `arch.scale`."""
     if arch.scale != 1.0:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qlutils.model import attention
-from qlutils.model.trace import Call, Trace
+from qlutils.model.trace import Trace
 
 # Where the down-projection sits inside a decoder layer, by family.
 DOWN_PROJECTIONS = (
@@ -34,17 +34,11 @@ DOWN_PROJECTIONS = (
     "ffn.down_proj",  # MPT
     "shared_mlp.output_linear",  # Granite 4 without experts
 )
-# The projection whose output is the pre-activation, a sibling of the down-projection.
+# The projection whose output is the pre-activation; of a gated MLP its gate.
 UP_PROJECTIONS = (
-    "gate_proj",
-    "gate_up_proj",
-    "c_fc",
-    "dense_h_to_4h",
-    "fc_in",
-    "fc1",
-    "up_proj",
-    "input_linear",
-)
+    "mlp.gate_proj mlp.gate_up_proj mlp.c_fc mlp.dense_h_to_4h mlp.fc_in mlp.fc1 mlp.up_proj fc1 "
+    "ffn.up_proj shared_mlp.input_linear"
+).split()
 # Kinds of layers, in transformers' names, that keep a state which a key-value cache does not hold.
 RECURRENT = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
 
@@ -115,29 +109,30 @@ def find_architecture(model: nn.Module) -> Architecture:
         # Gemma 2 caps its attention scores; transformers' default fused attention silently leaves
         # the cap out.
         model.set_attn_implementation(attention.EXACT)
-    layers = _decoder_layers(model, text.num_hidden_layers)
-    downs = [_first(layer, DOWN_PROJECTIONS, i) for i, layer in enumerate(layers)]
-    owners = [_owner(layer, down) for layer, down in zip(layers, downs)]
-    ups = [_first(owner, UP_PROJECTIONS, i) for i, owner in enumerate(owners)]
-    for what, found in (("layer", layers), ("down-projection", downs), ("up-projection", ups)):
-        if len(set(found)) < len(found):
-            raise UnsupportedModel(
-                f"one {what} module serves several layers, so a change of one layer's neurons "
-                "would be a change of the others' too; give each layer modules of its own"
-            )
-    widths = {down.weight.shape[0] if _is_conv(down) else down.in_features for down in downs}
+    head = _unembedding(model)
+    with refusing("a pass over a few tokens"), torch.no_grad(), Trace(model.modules()) as trace:
+        model(input_ids=torch.arange(2, device=head.weight.device)[None], use_cache=False)
+    calls = {call.module: call for call in trace.kept}
+    layers = _decoder_layers(model, text.num_hidden_layers, calls)
+    downs = _projections(layers, DOWN_PROJECTIONS)
+    ups = _projections(layers, UP_PROJECTIONS)
+    parts = [*layers, *downs, *ups]
+    if len(set(parts)) < len(parts):
+        raise UnsupportedModel(
+            "one decoder layer or projection module serves several layers, so a change of one "
+            "layer's neurons would be a change of the others' too; give each layer modules of its "
+            "own"
+        )
+    widths = {calls[down].args[0].shape[-1] for down in downs}
     if len(widths) != 1:
         raise UnsupportedModel(f"layers have different numbers of neurons {sorted(widths)}")
-    head = _unembedding(model)
-    with refusing("a pass over a few tokens"):
-        tail, epsilons = _watch_a_pass(model, layers, downs, head.weight.device)
     return Architecture(
         layers=list(layers),
         downs=downs,
         ups=ups,
-        tail=tail,
+        tail=_tail(model, layers, [call.module for call in trace.kept]),
         head=head,
-        norm_epsilons=epsilons,
+        norm_epsilons=[_norm_epsilon(calls[down].output, trace.kept) for down in downs],
         num_neurons=widths.pop(),
         num_heads=text.num_attention_heads,
         scale=_logit_scale(model, text),
@@ -145,7 +140,7 @@ def find_architecture(model: nn.Module) -> Architecture:
     )
 
 
-def _refuse_kind(model, text) -> None:
+def _refuse_kind(model, text):
     """`UnsupportedModel` for a kind of model that has no neurons of its own a layer, or no last
     token that could be replayed."""
     if getattr(model.config, "is_encoder_decoder", False):
@@ -153,9 +148,15 @@ def _refuse_kind(model, text) -> None:
             "an encoder-decoder model; this study needs a causal (decoder-only) one"
         )
     for name, _ in model.named_modules():
-        if name.rpartition(".")[2] in ("experts", "router"):
+        last = name.rpartition(".")[2]
+        if last in ("experts", "router"):
             raise UnsupportedModel(
                 f"a mixture-of-experts model ({name}); its MLP has no single set of neurons a layer"
+            )
+        if last in CROSS_ATTENTION:
+            raise UnsupportedModel(
+                f"the decoder of an encoder-decoder model ({name}), whose layers attend to an "
+                "encoder that a text alone does not have; this study needs a causal one"
             )
     for kind in getattr(text, "layer_types", None) or ():
         if kind in RECURRENT:
@@ -165,66 +166,45 @@ def _refuse_kind(model, text) -> None:
             )
 
 
-def _decoder_layers(model, depth: int) -> nn.ModuleList:
+def _decoder_layers(model, depth, called):
+    """The list of decoder layers: a vision tower may be as deep, but is not called for a text."""
     found = [
         module
         for module in model.modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == depth
-        and any(_get(module[0], path) is not None for path in DOWN_PROJECTIONS)
+        if isinstance(module, nn.ModuleList) and len(module) == depth and module[0] in called
     ]
-    if len(found) > 1:  # a vision tower as deep as the decoder
-        with torch.no_grad(), Trace(layers[0] for layers in found) as trace:
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
-        called = [call.module for call in trace.kept]
-        found = [layers for layers in found if layers[0] in called]
+    found = [layers for layers in found if _find(layers[0], DOWN_PROJECTIONS) is not None]
     if not found:
         raise UnsupportedModel(
             f"found no list of {depth} decoder layers with a down-projection named one of "
             f"{', '.join(DOWN_PROJECTIONS)} ({type(model).__name__})"
         )
-    for path in CROSS_ATTENTION:
-        if any(_get(layer, path) is not None for layer in found[0]):
-            raise UnsupportedModel(
-                f"the decoder of an encoder-decoder model ({type(model).__name__}; {path}), whose "
-                "layers attend to an encoder that a text alone does not have; this study needs a "
-                "causal one"
-            )
     return found[0]
 
 
-def _unembedding(model) -> nn.Module:
+def _unembedding(model):
     head = model.get_output_embeddings()
     matrix = getattr(head, "weight", None)
-    if not isinstance(matrix, Tensor) or matrix.dim() != 2 or not matrix.is_floating_point():
+    plain = isinstance(matrix, Tensor) and matrix.dim() == 2 and matrix.is_floating_point()
+    if not plain or matrix.is_meta:
         raise UnsupportedModel(
             f"its unembedding is a {type(head).__name__} without a matrix of floating-point "
-            "weights (none, quantised, or of several steps?); give a language model in float32 or "
-            "bfloat16"
-        )
-    if matrix.is_meta:
-        raise UnsupportedModel(
-            "its unembedding is offloaded; load the model without device_map, or with one that "
-            "keeps the unembedding on a device"
+            "weights (none, quantised, offloaded, or of several steps?); give a language model in "
+            "float32 or bfloat16, loaded without device_map"
         )
     return head
 
 
-@torch.no_grad()
-def _watch_a_pass(model, layers, downs, device) -> tuple[list[nn.Module], list[float | None]]:
-    """What a pass over two tokens shows: the modules called between the last decoder layer and the
-    unembedding, in order (the final norm; OPT-350m adds a projection); `_norm_epsilon` of each
-    layer."""
-    around = [*_owner(model, layers).children(), layers[-1]]
-    inside = [part for layer in layers for part in layer.children()]
-    with Trace(around) as of_model, Trace(inside) as of_layers, Trace(downs) as of_downs:
-        model(input_ids=torch.arange(2, device=device)[None], use_cache=False)
-    called = [call.module for call in of_model.kept]
-    tail = called[called.index(layers[-1]) + 1 :]
-    return tail, [_norm_epsilon(call.output, of_layers.kept) for call in of_downs.kept]
+def _tail(model, layers, called):
+    """The modules called between the last decoder layer and the unembedding, in order (the final
+    norm; OPT-350m adds a projection)."""
+    parent = next(one for one in model.modules() if layers in one.children())
+    beside = set(parent.children())
+    after = called[called.index(layers[-1]) + 1 :]
+    return [module for module in after if module in beside]
 
 
-def _norm_epsilon(written: Tensor, calls: list[Call]) -> float | None:
+def _norm_epsilon(written, calls):
     """The epsilon of the norm that what an MLP writes goes through (Gemma 2 and 3, OLMo 2, GLM 4):
     the module that is given the very tensor `written` that the down-projection made. None where it
     goes to the residual stream as it is."""
@@ -234,40 +214,30 @@ def _norm_epsilon(written: Tensor, calls: list[Call]) -> float | None:
     return None
 
 
-def _epsilon(norm: nn.Module) -> float | None:
+def _epsilon(norm):
     return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
-def _logit_scale(model, config) -> float:
+def _logit_scale(model, config):
     if getattr(config, "logits_scaling", None):  # Granite divides
         return 1.0 / config.logits_scaling
     return float(getattr(model, "logit_scale", None) or 1.0)  # Cohere multiplies
 
 
-def _get(module, path):
-    for part in path.split("."):
-        module = getattr(module, part, None)
-    return module
+def _find(module, paths):
+    """The first of `paths` that `module` has."""
+    parts = dict(module.named_modules(remove_duplicate=False))
+    return next((parts[path] for path in paths if path in parts), None)
 
 
-def _first(module, paths, layer: int) -> nn.Module:
-    """The first of `paths` that `module`, (a part of) a decoder layer, has."""
-    for path in paths:
-        found = _get(module, path)
-        if found is not None:
-            return found
-    raise UnsupportedModel(
-        f"layer {layer} ({type(module).__name__}): no projection named one of {', '.join(paths)}"
-    )
-
-
-def _owner(module: nn.Module, child: nn.Module) -> nn.Module:
-    """The module inside `module` of which `child` is a direct part."""
-    return next(one for one in module.modules() if any(part is child for part in one.children()))
-
-
-def _is_conv(projection: nn.Module) -> bool:
-    return isinstance(projection, Conv1D)  # GPT-2's: a Linear with its matrix transposed
+def _projections(layers, paths):
+    """The first of `paths` in each decoder layer."""
+    found = [_find(layer, paths) for layer in layers]
+    if None in found:
+        raise UnsupportedModel(
+            f"layer {found.index(None)} has no projection named one of {', '.join(paths)}"
+        )
+    return found
 
 
 # --- faster modules in place of the model's own ---------------------------------------------------
@@ -295,7 +265,7 @@ def use_fused_norms(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _fused(norm: nn.Module) -> nn.Module:
+def _fused(norm):
     """torch's RMSNorm if it computes what `norm` does, else `norm` itself."""
     weight, epsilon = getattr(norm, "weight", None), _epsilon(norm)
     if weight is None or epsilon is None:
@@ -310,7 +280,7 @@ def _fused(norm: nn.Module) -> nn.Module:
 # --- arguments of decoder layers ------------------------------------------------------------------
 
 
-def pick_call_argument(name: str | None, value, batch: int, queries: Tensor):
+def pick_call_argument(name: str, value, batch: int, queries: Tensor):
     """One argument of a decoder layer, captured in a pass over `batch` queries, for rows of these
     queries; `queries` (R,) says which query each row belongs to.
 
@@ -318,33 +288,36 @@ def pick_call_argument(name: str | None, value, batch: int, queries: Tensor):
     query's. ALiBi biases (BLOOM, older Falcons) fold the heads into the batch; MPT's have a row a
     head.
     """
+    if isinstance(value, tuple):
+        return tuple(pick_call_argument(name, one, batch, queries) for one in value)
     if not isinstance(value, Tensor) or value.dim() < 2 or name == "position_bias":
         return value  # equal for all queries
     if name == "alibi":
         return value.unflatten(0, (batch, -1))[queries].flatten(0, 1)
     if value.shape[0] != batch:
         return value
-    if batch == 1 or value.stride(0) == 0:  # one for all, which need not be copied
-        return value[:1].expand(len(queries), *value.shape[1:])
+    if batch == 1 or value.stride(0) == 0:  # one for all
+        return value[:1]
     return value[queries]
 
 
-def join_call_arguments(key: str | None, values: list, queries: list[int], length: int):
+def join_call_arguments(name: str, values, queries: list[int], length: int):
     """One argument of a decoder layer from passes over `queries` prompts of different lengths, for
     all of them together; masks are padded on the left to `length` (what they hold there is not
     used)."""
+    if isinstance(values[0], tuple):
+        return tuple(join_call_arguments(name, some, queries, length) for some in zip(*values))
     tensors = [value for value in values if isinstance(value, Tensor)]
     if not tensors:
         return values[0]
-    if min(value.dim() for value in tensors) < 2:
-        raise UnsupportedModel(f"the layers' argument {key!r} is not one for each prompt")
-    joined, are_masks = [], tensors[0].dim() == 4  # named or not
+    sample, joined = tensors[0], []
+    are_masks = sample.dim() == 4
+    one_a_prompt = len(tensors) == len(values) and min(one.dim() for one in tensors) >= 2
+    if not (are_masks or one_a_prompt):
+        raise UnsupportedModel(f"the layers' argument {name!r} is not one for each prompt")
     for value, count in zip(values, queries):
-        if value is None and not are_masks:
-            raise UnsupportedModel(f"the layers' argument {key!r} is there for some lengths only")
         if value is None:  # no mask where the prompt is shorter than the window
-            whole = tensors[0].dtype == torch.bool
-            value = tensors[0].new_full((1, *tensors[0].shape[1:]), whole)
+            value = sample.new_full((1, *sample.shape[1:]), sample.dtype == torch.bool)
         if are_masks:
             value = nn.functional.pad(value, (length - value.shape[-1], 0))
         joined.append(value.expand(count, *value.shape[1:]))
@@ -360,7 +333,7 @@ def value_vectors(down: nn.Module) -> Tensor:
         raise UnsupportedModel(
             f"{type(down).__name__}: not a linear projection, so its neurons have no value vectors"
         )
-    return weight if _is_conv(down) else weight.T
+    return weight if isinstance(down, Conv1D) else weight.T
 
 
 def plain_weight(module: nn.Module) -> Tensor:
@@ -409,7 +382,7 @@ def package_of(hook) -> str:
     return (getattr(hook, "__module__", None) or "").split(".")[0]
 
 
-def _is_altered(module: nn.Module) -> bool:
+def _is_altered(module):
     """Whether code that is neither the module's class nor ours runs in its forward pass."""
     if any(package_of(hook) != "qlutils" for hook in hooks_of(module)):
         return True
@@ -435,18 +408,11 @@ def check_sole_owner(model: nn.Module, module: nn.Module) -> None:
 # --- positions ------------------------------------------------------------------------------------
 
 
-def rope_kinds(text) -> list[dict]:
-    """The rotary settings of a text configuration: one for all layers, or one a kind of layer."""
-    given = getattr(text, "rope_parameters", None) or {}
-    found = (given, *given.values())
-    return [rope for rope in found if isinstance(rope, dict) and "rope_type" in rope]
-
-
 def rope_switches(text) -> list[int]:
     """Lengths in tokens beyond which a forward pass uses other rotary frequencies, for all of its
     tokens: "longrope", as in Phi-3."""
     key = "original_max_position_embeddings"
-    return [rope[key] for rope in rope_kinds(text) if rope["rope_type"] == "longrope"]
+    return [rope[key] for rope in _ropes(text) if rope["rope_type"] == "longrope"]
 
 
 def context_length(text) -> int:
@@ -455,4 +421,11 @@ def context_length(text) -> int:
     and an input of just that length would be read with those that a longer one before it left."""
     stated = getattr(text, "max_position_embeddings", None)
     stated = stated or getattr(text, "max_seq_len", None) or 10**9  # the latter MPT's
-    return stated - any("dynamic" in rope["rope_type"] for rope in rope_kinds(text))
+    return stated - any("dynamic" in rope["rope_type"] for rope in _ropes(text))
+
+
+def _ropes(text):
+    """The rotary settings of a text configuration: one for all layers, or one a kind of layer."""
+    given = getattr(text, "rope_parameters", None) or {}
+    found = [given, *given.values()]
+    return [rope for rope in found if isinstance(rope, dict) and "rope_type" in rope]

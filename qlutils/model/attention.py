@@ -12,17 +12,17 @@ positions, C columns, dh width of a head.
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
-from qlutils.model.trace import hooked
+from qlutils.model.trace import by_name, hooked
 
 EXACT, PREFIX = "qlutils_exact", "qlutils_prefix"
 ACTIVE: list[AttentionChange] = []  # those whose contexts are entered, outermost first
@@ -30,18 +30,10 @@ SHARED = threading.local()  # `prefix`: keys and values that the layer now runni
 # What the interface's further arguments may say without changing what is computed here: the window
 # is in the mask, positions are in queries and keys, models are evaluated without dropout, and what
 # is not causal is refused at load.
-HARMLESS = {
-    "dropout",
-    "is_causal",
-    "sliding_window",
-    "position_ids",
-    "cache_position",
-    "use_cache",
-    "output_attentions",
-    "output_hidden_states",
-    "return_dict",
-    "token_type_ids",
-}
+HARMLESS = (
+    "dropout is_causal sliding_window position_ids cache_position use_cache output_attentions "
+    "output_hidden_states return_dict token_type_ids"
+).split()
 
 
 # --- the two implementations ----------------------------------------------------------------------
@@ -56,7 +48,7 @@ def exact_attention(module, query, key, value, attention_mask, scaling=None, sof
     """
     _check_arguments(module, other)
     (batch, heads, rows, width), kv_heads, columns = query.shape, key.shape[1], key.shape[2]
-    grouped = query.reshape(batch, kv_heads, heads // kv_heads * rows, width)
+    grouped = query.reshape(batch, kv_heads, -1, width)
     scores = (grouped @ key.transpose(-1, -2)).view(batch, heads, rows, columns)
     if attention_mask is None and rows > 1:
         seen = torch.ones(rows, columns, dtype=torch.bool, device=query.device)
@@ -80,31 +72,30 @@ def prefix_attention(
     _check_arguments(module, other)
     prefix_key, prefix_value, padding = SHARED.prefix
     (queries, heads, rows, width), kv_heads = query.shape, key.shape[1]
-    grouped = query.reshape(queries, kv_heads, heads // kv_heads, rows, width)
+    grouped = query.reshape(queries, kv_heads, -1, rows, width)
     key, value = key[:, :, None], value[:, :, None]  # (Q, Hkv, 1, P, dh), one for all of a group
     own = (grouped * key).sum(-1).flatten(2)  # (Q, Hkv, H / Hkv * P)
     before = grouped.flatten(2, 3) @ prefix_key.transpose(-1, -2)
     scores = torch.cat([before, own[..., None]], -1).view(queries, heads, rows, -1)
-    if padding is not None:
-        attention_mask = _hide(attention_mask, padding)
-    weights = _weights(module, scores, attention_mask, width, scaling, softcap).to(value.dtype)
-    weights = weights.view(queries, kv_heads, heads // kv_heads * rows, -1)
+    weights = _weights(module, scores, attention_mask, width, scaling, softcap, padding)
+    weights = weights.to(value.dtype).view(*before.shape[:-1], -1)
     before = (weights[..., :-1] @ prefix_value).view(*grouped.shape[:-1], -1)
     out = torch.addcmul(before, weights[..., -1].view(*grouped.shape[:-1], 1), value)
     return out.view(queries, heads, rows, -1).transpose(1, 2), None
 
 
-def _weights(module, scores: Tensor, mask: Tensor | None, width: int, scaling, softcap) -> Tensor:
+def _weights(module, scores, mask, width, scaling, softcap, padding=None):
     """Post-softmax weights, in float32 at least, of `scores` (B, H, R, K), after the changes
-    active on `module`."""
+    active on `module`; none of what `mask` or `padding` (B, 1, 1, K) hides."""
     scores = scores * (width**-0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None and mask.dtype == torch.bool:
-        # not infinity: a row of padding may see nothing at all
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    elif mask is not None:
-        scores = scores + mask
+    hidden = torch.finfo(scores.dtype).min  # not infinity: a row of padding may see nothing at all
+    if mask is not None:
+        boolean = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, hidden) if boolean else scores + mask
+    if padding is not None:
+        scores = scores.masked_fill(padding, hidden)
     weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
     for change in tuple(ACTIVE):  # another model's may come or go in another thread
         if module in change.layer_of:
@@ -112,15 +103,7 @@ def _weights(module, scores: Tensor, mask: Tensor | None, width: int, scaling, s
     return weights
 
 
-def _hide(mask: Tensor | None, padding: Tensor) -> Tensor:
-    """A mask, additive or boolean, that hides the positions `padding` as well."""
-    if mask is None:
-        return ~padding
-    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    return mask.masked_fill(padding, hidden)
-
-
-def _check_arguments(module: nn.Module, others: dict) -> None:
+def _check_arguments(module, others):
     """ValueError for an argument of the attention interface that our attention would leave out:
     logits of attention sinks (`s_aux`), a bias of positions, chosen columns."""
     for name, value in others.items():
@@ -140,18 +123,14 @@ AttentionInterface.register(PREFIX, prefix_attention)
 def attention_implementation(model: nn.Module, name: str):
     """Run `model` with another attention implementation; its own is back afterwards."""
     configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
-    own = [
-        (config, config._attn_implementation)
-        for config in configs.values()
-        if getattr(config, "_attn_implementation", None)
-    ]
+    own = {key: config._attn_implementation_internal for key, config in configs.items()}
     try:
-        for config, _ in own:
+        for config in configs.values():
             config._attn_implementation_internal = name
         yield
     finally:
-        for config, before in own:
-            config._attn_implementation_internal = before
+        for key, config in configs.items():
+            config._attn_implementation_internal = own[key]
 
 
 # --- watching and changing it ---------------------------------------------------------------------
@@ -168,17 +147,13 @@ def forward_passes(model: nn.Module, layer: nn.Module, before: Callable, after: 
     """
     running: list[nn.Module] = []
 
-    def enter(forward):
-        def hook(module, args, kwargs):
-            if running and running[0] is not module:
-                return
-            running[:] = [module]
-            call = inspect.signature(forward).bind_partial(*args, **kwargs).arguments
-            call = {**call, **call.get("kwargs", {})}
-            # the cache's old name, which transformers takes until 5.40
-            before({"cache": call.get("past_key_values"), **call})
-
-        return hook
+    def enter(module, args, kwargs):
+        if running and running[0] is not module:
+            return
+        running[:] = [module]
+        call = by_name(module.forward, args, kwargs)
+        # the cache's old name, which transformers takes until 5.40
+        before({"cache": call.get("past_key_values"), **call})
 
     def leave(module, _, output):
         if running and running[0] is module:
@@ -186,8 +161,8 @@ def forward_passes(model: nn.Module, layer: nn.Module, before: Callable, after: 
             after(output)
 
     for part in model.modules():
-        if isinstance(part, PreTrainedModel) and any(inner is layer for inner in part.modules()):
-            yield part.register_forward_pre_hook(enter(part.forward), with_kwargs=True)
+        if isinstance(part, PreTrainedModel) and layer in part.modules():
+            yield part.register_forward_pre_hook(enter, with_kwargs=True)
             yield part.register_forward_hook(leave, always_call=True)
 
 
@@ -202,6 +177,7 @@ def is_controlled(model: nn.Module) -> bool:
     return any(part in change.layer_of for change in ACTIVE for part in model.modules())
 
 
+@dataclass(eq=False)
 class AttentionChange:
     """One observation of, or change to, the attention matrices of a model while it is active.
 
@@ -213,16 +189,14 @@ class AttentionChange:
     attended positions that a row may see, or None where it sees all.
     """
 
-    def __init__(
-        self,
-        factors: dict[int, Tensor] | None = None,
-        renormalise: bool = False,
-        observe: Callable | None = None,
-    ):
-        self.factors, self.renormalise, self.observe = factors or {}, renormalise, observe
-        self.layer_of: dict[nn.Module, int] = {}  # of every module in a layer while active
-        self.total = 0  # positions so far, padding included
-        self.padding: Tensor | None = None  # (B,) positions of padding on the left
+    factors: dict[int, Tensor] | None = None
+    renormalise: bool = False
+    observe: Callable | None = None
+    # While active: the layer of every module in one, positions so far, padding included, and (B,)
+    # positions of padding on the left.
+    layer_of: dict[nn.Module, int] = field(default_factory=dict)
+    total: int = 0
+    padding: Tensor | None = None
 
     @contextmanager
     def on(self, model: nn.Module, layers: list[nn.Module]):
@@ -236,7 +210,7 @@ class AttentionChange:
             finally:
                 ACTIVE.remove(self)
 
-    def _locate(self, call: dict) -> None:
+    def _locate(self, call):
         """Before a forward pass: how many positions it brings the cache to, and where each row's
         tokens begin."""
         tokens = tokens_of(call)
@@ -248,16 +222,16 @@ class AttentionChange:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             self.padding = mask.to(torch.uint8).argmax(-1)  # 0 for padding on the right
         elif mask is not None and self.factors:
-            shape = tuple(getattr(mask, "shape", ())) or type(mask).__name__
             raise ValueError(
                 "scaling synapses needs an attention mask of shape (batch, tokens), to tell "
-                f"columns from padding; got {shape}"
+                f"columns from padding; got {getattr(mask, 'shape', type(mask).__name__)}"
             )
 
     def apply(self, layer: int, weights: Tensor, mask: Tensor | None) -> Tensor:
         """`weights` (B, H, R, K) of a layer as they are to be; `mask` as `exact_attention`'s."""
-        if layer in self.factors:
-            weights = weights * self._by_position(self.factors[layer].to(weights), weights)
+        factors = (self.factors or {}).get(layer)
+        if factors is not None:
+            weights = weights * self._by_position(factors.to(weights), weights)
             if self.renormalise:
                 mass = weights.sum(-1, keepdim=True)
                 weights = weights / mass.where(mass > 0, 1.0)
@@ -267,16 +241,14 @@ class AttentionChange:
             self.observe(layer, weights, mask)
         return weights
 
-    def _by_position(self, factors: Tensor, weights: Tensor) -> Tensor:
+    def _by_position(self, factors, weights):
         """(B or 1, H, 1, K) factors of the attended positions, from those of the columns (B or 1,
         H, C)."""
-        columns = factors.shape[-1]
-        positions = torch.arange(weights.shape[-1], device=weights.device)[None]  # (B or 1, K)
-        positions = positions + max(0, self.total - weights.shape[-1])  # what a window has dropped
+        attended, columns = weights.shape[-1], factors.shape[-1]
+        column = torch.arange(attended, device=weights.device)[None]  # (B or 1, K)
+        column = column + max(0, self.total - attended)  # what a window has dropped
         if self.padding is not None:
-            positions = positions - self.padding.to(weights.device)[:, None]
-        batch = max(len(positions), len(factors))
-        index = positions.clamp(0, columns - 1)[:, None].expand(batch, factors.shape[1], -1)
-        taken = factors.expand(batch, -1, -1).gather(-1, index)
-        inside = (positions >= 0) & (positions < columns)
-        return taken.where(inside[:, None], torch.ones_like(taken))[:, :, None]
+            column = column - self.padding.to(weights.device)[:, None]
+        column = column.where((0 <= column) & (column < columns), columns)
+        factors = nn.functional.pad(factors, (0, 1), value=1.0)  # of any other column
+        return torch.take_along_dim(factors, column[:, None], -1)[:, :, None]

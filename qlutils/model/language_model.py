@@ -8,23 +8,24 @@ import json
 import math
 import operator
 from collections.abc import Iterable, Set
+from contextlib import suppress
 from functools import cached_property
 from threading import RLock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules import module as every_module
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from qlutils.facts import check_text, continuation
 from qlutils.model import architecture
-from qlutils.model.architecture import Architecture, UnsupportedModel
+from qlutils.model.architecture import UnsupportedModel
 from qlutils.model.attention import is_controlled
 from qlutils.model.passes import full_precision
 from qlutils.model.verify import verify
 
 # Packages whose hooks are known: they move tensors between devices, or are removed with the call.
-KNOWN_HOOKS = ("qlutils", "transformers", "accelerate", "torch")
+KNOWN_HOOKS = {"qlutils", "transformers", "accelerate", "torch"}
 
 
 class LanguageModel:
@@ -36,15 +37,7 @@ class LanguageModel:
     logits come out.
     """
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    name: str
-    arch: Architecture
-    layers: list[nn.Module]
-    downs: list[nn.Module]
-    num_layers: int
     num_neurons: int  # of a layer
-    num_heads: int
     num_embeddings: float = math.inf  # tokens with both embeddings; a tokenizer alone has no limit
     context: int  # longest input in tokens (a large number where the configuration states none)
     rope_switches: Iterable[int] = ()  # lengths beyond which rotary frequencies are others
@@ -54,22 +47,26 @@ class LanguageModel:
     adds_mlp_output: bool
     in_use: RLock  # held by the thread that computes, see `passes.computing`
     scales: list  # what contexts of `change.scaling` change now, outermost first
-    _fingerprint: tuple[list | None, str]  # state of the weights when the digest was taken, and it
-    _loaded: list[tuple]  # `_parts` at load
+    _fingerprint: tuple[list | None, str] = None, ""  # of the weights in that state
+    _loaded: list[tuple]  # `_state` at load
 
     def __init__(self, model, tokenizer, name: str):
         with architecture.naming(name):
-            _refuse_wrapped(model)
+            if not isinstance(model, PreTrainedModel):
+                raise UnsupportedModel(
+                    f"a {type(model).__name__}, not a transformers model; give the model inside it "
+                    "(DataParallel: its `module`; PeftModel: what `merge_and_unload()` returns; a "
+                    "compiled one, which leaves out hooks: `_orig_mod`)"
+                )
             self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
             self.model.requires_grad_(False)
-            self._fingerprint = (None, "")
             with architecture.refusing("finding its parts"):
                 self._find_parts()
             self.in_use, self.scales = RLock(), []
             with full_precision(self.device):
                 verify(self)
 
-    def _find_parts(self) -> None:
+    def _find_parts(self):
         architecture.use_fused_gelu(self.model)
         if self.model.device.type == "cuda":
             architecture.use_fused_norms(self.model)
@@ -82,7 +79,7 @@ class LanguageModel:
         text = self.model.config.get_text_config()
         self.rope_switches = architecture.rope_switches(text)
         self.context = architecture.context_length(text)
-        self._loaded = self._parts()
+        self._loaded = self._state()
 
     @property
     def device(self) -> torch.device:
@@ -121,7 +118,7 @@ class LanguageModel:
             self._fingerprint = state, self._digest()
         return self._fingerprint[1]
 
-    def _digest(self) -> str:
+    def _digest(self):
         digest = hashlib.sha256()
         for key, value in sorted(self.model.state_dict().items()):
             digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
@@ -141,59 +138,46 @@ class LanguageModel:
         return digest.hexdigest()
 
     def check_ready(self) -> None:
-        """ValueError for a state of the model in which hooks or numbers would be wrong without a
-        word."""
-        if self.model.get_output_embeddings() is not self.arch.head:
-            raise ValueError(
-                f"{self.name} got another unembedding after it was loaded (its embeddings were "
-                "resized?); make a LanguageModel of it anew"
-            )
-        if any(module.training for module in self.model.modules()):
-            raise ValueError(
-                f"{self.name} is in training mode, where dropout changes every number; call "
-                "lm.model.eval()"
-            )
-        if getattr(self.model, "_compiled_call_impl", None) is not None:
-            raise ValueError(
-                f"{self.name} was compiled after it was loaded, and a compiled model leaves out "
-                "hooks; load it anew"
-            )
-        self.check_parts()
-
-    def check_parts(self) -> None:
-        """ValueError where a module or a forward method was put into the model after loading (an
-        adapter, a new projection): forward passes may not go through the places this study looks at
-        any more."""
-        if self._parts() != self._loaded:
+        """ValueError where the model is not as it was loaded, so that forward passes may not go
+        through the places this study looks at, or compute something else there."""
+        if self._state() != self._loaded:
             raise ValueError(
                 f"{self.name}: modules were added or exchanged after it was loaded, or a forward "
-                "method was replaced (an adapter, weight_norm, quantisation?), with which numbers "
-                "would be wrong without a word; make a LanguageModel of it anew"
+                "method was replaced (an adapter, weight_norm, quantisation?), or it was compiled "
+                "or is in training mode, with which numbers would be wrong without a word; call "
+                "lm.model.eval(), or make a LanguageModel of it anew"
             )
 
-    def _parts(self) -> list[tuple]:
-        """Every module and the forward method of its own, if it has one: some loaders set it."""
-        return [(module, vars(module).get("forward")) for module in self.model.modules()]
+    check_parts = check_ready
+
+    def _state(self):
+        """Of every module: whether it trains, its own forward method, which some loaders set, and
+        its compiled one."""
+        return [
+            (module, module.training, vars(module).get("forward"), module._compiled_call_impl)
+            for module in self.model.modules()
+        ]
 
     def check_hooks(self) -> None:
         """ValueError for what other code hangs on the model's forward passes. Layers are run one by
         one, on many changed copies of a token at once; a hook that expects the tokens of a text
         there would compute something else without a word."""
-        hooks = [
-            (name, hook)
+        hooks = {
+            name or "the model": architecture.hooks_of(module)
             for name, module in self.model.named_modules()
-            for hook in architecture.hooks_of(module)
+        }
+        hooks["every module"] = [
+            *every_module._global_forward_pre_hooks.values(),
+            *every_module._global_forward_hooks.values(),
         ]
-        for kind in (every_module._global_forward_pre_hooks, every_module._global_forward_hooks):
-            hooks += [("every module", hook) for hook in kind.values()]
-        for name, hook in hooks:
-            if architecture.package_of(hook) not in KNOWN_HOOKS:
+        for name, of_module in hooks.items():
+            if not {architecture.package_of(hook) for hook in of_module} <= KNOWN_HOOKS:
                 raise ValueError(
-                    f"{self.name} has a forward hook of other code on {name or 'the model'}, with "
-                    "which numbers would be wrong without a word: remove it, or write what it does "
-                    "into the weights"
+                    f"{self.name} has a forward hook of other code on {name}, with which numbers "
+                    "would be wrong without a word: remove it, or write what it does into the "
+                    "weights"
                 )
-        self.check_parts()
+        self.check_ready()
 
     def check_untouched(self) -> None:
         """ValueError while a context changes the model: what is computed then must not be kept as
@@ -228,14 +212,14 @@ class LanguageModel:
         model does not embed: else an index error on a CPU, and a dead process on a GPU."""
         check_text(text, "text")
         ids = list(self.tokenizer(text, split_special_tokens=True).input_ids)
-        for token in ids:
-            if token >= self.num_embeddings:
-                raise ValueError(
-                    f"text {text[:60]!r} holds the token "
-                    f"{self.tokenizer.convert_ids_to_tokens(token)!r} ({token}), and {self.name} "
-                    f"embeds only the tokens 0 to {self.num_embeddings - 1}: the tokenizer is "
-                    "another model's, or the embeddings were not resized for it"
-                )
+        token = max(ids, default=0)
+        if token >= self.num_embeddings:
+            raise ValueError(
+                f"text {text[:60]!r} holds the token "
+                f"{self.tokenizer.convert_ids_to_tokens(token)!r} ({token}), and {self.name} "
+                f"embeds only the tokens 0 to {self.num_embeddings - 1}: the tokenizer is another "
+                "model's, or the embeddings were not resized for it"
+            )
         eos = self.tokenizer.eos_token_id
         if len(ids) > 1 and ids[-1] == eos and not text.endswith(str(self.tokenizer.eos_token)):
             ids = ids[:-1]
@@ -289,7 +273,7 @@ class LanguageModel:
         self._check_rope(prompt, len(prompt_ids), len(joint))
         return prompt_ids, joint[len(prompt_ids) :]
 
-    def _check_rope(self, prompt: str, prompt_length: int, length: int) -> None:
+    def _check_rope(self, prompt, prompt_length, length):
         """ValueError where the forward passes that a query needs have different rotary frequencies:
         one pass over all but its last token is then not what passes token by token give, nor one
         that continues a cache of all but the prompt's last."""
@@ -319,21 +303,6 @@ class LanguageModel:
         return [self.encode(prompt, answer) for prompt, answer in zip(prompts, answers)]
 
 
-def _refuse_wrapped(model) -> None:
-    """`UnsupportedModel` unless `model` is a plain transformers model whose gradients flow."""
-    if hasattr(model, "_orig_mod"):
-        raise UnsupportedModel("a compiled model, which leaves out hooks; give the model itself")
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModel(
-            f"a {type(model).__name__}, not a transformers model; give the model inside it "
-            "(DataParallel: its `module`; PeftModel: what `merge_and_unload()` returns)"
-        )
-    if any(parameter.is_inference() for parameter in model.parameters()):
-        raise UnsupportedModel(
-            "a model made inside torch.inference_mode(), which takes no gradients; make it outside"
-        )
-
-
 def is_sequence(value) -> bool:
     """Whether iterating `value` gives its entries in an order that means something: not so for
     sets, nor for what iterates over its keys (dictionaries, data frames)."""
@@ -343,23 +312,17 @@ def is_sequence(value) -> bool:
 
 def whole_numbers(groups, names, what) -> list[tuple[int, ...]]:
     """`groups`, for example of (layer, index), as tuples of ints. ValueError, naming the first that
-    is none: a neuron (0.7, 1) is not neuron (0, 1), and True is not 1."""
+    is none: a neuron (0.7, 1) is not neuron (0, 1), True is not 1, and a set has no order."""
+    wanted = f"({', '.join(names)}), whole numbers counted from 0"
     if isinstance(groups, (str, bytes)) or not (isinstance(groups, Set) or is_sequence(groups)):
-        raise ValueError(f"{what}s must be a set of ({', '.join(names)}); got {groups!r}")
+        raise ValueError(f"{what}s must be a set of {wanted}; got {groups!r}")
     found = []
     for group in groups:
-        if isinstance(group, Set):
-            raise ValueError(
-                f"{what}s must be one set of ({', '.join(names)}); got several sets: pass one of "
-                "them"
-            )
-        try:
-            numbers = tuple(operator.index(one) for one in group if not isinstance(one, bool))
-        except TypeError:
-            numbers = ()
-        if len(numbers) != len(names) or len(numbers) != len(group):
-            raise ValueError(
-                f"{what} {group!r} must be ({', '.join(names)}), whole numbers counted from 0"
-            )
+        numbers = ()
+        if is_sequence(group):
+            with suppress(TypeError):
+                numbers = tuple(operator.index(one) for one in group if not isinstance(one, bool))
+        if not len(numbers) == len(names) == len(group):
+            raise ValueError(f"{what} {group!r} must be {wanted}; of several sets pass one")
         found.append(numbers)
     return found

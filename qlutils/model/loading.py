@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,25 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
 from qlutils import paths
+from qlutils.checks import DTYPES, one_of
 from qlutils.model import pretrained
 from qlutils.model.architecture import describe
 from qlutils.model.language_model import LanguageModel
 
-DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
-# What transformers reads of a repository with safetensors weights.
-MODEL_FILES = (
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-)
+# Of a repository, without the copies of the weights that some hold in other formats.
+MODEL_FILES = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 ADAPTER, INDEX = "adapter_config.json", "model.safetensors.index.json"
 BUNDLED = ("demo/gpt2", "demo/llama2", "demo/llama3")
 
@@ -61,7 +50,7 @@ def load_model(
     source = find_source(name)
     if name in BUNDLED or pretrained.is_gguf(name):  # loaded at once: a bar would be litter
         transformers.utils.logging.disable_progress_bar()
-    try:
+    with _explained(name):
         _check_files(source)
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
@@ -71,8 +60,6 @@ def load_model(
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds; each becomes one with a way out
-        raise ValueError(f"could not load model {name!r}: {_advice(error)}") from error
     if info["missing_keys"]:  # transformers would fill them with random numbers and only warn
         missing = ", ".join(sorted(info["missing_keys"])[:5])
         raise ValueError(f"model {name!r} is incomplete: its weights lack {missing}")
@@ -83,7 +70,7 @@ def fetch_model(name: str) -> None:
     """Have everything of a model on this machine that `load_model` will read, without loading its
     weights; what is there is not downloaded again. ValueError as `load_model`'s."""
     source = find_source(name)
-    try:
+    with _explained(name):
         _check_files(source)
         if not os.path.isdir(source):
             source = snapshot_download(source, allow_patterns=MODEL_FILES)
@@ -95,7 +82,15 @@ def fetch_model(name: str) -> None:
                 pass
         AutoConfig.from_pretrained(source, trust_remote_code=False)
         AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # the hub and transformers raise many kinds
+
+
+@contextmanager
+def _explained(name):
+    """Inside, whatever fails is a ValueError with a way out: transformers and the hub raise many
+    kinds."""
+    try:
+        yield
+    except Exception as error:
         raise ValueError(f"could not load model {name!r}: {_advice(error)}") from error
 
 
@@ -104,27 +99,23 @@ def find_device(device: str | None) -> torch.device:
     there."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = None if isinstance(device, int) else torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, TypeError, AssertionError) as error:  # the last: torch without CUDA
-        reason = describe(error)
-        raise ValueError(
-            f"device {device!r} is unknown or not there; use cpu, cuda or cuda:N ({reason})"
-        ) from None
-    if found is None or found.type not in ("cpu", "mps", "cuda"):
-        raise ValueError(f"device {device!r} is unknown; use cpu, cuda or cuda:N")
-    return found
+    kinds, reason = ("cpu", "mps", "cuda"), ""
+    if isinstance(device, str) and device.split(":")[0] in kinds:
+        try:
+            return torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:  # the latter: torch without CUDA
+            reason = f" ({describe(error)})"
+    raise ValueError(
+        f"device {device!r} is unknown or not there; use cpu, cuda or cuda:N{reason}"
+    ) from None
 
 
-def _dtype(dtype, device: torch.device):
+def _dtype(dtype, device):
     """What transformers takes for a dtype; ValueError for one that is unknown."""
     if dtype is None:
         return torch.float32 if device.type == "cpu" else "auto"
-    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
-    if not (isinstance(name, str) and name in DTYPES):
-        raise ValueError(f"dtype {name!r} is unknown; use one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+    one_of("dtype", dtype, DTYPES)
+    return getattr(torch, dtype)
 
 
 def find_source(name: str) -> str:
@@ -161,14 +152,14 @@ def find_source(name: str) -> str:
 # --- what may be read -----------------------------------------------------------------------------
 
 
-def _check_files(source: str) -> None:
+def _check_files(source):
     """ValueError for files of a model that must not be read with it."""
     if not os.path.isdir(source):
         _check_adapter(source)
     _shards(source)
 
 
-def _file_of(source: str, file: str) -> str | None:
+def _file_of(source, file):
     """The path of a file of a model, in its folder or fetched from the Hub, if it has it."""
     return cached_file(
         source,
@@ -178,7 +169,7 @@ def _file_of(source: str, file: str) -> str | None:
     )
 
 
-def _check_adapter(source: str) -> None:
+def _check_adapter(source):
     """Refuse an adapter: transformers loads it with the model where peft is installed and overlooks
     it elsewhere, two models of one name."""
     if _file_of(source, ADAPTER):
@@ -189,7 +180,7 @@ def _check_adapter(source: str) -> None:
         )
 
 
-def _shards(source: str) -> list[str]:
+def _shards(source):
     """The files that the index of a model lists, [] without an index. ValueError unless all are
     safetensors: `use_safetensors` binds transformers to the index's name only, and a pickle that is
     listed in it would be opened."""
@@ -205,51 +196,28 @@ def _shards(source: str) -> list[str]:
     return shards
 
 
-# Words of an error, in lower case, and what to do about it; the first row that fits.
-GATED = ("gated", "401", "403")
 UNREACHABLE = (
-    "connect",
-    "offline",
-    "resolve",
-    "not a valid model identifier",
-    "not a local folder",
-    "couldn't",
-    "can't load",
-    "timed out",
+    "connect|offline|resolve|not a valid model identifier|not a local folder|couldn't|can't load|"
+    "timed out"
 )
-ADVICE = (
-    (
-        GATED,
-        "the model is gated. Accept its licence on its Hugging Face page, then run "
-        "`hf auth login`. ",
-    ),
-    (
-        ("safetensors",),
-        "only safetensors weights are read; convert the checkpoint or pick a revision that has "
-        "them. ",
-    ),
-    (
-        UNREACHABLE,
-        "it is neither a local folder nor reachable on the Hugging Face Hub. Check the spelling "
-        "and the network; offline, pass the folder of a downloaded copy, or a bundled model "
-        f"({', '.join(BUNDLED)}). ",
-    ),
-    (
-        ("unrecognized configuration", "trust_remote_code"),
-        f"transformers {transformers.__version__} has no causal language model of this kind. ",
-    ),
-)
+# What is in an error, and what to do about it; the first row that fits.
+ADVICE = {
+    "gated|401|403": "the model is gated. Accept its licence on its Hugging Face page, then run "
+    "`hf auth login`.",
+    "safetensors": "only safetensors weights are read; convert the checkpoint or pick a revision "
+    "that has them.",
+    UNREACHABLE: "it is neither a local folder nor reachable on the Hugging Face Hub. Check the "
+    "spelling and the network; offline, pass the folder of a downloaded copy, or a bundled model "
+    f"({', '.join(BUNDLED)}).",
+    "unrecognized configuration|trust_remote_code": f"transformers {transformers.__version__} has "
+    "no causal language model of this kind.",
+}
 
 
-def _advice(error: Exception) -> str:
+def _advice(error):
     text = f"{type(error).__name__}: {error}"
-    first = text.strip().splitlines()[0][:300]
-    if isinstance(error, UnicodeError) and sys.getfilesystemencoding() != "utf-8":
-        return (
-            "its name needs UTF-8, which this locale has not: start Python with PYTHONUTF8=1. "
-            f"({first})"
-        )
-    for words, advice in ADVICE:
-        if any(word in text.lower() for word in words):
-            return f"{advice}({first})"
+    first = text.splitlines()[0][:300]
+    for words, advice in ADVICE.items():
+        if re.search(words, text, re.IGNORECASE):
+            return f"{advice} ({first})"
     return first

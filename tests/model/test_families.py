@@ -2,7 +2,7 @@
 reference and hooks made by hand; what is refused; and that the table says so."""
 
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import lru_cache
 
 import numpy as np
@@ -20,9 +20,6 @@ from qlutils.change import synapses
 from qlutils.change.editing import virtual_edit
 from qlutils.change.rows import score_rows
 from qlutils.change.scaling import scaled_answer_probabilities
-from qlutils.experiments.attention_predominance import attend
-from qlutils.experiments.knowledge_synapses import scale_synapse_columns, scaled_maps
-from qlutils.experiments.query_kn_mapping import scale_kns
 from qlutils.model.architecture import UnsupportedModel
 from qlutils.model.language_model import LanguageModel
 
@@ -34,36 +31,32 @@ QUERIES = [([50, 11, 7, 30 + i], [60 + i]) for i in range(4)] + [([9, 40, 41, 8,
 COMPARED = (0, 3, 4)
 DTYPES = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 0.1}
 # Smaller weights where the model itself, naive or not, is far from float64 in bfloat16.
-SCALE = {
-    "gemma4": 0.5,
-    "gemma4_text": 0.5,
-    "gemma4_unified_text": 0.5,
-    "gemma4 with a vision tower": 0.7,
-    "minicpm3": 0.7,
-    "youtu": 0.7,
-    "exaone4": 1.0,
-    "persimmon": 1.0,
-    "qwen3": 1.0,
-}
+SCALE = dict.fromkeys(["gemma4", "gemma4_text", "gemma4_unified_text"], 0.5)
+SCALE |= dict.fromkeys(["gemma4 with a vision tower", "minicpm3", "youtu"], 0.7)
+SCALE |= dict.fromkeys(["exaone4", "persimmon", "qwen3"], 1.0)
 # transformers' own arithmetic: DeepSeek-V2 rotates in complex numbers of float32, and XGLM's
 # softmax does not run in float64
 TOLERANCE = {("deepseek_v2 without experts", "float64"): 1e-7}
 NOT_IN_FLOAT64 = ("xglm",)
 
 
+def precise(family):
+    """(dtype, relative tolerance) of the most precise passes that the family has."""
+    return (torch.float32, 1e-4) if family in NOT_IN_FLOAT64 else (torch.float64, 1e-7)
+
+
 @contextmanager
-def default_float64():
-    before = torch.get_default_dtype()
+def exact(family):
+    """XGLM makes a tensor of the default dtype hold the smallest float64."""
+    if family not in NOT_IN_FLOAT64:
+        with keeping_float64():
+            yield
+        return
     torch.set_default_dtype(torch.float64)
     try:
         yield
     finally:
-        torch.set_default_dtype(before)
-
-
-def exact(family):
-    """XGLM makes a tensor of the default dtype hold the smallest float64."""
-    return default_float64() if family in NOT_IN_FLOAT64 else keeping_float64()
+        torch.set_default_dtype(torch.float32)
 
 
 @lru_cache(None)
@@ -74,13 +67,11 @@ def model_of(family, dtype):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16())
-    frequencies = {
-        name: value.clone() for name, value in model.named_buffers() if "inv_freq" in name
-    }
+    kept = {name: one.clone() for name, one in model.named_buffers() if "inv_freq" in name}
     model.to(dtype)
-    for name, value in frequencies.items():
+    for name, frequencies in kept.items():
         where, _, buffer = name.rpartition(".")
-        setattr(model.get_submodule(where), buffer, value)
+        setattr(model.get_submodule(where), buffer, frequencies)
     return model.eval()
 
 
@@ -125,8 +116,8 @@ OF_QUERIES = ("bloom", "falcon", "falcon-alibi", "mpt", "opt", "xglm", "granite-
 @pytest.mark.parametrize("family", OF_QUERIES)
 def test_queries_that_need_more_gradients_than_others_keep_their_own_arguments(family):
     spec = Spec("ig", rule="converged", tolerance=0.02)
-    dtype = torch.float32 if family in NOT_IN_FLOAT64 else torch.float64
-    tolerance = 1e-5 if family in NOT_IN_FLOAT64 else 1e-12
+    dtype, _ = precise(family)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     with keeping_float64():
         lm = lm_of(family, dtype)
         together = attribute_encoded(lm, QUERIES, spec)
@@ -138,14 +129,13 @@ def test_queries_that_need_more_gradients_than_others_keep_their_own_arguments(f
 
 @pytest.mark.parametrize("family", MORE)
 def test_pre_activations_are_those_of_the_naive_reference(family):
-    dtype = torch.float32 if family in NOT_IN_FLOAT64 else torch.float64
+    dtype, tolerance = precise(family)
     naive = Naive(model_of(family, torch.float64), SUPPORTED[family], "pre_activation")
     with exact(family):
         wanted, _ = naive.attribute(*QUERIES[0], "ig", *quadrature("right", 2))
     with keeping_float64():
         spec = Spec("ig", 2, site="pre_activation")
         found = attribute_encoded(lm_of(family, dtype), QUERIES[:1], spec).scores[0]
-    tolerance = DTYPES["float32"] if family in NOT_IN_FLOAT64 else 1e-7
     assert apart(found, wanted) <= tolerance
 
 
@@ -153,20 +143,17 @@ def test_pre_activations_are_those_of_the_naive_reference(family):
 @contextmanager
 def by_hand(family, model, neurons, factor, first):
     """Multiply the neurons at the down-projection's input, from token `first` on."""
-    downs, handles = SUPPORTED[family].modules(model, "down"), []
-    for layer, index in neurons:
+    downs = SUPPORTED[family].modules(model, "down")
+    with ExitStack() as stack:
+        for layer, index in neurons:
 
-        def scale(_, inputs, index=index):
-            x = inputs[0].clone()
-            x[:, first:, index] *= factor
-            return (x,)
+            def scale(_, inputs, index=index):
+                x = inputs[0].clone()
+                x[:, first:, index] *= factor
+                return (x,)
 
-        handles.append(downs[layer].register_forward_pre_hook(scale))
-    try:
+            stack.enter_context(downs[layer].register_forward_pre_hook(scale))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
@@ -179,29 +166,22 @@ NEURONS = {(0, 3), (1, 7), (2, 40), (2, 41)}
 
 @pytest.mark.parametrize("family", MORE)
 def test_scaled_neurons_are_those_of_hooks_made_by_hand(family):
-    dtype = torch.float32 if family in NOT_IN_FLOAT64 else torch.float64
-    tolerance = (
-        1e-4 if family in NOT_IN_FLOAT64 else 1e-6
-    )  # some round inside, and then not the same sums
+    dtype, tolerance = precise(family)
+    tolerance = max(tolerance, 1e-6)  # some round inside, and then not the same sums
     lm, queries = lm_of(family, dtype), QUERIES[:4]
-    prompts, answers = (
-        [prompt for prompt, _ in queries],
-        torch.tensor([answer for _, answer in queries]),
-    )
+    prompts = [prompt for prompt, _ in queries]
+    answers = torch.tensor([answer for _, answer in queries])
+    own = last_logits(lm.model, prompts)
     for factor in (0.0, 2.0):
         with by_hand(family, lm.model, NEURONS, factor, len(prompts[0]) - 1):
             wanted = last_logits(lm.model, prompts)
-        assert (
-            wanted - last_logits(lm.model, prompts)
-        ).abs().max() > 100 * tolerance * wanted.abs().max()
+        assert apart(own, wanted) > 100 * tolerance
         with scale_neurons(lm, NEURONS, factor):
-            torch.testing.assert_close(
-                last_logits(lm.model, prompts), wanted, rtol=tolerance, atol=tolerance
-            )
+            found = last_logits(lm.model, prompts)
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
         p = scaled_answer_probabilities(lm, [(*query, NEURONS, factor) for query in queries])
-        np.testing.assert_allclose(
-            p, torch.softmax(wanted.double(), -1).gather(1, answers)[:, 0], rtol=10 * tolerance
-        )
+        expected = torch.softmax(wanted.double(), -1).gather(1, answers)[:, 0]
+        np.testing.assert_allclose(p, expected, rtol=10 * tolerance)
 
 
 @pytest.mark.parametrize("family", MORE)
@@ -235,103 +215,63 @@ def twins(request):
 
 def test_a_tower_as_deep_as_the_text_model_is_not_taken_for_it(twins):
     whole, text = twins
-    tower = [
-        module
+    depths = [
+        len(module)
         for module in whole.model.model.vision_tower.modules()
         if isinstance(module, torch.nn.ModuleList)
     ]
-    assert any(len(layers) == whole.num_layers == text.num_layers for layers in tower)
+    assert whole.num_layers == text.num_layers in depths
     assert whole.layers == list(whole.model.model.language_model.layers)
     assert whole.arch.tail == [whole.model.model.language_model.norm]
     scores = [attribute_encoded(lm, QUERIES, SPEC).scores for lm in twins]
     assert apart(*scores) <= 1e-12
 
 
+IDS = torch.tensor([[0, 0, 5, 6, 7], [9, 8, 7, 6, 5]])
+MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])  # padding on the left
+
+
 def test_scaled_neurons_find_the_prompt_through_the_parts_around_the_text_model(twins):
-    """Padding on the left, a cache that goes on, and `generate`: the inner text model is handed
-    masks that were made of the caller's, not the caller's."""
-    whole, text = twins
-    ids, mask = (
-        torch.tensor([[0, 0, 5, 6, 7], [9, 8, 7, 6, 5]]),
-        torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]),
-    )
+    """Also with padding, a cache that goes on, and `generate`: the inner text model is handed masks
+    that were made of the caller's, not the caller's."""
     later, longer = (
         torch.tensor([[11, 12], [13, 14]]),
-        torch.cat([mask, torch.ones(2, 2, dtype=mask.dtype)], 1),
+        torch.nn.functional.pad(MASK, (0, 2), value=1),
     )
+    options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    options |= dict(output_logits=True, return_dict_in_generate=True)
     found = []
     for lm in twins:
         with scale_neurons(lm, NEURONS, 3.0), torch.no_grad():
-            first = lm.model(input_ids=ids, attention_mask=mask, use_cache=True)
+            first = lm.model(input_ids=IDS, attention_mask=MASK, use_cache=True)
             second = lm.model(input_ids=later, attention_mask=longer, cache=first.cache)
-            written = lm.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=4,
-                do_sample=False,
-                output_logits=True,
-                return_dict_in_generate=True,
-                pad_token_id=0,
-            )
+            written = lm.model.generate(input_ids=IDS, attention_mask=MASK, **options)
         found.append([first.logits[:, -1], second.logits, torch.stack(written.logits)])
     for one, other in zip(*found):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
-    family = next(name for name in TOWERS if whole is lm_of(name, torch.float64))
-    with by_hand(family, whole.model, NEURONS, 3.0, 4):
-        wanted = last_logits(whole.model, ids.tolist(), attention_mask=mask)
+    model = twins[0].model
+    family = next(name for name in TOWERS if model is lm_of(name, torch.float64).model)
+    with by_hand(family, model, NEURONS, 3.0, 4):
+        wanted = last_logits(model, IDS.tolist(), attention_mask=MASK)
     torch.testing.assert_close(found[0][0], wanted, rtol=1e-6, atol=1e-6)
-    assert (wanted - last_logits(whole.model, ids.tolist(), attention_mask=mask)).abs().max() > 1e-3
+    assert apart(last_logits(model, IDS.tolist(), attention_mask=MASK), wanted) > 1e-3
 
 
-def test_scaled_synapses_count_columns_through_the_parts_around_the_text_model(twins):
-    ids, mask = (
-        torch.tensor([[0, 0, 5, 6, 7], [9, 8, 7, 6, 5]]),
-        torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]),
-    )
-    for columns in (
-        {(0, 0, 1), (1, 2, 3)},
-        {(0, layer, head) for layer in range(3) for head in range(4)},
-    ):
-        found = []
-        for lm in twins:
-            with scale_synapses(lm, columns, 0.0):
-                padded = last_logits(lm.model, ids.tolist(), attention_mask=mask)
-                bare = torch.cat(
-                    [last_logits(lm.model, [row]) for row in ([5, 6, 7], [9, 8, 7, 6, 5])]
-                )
-            found.append((padded, bare))
-        (padded, bare), twin = found
-        torch.testing.assert_close(
-            padded, bare, rtol=1e-4, atol=1e-4
-        )  # Gemma's norms round to float32
-        torch.testing.assert_close(found[0], twin, rtol=1e-9, atol=1e-9)
-        assert (bare - last_logits(twins[0].model, [[9, 8, 7, 6, 5]])).abs().max() > 1e-3
-
-
-def test_notebooks_04_to_06_are_those_of_the_text_model(twins):
-    unit = dict(
-        fact="R1|a|8",
-        relation="R1",
-        object="8",
-        prompts=["13 17 18 25 40", "15 17 18 25"],
-        prompt_index=[0, 2],
-        layer=[[0, 2], [1]],
-        neuron=[[3, 40], [5]],
-        irrelevant=["9 18 7 16 5 4 13", "9 18 7 16"],
-        self_same_relation=[[], []],
-        same_relation=[[(0, 1)], [(1, 1)]],
-        other_relation=[[(2, 1)], [(1, 9)]],
-    )
-    for task in (attend, scale_synapse_columns, scale_kns):
-        one, other = (task(lm, [unit]) for lm in twins)
-        assert list(one) == list(other) and len(one) == len(other) > 0
-        for name in one.select_dtypes("number"):
-            np.testing.assert_allclose(one[name], other[name], rtol=1e-6, atol=1e-12, err_msg=name)
-    maps = [dict(fact="f", prompt="13 17 18 25 40", answer="8")]
-    (one,), (other,) = (scaled_maps(lm, maps, steps=2) for lm in twins)
-    np.testing.assert_allclose(
-        one["suppressed"]["attribution"], other["suppressed"]["attribution"], rtol=1e-6, atol=1e-12
-    )
+@pytest.mark.parametrize(
+    "columns",
+    [{(0, 0, 1), (1, 2, 3)}, {(0, layer, head) for layer in range(3) for head in range(4)}],
+)
+def test_scaled_synapses_count_columns_through_the_parts_around_the_text_model(twins, columns):
+    found = []
+    for lm in twins:
+        with scale_synapses(lm, columns, 0.0):
+            padded = last_logits(lm.model, IDS.tolist(), attention_mask=MASK)
+            bare = [last_logits(lm.model, [row]) for row in ([5, 6, 7], [9, 8, 7, 6, 5])]
+        found.append((padded, torch.cat(bare)))
+    padded, bare = found[0]
+    torch.testing.assert_close(padded, bare, rtol=1e-4, atol=1e-4)  # Gemma's norms round
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
+    assert apart(last_logits(twins[0].model, [[9, 8, 7, 6, 5]]), bare[1:]) > 1e-3
 
 
 # --- attention, and what is refused ------------------------------------------------------------
@@ -345,14 +285,12 @@ def test_attention_is_transformers_own_or_refused_by_name(family):
             synapses.find_synapses(lm, "5 6 7")
         return
     [(total, _)] = synapses.column_scores(lm, [ids])
-    model = tiny_model(
-        SUPPORTED[family], torch.float32, scale=SCALE.get(family, 2.0), attn_implementation="eager"
-    ).double()
+    options = dict(scale=SCALE.get(family, 2.0), attn_implementation="eager")
+    model = tiny_model(SUPPORTED[family], torch.float32, **options).double()
     model.load_state_dict(lm.model.state_dict())
-    own = [
-        part.sum(-2)[0] for part in model(torch.tensor([ids]), output_attentions=True).attentions
-    ]
-    np.testing.assert_allclose(total, torch.stack(own).detach(), atol=1e-5)
+    attentions = model(torch.tensor([ids]), output_attentions=True).attentions
+    own = torch.stack([matrix.sum(-2)[0] for matrix in attentions])
+    np.testing.assert_allclose(total, own.detach(), atol=1e-5)
 
 
 def has_attention(lm):
@@ -364,10 +302,8 @@ def has_attention(lm):
 
 
 # Rows of the README's table.
-WORKS, WITHOUT_ATTENTION = (
-    "works",
-    "works without notebooks 05 and 06: its attention cannot be replaced",
-)
+WORKS = "works"
+WITHOUT_ATTENTION = "works without notebooks 05 and 06: its attention cannot be replaced"
 # What a refusal says, and the row it belongs to.
 REASONS = {
     "mixture-of-experts": "refused: experts, so that an MLP has no single set of neurons",

@@ -31,21 +31,15 @@ needs_data = pytest.mark.skipif(
 
 
 # --- small tokenizers -----------------------------------------------------------------------------
-def test_an_answer_is_what_it_adds_to_its_prompt():
+def test_an_answer_is_what_it_adds_to_its_prompt_bos_stays_and_a_trailing_eos_goes():
     lm = tiny_lm("gpt2", torch.float32)
     assert lm.encode("5 6", "7 8") == ([5, 6], [7, 8])
-    assert lm.encode("5 6  ", " 7 ") == ([5, 6], [7])
-    assert lm.bos_offset == 0 and tiny_lm("gpt2", torch.float32, bos=True).bos_offset == 1
-
-
-def test_bos_stays_and_a_trailing_eos_goes():
-    lm = tiny_lm("llama2", torch.float32)
-    lm.tokenizer = word_tokenizer(bos=True, eos_after=True)
-    assert lm.tokenizer("5 6").input_ids == [1, 5, 6, 0]
-    assert lm.encode("5 6", "7") == ([1, 5, 6], [7]) and lm.bos_offset == 1
-    lm = tiny_lm("gpt2", torch.float32)
-    lm.tokenizer = word_tokenizer(eos_after=True)
-    assert lm.encode("5 6", "7") == ([5, 6], [7]) and lm.bos_offset == 0
+    assert lm.encode("5 6  ", " 7 ") == ([5, 6], [7]) and lm.bos_offset == 0
+    for bos in (False, True):
+        lm = tiny_lm("gpt2", torch.float32)
+        lm.tokenizer = word_tokenizer(bos=bos, eos_after=True)
+        assert lm.tokenizer("5 6").input_ids == [*[1] * bos, 5, 6, 0]
+        assert lm.encode("5 6", "7") == ([*[1] * bos, 5, 6], [7]) and lm.bos_offset == bos
 
 
 PREFIXES = {"GLM": ["<mask>", "<bos>"], "XGLM": ["<eos>"], "and an EOS after": ["<mask>", "<bos>"]}
@@ -91,26 +85,16 @@ def test_perplexity_does_not_score_what_the_tokenizer_puts_in_front(kind):
 @pytest.mark.parametrize("kind", PREFIXES)
 def test_attention_without_the_first_tokens_is_without_all_that_the_tokenizer_puts_in_front(kind):
     lm, prefix = prefixed(kind)
-    unit = [
-        dict(
-            fact="f",
-            relation="R",
-            object="80",
-            prompts=["50 61 77 9"],
-            prompt_index=[0],
-            layer=[[0]],
-            neuron=[[3]],
-            irrelevant=["33 44 55 66"],
-        )
-    ]
+    unit = dict(fact="f", relation="R", object="80", prompts=["50 61 77 9"], prompt_index=[0])
+    unit |= dict(layer=[[0]], neuron=[[3]], irrelevant=["33 44 55 66"])
     ids = torch.tensor([lm.encode_prompt("50 61 77 9")])
     with attention_implementation(lm.model, "eager"):
         matrices = lm.model(ids, output_attentions=True).attentions
     matrices = torch.stack(matrices, 1)[0]  # (L, H, T, T)
-    [row] = attend(lm, unit).to_dict("records")
+    [row] = attend(lm, [unit]).to_dict("records")
     most = int(matrices.mean((0, 1)).sum(0)[len(prefix) :].argmax())
     assert row["column_rest"] == len(prefix) + most
-    frame = scale_synapse_columns(lm, unit, alpha=0.1).set_index("set")
+    frame = scale_synapse_columns(lm, [unit], alpha=0.1).set_index("set")
     own = matrices.sum(-2) > 0.1 * ids.shape[1]
     assert own[..., : len(prefix)].any() and own[..., len(prefix) :].any()
     assert frame.loc["none", "n_self_rest"] == own[..., len(prefix) :].sum()
@@ -121,17 +105,14 @@ def test_an_answer_that_changes_the_prompts_tokens_is_refused():
     """A tokenizer that merges across the boundary: "in the" -> one token."""
     lm = tiny_lm("gpt2", torch.float32)
     plain = lm.tokenizer
-    merged = type(
-        "Merging",
-        (),
-        {
-            "eos_token_id": 0,
-            "eos_token": "<eos>",
-            "bos_token_id": None,
-            "__call__": (lambda self, text, **kwargs: plain(text.replace("6 7", "67"), **kwargs)),
-        },
-    )()
-    lm.tokenizer = merged
+
+    class Merging:
+        eos_token_id, eos_token = 0, "<eos>"
+
+        def __call__(self, text, **kwargs):
+            return plain(text.replace("6 7", "67"), **kwargs)
+
+    lm.tokenizer = Merging()
     with pytest.raises(ValueError, match="answer '7' is not a continuation of the prompt '5 6'"):
         lm.encode("5 6", "7")
     assert lm.encode("5 6", "8") == ([5, 6], [8])
@@ -143,15 +124,11 @@ def by_passes(lm, prompt, answer):
     whole, start = torch.tensor([[*prompt, *answer[:-1]]]), len(prompt) - 1
     cached = lm.model(whole[:, :start], use_cache=True)
     rest = lm.model(whole[:, start:], cache=cached.cache).logits[0]
-    own = [
-        lm.model(whole[:, : len(prompt) + k], use_cache=False).logits[0, -1]
-        for k in range(len(answer))
-    ]
+    ends = range(len(prompt), len(prompt) + len(answer))
+    own = [lm.model(whole[:, :end], use_cache=False).logits[0, -1] for end in ends]
     passes = (lm.model(whole, use_cache=False).logits[0, start:], torch.stack(own), rest)
-    return [
-        float(torch.log_softmax(one, -1).gather(1, torch.tensor(answer)[:, None]).sum())
-        for one in passes
-    ]
+    gold = torch.tensor(answer)[:, None]
+    return [float(torch.log_softmax(one, -1).gather(1, gold).sum()) for one in passes]
 
 
 @torch.no_grad()
@@ -160,18 +137,11 @@ def test_queries_that_straddle_the_switch_of_a_long_rope_are_refused_and_no_othe
     family, one_thread
 ):
     """What is right is what the model's own passes agree on; where they do not, nothing is."""
-    rope = dict(
-        rope_type="longrope",
-        rope_theta=1e4,
-        short_factor=[1.0, 1.1, 1.3, 1.5],
-        long_factor=[1.0, 2.0, 5.0, 9.0],
-        original_max_position_embeddings=8,
-    )
-    lm = tiny_lm(
-        family,
-        rope_parameters=rope,
-        **(dict(original_max_position_embeddings=8) if family == "phi3" else {}),
-    )
+    original = dict(original_max_position_embeddings=8)
+    rope = dict(original, rope_type="longrope", rope_theta=1e4)
+    rope |= dict(short_factor=[1.0, 1.1, 1.3, 1.5], long_factor=[1.0, 2.0, 5.0, 9.0])
+    lm = tiny_lm(family, rope_parameters=rope, **(original if family == "phi3" else {}))
+    said = "straddles 8, beyond which tiny-.* uses other rotary frequencies"
     refused = 0
     for size, count in product(range(6, 12), (1, 2, 3)):
         prompt, answer = list(range(10, 10 + size)), list(range(50, 50 + count))
@@ -179,9 +149,7 @@ def test_queries_that_straddle_the_switch_of_a_long_rope_are_refused_and_no_othe
         expected = by_passes(lm, prompt, answer)
         if np.ptp(expected) > 1e-6:
             refused += 1
-            with pytest.raises(
-                ValueError, match="straddles 8, beyond which tiny-.* uses other rotary frequencies"
-            ):
+            with pytest.raises(ValueError, match=said):
                 lm.encode(*query)
         else:
             encoded = [lm.encode(*query)]
@@ -195,17 +163,12 @@ def test_queries_that_straddle_the_switch_of_a_long_rope_are_refused_and_no_othe
 def test_a_dynamic_rope_is_read_as_if_no_longer_text_had_been(one_thread):
     """Its frequencies grow with the longest pass so far, and only a shorter one than the original
     length resets them."""
-    lm = tiny_lm(
-        "llama2",
-        rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0),
-        max_position_embeddings=12,
-    )
-    fresh = column_scores(lm, [lm.encode_prompt(" ".join(map(str, range(10, 21))))])[0][0]
+    rope = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
+    lm = tiny_lm("llama2", rope_parameters=rope, max_position_embeddings=12)
+    ids = lm.encode_prompt(" ".join(map(str, range(10, 21))))
+    fresh = column_scores(lm, [ids])[0][0]
     lm.model(torch.arange(10, 60)[None])
-    assert np.array_equal(
-        column_scores(lm, [lm.encode_prompt(" ".join(map(str, range(10, 21))))])[0][0], fresh
-    )
-    lm.model(torch.arange(10, 60)[None])
+    assert np.array_equal(column_scores(lm, [ids])[0][0], fresh)
     with pytest.raises(ValueError, match="has 12 tokens; tiny-llama2 reads at most 11"):
         lm.encode_prompt(" ".join(map(str, range(10, 22))))
 
@@ -268,23 +231,17 @@ def test_the_share_of_answers_of_one_token_is_the_measured_one(real, name, share
     facts = load_facts(str(SHARED / "pararel"))
     rng = np.random.default_rng(0)
     sample = [facts[i] for i in rng.choice(len(facts), 600, replace=False)]
-    single = np.mean(
-        [len(real[name].encode(fact.prompts[0], fact.object)[1]) == 1 for fact in sample]
-    )
+    lengths = [len(real[name].encode(fact.prompts[0], fact.object)[1]) for fact in sample]
+    single = np.mean(np.array(lengths) == 1)
     assert single == pytest.approx(share, abs=4 * np.sqrt(share * (1 - share) / 600) + 0.001)
 
 
+SPECIAL_TEXTS = [("gpt2", "<|endoftext|>"), ("llama2", "<s>"), ("llama2", "</s>")]
+SPECIAL_TEXTS += [("llama3", "<|begin_of_text|>"), ("llama3", "<|end_of_text|>")]
+
+
 @needs_data
-@pytest.mark.parametrize(
-    "name, text",
-    [
-        ("gpt2", "<|endoftext|>"),
-        ("llama2", "<s>"),
-        ("llama2", "</s>"),
-        ("llama3", "<|begin_of_text|>"),
-        ("llama3", "<|end_of_text|>"),
-    ],
-)
+@pytest.mark.parametrize("name, text", SPECIAL_TEXTS)
 def test_text_that_spells_a_special_token_stays_text(real, name, text):
     lm = real[name]
     token = lm.tokenizer.convert_tokens_to_ids(text)
@@ -298,48 +255,38 @@ def test_text_that_spells_a_special_token_stays_text(real, name, text):
     assert token not in answer and lm.tokenizer.decode(answer).strip() == text
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    """Random models of two layers with the real vocabularies."""
-    folder, found = tmp_path_factory.mktemp("real-vocabulary"), {}
-    for name, size, config in (
-        (
-            "gpt2",
-            50257,
-            GPT2Config(vocab_size=50257, n_embd=16, n_layer=2, n_head=2, n_positions=128),
-        ),
-        (
-            "llama3",
-            128256,
-            LlamaConfig(
-                vocab_size=128256,
-                hidden_size=16,
-                intermediate_size=24,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                tie_word_embeddings=True,
-            ),
-        ),
-    ):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
-        for parameter in model.parameters():
-            parameter.data.mul_(8)
-        model.save_pretrained(folder / name)
-        AutoTokenizer.from_pretrained(SHARED / "tokenizers" / name).save_pretrained(folder / name)
-        found[name] = str(folder / name)
-        assert model.get_output_embeddings().weight.shape[0] == size
-    return found
+CONFIGS = {
+    "gpt2": GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=128),
+    "llama3": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+}
+
+
+def checkpoint(folder, name):
+    """A random model of two layers with a real vocabulary."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name])
+    for parameter in model.parameters():
+        parameter.data.mul_(8)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(SHARED / "tokenizers" / name).save_pretrained(folder)
+    return str(folder)
 
 
 @needs_data
 @pytest.mark.parametrize("method", ["ig", "sig", "amig"])
 @pytest.mark.parametrize("name", ["gpt2", "llama3"])
-def test_localising_real_pararel_with_a_real_vocabulary(checkpoints, runs, name, method):
+def test_localising_real_pararel_with_a_real_vocabulary(tmp_path, runs, name, method):
     study = Study(
         "01_localize",
-        model=checkpoints[name],
+        model=checkpoint(tmp_path / name, name),
         method=method,
         data=str(SHARED / "pararel"),
         relations=["P36", "P103", "P1412"],
@@ -363,9 +310,8 @@ def test_localising_real_pararel_with_a_real_vocabulary(checkpoints, runs, name,
     naive.eos = lm.tokenizer.eos_token_id
     wanted, gap = naive.attribute(prompt, answer, method, *quadrature("right", 3))
     dense = torch.zeros_like(wanted)
-    dense[torch.tensor(row["layer"]).long(), torch.tensor(row["neuron"]).long()] = torch.tensor(
-        row["score"]
-    )
+    place = torch.tensor(row["layer"]).long(), torch.tensor(row["neuron"]).long()
+    dense[place] = torch.tensor(row["score"])
     kept = wanted > 0.05 * wanted.max()
     assert (dense - wanted.where(kept, torch.zeros(()).double())).abs().max() <= 1e-9 * wanted.max()
     assert row["gap"] == pytest.approx(gap.numpy(), rel=1e-6, abs=1e-9 * float(wanted.abs().max()))
