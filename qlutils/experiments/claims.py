@@ -1,26 +1,28 @@
 """The paper's claims, each decided by one statistic of a run's saved results and its 95 % interval
 over facts.
 
-A claim has parts; a part is a mean, or a difference of two, that is claimed to lie above a bound.
-It *holds* where the interval lies above it, *does not hold* where it lies below (*the opposite
-holds* where the bound is 0), *cannot be told* where it holds the bound, and is *not testable here*
-where the statistic or its interval is not defined (fewer than `stats.LEAST` facts on a side) or
-would say nothing; then `why` says so. Claims 6-8, 10 and 11, about changes of P(answer), are
-decided by the 10 % trimmed mean over all queries, as the paper counts them; the same over the known
-ones stands beside and decides nothing. Nothing is written by hand for a model, nothing needs torch.
+`claims.json` lists them: the text, the notebook whose results decide it, and which method of `Case`
+gives its parts. A part is a mean, or a difference of two, that is claimed to lie above a bound. It
+*holds* where the interval lies above it, *does not hold* where it lies below (*the opposite holds*
+where the bound is 0), *cannot be told* where it holds the bound, and is *not testable here* where
+the statistic or its interval is not defined (fewer than `stats.LEAST` facts on a side) or would say
+nothing; then `why` says so. Claims 6-8, 10 and 11, about changes of P(answer), are decided by the
+10 % trimmed mean over all queries, as the paper counts them; the same over the known ones stands
+beside and decides nothing. Nothing is written by hand for a model, nothing needs torch.
 """
 
 from __future__ import annotations
 
-import html
-import re
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from IPython.display import HTML
+from markupsafe import Markup
 
 from qlutils import paths
 from qlutils.experiments.consistency import (
@@ -36,14 +38,11 @@ from qlutils.experiments.controls import split_frames
 from qlutils.experiments.edit_tables import PAPER_OP, with_classes
 from qlutils.experiments.effects import (
     COUNTED,
-    DIRECTIONS,
-    NEIGHBOURS,
     POPULATIONS,
     query_gaps,
     rates,
 )
-from qlutils.paths import COMPARES as LOCALISED  # its claims are decided for every method
-from qlutils.show.page import folded, shown
+from qlutils.show.page import folded, shown, template
 from qlutils.show.stats import LEAST, Estimate, bootstrap_difference, bootstrap_mean
 from qlutils.show.tables import format_value, too_few
 from qlutils.study.results import Missing
@@ -51,34 +50,26 @@ from qlutils.study.results import Missing
 HOLDS, PARTLY, MIXED = "holds", "holds in part", "mixed"
 FAILS, OPPOSITE = "does not hold", "the opposite holds"
 UNTOLD, OPEN, NOT_RUN = "cannot be told", "not testable here", "not run"
-COMMON, HIGH, MARGIN = 0.25, 0.5, 0.1
-QUANTITIES = {"dValue": "value", "dProb": "probability"}  # what scaling synapses moves
-NAMES = {
-    "rel": "Rel",
-    "gen": "Gen",
-    "loc": "Loc",
-    "avg": "Avg",
-    "dppl": "median dPPL",
-    "broken": "share of broken texts",
-    "cas": "CAS",
-    "I": "K_I",
-    "II": "K_II",
+MARKS = {
+    HOLDS: "✓",
+    PARTLY: "◐",
+    MIXED: "±",
+    FAILS: "✗",
+    OPPOSITE: "✗",
+    UNTOLD: "?",
+    NOT_RUN: "–",
 }
-# How the claims about changes count; the known queries stand beside.
-QUERIES = "of all queries, trimmed mean"
-MARKS = {HOLDS: "✓", PARTLY: "◐", MIXED: "±", FAILS: "✗", OPPOSITE: "✗", UNTOLD: "?", NOT_RUN: "–"}
-COLOURS = dict(zip("✓◐±✗?–", "#cfe8dc #eaf2d3 #f6eed0 #f8d9c8 #eceff1 #ffffff".split()))
-STYLE = [
-    dict(selector="th", props="text-align: left; font-weight: normal; white-space: normal"),
-    dict(selector="thead th", props="text-align: center; font-weight: bold"),
-    dict(selector="td", props="text-align: center; color: #1c2024; border: 1px solid #ffffff"),
-    dict(selector="td span", props="cursor: help; padding: 0 0.8em; font-size: 1.2em"),
-]
-LEGEND = (
-    "✓ holds · ◐ holds in part: of other parts nothing can be told · ± mixed: of other parts the "
-    "opposite holds, or they do not · ✗ no part that can be told holds · ? cannot be told · – not "
-    "run, or nothing to compare with. After the mark: how many of the parts that can be tested "
-    "hold. On hover, a mark shows the statistics that decide it."
+QUANTITIES = {"dValue": "value", "dProb": "probability"}  # what scaling synapses moves
+COLUMNS = """
+claim text model method part threshold queries statistic value value_low value_high n_facts
+n_facts_other verdict why""".split()
+NOTHING = dict(
+    part="",
+    threshold="",
+    queries="",
+    statistic="",
+    n_facts=0,
+    verdict=OPEN,
 )
 
 
@@ -89,28 +80,53 @@ def synapse_rates(frame, quantity) -> pd.DataFrame:
 
 @dataclass
 class Claim:
-    """What the paper claims, the notebook whose results decide it, and the function that gives its
-    parts."""
+    """A claim of `claims.json`: `parts`, the method of `Case` that gives them, is `given` these
+    arguments; each is claimed to lie between `low` and `high`."""
 
     text: str
     notebook: str
-    parts: Callable
-    above: float = 0.0
-    within: float | None = None  # instead: the whole interval within +- this
+    parts: str
+    low: float = 0.0
+    high: float = np.inf
+    given: dict = field(default_factory=dict)
+
+    def verdict(self, row) -> str:
+        """What the interval of a part says."""
+        if row["why"]:
+            return OPEN
+        if self.low < row["value_low"] and row["value_high"] < self.high:
+            return HOLDS
+        if self.low <= row["value_high"] and row["value_low"] <= self.high:
+            return UNTOLD
+        return OPPOSITE if self.low == 0 else FAILS
 
 
-@dataclass
-class Part:
-    """A statistic of a claim; `measure` is that of the estimate which decides it, `queries` those
-    counted where that is a choice, and `why` says why the estimate would say nothing."""
+_LISTED = json.loads(Path(__file__).with_name("claims.json").read_text("utf-8"))
+CLAIMS = {int(number): Claim(**one) for number, one in _LISTED["claims"].items()}
 
-    name: str
-    statistic: str
-    threshold: str
-    found: Estimate
-    why: str = ""
-    measure: str = "mean"
-    queries: str = ""
+
+def part(
+    found: Estimate, statistic, name="", threshold="", *, why="", measure="mean", queries=""
+) -> dict:
+    """A part of a claim as a row of the scoreboard. `measure`: that of the estimate which decides
+    it; `queries`: those counted, where that is a choice; `why`: why the estimate would say
+    nothing."""
+    row = found.row(measure, "value") | found.facts()
+    few = too_few(row)
+    if np.isnan(row["value"]):
+        empty = ", as no value is defined"
+        if threshold:
+            empty = f": a class is empty by the {threshold} threshold, or nothing in it has a value"
+        why = f"nothing to compare{empty} ({few})"
+    elif np.isnan(row["value_low"]):
+        why = why or few
+    names = dict(
+        part=name,
+        threshold=threshold,
+        queries=queries,
+        statistic=statistic,
+    )
+    return row | names | {"why": why}
 
 
 @dataclass
@@ -126,11 +142,11 @@ class Case:
     static: float
     seed: int
 
-    def frame(self, name, model=None) -> pd.DataFrame:
-        return self.get(model or self.model, self.method, name)
+    def frame(self, name) -> pd.DataFrame:
+        return self.get(self.model, self.method, name)
 
-    def facts(self, model=None) -> pd.DataFrame:
-        return classified_facts(self.frame("queries", model), self.t, self.static)
+    def facts(self) -> pd.DataFrame:
+        return classified_facts(self.frame("queries"), self.t, self.static)
 
     def edits(self, name) -> pd.DataFrame:
         """A notebook's edits of knowledge neurons (not its controls), with the facts' classes."""
@@ -138,248 +154,180 @@ class Case:
         made = (frame["control"] == "none") & frame["note"].isna()
         return with_classes(frame[made], self.facts())
 
-    def moved(self):
-        """(name, rates) of what scaling synapses moves: signed as in the paper, and in size, since
-        signs can cancel."""
-        for name, quantity in QUANTITIES.items():
-            part = synapse_rates(self.frame("knowledge_synapses"), quantity)
-            yield name, part
-            changes = part[part["direction"] != "average"].drop(columns="rate")
-            yield f"|{name}|", rates(changes, quantity, size=True)
-
-    def neighbour_gaps(self):
-        """(name, gaps): as the paper counts, empty sets changing nothing; Union and Refine alone,
-        as the Intersection is nearly empty; and Union with both sets cut to one size."""
-        frame = self.frame("query_kn_mapping")
-        yield "mean of all three", query_gaps(frame, "self", NEIGHBOURS)
-        yield "Union alone", query_gaps(frame, "self", ("union",))
-        yield "Refine alone", query_gaps(frame, "self", ("refine",))
-        yield "Union, sizes matched", query_gaps(frame, "self_as_union", ("union_matched",))
-
     def mean(self, frame, value, share=False) -> Estimate:
         return bootstrap_mean(frame, value, seed=self.seed, share=share)
 
-    def apart(self, frame, value, by, levels=("II", "I"), share=False) -> Estimate:
-        return bootstrap_difference(frame, value, by, levels, seed=self.seed, share=share)
-
-    def gap_parts(self, gaps, name, statistic, threshold="", classes=False):
-        """The mean of `query_gaps`, or K_II's less K_I's: a part for the queries that decide and
-        one for those beside."""
-        for queries in COUNTED:
-            rows = POPULATIONS[queries](gaps)
-            found = (
-                self.apart(rows, "gap", f"class_{threshold}") if classes else self.mean(rows, "gap")
-            )
-            yield Part(name, statistic, threshold, found, measure="trimmed", queries=queries)
-
-    def edit_part(self, edits, op, measure, by, levels, threshold):
-        """A measure of edits where `by` is levels[0] less where it is levels[1]; dPPL, which a few
-        broken texts decide, by its median."""
-        edits, name, why = edits[edits["op"] == op], NAMES[measure], ""
-        if len(edits) and not edits["rel"].fillna(0).any():  # sets that do nothing are alike
-            why = "no edit changes its own query's answer (Rel is 0)"
-        elif measure == "broken" and not edits["broken"].fillna(0).any():
-            why = "no edit breaks a text"
-        first, second = (NAMES.get(level, level) for level in levels)
-        return Part(
-            f"{PAPER_OP[op]}, {name}",
-            f"{name} of {first} - of {second}",
-            threshold,
-            self.apart(edits, measure, by, levels, share=measure != "dppl"),
-            why,
-            "median" if measure == "dppl" else "mean",
+    def apart(
+        self,
+        frame,
+        value,
+        by,
+        levels,
+        share=False,
+    ) -> Estimate:
+        return bootstrap_difference(
+            frame,
+            value,
+            by,
+            levels,
+            seed=self.seed,
+            share=share,
         )
 
+    def second_class(self):
+        """The share of K_II."""
+        facts = self.facts()
+        noise, why = otsu_null(facts, seed=self.seed), ""
+        static, otsu = (share_of_class(facts, name, seed=self.seed) for name in THRESHOLDS)
+        if otsu.mean_low <= noise["R_II_high"]:
+            why = "Otsu's threshold makes {R_II_low:.0%} to {R_II_high:.0%} of normal noise K_II"
+        yield part(static, "share of K_II", threshold="static")
+        yield part(
+            otsu,
+            "share of K_II",
+            threshold="otsu",
+            why=why.format(**noise),
+        )
 
-CLAIMS: dict[int, Claim] = {}
+    def split_half(self):
+        """Classes from one half of the queries, CS2 from the other."""
+        queries = self.frame("queries")
+        for split in split_frames(queries, t=self.t, static=self.static, seed=self.seed):
+            found = self.apart(split.frame, "value", "label", CLASSES)
+            yield part(found, "CS2 of K_I - CS2 of K_II", "all facts", split.threshold)
+            yield self.within_relations(split.frame, split.threshold)
 
+    def within_relations(self, frame, threshold) -> dict:
+        """The same with each CS2 less its relation's mean. Relations are resampled, not facts: of
+        two facts of a relation, one is then the other's negative."""
+        frame = frame.dropna(subset=["label", "value"])
+        both = frame[frame.groupby("relation")["label"].transform("nunique") == 2]
+        centred = both["value"] - both.groupby("relation")["value"].transform("mean")
+        resampled = both.assign(
+            value=centred,
+            fact=both["relation"],
+            relation="all",
+        )
+        found = self.apart(resampled, "value", "label", CLASSES)
+        relations, why = both["relation"].nunique(), ""
+        if relations < LEAST:
+            why = f"{relations} relations have facts of both classes; an interval over relations"
+            why += f" needs {LEAST}"
+        count = both["label"].value_counts().get
+        found = replace(
+            found,
+            n_clusters=count("I", 0),
+            n_clusters_other=count("II", 0),
+        )
+        statistic = "CS2 of K_I - CS2 of K_II, less each relation's mean"
+        return part(found, statistic, "within relations", threshold, why=why)
 
-def claim(number, notebook, text, **bounds):
-    """The function below decides this claim: of a `Case` it gives the parts."""
+    def sizes(self):
+        """This model and the next smaller one."""
+        if self.before is None:
+            raise Missing("it needs a smaller model, earlier in the list, to compare with")
+        facts, smaller = self.facts(), replace(self, model=self.before).facts()
+        both = pd.concat({"larger": facts, "smaller": smaller}, names=["side"]).reset_index("side")
+        both["second"] = second_class(both, "static")
+        found = self.apart(
+            both,
+            "second",
+            "side",
+            ("larger", "smaller"),
+            share=True,
+        )
+        name = paths.label(self.before)
+        shares = f"share of K_II less that of {name}"
+        yield part(found, shares, "more K_II", "static")
+        found = difference_of_shares(facts, smaller, self.seed)
+        yield part(found, shares, "more K_II", "otsu")
+        found = self.apart(both, "cs2", "side", ("smaller", "larger"))
+        yield part(found, f"CS2 of {name} less CS2", "lower CS")
 
-    def register(parts):
-        CLAIMS[number] = Claim(text, notebook, parts, **bounds)
-        return parts
+    def predominance(self):
+        """Whether a fact's wordings attend to one token."""
+        facts, why = self.frame("attention_predominance"), ""
+        if (facts["first"] == 1).all():
+            why = "the first token always wins, so it tells how many wordings begin alike"
+        statistic = "mean predominance"
+        yield part(
+            self.mean(facts, "predominance"),
+            statistic,
+            "all tokens",
+            why=why,
+        )
+        yield part(self.mean(facts, "predominance_rest"), statistic, "without the first token")
 
-    return register
+    def edits_compared(self, saved, column, kept, by, compared):
+        """Edits saved under a name whose `column` ("class" or "neurons") is `kept`: for each
+        (measure, one, other) of `compared` the measure where `by`, the other column, is `one`, less
+        that where it is `other`."""
+        edits = self.edits(saved)
+        for op, (measure, *levels), threshold in product(PAPER_OP, compared, THRESHOLDS):
+            own = edits[edits["op"] == op].rename(columns={f"class_{threshold}": "class"})
+            own = own[(own[column] == kept) & own[by].isin(levels)]
+            why, statistic = "", "mean"
+            if not own["rel"].any():  # sets that do nothing are alike
+                why = "no edit changes its own query's answer (Rel is 0)"
+            elif measure == "broken" and not own["broken"].any():
+                why = "no edit breaks a text"
+            if measure == "dppl":  # whose mean a few broken texts decide
+                statistic = "median"
+            found = self.apart(
+                own,
+                measure,
+                by,
+                levels,
+                share=measure != "dppl",
+            )
+            what, one, other = (_LISTED["names"][word] for word in (measure, *levels))
+            told, name = f"{what} of {one} - of {other}", f"{PAPER_OP[op]}, {what}"
+            yield part(found, told, name, threshold, why=why, measure=statistic)
 
+    def moved(self, saved) -> dict:
+        """{name: rates} of what scaling KNs or synapses moves; by synapses signed as in the paper,
+        and in size, since signs can cancel."""
+        frame = self.frame(saved)
+        if saved == "query_kn_mapping":
+            return {"dProb": frame}
+        found = {}
+        for name, quantity in QUANTITIES.items():
+            signed = synapse_rates(frame, quantity)
+            changes = signed[signed["direction"] != "average"].drop(columns="rate")
+            found[name] = signed
+            found[f"|{name}|"] = rates(changes, quantity, size=True)
+        return found
 
-# --- section 2: consistency and edits -------------------------------------------------------------
-
-
-@claim(1, "02", f"K_II is common (here: more than {COMMON:.0%} of the facts)", above=COMMON)
-def _common(case):
-    facts = case.facts()
-    noise = otsu_null(facts, seed=case.seed)
-    for threshold in THRESHOLDS:
-        share, why = share_of_class(facts, threshold, seed=case.seed), ""
-        if threshold == "otsu" and share.mean_low <= noise["R_II_high"]:
-            least, most = (f"{noise[f'R_II_{end}']:.0%}" for end in ("low", "high"))
-            why = f"Otsu's threshold makes {least} to {most} of normal noise K_II"
-        yield Part("", "share of K_II", threshold, share, why)
-
-
-@claim(2, "02", "the classes' CS differ (classes from one half of the queries, CS2 from the other)")
-def _differ(case):
-    halves = split_frames(case.frame("queries"), t=case.t, static=case.static, seed=case.seed)
-    for threshold, _, _, frame in halves:
-        found = case.apart(frame, "value", "label", ("I", "II"))
-        yield Part("all facts", "CS2 of K_I - CS2 of K_II", threshold, found)
-        yield _within_relations(frame, threshold, case.seed)
-
-
-def _within_relations(frame, threshold, seed) -> Part:
-    """The same with each CS2 less its relation's mean. Relations are resampled, not facts: of two
-    facts of a relation, one is then the other's negative."""
-    frame = frame[frame["label"].notna() & frame["value"].notna()]
-    both = frame[frame.groupby("relation")["label"].transform("nunique") == 2]
-    centred = both["value"] - both.groupby("relation")["value"].transform("mean")
-    resampled = both.assign(value=centred, fact=both["relation"], relation="all")
-    found = bootstrap_difference(resampled, "value", "label", ("I", "II"), seed=seed)
-    one, two = (int((both["label"] == name).sum()) for name in CLASSES)
-    relations = both["relation"].nunique()
-    why = (
-        f"{relations} relations have facts of both classes; an interval over relations needs "
-        f"{LEAST}"
-    )
-    return Part(
-        "within relations",
-        "CS2 of K_I - CS2 of K_II, less each relation's mean",
-        threshold,
-        replace(found, n_clusters=one, n_clusters_other=two),
-        why if relations < LEAST else "",
-    )
-
-
-@claim(3, "02", "larger models (later in the list) have more K_II and lower CS")
-def _size(case):
-    if case.before is None:
-        raise Missing("it needs a smaller model, earlier in the list, to compare with")
-    models, facts = (case.model, case.before), case.facts()
-    smaller, name = case.facts(case.before), paths.label(case.before)
-    both = pd.concat([facts.assign(model=case.model), smaller.assign(model=case.before)])
-    both = both.reset_index(drop=True)
-    shares = f"share of K_II less that of {name}"
-    second = both.assign(second=second_class(both, "static"))
-    found = case.apart(second, "second", "model", models, share=True)
-    yield Part("more K_II", shares, "static", found)
-    yield Part("more K_II", shares, "otsu", difference_of_shares(facts, smaller, case.seed))
-    found = case.apart(both, "cs2", "model", models[::-1])
-    yield Part("lower CS", f"CS2 of {name} less CS2", "", found)
-
-
-def _edits_by_class(case, neurons, measures, levels):
-    """Edits of one kind of set, class against class."""
-    edits = case.edits("edits")
-    edits = edits[edits["neurons"] == neurons]
-    for op, measure, threshold in product(PAPER_OP, measures, THRESHOLDS):
-        yield case.edit_part(edits, op, measure, f"class_{threshold}", levels, threshold)
-
-
-@claim(4, "03", "local edits of K_II generalise less than those of K_I, and their Avg is lower")
-def _local(case):
-    return _edits_by_class(case, "local", ("gen", "avg"), ("I", "II"))
-
-
-@claim(
-    5,
-    "03",
-    "global edits of K_II raise perplexity more than those of K_I (by its median, and in broken "
-    "texts)",
-)
-def _global(case):
-    return _edits_by_class(case, "global", ("dppl", "broken"), ("II", "I"))
-
-
-# --- section 3: expression ------------------------------------------------------------------------
-
-
-@claim(6, "04", f"a query's own KNs matter, in both classes (more than random neurons; {QUERIES})")
-def _own(case):
-    statistic = "dProb of own KNs - of random neurons"
-    for way in DIRECTIONS[:2]:
-        gaps = query_gaps(case.frame("query_kn_mapping"), "self", ("self_random",), way)
-        for name, threshold in product(CLASSES, THRESHOLDS):
-            part = gaps[gaps[f"class_{threshold}"] == name]
-            yield from case.gap_parts(part, f"K_{name}, {way}", statistic, threshold)
-
-
-@claim(7, "04", f"for K_II the neighbours' KNs matter less than the query's own ({QUERIES})")
-def _neighbours(case):
-    statistic = "dProb of own - of neighbours' KNs, K_II"
-    for (kind, gaps), threshold in product(case.neighbour_gaps(), THRESHOLDS):
-        part = gaps[gaps[f"class_{threshold}"] == "II"]
-        yield from case.gap_parts(part, kind, statistic, threshold)
-
-
-@claim(8, "04", f"this gap is smaller for K_I ({QUERIES})")
-def _less(case):
-    statistic = "the gap of K_II - the gap of K_I"
-    for (kind, gaps), threshold in product(case.neighbour_gaps(), THRESHOLDS):
-        yield from case.gap_parts(gaps, kind, statistic, threshold, classes=True)
-
-
-@claim(9, "05", f"predominance is high (here: above {HIGH:g})", above=HIGH)
-def _predominance(case):
-    facts, why = case.frame("attention_predominance"), ""
-    if (facts["first"] == 1).all():
-        why = "the first token always wins, so it tells how many wordings begin alike"
-    name = "mean predominance"
-    yield Part("all tokens", name, "", case.mean(facts, "predominance"), why)
-    yield Part("without the first token", name, "", case.mean(facts, "predominance_rest"))
-
-
-@claim(
-    10,
-    "06",
-    "scaling a query's synapses moves KNs and P(answer) more than scaling an irrelevant query's "
-    f"({QUERIES})",
-)
-def _synapses(case):
-    for (name, frame), way in product(case.moved(), DIRECTIONS[:2]):
-        gaps = query_gaps(frame, "self", ("irrelevant",), way)
-        yield from case.gap_parts(gaps, f"{name}, {way}", f"{name} of S - of S_ir")
-
-
-@claim(11, "06", f"it moves them more for K_II ({QUERIES})")
-def _synapse_classes(case):
-    for (name, frame), threshold in product(case.moved(), THRESHOLDS):
-        statistic = f"{name} of K_II - of K_I"
-        yield from case.gap_parts(query_gaps(frame, "self"), name, statistic, threshold, True)
-
-
-# --- section 3.3: CAS -----------------------------------------------------------------------------
-
-
-def _edits_by_set(case, name, compared):
-    """Edits of one class's facts, one kind of set against another."""
-    edits = case.edits("cas_edits")
-    for op, (measure, *levels), threshold in product(PAPER_OP, compared, THRESHOLDS):
-        part = edits[(edits[f"class_{threshold}"] == name) & edits["neurons"].isin(levels)]
-        yield case.edit_part(part, op, measure, "neurons", levels, threshold)
-
-
-@claim(12, "07", "for K_II, CAS beats local on Gen, global on Loc and perplexity, and both on Avg")
-def _cas(case):
-    compared = (
-        ("gen", "cas", "local"),
-        ("loc", "cas", "global"),
-        ("dppl", "global", "cas"),
-        ("broken", "global", "cas"),
-        ("avg", "cas", "local"),
-        ("avg", "cas", "global"),
-    )
-    return _edits_by_set(case, "II", compared)
-
-
-@claim(
-    13,
-    "07",
-    f"for K_I, CAS is comparable to local and global (here: Avg within {MARGIN:g})",
-    within=MARGIN,
-)
-def _comparable(case):
-    return _edits_by_set(case, "I", (("avg", "cas", "local"), ("avg", "cas", "global")))
+    def gaps_compared(
+        self,
+        saved,
+        name,
+        statistic,
+        sets,
+        ways=("average",),
+        classes=("",),
+    ):
+        """Trimmed means of `query_gaps` of each of `sets`, {compared: (first, second)}, over the
+        facts of a class ("I", "II"), over all (""), or K_II's less K_I's ("II - I"); a part for the
+        queries that decide and one for those beside."""
+        thresholds = THRESHOLDS if any(classes) else ("",)
+        frames = self.moved(saved).items()
+        for (moved, frame), (compared, pair), way in product(frames, sets.items(), ways):
+            gaps = query_gaps(frame, *pair, way)
+            for which, threshold, queries in product(classes, thresholds, COUNTED):
+                rows, label = POPULATIONS[queries](gaps), f"class_{threshold}"
+                if which == "II - I":
+                    found = self.apart(rows, "gap", label, ("II", "I"))
+                else:
+                    found = self.mean(rows[rows[label] == which] if which else rows, "gap")
+                words = dict(
+                    moved=moved,
+                    compared=compared,
+                    way=way,
+                    which=which,
+                )
+                told = statistic.format(**words), name.format(**words), threshold
+                yield part(found, *told, measure="trimmed", queries=queries)
 
 
 # --- the scoreboard -------------------------------------------------------------------------------
@@ -397,55 +345,21 @@ def scoreboard(
     for number, one in CLAIMS.items():
         if notebook not in (None, one.notebook):
             continue
-        able = methods if one.notebook == LOCALISED else downstream
+        able = methods if one.notebook == paths.COMPARES else downstream
         for method, (before, model) in product(able, zip([None, *models], models)):
-            here = dict(claim=number, text=one.text, model=paths.label(model), method=method)
+            case = Case(get, model, method, before, t, static, seed)
+            here = dict(
+                claim=number,
+                text=one.text,
+                model=paths.label(model),
+                method=method,
+            )
             try:
-                case = Case(get, model, method, before, t, static, seed)
-                rows += [here | _row(one, part) for part in one.parts(case)]
+                for row in getattr(case, one.parts)(**one.given):
+                    rows.append(here | row | {"verdict": one.verdict(row)})
             except Missing as missing:
-                rows.append(here | NOTHING | dict(verdict=OPEN, why=str(missing)))
-    return pd.DataFrame(rows)
-
-
-NOTHING = dict(part="", threshold="", queries="", statistic="") | dict(
-    value=np.nan, value_low=np.nan, value_high=np.nan, n_facts=0, n_facts_other=np.nan
-)
-
-
-def _row(claim: Claim, part: Part) -> dict:
-    found = part.found.row(part.measure, "value")
-    facts = {"n_facts_other": np.nan} | part.found.facts()
-    why, few = part.why, too_few(facts)
-    if np.isnan(found["value"]):
-        empty = (
-            f": a class is empty by the {part.threshold} threshold, or nothing in it has a value"
-        )
-        why = f"nothing to compare{empty if part.threshold else ', as no value is defined'} ({few})"
-    elif np.isnan(found["value_low"]):
-        why = why or few
-    return dict(
-        part=part.name,
-        threshold=part.threshold,
-        queries=part.queries,
-        statistic=part.statistic,
-        **{name: found[name] for name in ("value", "value_low", "value_high")},
-        n_facts=facts["n_facts"],
-        n_facts_other=facts["n_facts_other"],
-        verdict=OPEN if why else _verdict(claim, found["value_low"], found["value_high"]),
-        why=why,
-    )
-
-
-def _verdict(claim: Claim, low, high) -> str:
-    """What an interval says of a claim."""
-    if claim.within is not None:
-        holds = -claim.within < low and high < claim.within
-        fails = low >= claim.within or high <= -claim.within
-    else:
-        holds, fails = low > claim.above, high < claim.above
-    opposite = OPPOSITE if claim.within is None and claim.above == 0 else FAILS
-    return HOLDS if holds else opposite if fails else UNTOLD
+                rows.append(here | NOTHING | {"why": str(missing)})
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def deciding(board: pd.DataFrame) -> pd.DataFrame:
@@ -458,40 +372,55 @@ def overall(board: pd.DataFrame) -> pd.DataFrame:
     of its parts that could be tested hold; `known`: that of the parts over known queries, which
     decide nothing; "" where a claim has none."""
     rows, names = [], ["claim", "text", "method", "model"]
-    for keys, part in board.groupby(names, sort=False):
-        first, beside = deciding(part), part[part["queries"] == COUNTED[1]]
-        known = _together(beside) if len(beside) else ""
-        row = dict(mark=_mark(first), verdict=_together(first), known=known)
+    for keys, parts in board.groupby(names, sort=False):
+        first = deciding(parts)
+        beside = parts.drop(first.index)
+        row = dict(
+            mark=_mark(first),
+            verdict=_together(first),
+            known="",
+        )
+        if len(beside):
+            row["known"] = _together(beside)
         rows.append(dict(zip(names, keys)) | row)
     return pd.DataFrame(rows)
 
 
-def _mark(part) -> str:
+def _mark(parts) -> str:
     """One word of MARKS for several parts of a claim."""
-    tested = part.loc[part["verdict"] != OPEN, "verdict"]
-    if tested.empty:
-        return UNTOLD if part["statistic"].any() else NOT_RUN
-    if tested.nunique() == 1:
-        return tested.iloc[0]
-    if not (tested == HOLDS).any():
+    verdicts = set(parts["verdict"]) - {OPEN}
+    if not verdicts:
+        return UNTOLD if parts["statistic"].any() else NOT_RUN
+    if len(verdicts) == 1:
+        return verdicts.pop()
+    if HOLDS not in verdicts:
         return FAILS
-    return MIXED if tested.isin([FAILS, OPPOSITE]).any() else PARTLY
+    return MIXED if verdicts & {FAILS, OPPOSITE} else PARTLY
 
 
-def _together(part) -> str:
+def _together(parts) -> str:
     """That word, and how many parts it rests on: "holds in part (2 of 4, 2 undecided)"."""
-    counts, word = part["verdict"].value_counts(), _mark(part)
-    tested = len(part) - counts.get(OPEN, 0)
+    counts, word = parts["verdict"].value_counts(), _mark(parts)
+    tested = len(parts) - counts.get(OPEN, 0)
     if not tested:
-        return f"{OPEN}: {part['why'].iloc[0]}"
-    text = f"{counts.get(HOLDS if word in (PARTLY, MIXED, FAILS) else word, 0)} of {tested}"
-    for verdict, name in ((OPPOSITE, "the opposite"), (UNTOLD, "undecided"), (OPEN, "untestable")):
+        return f"{OPEN}: {parts['why'].iloc[0]}"
+    counted = word if word in (OPPOSITE, UNTOLD) else HOLDS
+    text = f"{counts.get(counted, 0)} of {tested}"
+    others = {OPPOSITE: "the opposite", UNTOLD: "undecided", OPEN: "untestable"}
+    for verdict, name in others.items():
         if verdict in counts and verdict != word:
             text += f", {counts[verdict]} {name}"
     return f"{word} ({text})"
 
 
-def judge(study, notebook, methods=None, *, t=0.2, static=0.1) -> HTML:
+def judge(
+    study,
+    notebook,
+    methods=None,
+    *,
+    t=0.2,
+    static=0.1,
+) -> HTML:
     """The verdicts on the claims that a notebook's saved results decide, for its model, and folded
     below their parts."""
 
@@ -501,63 +430,57 @@ def judge(study, notebook, methods=None, *, t=0.2, static=0.1) -> HTML:
         except ValueError as error:
             raise Missing(str(error)) from None
 
-    methods, options = methods or [study.method], dict(t=t, static=static, seed=study.seed)
-    board = scoreboard(get, [study.model], methods, methods, notebook=notebook, **options)
+    methods = methods or [study.method]
+    options = dict(
+        notebook=notebook,
+        t=t,
+        static=static,
+        seed=study.seed,
+    )
+    board = scoreboard(get, [study.model], methods, methods, **options)
     verdicts = shown(overall(board).drop(columns=["model", "mark"]))
-    parts = folded("Every part", board.drop(columns=["text", "model"]), digits=3)
-    return HTML("\n".join([verdicts.data, parts.data]))
+    parts = folded(
+        "Every part",
+        board.drop(columns=["text", "model"]),
+        digits=3,
+    )
+    return HTML(f"{verdicts.data}\n{parts.data}")
 
 
 # --- the matrix -----------------------------------------------------------------------------------
 
 
+_MATRIX = template(Path(__file__).with_name("claims.html"))
+
+
 def show_matrix(board: pd.DataFrame) -> HTML:
-    """The matrix, its legend, and every part of every claim, folded."""
-    details = [
-        folded(f"({number}) {CLAIMS[number].text}", part.drop(columns=["claim", "text"])).data
-        for number, part in board.groupby("claim", sort=False)
-    ]
-    return HTML("\n".join([f"<p>{LEGEND}</p>", matrix(board), *details]))
+    """A table with the claims as rows and models and methods as columns: a mark in each cell, on
+    hover its verdict and the statistics behind it; its legend; and every part of every claim,
+    folded. The colours stand in the table itself, so that a notebook shows them, too."""
+    cells, details = {}, {}
+    for place, parts in board.groupby(["claim", "model", "method"]):
+        cells[place] = _cell(deciding(parts))
+    for number, parts in board.groupby("claim", sort=False):
+        title = f"({number}) {CLAIMS[number].text}"
+        details[number] = Markup(folded(title, parts.drop(columns=["claim", "text"])).data)
+    names = {name: board[name].unique() for name in ("model", "method")}
+    return HTML(_MATRIX.render(claims=CLAIMS, cells=cells, details=details, **names))
 
 
-def matrix(board: pd.DataFrame) -> str:
-    """HTML of a table with the claims as rows and models and methods as columns: a mark in each
-    cell, on hover its verdict and the statistics behind it. The colours stand in the table itself,
-    so that a notebook shows them, too."""
-    names, cells = ["model", "method"], overall(board)
-    cells["mark"] = cells["mark"].map(MARKS)
-    cells["cell"] = [
-        f'<span title="{html.escape(_hover(board, row))}">{row.mark}{_held(row.verdict)}</span>'
-        for row in cells.itertuples()
-    ]
-    columns = pd.MultiIndex.from_product([board[name].unique() for name in names])
-    wide = cells.pivot(index="claim", columns=names)
-    wide.index = [f"{number}. {html.escape(CLAIMS[number].text)}" for number in wide.index]
-    marks, cells = (wide[name].reindex(columns=columns).fillna("–") for name in ("mark", "cell"))
-    styler = cells.style.format_index(html.escape, axis=1).set_table_styles(STYLE)
-    styler.apply(lambda _: marks.map(lambda mark: f"background-color: {COLOURS[mark]}"), axis=None)
-    return styler.set_uuid("claims").to_html()
-
-
-def _held(verdict) -> str:
-    """ "2/4" of a verdict "holds in part (2 of 4, 1 undecided)": of the parts that can be tested,
-    those that hold; "" where none can."""
-    found = re.search(r"\((\d+) of (\d+)", verdict)
-    if not found:
-        return ""
-    held = 0 if verdict.startswith((UNTOLD, OPPOSITE)) else found[1]
-    return f" <small>{held}/{found[2]}</small>"
-
-
-def _hover(board, cell) -> str:
-    """A verdict and, a line each, the parts that decide it."""
-    same = [board[name] == getattr(cell, name) for name in ("claim", "model", "method")]
-    parts, lines = deciding(board[np.logical_and.reduce(same)]), [cell.verdict]
+def _cell(parts) -> dict:
+    """Of a claim's deciding parts for one model and method: the mark, how many of the parts that
+    can be tested hold, and, a line each, what decides."""
+    lines = [_together(parts)]
     for row in parts[parts["statistic"] != ""].to_dict("records"):
-        told = format_value(row["value"], row["value_low"], row["value_high"])
         what = " ".join(filter(None, [row["part"], row["threshold"], row["statistic"]]))
+        told = format_value(row["value"], row["value_low"], row["value_high"])
         lines.append(f"{what} {told} (n = {n_facts(row)})")
-    return "\n".join(lines)
+    return {
+        "mark": MARKS[_mark(parts)],
+        "held": (parts["verdict"] == HOLDS).sum(),
+        "tested": (parts["verdict"] != OPEN).sum(),
+        "hover": "\n".join(lines),
+    }
 
 
 def n_facts(row) -> str:

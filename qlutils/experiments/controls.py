@@ -19,12 +19,13 @@ a KN set.
 
 import re
 from collections.abc import Iterator
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from qlutils.experiments.consistency import THRESHOLDS, classified_facts, share_of_class
+from qlutils.experiments.consistency import CLASSES, THRESHOLDS, classified_facts, share_of_class
 from qlutils.facts import seeded
 from qlutils.neurons.others import random_neurons
 from qlutils.neurons.sets import (
@@ -37,6 +38,7 @@ from qlutils.neurons.sets import (
 )
 from qlutils.show.stats import (
     LEAST,
+    TAILS,
     bootstrap_difference,
     mean_columns,
     permutation_test,
@@ -51,33 +53,38 @@ class Group(NamedTuple):
     where any two next to each other differ."""
 
     what: str
-    equal: tuple = ()
-    differ: tuple = ()
+    equal: list = []
+    differ: list = []
 
 
 NULLS = {
     "own": Group("the fact's own queries"),
-    "same pattern": Group("one pattern, different objects", ("pattern",), ("fact", "object")),
+    "same pattern": Group("one pattern, different objects", ["pattern"], ["fact", "object"]),
     "other objects": Group(
         "different patterns and objects, one relation",
-        ("relation",),
-        ("fact", "object", "pattern"),
+        ["relation"],
+        ["fact", "object", "pattern"],
     ),
     "other relations": Group(
         "different patterns and objects, different relations",
-        (),
-        ("fact", "object", "pattern", "relation"),
+        [],
+        ["fact", "object", "pattern", "relation"],
     ),
     "same object": Group(
         "different facts and patterns, one object",
-        ("object",),
-        ("fact", "pattern"),
+        ["object"],
+        ["fact", "pattern"],
     ),
     "random": Group("random neurons, as many in each layer"),
 }
 
 
-def summarise(frame, by="kind", values=("cs2", "jaccard"), seed=0) -> pd.DataFrame:
+def summarise(
+    frame,
+    by="kind",
+    values=("cs2", "jaccard"),
+    seed=0,
+) -> pd.DataFrame:
     """Mean of `values` for each level of `by` with its 95 % interval over facts within relation; n
     facts, n_missing."""
     rows = []
@@ -96,7 +103,12 @@ def agreement(sets: list[set], seed=0) -> dict:
 # --- 1: groups of queries that are no fact's ------------------------------------------------------
 
 
-def null_consistency(queries, num_neurons=None, t=0.2, seed=0) -> pd.DataFrame:
+def null_consistency(
+    queries,
+    num_neurons=None,
+    t=0.2,
+    seed=0,
+) -> pd.DataFrame:
     """`agreement` of groups of 3 queries, a row a fact and kind of NULLS: fact, relation, kind,
     n_queries, cs2, jaccard.
 
@@ -106,12 +118,11 @@ def null_consistency(queries, num_neurons=None, t=0.2, seed=0) -> pd.DataFrame:
     if num_neurons is None:
         num_neurons = 1 + max(int(np.max(one, initial=0)) for one in queries["neuron"])
     queries = queries.reset_index(drop=True)
-    queries["pattern"] = [
-        f"{relation} {subject_in(subject).sub('[X]', prompt)}"
-        for relation, subject, prompt in zip(
-            queries["relation"], queries["subject"], queries["prompt"]
-        )
-    ]
+    patterns = []
+    for row in queries.itertuples():
+        wording = subject_in(row.subject).sub("[X]", row.prompt)
+        patterns.append(f"{row.relation} {wording}")
+    queries["pattern"] = patterns
     columns = ("fact", "relation", "object", "pattern")
     codes = {name: pd.factorize(queries[name])[0] for name in columns}
     sets, rows = kn_sets(queries, t), []
@@ -123,17 +134,16 @@ def null_consistency(queries, num_neurons=None, t=0.2, seed=0) -> pd.DataFrame:
             if kind == "own":
                 chosen = own
             elif kind == "random":
-                chosen = [
-                    random_neurons(one, num_neurons, rng, outside=False) for one in own[:GROUP]
-                ]
+                some = own[:GROUP]
+                chosen = [random_neurons(one, num_neurons, rng, outside=False) for one in some]
             else:
                 chosen = [sets[row] for row in _draw(codes, start, NULLS[kind], rng)]
             row = {
                 "fact": fact,
                 "relation": group["relation"].iloc[0],
                 "kind": kind,
-                "n_queries": min(GROUP, len(chosen)),
             }
+            row["n_queries"] = min(GROUP, len(chosen))
             rows.append(row | agreement(chosen, seed))
     return pd.DataFrame(rows)
 
@@ -164,13 +174,12 @@ def _draw(codes, start, kind: Group, rng) -> list[int]:
 def halves(queries, seed=0) -> pd.DataFrame:
     """`queries` of the facts with at least 4, with `half`: "A" or "B", drawn within each fact (A
     has the odd one)."""
-    parts = [queries.head(0).assign(half="")]
-    for fact, group in queries.groupby("fact", sort=False):
-        if len(group) >= 4:
-            order = seeded(seed, fact).permutation(len(group))
-            first = order < (len(group) + 1) // 2
-            parts.append(group.assign(half=np.where(first, "A", "B")))
-    return pd.concat(parts, ignore_index=True)
+    queries = queries[queries.groupby("fact")["fact"].transform("size") >= 4]
+    half = np.full(len(queries), "A")
+    for fact, rows in queries.groupby("fact").indices.items():
+        order = seeded(seed, fact).permutation(len(rows))
+        half[rows[order >= (len(rows) + 1) // 2]] = "B"
+    return queries.assign(half=half)
 
 
 class Split(NamedTuple):
@@ -198,51 +207,61 @@ def split_frames(
     outcomes: {name: frame with fact, prompt_index and value, of a query, and maybe `edited`, the
     prompt_index of another query, also of half B, on which the value hangs}."""
     split = halves(queries, seed)
-    first, second = (split[split["half"] == half] for half in "AB")
-    first = fact_table(first, t)
-    values = {"CS2": fact_table(second, t).rename(columns={"cs2": "value"})}
+    inside = split.loc[split["half"] == "B", ["fact", "prompt_index"]]
+    first, second = (fact_table(split[split["half"] == half], t) for half in "AB")
+    values = {"CS2": second.rename(columns={"cs2": "value"})}
     for name, frame in dict(outcomes).items():
-        for place in ("prompt_index", "edited"):
-            if place in frame:
-                inside = second[["fact", "prompt_index"]].set_axis(["fact", place], axis=1)
-                frame = frame.merge(inside, on=["fact", place])
-        values[name] = frame
+        values[name] = frame.merge(inside, on=["fact", "prompt_index"])
+        if "edited" in frame:
+            both = inside.rename(columns={"prompt_index": "edited"})
+            values[name] = values[name].merge(both, on=["fact", "edited"])
     for threshold, at in zip(THRESHOLDS, (static, otsu_threshold(first["cs2"]))):
         labels = first[["fact", "relation"]].assign(label=classify(first["cs2"], at))
         labels = labels.dropna(subset="label")
         for name, frame in values.items():
-            yield Split(threshold, at, name, frame[["fact", "value"]].merge(labels, on="fact"))
+            yield Split(
+                threshold,
+                at,
+                name,
+                frame[["fact", "value"]].merge(labels, on="fact"),
+            )
 
 
-def split_half(queries, outcomes=(), *, seed=0, **thresholds) -> pd.DataFrame:
+def split_half(
+    queries,
+    outcomes=(),
+    *,
+    seed=0,
+    **thresholds,
+) -> pd.DataFrame:
     """Class I minus class II by `split_frames`, a row an outcome and threshold: the difference with
     its 95 % interval (bootstrap over facts within relation; NaN below `stats.LEAST` facts of a
     class), the difference less the relations' means and its permutation p (exact for any number),
     n_I and n_II facts."""
     rows = []
     for split in split_frames(queries, outcomes, seed=seed, **thresholds):
-        frame = split.frame
-        estimate = bootstrap_difference(frame, "value", "label", ("I", "II"), seed=seed)
-        test = permutation_test(frame, "value", "label", seed=seed)
+        estimate = bootstrap_difference(split.frame, "value", "label", CLASSES, seed=seed)
         row = {
             "threshold": split.threshold,
             "at": split.at,
             "outcome": split.outcome,
-            **estimate.row("mean", "I - II"),
-            "within": test["within"],
-            "p": test["p"],
-            "n_I": test["n1"],
-            "n_II": test["n2"],
         }
-        del row["n"], row["n_other"]  # values, of which a fact may have several
-        rows.append(row)
-    return pd.DataFrame(rows)
+        row |= estimate.row("mean", "I - II")
+        rows.append(row | permutation_test(split.frame, "value", "label", seed=seed))
+    table = pd.DataFrame(rows).drop(columns=["n", "n_other"])  # values, several of a fact
+    return table.rename(columns={"n1": "n_I", "n2": "n_II"})
 
 
 # --- 7: is K_II only ignorance? -------------------------------------------------------------------
 
 
-def knowledge(queries, *, t=0.2, static=0.1, seed=0) -> pd.DataFrame:
+def knowledge(
+    queries,
+    *,
+    t=0.2,
+    static=0.1,
+    seed=0,
+) -> pd.DataFrame:
     """CS2 against knowledge, a row a statistic: value with its 95 % interval, n facts (of a
     difference, and n_other).
 
@@ -255,26 +274,32 @@ def knowledge(queries, *, t=0.2, static=0.1, seed=0) -> pd.DataFrame:
     facts["all_known"] = facts["known"] == 1
     ranks = facts[["cs2", "probability"]].rank()
     inside = ranks - ranks.groupby(facts["relation"]).transform("mean")
-    relation = pd.factorize(facts["relation"], sort=True)[0]
-    one_stratum = np.zeros(len(set(relation)), int)
-    difference = bootstrap_difference(facts, "cs2", "all_known", (True, False), seed=seed)
+    relation, names = pd.factorize(facts["relation"], sort=True)
+    difference = bootstrap_difference(
+        facts,
+        "cs2",
+        "all_known",
+        (True, False),
+        seed=seed,
+    )
+    # Ranks less their relation's mean hang together within it (of two facts, one is the other's
+    # negative), so the relation is what is resampled.
+    one_stratum = np.zeros(len(names), int)
     thirds = answered_and_not(queries, t, seed)
     answered = bootstrap_difference(thirds, "cs2", "known", (True, False), seed=seed)
     found = {
         "correlation of CS2 and P(answer)": _correlation(
             ranks, np.arange(len(facts)), relation, seed
         ),
-        # Ranks less their relation's mean hang together within it (of two facts, one is the other's
-        # negative), so the relation is what is resampled.
         "the same, within relations": _correlation(inside, relation, one_stratum, seed),
         "CS2 of known facts minus CS2 of others": difference.row("mean", "value"),
         "CS2 of 3 answered wordings minus 3 others": answered.row("mean", "value"),
     }
-    for threshold in THRESHOLDS:
-        for which, among in (("all facts", None), ("known facts", "all_known")):
-            share = share_of_class(facts, threshold, seed=seed, among=among)
-            name = f"share of K_II, {threshold} threshold, {which}"
-            found[name] = share.row("mean", "value")
+    groups = {"all facts": None, "known facts": "all_known"}
+    for threshold, (which, among) in product(THRESHOLDS, groups.items()):
+        share = share_of_class(facts, threshold, seed=seed, among=among)
+        name = f"share of K_II, {threshold} threshold, {which}"
+        found[name] = share.row("mean", "value")
     return pd.DataFrame([{"statistic": name} | row for name, row in found.items()])
 
 
@@ -296,21 +321,25 @@ def _correlation(pairs, cluster, strata, seed) -> dict:
 
     cluster: that of each row; strata: that of each cluster. NaN where a column is constant; the
     interval also with fewer than `LEAST` clusters. n: rows."""
-    values, sample = pairs.to_numpy(), []
+    value, low, high = np.full(3, np.nan)
 
     def correlation(weights):  # (rows,)
-        x, y = (values - (weights @ values) / weights.sum()).T
-        size = np.sqrt((weights @ x**2) * (weights @ y**2))
-        return (weights @ (x * y)) / size if size > 1e-9 else np.nan
+        (xx, xy), (_, yy) = np.cov(
+            pairs.to_numpy().T,
+            aweights=weights,
+            ddof=0,
+        )
+        return xy / np.sqrt(xx * yy) if min(xx, yy) > 1e-9 else np.nan
 
-    value = correlation(np.ones(len(values))) if len(values) else np.nan
+    if len(pairs):
+        value = correlation(np.ones(len(pairs)))
     if len(strata) >= LEAST and not np.isnan(value):
         draws = resampling_weights(strata, 1000, seed).astype(float)
         sample = [correlation(weights[cluster]) for weights in draws]
-    low, high = np.nanpercentile(sample, (2.5, 97.5)) if len(sample) else (np.nan, np.nan)
+        low, high = np.nanpercentile(sample, TAILS)
     return {
         "value": value,
         "value_low": low,
         "value_high": high,
-        "n": len(values),
+        "n": len(pairs),
     }

@@ -13,11 +13,7 @@ from qlutils.neurons.sets import kn_sets
 from qlutils.show.stats import LEAST, Estimate, bootstrap_difference, bootstrap_mean, mean_columns
 
 FIGURE_4_SETS = ("self", "union", "intersection", "refine")
-FIGURE_4_DRAWN = (
-    *FIGURE_4_SETS,
-    "self_random",
-    "union_random",
-)  # as many random neurons beside two
+FIGURE_4_DRAWN = (*FIGURE_4_SETS, "self_random", "union_random")  # as many random neurons beside
 NEIGHBOURS = FIGURE_4_SETS[1:]  # made of the KNs of the fact's other queries, too
 # Beyond the paper, see `query_kn_mapping.query_sets`: those of which notebook 04 shows the effect.
 COMPARISON_SETS = (
@@ -53,7 +49,13 @@ COUNTED = ("all", "known")
 # --- units of work --------------------------------------------------------------------------------
 
 
-def units(queries, t=None, *, irrelevant=None, other=None) -> list[list[dict]]:
+def units(
+    queries,
+    t=None,
+    *,
+    irrelevant=None,
+    other=None,
+) -> list[list[dict]]:
     """The facts of a `queries` frame as one unit for the tasks of notebooks 04-06.
 
     A fact is a dict: fact, relation, object, and lists over its queries: prompts, prompt_index.
@@ -63,10 +65,7 @@ def units(queries, t=None, *, irrelevant=None, other=None) -> list[list[dict]]:
     other_relation: as many (layer, neuron) in each layer as the query has KNs, of one other
     fact."""
     queries = queries.reset_index(drop=True)
-    lists = {
-        "prompts": queries["prompt"].tolist(),
-        "prompt_index": queries["prompt_index"].tolist(),
-    }
+    lists = pd.DataFrame({"prompts": queries["prompt"], "prompt_index": queries["prompt_index"]})
     if t is not None:
         sets = [sorted(one) for one in kn_sets(queries, t)]
         lists["layer"] = [[layer for layer, _ in one] for one in sets]
@@ -74,18 +73,12 @@ def units(queries, t=None, *, irrelevant=None, other=None) -> list[list[dict]]:
         for kind in OTHER_FACTS if other is not None else ():
             lists[kind] = _other_facts_neurons(queries, sets, kind, other)
     if irrelevant is not None:
-        lists["irrelevant"] = [_irrelevant(queries, row, irrelevant) for row in queries.index]
+        drawn = [_irrelevant(queries, row, irrelevant) for row in queries.index]
+        lists["irrelevant"] = pd.Series(drawn, dtype=object)  # as text, None would become NaN
     facts = []
-    for fact, group in queries.groupby("fact", sort=False):
-        first = group.iloc[0]
-        one = {
-            "fact": fact,
-            "relation": first["relation"],
-            "object": first["object"],
-        }
-        for name, values in lists.items():
-            one[name] = [values[row] for row in group.index]
-        facts.append(one)
+    for _, group in queries.groupby("fact", sort=False):
+        about = group.iloc[0][["fact", "relation", "object"]].to_dict()
+        facts.append(about | lists.loc[group.index].to_dict("list"))
     return [facts]
 
 
@@ -103,9 +96,8 @@ def _other_facts_neurons(queries, sets, kind, seed):
     """For each query sorted neurons of one other fact, of its relation or of another."""
     others, drawn = OtherFacts(queries, sets), []
     for fact, index, neurons in zip(queries["fact"], queries["prompt_index"], sets):
-        rng = seeded(seed, fact, index, kind)
-        found = others.draw(neurons, fact, rng, same_relation=kind == "same_relation")
-        drawn.append(sorted(found))
+        rng, same = seeded(seed, fact, index, kind), kind == "same_relation"
+        drawn.append(sorted(others.draw(neurons, fact, rng, same_relation=same)))
     return drawn
 
 
@@ -115,13 +107,24 @@ def _other_facts_neurons(queries, sets, kind, seed):
 def beside_queries(frame, queries, t, static) -> pd.DataFrame:
     """`frame` with known, subject, object, prompt, cs2, class_static and class_otsu of its query
     (fact, prompt_index)."""
-    facts = classified_facts(queries, t, static)[["fact", "cs2", "class_static", "class_otsu"]]
+    facts = classified_facts(queries, t, static)
+    facts = facts[["fact", "cs2", "class_static", "class_otsu"]]
     columns = ["fact", "prompt_index", "subject", "object", "prompt", "known"]
     about = queries[columns].merge(facts, on="fact", how="left")
-    return frame.merge(about, on=["fact", "prompt_index"], how="left", validate="many_to_one")
+    return frame.merge(
+        about,
+        on=["fact", "prompt_index"],
+        how="left",
+        validate="many_to_one",
+    )
 
 
-def rates(frame, quantity="probability", *, size=False) -> pd.DataFrame:
+def rates(
+    frame,
+    quantity="probability",
+    *,
+    size=False,
+) -> pd.DataFrame:
     """Rows of `frame` with `rate`, the relative change of `quantity`, positive in the expected
     direction (section 3.1), and one more row, "average", for each pair of directions.
 
@@ -132,10 +135,10 @@ def rates(frame, quantity="probability", *, size=False) -> pd.DataFrame:
     rate = sign * (frame[quantity] - before) / before.where(before != 0)
     frame = frame.assign(rate=rate.abs() if size else rate)
     keys = [name for name in ("fact", "prompt_index", "set", "renormalise") if name in frame]
-    average = frame.groupby(keys, sort=False)["rate"].agg(lambda pair: pair.mean(skipna=False))
-    first = frame[frame["direction"] == "enhance"].drop(columns="rate")
-    first = first.merge(average.reset_index(), on=keys, validate="one_to_one")
-    return pd.concat([frame, first.assign(direction="average")], ignore_index=True)
+    average = frame.groupby(keys)["rate"].transform(lambda pair: pair.mean(skipna=False))
+    enhanced = frame["direction"] == "enhance"
+    averages = frame[enhanced].assign(direction="average", rate=average[enhanced])
+    return pd.concat([frame, averages], ignore_index=True)
 
 
 def summary(
@@ -152,71 +155,70 @@ def summary(
 
     See `all_statistics`; undefined: values that are NaN; empty: share of empty sets; size: their
     mean size."""
-    levels = {
-        "threshold": thresholds,
-        "set": sets,
-        "direction": directions,
-        "class": CLASSES,
-    }
+    levels = {"threshold": thresholds, "set": sets, "direction": directions, "class": CLASSES}
     rows = []
     for population in populations:
         for keys, part in cells(POPULATIONS[population](frame), levels):
             estimate = bootstrap_mean(part, "rate", seed=seed)
-            row = {
-                "threshold": keys["threshold"],
-                "queries": population,
-                **keys,
-                **all_statistics(estimate),
-                "undefined": estimate.n_missing,
-                "empty": (part["size"] == 0).mean(),
-                "size": part["size"].mean(),
-            }
+            row = {"threshold": keys["threshold"], "queries": population}
+            row |= keys | all_statistics(estimate)
+            row["undefined"] = estimate.n_missing
+            row["empty"] = (part["size"] == 0).mean()
+            row["size"] = part["size"].mean()
             rows.append(row)
     return pd.DataFrame(rows)
 
 
-def query_gaps(frame, first: str, second=(), direction="average") -> pd.DataFrame:
+def query_gaps(
+    frame,
+    first: str,
+    second=(),
+    direction="average",
+) -> pd.DataFrame:
     """A row a query of `rates` rows of one direction: fact, relation, prompt_index, classes, known,
     and gap, the rate of set `first` less the mean rate of the sets `second`."""
     frame = frame[(frame["direction"] == direction) & frame["set"].isin([first, *second])]
     keys = ["fact", "prompt_index"]
-    wide = frame.pivot(index=keys, columns="set", values="rate").reindex(columns=[first, *second])
+    wide = frame.pivot(index=keys, columns="set", values="rate")
+    wide = wide.reindex(columns=[first, *second])
     gap = wide[first]
     if second:
         gap = gap - wide[list(second)].mean(axis=1, skipna=False)
     columns = ["fact", "relation", "prompt_index", "class_static", "class_otsu", "known"]
     about = frame.drop_duplicates(keys)[columns]
-    return about.merge(gap.rename("gap").reset_index(), on=keys)
+    return about.join(gap.rename("gap"), on=keys)
 
 
-def contrast(frame, first: str, second, seed=0) -> pd.DataFrame:
+def contrast(
+    frame,
+    first: str,
+    second,
+    seed=0,
+) -> pd.DataFrame:
     """Statistics of `query_gaps` by threshold, queries counted and class, and of the difference of
     the classes, "II - I" (n queries and n_facts of II, n_other and n_facts_other of I). Queries
     where a rate is undefined are left out."""
     gaps, rows = query_gaps(frame, first, second), []
     for threshold, queries in product(THRESHOLDS, COUNTED):
         label, counted = f"class_{threshold}", POPULATIONS[queries](gaps)
-        found = {}
+        found = {"II - I": bootstrap_difference(counted, "gap", label, ("II", "I"), seed=seed)}
         for name in CLASSES:
-            found[name] = bootstrap_mean(counted[counted[label] == name], "gap", seed=seed)
-        found["II - I"] = bootstrap_difference(counted, "gap", label, ("II", "I"), seed=seed)
-        for name, estimate in found.items():
-            keys = {
-                "threshold": threshold,
-                "queries": queries,
-                "class": name,
-            }
-            rows.append(keys | all_statistics(estimate))
+            found[name] = bootstrap_mean(
+                counted[counted[label] == name],
+                "gap",
+                seed=seed,
+            )
+        for name in (*CLASSES, "II - I"):
+            keys = {"threshold": threshold, "queries": queries, "class": name}
+            rows.append(keys | all_statistics(found[name]))
     return pd.DataFrame(rows)
 
 
 def all_statistics(estimate: Estimate) -> dict:
     """Mean, median and 10 % trimmed mean as columns, each with its 95 % interval; n values of
     n_facts facts, of both sides of a difference."""
-    row = {}
-    for name in ("mean", "median", "trimmed"):
-        row |= estimate.row(name)
-    return row | estimate.facts()
+    means = estimate.row("mean") | estimate.row("median") | estimate.row("trimmed")
+    return means | estimate.facts()
 
 
 # --- predominance (Eq. 4) -------------------------------------------------------------------------
@@ -229,23 +231,26 @@ def predominance(winners) -> pd.DataFrame:
     predominance: share of queries whose token is the most frequent one, `modal`. first: share whose
     token is the first one. same_first: what predominance would be if every query's were its first:
     no attention involved. first_share: mean share of the attention that the first token draws."""
-    rows = []
-    for fact, group in winners.groupby("fact", sort=False):
-        row = {
-            "fact": fact,
-            "relation": group["relation"].iloc[0],
-            "n_queries": len(group),
-            "first": (group["column"] == 0).mean(),
-            "first_share": group["first_share"].mean(),
-        }
-        for end in ("", "_rest"):
-            counts = group[f"token_id{end}"].value_counts(normalize=True)
-            modal = group[group[f"token_id{end}"] == counts.index[0]]
-            row[f"predominance{end}"] = counts.iloc[0]
-            row[f"modal{end}"] = modal[f"token{end}"].iloc[0]
-        row["same_first"] = group["token_id_first"].value_counts(normalize=True).iloc[0]
-        rows.append(row)
-    return pd.DataFrame(rows)
+
+    def largest(tokens):
+        return tokens.value_counts(normalize=True).iloc[0]
+
+    def modal(tokens):
+        return tokens.value_counts().index[0]
+
+    facts = winners.assign(first=winners["column"] == 0).groupby("fact", sort=False)
+    found = facts.agg(
+        relation=("relation", "first"),
+        n_queries=("relation", "size"),
+        first=("first", "mean"),
+        first_share=("first_share", "mean"),
+        predominance=("token_id", largest),
+        modal=("token", modal),
+        predominance_rest=("token_id_rest", largest),
+        modal_rest=("token_rest", modal),
+        same_first=("token_id_first", largest),
+    )
+    return found.reset_index()
 
 
 def predominance_table(facts, seed=0) -> pd.DataFrame:
@@ -288,10 +293,8 @@ def synapse_counts(found, seed=0) -> pd.DataFrame:
     """How many synapses a query has, and how far S and S_ir coincide: means over queries with 95 %
     intervals. `_rest`: without column 0. mean depth: of a query's synapses (0 the first layer, 1
     the last)."""
-    frame = found[["fact", "relation"]].copy()
-    for name in ("n_self", "n_irrelevant", "jaccard"):
-        for column in (name, f"{name}_rest"):
-            frame[column] = found[column].astype(float)
+    names = "n_self n_self_rest n_irrelevant n_irrelevant_rest jaccard jaccard_rest".split()
+    frame = found[["fact", "relation", *names]].astype(dict.fromkeys(names, float))
     frame["share in column 0"] = 1 - frame["n_self_rest"] / frame["n_self"]  # NaN where 0 of 0
     frame["mean depth"] = found["by_layer"].map(_mean_depth)
     frame["no synapse"] = (frame["n_self"] == 0).astype(float)

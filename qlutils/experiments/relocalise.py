@@ -11,13 +11,18 @@ from qlutils.experiments.localize import localise_again
 from qlutils.neurons.sets import jaccard, kn_sets
 
 RULES, STEPS = ("right", "midpoint", "gauss"), 20
+DTYPES = ("float32", "bfloat16")
 ARTICLE = r"\b(?:the|a|an) "
 
 
-def sample_queries(queries, n=24, seed=0) -> pd.DataFrame:
+def sample_queries(queries, n, seed) -> pd.DataFrame:
     """At most `n` queries, one a fact, known ones first; the same for every method."""
     order = np.random.default_rng(seed).permutation(len(queries))
-    shuffled = queries.iloc[order].sort_values("known", ascending=False, kind="stable")
+    shuffled = queries.iloc[order].sort_values(
+        "known",
+        ascending=False,
+        kind="stable",
+    )
     return shuffled.drop_duplicates("fact").head(n).sort_values(["fact", "prompt_index"])
 
 
@@ -42,9 +47,9 @@ def noise(
     study,
     queries,
     *,
-    t=0.2,
-    n=24,
-    seed=0,
+    t,
+    n,
+    seed,
     **spec,
 ) -> pd.DataFrame:
     """How far KN sets that should be one differ: the `agreement` of 3 sets, a row a sampled query
@@ -56,23 +61,21 @@ def noise(
     wordings = pd.Series(map(variants, queries["prompt"], queries["subject"]), queries.index)
     near = queries[wordings.map(len) == GROUP - 1]
     rows = sample_queries(near if len(near) else queries, n, seed)
-    by_rule = []
+    facts, by_rule = _facts(rows), []
     for rule in RULES:
         again = spec | {"rule": rule, "steps": STEPS}
-        by_rule.append(localise_again(study, _facts(rows), f"noise {rule}", **again))
-    kinds = {"quadrature": pd.concat(by_rule, ignore_index=True)}
+        by_rule.append(localise_again(study, facts, f"noise {rule}", **again))
+    kinds = {"quadrature": pd.concat(by_rule)}
     if len(near):
-        worded = _facts(rows, wordings)
+        worded = []
+        for fact, wording in zip(facts, wordings[rows.index]):
+            worded.append(fact | {"prompts": fact["prompts"] + wording})
         kinds["variants"] = localise_again(study, worded, "noise wording", **spec)
     kinds["neighbours"] = queries[queries["fact"].isin(rows["fact"])]
     found = []
     for kind, frame in kinds.items():
-        for fact, group in frame.groupby("fact", sort=False):
-            row = {
-                "fact": fact,
-                "relation": group["relation"].iloc[0],
-                "kind": kind,
-            }
+        for (fact, relation), group in frame.groupby(["fact", "relation"], sort=False):
+            row = {"fact": fact, "relation": relation, "kind": kind}
             found.append(row | agreement(kn_sets(group, t), seed))
     return pd.DataFrame(found)
 
@@ -81,31 +84,35 @@ def precision(
     study,
     queries,
     *,
-    dtypes=("float32", "bfloat16"),
-    t=0.2,
-    n=24,
-    seed=0,
+    t,
+    n,
+    seed,
     **spec,
 ) -> pd.DataFrame:
     """Jaccard of the KN sets of sampled queries in two precisions of the model, a row a query; and
     by how much P(answer) differs. The weights are loaded once in each."""
     facts = _facts(sample_queries(queries, n, seed))
     keys, found = ["fact", "relation", "prompt"], []
-    for dtype in dtypes:
-        other = type(study)(study.notebook, **{**study.parameters, "dtype": dtype})
-        frame = localise_again(other, facts, dtype, **spec)
+    for dtype in DTYPES:
+        frame = localise_again(
+            study.beside(study.model, dtype=dtype),
+            facts,
+            dtype,
+            **spec,
+        )
         found.append(frame.assign(kn=kn_sets(frame, t))[[*keys, "kn", "probability"]])
-    both = found[0].merge(found[1], on=keys, suffixes=("", "_other"))
-    return both[keys].assign(
-        pair=" and ".join(dtypes),
-        jaccard=[jaccard(*sets, empty=np.nan) for sets in zip(both["kn"], both["kn_other"])],
-        change=(both["probability_other"] - both["probability"]).abs(),
+    both = found[0].merge(
+        found[1],
+        on=keys,
+        suffixes=("", "_other"),
     )
+    both["pair"] = " and ".join(DTYPES)
+    both["jaccard"] = [jaccard(*sets, empty=np.nan) for sets in zip(both["kn"], both["kn_other"])]
+    both["change"] = (both["probability_other"] - both["probability"]).abs()
+    return both[[*keys, "pair", "jaccard", "change"]]
 
 
-def _facts(rows, wordings=None) -> list[dict]:
-    """Sampled queries as facts of one prompt each, followed by its `wordings`, if given."""
-    facts = rows[["relation", "subject", "object"]].to_dict("records")
-    for fact, (index, prompt) in zip(facts, rows["prompt"].items()):
-        fact["prompts"] = [prompt, *(wordings[index] if wordings is not None else ())]
-    return facts
+def _facts(rows) -> list[dict]:
+    """Sampled queries as facts of one prompt each."""
+    rows = rows.assign(prompts=[[prompt] for prompt in rows["prompt"]])
+    return rows[["relation", "subject", "object", "prompts"]].to_dict("records")

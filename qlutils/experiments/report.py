@@ -20,6 +20,7 @@ from IPython.display import HTML, Image, display
 from qlutils import paths
 from qlutils.experiments import controls
 from qlutils.experiments.claims import QUANTITIES, synapse_rates
+from qlutils.experiments.edit_tables import PAPER_OP
 from qlutils.experiments.effects import FIGURE_4_DRAWN, query_gaps, summary
 from qlutils.files import write_bytes
 from qlutils.show.page import export_html, folded, missing_html, shown
@@ -59,8 +60,8 @@ class SavedResults:
     report's own inputs. `downstream`: the methods of notebooks 03 to 07."""
 
     def __init__(self, study, models, methods, downstream):
-        self.study, self.models, self.methods = study, list(models), list(methods)
-        self.downstream = list(downstream)
+        self.study = study
+        self.models, self.methods, self.downstream = models, methods, downstream
         # each is read once
         self.of, self.entry, self.frame = cache(self.of), cache(self.entry), cache(self.frame)
 
@@ -75,17 +76,14 @@ class SavedResults:
         study = self.of(model, method)
         try:
             inputs = study.inputs()
-            entry = read_record(study.results / "run.json")[NOTEBOOKS[number]]
-        except KeyError:
-            raise Missing(f"notebook {number} was not run") from None
         except ValueError as error:
             raise Missing(str(error)) from None
-        differ = differing(inputs, entry["inputs"])
-        for name in SETTINGS:
-            ours = study.parameters.get(name)
-            if entry["parameters"].get(name, ours) != ours:
-                differ.append(name)
-        if differ:
+        entry = read_record(study.results / "run.json").get(NOTEBOOKS[number])
+        if entry is None:
+            raise Missing(f"notebook {number} was not run")
+        theirs = entry["parameters"]
+        settings = {name: study.parameters.get(name) for name in SETTINGS if name in theirs}
+        if differ := differing(inputs, entry["inputs"]) + differing(settings, theirs):
             raise Missing(f"notebook {number} was run with other {', '.join(differ)}")
         return entry
 
@@ -108,45 +106,38 @@ class SavedResults:
     def methods_of(self, number) -> list:
         return {"01": self.methods, paths.COMPARES: [None]}.get(number, self.downstream)
 
-    def read_all(self, number, read) -> tuple[dict, dict]:
-        """{(model, method): read(model, method)} of all that notebook `number` runs for, and
-        {(model, method): why} of those for which it is `Missing`."""
-        found, missing = {}, {}
-        for pair in product(self.models, self.methods_of(number)):
+    def read_all(self, number, read) -> tuple[dict, list[str]]:
+        """{(model, method): read(model, method)} of all that notebook `number` runs for, and of
+        which it is `Missing`, and why."""
+        found, missing = {}, []
+        for model, method in product(self.models, self.methods_of(number)):
             try:
-                found[pair] = read(*pair)
+                found[model, method] = read(model, method)
             except Missing as error:
-                missing[pair] = str(error)
+                missing.append(f"{_name(model, method)}: {error}")
         return found, missing
-
-    def csvs(self, number, stem) -> tuple[dict, dict]:
-        """`read_all` of a table that a notebook wrote for each model and method."""
-        return self.read_all(
-            number, lambda *pair: pd.read_csv(self.file(number, f"{stem}.csv", *pair))
-        )
 
     def table(self, number, stem) -> tuple[pd.DataFrame, list[str]]:
         """A notebook's table of all models (and methods, if several) under one another, and what is
         missing."""
-        found, missing = self.csvs(number, stem)
-        return together(found, len(self.methods_of(number)) > 1), _named(missing)
+
+        def read(model, method):
+            return pd.read_csv(self.file(number, f"{stem}.csv", model, method))
+
+        found, missing = self.read_all(number, read)
+        return together(found, len(self.methods_of(number)) > 1), missing
 
     def frames(self, name) -> tuple[dict, list[str]]:
         """{(model, method): a saved frame of FRAMES}, and what is missing."""
-        found, missing = self.read_all(FRAMES[name], lambda *pair: self.frame(*pair, name))
-        return found, _named(missing)
+        return self.read_all(FRAMES[name], lambda *pair: self.frame(*pair, name))
 
     def label(self, model, method) -> str:
-        return _name((model, method if len(self.downstream) > 1 else None))
+        return _name(model, method if len(self.downstream) > 1 else None)
 
 
-def _named(missing) -> list[str]:
-    return [f"{_name(pair)}: {why}" for pair, why in missing.items()]
-
-
-def _name(pair) -> str:
-    """A (model, method) in words; the method may be None."""
-    return " ".join(filter(None, [paths.label(pair[0]), pair[1]]))
+def _name(model, method) -> str:
+    """A model and method in words; the method may be None."""
+    return " ".join(filter(None, [paths.label(model), method]))
 
 
 def together(found: dict, methods=True) -> pd.DataFrame:
@@ -166,14 +157,17 @@ def inventory(saved: SavedResults) -> pd.DataFrame:
     notebook, file, model, status. The paper counts them (times 3 models: 39) without listing them;
     `paper_values.json` has our list."""
     rows = []
-    for number, (section, what, notebook, where, stem, keys) in enumerate(paper()["settings"], 1):
-        found, missing = saved.csvs(notebook, stem)
-        for pair in product(saved.models, saved.methods_of(notebook)):
-            status = f"missing: {missing[pair]}" if pair in missing else "present"
-            for column, value in keys.items():
-                if pair in found and not (found[pair][column] == value).any():
-                    status = f"missing: {stem} has no {value}"
-            model, method = pair
+    for number, setting in enumerate(paper()["settings"], 1):
+        section, what, notebook, where, stem, keys = setting
+        for model, method in product(saved.models, saved.methods_of(notebook)):
+            status = "present"
+            try:
+                table = pd.read_csv(saved.file(notebook, f"{stem}.csv", model, method))
+                for column, value in keys.items():
+                    if value not in set(table[column]):
+                        status = f"missing: {stem} has no {value}"
+            except Missing as error:
+                status = f"missing: {error}"
             row = {
                 "setting": number,
                 "section": section,
@@ -218,7 +212,12 @@ def work(saved: SavedResults) -> pd.DataFrame:
 # --- controls -------------------------------------------------------------------------------------
 
 
-def null_groups(saved: SavedResults, t=0.2, seed=0, load_models=True) -> pd.DataFrame:
+def null_groups(
+    saved: SavedResults,
+    t=0.2,
+    seed=0,
+    load_models=True,
+) -> pd.DataFrame:
     """Control 1 of every model and method. Without `load_models`, a layer is taken to have as many
     neurons as the largest index among the KNs says."""
     found, _ = saved.frames("queries")
@@ -226,44 +225,42 @@ def null_groups(saved: SavedResults, t=0.2, seed=0, load_models=True) -> pd.Data
         size = saved.of(model).lm().num_neurons if load_models else None
         groups = controls.null_consistency(frame, size, t, seed)
         found[model, method] = controls.summarise(groups, seed=seed)
-    table = together(found)
-    if len(table):
-        table["kind"] = [controls.NULLS[kind][0] for kind in table["kind"]]
-    return table
+    names = {kind: group.what for kind, group in controls.NULLS.items()}
+    return together(found).replace({"kind": names})
 
 
-def query_outcomes(saved: SavedResults, model, method) -> dict[str, pd.DataFrame]:
+def query_outcomes(
+    saved: SavedResults,
+    model,
+    method,
+) -> dict[str, pd.DataFrame]:
     """{name: frame with fact, prompt_index, value}: what was measured a query beside CS2, as far as
     it was run. Gen has a row a known neighbour of the query that was `edited`."""
     found = {}
     with suppress(Missing):
         queries = saved.frame(model, method, "queries")
-        queries = queries[["fact", "prompt_index", "prompt", "known"]]
-        queries = queries.assign(place=queries.groupby("fact").cumcount())
-        known = queries[queries["known"].astype(bool)]
         edits = saved.frame(model, method, "edits")
-        edits = edits[(edits["neurons"] == "local") & (edits["control"] == "none")]
-        for op, name in (("erase", "erasure"), ("update", "update")):
-            part = edits[(edits["op"] == op) & edits["note"].isna()]
-            found[f"Gen of a local {name}"] = _reached(part, known)
+        made = (edits["neurons"] == "local") & (edits["control"] == "none") & edits["note"].isna()
+        for op, name in PAPER_OP.items():
+            own = edits[made & (edits["op"] == op)]
+            found[f"Gen of a local {name}"] = _reached(own, queries)
         gaps = query_gaps(saved.frame(model, method, "query_kn_mapping"), "self")
-        found["dProb of own KNs"] = gaps.rename(columns={"gap": "value"})[
-            ["fact", "prompt_index", "value"]
-        ]
+        gaps = gaps.rename(columns={"gap": "value"})
+        found["dProb of own KNs"] = gaps[["fact", "prompt_index", "value"]]
     return found
 
 
-def _reached(edits, known) -> pd.DataFrame:
+def _reached(edits, queries) -> pd.DataFrame:
     """Whether each edit (one a fact) reached the fact's other known queries: `reached` has a value
-    for each of its queries, in their order, `place`. An edited query that is not known has no
-    Gen."""
-    edited = known[["fact", "prompt", "prompt_index"]].rename(columns={"prompt_index": "edited"})
-    edits = edits.merge(edited, on=["fact", "prompt"])[["fact", "edited", "reached"]]
-    values = edits.explode("reached").rename(columns={"reached": "value"})
-    values["place"] = values.groupby("fact").cumcount()
-    both = values.merge(known, on=["fact", "place"]).astype({"value": float})
-    both = both[both["edited"] != both["prompt_index"]]
-    return both[["fact", "prompt_index", "edited", "value"]]
+    for each of its queries, in their order. An edited query that is not known has no Gen."""
+    known = queries.loc[queries["known"].astype(bool), ["fact", "prompt", "prompt_index"]]
+    edited = known.rename(columns={"prompt_index": "edited"})
+    every = queries.groupby("fact")["prompt_index"].agg(list)
+    each = edits.merge(edited, on=["fact", "prompt"]).join(every, on="fact")
+    each = each.explode(["reached", "prompt_index"]).astype({"prompt_index": int})
+    each = each[["fact", "prompt_index", "edited", "reached"]]
+    each = each.merge(known[["fact", "prompt_index"]]).rename(columns={"reached": "value"})
+    return each[each["edited"] != each["prompt_index"]].astype({"value": float})
 
 
 def other_neurons(saved: SavedResults, seed=0) -> tuple[pd.DataFrame, list[str]]:
@@ -271,20 +268,34 @@ def other_neurons(saved: SavedResults, seed=0) -> tuple[pd.DataFrame, list[str]]
     class; all queries."""
     found, missing = saved.frames("query_kn_mapping")
     for pair, frame in found.items():
-        sets, columns = frame["set"].unique(), {}
-        table = summary(frame, sets, directions=("average",), populations=("all",), seed=seed)
+        sets, parts = frame["set"].unique(), []
+        table = summary(
+            frame,
+            sets,
+            directions=("average",),
+            populations=("all",),
+            seed=seed,
+        )
         for (threshold, name), part in table.groupby(["threshold", "class"], sort=False):
-            part, label = part.set_index("set"), f"K_{name}, {threshold}"
-            columns |= {f"{label}{end}": part[f"trimmed{end}"] for end in ("", "_low", "_high")}
-            columns |= {f"n_{label}": part["n"], f"n_facts_{label}": part["n_facts"]}
-        found[pair] = pd.DataFrame(columns).reset_index()
+            label = f"K_{name}, {threshold}"
+            own = part.set_index("set")[["trimmed", "trimmed_low", "trimmed_high", "n", "n_facts"]]
+            own.columns = [label, f"{label}_low", f"{label}_high", f"n_{label}", f"n_facts_{label}"]
+            parts.append(own)
+        found[pair] = pd.concat(parts, axis=1).reset_index()
     return together(found), missing
 
 
 # --- showing --------------------------------------------------------------------------------------
 
 
-def write_and_show(study, frame, stem, caption, missing=(), digits=2) -> HTML:
+def write_and_show(
+    study,
+    frame,
+    stem,
+    caption,
+    missing=(),
+    digits=2,
+) -> HTML:
     """Write a table of the report, unless there is nothing in it, and show it with what is
     missing."""
     if len(frame):
@@ -316,44 +327,58 @@ def show_pictures(saved: SavedResults, number, stem) -> None:
     """The PNGs of a figure of every model under one another, each named, and what is missing."""
     found, missing = saved.read_all(number, lambda *pair: saved.file(number, f"{stem}.png", *pair))
     for pair, path in found.items():
-        name = HTML(f"<p><b>{html.escape(_name(pair))}</b></p>")
+        name = HTML(f"<p><b>{html.escape(_name(*pair))}</b></p>")
         display(name, Image(data=path.read_bytes(), width=900))
-    display(HTML(missing_html(_named(missing))))
+    display(HTML(missing_html(missing)))
 
 
-def show_figure_4(saved: SavedResults, stem, threshold="static", seed=0) -> HTML:
+def show_figure_4(
+    saved: SavedResults,
+    stem,
+    threshold="static",
+    seed=0,
+) -> HTML:
     """ΔProb of a query's own and its neighbours' KNs and of random neurons (trimmed mean), a row
     of panels a direction, a column a model; all queries, and beside them the known ones."""
     found, missing = saved.frames("query_kn_mapping")
-    parts = []
+    tables = []
     for pair, frame in found.items():
-        part = summary(frame, FIGURE_4_DRAWN, thresholds=(threshold,), seed=seed)
-        parts.append(part.assign(model=saved.label(*pair)))
-    random = "as many random neurons"
-    return _show_bars(saved.study, stem, parts, missing, row="direction", control=random)
+        table = summary(frame, FIGURE_4_DRAWN, thresholds=(threshold,), seed=seed)
+        tables.append(table.assign(model=saved.label(*pair)))
+    panels = dict(row="direction", control="as many random neurons")
+    return _show_bars(saved.study, stem, tables, missing, panels)
 
 
-def show_figure_6(saved: SavedResults, stem, threshold="static", seed=0) -> HTML:
+def show_figure_6(
+    saved: SavedResults,
+    stem,
+    threshold="static",
+    seed=0,
+) -> HTML:
     """ΔValue and ΔProb of scaling a query's own synapses S and, hollow, those of an irrelevant
     query, by direction, else as Figure 4."""
     found, missing = saved.frames("knowledge_synapses")
-    parts = []
+    tables, sets = [], ("self", "irrelevant")
     for (pair, frame), quantity in product(found.items(), QUANTITIES.values()):
         rows = synapse_rates(frame, quantity)
-        part = summary(rows, ("self", "irrelevant"), thresholds=(threshold,), seed=seed)
-        parts.append(part.assign(model=saved.label(*pair), quantity=quantity))
-    other = dict(x="direction", control="synapses of an irrelevant query")
-    return _show_bars(saved.study, stem, parts, missing, row="quantity", **other)
+        table = summary(rows, sets, thresholds=(threshold,), seed=seed)
+        tables.append(table.assign(model=saved.label(*pair), quantity=quantity))
+    panels = dict(row="quantity", x="direction", control="synapses of an irrelevant query")
+    return _show_bars(saved.study, stem, tables, missing, panels)
 
 
-def _show_bars(study, stem, parts, missing, **panels) -> HTML:
+def _show_bars(study, stem, tables, missing, panels) -> HTML:
     """Draw and keep the figure; below it, folded, its numbers."""
-    if not parts:
+    if not tables:
         return HTML(missing_html(missing))
-    plotted = pd.concat(parts, ignore_index=True)
-    study.figure(figure_bars(plotted, column="model", **panels), stem, plotted)
+    plotted = pd.concat(tables, ignore_index=True)
+    study.figure(
+        figure_bars(plotted, column="model", **panels),
+        stem,
+        plotted,
+    )
     numbers = folded("Means, medians and trimmed means", plotted, digits=3)
-    return HTML("\n".join([numbers.data, missing_html(missing)]))
+    return HTML(f"{numbers.data}\n{missing_html(missing)}")
 
 
 # --- the page and the figures folder --------------------------------------------------------------
@@ -374,16 +399,18 @@ def copy_results(results, folder) -> None:
     """The tables and figures under `results` as they are, in their folders, listed in
     `published.txt`. Of what the last such list names, that which is gone is removed; nothing else
     is."""
-    results, folder = Path(results), Path(folder).resolve()
-    kinds, listed = (".csv", ".md", ".tex", ".png", ".pdf"), folder / "published.txt"
-    files = [path for path in sorted(results.rglob("*")) if path.suffix in kinds]
-    wanted = sorted(path.relative_to(results).as_posix() for path in files)
+    folder = folder.resolve()
+    listed, names = folder / "published.txt", []
+    for path in results.rglob("*"):
+        if path.suffix in (".csv", ".md", ".tex", ".png", ".pdf"):
+            names.append(path.relative_to(results).as_posix())
     before = listed.read_text("utf-8").splitlines() if listed.is_file() else []
-    for old in set(before) - set(wanted):
-        # the list may have been written by another hand
-        if folder in (folder / old).resolve().parents:
-            (folder / old).unlink(missing_ok=True)
-    write_bytes(listed, "".join(f"{name}\n" for name in wanted).encode())
-    for name in wanted:
+    for old in set(before) - set(names):
+        path = (folder / old).resolve()
+        if path.is_relative_to(folder):  # the list may have been written by another hand
+            path.unlink(missing_ok=True)
+    names.sort()
+    write_bytes(listed, "".join(f"{name}\n" for name in names).encode())
+    for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(results / name, folder / name)

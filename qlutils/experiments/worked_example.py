@@ -13,6 +13,8 @@ from qlutils.change.scaling import greedy_answers
 from qlutils.experiments.edit_tables import PAPER_OP
 from qlutils.experiments.kn_modification import TokenisedFact
 
+TOKENS = 12  # of a text
+
 
 @dataclass
 class WorkedExample:
@@ -28,7 +30,7 @@ class WorkedExample:
     texts: pd.DataFrame
 
 
-def worked_example(lm, plan, tokens=12, **options) -> WorkedExample:
+def worked_example(lm, plan, **options) -> WorkedExample:
     """Erase and update one planned fact by each of its sets, in the weights, and ask its own and
     its locality queries before and after. options: those of `edit_weights`."""
     fact = TokenisedFact(lm, plan, ("erase", "update"))
@@ -41,12 +43,12 @@ def worked_example(lm, plan, tokens=12, **options) -> WorkedExample:
     for op, targets in fact.targets.items():
         goal = plan["object" if op == "erase" else "new_object"]
         asked = pd.concat([own.assign(object=goal), unrelated], ignore_index=True)
-        before, text = _replies(lm, fact, targets, tokens)
+        before, text = _replies(lm, fact, targets)
         if not texts:
             texts.append(dict(op="none", neurons="", text=text))
         for edit in plan["edits"]:
             with edit_weights(lm, edit["set"], op, **objects, **options):
-                after, text = _replies(lm, fact, targets, tokens)
+                after, text = _replies(lm, fact, targets)
             keys = dict(op=PAPER_OP[op], neurons=edit["neurons"])
             part = asked.assign(**keys, n_neurons=len(edit["set"]))
             part = part.join(before.add_suffix("_before")).join(after.add_suffix("_after"))
@@ -57,12 +59,12 @@ def worked_example(lm, plan, tokens=12, **options) -> WorkedExample:
     return WorkedExample(answers, pd.DataFrame(texts))
 
 
-def _replies(lm, fact, targets, tokens) -> tuple[pd.DataFrame, str]:
+def _replies(lm, fact, targets) -> tuple[pd.DataFrame, str]:
     """Of a fact's `targets` and locality queries the probability p of the answer and as many greedy
-    tokens, as text; and `tokens` tokens after q_i."""
+    tokens, as text; and TOKENS tokens after q_i."""
     queries = targets + fact.locality
     prompts = [prompt for prompt, _ in queries] + [targets[fact.plan["query"]][0]]
-    lengths = [len(answer) for _, answer in queries] + [tokens]
+    lengths = [len(answer) for _, answer in queries] + [TOKENS]
     said = []
     for ids in greedy_answers(lm, prompts, lengths):
         said.append(lm.tokenizer.decode(ids, skip_special_tokens=True).strip())
@@ -73,11 +75,19 @@ def _replies(lm, fact, targets, tokens) -> tuple[pd.DataFrame, str]:
 def example_table(example: WorkedExample) -> pd.DataFrame:
     """A row a prompt of the fact and operation: the answer, and P of the operation's object."""
     own = example.answers[example.answers["asked"] != "unrelated"].copy()
-    own["prompt"] += np.where(own["asked"] == "q_i", "  ← q_i", "")
+    own["prompt"] += np.where(
+        own["asked"] == "q_i",
+        "  ← q_i",
+        "",
+    )
     for when in ("before", "after"):
         own[when] = [
             f"{answer}; P({goal}) = {p:.2f}"
-            for answer, goal, p in zip(own[f"answer_{when}"], own["object"], own[f"p_{when}"])
+            for answer, goal, p in zip(
+                own[f"answer_{when}"],
+                own["object"],
+                own[f"p_{when}"],
+            )
         ]
     wide = own.pivot(
         index=["op", "object", "prompt", "before"],

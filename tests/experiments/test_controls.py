@@ -137,6 +137,9 @@ class Stub:
     def __init__(self, notebook="report", **parameters):
         self.parameters, self.asked = {"dtype": None, **parameters}, []
 
+    def beside(self, model, **changes):
+        return Stub(**{**self.parameters, **changes})
+
     def run(self, task, units, config, desc=None):
         self.asked.append(config)
         extra = {"right": 1, "midpoint": 2, "gauss": 3}.get(config.get("rule"), 0) + (
@@ -163,7 +166,7 @@ class Stub:
 def test_noise_compares_three_rules_and_three_wordings_of_one_query(pattern_and_object):
     study = Stub()
     found = controls.summarise(
-        relocalise.noise(study, pattern_and_object, n=4, steps=20)
+        relocalise.noise(study, pattern_and_object, t=0.2, seed=0, n=4, steps=20)
     ).set_index("kind")
     assert [config.get("rule") for config in study.asked] == ["right", "midpoint", "gauss", None]
     assert found.loc["quadrature", "cs2"] == pytest.approx(
@@ -177,14 +180,14 @@ def test_noise_compares_three_rules_and_three_wordings_of_one_query(pattern_and_
 
 
 def test_precision_compares_the_sets_of_two_dtypes_query_by_query(pattern_and_object):
-    found = relocalise.precision(Stub(), pattern_and_object, n=5)
+    found = relocalise.precision(Stub(), pattern_and_object, t=0.2, seed=0, n=5)
     assert len(found) == 5 and found["jaccard"].tolist() == [pytest.approx(1 / 3)] * 5
     assert found["change"].tolist() == [pytest.approx(0.1)] * 5
 
 
 def test_the_sample_takes_one_query_a_fact_and_known_ones_first(pattern_and_object):
     queries = pattern_and_object.assign(known=pattern_and_object["prompt_index"] == 2)
-    sample = relocalise.sample_queries(queries, 5)
+    sample = relocalise.sample_queries(queries, 5, 0)
     assert len(sample) == 5 and sample["fact"].is_unique and sample["known"].all()
 
 

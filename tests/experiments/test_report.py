@@ -635,16 +635,16 @@ def test_classes_of_noise_do_not_differ_within_relations_of_two_facts(queries, m
             )
         )
         monkeypatch.setattr(
-            claims, "split_frames", lambda *_, frame=frame, **__: [("static", 0.1, "CS2", frame)]
+            claims,
+            "split_frames",
+            lambda *_, frame=frame, **__: [controls.Split("static", 0.1, "CS2", frame)],
         )
         [one] = [
             part
-            for part in claims.CLAIMS[2].parts(
-                claims.Case(lambda *_: queries, "a", "ig", None, 0.2, 0.1, 0)
-            )
-            if part.name == "within relations"
+            for part in claims.Case(lambda *_: queries, "a", "ig", None, 0.2, 0.1, 0).split_half()
+            if part["part"] == "within relations"
         ]
-        found.append(not one.found.mean_low <= 0 <= one.found.mean_high)
+        found.append(not one["value_low"] <= 0 <= one["value_high"])
     assert np.mean(found) <= 0.2
 
 
@@ -669,7 +669,7 @@ def test_classes_that_differ_between_relations_only_do_not_differ_within(queries
         monkeypatch.setattr(
             claims,
             "split_frames",
-            lambda *_, shifted=shifted, **__: [("static", 0.1, "CS2", shifted)],
+            lambda *_, shifted=shifted, **__: [controls.Split("static", 0.1, "CS2", shifted)],
         )
         board = board_of(frames_where_all_holds(queries), "02")
         two = board[board["claim"] == 2].set_index("part")
@@ -738,7 +738,7 @@ def test_the_matrix_has_a_row_a_claim_and_a_column_a_model_and_method(queries):
         return queries
 
     board = claims.scoreboard(get, ["a<b", "c"], ["ig", "sig"], ["ig"], static=0.5)
-    (models, methods, *rows), hovers = cells_of(claims.matrix(board))
+    (models, methods, *rows), hovers = cells_of(claims.show_matrix(board).data.split("</table>")[0])
     assert models[1:] == ["a&lt;b", "c"] and methods[1:] == ["ig", "sig"] * 2
     assert [row[0].split(".")[0] for row in rows] == [str(number) for number in range(1, 14)]
     assert {row[3] for row in rows} == {"–"}  # nothing of model c
@@ -851,7 +851,7 @@ def sentences(spoken, topic, model="a"):
 
 
 def test_there_are_ten_topics_and_each_is_told_of_each_model(spoken):
-    assert len(in_short.SENTENCES) == 10 and len(spoken[0]) == 20  # of two; c was not run
+    assert len(in_short.TOPICS) == 10 and len(spoken[0]) == 20  # of two; c was not run
     rows = [(*keys, text) for keys, texts in spoken[0].items() for text in texts]
     table = pd.DataFrame(rows, columns=["topic", "model", "sentence"])
     text = in_short.show(table).data
@@ -960,7 +960,7 @@ def test_synapses_are_told_as_changes_of_the_answer(spoken):
 
 
 def test_of_one_fact_and_without_notebooks_nothing_can_be_told_but_why(spoken):
-    for topic in in_short.SENTENCES:
+    for topic in in_short.TOPICS:
         text = " ".join(sentences(spoken, topic, "b"))
         if topic.startswith("What was"):
             continue
