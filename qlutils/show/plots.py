@@ -9,7 +9,6 @@ apart (Okabe & Ito for methods and classes, Tol's muted scheme for models).
 import io
 import textwrap
 from itertools import cycle, product
-from operator import itemgetter
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -39,11 +38,13 @@ MODEL_COLORS = {
     "demo/gpt2": "#332288",
     "demo/llama2": "#44AA99",
     "demo/llama3": "#DDCC77",
+    "pretrained/smollm2-135m": "#AA4499",
+    "pretrained/gemma-3-270m": "#999933",
     "gpt2": "#332288",
     "meta-llama/Llama-2-7b-hf": "#44AA99",
     "meta-llama/Meta-Llama-3-8B": "#DDCC77",
 }
-_OTHER_COLORS = ("#CC6677", "#999933", "#882255", "#88CCEE", "#117733", "#AA4499")
+_OTHER_COLORS = ("#CC6677", "#882255", "#88CCEE", "#117733")
 LABELS = {
     "self": "own",
     "union": "all others'",
@@ -140,7 +141,7 @@ def figure_cs2(frames, method, names, line=0.3):
     ax.set(xlim=(-0.6, len(ticks) - 0.4), ylim=(-0.03, 1.03))
     ax.set(xlabel="relation (n facts)", ylabel="$CS_2$ of a fact")
     ax.set_title(f"localised by {method}", loc="left")
-    _thresholds(ax, frame.drop_duplicates("model"), line)
+    _thresholds(ax, frame.drop_duplicates("model"), line, colors if len(colors) > 1 else {})
     if len(colors) > 1:
         _legend(fig, colors)
     return fig, frame
@@ -192,26 +193,19 @@ def _slashed(counts) -> str:
     return counts[0] if len(set(counts)) == 1 else " / ".join(counts)
 
 
-def _thresholds(ax, models, line):
-    """The thresholds on CS2, a row a model, and the example line, named on the right."""
+def _thresholds(ax, models, line, colors):
+    """The thresholds on CS2, a row a model, and the example line, named on the right; Otsu's in the
+    colour of its model."""
     static = models["threshold_static"].iloc[0]
-    otsu = models["threshold_otsu"].dropna()
-    names = {f"static threshold, {static:g}": static, f"paper's example, {line:g}": line}
-    if len(otsu):
-        ends = dict.fromkeys([f"{otsu.min():.2f}", f"{otsu.max():.2f}"])
-        names[f"Otsu's, {' to '.join(ends)}"] = otsu.mean()
-    for value in (static, line, *otsu):
-        ax.axhline(
-            value,
-            color="black",
-            linestyle="--",
-            linewidth=0.7,
-            zorder=0,
-        )
+    lines = [(static, f"static threshold, {static:g}", "black")]
+    lines.append((line, f"paper's example, {line:g}", "black"))
+    for model, otsu in models.set_index("model")["threshold_otsu"].dropna().items():
+        lines.append((otsu, f"Otsu's, {otsu:.2f}", colors.get(model, "black")))
     free = 0.0  # where a name stands on no other
-    for name, value in sorted(names.items(), key=itemgetter(1)):
+    for value, name, color in sorted(lines):
+        ax.axhline(value, color=color, linestyle="--", linewidth=0.7, zorder=0)
         height = max(value, free)
-        ax.text(1.01, height, name, transform=ax.get_yaxis_transform(), va="center")
+        ax.text(1.01, height, name, transform=ax.get_yaxis_transform(), va="center", color=color)
         free = height + 0.08
 
 
@@ -257,7 +251,8 @@ def figure_predominance(facts):
         divides = [name for name in ("static", "otsu") if part[f"class_{name}"].nunique() == 2]
         for threshold in divides or ["static"]:
             label = part[f"class_{threshold}"]
-            rows[f"{model}\n{_label(threshold)}"] = part.assign(label=label)
+            name = model.rpartition("/")[2]
+            rows[f"{name}\n{_label(threshold)}"] = part.assign(label=label)
     height = 0.8 + 1.45 * len(rows)
     fig, axes = _panels(len(rows), 2, height, sharex=True, sharey=True)
     for (name, part), (left, right) in zip(rows.items(), axes):
@@ -408,12 +403,14 @@ def figure_bars(
         row, column = column, row
     tops = frame[row].unique()
     sides = frame[column].unique()
-    fig, axes = _panels(len(tops), len(sides), 1.3 + 1.75 * len(tops), sharey="row")
+    shared = "col" if column == "direction" else "row"  # enhanced, bars are many times as high
+    fig, axes = _panels(len(tops), len(sides), 1.3 + 1.75 * len(tops), sharey=shared)
     told = {}
     for (top, side), ax in zip(product(tops, sides), axes.flat):
         part = bars[(bars[row] == top) & (bars[column] == side)]
-        ax.set_ylabel(_label(top))
-        ax.label_outer()
+        ax.set_ylabel(_label(top) if side == sides[0] else "")
+        if shared == "row":
+            ax.label_outer()
         if part.empty:
             continue
         drawn = _with_sizes(part) if x == "set" else part
@@ -449,16 +446,20 @@ def figure_edits(table, threshold, sets):
     """(figure, plotted numbers) of Table 2 or 3: a row an operation; Rel, Gen, Loc and Avg of each
     class, then the median perplexity after an edit over that before; random neurons hollow."""
     own = table["neurons"].str.removesuffix(" (random)")
-    table = table[(table["threshold"] == threshold) & own.isin(sets) & (table["n"] > 0)]
+    table = table[own.isin(sets) & (table["n"] > 0)]
+    by_class = table[table["threshold"] == threshold]
+    few = by_class["n"].min() < LEAST  # a panel of dashes would tell nothing
+    table = table[table["threshold"] == "all"] if few else by_class
     plotted = _by_metric(table)
     bars = plotted.assign(neurons=plotted["neurons"].str.removesuffix(" (random)"))
     bars["hollow"] = bars["neurons"] != plotted["neurons"]
     classes = table["class"].unique()
     ops = table["op"].unique()
     height = 0.8 + 2.1 * len(ops)
-    widths = [3] * len(classes) + [2]
+    measured = bool(table["dppl"].notna().any())
+    widths = [3] * len(classes) + [2] * measured
     fig, axes = _panels(len(ops), len(widths), height, width_ratios=widths, sharey="col")
-    for op, (*panels, last) in zip(ops, axes):
+    for op, panels in zip(ops, axes):
         of_op = bars[bars["op"] == op]
         shares = of_op[of_op["metric"] != "dppl"]
         for ax, name in zip(panels, classes):
@@ -467,11 +468,13 @@ def figure_edits(table, threshold, sets):
             ax.set_title(f"{op}, {_label(name)}\n{_counted(part, 'metric', 'edits')}")
             ax.set_ylim(0, 1.02)
         panels[0].set_ylabel("share")
-        factors = of_op[of_op["metric"] == "dppl"].copy()
-        factors[["mean", "mean_low", "mean_high"]] += 1
-        bars_with_intervals(factors, last, x="class", hue="neurons", base=1)
-        last.set_title(f"{op}, perplexity\n(median factor)")
-    _factors(axes[:, -1])
+        if measured:
+            factors = of_op[of_op["metric"] == "dppl"].copy()
+            factors[["mean", "mean_low", "mean_high"]] += 1
+            bars_with_intervals(factors, panels[-1], x="class", hue="neurons", base=1)
+            panels[-1].set_title(f"{op}, perplexity\n(times that before, median)")
+    if measured:
+        _factors(axes[:, -1])
     sizes = _mean_size(table, "neurons", "neurons_edited")
     named = {f"{_label(name)} ({sizes[name]:.0f} neurons)": SET_COLORS[name] for name in sets}
     _legend(fig, named, INTERVAL, "random neurons" if bars["hollow"].any() else "")
@@ -572,7 +575,7 @@ def _draw_map(ax, dots, panel, scale):
         clip_on=False,
     )
     if dots.empty:
-        ax.text(0.5, 0.5, "none", transform=ax.transAxes, ha="center")
+        ax.text(0.5, 0.5, "none so large", transform=ax.transAxes, ha="center")
     ax.set(xlabel="neuron", ylabel=f"{panel['row']}\nlayer")
     probability = format_value(panel["now"]["probability"])
     ax.set_title(f"{panel['title']}\nP(answer) = {probability}".strip(), fontsize=8)
