@@ -26,7 +26,6 @@ import os
 import re
 import unicodedata
 import zlib
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +71,7 @@ class Fact:
         object.__setattr__(self, "prompts", tuple(self.prompts))  # JSON has lists only
 
     @property
-    def id(self) -> str:
+    def id(self):
         r"""For example `P36|France|Paris`. Results are grouped by it, so no two facts share one:
         where a name itself holds "|" or a backslash, a backslash stands before it."""
         parts = (self.relation, self.subject, self.object)
@@ -88,7 +87,7 @@ def load_facts(
     min_patterns=3,
     middle="cut",
     warn=True,
-) -> list[Fact]:
+):
     """Facts with at least two prompts, by relation (P17 before P101), in the dataset's order.
 
     dataset: "demo" (bundled), "pararel" (downloaded once, checked against its SHA-256), a folder
@@ -114,27 +113,25 @@ def load_facts(
         sample = seeded_order(usable, relation, seed)[:facts_per_relation]
         facts += [usable[place] for place in sorted(sample)]
     if not facts:
-        raise ValueError(
-            f"dataset {str(dataset)!r} has no fact with 2 prompts for these settings "
-            f"(min_patterns={min_patterns}, middle={middle!r})"
-        )
+        settings = f"min_patterns={min_patterns}, middle={middle!r}"
+        raise ValueError(f"dataset {str(dataset)!r} has no fact with 2 prompts for {settings}")
     return facts
 
 
-def seeded_order(facts: list[Fact], relation: str, seed: int) -> list[int]:
+def seeded_order(facts, relation, seed):
     """The places of a relation's facts in the order in which a run draws them: a sample is its
     beginning."""
     rng = np.random.default_rng([seed, zlib.crc32(relation.encode())])
     return rng.permutation(len(facts)).tolist()
 
 
-def seeded(seed: int, *what) -> np.random.Generator:
+def seeded(seed, *what):
     """The random numbers with which a choice for `what` is made, whatever else is drawn."""
     return np.random.default_rng([seed, *" ".join(map(str, what)).encode()])
 
 
 # -- prompts ---------------------------------------------------------------------------------------
-def continuation(prompt: str) -> tuple[str, str]:
+def continuation(prompt):
     """(text, gap): what a model reads of a prompt, and what stands between that and the answer.
 
     The gap is one space, and spaces at the end of the prompt are dropped. A prompt that ends with
@@ -154,7 +151,7 @@ def continuation(prompt: str) -> tuple[str, str]:
     return bare, " "
 
 
-def prompt_template(pattern: str, middle: str = "cut") -> str | None:
+def prompt_template(pattern, middle="cut"):
     """The part of a pattern before `[Y]`, with `[X]` still in it; None when it gives no prompt.
 
     Runs of spaces count as one (two ParaRel patterns have "[X],  a type of [Y]"), and the space
@@ -170,12 +167,12 @@ def prompt_template(pattern: str, middle: str = "cut") -> str | None:
     return text if text != left and not text[-1:].isspace() else left + ANSWER
 
 
-def prompt_tokens(text: str) -> float:
+def prompt_tokens(text):
     """About how many tokens a text has, to tell what it costs."""
     return TOKENS_A_WORD * len(text.split())
 
 
-def check_text(text: str, where: str) -> None:
+def check_text(text, where):
     """ValueError for a text that is no Unicode: half of a surrogate pair, which no tokenizer and no
     file can hold."""
     try:
@@ -194,45 +191,36 @@ def _read(dataset, relations, min_patterns, middle, tell):
     if middle not in ("cut", "drop"):
         raise ValueError(f"middle must be 'cut' or 'drop', not {middle!r}")
     if not isinstance(dataset, (str, Path)):
-        raise ValueError(
-            f"dataset must be 'demo', 'pararel', a folder or a .jsonl file, not {dataset!r}"
-        )
+        raise ValueError(f"dataset {dataset!r}: want 'demo', 'pararel', a folder or a .jsonl file")
     file = Path(os.path.expanduser(dataset))
-    if str(file).lower().endswith(".jsonl") and not os.path.isdir(file):
+    if file.suffix.lower() == ".jsonl" and not os.path.isdir(file):
         every = _read_facts_file(file)
         return {relation: every[relation] for relation in _choose(relations, every)}
-    known, fetch = _open_dataset(dataset)
-    found, short = {}, []
-    for relation in _choose(relations, known):
-        templates, n_patterns = _read_patterns(fetch(PATTERNS, relation), middle)
-        if n_patterns >= min_patterns:
-            found[relation] = _read_facts(fetch(FACTS, relation), relation, templates)
-        elif relations is None:
-            short.append(relation)
-        else:
-            raise ValueError(
-                f"relation {relation} has {n_patterns} patterns, fewer than min_patterns="
-                f"{min_patterns}: lower min_patterns or leave the relation out"
-            )
-    if short:
-        few = f"having fewer than {min_patterns} patterns: {', '.join(short)}"
-        tell("%d relations left out, %s", len(short), few)
+    folder = _folder_of(dataset)
+    patterns, facts = (_relation_files(folder / kind) for kind in (PATTERNS, FACTS))
+    found = {}
+    for relation in _choose(relations, patterns):
+        templates = _read_templates(patterns[relation], middle)
+        if len(templates) >= min_patterns:
+            path = facts.get(relation, folder / FACTS / f"{relation}.jsonl")
+            found[relation] = _read_facts(path, relation, templates)
+            continue
+        few = f"relation {relation} has {len(templates)} patterns, fewer than {min_patterns=}"
+        if relations is not None:
+            raise ValueError(f"{few}: lower min_patterns or leave the relation out")
+        tell("%s: it is left out", few)
     return found
 
 
-def _open_dataset(dataset):
-    """(relation names, function (kind, relation) -> local file)."""
+def _folder_of(dataset):
+    """The folder that holds PATTERNS and FACTS."""
     if dataset == "pararel":
-        names = [Path(file).stem for file in pararel_registry() if file.startswith(PATTERNS)]
-        return names, _fetch_pararel
+        return _fetch_pararel()
     root = paths.DEMO / "pararel" if dataset == "demo" else Path(os.path.expanduser(dataset))
     for folder in (root, root / "data"):
         # `os.path.isdir` is False, where `Path.is_dir` raises, for what cannot be a path
         if os.path.isdir(folder / PATTERNS):
-            files = {kind: _relation_files(folder / kind) for kind in (PATTERNS, FACTS)}
-            return files[PATTERNS], lambda kind, relation: files[kind].get(
-                relation, folder / kind / f"{relation}.jsonl"
-            )
+            return folder
     raise ValueError(
         f"unknown dataset {str(dataset)!r}: use 'demo', 'pararel', a folder that holds {PATTERNS} "
         f"and {FACTS}, or a .jsonl file of facts"
@@ -242,15 +230,13 @@ def _open_dataset(dataset):
 def _relation_files(folder):
     """{relation: its file}. Names as on any system: `.JSONL` counts, and letters are composed."""
     found = {}
-    for file in folder.iterdir() if os.path.isdir(folder) else ():
-        if file.suffix.lower() != ".jsonl":
-            continue
+    files = [file for file in folder.glob("*") if file.suffix.lower() == ".jsonl"]
+    for file in files:
         name = unicodedata.normalize("NFC", file.stem)
         check_text(name, f"relation file in {folder}")
         if name in found:
-            raise ValueError(
-                f"relation {name} has two files, {found[name]} and {file.name}: keep one"
-            )
+            both = f"{found[name]} and {file.name}"
+            raise ValueError(f"relation {name} has two files, {both}: keep one")
         found[name] = file
     return found
 
@@ -260,13 +246,11 @@ def _choose(relations, known):
     known = sorted(known, key=lambda name: (_natural(name), name))
     if relations is None:
         return known
-    listed = isinstance(relations, (list, tuple, set)) and len(relations) > 0
-    if not listed or not all(isinstance(name, str) for name in relations):
+    if not isinstance(relations, (list, tuple, set)) or not relations:
         raise ValueError(f"relations must be a list of relation names or None, not {relations!r}")
-    unknown = [name for name in relations if name not in known]
-    if unknown:
+    if unknown := [repr(name) for name in relations if name not in known]:
         raise ValueError(
-            f"unknown relation {', '.join(map(repr, unknown))}: the dataset has {', '.join(known)}"
+            f"unknown relation {', '.join(unknown)}: the dataset has {', '.join(known)}"
         )
     return [name for name in known if name in relations]
 
@@ -276,110 +260,106 @@ def _natural(name):
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
-def _read_jsonl(path):
-    """Yield ("file:line", object) for the lines of a JSON-lines file; an empty file is an error."""
+def _read_jsonl(path, parse):
+    """Yield ("file:line", parse(object)) for the lines of a JSON-lines file. Its ValueErrors say
+    where; an empty file is one."""
     if not path.is_file():
         raise ValueError(f"missing data file {path}")
-    content, empty = path.read_bytes().removeprefix(codecs.BOM_UTF8), True
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if not content.strip():
+        raise ValueError(f"data file {path} is empty")
     # not splitlines: a label may hold a Unicode line separator
     for number, line in enumerate(content.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        where, empty = f"{path}:{number}", False
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a thousand brackets
-            raise ValueError(f"{where}: not a JSON object: {error}") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{where}: not a JSON object: {record!r}")
-        yield where, record
-    if empty:
-        raise ValueError(f"data file {path} is empty")
+        if line.strip():
+            where = f"{path}:{number}"
+            try:
+                parsed = parse(_json_object(line))
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            yield where, parsed
 
 
-def _field(record, name, where):
+def _json_object(line):
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a thousand brackets
+        raise ValueError(f"not a JSON object: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"not a JSON object: {record!r}")
+    return record
+
+
+def _field(record, name):
     value = record.get(name)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: field {name!r} must be a text that is not empty, not {value!r}")
-    check_text(value, f"{where}: field {name!r}")
+        raise ValueError(f"field {name!r} must be a text that is not empty, not {value!r}")
+    check_text(value, f"field {name!r}")
     return unicodedata.normalize("NFC", value.strip())
 
 
-def _read_patterns(path, middle):
-    """(prompt templates in order, number of patterns in the file)."""
-    templates, n_patterns = [], 0
-    for where, record in _read_jsonl(path):
-        n_patterns += 1
-        with _at(where):
-            template = prompt_template(_field(record, "pattern", where), middle)
-        if template is not None:
-            templates.append(template)
-    return templates, n_patterns
+def _read_templates(path, middle):
+    """The templates of a relation's patterns, in order; None of those that give no prompt."""
+
+    def template(record):
+        return prompt_template(_field(record, "pattern"), middle)
+
+    return [found for _, found in _read_jsonl(path, template)]
 
 
 def _read_facts(path, relation, templates):
     """The distinct facts of a relation's file, with the prompts its templates give."""
-    facts = {}
-    for where, record in _read_jsonl(path):
-        subject, answer = _field(record, "sub_label", where), _field(record, "obj_label", where)
-        prompts = []
-        for template in templates:
+
+    def fact(record):
+        subject, answer = _field(record, "sub_label"), _field(record, "obj_label")
+        prompts = {}
+        for template in filter(None, templates):
             # str.join, because a subject may itself hold "[X]", "[Y]" or a backslash
-            prompts.append(subject.join(template.split("[X]")))
-            if prompts[-1].endswith(ANSWER) != template.endswith(ANSWER):
+            prompt = subject.join(template.split("[X]"))
+            if prompt.endswith(ANSWER) != template.endswith(ANSWER):
                 raise ValueError(
-                    f"{where}: the subject {subject!r} ends a prompt with {ANSWER}, "
+                    f"the subject {subject!r} ends a prompt with {ANSWER}, "
                     "which marks the answer's place there: leave this fact out"
                 )
-        fact = Fact(relation, subject, answer, tuple(dict.fromkeys(prompts)))
-        facts.setdefault((subject, answer), fact)
-    return list(facts.values())
+            prompts[prompt] = None
+        return Fact(relation, subject, answer, tuple(prompts))
+
+    return list(dict.fromkeys(found for _, found in _read_jsonl(path, fact)))
 
 
 def _read_facts_file(path):
     """{relation: its facts} of a file with a line a fact."""
-    facts, lines = {}, {}
-    for where, record in _read_jsonl(path):
-        relation = _field({"relation": NO_RELATION, **record}, "relation", where)
-        subject, answer = _field(record, "subject", where), _field(record, "object", where)
-        fact = Fact(relation, subject, answer, _read_prompts(record, where))
-        known = facts.setdefault(relation, {}).setdefault((subject, answer), fact)
-        if known != fact:
+    facts, lines, of_relation = {}, {}, {}
+    for where, fact in _read_jsonl(path, _own_fact):
+        if fact.id not in facts:
+            facts[fact.id], lines[fact.id] = fact, where
+            of_relation.setdefault(fact.relation, []).append(fact)
+        elif fact != facts[fact.id]:
             raise ValueError(
                 f"{where}: the fact of {lines[fact.id]} again, with other prompts: "
                 "give all of a fact's prompts in one line"
             )
-        lines.setdefault(fact.id, where)
-    return {relation: list(some.values()) for relation, some in facts.items()}
+    return of_relation
 
 
-def _read_prompts(record, where):
-    """The distinct prompts of a fact's line."""
-    prompts, name, given = {}, f"{where}: field 'prompts'", record.get("prompts")
+def _own_fact(record):
+    """The fact of a line, with its distinct prompts."""
+    record = {"relation": NO_RELATION, **record}
+    named = [_field(record, name) for name in ("relation", "subject", "object")]
+    prompts, given = {}, record.get("prompts")
     if not isinstance(given, list) or not given:
-        raise ValueError(f"{name} must be a list of texts, the prompts of the fact, not {given!r}")
+        raise ValueError(f"field 'prompts' must be a list of the fact's prompts, not {given!r}")
     for prompt in given:
         if not isinstance(prompt, str) or not prompt.removesuffix(ANSWER).strip():
-            raise ValueError(f"{name} holds {prompt!r}; a prompt is a text that is not empty")
-        check_text(prompt, name)
+            raise ValueError(f"field 'prompts' holds {prompt!r}; a prompt is a text, not empty")
+        check_text(prompt, "field 'prompts'")
         if ANSWER in prompt.removesuffix(ANSWER):
             raise ValueError(
-                f"{name} has {prompt!r}, where text follows {ANSWER}, the answer's place: a prompt "
-                "ends there"
+                f"field 'prompts' has {prompt!r}, where text follows {ANSWER}, the answer's place: "
+                "a prompt ends there"
             )
-        with _at(where):
-            read = continuation(unicodedata.normalize("NFC", prompt))
+        read = continuation(unicodedata.normalize("NFC", prompt))
         prompts.setdefault(read, prompt)
-    return tuple(prompts.values())
-
-
-@contextmanager
-def _at(where):
-    """ValueErrors from within say where in a file."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+    return Fact(*named, tuple(prompts.values()))
 
 
 # -- downloads -------------------------------------------------------------------------------------
@@ -388,7 +368,8 @@ def pararel_registry():
     return json.loads((paths.PACKAGE / "pararel_sha256.json").read_text(encoding="utf-8"))
 
 
-def _fetch_pararel(kind, relation):
+def _fetch_pararel():
+    """The folder of the ParaRel files, each of the published SHA-256."""
     pooch.get_logger().setLevel("WARNING")
     store = pooch.create(
         path=pooch.os_cache("qlutils") / f"pararel-{PARAREL_COMMIT[:8]}",
@@ -397,32 +378,24 @@ def _fetch_pararel(kind, relation):
         env="QLUTILS_CACHE",
         retry_if_failed=PARAREL_RETRIES,
     )
-    name = f"{kind}/{relation}.jsonl"
-    try:
-        return Path(store.fetch(name))
-    except ValueError as error:
-        raise ValueError(
-            f"ParaRel file {name}: the download's SHA-256 is not the published one; try again, "
-            f"or give a local copy's folder as the dataset ({error})"
-        ) from None
-    except OSError as error:
-        raise ConnectionError(
-            f"ParaRel file {name} could not be downloaded from {PARAREL_URL}: go online, "
-            f"or give a local copy's folder as the dataset ({error})"
-        ) from error
+    for name in store.registry:
+        try:
+            store.fetch(name)
+        except (ValueError, OSError) as error:  # another SHA-256, or offline
+            raise ValueError(
+                f"ParaRel file {name} could not be had from {PARAREL_URL}: go online, "
+                f"or give a local copy's folder as the dataset ({error})"
+            ) from error
+    return store.abspath
 
 
-def perplexity_texts(source="demo") -> list[str]:
+def perplexity_texts(source="demo"):
     """Paragraphs to measure perplexity on; the caller leaves out those too short for its tokenizer.
 
     source: "demo" (the bundled held-out text), "wikitext-2" (test split, from the Hugging Face hub
         or its cache), or a text file, or a folder with `test.txt`, with one paragraph a line
         (headings and empty lines are dropped).
     """
-    if not isinstance(source, (str, Path)):
-        raise ValueError(
-            f"perplexity text must be 'demo', 'wikitext-2', a file or a folder, not {source!r}"
-        )
     lines = _wikitext_lines() if source == "wikitext-2" else _lines_of(source)
     texts = [line.strip() for line in lines]
     texts = [text for text in texts if text and not re.fullmatch(r"=( .* )=", text)]
@@ -431,14 +404,19 @@ def perplexity_texts(source="demo") -> list[str]:
     return texts
 
 
-def _lines_of(source):
+def text_file(source):
+    """The file of a text for perplexity, there or not: `source`, or a folder's `test.txt`."""
     path = paths.DEMO / "heldout.txt" if source == "demo" else Path(source)
-    path = path / "test.txt" if os.path.isdir(path) else path
-    if not os.path.isfile(path):
+    return path / "test.txt" if os.path.isdir(path) else path
+
+
+def _lines_of(source):
+    if not isinstance(source, (str, Path)) or not os.path.isfile(text_file(source)):
         raise ValueError(
-            f"no perplexity text at {str(source)!r}: use 'demo', 'wikitext-2', or a text "
-            "file with one paragraph a line"
+            f"no perplexity text at {source!r}: use 'demo', 'wikitext-2', or a text file with one "
+            "paragraph a line"
         )
+    path = text_file(source)
     try:
         return path.read_text(encoding="utf-8-sig").split("\n")
     except ValueError as error:

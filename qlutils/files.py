@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import socket
 import sys
 import time
@@ -28,7 +27,7 @@ LIBRARIES = (
     "papermill"
 ).split()
 LARGE = 2**28  # bytes: of a larger file the size and time stand for the content
-LEFT_BEHIND = 86400  # seconds after which nobody is still writing a file
+LEFT_BEHIND = 600  # seconds after which nobody is still writing a file
 _MARK = b"content-sha256:"
 
 
@@ -103,9 +102,9 @@ def _not_written(folder, error):
 
 
 def json_bytes(value):
-    """A value as indented JSON in UTF-8; names of files that are none come out as on disk."""
+    """A value as indented JSON in UTF-8."""
     text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode()
+    return text.encode("utf-8", "replace")
 
 
 def write_json(path, value):
@@ -149,7 +148,7 @@ def read_parquet(path, key=None):
         if key is not None and footer[b"key"].decode() != key:
             raise ValueError("from another configuration or code version (its key is not its name)")
         return file.read().replace_schema_metadata(None), json.loads(footer[b"metadata"])
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+    except (OSError, ValueError) as error:
         warnings.warn(f"result file {path} is not read: {error}", stacklevel=2)
         return None, str(error)
 
@@ -181,9 +180,7 @@ def locked(path, wait=3):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             stream = held.enter_context(open(path, "ab+", buffering=0))
-            if mine := _lock(stream, time.monotonic() + wait):
-                stream.truncate(0)
-                stream.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            mine = _lock(stream, time.monotonic() + wait)
         except OSError as error:
             raise _not_written(path.parent, error) from error
         if not mine:
@@ -193,34 +190,21 @@ def locked(path, wait=3):
             )
         for aside in path.parent.rglob(".*.tmp"):
             with suppress(FileNotFoundError):  # its writer has just finished
-                if _left_behind(aside):
+                if time.time() - aside.stat().st_mtime > LEFT_BEHIND:
                     aside.unlink()
         yield
 
 
-def _left_behind(aside):
-    """Whether nobody writes `.NAME.HOST.PID.tmp` any more: its process is dead or, on another
-    machine, it has not been touched for a day."""
-    if not (found := re.fullmatch(r"\..+\.(\d+)\.tmp", aside.name)):
-        return False
-    if f".{socket.gethostname()}.{found[1]}.tmp" not in aside.name:
-        return time.time() - aside.stat().st_mtime > LEFT_BEHIND
-    try:
-        os.kill(int(found[1]), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # another user's
-        return False
-    return False
-
-
 def _lock(stream, until):
-    """Whether a file could be locked; it is free again when it is closed."""
+    """Whether a file could be locked; it then holds the name of this process."""
     while True:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
         except BlockingIOError:
             if time.monotonic() > until:
                 return False
             time.sleep(0.1)  # a killed run takes a moment to go
+        else:
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return True

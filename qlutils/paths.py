@@ -80,15 +80,9 @@ def label(model, among=None):
         return model
     if among is None:
         among = json.loads(os.environ.get("QLUTILS_MODELS") or "[]")
-    own = _parts(model)
-    others = {_parts(other) for other in among} - {own}
-    for length in range(1, len(own)):
+    own = Path(model).parts
+    others = {Path(other).parts for other in among} - {own}
+    for length in range(1, len(own) + 1):
         if own[-length:] not in {other[-length:] for other in others}:
-            return "/".join(own[-length:])
-    return str(model)
-
-
-def _parts(model):
-    if os.path.isabs(model) or is_local(model):
-        return Path(model).expanduser().resolve().parts
-    return tuple(model.split("/"))
+            return str(Path(*own[-length:]))
+    return model

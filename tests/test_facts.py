@@ -9,6 +9,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from qlutils import facts as data
@@ -28,63 +29,51 @@ CAPITAL = [
 
 
 def write(folder, relation, patterns, pairs):
-    for kind, rows in (
-        ("pattern_data/graphs_json", [{"pattern": p, "lemma": "x"} for p in patterns]),
-        ("trex_lms_vocab", [{"sub_label": s, "obj_label": o} for s, o in pairs]),
-    ):
+    facts = [{"sub_label": subject, "obj_label": answer} for subject, answer in pairs]
+    rows = {
+        data.PATTERNS: [{"pattern": text, "lemma": "x"} for text in patterns],
+        data.FACTS: facts,
+    }
+    for kind, content in rows.items():
         (folder / kind).mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(row) + "\n" for row in rows)
+        text = "".join(json.dumps(row) + "\n" for row in content)
         (folder / kind / f"{relation}.jsonl").write_text(text, encoding="utf-8")
 
 
 @pytest.fixture
 def folder(tmp_path):
     write(tmp_path, "P36", CAPITAL, [("France", "Paris"), ("Italy", "Rome"), ("France", "Paris")])
-    write(
-        tmp_path,
-        "P101",
-        ["[X] works on [Y]."] * 2 + ["[X] is in [Y] [X]"],
-        [(f"s{i}", f"o{i}") for i in range(40)],
-    )
+    fields = ["[X] works on [Y]."] * 2 + ["[X] is in [Y] [X]"]
+    write(tmp_path, "P101", fields, [(f"s{i}", f"o{i}") for i in range(40)])
     write(tmp_path, "P9", ["[X] was born in [Y].", "[X] is from [Y]"], [("a", "b")])
     return tmp_path
 
 
-def test_prompts_end_where_the_object_goes_and_keep_the_order(folder):
-    fact = load_facts(folder, relations=["P36"])[0]
-    assert fact == Fact(
-        "P36",
-        "France",
-        "Paris",
-        ("The capital of France is", "France's capital is", "France, with the capital"),
-    )
-    assert fact.id == "P36|France|Paris"
+def test_prompts_end_where_the_object_goes_and_duplicates_are_dropped(folder):
+    facts = load_facts(folder, relations=["P36"])
+    prompts = "The capital of France is", "France's capital is", "France, with the capital"
+    assert facts[0] == Fact("P36", "France", "Paris", prompts)
+    assert [fact.id for fact in facts] == ["P36|France|Paris", "P36|Italy|Rome"]
+    assert load_facts(folder, relations=["P101"])[0].prompts == ("s0 works on", "s0 is in")
 
 
 def test_a_fact_survives_json():
     fact = Fact("P36", "France", "Paris", ("a", "b"))
     assert Fact(**json.loads(json.dumps(asdict(fact)))) == fact
-    with pytest.raises(ValueError, match="France"):
-        Fact("P36", "France", "Paris", "one text")
 
 
-def test_relations_come_in_natural_order_and_small_ones_are_left_out(folder):
+def test_relations_come_in_natural_order_and_small_ones_are_left_out(folder, caplog):
     relations = lambda facts: list(dict.fromkeys(fact.relation for fact in facts))  # noqa: E731
     assert relations(load_facts(folder)) == ["P36", "P101"]
+    assert "relation P9 has 2 patterns" in caplog.text
     assert relations(load_facts(folder, min_patterns=2)) == ["P9", "P36", "P101"]
-
-
-def test_duplicate_facts_and_prompts_are_dropped(folder):
-    assert [f.subject for f in load_facts(folder, relations=["P36"])] == ["France", "Italy"]
-    assert load_facts(folder, relations=["P101"])[0].prompts == ("s0 works on", "s0 is in")
 
 
 def test_drop_keeps_only_patterns_that_end_with_the_object(folder, caplog):
     with pytest.raises(ValueError, match="no fact with 2 prompts"):  # "[X] is in [Y] [X]" goes too
         load_facts(folder, relations=["P101"], middle="drop")
-    assert len(load_facts(folder, relations=["P36"], middle="drop")[0].prompts) == 3
     facts = load_facts(folder, middle="drop")
-    assert {f.relation for f in facts} == {"P36"}
+    assert {f.relation for f in facts} == {"P36"} and len(facts[0].prompts) == 3
     assert "40 facts left out" in caplog.text and "P101" in caplog.text
 
 
@@ -110,67 +99,13 @@ def test_the_parent_of_data_is_accepted_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (dict(dataset="nowhere"), "unknown dataset 'nowhere'"),
-        (dict(dataset=3), "dataset must be"),
-        (dict(relations=["P36", "P5"]), "unknown relation 'P5'.*P9, P36, P101"),
-        (dict(relations="P36"), "relations must be a list"),
-        (dict(relations=[]), "relations must be a list"),
-        (dict(relations=7), "relations must be a list"),
-        (dict(relations=["P9"]), "P9 has 2 patterns.*min_patterns=3"),
-        (dict(facts_per_relation=0), "facts_per_relation"),
-        (dict(facts_per_relation=2.0), "facts_per_relation"),
-        (dict(facts_per_relation=True), "facts_per_relation"),
-        (dict(min_patterns=0), "min_patterns"),
-        (dict(seed=-1), "seed"),
-        (dict(middle="skip"), "middle must be 'cut' or 'drop'"),
-    ],
+    "relations, message",
+    [(["P36", "P5"], "unknown relation 'P5'.*P9, P36, P101"), (["P9"], "P9 has 2 patterns")],
 )
-def test_bad_parameters_are_named(folder, arguments, message):
+def test_relations_that_are_not_there_or_too_small_are_named(folder, relations, message):
+    """Whatever else can be wrong with parameters or files is in test_hostile.py."""
     with pytest.raises(ValueError, match=message):
-        load_facts(**{"dataset": folder, **arguments})
-
-
-@pytest.mark.parametrize(
-    "kind, text, message",
-    [
-        (
-            "pattern_data/graphs_json",
-            '{"pattern": "[X] a [Y]"}\n{"pattern": "[X] b"}\n',
-            r"P36.jsonl:2: .*\[Y\]",
-        ),
-        ("pattern_data/graphs_json", '{"pattern": "the [Y]"}\n', r"P36.jsonl:1: .*\[X\]"),
-        ("pattern_data/graphs_json", '{"lemma": "the"}\n', "P36.jsonl:1: field 'pattern'"),
-        ("pattern_data/graphs_json", "\n", "P36.jsonl is empty"),
-        (
-            "trex_lms_vocab",
-            '{"sub_label": "a", "obj_label": "b"}\n{"sub_la',
-            "P36.jsonl:2: not a JSON object",
-        ),
-        ("trex_lms_vocab", "[1]\n", "P36.jsonl:1: not a JSON object"),
-        ("trex_lms_vocab", b"\xff\n", "P36.jsonl:1: not a JSON object"),
-        ("trex_lms_vocab", '{"sub_label": "a"}\n', "P36.jsonl:1: field 'obj_label'"),
-        (
-            "trex_lms_vocab",
-            '{"sub_label": 3, "obj_label": "b"}\n',
-            "P36.jsonl:1: field 'sub_label'",
-        ),
-        (
-            "trex_lms_vocab",
-            '{"sub_label": "a", "obj_label": " "}\n',
-            "P36.jsonl:1: field 'obj_label'",
-        ),
-        ("trex_lms_vocab", None, "missing data file .*P36.jsonl"),
-    ],
-)
-def test_bad_files_are_named_with_their_line(folder, kind, text, message):
-    file = folder / kind / "P36.jsonl"
-    file.unlink()
-    if text is not None:
-        file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ValueError, match=message):
-        load_facts(folder)
+        load_facts(folder, relations=relations)
 
 
 def test_a_line_separator_inside_a_label_is_not_a_new_line(tmp_path):
@@ -181,6 +116,9 @@ def test_a_line_separator_inside_a_label_is_not_a_new_line(tmp_path):
 
 
 # --- download -------------------------------------------------------------------------------------
+
+
+NOBODY = "http://127.0.0.1:9/"  # only the cache can answer
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -211,9 +149,7 @@ def test_pararel_is_downloaded_once_and_read_from_the_cache_afterwards(published
     site, _ = published
     facts = load_facts("pararel")
     assert facts == load_facts(site)
-    monkeypatch.setattr(
-        data, "PARAREL_URL", "http://127.0.0.1:9/"
-    )  # nobody there: only the cache can answer
+    monkeypatch.setattr(data, "PARAREL_URL", NOBODY)
     assert load_facts("pararel") == facts
 
 
@@ -221,14 +157,14 @@ def test_a_download_with_the_wrong_checksum_names_the_file_and_is_not_kept(publi
     site, cache = published
     with (site / data.FACTS / "P36.jsonl").open("a") as file:
         file.write(json.dumps(dict(sub_label="Italy", obj_label="Milan")) + "\n")
-    with pytest.raises(ValueError, match="trex_lms_vocab/P36.jsonl.*SHA-256.*local copy"):
+    with pytest.raises(ValueError, match="trex_lms_vocab/P36.jsonl.*local copy.*SHA256"):
         load_facts("pararel")
-    assert not (cache / data.FACTS / "P36.jsonl").exists()
+    assert not list(cache.rglob("trex*/P36.jsonl"))
 
 
 def test_being_offline_says_what_to_do(published, monkeypatch):
-    monkeypatch.setattr(data, "PARAREL_URL", "http://127.0.0.1:9/")
-    with pytest.raises(ConnectionError, match="P36.jsonl.*local copy"):
+    monkeypatch.setattr(data, "PARAREL_URL", NOBODY)
+    with pytest.raises(ValueError, match="P36.jsonl.*go online.*local copy"):
         load_facts("pararel")
 
 
@@ -237,9 +173,8 @@ def test_the_registry_holds_the_published_files():
     registry = data.pararel_registry()
     assert len(registry) == 2 * 39
     for name, digest in registry.items():
-        assert (
-            hashlib.sha256((SHARED / "pararel/data" / name).read_bytes()).hexdigest() == digest
-        ), name
+        content = (SHARED / "pararel/data" / name).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == digest, name
 
 
 # --- ParaRel itself -------------------------------------------------------------------------------
@@ -252,65 +187,43 @@ def test_pararel_has_the_measured_numbers():
     distinct.
     """
     root = SHARED / "pararel"
-    lines = {
-        kind: {
-            file.stem: file.read_text("utf-8").split("\n")[:-1]
-            for file in (root / "data" / kind).iterdir()
-        }
-        for kind in (data.PATTERNS, data.FACTS)
-    }
-    patterns = {
-        r: [json.loads(line)["pattern"] for line in rows]
-        for r, rows in lines[data.PATTERNS].items()
-    }
-    assert (len(patterns), sum(map(len, patterns.values()))) == (39, 329)
+    lines = {kind: {} for kind in (data.PATTERNS, data.FACTS)}
+    for kind, of_relation in lines.items():
+        for file in (root / "data" / kind).iterdir():
+            of_relation[file.stem] = file.read_text("utf-8").split("\n")[:-1]
+    patterns = {}
+    for relation, rows in lines[data.PATTERNS].items():
+        patterns[relation] = [json.loads(row)["pattern"] for row in rows]
+    every = [pattern for rows in patterns.values() for pattern in rows]
+    assert (len(patterns), len(every)) == (39, 329)
+    large = {relation: rows for relation, rows in patterns.items() if len(rows) > 2}
     kept = {
-        r: [prompt_template(p) for p in rows if prompt_template(p)]
-        for r, rows in patterns.items()
-        if len(rows) > 2
+        relation: list(filter(None, map(prompt_template, large[relation]))) for relation in large
     }
-    n_facts = {r: len(lines[data.FACTS][r]) for r in kept}
+    n_facts = {relation: len(lines[data.FACTS][relation]) for relation in kept}
     assert sum(n_facts.values()) == 25_436
-    assert sum(n_facts[r] * len(rows) for r, rows in kept.items()) == 177_412
+    assert sum(n_facts[relation] * len(rows) for relation, rows in kept.items()) == 177_412
     assert sum(len(set(rows)) for rows in kept.values()) == 253
-    last = [
-        p
-        for rows in patterns.values()
-        for p in rows
-        if not any(c.isalnum() for c in p.split("[Y]")[1])
-    ]
-    assert len(last) == 217 and all(
-        (prompt_template(p, "drop") is None) == ("[X]" not in p) for p in last
-    )
+    last = [p for p in every if not any(c.isalnum() for c in p.split("[Y]")[1])]
+    dropped = [p for p in last if prompt_template(p, "drop") is None]
+    assert len(last) == 217 and dropped == [p for p in last if "[X]" not in p]
 
-    prompts = {}
-    for fact in load_facts(root):
+    facts, prompts = load_facts(root), {}
+    for fact in facts:
         prompts.setdefault(fact.relation, []).append(len(fact.prompts))
-    assert len(prompts) == 36 and sum(map(len, prompts.values())) == 25_420 == 25_436 - 16
+    assert len(prompts) == 36 and len(facts) == 25_420 == 25_436 - 16
     assert sum(map(sum, prompts.values())) == 173_893 and min(map(min, prompts.values())) == 2
-    assert {relation for relation, counts in prompts.items() if 2 in counts} == {
-        "P103",
-        "P127",
-        "P136",
-        "P190",
-    }
-
-
-@needs_pararel
-def test_pararel_has_no_double_space_from_patterns_and_no_colliding_names():
-    facts = load_facts(SHARED / "pararel")
+    two = [relation for relation, counts in prompts.items() if 2 in counts]
+    assert two == ["P103", "P127", "P136", "P190"]
+    # no double space from patterns, no colliding names
     assert len({fact.id for fact in facts}) == len(facts)
-    assert not [
-        p for f in facts if "  " not in f.subject for p in f.prompts if "  " in p or p != p.strip()
-    ]
+    texts = [prompt for fact in facts if "  " not in fact.subject for prompt in fact.prompts]
+    assert not [text for text in texts if "  " in text or text != text.strip()]
     # the paper's Table 5
-    prompts = {(p, f.object) for f in facts for p in f.prompts}
-    for prompt, answer in [
-        ("Adrian IV has the position of", "pope"),
-        ("Somalia is located in", "Africa"),
-        ("The official language of Republic of Ingushetia is", "Russian"),
-    ]:
-        assert (prompt, answer) in prompts
+    asked = {(prompt, fact.object) for fact in facts for prompt in fact.prompts}
+    assert ("Adrian IV has the position of", "pope") in asked
+    assert ("Somalia is located in", "Africa") in asked
+    assert ("The official language of Republic of Ingushetia is", "Russian") in asked
 
 
 # --- perplexity -----------------------------------------------------------------------------------
@@ -318,53 +231,33 @@ def test_pararel_has_no_double_space_from_patterns_and_no_colliding_names():
 
 def test_perplexity_texts_leave_out_headings_and_empty_lines(tmp_path):
     file = tmp_path / "test.txt"
-    file.write_text(
-        " \n = Robert = \n \n One = two . \n = = Career = = \n Another one . \n", "utf-8"
-    )
-    assert (
+    text = " \n = Robert = \n \n One = two . \n = = Career = = \n Another one . \n"
+    file.write_text(text, "utf-8")
+    assert perplexity_texts(file) == ["One = two .", "Another one ."]
+    assert perplexity_texts(str(tmp_path)) == perplexity_texts(file)
+    file.write_text(" = Only a heading = \n")
+    with pytest.raises(ValueError, match="test.txt.*no paragraph"):
         perplexity_texts(file)
-        == ["One = two .", "Another one ."]
-        == perplexity_texts(str(tmp_path))
-    )
-
-
-def test_a_perplexity_text_that_is_missing_or_empty_is_named(tmp_path):
-    with pytest.raises(ValueError, match="nowhere.txt"):
-        perplexity_texts("nowhere.txt")
-    (tmp_path / "empty.txt").write_text(" = Only a heading = \n")
-    with pytest.raises(ValueError, match="empty.txt.*no paragraph"):
-        perplexity_texts(tmp_path / "empty.txt")
 
 
 def test_wikitext_from_the_hub_reads_parquet_and_says_what_to_do_offline(tmp_path, monkeypatch):
-    import huggingface_hub
-    import pandas as pd
-
-    pd.DataFrame({"text": ["", " = Title = \n", " A paragraph . \n"]}).to_parquet(
-        tmp_path / "t.parquet"
-    )
-    monkeypatch.setattr(
-        huggingface_hub, "hf_hub_download", lambda *a, **k: str(tmp_path / "t.parquet")
-    )
+    texts = pd.DataFrame({"text": ["", " = Title = \n", " A paragraph . \n"]})
+    texts.to_parquet(tmp_path / "t.parquet")
+    download = "huggingface_hub.hf_hub_download"
+    monkeypatch.setattr(download, lambda *_, **__: str(tmp_path / "t.parquet"))
     assert perplexity_texts("wikitext-2") == ["A paragraph ."]
 
     def offline(*_, **__):
         raise OSError("no route")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    monkeypatch.setattr(download, offline)
     with pytest.raises(ValueError, match="go online once.*no route"):
         perplexity_texts("wikitext-2")
 
 
-@pytest.mark.skipif(
-    not (SHARED / "wikitext-2").is_dir(), reason="no ../shared/data/wikitext-2 here"
-)
+@pytest.mark.skipif(not (SHARED / "wikitext-2").is_dir(), reason="no ../shared/data/wikitext-2")
 def test_wikitext_paragraphs_hold_no_heading():
-    texts = perplexity_texts(SHARED / "wikitext-2" / "test.txt")
-    lines = [
-        line.strip() for line in (SHARED / "wikitext-2" / "test.txt").read_text("utf-8").split("\n")
-    ]
+    file = SHARED / "wikitext-2" / "test.txt"
+    lines = list(filter(None, map(str.strip, file.read_text("utf-8").split("\n"))))
     headings = [line for line in lines if line.startswith("= ") and line.endswith(" =")]
-    assert (
-        len(texts) + len(headings) == len([line for line in lines if line]) and len(headings) > 500
-    )
+    assert len(perplexity_texts(file)) + len(headings) == len(lines) and len(headings) > 500

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from qlutils.files import write_json
@@ -35,21 +34,18 @@ def execute(notebook, output, parameters, env, log, stop=None):
     once set, ends the process and its kernel, and this call; so does whatever interrupts it."""
     Path(output).unlink(missing_ok=True)
     code = "from qlutils.driver.execute import run_papermill; run_papermill()"
-    spec = json.dumps([str(notebook), str(output), parameters, os.getpid()])
+    asked = json.dumps([str(notebook), str(output), parameters, os.getpid()])
     with open(log, "wb") as stream:
         child = subprocess.Popen(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", code, asked],
             env=env,
             cwd=Path(notebook).parent,
-            stdin=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=stream,
             start_new_session=True,
         )
     try:
-        with suppress(BrokenPipeError):
-            child.stdin.write(spec.encode())
-            child.stdin.close()
         while child.poll() is None and not (stop and stop.is_set()):
             time.sleep(0.1)
     finally:
@@ -59,12 +55,12 @@ def execute(notebook, output, parameters, env, log, stop=None):
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-    return _what_failed(Path(output), Path(log), child.returncode) if child.returncode else ""
+    return _what_failed(Path(log), child.returncode)
 
 
 def run_papermill():
     """In the process: execute one notebook, and end with the driver, whatever ends that."""
-    notebook, output, parameters, driver = json.load(sys.stdin)
+    notebook, output, parameters, driver = json.loads(sys.argv[1])
 
     def watch():
         while os.getppid() == driver:
@@ -79,23 +75,22 @@ def run_papermill():
     # papermill formats paths, so a brace in a folder's name is doubled
     source, target = (path.replace("{", "{{").replace("}", "}}") for path in (notebook, output))
     options = dict(kernel_name="qlutils", language="python", shutdown_kernel="immediate")
-    papermill.execute_notebook(source, target, parameters, progress_bar=False, **options)
-
-
-def _what_failed(output, log, code):
-    killed = f"its process was killed by signal {-code}"
-    if code < 0:  # not by us; what it wrote last is not why
-        return killed + " (out of memory?)" * (code == -signal.SIGKILL)
     try:
-        cells = json.loads(output.read_text(encoding="utf-8"))["cells"]
-    except (OSError, ValueError):
-        cells = []
-    for cell in cells:
-        for item in cell.get("outputs", ()):
-            if item["output_type"] == "error":
-                said = item["evalue"].strip().split("\n")[0]
-                return f"{item['ename']}: {said[:300]} (In [{cell['execution_count']}])"
-    written = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    lines = [line for line in written if line.strip()]
-    said = lines[-1][:300] if lines else f"its process ended with status {code}"
-    return said + " (out of memory?)" * ("DeadKernelError" in said)
+        papermill.execute_notebook(source, target, parameters, progress_bar=False, **options)
+    except papermill.PapermillExecutionError as error:
+        said = error.evalue.strip().split("\n")[0]
+        sys.exit(f"{error.ename}: {said[:300]} (In [{error.exec_count}])")
+
+
+def _what_failed(log, code):
+    """In one line, or "": the last one that a process wrote, unless it was killed."""
+    if code == 0:
+        return ""
+    said = f"its process ended with status {code}"
+    if code < 0:
+        said = f"its process was killed by signal {-code}"
+    else:
+        for line in log.read_text(encoding="utf-8", errors="replace").split("\n"):
+            said = line.strip() or said
+    memory = code == -signal.SIGKILL or "DeadKernelError" in said
+    return said + " (out of memory?)" * memory
