@@ -16,9 +16,8 @@ from itertools import groupby
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from qlutils.attribution.integrate import Raw, integrate
+from qlutils.attribution.integrate import Attribution, integrate
 from qlutils.attribution.quadrature import RULES
 from qlutils.change.rows import equal_batches, score_queries
 from qlutils.checks import METHODS, check, one_of
@@ -69,29 +68,6 @@ class Spec:
         check("tolerance is", self.tolerance, 1e-9, 1, "a share of a query's largest score")
         if self.row_budget is not None:
             check("row_budget is", self.row_budget, 1)
-
-
-@dataclass
-class Attribution:
-    """Scores of Q queries: `scores` (Q, L, N), normalised as the method says; `completeness_gap`
-    (Q, L), of the raw scores; `probability` (Q,) of the whole answer; `known` (Q,), whether greedy
-    decoding gives it; `converged` (Q,), whether the rule "converged" got all integrals below its
-    tolerance (None for the other rules, which cannot tell); `evaluations` (Q,), gradients taken a
-    layer and baseline, mean over layers and answer tokens; `row_budget`, the rows a batch was
-    allowed in the end (halved after running out of memory)."""
-
-    scores: Tensor
-    completeness_gap: Tensor
-    probability: Tensor
-    known: Tensor
-    converged: Tensor | None
-    evaluations: Tensor
-    row_budget: int
-
-    def cpu(self) -> Attribution:
-        """The same in main memory."""
-        moved = {k: v.cpu() for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
 
 
 def default_row_budget(lm) -> int:
@@ -197,19 +173,27 @@ def _kinds(lm, tokens, spec):
 
 def _attribute(lm, queries, spec, names):
     # Everything stays on the device to the end: the next batch is on its way meanwhile.
-    shape = len(queries), lm.num_layers, lm.num_neurons
+    count = len(queries)
     options = dict(dtype=lm.score_dtype, device=lm.device)
-    found = Raw(
-        scores=torch.zeros(shape, **options),
-        gap=torch.zeros(shape[:2], **options),
-        converged=torch.ones(len(queries), dtype=torch.bool),
-        evaluations=torch.zeros(len(queries), dtype=torch.float64),
+    converged = torch.ones(count, dtype=torch.bool)
+    found = Attribution(
+        scores=torch.zeros(count, lm.num_layers, lm.num_neurons, **options),
+        completeness_gap=torch.zeros(count, lm.num_layers, **options),
+        probability=torch.ones(count, **options),
+        known=converged.to(lm.device, copy=True),
+        converged=converged,
+        evaluations=torch.zeros(count, dtype=torch.float64),
+        row_budget=spec.row_budget,
     )
     tokens = _tokens(queries, spec.answer)
     kinds = _kinds(lm, tokens, spec)
     for batch in equal_batches(kinds, spec.row_budget):
         some = [tokens[place] for place in batch]
         _add_batch(lm, some, spec, found)
+    if spec.answer == "first":
+        whole = score_queries(lm, queries)
+        found.probability = torch.from_numpy(np.exp(whole.log_probability)).to(found.scores)
+        found.known = torch.from_numpy(whole.exact).to(lm.device)
     finite = found.scores.isfinite().flatten(1).all(1)
     if not finite.all():
         name = names[int(finite.int().argmin())]
@@ -217,17 +201,11 @@ def _attribute(lm, queries, spec, names):
             f"the scores of {name!r} are not finite: {lm.name} gives infinite or NaN values in "
             f"{lm.dtype}; try float32"
         )
-    answers = score_queries(lm, queries)
-    probability = torch.from_numpy(np.exp(answers.log_probability))
-    return Attribution(
-        scores=_normalise(found.scores, spec.method, names),
-        completeness_gap=found.gap.abs(),
-        probability=probability.to(found.scores),
-        known=torch.from_numpy(answers.exact).to(lm.device),
-        converged=found.converged if spec.rule == "converged" else None,
-        evaluations=found.evaluations,
-        row_budget=spec.row_budget,
-    )
+    found.scores = _normalise(found.scores, spec.method, names)
+    found.completeness_gap = found.completeness_gap.abs()
+    if spec.rule != "converged":
+        found.converged = None
+    return found
 
 
 def _add_batch(lm, batch, spec, found):
@@ -247,8 +225,10 @@ def _add_batch(lm, batch, spec, found):
     for i, token in enumerate(batch):
         query = token.query
         found.scores[query] += raw.scores[i] / token.used
-        found.gap[query] += raw.gap[i] / token.used
+        found.completeness_gap[query] += raw.completeness_gap[i] / token.used
         found.evaluations[query] += raw.evaluations[i] / token.used
+        found.probability[query] *= raw.probability[i]
+        found.known[query] &= raw.known[i]
         found.converged[query] &= raw.converged[i]
 
 

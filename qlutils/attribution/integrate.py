@@ -6,7 +6,7 @@ of a row (see `paths`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,22 +21,34 @@ from qlutils.model.passes import CleanPass, on_device
 
 
 @dataclass
-class Raw:
-    """Raw attributions `scores` (Q, L, N), summed over baselines; what their sums lack to
-    completeness, `gap` (Q, L), signed; `converged` (Q,), whether the integrals have settled (True
-    for a rule that cannot tell); `evaluations` (Q,), gradients a layer and baseline."""
+class Attribution:
+    """Scores of Q queries: `scores` (Q, L, N), normalised as the method says; `completeness_gap`
+    (Q, L), of the raw scores; `probability` (Q,) of the whole answer; `known` (Q,), whether greedy
+    decoding gives it; `converged` (Q,), whether the rule "converged" got all integrals below its
+    tolerance (None for the other rules, which cannot tell); `evaluations` (Q,), gradients taken a
+    layer and baseline, mean over layers and answer tokens; `row_budget`, the rows a batch was
+    allowed in the end (halved after running out of memory)."""
 
     scores: Tensor
-    gap: Tensor
-    converged: Tensor
+    completeness_gap: Tensor
+    probability: Tensor
+    known: Tensor
+    converged: Tensor | None
     evaluations: Tensor
+    row_budget: int
+
+    def cpu(self) -> Attribution:
+        """The same in main memory."""
+        moved = {k: v.cpu() for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
-def integrate(lm, clean: CleanPass, target: Tensor, starts: Tensor | None, spec) -> Raw:
-    """Raw attributions of the answer tokens `target` (Q,) from baselines `starts` (Q, B, L, N;
-    None: zero) to the clean neurons."""
+def integrate(lm, clean: CleanPass, target: Tensor, starts: Tensor | None, spec):
+    """The `Attribution` of the answer tokens `target` (Q,) alone from baselines `starts` (Q, B, L,
+    N; None: zero) to the clean neurons: scores are raw and summed over baselines, gaps signed."""
     hidden = clean.inputs[-1][:, 0]  # (Q, d)
-    p = torch.softmax(final_logits(lm, hidden), -1)  # (Q, V)
+    logits = final_logits(lm, hidden)
+    p = torch.softmax(logits, -1)  # (Q, V)
     p_clean = p.gather(1, target[:, None])[:, 0]
     paths = Paths.of(lm, clean, starts, spec)
     replay = Replay(lm, clean, target, p_clean, paths)
@@ -47,9 +59,15 @@ def integrate(lm, clean: CleanPass, target: Tensor, starts: Tensor | None, spec)
     scores = [paths.scores(mean[layer], layer) for layer in layers]
     scores = torch.stack(scores, 1)
     rise = p_clean[:, None, None] - p_start  # (Q, B, L)
-    gap = scores.sum(-1) - rise.sum(1)
-    evaluations = integral.evaluations.mean(1)
-    return Raw(scores, gap, integral.converged, evaluations)
+    return Attribution(
+        scores=scores,
+        completeness_gap=scores.sum(-1) - rise.sum(1),
+        probability=p_clean,
+        known=logits.argmax(-1) == target,
+        converged=integral.converged,
+        evaluations=integral.evaluations.mean(1),
+        row_budget=spec.row_budget,
+    )
 
 
 def _fixed_sum(replay, spec):

@@ -215,7 +215,7 @@ def _changing(lm, layer, changes):
         vectors = [nothing if one.vector is None else one.vector for one in changes]
         vectors = torch.stack(vectors)  # (R, d)
         x = by_row(args[0])
-        sums = torch.einsum("rsn,rn->rs", x, chosen.to(x))
+        sums = torch.einsum("rsn,rn->rs", x, chosen.to(x)).to(output)
         added = torch.einsum("rs,rd->rsd", sums, vectors)
         return output + added.reshape(output.shape)
 

@@ -19,7 +19,6 @@ from qlutils.attribution.attribute import Spec, attribute_encoded
 from qlutils.attribution.coordinate import Coordinate
 from qlutils.attribution.paths import Paths
 from qlutils.attribution.quadrature import RULES, quadrature
-from qlutils.change import rows
 from qlutils.change.rows import score_queries
 from qlutils.change.synapses import Row, column_scores, run_rows
 from qlutils.checks import METHODS
@@ -355,11 +354,8 @@ def test_scores_do_not_depend_on_the_row_budget(family, method, rule):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_rows_in_flight_are_bounded_by_the_budget_whatever_the_number_of_queries(
-    method, monkeypatch
-):
+def test_rows_in_flight_are_bounded_by_the_budget_whatever_the_number_of_queries(method):
     lm, budget, peaks, calls = tiny_lm("llama3"), 60, [], []
-    monkeypatch.setattr(rows, "token_budget", lambda lm: 40)  # when answers are scored
     for count in (8, 40):
         queries = [([5, 6, 7, 8 + i % 50], [9]) for i in range(count)]
         with watched_rows(lm) as seen:
