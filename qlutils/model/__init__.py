@@ -5,7 +5,7 @@
 `architecture`: everything that differs between model families.
 `passes`: one clean pass, and rows that go on from it.
 `answer`: logits, the answer's probability and its gradient.
-`check`: what is compared at load, and by how much it may differ.
+`verify`: what is compared at load, and by how much it may differ.
 `language_model`: the model with its tokenizer; prompts and answers as tokens.
 `pretrained`, `loading`: models by name.
 """

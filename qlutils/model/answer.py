@@ -4,8 +4,6 @@ token with its gradient, without ever holding the logits of all rows.
 Shapes: Q queries, P rows a query, R rows, K tokens, d residual width, V vocabulary.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

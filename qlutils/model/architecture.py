@@ -11,8 +11,6 @@ run costs), and that OPT flattens batch and sequence before its MLP (`passes`, `
 `changes` and `synapses` of `change`).
 """
 
-from __future__ import annotations
-
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -96,7 +94,6 @@ class Architecture:
     head: nn.Module
     norm_epsilons: list[float | None]  # see `_norm_epsilon`
     num_neurons: int  # of a layer
-    num_heads: int
     scale: float
     softcap: float | None
 
@@ -134,7 +131,6 @@ def find_architecture(model: nn.Module) -> Architecture:
         head=head,
         norm_epsilons=[_norm_epsilon(calls[down].output, trace.kept) for down in downs],
         num_neurons=widths.pop(),
-        num_heads=text.num_attention_heads,
         scale=_logit_scale(model, text),
         softcap=getattr(text, "final_logit_softcapping", None),
     )
@@ -243,25 +239,25 @@ def _projections(layers, paths):
 # --- faster modules in place of the model's own ---------------------------------------------------
 
 
-def use_fused_gelu(model: nn.Module) -> None:
+GELUS = ("NewGELUActivation", "FastGELUActivation", "GELUTanh")
+
+
+def use_fused_modules(model: nn.Module, norms: bool):
     """GPT-2's `gelu_new` in Python is eight memory-bound kernels; torch's tanh GELU is the same
     function in one. (Differences are of the order of rounding; BLOOM's own GELU has its own
-    backward and is left alone.)"""
-    for module in list(model.modules()):
-        for child_name, child in module.named_children():
-            if type(child).__name__ in ("NewGELUActivation", "FastGELUActivation", "GELUTanh"):
-                setattr(module, child_name, nn.GELU(approximate="tanh").train(False))
+    backward and is left alone.)
 
-
-def use_fused_norms(model: nn.Module) -> None:
-    """RMSNorm in Python is six memory-bound kernels on a GPU, and more backward; torch's is one
-    each, and rounds once instead of twice. Norms of other formulas (Gemma's 1 + w) are told by what
-    they compute and left alone, and so is what a loader or a hook has changed."""
+    `norms`, for a GPU: RMSNorm in Python is six memory-bound kernels there, and more backward;
+    torch's is one each, and rounds once instead of twice. Norms of other formulas (Gemma's 1 + w)
+    are told by what they compute and left alone, and so is what a loader or a hook has changed."""
     for module in list(model.modules()):
-        for name, norm in module.named_children():
-            changed = "forward" in norm.__dict__ or hooks_of(norm)
-            if type(norm).__name__.endswith("RMSNorm") and not changed:
-                setattr(module, name, _fused(norm))
+        for name, child in module.named_children():
+            kind = type(child).__name__
+            changed = "forward" in vars(child) or hooks_of(child)
+            if kind in GELUS:
+                setattr(module, name, nn.GELU(approximate="tanh").train(False))
+            elif norms and kind.endswith("RMSNorm") and not changed:
+                setattr(module, name, _fused(child))
 
 
 @torch.no_grad()
@@ -296,8 +292,8 @@ def pick_call_argument(name: str, value, batch: int, queries: Tensor):
         return value.unflatten(0, (batch, -1))[queries].flatten(0, 1)
     if value.shape[0] != batch:
         return value
-    if batch == 1 or value.stride(0) == 0:  # one for all
-        return value[:1]
+    if batch == 1 or value.stride(0) == 0:  # one for all, which need not be copied
+        return value[:1].expand(len(queries), *value.shape[1:])
     return value[queries]
 
 
@@ -312,12 +308,11 @@ def join_call_arguments(name: str, values, queries: list[int], length: int):
         return values[0]
     sample, joined = tensors[0], []
     are_masks = sample.dim() == 4
-    one_a_prompt = len(tensors) == len(values) and min(one.dim() for one in tensors) >= 2
-    if not (are_masks or one_a_prompt):
-        raise UnsupportedModel(f"the layers' argument {name!r} is not one for each prompt")
     for value, count in zip(values, queries):
-        if value is None:  # no mask where the prompt is shorter than the window
+        if are_masks and value is None:  # the prompt is shorter than the window
             value = sample.new_full((1, *sample.shape[1:]), sample.dtype == torch.bool)
+        if value is None or value.dim() < 2:
+            raise UnsupportedModel(f"the layers' argument {name!r} is not one for each prompt")
         if are_masks:
             value = nn.functional.pad(value, (length - value.shape[-1], 0))
         joined.append(value.expand(count, *value.shape[1:]))
@@ -390,7 +385,7 @@ def _is_altered(module):
     return "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
 
 
-def check_sole_owner(model: nn.Module, module: nn.Module) -> None:
+def check_sole_owner(model: nn.Module, module: nn.Module):
     """`UnsupportedModel` where the weight of `module` is another module's too, so that an edit
     would change both."""
     owners = [

@@ -27,26 +27,26 @@ from qlutils.model.trace import by_name, hooked
 EXACT, PREFIX = "qlutils_exact", "qlutils_prefix"
 ACTIVE: list[AttentionChange] = []  # those whose contexts are entered, outermost first
 SHARED = threading.local()  # `prefix`: keys and values that the layer now running attends to
-# What the interface's further arguments may say without changing what is computed here: the window
-# is in the mask, positions are in queries and keys, models are evaluated without dropout, and what
-# is not causal is refused at load.
+# What the interface's further arguments may be: `_weights` reads two of them, and the others change
+# nothing that is computed here: the window is in the mask, positions are in queries and keys,
+# models are evaluated without dropout, and what is not causal is refused at load.
 HARMLESS = (
     "dropout is_causal sliding_window position_ids cache_position use_cache output_attentions "
-    "output_hidden_states return_dict token_type_ids"
+    "output_hidden_states return_dict token_type_ids scaling softcap"
 ).split()
 
 
 # --- the two implementations ----------------------------------------------------------------------
 
 
-def exact_attention(module, query, key, value, attention_mask, scaling=None, softcap=None, **other):
+def exact_attention(module, query, key, value, attention_mask, **options):
     """softmax(query key^T) value, as transformers' attention interface asks.
 
     query (B, H, R, dh), key and value (B, Hkv, K, dh), Hkv dividing H; attention_mask (B or 1, 1 or
     H, R, K), additive or boolean, None for plain causal. Returns (B, R, H, dh) and the post-softmax
     weights (B, H, R, K), both after the changes active on `module`.
     """
-    _check_arguments(module, other)
+    _check_options(module, options)
     (batch, heads, rows, width), kv_heads, columns = query.shape, key.shape[1], key.shape[2]
     grouped = query.reshape(batch, kv_heads, -1, width)
     scores = (grouped @ key.transpose(-1, -2)).view(batch, heads, rows, columns)
@@ -55,21 +55,19 @@ def exact_attention(module, query, key, value, attention_mask, scaling=None, sof
         attention_mask = seen.tril(columns - rows)
     if attention_mask is not None:
         attention_mask = attention_mask[..., :columns]
-    weights = _weights(module, scores, attention_mask, width, scaling, softcap).to(value.dtype)
+    weights = _weights(module, scores, attention_mask, width, **options).to(value.dtype)
     out = weights.view(batch, kv_heads, -1, columns) @ value
     return out.view(batch, heads, rows, -1).transpose(1, 2).contiguous(), weights
 
 
-def prefix_attention(
-    module, query, key, value, attention_mask, scaling=None, softcap=None, **other
-):
+def prefix_attention(module, query, key, value, attention_mask, **options):
     """Attention of P independent rows, each over the shared prefix and itself.
 
     query (Q, H, P, dh), key and value (Q, Hkv, P, dh) of the rows themselves; `SHARED.prefix` has
     the prefix's, (Q, Hkv, T - 1, dh), and their padding (Q, 1, 1, T) or None. attention_mask (Q or
     1, 1, 1, T) is the window of a sliding-window layer. Returns (Q, P, H, dh).
     """
-    _check_arguments(module, other)
+    _check_options(module, options)
     prefix_key, prefix_value, padding = SHARED.prefix
     (queries, heads, rows, width), kv_heads = query.shape, key.shape[1]
     grouped = query.reshape(queries, kv_heads, -1, rows, width)
@@ -77,14 +75,14 @@ def prefix_attention(
     own = (grouped * key).sum(-1).flatten(2)  # (Q, Hkv, H / Hkv * P)
     before = grouped.flatten(2, 3) @ prefix_key.transpose(-1, -2)
     scores = torch.cat([before, own[..., None]], -1).view(queries, heads, rows, -1)
-    weights = _weights(module, scores, attention_mask, width, scaling, softcap, padding)
+    weights = _weights(module, scores, attention_mask, width, padding, **options)
     weights = weights.to(value.dtype).view(*before.shape[:-1], -1)
     before = (weights[..., :-1] @ prefix_value).view(*grouped.shape[:-1], -1)
     out = torch.addcmul(before, weights[..., -1].view(*grouped.shape[:-1], 1), value)
     return out.view(queries, heads, rows, -1).transpose(1, 2), None
 
 
-def _weights(module, scores, mask, width, scaling, softcap, padding=None):
+def _weights(module, scores, mask, width, padding=None, *, scaling=None, softcap=None, **_):
     """Post-softmax weights, in float32 at least, of `scores` (B, H, R, K), after the changes
     active on `module`; none of what `mask` or `padding` (B, 1, 1, K) hides."""
     scores = scores * (width**-0.5 if scaling is None else scaling)
@@ -103,10 +101,10 @@ def _weights(module, scores, mask, width, scaling, softcap, padding=None):
     return weights
 
 
-def _check_arguments(module, others):
+def _check_options(module, options):
     """ValueError for an argument of the attention interface that our attention would leave out:
     logits of attention sinks (`s_aux`), a bias of positions, chosen columns."""
-    for name, value in others.items():
+    for name, value in options.items():
         if value is not None and value is not False and name not in HARMLESS:
             raise ValueError(
                 f"the attention of {type(module).__name__} takes {name!r} into account, which is "
@@ -122,15 +120,15 @@ AttentionInterface.register(PREFIX, prefix_attention)
 @contextmanager
 def attention_implementation(model: nn.Module, name: str):
     """Run `model` with another attention implementation; its own is back afterwards."""
-    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
-    own = {key: config._attn_implementation_internal for key, config in configs.items()}
+    configs = [part.config for part in model.modules() if hasattr(part, "config")]
+    own = [config._attn_implementation_internal for config in configs]
     try:
-        for config in configs.values():
+        for config in configs:
             config._attn_implementation_internal = name
         yield
     finally:
-        for key, config in configs.items():
-            config._attn_implementation_internal = own[key]
+        for config, before in zip(configs, own):
+            config._attn_implementation_internal = before
 
 
 # --- watching and changing it ---------------------------------------------------------------------
@@ -151,7 +149,7 @@ def forward_passes(model: nn.Module, layer: nn.Module, before: Callable, after: 
         if running and running[0] is not module:
             return
         running[:] = [module]
-        call = by_name(module.forward, args, kwargs)
+        call = by_name(module, args, kwargs)
         # the cache's old name, which transformers takes until 5.40
         before({"cache": call.get("past_key_values"), **call})
 

@@ -1,8 +1,6 @@
 """A causal language model with its tokenizer: the places this study looks at, and (prompt, answer)
 pairs as tokens."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -67,16 +65,14 @@ class LanguageModel:
                 verify(self)
 
     def _find_parts(self):
-        architecture.use_fused_gelu(self.model)
-        if self.model.device.type == "cuda":
-            architecture.use_fused_norms(self.model)
+        architecture.use_fused_modules(self.model, norms=self.model.device.type == "cuda")
         self.arch = architecture.find_architecture(self.model)
         self.layers, self.downs = self.arch.layers, self.arch.downs
         self.num_layers, self.num_neurons = len(self.layers), self.arch.num_neurons
-        self.num_heads = self.arch.num_heads
         embeddings = self.model.get_input_embeddings(), self.arch.head
         self.num_embeddings = min(module.weight.shape[0] for module in embeddings)
         text = self.model.config.get_text_config()
+        self.num_heads = text.num_attention_heads
         self.rope_switches = architecture.rope_switches(text)
         self.context = architecture.context_length(text)
         self._loaded = self._state()
@@ -137,49 +133,50 @@ class LanguageModel:
         digest.update(json.dumps(special, sort_keys=True, default=str).encode())
         return digest.hexdigest()
 
-    def check_ready(self) -> None:
+    def check_ready(self):
         """ValueError where the model is not as it was loaded, so that forward passes may not go
         through the places this study looks at, or compute something else there."""
+        if any(module.training for module in self.model.modules()):
+            raise ValueError(
+                f"{self.name} is in training mode, where dropout changes every number; call "
+                "lm.model.eval()"
+            )
         if self._state() != self._loaded:
             raise ValueError(
                 f"{self.name}: modules were added or exchanged after it was loaded, or a forward "
-                "method was replaced (an adapter, weight_norm, quantisation?), or it was compiled "
-                "or is in training mode, with which numbers would be wrong without a word; call "
-                "lm.model.eval(), or make a LanguageModel of it anew"
+                "method was replaced (an adapter, weight_norm, quantisation?), or it was compiled, "
+                "with which numbers would be wrong without a word; make a LanguageModel of it anew"
             )
 
     check_parts = check_ready
 
     def _state(self):
-        """Of every module: whether it trains, its own forward method, which some loaders set, and
-        its compiled one."""
+        """Of every module: its own forward method, which some loaders set, and its compiled one."""
         return [
-            (module, module.training, vars(module).get("forward"), module._compiled_call_impl)
+            (module, vars(module).get("forward"), module._compiled_call_impl)
             for module in self.model.modules()
         ]
 
-    def check_hooks(self) -> None:
+    def check_hooks(self):
         """ValueError for what other code hangs on the model's forward passes. Layers are run one by
         one, on many changed copies of a token at once; a hook that expects the tokens of a text
         there would compute something else without a word."""
-        hooks = {
-            name or "the model": architecture.hooks_of(module)
-            for name, module in self.model.named_modules()
-        }
-        hooks["every module"] = [
+        hooks = [
             *every_module._global_forward_pre_hooks.values(),
             *every_module._global_forward_hooks.values(),
         ]
-        for name, of_module in hooks.items():
-            if not {architecture.package_of(hook) for hook in of_module} <= KNOWN_HOOKS:
-                raise ValueError(
-                    f"{self.name} has a forward hook of other code on {name}, with which numbers "
-                    "would be wrong without a word: remove it, or write what it does into the "
-                    "weights"
-                )
+        for module in self.model.modules():
+            hooks += architecture.hooks_of(module)
+        others = {architecture.package_of(hook) for hook in hooks} - KNOWN_HOOKS
+        if others:
+            raise ValueError(
+                f"{self.name} has a forward hook of other code ({', '.join(sorted(others))}), with "
+                "which numbers would be wrong without a word: remove it, or write what it does "
+                "into the weights"
+            )
         self.check_ready()
 
-    def check_untouched(self) -> None:
+    def check_untouched(self):
         """ValueError while a context changes the model: what is computed then must not be kept as
         the model's."""
         self.check_hooks()
@@ -289,7 +286,7 @@ class LanguageModel:
         """`encode` of each prompt with its answer, two lists of texts; ValueError where they are
         anything else."""
         for name, texts in (("prompts", prompts), ("answers", answers)):
-            if isinstance(texts, str) or not is_sequence(texts):
+            if not is_sequence(texts):
                 kind = "the single text" if isinstance(texts, str) else type(texts).__name__
                 raise ValueError(
                     f"{name} must be a list of texts, one answer a prompt; got {kind}: "
@@ -305,16 +302,17 @@ class LanguageModel:
 
 def is_sequence(value) -> bool:
     """Whether iterating `value` gives its entries in an order that means something: not so for
-    sets, nor for what iterates over its keys (dictionaries, data frames)."""
+    sets, nor for what iterates over its keys (dictionaries, data frames) or its letters."""
     of_keys = hasattr(value, "keys") and not hasattr(value, "to_list")  # a Series has both
-    return isinstance(value, Iterable) and not isinstance(value, Set) and not of_keys
+    ordered = isinstance(value, Iterable) and not isinstance(value, (Set, str, bytes))
+    return ordered and not of_keys
 
 
 def whole_numbers(groups, names, what) -> list[tuple[int, ...]]:
     """`groups`, for example of (layer, index), as tuples of ints. ValueError, naming the first that
     is none: a neuron (0.7, 1) is not neuron (0, 1), True is not 1, and a set has no order."""
     wanted = f"({', '.join(names)}), whole numbers counted from 0"
-    if isinstance(groups, (str, bytes)) or not (isinstance(groups, Set) or is_sequence(groups)):
+    if not (isinstance(groups, Set) or is_sequence(groups)):
         raise ValueError(f"{what}s must be a set of {wanted}; got {groups!r}")
     found = []
     for group in groups:

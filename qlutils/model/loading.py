@@ -3,8 +3,6 @@
 Only safetensors and GGUF weights are read, and no code from a checkpoint is run.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -47,9 +45,9 @@ def load_model(
         raise ValueError(f"model must be a name or a folder, got {name_or_path!r}")
     name, device = str(name_or_path), find_device(device)
     dtype = _dtype(dtype, device)
-    source = find_source(name)
     if name in BUNDLED or pretrained.is_gguf(name):  # loaded at once: a bar would be litter
         transformers.utils.logging.disable_progress_bar()
+    source = find_source(name)
     with _explained(name):
         _check_files(source)
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -66,7 +64,7 @@ def load_model(
     return LanguageModel(model.to(device), tokenizer, name)
 
 
-def fetch_model(name: str) -> None:
+def fetch_model(name: str):
     """Have everything of a model on this machine that `load_model` will read, without loading its
     weights; what is there is not downloaded again. ValueError as `load_model`'s."""
     source = find_source(name)

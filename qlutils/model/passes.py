@@ -41,7 +41,10 @@ def full_precision(device: torch.device):
     """Inside, what the model computes has its own dtype and tensors are made on the CPU unless told
     otherwise, whatever the caller has set: no autocast, no other default device. ValueError for
     float32 products rounded to TF32 or bfloat16: a setting of the process, not of a thread."""
-    chosen = torch.get_float32_matmul_precision()
+    try:
+        chosen = torch.get_float32_matmul_precision()
+    except RuntimeError:  # one device's is set by itself
+        chosen = "mixed"
     if chosen != "highest":
         raise ValueError(
             f"torch rounds float32 products to another precision here ({chosen!r}), which would "
@@ -117,10 +120,11 @@ class CleanPass:
         tensors = self.inputs, self.neurons, self.written, self.prefix, self.padding
         return CleanPass(calls, *tree_map(some, tensors))
 
-    def arguments(self, layer: int, queries: Tensor) -> dict[str, Any]:
-        """Those of the layer's call for rows of the queries `queries` (R,)."""
-        batch = len(self.inputs[0])
-        call = self.calls[layer]
+    def arguments(self, layer: int, queries: Tensor | None) -> dict[str, Any]:
+        """Those of the layer's call for rows of the queries `queries` (R,); None: as they are."""
+        call, batch = self.calls[layer], len(self.inputs[0])
+        if queries is None:
+            return dict(call)
         return {name: pick_call_argument(name, call[name], batch, queries) for name in call}
 
 
@@ -253,10 +257,7 @@ def run_rows(
 ) -> Tensor:
     """(R, S, d) output of decoder layer `layer` for rows `hidden` (R, S, d) of the queries
     `query_of_row` (R,) of the clean pass; None: see `run_layer`."""
-    if query_of_row is None:
-        arguments = dict(clean.calls[layer])
-    else:
-        arguments = clean.arguments(layer, query_of_row)
+    arguments = clean.arguments(layer, query_of_row)
     for name, value in arguments.items():
         if isinstance(value, Cache):
             arguments[name] = PrefixCache(clean, query_of_row)

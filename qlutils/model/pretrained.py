@@ -247,9 +247,8 @@ def _convert(name, file, target):
 def _read(file):
     """(the model, sorted names of weights it lacks, the tokenizer) of a GGUF file."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, utils
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    utils.logging.disable_progress_bar()
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     with redirect_stderr(io.StringIO()):  # a progress bar that no option switches off
         model, info = AutoModelForCausalLM.from_pretrained(

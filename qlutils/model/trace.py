@@ -3,8 +3,6 @@
 Hooks are registered one by one inside an exit stack, so that an interruption leaves none behind.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager
@@ -37,9 +35,10 @@ def edited(modules: Iterable[nn.Module], *, before: Callable | None = None, afte
     return hooked(handles())
 
 
-def by_name(forward: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """The arguments of a call of `forward` by name."""
-    return dict(zip(inspect.signature(forward).parameters, args)) | kwargs
+def by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The arguments of a call of `module` by the names that its class gives them."""
+    _, *names = inspect.signature(type(module).forward).parameters  # the first is self
+    return dict(zip(names, args)) | kwargs
 
 
 def first(output):
@@ -58,7 +57,7 @@ class Call:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return by_name(self.module.forward, self.args, self.kwargs)
+        return by_name(self.module, self.args, self.kwargs)
 
 
 class Trace:
@@ -78,9 +77,9 @@ class Trace:
 
         self._hooks = hooked(one.register_forward_hook(end, with_kwargs=True) for one in modules)
 
-    def __enter__(self) -> Trace:
+    def __enter__(self):
         self._hooks.__enter__()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error):
         self._hooks.__exit__(*error)

@@ -8,8 +8,6 @@ Shapes: Q queries of equal length T, d the residual width, W the width of what a
 gives (see `passes.site_module`), V the vocabulary.
 """
 
-from __future__ import annotations
-
 from contextlib import ExitStack, contextmanager
 from itertools import product
 
@@ -105,7 +103,7 @@ def _tensors(module):
 
 
 @torch.no_grad()
-def verify(lm) -> None:
+def verify(lm):
     """Find the layout of rows that replays the model exactly, and whether layers add what their
     MLPs write as it is: `lm.layout` and `lm.adds_mlp_output`, which nobody else sets.
     `UnsupportedModel` where there is none."""

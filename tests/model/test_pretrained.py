@@ -182,33 +182,11 @@ def test_names_that_lead_nowhere_say_what_would(ask, name, said, cache):
 
 # --- GGUF files ---------------------------------------------------------------------------------
 SHAPE = dict(intermediate_size=64, vocab_size=97)
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
+SIZES = dict(context_length=64, embedding_length=32, block_count=3, feed_forward_length=64)
+SIZES |= dict(head_count=4, head_count_kv=2, rope_freq_base=10_000.0, tokenizer_model="gpt2")
+NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, 3)
 TOKENS = [chr(code) for code in range(33, 127)] + ["Ġ", "Ġa", "an"]
-
-
-OUTSIDE = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-
-
-def gguf_name(name):
-    if name in OUTSIDE:
-        return OUTSIDE[name]
-    layer, module = name.removeprefix("model.layers.").split(".", 1)
-    module, kind = module.rsplit(".", 1)
-    return f"blk.{layer}.{NAMES[module]}.{kind}"
+SIZES |= dict(token_list=TOKENS, token_merges=["Ġ a", "a n"], eos_token_id=0)
 
 
 def write_gguf(
@@ -217,19 +195,10 @@ def write_gguf(
     """A GGUF file of the tiny Qwen 2, and that model with the weights that are in the file."""
     model = tiny_model("qwen2", torch.float32, **SHAPE)
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_block_count(3)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_rope_freq_base(10_000.0)
+    for key, value in SIZES.items():
+        getattr(writer, f"add_{key}")(value)
     writer.add_layer_norm_rms_eps(model.config.rms_norm_eps)
-    writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list(TOKENS)
-    writer.add_token_merges(["Ġ a", "a n"])
-    writer.add_eos_token_id(0)
     for key, value in (settings or {}).items():
         writer.add_string(key, value) if isinstance(value, str) else writer.add_float32(key, value)
     for name, weight in model.state_dict().items():
@@ -238,7 +207,8 @@ def write_gguf(
             data, raw = gguf.quantize(data, quantised), quantised
             weight.copy_(torch.from_numpy(gguf.dequantize(data, quantised)))
         if name != drop:
-            writer.add_tensor(gguf_name(name), data, raw_dtype=raw)
+            known = NAMES.get_name(name, try_suffixes=(".weight", ".bias"))
+            writer.add_tensor(known, data, raw_dtype=raw)
     for name, data in (more or {}).items():
         writer.add_tensor(name, data)
     writer.write_header_to_file()

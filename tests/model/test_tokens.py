@@ -225,17 +225,6 @@ def test_answers_of_pararel_are_what_they_add_to_the_prompt(real, facts, name):
     assert seen > 250 and len({fact.relation for fact in facts}) == 36
 
 
-@needs_data
-@pytest.mark.parametrize("name, share", [("gpt2", 1.0), ("llama2", 0.635), ("llama3", 0.989)])
-def test_the_share_of_answers_of_one_token_is_the_measured_one(real, name, share):
-    facts = load_facts(str(SHARED / "pararel"))
-    rng = np.random.default_rng(0)
-    sample = [facts[i] for i in rng.choice(len(facts), 600, replace=False)]
-    lengths = [len(real[name].encode(fact.prompts[0], fact.object)[1]) for fact in sample]
-    single = np.mean(np.array(lengths) == 1)
-    assert single == pytest.approx(share, abs=4 * np.sqrt(share * (1 - share) / 600) + 0.001)
-
-
 SPECIAL_TEXTS = [("gpt2", "<|endoftext|>"), ("llama2", "<s>"), ("llama2", "</s>")]
 SPECIAL_TEXTS += [("llama3", "<|begin_of_text|>"), ("llama3", "<|end_of_text|>")]
 
