@@ -12,7 +12,13 @@ from skimage.filters import threshold_otsu
 
 from qlutils.checks import METHODS
 from qlutils.neurons.sets import classify, fact_table, jaccard, kn_sets, otsu_threshold
-from qlutils.show.stats import LEAST, bootstrap_mean, bootstrap_statistic, mean_columns, welch
+from qlutils.show.stats import (
+    LEAST,
+    bootstrap_mean,
+    bootstrap_statistic,
+    mean_columns,
+    welch,
+)
 from qlutils.show.tables import paper_value, without_empty_paper_columns
 
 CLASSES, THRESHOLDS = ("I", "II"), ("static", "otsu")
@@ -67,7 +73,13 @@ def cells(frame, levels):
         yield keys, rows
 
 
-def share_of_class(facts, threshold, name="II", seed=0, among=None):
+def share_of_class(
+    facts,
+    threshold,
+    name="II",
+    seed=0,
+    among=None,
+):
     """Share of the classified facts that are in a class, as an `Estimate`; `among`: of those for
     which this column is True.
 
@@ -144,8 +156,12 @@ def table_1(facts, model, seed=0):
     rows = []
     for threshold, (method, frame) in product(THRESHOLDS, facts.items()):
         paper = partial(paper_value, 1, model, threshold=threshold, method=method)
-        at = frame[f"threshold_{threshold}"].iloc[0]
-        row = {"threshold": threshold, "method": method, "at": at, "n": 0}
+        row = {
+            "threshold": threshold,
+            "method": method,
+            "at": frame[f"threshold_{threshold}"].iloc[0],
+            "n": 0,
+        }
         n = 0
         cs2 = []
         for name in CLASSES:

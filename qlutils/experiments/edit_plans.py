@@ -142,7 +142,14 @@ class _EditedSets:
             edits.append(_edit(name, control, drawn))
         return edits
 
-    def _control(self, control, neurons, first, spec, rng):
+    def _control(
+        self,
+        control,
+        neurons,
+        first,
+        spec,
+        rng,
+    ):
         one_of("control", control, CONTROLS)
         if control == "matched":
             return set()  # `edit_facts` finds them: it takes the model
@@ -156,7 +163,11 @@ class _EditedSets:
 
 
 def _edit(name, control, neurons):
-    return {"neurons": name, "control": control, "set": _as_lists(neurons)}
+    return {
+        "neurons": name,
+        "control": control,
+        "set": _as_lists(neurons),
+    }
 
 
 def _as_lists(neurons):

@@ -41,7 +41,13 @@ MEANS = {
     "gen_p_before": ("p_before", "neighbour"),
     "gen_p_after": ("p_after", "neighbour"),
 }
-ABOUT = ("fact", "relation", "subject", "object", "new_object")
+ABOUT = (
+    "fact",
+    "relation",
+    "subject",
+    "object",
+    "new_object",
+)
 COUNTS = {"n_gen": "neighbour & known", "n_loc": "unrelated & known"}
 
 
@@ -321,7 +327,14 @@ def study_plans(study, queries, sets, **changes):
     )
 
 
-def run_edits(study, queries, sets, *, facts=None, **changes):
+def run_edits(
+    study,
+    queries,
+    sets,
+    *,
+    facts=None,
+    **changes,
+):
     """(frame of `edit_facts`, omissions) of the facts of `study_plans`; `facts`: ids to keep."""
     plans, omissions = study_plans(study, queries, sets, **changes)
     if facts is not None:

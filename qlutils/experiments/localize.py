@@ -16,7 +16,12 @@ from qlutils.change.rows import in_batches
 from qlutils.facts import Fact, prompt_tokens
 from qlutils.model.passes import neuron_vectors
 from qlutils.neurons.cas import cas_candidates
-from qlutils.neurons.sets import STORE_THRESHOLD, fact_table, jaccard, knowledge_neurons
+from qlutils.neurons.sets import (
+    STORE_THRESHOLD,
+    fact_table,
+    jaccard,
+    knowledge_neurons,
+)
 
 # What `compare_rules` compares; the last one stands for the exact integral.
 COMPARED = (
@@ -178,7 +183,13 @@ def localise_again(study, facts, what, **spec):
     return _usable(frame)
 
 
-def localise_by_other_rule(study, queries, *, seed=0, **spec):
+def localise_by_other_rule(
+    study,
+    queries,
+    *,
+    seed=0,
+    **spec,
+):
     """A seeded sample of a run's facts by another rule of the integral: by "converged", or by the
     paper's where the run itself used that. A `queries` frame with the column `rule`, saved as
     "other_rule" for notebook 02."""

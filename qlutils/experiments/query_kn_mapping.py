@@ -32,8 +32,8 @@ def scale_kns(lm, unit, *, suppress=0.0, enhance=2.0, answer="all", seed=0):
     trials = []
     for (fact, i, query), vectors in zip(queries, active):
         sets = sets_of_query(fact, i, vectors, seed)
-        changes = [("none", "none"), *product(sets, factors)]
-        for name, direction in changes:
+        changes = product(sets, factors)
+        for name, direction in (("none", "none"), *changes):
             neurons = sets.get(name, ())
             row = {
                 "fact": fact["fact"],
