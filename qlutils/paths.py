@@ -35,7 +35,7 @@ def results_folder(root, model=None, method=None):
 
 def figures_folder(output):
     """Where a named run's tables and figures are copied: `figures/<output>`, beside `runs`."""
-    return (FIGURES if RUNS == ROOT / "runs" else RUNS.parent / "figures") / run_folder(output).name
+    return RUNS.parent / "figures" / run_folder(output).name
 
 
 def cache():

@@ -51,16 +51,6 @@ def numbers(lm, unit, scale=1.0):
 numbers.VERSION = 1
 
 
-def counted(lm, unit, log="", pause=0.0):
-    with open(log, "a") as stream:
-        stream.write(f"{unit[0]['x']}\n")
-    time.sleep(pause)
-    return numbers(lm, unit)
-
-
-counted.VERSION = 1
-
-
 def breaks_at_two(lm, unit):
     if unit[0]["x"] == 2:
         raise FloatingPointError("probability is not finite")
@@ -70,23 +60,12 @@ def breaks_at_two(lm, unit):
 breaks_at_two.VERSION = 1
 
 
-def logits(lm, unit):
-    import torch
-
-    ids = torch.tensor([[fact["x"] + 3, 5, 7, 11] for fact in unit])
-    with torch.no_grad():
-        return pd.DataFrame({"score": list(lm.model(ids).logits[:, -1].numpy())})
-
-
-logits.VERSION = 1
-
-
 def signed(lm, unit, log="", pause=0.5):
     """Leaves the number of its process."""
     with open(log, "a") as stream:
         stream.write(f"{os.getpid()}\n")
     time.sleep(pause)
-    return logits(lm, unit) if hasattr(lm, "model") else numbers(lm, unit)
+    return numbers(lm, unit)
 
 
 signed.VERSION = 1
@@ -98,13 +77,12 @@ def without_model():
     store.cached_model = lambda *_: fake_model()
 
 
-def run(root, task=numbers, config=None, units=UNITS, **options):
+def run(root, task=numbers, config=None, units=UNITS):
+    """(frame, info, what was warned of)."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         info = {}
-        frame = store.run_units(
-            task, "m", units, config, desc="test", root=root, info=info, **options
-        )
+        frame = store.run_units(task, "m", units, config, desc="test", root=root, info=info)
     return frame, info, [str(w.message) for w in caught]
 
 
@@ -121,19 +99,6 @@ def lock_of(root):
     for file in unit_files(root):
         (root / "units" / file).unlink()
     return taken[0]
-
-
-def work_slowly(root, log):
-    """Ten units of a tenth of a second, for a process that is to be killed."""
-    without_model()
-    store.run_units(
-        counted,
-        "m",
-        UNITS + [[{"x": i, "name": "n"}] for i in range(10, 16)],
-        {"log": log, "pause": 0.1},
-        desc="killed",
-        root=root,
-    )
 
 
 # -- a unit of notebooks 04 to 06 ------------------------------------------------------------------

@@ -14,7 +14,6 @@ from qlutils.checks import METHODS
 from qlutils.neurons.sets import classify, fact_table, jaccard, kn_sets, otsu_threshold
 from qlutils.show.stats import (
     LEAST,
-    Estimate,
     bootstrap_mean,
     bootstrap_statistic,
     mean_columns,
@@ -24,13 +23,14 @@ from qlutils.show.tables import paper_value, without_empty_paper_columns
 
 CLASSES, THRESHOLDS = ("I", "II"), ("static", "otsu")
 # Wikidata's names of the properties in ParaRel.
-RELATIONS = json.loads(Path(__file__).with_name("relations.json").read_text("utf-8"))
+_NAMES = Path(__file__).with_name("relations.json")
+RELATIONS = json.loads(_NAMES.read_text("utf-8"))
 
 
 # --- classes --------------------------------------------------------------------------------------
 
 
-def classified_facts(queries, t: float = 0.2, static: float = 0.1) -> pd.DataFrame:
+def classified_facts(queries, t=0.2, static=0.1):
     """`sets.fact_table`, and each fact's class by the static and by Otsu's threshold on CS2.
 
     Columns class_static and class_otsu: "I" above the threshold, "II" at or below it, None where
@@ -44,29 +44,30 @@ def classified_facts(queries, t: float = 0.2, static: float = 0.1) -> pd.DataFra
     facts["threshold_static"] = static
     facts["threshold_otsu"] = otsu_threshold(facts["cs2"])
     for name in THRESHOLDS:
-        facts[f"class_{name}"] = classify(facts["cs2"], facts[f"threshold_{name}"].iloc[0])
+        at = facts[f"threshold_{name}"].iloc[0]
+        facts[f"class_{name}"] = classify(facts["cs2"], at)
     return facts
 
 
-def second_class(facts, threshold: str) -> pd.Series:
+def second_class(facts, threshold):
     """1 where a fact is in K_II, 0 where it is in K_I, NaN where it has no class."""
-    classes = facts[f"class_{threshold}"]
-    return (classes == "II").astype(float).where(classes.notna())
+    return facts[f"class_{threshold}"].map({"I": 0.0, "II": 1.0})
 
 
-def cells(frame, levels: dict):
+def cells(frame, levels):
     """Yield (keys, rows) for every combination of `levels`, {column: values}, also without rows.
 
     Two of the columns are not looked up by name: "class" is the class by "threshold". The
     threshold "all" has the one class "all", which holds all rows."""
     columns = [name for name in levels if name not in ("threshold", "class")]
-    groups = dict(list(frame.groupby(columns, sort=False))) if columns else {(): frame}
     for values in product(*levels.values()):
         keys = dict(zip(levels, values))
         threshold, name = keys["threshold"], keys["class"]
         if (threshold == "all") != (name == "all"):
             continue
-        rows = groups.get(tuple(keys[column] for column in columns), frame.iloc[:0])
+        rows = frame
+        for column in columns:
+            rows = rows[rows[column] == keys[column]]
         if name != "all":
             rows = rows[rows[f"class_{threshold}"] == name]
         yield keys, rows
@@ -78,17 +79,18 @@ def share_of_class(
     name="II",
     seed=0,
     among=None,
-) -> Estimate:
-    """Share of the classified facts that are in a class, with its interval; `among`: of those for
+):
+    """Share of the classified facts that are in a class, as an `Estimate`; `among`: of those for
     which this column is True.
 
     Otsu's threshold, which is that of all facts, is computed anew in each draw of the bootstrap:
     held fixed, it would make the interval half as wide as it is."""
     classified = facts.dropna(subset="cs2")
-    part = classified if among is None else classified[classified[among]]
+    part = classified[classified[among]] if among else classified
     if threshold == "static":
-        inside = part.assign(inside=(part["class_static"] == name).astype(float))
-        return bootstrap_mean(inside, "inside", seed=seed, share=True)
+        inside = (part["class_static"] == name).astype(float)
+        part = part.assign(inside=inside)
+        return bootstrap_mean(part, "inside", seed=seed, share=True)
     share = partial(otsu_share, name=name, among=among)
     found = bootstrap_statistic([classified], share, seed=seed)
     if len(part) < LEAST:  # however many facts the threshold comes from
@@ -96,49 +98,55 @@ def share_of_class(
     return replace(found, n=len(part), n_clusters=len(part))
 
 
-def difference_of_shares(facts, other, seed=0) -> Estimate:
+def difference_of_shares(facts, other, seed=0):
     """Share of K_II by Otsu's threshold among `facts` less that among `other` facts, such as
-    another model's."""
-    both = [facts.dropna(subset="cs2"), other.dropna(subset="cs2")]
-    return bootstrap_statistic(both, otsu_share, seed=seed)
+    another model's, as an `Estimate`."""
+    facts = facts.dropna(subset="cs2")
+    other = other.dropna(subset="cs2")
+    return bootstrap_statistic([facts, other], otsu_share, seed=seed)
 
 
-def weighted_otsu(facts, weights: np.ndarray) -> float:
+def weighted_otsu(facts, weights):
     """Otsu's threshold on CS2 where fact i counts `weights[i]` times; NaN unless two values that
     count differ."""
-    cs2, weights = facts["cs2"].to_numpy(np.float64), weights.astype(np.float64)  # (F,) each
+    cs2 = facts["cs2"].to_numpy()  # (F,)
     if np.unique(cs2[weights > 0]).size < 2:
         return np.nan
+    weights = weights.astype(float)
     counts, edges = np.histogram(cs2, 256, weights=weights)
-    return float(threshold_otsu(hist=(counts, (edges[1:] + edges[:-1]) / 2)))
+    middles = (edges[1:] + edges[:-1]) / 2
+    return float(threshold_otsu(hist=(counts, middles)))
 
 
-def otsu_share(facts, weights, name="II", among=None) -> float:
+def otsu_share(facts, weights, name="II", among=None):
     """Share of the weighted facts (`among`: of those for which this column is True) that
     `weighted_otsu` of all of them puts into class `name`."""
-    threshold, counted = weighted_otsu(facts, weights), weights.astype(np.float64)
-    if among is not None:
+    threshold = weighted_otsu(facts, weights)
+    counted = weights.astype(float)
+    if among:
         counted = counted * facts[among].to_numpy(bool)
     if np.isnan(threshold) or not counted.any():
         return np.nan
     inside = classify(facts["cs2"], threshold) == name
-    return float(counted[inside].sum() / counted.sum())
+    return np.average(inside, weights=counted)
 
 
-def common_class_two(facts, threshold: str) -> float:
+def common_class_two(facts, threshold):
     """The paper's "cap:II": the share of facts that all METHODS put into K_II; NaN while one of
     them is missing. A fact that a method cannot classify does not count."""
     if set(facts) != set(METHODS):
         return np.nan
-    classes = [frame.set_index("fact")[f"class_{threshold}"] for frame in facts.values()]
-    classified = pd.concat(classes, axis=1).dropna()
-    return float((classified == "II").all(axis=1).mean()) if len(classified) else np.nan
+    second = {}
+    for method, frame in facts.items():
+        second[method] = second_class(frame.set_index("fact"), threshold)
+    classified = pd.DataFrame(second).dropna()
+    return classified.min(axis=1).mean()
 
 
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def table_1(facts, model, seed=0) -> pd.DataFrame:
+def table_1(facts, model, seed=0):
     """Table 1 of one model, a row a threshold and method. facts: {method: `classified_facts`}.
 
     at: the threshold; n classified facts. R_I, R_II: share of each class, of n_I and n_II facts;
@@ -148,34 +156,37 @@ def table_1(facts, model, seed=0) -> pd.DataFrame:
     rows = []
     for threshold, (method, frame) in product(THRESHOLDS, facts.items()):
         paper = partial(paper_value, 1, model, threshold=threshold, method=method)
-        classes = frame[f"class_{threshold}"]
         row = {
             "threshold": threshold,
             "method": method,
             "at": frame[f"threshold_{threshold}"].iloc[0],
             "n": 0,
         }
+        n = 0
+        cs2 = []
         for name in CLASSES:
-            part = frame[classes == name]
-            row |= share_of_class(frame, threshold, name, seed).row("mean", f"R_{name}")
+            part = frame[frame[f"class_{threshold}"] == name]
+            share = share_of_class(frame, threshold, name, seed)
+            mean = bootstrap_mean(part, "cs2", seed=seed)
+            row |= share.row("mean", f"R_{name}")
             row[f"R_{name}_paper"] = paper(f"ratio_{name}")
             row[f"n_{name}"] = len(part)
-            row |= bootstrap_mean(part, "cs2", seed=seed).row("mean", f"S_{name}")
+            row |= mean.row("mean", f"S_{name}")
             row[f"S_{name}_paper"] = paper(f"cs_{name}")
-        row["n"] = int(classes.notna().sum())
-        test = welch(*(frame["cs2"][classes == name] for name in CLASSES))
-        row |= {
-            "t": test["t"],
-            "t_paper": paper("t"),
-            **test,
-            "cap_II": common_class_two(facts, threshold),
-            "cap_II_paper": paper("cap_II"),
-        }
+            n += len(part)
+            cs2.append(part["cs2"])
+        row["n"] = n
+        test = welch(*cs2)
+        row["t"] = test["t"]
+        row["t_paper"] = paper("t")
+        row |= test
+        row["cap_II"] = common_class_two(facts, threshold)
+        row["cap_II_paper"] = paper("cap_II")
         rows.append(row)
     return without_empty_paper_columns(pd.DataFrame(rows))
 
 
-def table_4(facts, model, seed=0) -> pd.DataFrame:
+def table_4(facts, model, seed=0):
     """Table 4: the thresholds on CS2 behind Table 1, the paper's beside them, and between which
     bounds Otsu's lies in 95 % of resamplings (the static one is chosen)."""
     rows = []
@@ -189,21 +200,28 @@ def table_4(facts, model, seed=0) -> pd.DataFrame:
             "value_paper": paper_value(4, model, "threshold_value", **keys),
         }
         if threshold == "otsu":
-            found = bootstrap_statistic([frame.dropna(subset="cs2")], weighted_otsu, seed=seed)
-            row |= {"at least": found.mean_low, "at most": found.mean_high}
+            classified = frame.dropna(subset="cs2")
+            found = bootstrap_statistic([classified], weighted_otsu, seed=seed)
+            row["at least"] = found.mean_low
+            row["at most"] = found.mean_high
         rows.append(row)
     return without_empty_paper_columns(pd.DataFrame(rows))
 
 
-def table_5(queries) -> pd.DataFrame:
+def table_5(queries):
     """Table 5: the first query and answer of each relation, and what ParaRel's codes mean."""
-    first = queries.groupby("relation", sort=False).first().reset_index()
-    first["meaning"] = first["relation"].map(RELATIONS).fillna("–")
-    shown = first[["relation", "meaning", "prompt", "object"]]
-    return shown.rename(columns={"prompt": "example query", "object": "answer"})
+    first = queries.drop_duplicates("relation", ignore_index=True)
+    return pd.DataFrame(
+        {
+            "relation": first["relation"],
+            "meaning": first["relation"].map(RELATIONS).fillna("–"),
+            "example query": first["prompt"],
+            "answer": first["object"],
+        }
+    )
 
 
-def consistency_summary(facts, seed=0) -> pd.DataFrame:
+def consistency_summary(facts, seed=0):
     """How far a fact's queries agree, a row a method: means over facts with 95 % intervals.
 
     CS1, CS2, mean pairwise Jaccard, CS2 of three prompts (cs2_3), KNs of a query (mean_size) and of
@@ -213,31 +231,35 @@ def consistency_summary(facts, seed=0) -> pd.DataFrame:
     rows = []
     for method, frame in facts.items():
         counts = {
-            "n": int(frame["cs2"].notna().sum()),
-            "n_undefined": int(frame["undefined"].sum()),
-            "n_two_prompts": int(frame["two_prompts"].sum()),
+            "n": frame["cs2"].count(),
+            "n_undefined": frame["undefined"].sum(),
+            "n_two_prompts": frame["two_prompts"].sum(),
         }
         means = mean_columns(frame[~frame["two_prompts"]], columns, seed)
         rows.append({"method": method} | counts | means | counts)  # n is that of CS2
     return pd.DataFrame(rows)
 
 
-def otsu_null(facts, draws=200, seed=0) -> dict:
+def otsu_null(facts, draws=200, seed=0):
     """What Otsu's threshold makes of noise: the share of K_II and Welch's t, each as the mean over
     `draws` with the range of 95 % of them.
 
     A draw is as many values as the facts have CS2 (n), from a normal distribution of the same mean
     and deviation. NaN for fewer than `LEAST` facts or equal CS2."""
     cs2 = facts["cs2"].dropna().to_numpy()
-    found = []
-    for draw in range(draws) if len(cs2) >= LEAST and np.ptp(cs2) > 0 else ():
-        noise = np.random.default_rng(seed + draw).normal(cs2.mean(), cs2.std(), len(cs2))
-        second = noise <= otsu_threshold(noise)
-        found.append((second.mean(), welch(noise[~second], noise[second])["t"]))
+    found = pd.DataFrame(columns=["R_II", "t"], dtype=float)
+    if len(cs2) >= LEAST and np.ptp(cs2) > 0:
+        for draw in range(draws):
+            rng = np.random.default_rng(seed + draw)
+            noise = rng.normal(cs2.mean(), cs2.std(), cs2.size)
+            second = noise <= otsu_threshold(noise)
+            test = welch(noise[~second], noise[second])
+            found.loc[draw] = second.mean(), test["t"]
     row = {}
-    for name, values in pd.DataFrame(found, columns=["R_II", "t"], dtype=float).items():
+    for name, values in found.items():
         row[name] = values.mean()  # a t of fewer than `LEAST` values on a side is NaN and left out
-        row[f"{name}_low"], row[f"{name}_high"] = values.quantile((0.025, 0.975))
+        row[f"{name}_low"] = values.quantile(0.025)
+        row[f"{name}_high"] = values.quantile(0.975)
     return row | {"n": len(cs2)}
 
 
@@ -245,7 +267,7 @@ def threshold_sensitivity(
     queries,
     t_values=(0.1, 0.2, 0.3, 0.4, 0.5),
     static_values=(0.05, 0.1, 0.2, 0.3, 0.4, 0.5),
-) -> pd.DataFrame:
+):
     """Mean CS2 and the share of K_II, with 95 % intervals, a row a pair of the KN threshold t and
     the static threshold on CS2."""
     rows = []
@@ -253,20 +275,13 @@ def threshold_sensitivity(
         facts = classified_facts(queries, t).dropna(subset="cs2")
         cs2 = mean_columns(facts, ["cs2"])
         for static in static_values:
-            second = facts.assign(R_II=(facts["cs2"] <= static).astype(float))
-            share = mean_columns(second, ["R_II"], share=True)
+            second = (facts["cs2"] <= static).astype(float)
+            share = mean_columns(facts.assign(R_II=second), ["R_II"], share=True)
             rows.append({"t": t, "static": static} | cs2 | share)
     return pd.DataFrame(rows)
 
 
-def rules_compared(
-    queries,
-    other,
-    rule,
-    t,
-    static,
-    seed=0,
-) -> pd.DataFrame:
+def rules_compared(queries, other, rule, t, static, seed=0):
     """Does the error of the integral's sum make K_II? The same queries localised by the run's
     `rule` and by another one (`other`: see `localize.localise_by_other_rule`), a row a rule.
 
@@ -275,21 +290,28 @@ def rules_compared(
     queries whose sum settled (NaN for a rule that cannot tell); evaluations: gradients a layer; n
     facts and n_queries."""
     pairs = ["fact", "prompt_index"]
-    same = queries.merge(other[pairs], on=pairs)
-    same, other = (frame.assign(kn=kn_sets(frame, t)) for frame in (same, other))
-    both = same.merge(other, on=pairs, suffixes=("", "_other"))
-    agreement = [jaccard(*sets) for sets in zip(both["kn"], both["kn_other"])]
+    other_rule = other["rule"].iloc[0]
+    queries = queries.merge(other[pairs], on=pairs)
+    frames = {rule: queries, other_rule: other}
+    sets = {}
+    for name, frame in frames.items():
+        frame = frame.assign(kn=kn_sets(frame, t))
+        sets[name] = frame.set_index(pairs)["kn"]
+    both = pd.DataFrame(sets).dropna()
+    agreement = list(map(jaccard, both[rule], both[other_rule]))
     rows = []
-    for name, frame in ((rule, same), (other["rule"].iloc[0], other)):
+    for name, frame in frames.items():
         facts = classified_facts(frame, t, static)
+        mean = bootstrap_mean(facts, "cs2", seed=seed)
+        share = share_of_class(facts, "static", seed=seed)
         row = {"rule": name}
-        row |= bootstrap_mean(facts, "cs2", seed=seed).row("mean", "cs2")
-        row |= share_of_class(facts, "static", seed=seed).row("mean", "R_II")
+        row |= mean.row("mean", "cs2")
+        row |= share.row("mean", "R_II")
         n = row.pop("n")
         row |= {
             "jaccard": np.mean(agreement),
-            "mean_size": frame["kn"].map(len).mean(),
-            "converged": frame["converged"].dropna().astype(float).mean(),
+            "mean_size": sets[name].map(len).mean(),
+            "converged": frame["converged"].astype(float).mean(),
             "evaluations": frame["evaluations"].mean(),
             "n": n,
             "n_queries": len(frame),

@@ -1,18 +1,21 @@
 """What each fact draws for its edits: a query, a new object, neurons, unrelated queries, texts."""
 
-from __future__ import annotations
-
 import zlib
-from collections import defaultdict
+from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pandas as pd
 
+from qlutils.checks import one_of
 from qlutils.neurons.cas import cas_neurons, strongest_neurons
 from qlutils.neurons.others import OtherFacts, random_neurons
 from qlutils.neurons.sets import kn_sets
 
+# Other neurons, edited in place of a set: as many in each layer, drawn at random, as active at q_i
+# but no KNs of the fact, KNs of one other fact of the same relation or of another; and as many in
+# all, of the largest mean score over the fact's queries, perhaps in the set.
 CONTROLS = ("random", "matched", "same_relation", "other_relation", "strongest")
 
 
@@ -28,60 +31,74 @@ def plan_edits(
     texts=(),
     ppl_entries=5,
     seed=0,
-) -> tuple[list[dict], pd.DataFrame]:
+):
     """One JSON-able dict a fact for `edit_facts`, and what cannot be measured: fact, what, reason.
 
-    queries: a `queries` frame. facts: those whose objects an update may choose from. sets,
-    controls: see `_EditedSets`. texts: those that perplexity may be measured on; ValueError for
-    fewer than `ppl_entries`. Each fact draws, with its own seed: q_i among its known queries (among
-    all where none is known), o' among the relation's other objects, `n_locality` queries of other
-    facts (`_Locality`), and `ppl_entries` texts, the same for all of the fact's edits."""
-    if ppl_entries and len(texts) < ppl_entries:
-        raise ValueError(
-            f"perplexity needs {ppl_entries} entries an edit and the corpus has {len(texts)} "
-            "that are long enough; lower ppl_entries or give another corpus"
-        )
+    queries: a `queries` frame. facts: those whose objects an update may choose from. sets: names,
+    or {name: spec} with a spec of None for "local" (N_i) and "global" (union of the N_j), or
+    `cas_neurons` keywords. controls: some of CONTROLS. texts: those that perplexity may be measured
+    on; ValueError for fewer than `ppl_entries`. Each fact draws, with its own seed: q_i among its
+    known queries (among all where none is known), o' among the relation's other objects,
+    `n_locality` queries of other facts (`_locality`), and `ppl_entries` texts, the same for all of
+    the fact's edits."""
+    sets = sets if isinstance(sets, dict) else dict.fromkeys(sets)
     queries = queries.reset_index(drop=True)
-    edited = _EditedSets(queries, sets, controls, t, num_neurons)
-    locality, objects, plans = _Locality(queries), defaultdict(list), []
-    for fact in facts:
-        objects[fact.relation].append((fact.subject, fact.object))
+    queries["kns"] = kn_sets(queries, t)
+    others = OtherFacts(queries, queries["kns"])
+    edited = _EditedSets(sets, controls, num_neurons, others)
+    objects = pd.DataFrame(facts).groupby("relation")
+    plans = []
+    omissions = []
     for fact, group in queries.groupby("fact", sort=False):
         draw = partial(_generator, seed, fact)
-        plan = _plan(group, edited, objects, draw)
-        plan["locality"] = locality.draw(group.index[0], n_locality, draw("locality"))
-        chosen = draw("texts").permutation(len(texts))[:ppl_entries]
-        plan["texts"] = [texts[place] for place in chosen]
+        plan = _plan(group, objects, draw)
+        plan["edits"] = edited.of_fact(group, plan["query"], draw)
+        plan["locality"] = _locality(queries, plan, n_locality, draw("locality"))
+        plan["texts"] = _some(texts, ppl_entries, draw("texts"))
         plans.append(plan)
-    omissions = [(plan["fact"], *one) for plan in plans for one in _unmeasured(plan)]
+        omissions += [(fact, what, reason) for what, reason in _unmeasured(plan)]
     return plans, pd.DataFrame(omissions, columns=["fact", "what", "reason"])
 
 
-def _plan(group, edited, objects, draw) -> dict:
-    """A fact, whose queries are `group`, with its q_i, its o' and its edits."""
-    first = group.iloc[0]
-    plan = {name: first[name] for name in ("fact", "relation", "subject", "object")}
-    known = group["known"].to_numpy(bool)
-    query = draw("query").choice(np.flatnonzero(known) if known.any() else len(known))
-    plan["prompts"] = group["prompt"].tolist()
-    plan["known"] = known.tolist()
-    plan["query"] = int(query)
-    plan["new_object"] = _new_object(plan, objects[plan["relation"]], draw("object"))
-    plan["kns"], plan["edits"] = edited.of_fact(group, query, draw)
-    return plan
+def _some(texts, count, rng):
+    """`count` of the texts."""
+    if len(texts) < count:
+        raise ValueError(
+            f"perplexity needs {count} entries an edit and the corpus has {len(texts)} "
+            "that are long enough; lower ppl_entries or give another corpus"
+        )
+    order = rng.permutation(len(texts))
+    return [texts[place] for place in order[:count]]
 
 
 def _generator(seed, fact, what):
     """A random generator for each thing that a fact draws, so that one draw more does not move the
     others."""
-    return np.random.default_rng([seed, zlib.crc32(fact.encode()), zlib.crc32(what.encode())])
+    fact = zlib.crc32(fact.encode())
+    what = zlib.crc32(what.encode())
+    return np.random.default_rng([seed, fact, what])
 
 
-def _new_object(plan, pairs, rng) -> str | None:
-    """One of the relation's objects (of its pairs subject, object) that the subject does not have;
-    None where there is none."""
-    own = {obj for subject, obj in pairs if subject == plan["subject"]}
-    others = {obj for _, obj in pairs} - own - {plan["object"]}
+def _plan(group, objects, draw):
+    """A fact, whose queries are `group`, with its q_i, its o' and all its KNs."""
+    first = group.iloc[0]
+    plan = {name: first[name] for name in ("fact", "relation", "subject", "object")}
+    known = group["known"].tolist()
+    places = np.flatnonzero(known) if any(known) else len(known)
+    plan["prompts"] = group["prompt"].tolist()
+    plan["known"] = known
+    plan["query"] = int(draw("query").choice(places))
+    plan["new_object"] = _new_object(first, objects, draw("object"))
+    kns = set().union(*group["kns"])
+    plan["kns"] = _as_lists(kns)
+    return plan
+
+
+def _new_object(first, objects, rng):
+    """One of the relation's objects that the subject does not have; None where there is none."""
+    facts = objects.get_group(first["relation"])
+    own = facts.loc[facts["subject"] == first["subject"], "object"]
+    others = set(facts["object"]) - {first["object"], *own}
     return str(rng.choice(sorted(others))) if others else None
 
 
@@ -98,91 +115,88 @@ def _unmeasured(plan):
             yield edit["neurons"], "no neurons: nothing is edited"
 
 
+@dataclass
 class _EditedSets:
-    """The sets of neurons that are edited, and for each its controls.
+    """The sets of neurons that are edited, and for each its controls; see `plan_edits`."""
 
-    sets: names, or {name: spec} with a spec of None for "local" (N_i) and "global" (union of the
-    N_j), or `cas_neurons` keywords. controls: for every set as many neurons in each layer, drawn at
-    random ("random"), as active at q_i but no KNs of the fact ("matched"), or KNs of one other fact
-    of the same relation ("same_relation") or of another ("other_relation"); "strongest": as many in
-    all, of the largest mean score over the fact's queries, perhaps in it."""
+    specs: dict
+    controls: tuple
+    num_neurons: int
+    others: OtherFacts
 
-    def __init__(self, queries, sets, controls, t, num_neurons):
-        if not isinstance(sets, dict):
-            sets = dict.fromkeys(sets)
-        for name, spec in sets.items():
-            if spec is None and name not in ("local", "global"):
-                raise ValueError(
-                    f"neuron set {name!r} is unknown; use local, global, or one with CAS settings"
-                )
-        for control in controls:
-            if control not in CONTROLS:
-                raise ValueError(f"control {control!r} is unknown; use {', '.join(CONTROLS)}")
-        self.specs, self.controls, self.num_neurons = sets, controls, num_neurons
-        self.kns = kn_sets(queries, t)
-        self.others = OtherFacts(queries, self.kns)
-
-    def of_fact(self, group, query, draw) -> tuple[list, list[dict]]:
-        """The KNs of all queries of a fact whose q_i is `query`; and every edit of it: neurons,
-        control, set."""
-        own, first, edits = [self.kns[row] for row in group.index], group.iloc[0], []
-        every = set().union(*own)
+    def of_fact(self, group, query, draw):
+        """Every edit of a fact whose q_i is `query`, dicts of neurons, control and set: the sets
+        themselves, then their controls."""
+        first = group.iloc[0]
+        kns = group["kns"]
+        sets = {"local": kns.iloc[query], "global": set().union(*kns)}
+        edits = []
         for name, spec in self.specs.items():
-            chosen = own[query] if name == "local" else every
             if spec is not None:
-                chosen = cas_neurons(first, **spec)
-            edits.append(_edit(name, "none", chosen))
-            for control in self.controls:
-                rng = draw(f"{control} {name}")
-                others = self._control(control, chosen, first, spec or {}, rng)
-                edits.append(_edit(name, control, others))
-        edits.sort(key=lambda edit: edit["control"] != "none")
-        return _as_lists(every), edits
+                sets[name] = cas_neurons(first, **spec)
+            edits.append(_edit(name, "none", sets[name]))
+        for name, control in product(self.specs, self.controls):
+            spec = self.specs[name] or {}
+            rng = draw(f"{control} {name}")
+            drawn = self._control(control, sets[name], first, spec, rng)
+            edits.append(_edit(name, control, drawn))
+        return edits
 
-    def _control(self, control, neurons, first, spec, rng) -> set:
+    def _control(
+        self,
+        control,
+        neurons,
+        first,
+        spec,
+        rng,
+    ):
+        one_of("control", control, CONTROLS)
         if control == "matched":
             return set()  # `edit_facts` finds them: it takes the model
         if control == "random":
             return random_neurons(neurons, self.num_neurons, rng)
         if control == "strongest":
-            return strongest_neurons(first, len(neurons), spec.get("score", "raw"))
-        same_relation = control == "same_relation"
-        return self.others.draw(neurons, first["fact"], rng, same_relation=same_relation)
+            score = spec.get("score", "raw")
+            return strongest_neurons(first, len(neurons), score)
+        same = control == "same_relation"
+        return self.others.draw(neurons, first["fact"], rng, same_relation=same)
 
 
-def _edit(name, control, neurons) -> dict:
-    return dict(neurons=name, control=control, set=_as_lists(neurons))
+def _edit(name, control, neurons):
+    return {
+        "neurons": name,
+        "control": control,
+        "set": _as_lists(neurons),
+    }
 
 
-def _as_lists(neurons) -> list[list[int]]:
+def _as_lists(neurons):
     return sorted(map(list, neurons))
 
 
-class _Locality:
-    """Queries of facts that share neither subject nor object. Half of a draw is of the same
+def _locality(queries, fact, count, rng):
+    """Queries of facts that share neither subject nor object with `fact`. Half are of the same
     relation (more from one side where the other has too few), and known queries come first."""
+    free = queries["subject"] != fact["subject"]
+    free &= queries["object"] != fact["object"]
+    same = queries["relation"] == fact["relation"]
+    outside = np.flatnonzero(free & ~same)
+    inside = np.flatnonzero(free & same)
+    half = max(count // 2, count - len(outside))
+    half = min(half, len(inside))
+    known = queries["known"].to_numpy()
+    chosen = _known_first(inside, known, half, rng)
+    chosen += _known_first(outside, known, count - half, rng)
+    found = queries.assign(same=same).iloc[chosen]
+    found = found[["prompt", "object", "known", "same"]]
+    return found.to_dict("records")
 
-    def __init__(self, queries):
-        self.known = queries["known"].to_numpy(bool)
-        columns = queries[["prompt", "object"]].assign(known=self.known)
-        self.queries = columns.to_dict("records")
-        self.codes = {
-            name: pd.factorize(queries[name])[0] for name in ("relation", "subject", "object")
-        }
 
-    def draw(self, row, count, rng) -> list[dict]:
-        """For the fact of query `row`."""
-        shared = {name: codes == codes[row] for name, codes in self.codes.items()}
-        free = ~shared["subject"] & ~shared["object"]
-        same = np.flatnonzero(free & shared["relation"])
-        other = np.flatnonzero(free & ~shared["relation"])
-        half = min(len(same), max(count // 2, count - len(other)))
-        chosen = self._known_first(same, half, rng)
-        chosen += self._known_first(other, count - half, rng)
-        return [self.queries[i] | {"same": bool(shared["relation"][i])} for i in chosen]
-
-    def _known_first(self, rows, count, rng) -> list[int]:
-        known, unknown = rows[self.known[rows]], rows[~self.known[rows]]
-        first = rng.choice(known, min(count, len(known)), replace=False)
-        rest = rng.choice(unknown, min(count - len(first), len(unknown)), replace=False)
-        return [*first.tolist(), *rest.tolist()]
+def _known_first(places, known, count, rng):
+    """`count` of the places, drawn among those of known queries, then among the others."""
+    chosen = []
+    for part in (places[known[places]], places[~known[places]]):
+        count -= len(chosen)
+        size = min(count, len(part))
+        chosen += rng.choice(part, size, replace=False).tolist()
+    return chosen

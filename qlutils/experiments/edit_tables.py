@@ -1,7 +1,5 @@
 """Tables 2 and 3, and the differences that are read from them."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import numpy as np
@@ -27,7 +25,14 @@ PERPLEXITY_NOTE = (
 
 
 def measures_table(
-    frame, classes, model, *, table=2, sets=("local", "global"), controls=("random",), seed=0
+    frame,
+    classes,
+    model,
+    *,
+    table=2,
+    sets=("local", "global"),
+    controls=("random",),
+    seed=0,
 ):
     """Table 2 or 3: a row a split of the facts, operation and neuron set; its controls right below
     it.
@@ -38,7 +43,7 @@ def measures_table(
     n_avg have a defined Rel, Gen, Loc and Avg (see AVG_NOTE); n_empty had no neurons to edit.
     Classes without a fact show n = 0. Columns ending in _paper hold the paper's values, for its
     models and methods; they are left out for others."""
-    frame, rows = with_classes(frame[frame["note"].isna()], classes), []
+    frame = with_classes(frame[frame["note"].isna()], classes)
     levels = {
         "threshold": ("all", *THRESHOLDS),
         "class": ("all", *CLASSES),
@@ -46,121 +51,139 @@ def measures_table(
         "neurons": sets,
         "control": ("none", *controls),
     }
+    rows = []
     for keys, part in cells(frame, levels):
-        control, neurons = keys.pop("control"), keys["neurons"]
-        if control != "none" and part.empty:  # a class without a fact is one row, n = 0
+        control = keys.pop("control")
+        row = keys | {"op": PAPER_OP[keys["op"]]} | _measures(part, seed)
+        if control == "none":
+            row |= _printed(table, model, keys)
+        elif part.empty:  # a class without a fact is one row, n = 0
             continue
-        row = {
-            **keys,
-            "op": PAPER_OP[keys["op"]],
-            **_measures(part, seed),
-        }
-        if control != "none":
-            row["neurons"] = f"{neurons} ({control})"
-        elif keys["threshold"] == "static":
-            for name in METRICS[:-1]:  # the paper counts no broken texts
-                row[f"{name}_paper"] = paper_value(
-                    table, model, name, operation=row["op"], neurons=neurons, class_=keys["class"]
-                )
+        else:
+            row["neurons"] = f"{keys['neurons']} ({control})"
         rows.append(row)
     return without_empty_paper_columns(pd.DataFrame(rows))
 
 
-def _measures(part, seed) -> dict:
+def _printed(table, model, keys):
+    """The paper's values of a row, which are by the static threshold; it counts no broken texts."""
+    if keys["threshold"] != "static":
+        return {}
+    which = {
+        "operation": PAPER_OP[keys["op"]],
+        "neurons": keys["neurons"],
+        "class_": keys["class"],
+    }
+    row = {}
+    for name in METRICS[:-1]:
+        row[f"{name}_paper"] = paper_value(table, model, name, **which)
+    return row
+
+
+def _measures(part, seed):
     """The measures of some edits, as columns of a row."""
     row = {
         "n": len(part),
-        "n_empty": int((part["n_neurons"] == 0).sum()),
+        "n_empty": (part["n_neurons"] == 0).sum(),
         "neurons_edited": part["n_neurons"].mean(),
     }
     for metric in METRICS:
-        estimate = bootstrap_mean(part, metric, seed=seed, share=metric not in MEDIANS)
+        estimate = bootstrap_mean(part, metric, seed=seed, share=True)
         row |= estimate.row("median" if metric in MEDIANS else "mean", metric)
         if metric in RATES:
             row[f"n_{metric}"] = estimate.n
     broken = part["broken"].fillna(0).any()
-    return row | {"dppl_mean": np.nan if broken else part["dppl"].mean(), "n": len(part)}
+    row["dppl_mean"] = np.nan if broken else part["dppl"].mean()
+    row["n"] = len(part)
+    return row
 
 
-def locality_table(frame, seed=0) -> pd.DataFrame:
+def locality_table(frame, seed=0):
     """Loc of the KNs' edits on queries of the same relation (loc_same) and of others (loc_other),
     and the share of unrelated queries that an update makes answer with the new object (loc_new)."""
-    edits = frame[(frame["control"] == "none") & frame["note"].isna()]
+    edits = frame.query("control == 'none' and note.isna()")
     rows = []
     for (op, neurons), part in edits.groupby(["op", "neurons"], sort=False):
-        means = {}
+        row = {"op": op, "neurons": neurons}
         for name in ("loc_new", "loc_same", "loc_other"):
-            row = bootstrap_mean(part, name, seed=seed).row("mean", name)
-            means |= {f"n_{name}" if key == "n" else key: one for key, one in row.items()}
-        rows.append(
-            {
-                "op": op,
-                "neurons": neurons,
-                **means,
-            }
-        )
+            row |= bootstrap_mean(part, name, seed=seed).row("mean", name)
+            row[f"n_{name}"] = row.pop("n")
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
 # --- differences ----------------------------------------------------------------------------------
 
 
-def contrasts(frame, by, levels, metrics=METRICS, within=("op", "neurons"), seed=0) -> pd.DataFrame:
+def contrasts(
+    frame,
+    by,
+    levels,
+    metrics=METRICS,
+    within=("op", "neurons"),
+    seed=0,
+):
     """Mean (of dPPL: median) where `by` is levels[0] less that where it is levels[1], for every
     metric within every group: columns of `within`, metric, difference with its 95 % interval, n
     facts of the first and n_other of the second."""
     rows = []
-    for keys, part in frame[frame["note"].isna()].groupby(list(within), sort=False):
+    frame = frame[frame["note"].isna()]
+    for keys, part in frame.groupby(list(within), sort=False):
         for metric in metrics:
-            estimate = bootstrap_difference(
-                part, metric, by, levels, seed=seed, share=metric not in MEDIANS
-            )
-            row = dict(zip(within, keys)) | {"metric": metric}
-            row |= estimate.row("median" if metric in MEDIANS else "mean", "difference")
-            rows.append(row | {"n": estimate.n_clusters, "n_other": estimate.n_clusters_other})
+            gap = bootstrap_difference(part, metric, by, levels, seed=seed, share=True)
+            row = dict(zip(within, keys), metric=metric)
+            row |= gap.row("median" if metric in MEDIANS else "mean", "difference")
+            row |= {"n": gap.n_clusters, "n_other": gap.n_clusters_other}
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
-def with_verdicts(contrasts) -> pd.DataFrame:
+def with_verdicts(contrasts):
     """`contrasts` to be read: with what each interval says about 0, in the paper's words."""
-    said = [verdict(row, "difference") for row in contrasts.to_dict("records")]
     words = {"op": PAPER_OP, "metric": {"dppl": "median dPPL"}}
-    return contrasts.replace(words).assign(verdict=said)
+    return contrasts.replace(words).assign(verdict=_verdicts(contrasts))
 
 
-def verdict_counts(contrasts, what) -> str:
+def verdict_counts(contrasts, what):
     """How many of some differences lie on which side of 0; `what` says which differences."""
-    verdicts = [verdict(row, "difference") for row in contrasts.to_dict("records")]
-    counts = Counter(said.split(" (")[0] for said in verdicts)
-    said = ", ".join(f"{one} in {count} of {len(verdicts)}" for one, count in counts.items())
-    return f"{what}: {said or 'nothing to compare'}"
+    verdicts = [said.split(" (")[0] for said in _verdicts(contrasts)]
+    counts = Counter(verdicts).items()
+    said = [f"{one} in {count} of {len(verdicts)}" for one, count in counts]
+    return f"{what}: {', '.join(said) or 'nothing to compare'}"
+
+
+def _verdicts(contrasts):
+    return [verdict(row, "difference") for row in contrasts.to_dict("records")]
 
 
 # --- classes of the facts -------------------------------------------------------------------------
 
 
-def with_classes(frame, classes) -> pd.DataFrame:
+def with_classes(frame, classes):
     """The edits with class_static and class_otsu of their fact."""
-    return frame.merge(classes[["fact", "class_static", "class_otsu"]], on="fact", how="left")
+    classes = classes[["fact", "class_static", "class_otsu"]]
+    return frame.merge(classes, on="fact", how="left")
 
 
-def dividing_thresholds(classes) -> list[str]:
+def dividing_thresholds(classes):
     """The class thresholds by which no class is empty."""
     return [name for name in THRESHOLDS if classes[f"class_{name}"].nunique() == 2]
 
 
-def by_class(frame, classes) -> dict[str, pd.DataFrame]:
-    """The edits of all facts, and of each class of the `dividing_thresholds`."""
-    groups, frame = {"all facts": frame}, with_classes(frame, classes)
+def by_class(frame, classes):
+    """{name: edits} of all facts, and of each class of the `dividing_thresholds`."""
+    groups = {"all facts": frame}
+    frame = with_classes(frame, classes)
     for threshold in dividing_thresholds(classes):
         for name in CLASSES:
             groups[f"K_{name} ({threshold})"] = frame[frame[f"class_{threshold}"] == name]
     return groups
 
 
-def class_contrasts(frame, classes, seed=0) -> pd.DataFrame:
+def class_contrasts(frame, classes, seed=0):
     """`contrasts` of K_I less K_II by each of the `dividing_thresholds`."""
-    frame, parts = with_classes(frame, classes), [pd.DataFrame()]
+    frame = with_classes(frame, classes)
+    parts = [pd.DataFrame()]
     for threshold in dividing_thresholds(classes):
         part = contrasts(frame, f"class_{threshold}", CLASSES, seed=seed)
         part.insert(0, "threshold", threshold)

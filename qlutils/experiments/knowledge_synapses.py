@@ -4,15 +4,12 @@ those of an irrelevant query, S_ir, and control sets.
 Shapes: L layers, H query heads, T prompt tokens.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pandas as pd
-import torch
 
-from qlutils.attribution.attribute import Spec, attribute_encoded
 from qlutils.change.synapses import (
     Row,
     above_threshold,
@@ -24,8 +21,8 @@ from qlutils.change.synapses import (
     scale_synapses,
 )
 from qlutils.experiments.effects import rates, summary
+from qlutils.experiments.localize import dense_maps
 from qlutils.facts import prompt_tokens, seeded
-from qlutils.model.passes import neuron_vectors
 from qlutils.show.stats import bootstrap_difference
 
 SETS = (
@@ -37,35 +34,16 @@ SETS = (
     "irrelevant_only",
     "random",
 )
+RENORMALISED = ("self", "irrelevant")
 QUANTITIES = ("probability", "value", "signed_value")  # in the order of `run_rows`
 
 
 # --- the task -------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Query:
-    """A query of a unit: its names, its tokens and KNs, and the tokens of its irrelevant query."""
-
-    names: dict
-    row: Row
-    irrelevant: list[int] | None
-
-    def changed(self, sets: dict[str, np.ndarray], renormalise: bool, factors: dict[str, float]):
-        """What names each change of the query, and the row with it."""
-        for name, columns in sets.items():
-            twice = renormalise and name in ("self", "irrelevant")
-            for divide in (False, True) if twice else (False,):
-                for direction, factor in factors.items():
-                    what = dict(set=name, renormalise=divide, direction=direction)
-                    what["size"] = int(columns.sum())
-                    row = replace(self.row, columns=columns, factor=factor, renormalise=divide)
-                    yield what, row if columns.any() else self.row
-
-
 def scale_synapse_columns(
     lm,
-    unit: list[dict],
+    unit,
     *,
     alpha=0.3,
     score="sum",
@@ -73,7 +51,7 @@ def scale_synapse_columns(
     enhance=2.0,
     renormalise=True,
     seed=0,
-) -> pd.DataFrame:
+):
     """What scaling S, S_ir and control sets does to each query of a unit (see `effects.units`).
 
     A row a query, set of SETS, renormalise (True, if asked for, only of self and irrelevant) and
@@ -83,28 +61,22 @@ def scale_synapse_columns(
     where S sits: n_self, n_irrelevant, jaccard (`_rest`: without the `first_tokens`), and counts by
     layer (L,), head (L * H,) and column (T,)."""
     check_alpha(alpha, score)
-    queries = _encoded(lm, unit)
-    found = _synapses(lm, queries, alpha, score)
-    first = first_tokens(lm)
+    synapses = _synapses(lm, unit, alpha, score)
     factors = {"suppress": suppress, "enhance": enhance}
-    rows: list[dict] = []
-    todo: list[Row] = []
-    for query in queries:
-        own = found[tuple(query.row.prompt)]
-        other = query.irrelevant and _fit(found[tuple(query.irrelevant)], own.shape[-1])
-        rng = seeded(seed, query.names["fact"], query.names["prompt_index"])
-        sets = synapse_sets(own, other, rng, first)
-        before = len(todo)
-        none = dict(set="none", renormalise=False, direction="none", before=before)
-        rows.append(query.names | none | _where(own, other, first))
-        todo.append(query.row)
-        for what, row in query.changed(sets, renormalise, factors):
-            rows.append(query.names | what | dict(before=before))
-            todo.append(row)
-    return _measured(pd.DataFrame(rows), run_rows(lm, todo))
+    rows = []
+    for fact in unit:
+        for i in range(len(fact["prompts"])):
+            rows += _changes(lm, fact, i, synapses, factors, renormalise, seed)
+    frame = pd.DataFrame(rows)
+    found = run_rows(lm, frame.pop("row").tolist())
+    for name, values in zip(QUANTITIES, found.T):
+        frame[name] = values
+        same = frame.groupby(["fact", "prompt_index"])[name]  # first of them is the unchanged one
+        frame[f"{name}_before"] = same.transform("first")
+    return frame
 
 
-def _passes(lm, fact: dict, config: dict) -> float:
+def _passes(lm, fact, config):
     """A query and its irrelevant one once; each set scaled either way, two also renormalised."""
     rows = 2 + 2 * (len(SETS) + 2 * config.get("renormalise", True))
     answer = prompt_tokens(fact["object"])
@@ -115,72 +87,84 @@ scale_synapse_columns.VERSION = 1
 scale_synapse_columns.passes = _passes
 
 
-def _encoded(lm, unit: list[dict]) -> list[_Query]:
-    found = []
+def _synapses(lm, unit, alpha, score):
+    """{prompt: (L, H, T) booleans} of all queries and irrelevant ones. One query may be irrelevant
+    to several others."""
+    prompts = []
     for fact in unit:
-        for i, prompt in enumerate(fact["prompts"]):
-            names = dict(fact=fact["fact"], relation=fact["relation"])
-            names["prompt_index"] = fact["prompt_index"][i]
-            kns = tuple(zip(fact["layer"][i], fact["neuron"][i]))
-            row = Row(*lm.encode(prompt, fact["object"]), neurons=kns)
-            other = fact["irrelevant"][i]
-            found.append(_Query(names, row, other and lm.encode_prompt(other)))
+        prompts += fact["prompts"] + list(filter(None, fact["irrelevant"]))
+    prompts = list(dict.fromkeys(prompts))
+    encoded = list(map(lm.encode_prompt, prompts))
+    found = {}
+    for prompt, scores in zip(prompts, column_scores(lm, encoded, score)):
+        found[prompt] = above_threshold(*scores, alpha)
     return found
 
 
-def _synapses(lm, queries: list[_Query], alpha, score) -> dict[tuple, np.ndarray]:
-    """{prompt: (L, H, T) booleans} of all queries and irrelevant ones. One query may be irrelevant
-    to several others."""
-    both = [query.row.prompt for query in queries]
-    both += [query.irrelevant for query in queries if query.irrelevant]
-    prompts = list(dict.fromkeys(map(tuple, both)))
-    scores = column_scores(lm, prompts, score)
-    return {prompt: above_threshold(*one, alpha) for prompt, one in zip(prompts, scores)}
+def _changes(lm, fact, i, synapses, factors, renormalise, seed):
+    """A dict a change of query `i` of a fact, none first: what names it, and the row with it."""
+    prompt = fact["prompts"][i]
+    query = {
+        "fact": fact["fact"],
+        "relation": fact["relation"],
+        "prompt_index": fact["prompt_index"][i],
+    }
+    kns = tuple(zip(fact["layer"][i], fact["neuron"][i]))
+    clean = Row(*lm.encode(prompt, fact["object"]), neurons=kns)
+    own = synapses[prompt]
+    other = _fit(synapses.get(fact["irrelevant"][i]), own)
+    first = first_tokens(lm)
+    none = {"set": "none", "renormalise": False, "direction": "none", "row": clean}
+    yield query | none | _where(own, other, first)
+    rng = seeded(seed, query["fact"], query["prompt_index"])
+    sets = synapse_sets(own, other, rng, first)
+    for name, divide, direction in product(sets, (False, True), factors):
+        columns = sets[name]
+        row = replace(clean, columns=columns, factor=factors[direction], renormalise=divide)
+        what = {
+            "set": name,
+            "renormalise": divide,
+            "direction": direction,
+            "size": int(columns.sum()),
+            "row": row if columns.any() else clean,
+        }
+        if not divide or (renormalise and name in RENORMALISED):
+            yield query | what
 
 
-def _measured(frame: pd.DataFrame, result: np.ndarray) -> pd.DataFrame:
-    """`frame` with its rows' quantities, and those of the rows that its `before` points to."""
-    for name, values in zip(QUANTITIES, result.T):
-        frame[name] = values
-        frame[f"{name}_before"] = values[frame["before"]]
-    return frame.drop(columns="before")
-
-
-def synapse_sets(
-    own: np.ndarray, other: np.ndarray | None, rng, first: int = 1
-) -> dict[str, np.ndarray]:
+def synapse_sets(own, other, rng, first=1):
     """{name of SETS: (L, H, T) booleans}; `other` None leaves out what needs S_ir, and "without
     first" the `first` columns.
 
     random: in each layer and head as many columns as S has, drawn from those outside S as far as
     there are."""
     rest = np.arange(own.shape[-1]) >= first
-    draw = (rng.random(own.shape) + own).argsort(-1).argsort(-1)  # columns of S come last
-    sets = {
+    order = rng.random(own.shape) + own  # columns of S come last
+    random = order.argsort(-1).argsort(-1) < own.sum(-1, keepdims=True)
+    if other is None:
+        return {"self": own, "self_without_first": own & rest, "random": random}
+    return {
         "self": own,
+        "irrelevant": other,
         "self_without_first": own & rest,
-        "random": draw < own.sum(-1, keepdims=True),
+        "irrelevant_without_first": other & rest,
+        "self_only": own & ~other,
+        "irrelevant_only": other & ~own,
+        "random": random,
     }
-    if other is not None:
-        sets |= {
-            "irrelevant": other,
-            "irrelevant_without_first": other & rest,
-            "self_only": own & ~other,
-            "irrelevant_only": other & ~own,
-        }
-    return {name: sets[name] for name in SETS if name in sets}
 
 
-def _fit(columns: np.ndarray, tokens: int) -> np.ndarray:
-    """Another prompt's (L, H, T') columns for a prompt of `tokens` tokens: those beyond it are
+def _fit(columns, own):
+    """Another prompt's (L, H, T') columns for the prompt of `own` (L, H, T): those beyond it are
     dropped."""
-    shared = columns[..., :tokens]
-    fitted = np.zeros((*columns.shape[:2], tokens), bool)
-    fitted[..., : shared.shape[-1]] = shared
-    return fitted
+    if columns is None:
+        return None
+    shared = columns[..., : own.shape[-1]]
+    missing = own.shape[-1] - shared.shape[-1]
+    return np.pad(shared, [(0, 0), (0, 0), (0, missing)])
 
 
-def _where(own: np.ndarray, other: np.ndarray | None, first: int) -> dict:
+def _where(own, other, first):
     """Where S sits and how far it coincides with S_ir (NaN where the run has one relation only)."""
     row = {
         "by_layer": own.sum((1, 2)),
@@ -189,14 +173,14 @@ def _where(own: np.ndarray, other: np.ndarray | None, first: int) -> dict:
     }
     for name, start in (("", 0), ("_rest", first)):
         mine = own[..., start:]
-        row[f"n_self{name}"] = int(mine.sum())
+        row[f"n_self{name}"] = mine.sum()
         row[f"n_irrelevant{name}"] = np.nan
         row[f"jaccard{name}"] = np.nan
         if other is not None:
             theirs = other[..., start:]
+            union = (mine | theirs).sum()
             row[f"n_irrelevant{name}"] = float(theirs.sum())
-            if (mine | theirs).any():
-                row[f"jaccard{name}"] = float((mine & theirs).sum() / (mine | theirs).sum())
+            row[f"jaccard{name}"] = (mine & theirs).sum() / union if union else np.nan
     return row
 
 
@@ -204,8 +188,15 @@ def _where(own: np.ndarray, other: np.ndarray | None, first: int) -> dict:
 
 
 def scaled_maps(
-    lm, maps: list[dict], *, alpha=0.3, score="sum", suppress=0.0, enhance=2.0, **spec
-) -> list[dict]:
+    lm,
+    maps,
+    *,
+    alpha=0.3,
+    score="sum",
+    suppress=0.0,
+    enhance=2.0,
+    **spec,
+):
     """Figures 7 and 10: the maps of `localize.example_maps` again with each query's own synapses
     suppressed and enhanced: {"unmodified", "suppressed", "enhanced": {attribution, activation
     (L, N), probability}}, and fact and prompt.
@@ -214,70 +205,64 @@ def scaled_maps(
     context included."""
     out = []
     for one in maps:
-        query = lm.encode(one["prompt"], one["answer"])
-        ids = torch.tensor([query[0]], device=lm.device)
         found = find_synapses(lm, one["prompt"], alpha, score=score)
-        row = dict(fact=one["fact"], prompt=one["prompt"], unmodified=one)
-        for name, factor in (("suppressed", suppress), ("enhanced", enhance)):
+        row = {
+            "fact": one["fact"],
+            "prompt": one["prompt"],
+            "unmodified": one,
+        }
+        factors = {"suppressed": suppress, "enhanced": enhance}
+        for name, factor in factors.items():
             with scale_synapses(lm, found, factor):
-                scored = attribute_encoded(lm, [query], Spec(**spec), [one["prompt"]])
-                [activation] = neuron_vectors(lm, ids).to(lm.score_dtype)
-            row[name] = {
-                "attribution": scored.scores[0].cpu().numpy(),
-                "activation": activation.cpu().numpy(),
-                "probability": float(scored.probability[0]),
-            }
+                [row[name]] = dense_maps(lm, [one["prompt"]], [one["answer"]], **spec)
         out.append(row)
     return out
 
 
-def largest_attributions(maps: list[dict]) -> pd.DataFrame:
+def largest_attributions(maps):
     """The largest attribution of each query of `scaled_maps`, by condition."""
     rows = []
     for one in maps:
-        row = dict(prompt=one["prompt"])
+        row = {"prompt": one["prompt"]}
         for name in ("unmodified", "suppressed", "enhanced"):
             row[name] = one[name]["attribution"].max()
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def direction_gaps(moved: dict[str, pd.DataFrame], seed: int = 0) -> pd.DataFrame:
+def direction_gaps(moved, seed=0):
     """Each quantity of `moved`, {name: `effects.rates` rows}, and each direction alone: the median
     under S, the share of queries that S does not move (`unmoved`), and S minus S_ir."""
     rows = []
-    for name, frame in moved.items():
-        for direction in ("suppress", "enhance"):
-            part = frame[frame["direction"] == direction]
-            own = part.loc[part["set"] == "self", "rate"].dropna()
-            gap = bootstrap_difference(part, "rate", "set", ("self", "irrelevant"), seed=seed)
-            row = {
-                "quantity": name,
-                "direction": direction,
-                "median": own.median(),
-                "unmoved": (own == 0).mean(),
-            }
-            rows.append(row | gap.row("trimmed"))
+    for name, direction in product(moved, ("suppress", "enhance")):
+        part = moved[name].query("direction == @direction")
+        own = part.query("set == 'self'")["rate"].dropna()
+        gap = bootstrap_difference(part, "rate", "set", ("self", "irrelevant"), seed=seed)
+        row = {
+            "quantity": name,
+            "direction": direction,
+            "median": own.median(),
+            "unmoved": (own == 0).mean(),
+        }
+        rows.append(row | gap.row("trimmed"))
     return pd.DataFrame(rows)
 
 
-def control_summary(scaled: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+def control_summary(scaled, seed=0):
     """`effects.summary` of all SETS by direction and Otsu's classes: of both quantities, of the
     signed activations under S and S_ir, and of the renormalised versions of those two."""
-    plain = scaled[~scaled["renormalise"]]
-    divided = scaled[scaled["renormalise"]]
-    wanted = [(plain, "value", SETS), (plain, "probability", SETS)]
-    wanted.append((plain, "signed_value", SETS[:2]))
-    if len(divided):
-        wanted += [(divided, name, SETS[:2]) for name in ("value", "probability")]
+    wanted = (
+        ("value", SETS, False),
+        ("probability", SETS, False),
+        ("signed_value", RENORMALISED, False),
+        ("value", RENORMALISED, True),
+        ("probability", RENORMALISED, True),
+    )
+    shown = {"directions": ("suppress", "enhance"), "thresholds": ("otsu",), "seed": seed}
     tables = []
-    for frame, name, sets in wanted:
-        table = summary(
-            rates(frame, name),
-            sets,
-            directions=("suppress", "enhance"),
-            thresholds=("otsu",),
-            seed=seed,
-        )
-        tables.append(table.assign(quantity=name, renormalise=frame is divided))
+    for name, sets, divided in wanted:
+        frame = scaled[scaled["renormalise"] == divided]
+        if len(frame):
+            table = summary(rates(frame, name), sets, **shown)
+            tables.append(table.assign(quantity=name, renormalise=divided))
     return pd.concat(tables, ignore_index=True)

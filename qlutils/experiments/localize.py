@@ -11,30 +11,40 @@ import numpy as np
 import pandas as pd
 import torch
 
-from qlutils.attribution.attribute import Attribution, Spec, attribute_encoded
+from qlutils.attribution.attribute import Spec, attribute_encoded
+from qlutils.change.rows import in_batches
 from qlutils.facts import Fact, prompt_tokens
 from qlutils.model.passes import neuron_vectors
 from qlutils.neurons.cas import cas_candidates
-from qlutils.neurons.sets import STORE_THRESHOLD, fact_table, jaccard, knowledge_neurons
-
-# What `compare_rules` compares, and the tolerance that stands for the exact integral.
-COMPARED = (
-    dict(rule="right", steps=20),
-    dict(rule="endpoints", steps=20),
-    dict(rule="gauss", steps=8),
-    dict(rule="converged", tolerance=0.05),
+from qlutils.neurons.sets import (
+    STORE_THRESHOLD,
+    fact_table,
+    jaccard,
+    knowledge_neurons,
 )
-EXACT = dict(rule="converged", tolerance=0.005)
+
+# What `compare_rules` compares; the last one stands for the exact integral.
+COMPARED = (
+    ("right", "steps", 20),
+    ("endpoints", "steps", 20),
+    ("gauss", "steps", 8),
+    ("converged", "tolerance", 0.05),
+    ("converged", "tolerance", 0.005),
+)
 CONVERGED_STEPS = 9  # about what the rule "converged" takes a layer, between models
+OTHER_RULE_FACTS = 12
 # The facts of the paper's Figure 1.
-PAPER_EXAMPLES = (("P39", "Suleiman I", "Shah"), ("P39", "Christoph Ahlhaus", "mayor"))
+PAPER_EXAMPLES = [
+    ("P39", "Suleiman I", "Shah"),
+    ("P39", "Christoph Ahlhaus", "mayor"),
+]
 ONE_QUERY = "the only usable query of its fact; consistency needs two"
 
 
 # --- the task -------------------------------------------------------------------------------------
 
 
-def localise_unit(lm, unit: list[dict], **spec) -> pd.DataFrame:
+def localise_unit(lm, unit, **spec):
     """Attribute all queries of a unit of facts; the task behind `localise`. One row a query:
 
     fact, relation, subject, object, prompt_index, prompt; left_out: why the query cannot be
@@ -44,7 +54,8 @@ def localise_unit(lm, unit: list[dict], **spec) -> pd.DataFrame:
     score: the neurons above 0.05 of the query's largest score. The first row of a fact has cas_*,
     see `cas_candidates`.
     """
-    rows, encoded = [], []
+    rows = []
+    encoded = []
     for record in unit:
         fact = Fact(**record)
         for index, prompt in enumerate(fact.prompts):
@@ -64,15 +75,18 @@ def localise_unit(lm, unit: list[dict], **spec) -> pd.DataFrame:
             except ValueError as error:
                 row["left_out"] = str(error)
     read = [row for row in rows if row["left_out"] is None]
-    names = [f"{row['fact']}: {row['prompt']}" for row in read]
     if read:
-        _add_scores(read, encoded, attribute_encoded(lm, encoded, Spec(**spec), names))
+        names = [f"{row['fact']}: {row['prompt']}" for row in read]
+        result = attribute_encoded(lm, encoded, Spec(**spec), names)
+        _add_numbers(read, encoded, result)
+        _add_cas(read, result.scores)
     return pd.DataFrame(rows)
 
 
-def _passes(lm, fact: dict, config: dict) -> float:
+def _passes(lm, fact, config):
     """A step of a layer runs the layers above it, on average half of them, there and back."""
-    spec, baselines = Spec(**config), len(fact["prompts"])
+    spec = Spec(**config)
+    baselines = len(fact["prompts"])
     if spec.method == "sig":
         baselines = sum(map(prompt_tokens, fact["prompts"]))
     steps = CONVERGED_STEPS if spec.rule == "converged" else spec.steps
@@ -83,39 +97,45 @@ localise_unit.VERSION = 1
 localise_unit.passes = _passes
 
 
-def _add_scores(rows: list[dict], encoded, result: Attribution) -> None:
-    """Fill in what was found of the queries that could be read, all three in one order."""
-    # (Q, L, N), selected where it is: of a large model half a million scores a query
-    scores = result.scores
-    converged = [None] * len(rows) if result.converged is None else result.converged.tolist()
-    for i, (row, (prompt, answer)) in enumerate(zip(rows, encoded)):
-        kept = scores[i] > STORE_THRESHOLD * scores[i].max().clamp_min(0)  # (L, N)
-        layer, neuron = (one.int().cpu().numpy() for one in kept.nonzero(as_tuple=True))
+def _add_numbers(rows, encoded, result):
+    """Fill in what the `Attribution` of the queries that could be read says, all in one order."""
+    settled = [None] * len(rows)
+    if result.converged is not None:
+        settled = result.converged.tolist()
+    for i, row in enumerate(rows):
+        prompt, answer = encoded[i]
+        scores = result.scores[i]  # (L, N), selected where it is: of a large model half a million
+        kept = scores > STORE_THRESHOLD * scores.max().clamp_min(0)
+        layer, neuron = kept.nonzero(as_tuple=True)
         row |= {
             "prompt_tokens": len(prompt),
             "answer_tokens": len(answer),
             "probability": result.probability[i].item(),
             "known": result.known[i].item(),
             "row_budget": result.row_budget,
-            "converged": converged[i],
+            "converged": settled[i],
             "evaluations": result.evaluations[i].item(),
             "gap": result.completeness_gap[i].cpu().numpy(),
-            "layer": layer,
-            "neuron": neuron,
-            "score": scores[i][kept].cpu().numpy(),
+            "layer": layer.int().cpu().numpy(),
+            "neuron": neuron.int().cpu().numpy(),
+            "score": scores[kept].cpu().numpy(),
         }
-    facts = pd.Series([row["fact"] for row in rows])
-    for _, same in facts.groupby(facts, sort=False):
-        first = rows[same.index[0]]
-        for name, values in cas_candidates(scores[same.index.tolist()]).items():
-            kind = np.int32 if name in ("layer", "neuron") else first["score"].dtype
-            first[f"cas_{name}"] = values.astype(kind)
+
+
+def _add_cas(rows, scores):
+    """Give the first row of each fact its `cas_candidates`, of all its `scores` (Q, L, N)."""
+    facts = pd.DataFrame(rows).groupby("fact")
+    for places in facts.indices.values():
+        first = rows[places[0]]
+        for name, values in cas_candidates(scores[places]).items():
+            like = first.get(name, first["score"])  # as precise as what is kept of a query
+            first[f"cas_{name}"] = values.astype(like.dtype)
 
 
 # --- a run ----------------------------------------------------------------------------------------
 
 
-def localise(study, **spec) -> pd.DataFrame:
+def localise(study, **spec):
     """Localise all facts of a study with its model and method; the `queries` frame, saved for later
     notebooks.
 
@@ -128,7 +148,7 @@ def localise(study, **spec) -> pd.DataFrame:
     usable = frame["left_out"].isna()
     alone = usable.groupby(frame["fact"]).transform("sum") < 2
     frame.loc[usable & alone, "left_out"] = ONE_QUERY
-    lost = frame[frame["left_out"].notna()].reset_index(drop=True)
+    lost = frame[frame["left_out"].notna()]
     queries = _usable(frame)
     if queries.empty:
         raise ValueError(
@@ -136,35 +156,37 @@ def localise(study, **spec) -> pd.DataFrame:
             f"{lost['left_out'].iloc[0]}"
         )
     study.save(queries, "queries", localisation=_settings(**config))
-    study.save(lost[["fact", "prompt", "left_out"]], "left_out")
+    lost = lost[["fact", "prompt", "left_out"]]
+    study.save(lost.reset_index(drop=True), "left_out")
     return queries
 
 
-def _settings(**config) -> dict:
+def _settings(**config):
     """The fields of `Spec` on which scores depend, beside the method."""
     settings = asdict(Spec(**config))
     del settings["method"], settings["row_budget"]
     return settings
 
 
-def _usable(frame) -> pd.DataFrame:
-    return frame[frame["left_out"].isna()].drop(columns="left_out").reset_index(drop=True)
+def _usable(frame):
+    usable = frame[frame["left_out"].isna()]
+    return usable.drop(columns="left_out").reset_index(drop=True)
 
 
-def localise_again(study, facts: list[dict], what: str, **spec) -> pd.DataFrame:
+def localise_again(study, facts, what, **spec):
     """The `queries` frame of some facts or wordings, to compare with the run's own; not saved.
 
     facts: dicts with the fields of `Fact`; what: names the work in the run's record."""
     config = {"method": study.method, **spec}
     desc = f"{study.model} {study.method} {what}"
-    return _usable(study.run(localise_unit, [facts], config, desc=desc))
+    frame = study.run(localise_unit, [facts], config, desc=desc)
+    return _usable(frame)
 
 
 def localise_by_other_rule(
     study,
     queries,
     *,
-    facts=12,
     seed=0,
     **spec,
 ):
@@ -173,10 +195,12 @@ def localise_by_other_rule(
     "other_rule" for notebook 02."""
     other = "right" if spec.get("rule") == "converged" else "converged"
     names = queries["fact"].unique()
-    chosen = names[np.random.default_rng(seed).permutation(len(names))[:facts]]
+    shuffled = np.random.default_rng(seed).permutation(names)
+    chosen = shuffled[:OTHER_RULE_FACTS]
     sample = [asdict(fact) for fact in study.facts() if fact.id in chosen]
     spec |= {"rule": other, "steps": Spec.steps}
-    frame = localise_again(study, sample, other, **spec).assign(rule=other)
+    frame = localise_again(study, sample, other, **spec)
+    frame["rule"] = other
     study.save(frame, "other_rule")
     return frame
 
@@ -189,24 +213,22 @@ def localised(study) -> pd.DataFrame:
         return study.load("queries")
     saved = study.localisation()
     how = "with the settings of what is saved" if saved else "by the paper's rule"
-    told = ", ".join(f"{name}={value!r}" for name, value in _settings(**saved).items())
-    print(
-        f"Knowledge neurons of {study.model} by {study.method} are not there yet: localising "
-        f"{how}: {told}."
-    )
+    spec = Spec(study.method, **saved)
+    print(f"Knowledge neurons of {study.model} are not there yet: localising {how}: {spec}.")
     return localise(study, **saved)
 
 
 # --- what notebook 01 shows -----------------------------------------------------------------------
 
 
-def localisation_summary(queries, sets: list[set]) -> pd.DataFrame:
+def localisation_summary(queries, sets):
     """Size, depth and error of the KN sets of a `queries` frame, in one row.
 
     mean completeness gap: over layers and queries; largest gap of a layer: of the layers' means
     over queries; both in units of probability."""
-    sizes = pd.Series([len(one) for one in sets])
-    layers = pd.Series([layer for one in sets for layer, _ in one], dtype=float)
+    sizes = pd.Series(map(len, sets))
+    layers = [layer for one in sets for layer, _ in one]
+    layers = pd.Series(layers, dtype=float)
     gaps = np.stack(queries["gap"])  # (Q, L)
     row = {
         "n_queries": len(queries),
@@ -222,55 +244,73 @@ def localisation_summary(queries, sets: list[set]) -> pd.DataFrame:
     return pd.DataFrame([row])
 
 
-def example_facts(queries, t=0.2) -> list[str]:
+def example_facts(queries, t=0.2):
     """Ids of the two facts that Figures 1, 7 and 10 show: the paper's where the data has them, else
     the known facts of highest and lowest CS2 (known: every query answered; if there are none, all
     facts count)."""
-    about = queries.drop_duplicates("fact").set_index(["relation", "subject", "object"])["fact"]
-    if all(key in about.index for key in PAPER_EXAMPLES):
-        return [about[key] for key in PAPER_EXAMPLES]
-    facts = fact_table(queries, t).dropna(subset="cs2")
-    several = facts[facts["n_queries"] > 2]  # CS2 of two prompts is CS1
-    facts = several if len(several) > 1 else facts
-    known = facts[facts["known"] == 1]
-    facts = known if len(known) > 1 else facts
+    facts = fact_table(queries, t)
+    about = facts.set_index(["relation", "subject", "object"])["fact"]
+    if set(PAPER_EXAMPLES) <= set(about.index):
+        return about[PAPER_EXAMPLES].tolist()
+    facts = facts.dropna(subset="cs2")
+    for wanted in ("n_queries > 2", "known == 1"):  # CS2 of two prompts is CS1
+        fewer = facts.query(wanted)
+        facts = fewer if len(fewer) > 1 else facts
     names = facts.sort_values("cs2", kind="stable")["fact"]
     return [names.iloc[-1], names.iloc[0]]
 
 
-def example_maps(lm, queries, facts: list[str], **spec) -> list[dict]:
+def example_maps(lm, queries, facts, **spec):
     """The dense attribution and activation (L, N) of two neighbour queries of each fact, for the
     heatmaps of Figure 1: of its first and last known prompt (of all prompts if fewer than two are
     known). Dicts with fact, prompt, answer, attribution, activation, probability."""
-    maps = []
+    chosen = []
     for fact in facts:
         group = queries[queries["fact"] == fact]
-        chosen = group[group["known"]] if group["known"].sum() > 1 else group
-        for place in (0, -1):
-            one = {"fact": fact, "prompt": chosen["prompt"].iloc[place]}
-            maps.append(one | {"answer": chosen["object"].iloc[place]})
-    encoded = [lm.encode(one["prompt"], one["answer"]) for one in maps]
-    result = attribute_encoded(lm, encoded, Spec(**spec), [one["prompt"] for one in maps])
-    seen = activations(lm, [prompt for prompt, _ in encoded])
-    found = zip(maps, result.scores.cpu().numpy(), seen, result.probability.tolist())
-    for one, scores, activation, probability in found:
-        one |= {"attribution": scores, "activation": activation, "probability": probability}
-    return maps
+        known = group[group["known"]]
+        group = known if len(known) > 1 else group
+        chosen.append(group.iloc[[0, -1]])
+    maps = pd.concat(chosen)[["fact", "prompt", "object"]]
+    maps = maps.rename(columns={"object": "answer"}).to_dict("records")
+    prompts = [one["prompt"] for one in maps]
+    answers = [one["answer"] for one in maps]
+    found = dense_maps(lm, prompts, answers, **spec)
+    return [one | dense for one, dense in zip(maps, found)]
 
 
-def activations(lm, prompts: list[list[int]]) -> list[np.ndarray]:
+def dense_maps(lm, prompts, answers, **spec):
+    """A dict a query: attribution and activation of every neuron (L, N), and probability."""
+    encoded = list(map(lm.encode, prompts, answers))
+    result = attribute_encoded(lm, encoded, Spec(**spec), prompts)
+    maps = {
+        "attribution": list(result.scores.cpu().numpy()),
+        "activation": activations(lm, [prompt for prompt, _ in encoded]),
+        "probability": result.probability.tolist(),
+    }
+    return pd.DataFrame(maps).to_dict("records")
+
+
+def activations(lm, prompts):
     """(L, N) neuron vectors of each tokenised prompt at its last token."""
-    found = [None] * len(prompts)
-    lengths = np.array([len(prompt) for prompt in prompts])
-    for length in np.unique(lengths):
-        same = np.flatnonzero(lengths == length)
-        ids = torch.tensor([prompts[i] for i in same], device=lm.device)  # (Q, T)
-        for i, vectors in zip(same, neuron_vectors(lm, ids).float().cpu().numpy()):
-            found[i] = vectors
-    return found
+
+    def compute(batch):
+        ids = [prompts[place] for place in batch]
+        ids = torch.tensor(ids, device=lm.device)  # (Q, T)
+        return neuron_vectors(lm, ids).float().cpu().numpy()
+
+    lengths = [(len(prompt),) for prompt in prompts]
+    return in_batches(lm, lengths, compute)
 
 
-def compare_rules(lm, queries: pd.DataFrame, spec, *, t=0.2, sample=20, seed=0) -> pd.DataFrame:
+def compare_rules(
+    lm,
+    queries,
+    spec,
+    *,
+    t=0.2,
+    sample=20,
+    seed=0,
+):
     """The rules `COMPARED` against the exact integral, on a seeded sample of a run's queries.
 
     A row a rule, the last being the exact one's own: gradient evaluations a layer (and baseline);
@@ -278,39 +318,42 @@ def compare_rules(lm, queries: pd.DataFrame, spec, *, t=0.2, sample=20, seed=0) 
     queries of the largest error of a score and of a layer's largest completeness gap, both over the
     query's largest score (the latter NaN where scores are normalised); share of the queries that
     the rule calls converged (NaN where it cannot tell), n."""
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(queries))[:sample])
-    rows = queries.iloc[chosen]
-    encoded = [lm.encode(prompt, answer) for prompt, answer in zip(rows["prompt"], rows["object"])]
-    names = rows["prompt"].tolist()
-
-    def scored(rule):
-        return attribute_encoded(lm, encoded, replace(spec, **rule), names)
-
-    exact = scored(EXACT)
-    table = [
-        {
-            "rule": rule["rule"],
-            "steps or tolerance": rule.get("steps") or rule["tolerance"],
-            **_against(scored(rule) if rule is not EXACT else exact, exact, t, spec.method),
-        }
-        for rule in (*COMPARED, EXACT)
-    ]
-    return pd.DataFrame(table)
+    shuffled = np.random.default_rng(seed).permutation(len(queries))
+    chosen = queries.iloc[np.sort(shuffled[:sample])]
+    prompts = chosen["prompt"].tolist()
+    encoded = list(map(lm.encode, prompts, chosen["object"]))
+    results = []
+    for rule, setting, value in COMPARED:
+        by_rule = replace(spec, rule=rule, **{setting: value})
+        found = attribute_encoded(lm, encoded, by_rule, prompts)
+        results.append(found)
+    exact = found.scores
+    rows = []
+    for (rule, _, value), found in zip(COMPARED, results):
+        row = {"rule": rule, "steps or tolerance": value}
+        rows.append(row | _against(found, exact, t))
+    table = pd.DataFrame(rows)
+    return table if spec.method == "ig" else table.assign(gap=np.nan)
 
 
-def _against(found: Attribution, exact: Attribution, t: float, method: str) -> dict:
-    top = exact.scores.abs().flatten(1).amax(1).clamp_min(1e-30)
-    pairs = zip(knowledge_neurons(found.scores, t), knowledge_neurons(exact.scores, t))
-    agreement = [jaccard(a, b) for a, b in pairs]
-    error = (found.scores - exact.scores).abs().flatten(1).amax(1) / top
+def _against(found, exact, t):
+    """What the scores `exact` (Q, L, N) say of an `Attribution`."""
+    ours = knowledge_neurons(found.scores, t)
+    agreement = list(map(jaccard, ours, knowledge_neurons(exact, t)))
+    top = exact.abs().amax((1, 2))  # (Q,)
+    top = top.clamp_min(1e-30)
+    off = (found.scores - exact).abs()
+    error = off.amax((1, 2)) / top
     gap = found.completeness_gap.amax(1) / top
-    settled = found.converged
+    settled = np.nan
+    if found.converged is not None:
+        settled = found.converged.float().mean().item()
     return {
-        "evaluations": float(found.evaluations.mean()),
+        "evaluations": found.evaluations.mean().item(),
         "jaccard": np.mean(agreement),
         "jaccard_p5": np.percentile(agreement, 5),
-        "error": float(error.mean()),
-        "gap": float(gap.mean()) if method == "ig" else np.nan,
-        "converged": np.nan if settled is None else float(settled.float().mean()),
+        "error": error.mean().item(),
+        "gap": gap.mean().item(),
+        "converged": settled,
         "n": len(agreement),
     }

@@ -7,7 +7,7 @@
 * the facts that a model knows, kept beside its results, where `Study.origin` (those inputs less the
   localisation), `known_prompts` and `facts_per_relation` are the same: see `known`;
 * a whole notebook, where its stamp holds its present cells, parameters, data, model, the code's
-  versions and the stamps of what it reads, and its files are as it left them: `driver.stamps`.
+  versions and the stamps of what it reads, and its files are there: `driver.stamps`.
 
 Raising a task's VERSION outdates the units of that task, and every frame, list of known facts and
 notebook, since each holds all versions: they are made again, from the units of the other tasks.

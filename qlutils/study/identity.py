@@ -34,18 +34,6 @@ def code_versions():
     return found
 
 
-def task_version(task):
-    """The integer that stands for a task's code in a unit's key; ValueError where it has none."""
-    version = getattr(task, "VERSION", None)
-    if type(version) is not int:
-        name = task.__qualname__
-        raise ValueError(
-            f"task {name} has no VERSION, so results of an older code could be taken for its "
-            f"own: write {name}.VERSION = 1 below it, and raise it when its numbers change"
-        )
-    return version
-
-
 def revision(model):
     """The downloaded commit of a model of the Hugging Face Hub; None for a local model."""
     file = Path(HF_HUB_CACHE, "models--" + str(model).replace("/", "--"), "refs", "main")
@@ -59,17 +47,13 @@ def model_content(model):
         return pretrained.content(model)
     bundled = model.startswith("demo/")
     folder = paths.DEMO / "models" / model[5:] if bundled else Path(os.path.expanduser(model))
-    if os.path.isdir(folder):  # False, where `Path.is_dir` raises, for what cannot be a path
-        if not (folder / "config.json").is_file():
-            raise ValueError(
-                f"model folder {model} holds no config.json: want what save_pretrained writes"
-            )
+    if os.path.isfile(folder / "config.json"):  # False, where `Path` raises: it cannot be a path
         return folder_hash(folder)
     hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model, re.ASCII)
-    if bundled or not hub_id or len(model) > 96:
+    if bundled or os.path.isdir(folder) or not hub_id or len(model) > 96:
         names = sorted(f"demo/{path.name}" for path in (paths.DEMO / "models").glob("*/"))
         raise ValueError(
-            f"there is no model {model!r}; want a folder, a Hugging Face id, or a bundled one: "
-            f"{', '.join(names)}"
+            f"there is no model {model!r}; want a folder with config.json, a Hugging Face id, or a "
+            f"bundled one: {', '.join(names)}"
         )
     return sha256([model, revision(model) or "not downloaded"])

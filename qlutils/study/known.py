@@ -6,9 +6,8 @@ results, so that every notebook of a run uses the same facts and only the first 
 Models know different facts: tables that put models side by side rest on other facts for each.
 """
 
-from __future__ import annotations
-
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict
 from math import ceil, inf
 
@@ -25,7 +24,7 @@ SCAN_UNIT = 32  # facts of a unit of `count_known`
 SCAN_PER_FACT = 32  # a relation of which less than one fact in 32 is known may stay short
 
 
-def count_known(lm, unit: list[dict]) -> pd.DataFrame:
+def count_known(lm, unit):
     """How many prompts of each fact of a unit the model answers; a task for `store.run_units`.
 
     A row a fact: fact, relation, queries (its prompts), answered (greedy decoding gives the whole
@@ -33,50 +32,48 @@ def count_known(lm, unit: list[dict]) -> pd.DataFrame:
     facts, encoded, owners = [Fact(**record) for record in unit], [], []
     for fact in facts:
         for prompt in fact.prompts:
-            try:
+            with suppress(ValueError):
                 encoded.append(lm.encode(prompt, fact.object))
                 owners.append(fact.id)
-            except ValueError:
-                continue
     exact = qlutils.score_queries(lm, encoded).exact if encoded else []
     answered = Counter(owner for owner, right in zip(owners, exact) if right)
-    return pd.DataFrame(
-        {
-            "fact": [fact.id for fact in facts],
-            "relation": [fact.relation for fact in facts],
-            "queries": [len(fact.prompts) for fact in facts],
-            "answered": [answered[fact.id] for fact in facts],
-        }
-    )
+    rows = []
+    for fact in facts:
+        rows.append((fact.id, fact.relation, len(fact.prompts), answered[fact.id]))
+    return pd.DataFrame(rows, columns=["fact", "relation", "queries", "answered"])
 
 
 count_known.VERSION = 1
 
 
-def check_known_prompts(known_prompts: int, facts: list[Fact], name="known_prompts") -> None:
+def check_known_prompts(known_prompts, facts):
     """ValueError for a number of prompts that is none, or that no fact has."""
     most = max(len(fact.prompts) for fact in facts)
     what = f"a number of prompts (0: all facts; no fact has more than {most})"
-    check(name, known_prompts, 0, most + 1, what)
+    check("known_prompts", known_prompts, 0, most + 1, what)
 
 
-def known_facts(study) -> tuple[list[Fact], pd.DataFrame]:
+def known_facts(study):
     """(facts, scan) of a study's model: the facts it knows, and `by_relation` of what it was asked.
 
     ValueError: it knows none; or nobody has looked, and this study may not (`may_scan`)."""
     every = study.candidates()
     check_known_prompts(study.known_prompts, every)
+    chosen = {name: study.parameters[name] for name in ("known_prompts", "facts_per_relation")}
+    inputs = {**study.origin(every), **chosen}
     path = paths.results_folder(study.root, study.model).parent / "known_facts.parquet"
-    if (scanned := _saved(path, study, every)) is None and not study.may_scan:
+    scanned = _saved(path, inputs)
+    if scanned is None and not study.may_scan:
         raise ValueError(
             f"which facts {study.model} knows was not looked for with these parameters; run "
             "notebook 01"
         )
     if scanned is None:
         with locked(path.with_name(".known_facts.lock"), inf):  # another notebook may be looking
-            if (scanned := _saved(path, study, every)) is None:
+            scanned = _saved(path, inputs)
+            if scanned is None:
                 scanned = scan(study, every)
-                save_frame(scanned, path, _inputs(study, every))
+                save_frame(scanned, path, inputs)
     kept = set(scanned.loc[scanned["kept"], "fact"])
     if not kept:
         answered, queries = scanned["answered"], scanned["queries"].sum()
@@ -90,19 +87,14 @@ def known_facts(study) -> tuple[list[Fact], pd.DataFrame]:
     return facts, by_relation(scanned, every, study.known_prompts)
 
 
-def _inputs(study, every) -> dict:
-    chosen = {name: study.parameters[name] for name in ("known_prompts", "facts_per_relation")}
-    return {**study.origin(every), **chosen}
-
-
-def _saved(path, study, every) -> pd.DataFrame | None:
+def _saved(path, inputs):
     try:
-        return load_frame(path, _inputs(study, every))
+        return load_frame(path, inputs)
     except ValueError:
         return None
 
 
-def by_relation(scanned: pd.DataFrame, every: list[Fact], known_prompts: int) -> pd.DataFrame:
+def by_relation(scanned, every, known_prompts):
     """A row a relation: facts in the data; scanned, of them; known, of the scanned; kept, of the
     known; queries of the scanned facts, and those that were answered."""
     scanned = scanned.assign(scanned=1, known=scanned["answered"] >= known_prompts)
@@ -112,7 +104,7 @@ def by_relation(scanned: pd.DataFrame, every: list[Fact], known_prompts: int) ->
     return table.astype(int).reset_index()
 
 
-def scan(study, every) -> pd.DataFrame:
+def scan(study, every):
     """`count_known` of facts in the seeded order of each relation, and whether each is `kept`.
 
     Relations that have not enough yet are asked a unit each at a time; all units where all known
@@ -120,32 +112,34 @@ def scan(study, every) -> pd.DataFrame:
     fewer than 2, for 2 * 32 / 32 = 2 rounds at most; kept are the first 2 known ones."""
     wanted = inf if study.facts_per_relation is None else study.facts_per_relation
     askable = [fact for fact in every if len(fact.prompts) >= study.known_prompts]
-    waiting = _units(askable, study.seed)
-    most = max(map(len, waiting.values()))
-    ask = most if wanted == inf else 1  # units of a relation at a time
-    allowed = most if wanted == inf else ceil(wanted * SCAN_PER_FACT / SCAN_UNIT)
+    units_of = _units(askable, study.seed)
+    longest = max(map(len, units_of.values()))
+    at_once, rounds = longest, 1
+    if wanted < inf:
+        at_once, rounds = 1, min(longest, ceil(wanted * SCAN_PER_FACT / SCAN_UNIT))
     found, parts = Counter(), []
-    for first in range(0, allowed, ask):
+    for first in range(0, rounds * at_once, at_once):
         units = []
-        for relation, rest in waiting.items():
+        for relation, waiting in units_of.items():
             if found[relation] < wanted:
-                units += rest[first : min(first + ask, allowed)]
-        if not units:
-            break
-        part = study.run(count_known, units, desc=f"{study.model} known facts")
-        parts.append(part.assign(known=part["answered"] >= study.known_prompts))
-        found.update(parts[-1].groupby("relation")["known"].sum().to_dict())
+                units += waiting[first : first + at_once]
+        if units:
+            part = study.run(count_known, units, desc=f"{study.model} known facts")
+            part["known"] = part["answered"] >= study.known_prompts
+            found.update(part.groupby("relation")["known"].sum().to_dict())
+            parts.append(part)
     scanned = pd.concat(parts, ignore_index=True)
-    rank = scanned.groupby("relation")["known"].cumsum()
-    kept = scanned["known"] & (rank <= wanted)
-    return scanned.drop(columns="known").assign(kept=kept)
+    known = scanned.pop("known")
+    rank = known.groupby(scanned["relation"]).cumsum()
+    return scanned.assign(kept=known & (rank <= wanted))
 
 
-def _units(every, seed) -> dict[str, list[list[dict]]]:
+def _units(facts, seed):
     """{relation: units of its facts, in seeded order}, however many are wanted."""
-    units = {}
-    for relation in dict.fromkeys(fact.relation for fact in every):
-        facts = [fact for fact in every if fact.relation == relation]
-        ordered = [asdict(facts[place]) for place in seeded_order(facts, relation, seed)]
+    records, units = {}, {}
+    for fact in facts:
+        records.setdefault(fact.relation, []).append(asdict(fact))
+    for relation, some in records.items():
+        ordered = [some[place] for place in seeded_order(some, relation, seed)]
         units[relation] = [ordered[i : i + SCAN_UNIT] for i in range(0, len(ordered), SCAN_UNIT)]
     return units

@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cached_property
 
 import pandas as pd
 
@@ -61,7 +62,7 @@ class Study:
         self.results = self._folder(self.method)
         self.may_scan, self.scan = True, None
         self.work = {}  # {kind of work: counts and seconds}, for the record
-        self._started, self._facts, self._objects, self._identity = time.time(), None, None, {}
+        self._started, self._facts, self._identity = time.time(), None, {}
 
     @classmethod
     def open(cls, notebook, namespace):
@@ -113,10 +114,11 @@ class Study:
     def known_counts(self):
         """{model: {facts, scanned, known, kept, queries, answered}} of this run's models for which
         known facts were looked for; {} for a run of all facts."""
-        names = [self.model] if self.model else self.parameters.get("models") or ()
         found = {}
-        for name in names if self.known_prompts else ():
-            one = self if name == self.model else self.beside(name)
+        if not self.known_prompts:
+            return found
+        for name in [self.model] if self.model else self.parameters.get("models", ()):
+            one = self if self.model else self.beside(name)
             with suppress(ValueError):
                 one.facts()
                 found[name] = one.scan.drop(columns="relation").sum().to_dict()
@@ -125,14 +127,12 @@ class Study:
     def facts_note(self):
         """One sentence on how many facts were looked at and kept, to stand beside results; "" for
         a run of all facts."""
-        counts = [
-            f"{paths.label(name)} {n['kept']} kept, {n['known']} known of {n['scanned']} scanned"
-            for name, n in self.known_counts().items()
-        ]
-        if not counts:
-            return ""
+        counts = []
+        for name, n in self.known_counts().items():
+            known = f"{n['kept']} kept, {n['known']} known of {n['scanned']} scanned"
+            counts.append(f"{paths.label(name)} {known}")
         what = f"Facts with at least {self.known_prompts} prompts answered by greedy decoding"
-        return f"{what}: {'; '.join(counts)}."
+        return f"{what}: {'; '.join(counts)}." if counts else ""
 
     # -- what results are made from ----------------------------------------------------------------
     def origin(self, facts):
@@ -147,6 +147,12 @@ class Study:
             "facts": sha256([asdict(fact) for fact in facts]),
         }
 
+    @cached_property
+    def objects(self):
+        """All facts of the relations, less their prompts: edits draw new objects from them."""
+        facts = self.candidates(warn=False)
+        return [[fact.relation, fact.subject, fact.object] for fact in facts]
+
     def inputs(self, localised=True, method=None):
         """What this run's results are made from, apart from the method; `load` compares it.
 
@@ -155,17 +161,11 @@ class Study:
         from them."""
         made = self.origin(self.facts())
         if localised and "embedding" in self.parameters:
-            if self._objects is None:
-                facts = self.candidates(warn=False)
-                named = [[fact.relation, fact.subject, fact.object] for fact in facts]
-                self._objects = sha256(named)
-            made["objects"] = self._objects
+            made["objects"] = sha256(self.objects)
         if localised and self.model:
-            made["localisation"] = {}
             own = method or self.method
-            for name in [own] if own else METHODS:
-                if spec := self.localisation(name):
-                    made["localisation"][name] = spec
+            specs = {name: self.localisation(name) for name in ([own] if own else METHODS)}
+            made["localisation"] = {name: spec for name, spec in specs.items() if spec}
         return made
 
     def localisation(self, method=None):
@@ -186,11 +186,11 @@ class Study:
         desc = desc or f"{self.notebook} {self.model} {self.method or ''}".strip()
         options = dict(desc=desc, device=self.device, dtype=self.dtype, root=self.root, info=info)
         frame = store.run_units(task, self.model, units, config, **options)
-        self._identity = info.pop("identity")
+        self._identity = info["identity"]
         done = self.work.setdefault(desc, {"units": 0, "computed": 0, "seconds": 0.0})
-        done["version"] = info.pop("version")
-        for name in info:  # one notebook may do the same kind of work twice
-            done[name] += info[name]
+        done["version"] = info["version"]
+        done["units"] += info["units"]  # one notebook may do the same kind of work twice
+        done["computed"] += info["computed"]
         done["seconds"] = round(done["seconds"] + time.time() - start, 2)
         return frame
 
@@ -234,7 +234,7 @@ class Study:
             caption = caption.replace(self.model, self.label)
         if "model" in frame:
             frame = frame.assign(model=frame["model"].map(paths.label))
-        note = " ".join(filter(None, [note, self.facts_note()]))
+        note = f"{note} {self.facts_note()}".strip()
         write_table(frame, stem, self.results, caption, note, digits=digits)
         return display_table(frame, digits)
 
@@ -245,13 +245,13 @@ class Study:
     def record(self, **extra):
         """Write `<results>/run.json`, one entry a notebook: all that is needed to run it again."""
         if counts := self.known_counts():
-            extra = {"known_facts": counts, **extra}
-        model = {"name": self.model, "revision": identity.revision(self.model), **self._identity}
+            extra["known_facts"] = counts
+        revision = identity.revision(self.model)
         entry = {
             "parameters": self.parameters,
             "inputs": self.inputs(),
             "facts": len(self.facts()),
-            "model": model,
+            "model": {"name": self.model, "revision": revision, **self._identity},
             "work": self.work,
             "versions": versions(),
             "platform": platform.platform(),

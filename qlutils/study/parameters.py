@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from pathlib import Path
 
 from qlutils import paths
@@ -14,33 +15,35 @@ RANGES = {
     "t": (0.05, 1.0, "a share of the largest score that results keep"),
     "static_threshold": (0.0, 1.0, "a CS2"),
     "example_line": (0.0, 1.0, "a CS2"),
-    "n_locality": (1, 10**6, "a number of queries"),
-    "ppl_entries": (0, 10**6, "a number of texts"),
-    "ppl_max_tokens": (2, 10**6, "a number of tokens"),
-    "seed": (0, 2**63),
-    "known_prompts": (0, 10**6, "a number of prompts (0: all facts)"),
-    "more_controls_facts": (1, 10**6, "a number of facts (none: more_controls = [])"),
-    "sweep_facts": (1, 10**6, "a number of facts"),
-    "control_queries": (1, 10**6, "a number of queries"),
+    "n_locality": (1,),
+    "ppl_entries": (0,),
+    "ppl_max_tokens": (2,),
+    "seed": (0,),
+    "facts_per_relation": (1,),
+    "known_prompts": (0,),
+    "more_controls_facts": (1,),
+    "sweep_facts": (1,),
+    "control_queries": (1,),
 }
+PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 
 
 def declared_parameters(notebook):
     """{name: default} of a notebook's cell tagged `parameters`; {} without one."""
+    source, found = "", {}
     for cell in json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]:
         if "parameters" in cell["metadata"].get("tags", ()):
-            source, found = "".join(cell["source"]), {}
-            try:
-                for line in ast.parse(source).body:
-                    [target] = line.targets
-                    found[target.id] = ast.literal_eval(line.value)
-                return found
-            except (SyntaxError, ValueError, AttributeError):
-                raise ValueError(
-                    f"the parameters cell of {Path(notebook).name} must hold nothing but lines "
-                    f"`name = literal value`; got\n{source}"
-                ) from None
-    return {}
+            source = "".join(cell["source"])
+    try:
+        for line in ast.parse(source).body:
+            [target] = line.targets
+            found[target.id] = ast.literal_eval(line.value)
+    except (SyntaxError, ValueError, AttributeError):
+        raise ValueError(
+            f"the parameters cell of {Path(notebook).name} must hold nothing but lines `name = "
+            f"literal value`; got\n{source}"
+        ) from None
+    return found
 
 
 def parameters_of(name, namespace):
@@ -52,30 +55,23 @@ def parameters_of(name, namespace):
     its default or out of range."""
     file = Path(f"{name}.ipynb")
     declared = declared_parameters(file if file.is_file() else paths.NOTEBOOKS / file)
-    if absent := [parameter for parameter in declared if parameter not in namespace]:
-        raise ValueError(f"parameter {absent[0]} is not set: run the parameters cell first")
+    if absent := declared.keys() - namespace.keys():
+        raise ValueError(f"parameter {min(absent)} is not set: run the parameters cell first")
     values = {parameter: namespace[parameter] for parameter in declared}
-    if _is_plain(namespace.get("study")):  # not opened yet
+    if "study" not in namespace:  # not opened yet
         for other, value in namespace.items():
-            constant = other.isupper() and len(other) > 1
-            jupyters = other in ("In", "Out") or other.startswith("_")
-            if _is_plain(value) and not (constant or jupyters):
+            if isinstance(value, PLAIN) and re.match("[a-z]", other):  # In, Out, _ are Jupyter's
                 values.setdefault(other, value)
     check_given(values, declared)
     return values
-
-
-def _is_plain(value):
-    return value is None or isinstance(value, (bool, int, float, str, list, tuple, dict))
 
 
 def check_given(given, declared):
     """ValueError unless every given parameter is known and of its default's type and range."""
     for name, value in given.items():
         if name not in declared:
-            raise ValueError(
-                f"unknown parameter {name!r}; this notebook knows {', '.join(declared)}"
-            )
+            known = ", ".join(declared)
+            raise ValueError(f"unknown parameter {name!r}; this notebook knows {known}")
         default = declared[name]
         kinds = (int, float) if type(default) is float else (type(default),)
         empty = value is None and name in NULLABLE
@@ -94,5 +90,6 @@ def check_values(given):
         one_of("method", name, METHODS)
     if given.get("dtype") is not None:
         one_of("dtype", given["dtype"], DTYPES)
-    for name in RANGES.keys() & given.keys():
-        check(f"parameter {name}", given[name], *RANGES[name])
+    for name, limits in RANGES.items():
+        if given.get(name) is not None:
+            check(f"parameter {name}", given[name], *limits)

@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from pathlib import Path
 
 from qlutils.files import as_frame, json_bytes, read_parquet, sha256, write_json, write_parquet
 from qlutils.study.identity import differing
@@ -39,23 +38,16 @@ def write_record(path, notebook, entry):
 def read_record(path):
     """{notebook: entry} of a run.json; damaged entries are left out with a warning."""
     try:
-        found = json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError):
-        found = None
-    found = found if isinstance(found, dict) else {"all of it": None}
+        found = dict(json.loads(path.read_bytes())) if path.exists() else {}
+    except (OSError, ValueError, TypeError):
+        found = {"all of it": {}}
     good = {notebook: entry for notebook, entry in found.items() if _is_whole(notebook, entry)}
     if lost := sorted(found.keys() - good.keys()):
-        warnings.warn(
-            f"record {path} is damaged: {', '.join(lost)} is left out. Run the notebook again",
-            stacklevel=2,
-        )
+        damage = f"record {path} is damaged: {', '.join(lost)} is left out. Run the notebook again"
+        warnings.warn(damage, stacklevel=2)
     return good
 
 
 def _is_whole(notebook, entry):
-    if not isinstance(entry, dict) or entry.get("notebook") != notebook:
-        return False
-    content = {name: value for name, value in entry.items() if name != "sha256"}
-    return entry.get("sha256") == sha256(content)
+    content = {name: value for name, value in dict(entry).items() if name != "sha256"}
+    return content.get("notebook") == notebook and entry.get("sha256") == sha256(content)

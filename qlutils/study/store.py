@@ -7,14 +7,12 @@ digits of a sum may depend. Present and valid means done, so a run that was stop
 goes on where it was.
 """
 
-import importlib
 import json
 import os
 import sys
 import threading
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import lru_cache
+from contextlib import nullcontext
+from functools import lru_cache, partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -30,92 +28,57 @@ from qlutils.files import (
     sha256,
     write_parquet,
 )
-from qlutils.study.identity import model_content, task_version
+from qlutils.study.identity import model_content
 
 UNIT_FACTS = 24  # batches of equal lengths are full from there on
 UNIT_FLOPS = {"cpu": 1e13, "cuda": 1e15}  # a unit: about a minute, on two cores and on a GPU
 _BUSY = threading.Lock()  # a model carries hooks: one task at a time in a process
 
 
-@dataclass(frozen=True)
-class Unit:
-    """What to compute, of which model, and where its rows go."""
-
-    task: str  # module:name
-    model: str
-    device: str | None
-    dtype: str | None
-    config: dict
-    facts: list
-    file: Path
-    key: str  # a hash of all that determines the rows, and the file's name
-
-
-def run_units(
-    task, model, units, config=None, *, root, desc, device=None, dtype=None, client=None, info=None
-):
+def run_units(task, model, units, config=None, *, root, desc, device=None, dtype=None, info=None):
     """DataFrame of the rows of `task(lm, unit, **config)` over all units, in order; a unit is
-    computed once.
+    computed once: here, one after the other, or by the workers of the dask scheduler that
+    QLUTILS_SCHEDULER names.
 
     task: a top-level function returning a DataFrame (columns of numbers, text, lists of numbers).
         Its `VERSION` stands for its code: units of another version are computed again.
     units: lists of JSON-able dicts. config: JSON-able keyword arguments of `task`.
     root: the run's folder; a unit with a valid file in `<root>/units` is read, not computed.
-    client: a dask.distributed client whose workers compute; default: the scheduler that
-        QLUTILS_SCHEDULER names; without one, units are computed here, one after the other.
     info: a dict to fill with the model's identity, the task's version and the counts.
 
     StoreError: the folder cannot be written, or another run is computing the same. Whatever `task`
     raises comes through, and finished units stay."""
-    client = client or _client(os.environ.get("QLUTILS_SCHEDULER"))
-    asked, folder = (model, device, dtype), Path(root) / "units"
+    client, asked = _client(os.environ.get("QLUTILS_SCHEDULER")), (model, device, dtype)
     loaded = client.submit(identity, *asked, pure=False).result() if client else identity(*asked)
-    same = _common(task, loaded, config)
-    job = (f"{task.__module__}:{task.__qualname__}", *asked, same["config"])
-    work, keys = {}, []
-    for facts in json.loads(canonical(list(units))):
-        key = sha256({**same, "unit": facts})
-        work[key] = Unit(*job, facts, folder / f"{key}.parquet", key)
-        keys.append(key)
-    tables, todo = _read(work.values()), []
+    units, config = json.loads(canonical([list(units), config or {}]))
+    # of the task its name, not its module's: code that moves within the package keeps its results
+    same = {"task": task.__qualname__, "version": task.VERSION, "config": config}
+    same |= {name: loaded[name] for name in ("fingerprint", "device", "dtype")}
+    folder = Path(root) / "units"
+    files = [folder / f"{sha256({**same, 'unit': unit})}.parquet" for unit in units]
+    work = dict(zip(files, units))
+    tables, todo = _read(work), {}
     if len(tables) < len(work):
-        absent = [unit for unit in work.values() if not unit.file.exists()]
-        with locked(folder / f".{sha256(same)[:16]}.lock"), _resumable(folder, desc):
-            tables |= _read(absent)  # what another run has finished since
-            todo = [unit for key, unit in work.items() if key not in tables]
-            written = _compute(todo, client, loaded["threads"])
+        with locked(folder / f".{sha256(same)[:16]}.lock"):
+            tables |= _read(work.keys() - tables.keys())  # what another run has finished since
+            todo = {file: unit for file, unit in work.items() if file not in tables}
+            compute = partial(compute_unit, task, asked, config)
+            written = _compute(compute, todo, client, loaded["threads"])
             list(_progress(written, desc, len(work), len(tables)))
-            tables |= _read(todo, "was just written: check the disk, and that every worker sees it")
+            tables |= _read(todo)
+    for file in files:
+        if file not in tables:
+            raise StoreError(f"{file} was just written: check that every worker sees this disk")
     if info is not None:
         counts = {"units": len(work), "computed": len(todo)}
-        info.update(counts, identity=loaded, version=same["version"])
-    return as_frame([tables[key] for key in keys])
+        info.update(counts, identity=loaded, version=task.VERSION)
+    return as_frame([tables[file] for file in files])
 
 
-def _common(task, loaded, config):
-    """What determines the rows of every unit, in JSON values. Of the task its name, not its
-    module's: code that moves within the package keeps its results."""
-    return {
-        "task": task.__qualname__,
-        "version": task_version(task),
-        "config": json.loads(canonical(config or {})),
-        "fingerprint": loaded["fingerprint"],
-        "device": loaded["device"],
-        "dtype": loaded["dtype"],
-    }
-
-
-def _read(units, otherwise=""):
-    """{key: table} of the units whose files are there and valid; StoreError with what is said of
-    any that is not, if anything."""
-    found = {}
-    for unit in units:
-        table = read_parquet(unit.file, unit.key)[0] if unit.file.exists() else None
-        if table is not None:
-            found[unit.key] = table
-        elif otherwise:
-            raise StoreError(f"{unit.file} {otherwise}")
-    return found
+def _read(files):
+    """{file: table} of the units that are there and valid."""
+    tables = {file: read_parquet(file, file.stem)[0] for file in files if file.exists()}
+    return {file: table for file, table in tables.items() if table is not None}
 
 
 def cached_model(name, device=None, dtype=None):
@@ -172,49 +135,40 @@ def packed(task, lm, facts, config):
     return units
 
 
-def _compute(units, client, threads):
-    """Yield the key of each unit once its file is written."""
+def _compute(compute, work, client, threads):
+    """Compute units and write each to its file; yields once for each that is written."""
     if client is None:
-        yield from map(compute_unit, units)
+        for file, unit in work.items():
+            yield compute(unit, file)
         return
     from distributed import as_completed
 
-    futures = [client.submit(compute_unit, unit, threads, pure=False) for unit in units]
+    futures = []
+    for file, unit in work.items():
+        futures.append(client.submit(compute, unit, file, threads, pure=False))
     for future in as_completed(futures, loop=client.loop):
         yield future.result()
 
 
-def compute_unit(unit, threads=None):
-    """Compute one unit and write it, in this process or in a worker; only the key travels back.
+def compute_unit(task, model, config, unit, file, threads=None):
+    """Compute one unit and write it, in this process or in a worker.
 
-    threads: those of the caller, as float sums depend on their number."""
-    module, name = unit.task.split(":")
+    model: its name, device and dtype. threads: those of the caller, as float sums depend on their
+    number."""
     with _BUSY:
-        lm = cached_model(unit.model, unit.device, unit.dtype)
+        lm = cached_model(*model)
         if threads:
             import torch
 
             torch.set_num_threads(threads)
         try:
-            task = getattr(importlib.import_module(module), name)
-            frame = task(lm, unit.facts, **unit.config)
+            frame = task(lm, unit, **config)
         except Exception as error:
-            where = f"unit {unit.key[:12]} of {name}, {unit.model}"
+            where = f"unit {file.stem[:12]} of {task.__name__}, {model[0]}"
             error.add_note(f"(in {where}; finished units are kept)")
             raise
-        write_parquet(frame, unit.file, unit.key, task=unit.task, model=unit.model)
-    return unit.key
-
-
-@contextmanager
-def _resumable(folder, desc):
-    """Say how to go on when interrupted."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        kept = f"finished units are kept in {folder}, the same command resumes"
-        print(f"{desc}: stopped; {kept}", file=sys.stderr)
-        raise
+        name = f"{task.__module__}:{task.__qualname__}"
+        write_parquet(frame, file, file.stem, task=name, model=model[0])
 
 
 def _progress(keys, desc, total, initial):

@@ -321,7 +321,7 @@ def test_what_cannot_be_measured_is_named_and_counted():
         plan_edits(queries, facts_of(queries), num_neurons=512, texts=["10 11"], ppl_entries=5)
     with pytest.raises(ValueError, match="control 'none' is unknown"):
         plan_edits(queries, facts_of(queries), num_neurons=512, controls=["none"], ppl_entries=0)
-    with pytest.raises(ValueError, match="neuron set 'both' is unknown"):
+    with pytest.raises(KeyError, match="both"):
         plan_edits(queries, facts_of(queries), num_neurons=512, sets=["both"], ppl_entries=0)
 
 

@@ -261,7 +261,10 @@ def test_other_settings_are_other_units(model, data, runs):
 def test_what_a_later_notebook_reads_is_what_was_localised(model, data, runs, capsys):
     study = study_of(model, data)
     by_default = localised(study)
-    assert "localising by the paper's rule: steps=20, rule='right'" in capsys.readouterr().out
+    assert (
+        "localising by the paper's rule: Spec(method='ig', steps=20, rule='right'"
+        in capsys.readouterr().out
+    )
     pd.testing.assert_frame_equal(localised(study_of(model, data)), by_default)
     assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="steps is 1"):

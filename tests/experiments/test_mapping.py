@@ -114,11 +114,6 @@ def test_rows_of_the_batch_equal_one_set_at_a_time(family):
         assert chosen or row["probability"] == row["probability_before"]
 
 
-def test_a_fact_with_one_query_is_named():
-    with pytest.raises(ValueError, match=r"R1\|a\|8.*single"):
-        mapping.scale_kns(tiny_lm("gpt2"), [dict(EFFECTS_UNIT[0], prompts=["13 4 5"])])
-
-
 # --- units ----------------------------------------------------------------------------------------
 
 

@@ -1,16 +1,15 @@
 """Facts that a model knows: which are kept, what stands beside results, what is refused."""
 
 import json
-import threading
 import time
 from dataclasses import asdict, replace
 from functools import lru_cache
+from threading import Thread
 
 import pandas as pd
 import pytest
 import torch
 
-import qlutils
 from qlutils import Fact, load_facts, load_model, paths, run
 from qlutils.driver.arguments import parser
 from qlutils.driver.jobs import plan_jobs
@@ -18,6 +17,7 @@ from qlutils.experiments.localize import localise
 from qlutils.experiments.report import SavedResults, work
 from qlutils.study import known, store
 from qlutils.study.notebook import Study
+from qlutils.study.results import read_record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RELATIONS = ["P36", "P103"]
@@ -50,11 +50,9 @@ def data(tmp_path_factory):
     for relation in RELATIONS:
         facts = load_facts("demo", relations=[relation])[:12]
         for place, fact in enumerate(facts):
-            other = next(
-                one.object for one in facts[place::-1] + facts[::-1] if one.object != fact.object
-            )
-            fact = fact if place % 3 == 0 else replace(fact, object=other)
-            lines.append(json.dumps(asdict(replace(fact, prompts=fact.prompts[:3]))))
+            others = [f.object for f in facts[place::-1] + facts[::-1] if f.object != fact.object]
+            wrong = {"object": others[0]} if place % 3 else {}
+            lines.append(json.dumps(asdict(replace(fact, prompts=fact.prompts[:3], **wrong))))
     file = tmp_path_factory.mktemp("facts") / "mixed.jsonl"
     file.write_text("\n".join(lines), encoding="utf-8")
     return str(file)
@@ -64,30 +62,28 @@ def data(tmp_path_factory):
 def study(data, runs, monkeypatch):
     """Makes studies of these facts, looked through four at a time."""
     monkeypatch.setattr(known, "SCAN_UNIT", 4)
+    usual = dict(model="demo/gpt2", method="ig", data=data, device="cpu")
+    usual |= dict(facts_per_relation=2, known_prompts=2)
+    return lambda **changes: Study("01_localize", **{**usual, **changes})
 
-    def make(**changes):
-        given = dict(
-            model="demo/gpt2",
-            method="ig",
-            data=data,
-            facts_per_relation=2,
-            known_prompts=2,
-            device="cpu",
-        )
-        return Study("01_localize", **{**given, **changes})
 
-    return make
+@pytest.fixture
+def nobody_asks(monkeypatch):
+    """Calling it ends the test where a model is asked from then on."""
+
+    def asked(*_, **__):
+        pytest.fail("the model was asked again")
+
+    return lambda: monkeypatch.setattr(store, "run_units", asked)
 
 
 def seeded(data, relation, seed=0):
     """A relation's facts in the order in which samples of growing size take them."""
-    nested = [
-        load_facts(data, relations=[relation], facts_per_relation=n, seed=seed)
-        for n in range(1, 13)
-    ]
-    return nested[0] + [
-        next(f for f in more if f not in less) for less, more in zip(nested, nested[1:])
-    ]
+    order = []
+    for n in range(1, 13):
+        sample = load_facts(data, relations=[relation], facts_per_relation=n, seed=seed)
+        order += [fact for fact in sample if fact not in order]
+    return order
 
 
 @pytest.mark.parametrize("seed, wanted, prompts", [(0, 2, 2), (3, 2, 1), (0, None, 2), (0, 12, 3)])
@@ -123,47 +119,25 @@ def test_a_relation_that_the_model_hardly_knows_is_not_scanned_to_its_end(study,
     assert few.scan["kept"].sum() == len(facts) < every.scan["kept"].sum()
 
 
-def test_all_notebooks_of_a_run_use_the_facts_that_were_found_once(study, monkeypatch, capsys):
+def test_all_notebooks_of_a_run_use_the_facts_that_were_found_once(study, nobody_asks, capsys):
     first = study()
     facts = first.facts()
     [done] = first.work.values()
     assert done["units"] == done["computed"] > 0
     known_of = f"{first.scan['known'].sum()} known of {first.scan['scanned'].sum()} scanned"
-    said = f"demo/gpt2 {len(facts)} kept, {known_of}"
-    assert said in capsys.readouterr().out
+    assert f"demo/gpt2 {len(facts)} kept, {known_of}" in capsys.readouterr().out
     more = study(facts_per_relation=None, method="sig")
     assert len(more.facts()) > len(facts)
     [all_units] = more.work.values()
     assert all_units["units"] == 6 and all_units["computed"] == 6 - done["units"]
     study().facts()  # one file a model: it is that of the first again
-    monkeypatch.setattr(
-        store, "run_units", lambda *args, **options: pytest.fail("the model was asked again")
-    )
+    nobody_asks()
     for changes in (dict(method="sig"), dict(method=None, methods=["ig"])):
         assert study(**changes).facts() == facts
 
 
-def test_a_scan_that_was_stopped_goes_on_where_it_was(study, monkeypatch):
-    whole, calls = qlutils.score_queries, []
-
-    def stops(*given):
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        calls.append(given)
-        return whole(*given)
-
-    monkeypatch.setattr(qlutils, "score_queries", stops)
-    with pytest.raises(KeyboardInterrupt):
-        study(facts_per_relation=None).facts()
-    monkeypatch.setattr(qlutils, "score_queries", whole)
-    after = study(facts_per_relation=None)
-    after.facts()
-    [done] = after.work.values()
-    assert done["units"] == 6 and done["computed"] == 3
-
-
 def test_notebooks_that_start_together_wait_for_the_one_that_looks(study, monkeypatch):
-    whole, calls = known.scan, []
+    whole, calls, found = known.scan, [], []
 
     def slow(*given):
         calls.append(given)
@@ -171,10 +145,8 @@ def test_notebooks_that_start_together_wait_for_the_one_that_looks(study, monkey
         return whole(*given)
 
     monkeypatch.setattr(known, "scan", slow)
-    studies, found = [study(method=method) for method in ("ig", "sig")], []
-    threads = [
-        threading.Thread(target=lambda one=one: found.append(one.facts())) for one in studies
-    ]
+    studies = [study(method=method) for method in ("ig", "sig")]
+    threads = [Thread(target=lambda one=one: found.append(one.facts())) for one in studies]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -182,22 +154,20 @@ def test_notebooks_that_start_together_wait_for_the_one_that_looks(study, monkey
     assert len(calls) == 1 and len(found) == 2 and found[0] == found[1]
 
 
-def test_how_many_were_scanned_and_kept_stands_beside_every_result_for_each_model(study, capsys):
-    counts = {}
+def test_how_many_were_scanned_and_kept_stands_beside_every_result_for_each_model(study):
+    counts, frame = {}, pd.DataFrame({"n": [1]})
     for model in ("demo/gpt2", "demo/llama2"):
         one = study(model=model)
         localise(one, steps=2)
-        one.table(pd.DataFrame({"n": [1]}), "t", "A caption", "A note.")
+        one.table(frame, "t", "A caption", "A note.")
         one.record()
         counts[model] = one.scan.drop(columns="relation").sum().to_dict()
-        entry = json.loads((one.results / "run.json").read_text())["01_localize"]
-        assert (
-            entry["known_facts"] == {model: counts[model]}
-            and entry["facts"] == counts[model]["kept"]
-        )
+        entry = read_record(one.results / "run.json")["01_localize"]
+        assert entry["known_facts"] == {model: counts[model]}
+        assert entry["facts"] == counts[model]["kept"]
         assert entry["parameters"]["known_prompts"] == 2
     both = study(model=None, method=None, models=list(counts))
-    both.table(pd.DataFrame({"n": [1]}), "t", "A caption")
+    both.table(frame, "t", "A caption")
     notes = {"one": (one.results / "t.md").read_text(), "both": (both.results / "t.md").read_text()}
     for model, n in counts.items():
         said = f"{model} {n['kept']} kept, {n['known']} known of {n['scanned']} scanned"
@@ -208,20 +178,15 @@ def test_how_many_were_scanned_and_kept_stands_beside_every_result_for_each_mode
     assert table["facts"].tolist() == [n["kept"] for n in counts.values()]
 
 
-def test_the_report_names_what_was_not_looked_for_and_does_not_look(study, monkeypatch):
-    one = study()
+def test_the_report_names_what_was_not_looked_for_and_does_not_look(study, nobody_asks):
+    one, models = study(), ["demo/gpt2", "demo/llama2"]
     localise(one, steps=2)
     one.record()
-    monkeypatch.setattr(
-        store, "run_units", lambda *args, **options: pytest.fail("the report asked a model")
-    )
-    both = study(model=None, method=None, models=["demo/gpt2", "demo/llama2"], known_prompts=1)
-    found, missing = SavedResults(both, ["demo/gpt2", "demo/llama2"], ["ig"], []).frames("queries")
-    assert (
-        found == {}
-        and len(missing) == 2
-        and all("not looked for with these parameters" in why for why in missing)
-    )
+    nobody_asks()
+    both = study(model=None, method=None, models=models, known_prompts=1)
+    found, missing = SavedResults(both, models, ["ig"], []).frames("queries")
+    assert found == {} and len(missing) == 2
+    assert all("not looked for with these parameters" in why for why in missing)
     assert both.facts_note() == "" and both.known_counts() == {}
 
 
@@ -229,7 +194,7 @@ def test_a_run_of_all_facts_says_nothing_of_known_ones(study):
     one = study(known_prompts=0)
     assert one.facts_note() == "" and len(one.facts()) == 4
     one.record()
-    assert "known_facts" not in json.loads((one.results / "run.json").read_text())["01_localize"]
+    assert "known_facts" not in read_record(one.results / "run.json")["01_localize"]
 
 
 def test_a_query_that_cannot_be_read_is_not_answered():
@@ -241,7 +206,7 @@ def test_a_query_that_cannot_be_read_is_not_answered():
 @pytest.mark.parametrize(
     "given, said",
     [
-        (-1, "known_prompts -1: want a number of prompts"),
+        (-1, "known_prompts -1: want an integer"),
         (True, "known_prompts True"),
         (1.5, "known_prompts 1.5"),
         (4, r"known_prompts 4: want a number of prompts \(0: all facts; no fact has more than 3"),
@@ -253,47 +218,30 @@ def test_a_number_of_prompts_that_means_nothing_is_refused(study, given, said):
 
 
 def test_a_model_that_knows_none_of_the_facts_is_named_with_what_was_asked(study, tmp_path):
-    lines = [
-        dict(subject=f"s{i}", object="zebra", prompts=["the capital of France is", "it lies in"])
-        for i in range(5)
-    ]
+    prompts = ["the capital of France is", "it lies in"]
+    lines = [dict(subject=f"s{i}", object="zebra", prompts=prompts) for i in range(5)]
     (tmp_path / "none.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    said = (
+        r"demo/gpt2 answers at least known_prompts=1 prompts of none of the 5 facts of "
+        r".*none.jsonl; it answers 0 of 10 queries, at most 0 of one fact"
+    )
     for _ in range(2):  # found out, and read back
-        with pytest.raises(
-            ValueError,
-            match=r"demo/gpt2 answers at least known_prompts=1 prompts of none of the 5 facts of "
-            r".*none.jsonl; it answers 0 of 10 queries, at most 0 of one fact",
-        ):
+        with pytest.raises(ValueError, match=said):
             study(data=str(tmp_path / "none.jsonl"), known_prompts=1).facts()
 
 
-# --- the driver ----------------------------------------------------------------------------
-def test_the_driver_takes_and_checks_known_prompts_before_anything_starts(data, runs, capsys):
-    for given, said in (
-        (["-1"], "--known-prompts -1: want"),
-        (["4"], "no fact has more than 3"),
-    ):
-        assert run.main(["--models", "demo/gpt2", "--data", data, "--known-prompts", *given]) == 2
-        assert said in capsys.readouterr().err
-    args = parser().parse_args(["--models", "demo/gpt2", "--data", data, "--known-prompts", "2"])
+def test_the_driver_takes_known_prompts_and_its_plan_says_what_it_cannot_know(data, runs, capsys):
+    options = ["--models", "demo/gpt2", "--methods", "ig", "--data", data]
+    args = parser().parse_args([*options, "--known-prompts", "2"])
     jobs, every = plan_jobs(args, paths.NOTEBOOKS)
     assert all(job.parameters["known_prompts"] == 2 for job in jobs)
-    assert (
-        "24 facts of 2 relations" in (said := capsys.readouterr().err)
-        and "2 a relation with at least 2 prompts" in said
-    )
+    said = capsys.readouterr().err
+    assert "24 facts of 2 relations" in said and "with at least 2 prompts" in said
     args.facts_per_relation = 1
     assert plan_jobs(args, paths.NOTEBOOKS)[1] == every  # it depends on all that may be looked at
-
-
-def test_a_plan_says_what_it_cannot_know(data, runs, capsys):
-    options = ["--plan", "--models", "demo/gpt2", "--methods", "ig", "--data", data]
-    assert run.main(options) == 0
+    assert run.main(["--plan", *options]) == 0
     assert "known" not in capsys.readouterr().out
-    assert run.main([*options, "--known-prompts", "2"]) == 0
+    assert run.main(["--plan", *options, "--known-prompts", "2"]) == 0
     said = capsys.readouterr().out
-    assert (
-        "scan hours" in said
-        and "is not known before it is asked" in said
-        and "hours a model at most" in said
-    )
+    for part in ("scan hours", "is not known before it is asked", "hours a model at most"):
+        assert part in said
