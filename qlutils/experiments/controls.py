@@ -48,34 +48,31 @@ from qlutils.show.stats import (
 GROUP = 3  # queries a group: CS2 grows with their number, so every control has as many
 
 
-class Group(NamedTuple):
-    """What a group of queries has in common: the columns where its members are equal, and those
-    where any two next to each other differ."""
-
-    what: str
-    equal: list = []
-    differ: list = []
-
-
+# Kinds of groups, and what the queries of a group have in common: the columns where they are equal,
+# and those where any two next to each other differ.
 NULLS = {
-    "own": Group("the fact's own queries"),
-    "same pattern": Group("one pattern, different objects", ["pattern"], ["fact", "object"]),
-    "other objects": Group(
-        "different patterns and objects, one relation",
-        ["relation"],
-        ["fact", "object", "pattern"],
-    ),
-    "other relations": Group(
-        "different patterns and objects, different relations",
-        [],
-        ["fact", "object", "pattern", "relation"],
-    ),
-    "same object": Group(
-        "different facts and patterns, one object",
-        ["object"],
-        ["fact", "pattern"],
-    ),
-    "random": Group("random neurons, as many in each layer"),
+    "own": {"what": "the fact's own queries"},
+    "same pattern": {
+        "what": "one pattern, different objects",
+        "equal": ["pattern"],
+        "differ": ["fact", "object"],
+    },
+    "other objects": {
+        "what": "different patterns and objects, one relation",
+        "equal": ["relation"],
+        "differ": ["fact", "object", "pattern"],
+    },
+    "other relations": {
+        "what": "different patterns and objects, different relations",
+        "equal": [],
+        "differ": ["fact", "object", "pattern", "relation"],
+    },
+    "same object": {
+        "what": "different facts and patterns, one object",
+        "equal": ["object"],
+        "differ": ["fact", "pattern"],
+    },
+    "random": {"what": "random neurons, as many in each layer"},
 }
 
 
@@ -103,12 +100,7 @@ def agreement(sets: list[set], seed=0) -> dict:
 # --- 1: groups of queries that are no fact's ------------------------------------------------------
 
 
-def null_consistency(
-    queries,
-    num_neurons=None,
-    t=0.2,
-    seed=0,
-) -> pd.DataFrame:
+def null_consistency(queries, num_neurons=None, t=0.2, seed=0) -> pd.DataFrame:
     """`agreement` of groups of 3 queries, a row a fact and kind of NULLS: fact, relation, kind,
     n_queries, cs2, jaccard.
 
@@ -153,14 +145,14 @@ def subject_in(subject: str) -> re.Pattern:
     return re.compile(rf"(?<!\w){re.escape(subject)}(?!\w)")
 
 
-def _draw(codes, start, kind: Group, rng) -> list[int]:
+def _draw(codes, start, kind: dict, rng) -> list[int]:
     """Rows of a group of GROUP queries, or fewer where the data has no more that fit."""
     members, allowed = [start], np.ones(len(codes["fact"]), bool)
     while len(members) < GROUP:
         last = members[-1]
-        for name in kind.equal:
+        for name in kind["equal"]:
             allowed &= codes[name] == codes[name][last]
-        for name in kind.differ:
+        for name in kind["differ"]:
             allowed &= codes[name] != codes[name][last]
         if not allowed.any():
             break
@@ -255,13 +247,7 @@ def split_half(
 # --- 7: is K_II only ignorance? -------------------------------------------------------------------
 
 
-def knowledge(
-    queries,
-    *,
-    t=0.2,
-    static=0.1,
-    seed=0,
-) -> pd.DataFrame:
+def knowledge(queries, *, t=0.2, static=0.1, seed=0) -> pd.DataFrame:
     """CS2 against knowledge, a row a statistic: value with its 95 % interval, n facts (of a
     difference, and n_other).
 

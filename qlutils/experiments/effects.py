@@ -96,8 +96,9 @@ def _other_facts_neurons(queries, sets, kind, seed):
     """For each query sorted neurons of one other fact, of its relation or of another."""
     others, drawn = OtherFacts(queries, sets), []
     for fact, index, neurons in zip(queries["fact"], queries["prompt_index"], sets):
-        rng, same = seeded(seed, fact, index, kind), kind == "same_relation"
-        drawn.append(sorted(others.draw(neurons, fact, rng, same_relation=same)))
+        rng = seeded(seed, fact, index, kind)
+        found = others.draw(neurons, fact, rng, same_relation=kind == "same_relation")
+        drawn.append(sorted(found))
     return drawn
 
 
@@ -155,7 +156,12 @@ def summary(
 
     See `all_statistics`; undefined: values that are NaN; empty: share of empty sets; size: their
     mean size."""
-    levels = {"threshold": thresholds, "set": sets, "direction": directions, "class": CLASSES}
+    levels = {
+        "threshold": thresholds,
+        "set": sets,
+        "direction": directions,
+        "class": CLASSES,
+    }
     rows = []
     for population in populations:
         for keys, part in cells(POPULATIONS[population](frame), levels):
@@ -209,7 +215,11 @@ def contrast(
                 seed=seed,
             )
         for name in (*CLASSES, "II - I"):
-            keys = {"threshold": threshold, "queries": queries, "class": name}
+            keys = {
+                "threshold": threshold,
+                "queries": queries,
+                "class": name,
+            }
             rows.append(keys | all_statistics(found[name]))
     return pd.DataFrame(rows)
 
@@ -267,15 +277,14 @@ def predominance_table(facts, seed=0) -> pd.DataFrame:
 def top_tokens(winners) -> pd.DataFrame:
     """The eight tokens that are most often the most attended one, with and without the first token
     of a prompt: in how many queries, and with what mean share of the attention."""
-    parts = []
+    parts = {}
     for counted, end in (("all tokens", ""), ("without the first", "_rest")):
-        groups = winners.groupby(f"token{end}")[f"share{end}"]
-        found = groups.agg(queries="size", attention="mean").rename_axis("token").reset_index()
-        found["token"] = found["token"].map(repr)
-        found.insert(0, "counted", counted)
-        found.insert(3, "share_of_queries", found["queries"] / len(winners))
-        parts.append(found.sort_values(["queries", "token"], ascending=[False, True]).head(8))
-    return pd.concat(parts, ignore_index=True)
+        tokens = winners[f"token{end}"].map(repr).rename("token")
+        groups = winners[f"share{end}"].groupby(tokens)
+        found = groups.agg(queries="size", share_of_queries="size", attention="mean")
+        found["share_of_queries"] /= len(winners)
+        parts[counted] = found.sort_values(["queries", "token"], ascending=[False, True]).head(8)
+    return pd.concat(parts, names=["counted"]).reset_index()
 
 
 # --- synapses (Eq. 5, 6) --------------------------------------------------------------------------

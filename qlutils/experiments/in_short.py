@@ -97,11 +97,8 @@ class Reading(Case):
             self.static,
         )
 
-    def entry(self) -> dict:
-        return self.saved.entry("01", self.model, self.method)
-
-    def data(self) -> str:
-        folder = Path(self.entry()["parameters"]["data"])
+    def data(self, path) -> str:
+        folder = Path(path)
         return folder.parent.name if folder.name == "data" else folder.name
 
     def ran(self, number) -> list:
@@ -162,9 +159,6 @@ class Reading(Case):
             if len(part) or control == "none":
                 name = f"{PAPER_OP[op].capitalize()} of {whose}"
                 yield name, count(part["n_neurons"].mean()), part
-
-    def synapses(self) -> pd.DataFrame:
-        return synapse_rates(self.frame("knowledge_synapses"), "probability")
 
     def marks(self) -> dict:
         """{mark: claims}"""
@@ -231,6 +225,7 @@ _NAMES = dict(
     more=more,
     notebooks=NOTEBOOKS,
     operations=PAPER_OP,
+    synapse_rates=synapse_rates,
 )
 TOPICS = dict(re.findall(r"(?ms)^## (.*?)\n(.*?)(?=^##|\Z)", _TEXT))
 

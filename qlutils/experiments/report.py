@@ -225,7 +225,7 @@ def null_groups(
         size = saved.of(model).lm().num_neurons if load_models else None
         groups = controls.null_consistency(frame, size, t, seed)
         found[model, method] = controls.summarise(groups, seed=seed)
-    names = {kind: group.what for kind, group in controls.NULLS.items()}
+    names = {kind: group["what"] for kind, group in controls.NULLS.items()}
     return together(found).replace({"kind": names})
 
 
