@@ -384,15 +384,7 @@ def _empty_classes(frame) -> str:
     return "; ".join(f"{_label(at)}: no fact is in {_label(name)}" for at, name in empty)
 
 
-def figure_bars(
-    frame,
-    *,
-    row,
-    column,
-    x="set",
-    y="trimmed",
-    control="",
-):
+def figure_bars(frame, *, row, column, x="set", y="trimmed", control=""):
     """Figures 4 and 6: bars of a table of `effects.summary` by `x` and class, those of known
     queries beside where there are any, `control` (what it is, in words) hollow; a row of panels
     each level of column `row` of the frame, a column each of `column` (one column lies down)."""
