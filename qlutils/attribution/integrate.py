@@ -75,7 +75,7 @@ def _fixed_sum(replay, spec):
     the paths' beginnings."""
     paths = replay.paths
     queries, baselines, layers, _ = paths.factor.shape
-    points = fixed_plan(spec.rule, spec.steps, baselines)
+    points, at_end = fixed_plan(spec.rule, spec.steps, baselines)
     size = max(1, spec.row_budget // (layers * queries))
     points = (on_device(one, replay.target.device) for one in points)
     parts = zip(*(one.split(size, 1) for one in points))
@@ -90,6 +90,8 @@ def _fixed_sum(replay, spec):
         of_baseline = of_baseline.mT.to(mean)
         for layer, gradient in enumerate(gradients):
             mean[:, :, layer] += of_baseline @ gradient.to(mean)
+    if at_end:
+        mean += at_end * replay.gradients_at_end()[:, None]
     first = torch.cat(p, 2)[:, :, :baselines]  # the paths' beginnings, see `fixed_plan`
     converged = torch.ones(queries, dtype=torch.bool)
     evaluations = torch.full((queries, layers), spec.steps, dtype=torch.float64)

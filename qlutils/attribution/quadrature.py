@@ -47,14 +47,18 @@ def _clenshaw_curtis(count):
     return (1 - np.cos(angle)) / 2, weights
 
 
-def fixed_plan(rule: str, steps: int, baselines: int) -> tuple[Tensor, Tensor, Tensor]:
+def fixed_plan(rule: str, steps: int, baselines: int) -> tuple[tuple[Tensor, ...], float]:
     """(baseline, node, weight), each (1, P), of the points of a rule with the same nodes
     everywhere. The first points are the paths' beginnings, of weight 0 where the rule has no node
-    there, because the completeness gap needs P at them."""
+    there, because the completeness gap needs P at them. A node at the paths' ends, where one row
+    serves all layers and baselines, is left out, and its weight given apart (0: there is none)."""
     nodes, weights = quadrature(rule, steps)
+    at_end = weights[-1] if nodes[-1] == 1 else 0.0
+    if at_end:
+        nodes, weights = nodes[:-1], weights[:-1]
     if nodes[0] != 0:
         nodes = np.insert(nodes, 0, 0.0)
         weights = np.insert(weights, 0, 0.0)
     baseline = np.tile(np.arange(baselines), len(nodes))
     points = baseline, nodes.repeat(baselines), weights.repeat(baselines)
-    return tuple(torch.from_numpy(one)[None] for one in points)
+    return tuple(torch.from_numpy(one)[None] for one in points), float(at_end)
