@@ -10,7 +10,6 @@ import shlex
 import signal
 import sys
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 from qlutils import paths
@@ -40,9 +39,11 @@ def main(argv=None, notebooks=None):
                 return print_plan(args, jobs)
             fetch_inputs(jobs)
             with locked(root / ".lock"), scheduler(args.workers, args.scheduler) as address:
-                at_once = args.jobs or _default_jobs(args.models, address)
+                # a notebook of a small model keeps a core busy half of its time
+                small = address is None and all(name.startswith("demo/") for name in args.models)
+                at_once = args.jobs or (min(4, CORES) if small else 1)
                 return run_jobs(Run(jobs, root, facts, command, at_once), address)
-    except (ValueError, OSError) as error:  # StoreError is one
+    except (ValueError, OSError, ModuleNotFoundError) as error:  # such as distributed
         print(f"run_all.sh: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:
@@ -62,14 +63,6 @@ def _check_options(args):
     for name, number in numbers.items():
         if number is not None:
             check(name, number, 1)
-    if (args.workers or args.scheduler) and not find_spec("distributed"):
-        raise ValueError("--workers and --scheduler need dask: pip install -e '.[cluster]'")
-
-
-def _default_jobs(models, address):
-    """How many notebooks run at a time: one of a small model keeps a core busy half of its time."""
-    small = address is None and all(model.startswith("demo/") for model in models)
-    return min(4, CORES) if small else 1
 
 
 @contextmanager

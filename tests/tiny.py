@@ -10,6 +10,7 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import nbformat
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -339,3 +340,12 @@ def readme_table(heading):
     rows = re.search(r"(^\|.*\n)+", text, re.M)[0].splitlines()
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+
+
+def write_notebook(folder, name, parameters, *cells):
+    """A notebook with a cell of parameters and others, for a kernel that is not there."""
+    kernel = {"name": "python3", "display_name": "x", "language": "python"}
+    book = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
+    book.cells = [nbformat.v4.new_code_cell(cell) for cell in (parameters, *cells)]
+    book.cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(book, folder / f"{name}.ipynb")

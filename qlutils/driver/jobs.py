@@ -2,7 +2,6 @@
 
 import ast
 import os
-import re
 import sys
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -10,11 +9,11 @@ from pathlib import Path
 
 import qlutils
 from qlutils import paths
-from qlutils.checks import check
-from qlutils.facts import load_facts, perplexity_texts
+from qlutils.facts import perplexity_texts
 from qlutils.files import sha256
 from qlutils.study.identity import model_content
 from qlutils.study.known import check_known_prompts
+from qlutils.study.notebook import Study
 from qlutils.study.parameters import check_given, declared_parameters
 
 # 01 runs per model and method, 02 per model; the others per model and downstream method
@@ -43,7 +42,7 @@ class Job:
 
     @property
     def label(self):
-        return " ".join(filter(None, [self.notebook.stem, self.shown or self.model, self.method]))
+        return " ".join(filter(None, [self.notebook.stem, self.shown, self.method]))
 
     def is_of(self, number):
         """Whether this is the notebook with a number, or the report."""
@@ -53,9 +52,8 @@ class Job:
         """Whether this job reads what another made: the report of all, the others of 01."""
         if self.is_of(LAST):
             return not other.is_of(LAST)
-        if self.is_of(FIRST) or not other.is_of(FIRST) or other.model != self.model:
-            return False
-        return self.is_of(paths.COMPARES) or other.method == self.method
+        makes = other.is_of(FIRST) and other.model == self.model and not self.is_of(FIRST)
+        return makes and self.method in (None, other.method)
 
 
 def plan_jobs(args, folder):
@@ -63,60 +61,49 @@ def plan_jobs(args, folder):
     be run.
 
     Every notebook of the folder becomes jobs, so that each knows what it `needs`; those of the
-    notebooks asked for (`--only`) are returned, less those of notebook 01 for a method that only
-    later notebooks have: what they need and nobody makes they make themselves."""
+    notebooks asked for (`--only`) are returned: what they need and nobody makes they make
+    themselves."""
     shared, extra = shared_parameters(args), extra_parameters(args)
-    facts = facts_of_run(args, shared, extra)
     found = sorted(folder.glob("[0-9][0-9]_*.ipynb")) + sorted(folder.glob(f"{LAST}.ipynb"))
-    if not found:
-        raise ValueError(f"no notebook in {folder}")
-    for prefix in args.only or ():
-        if not prefix or not any(path.stem.startswith(prefix) for path in found):
-            raise ValueError(f"--only {prefix}: there are {', '.join(path.stem for path in found)}")
-    only = tuple(args.only or [""])
-    chosen = [path for path in found if path.stem.startswith(only)]
-    check_extra(extra, [declared_parameters(path) for path in chosen], shared)
+    only = args.only or [""]
+    for prefix in only:
+        if not any(path.stem.startswith(prefix) for path in found):
+            known = ", ".join(path.stem for path in found)
+            raise ValueError(f"--only {prefix}: there are {known or 'no notebooks'} in {folder}")
+    declared = {notebook: declared_parameters(notebook) for notebook in found}
+    chosen = [notebook for notebook in found if notebook.stem.startswith(tuple(only))]
+    check_extra(extra, [declared[notebook] for notebook in chosen], shared)
+    facts = facts_of_run(shared, extra)
     jobs = []
     for notebook in found:
-        declared = declared_parameters(notebook)
         for model, method in models_and_methods(notebook.stem, shared):
             wanted = {**shared, "model": model, "method": method, **extra}
-            given = {name: wanted[name] for name in declared if name in wanted}
+            given = {name: wanted[name] for name in declared[notebook] if name in wanted}
             shown = model and paths.label(model, shared["models"])
             jobs.append(Job(notebook, model, method, given, shown))
     for job in jobs:
         job.needs = [other.name for other in jobs if job.reads(other)]
-    planned = [job for job in jobs if job.notebook in chosen]
-    unasked = set(shared["downstream_methods"]) - set(shared["methods"])
-    return [job for job in planned if not (job.is_of(FIRST) and job.method in unasked)], facts
+    return [job for job in jobs if job.notebook in chosen], facts
 
 
 def models_and_methods(stem, shared):
-    """The (model, method) pairs for which a notebook runs; of 01 also those that others need."""
+    """The (model, method) pairs for which a notebook runs."""
     if stem == LAST:
         return [(None, None)]
-    downstream = shared["downstream_methods"]
-    every = list(dict.fromkeys(shared["methods"] + downstream))
-    methods = {FIRST: every, paths.COMPARES: [None]}.get(stem[:2], downstream)
-    return list(product(shared["models"], methods))
+    methods = {FIRST: shared["methods"], paths.COMPARES: [None]}
+    return product(shared["models"], methods.get(stem[:2], shared["downstream_methods"]))
 
 
 def shared_parameters(args):
     """{name: value} of the parameters that options of their own set."""
     for model in args.models:
         model_content(model)  # ValueError for a bundled model or a folder that is not there
-    if args.device and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", args.device):
-        raise ValueError(f"--device {args.device}: want cpu, cuda or cuda:N")
+    same = "relations known_prompts seed device dtype output".split()
     models = [_absolute(model) if paths.is_local(model) else model for model in args.models]
     return {
+        **{name: getattr(args, name) for name in same},
         "data": args.data if args.data in ("demo", "pararel") else _absolute(args.data),
-        "relations": args.relations,
         "facts_per_relation": None if args.full else args.facts_per_relation,
-        "known_prompts": args.known_prompts,
-        "seed": args.seed,
-        "device": args.device,
-        "dtype": args.dtype,
-        "output": args.output,
         "models": list(dict.fromkeys(models)),
         "methods": list(dict.fromkeys(args.methods)),
         "downstream_methods": list(dict.fromkeys(args.downstream_methods)),
@@ -126,76 +113,60 @@ def shared_parameters(args):
 def extra_parameters(args):
     """{name: value} of the options -p: Python literals, or else texts."""
     extra = {name: literal(value) for name, value in args.parameter}
-    if extra.get("corpus", "demo") not in ("demo", "wikitext-2"):
-        if not os.path.exists(str(extra["corpus"])):
+    corpus = str(extra.get("corpus", "demo"))
+    if corpus not in ("demo", "wikitext-2"):
+        if not os.path.exists(corpus):
             raise ValueError(
-                f"-p corpus {extra['corpus']}: there is no such file or folder; want demo, "
-                "wikitext-2, or a text file"
+                f"-p corpus {corpus}: there is no such file or folder; want demo, wikitext-2, or a "
+                "text file"
             )
-        extra["corpus"] = os.path.realpath(extra["corpus"])  # notebooks run in their own folder
+        extra["corpus"] = os.path.realpath(corpus)  # notebooks run in their own folder
     return extra
 
 
 def check_extra(extra, declared, shared):
     """ValueError unless some notebook has each parameter of -p, of this type and range."""
-    own = {*shared, "model", "method"}
-    others = sorted({name for known in declared for name in known} - own)
-    for name, value in extra.items():
-        if name in own:
+    others = {name: default for known in declared for name, default in known.items()}
+    for name in (*shared, "model", "method"):
+        others.pop(name, None)
+        if name in extra:
             raise ValueError(f"-p {name}: an option of its own sets it, see --help")
-        if name not in others:
-            raise ValueError(
-                f"-p {name}: none of these notebooks has this parameter; they have "
-                f"{', '.join(others) or 'none'}"
-            )
-        for defaults in declared:
-            if name in defaults:
-                check_given({name: value}, defaults)
+    check_given(extra, others)
 
 
-def facts_of_run(args, shared, extra):
+def facts_of_run(shared, extra):
     """A hash of the facts of a run and of all facts of their relations, from which edits draw new
     objects. Says how many facts there are."""
-    count, known = shared["facts_per_relation"], args.known_prompts
-    options = {"relations": args.relations, "middle": extra.get("middle", "cut")}
-    if count is not None:
-        check("--facts-per-relation", count, 1)
-    sample = None if known else count
-    facts = load_facts(shared["data"], **options, seed=args.seed, facts_per_relation=sample)
-    check_known_prompts(known, facts, "--known-prompts")
-    taken = f": a sample of {count} a relation, --full takes all" if count else ""
-    if known:
-        wanted = f"{count} a relation" if count else "all"
-        taken = (
-            f", in which each model looks for {wanted} with at least {known} prompts that it "
-            "answers"
-        )
+    count, known = shared["facts_per_relation"], shared["known_prompts"]
+    study = Study("run", **shared, **extra)
+    facts = study.candidates(None if known else count)
+    check_known_prompts(known, facts)
     relations = {fact.relation for fact in facts}
-    print(
-        f"{len(facts)} facts of {len(relations)} relations from {args.data}{taken}", file=sys.stderr
-    )
-    every = load_facts(shared["data"], **options, warn=False)
-    named = [[fact.relation, fact.subject, fact.object] for fact in every]
-    return sha256([[asdict(fact) for fact in facts], named])
+    taken = f"{len(facts)} facts of {len(relations)} relations from {study.data}"
+    wanted = "all (--full)" if count is None else f"{count} a relation, not all (--full)"
+    if known:
+        wanted = f"for each model {wanted} with at least {known} prompts that it answers"
+    print(f"{taken}: {wanted}", file=sys.stderr)
+    return sha256([[asdict(fact) for fact in facts], study.objects])
 
 
 def fetch_inputs(jobs):
     """Download and check what the jobs will read beside the facts: models with their tokenizers,
     and the text for perplexity. ValueError names what cannot be had: a run of hours must not fail
     for want of it at its end."""
-    models, corpora = {}, {}
+    models, corpora = [], []
     for job in jobs:
         known = {**declared_parameters(job.notebook), **job.parameters}
         if job.model:
-            models[job.model] = True
+            models.append(job.model)
         elif known.get("control_models"):  # the report's controls compute
-            models |= dict.fromkeys(known.get("models", ()))
+            models += known.get("models", ())
         if "corpus" in known:
-            corpora[known["corpus"]] = True
-    for model in models:
+            corpora.append(known["corpus"])
+    for model in dict.fromkeys(models):
         if not model.startswith("demo/"):  # bundled
             qlutils.fetch_model(model)
-    for corpus in corpora:
+    for corpus in dict.fromkeys(corpora):
         perplexity_texts(corpus)
 
 

@@ -11,8 +11,10 @@ import pandas as pd
 
 import qlutils
 from qlutils import paths
-from qlutils.facts import load_facts, prompt_tokens
+from qlutils.driver.jobs import FIRST
+from qlutils.facts import prompt_tokens
 from qlutils.model import pretrained
+from qlutils.study.notebook import Study
 
 # of the matmul rate that attribution reaches, on a CPU and on a GPU; tests/benchmarks measures it
 FRACTION = 0.7
@@ -23,6 +25,13 @@ BATCH_BYTES = 2**29  # activations of a batch on a CPU (attribution.attribute.CP
 QUERY_BYTES = 2500  # a stored query: its sparse scores, compressed
 # model types whose MLP has two matrices, not three
 UNGATED = "gpt2 gpt_neo gptj codegen gpt_neox opt bloom falcon phi starcoder2".split()
+LOCALISATION = """\
+Hours in all: {:,.3g} for localisation on one such device; notebooks 03-07 and the report come on \
+top. Nothing was started."""
+KNOWN = """\
+Which facts a model knows, and so how many there are to localise, is not known before it is asked: \
+the numbers above are for as many facts as may be kept, and a model may know fewer.
+Looking for them takes {:,.3g} hours a model at most, when every fact is asked."""
 
 
 class Shape(NamedTuple):
@@ -47,22 +56,18 @@ SHAPES = {
     "gpt2": Shape(12, 768, 3072, 50257, 1.0, False),
     "meta-llama/Llama-2-7b-hf": Shape(32, 4096, 11008, 32000, 1.0, True),
     "meta-llama/Meta-Llama-3-8B": Shape(32, 4096, 14336, 128256, 0.25, True),
-}
-PRETRAINED_SHAPES = {
     "pretrained/smollm2-135m": Shape(30, 576, 1536, 49152, 1 / 3, True),
     "pretrained/gemma-3-270m": Shape(18, 640, 2048, 262144, 1.0, True),
 }
 
 
 def model_shape(name):
-    """The shape of a model from its local configuration, or from the tables above."""
-    if name in PRETRAINED_SHAPES:
-        return PRETRAINED_SHAPES[name]
+    """The shape of a model from its local configuration, or from the table above."""
     folder = Path(name).expanduser()
     if name.startswith("demo/"):
         folder = paths.DEMO / "models" / name.removeprefix("demo/")
-    elif pretrained.is_gguf(name):
-        folder = Path(pretrained.folder(name))
+    elif paths.is_gguf_path(name):
+        folder = pretrained.folder(name)
     if folder.is_dir():
         return _configured_shape(folder)
     if name not in SHAPES:
@@ -76,28 +81,30 @@ def model_shape(name):
 def _configured_shape(folder):
     from transformers import AutoConfig
 
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-        layers, width = config.num_hidden_layers, config.hidden_size
-        heads, said = config.num_attention_heads, config.to_dict().get
-    except (AttributeError, OSError, ValueError) as error:
-        raise ValueError(f"no shape can be read from {folder / 'config.json'}: {error}") from None
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    layers, width = config.num_hidden_layers, config.hidden_size
+    heads, said = config.num_attention_heads, config.to_dict().get
     neurons = said("intermediate_size") or said("n_inner") or said("ffn_dim") or 4 * width
     kv = (said("num_key_value_heads") or heads) / heads
     return Shape(layers, width, neurons, config.vocab_size, kv, config.model_type not in UNGATED)
 
 
+def baselines(method, tokens):
+    """How many a prompt has."""
+    return tokens if method == "sig" else 1
+
+
 def query_flops(shape, method, steps, tokens):
     """Floating-point operations of one answer token's attribution: forward and backward of `steps`
     rows a layer (and baseline) through the layers above and the unembedding."""
-    rows = steps * (tokens if method == "sig" else 1)
+    rows = steps * baselines(method, tokens)
     through_layers = 4 * shape.layer_weights * rows * shape.layers * (shape.layers + 1) / 2
     return through_layers + 4 * rows * shape.layers * shape.width * shape.vocabulary
 
 
 def query_seconds(shape, method, steps, tokens, rate, gpu):
     """Seconds of one answer token's attribution on a device of `rate` FLOP/s."""
-    fixed = GPU_SECONDS * (2 + (tokens if method == "sig" else 1)) if gpu else 0.0
+    fixed = GPU_SECONDS * (2 + baselines(method, tokens)) if gpu else 0.0
     return query_flops(shape, method, steps, tokens) / (FRACTION * rate) + fixed
 
 
@@ -123,38 +130,38 @@ def matmul_rate(device, dtype, shape):
     return name, kind, 2 * rows * shape.width * shape.neurons / seconds
 
 
-def plan(facts, models, methods, asked, steps, answer, *, device=None, dtype=None):
-    """A row a model and method: queries, rows, FLOPs, hours on this device, memory and disk.
-
-    asked: the facts that may have to be asked to find those that a model knows."""
+def plan(study, models, methods, spec):
+    """A row a model and method: queries, rows, FLOPs, hours on this device, memory and disk; with
+    `known_prompts` for as many facts as may be kept, and the hours of asking every fact."""
+    facts = study.candidates(study.facts_per_relation, warn=False)
+    asked = study.candidates(warn=False) if study.known_prompts else []
     prompts = [prompt for fact in facts for prompt in fact.prompts]
     tokens = sum(map(prompt_tokens, prompts)) / len(prompts)
     answers = 0  # tokens that are attributed
     for fact in facts:
-        length = max(1.0, prompt_tokens(fact.object)) if answer == "all" else 1
+        length = max(1.0, prompt_tokens(fact.object)) if spec.answer == "all" else 1
         answers += length * len(fact.prompts)
     scanned = sum(prompt_tokens(f"{prompt} {f.object}") for f in asked for prompt in f.prompts)
     rows = []
     for model in models:
         shape = model_shape(model)
-        name, kind, rate = matmul_rate(device, dtype, shape)
-        gpu = not name.startswith("cpu")
+        name, kind, rate = matmul_rate(study.device, study.dtype, shape)
+        reached, gpu = FRACTION * rate, not name.startswith("cpu")
         weights = shape.layers * shape.layer_weights + 2 * shape.vocabulary * shape.width
         for method in methods:
-            baselines = tokens if method == "sig" else 1
-            seconds = query_seconds(shape, method, steps, tokens, rate, gpu) * answers
+            work = shape, method, spec.steps, tokens
             row = {
                 "model": model,
                 "method": method,
                 "facts": len(facts),
                 "queries": len(prompts),
-                "rows": steps * shape.layers * answers * baselines,
-                "PFLOP": query_flops(shape, method, steps, tokens) * answers / 1e15,
+                "rows": spec.steps * baselines(method, tokens) * shape.layers * answers,
+                "PFLOP": query_flops(*work) * answers / 1e15,
                 "device": name,
                 "dtype": kind,
-                "TFLOP/s": FRACTION * rate / 1e12,
-                "hours": seconds / 3600,
-                "scan hours": 2 * weights * scanned / (FRACTION * rate) / 3600,
+                "TFLOP/s": reached / 1e12,
+                "hours": query_seconds(*work, rate, gpu) * answers / 3600,
+                "scan hours": 2 * weights * scanned / reached / 3600,
                 "memory GB": (weights * DTYPE_BYTES[kind] + BATCH_BYTES) / 1e9,
                 "disk GB": len(prompts) * QUERY_BYTES / 1e9,
             }
@@ -165,31 +172,20 @@ def plan(facts, models, methods, asked, steps, answer, *, device=None, dtype=Non
 
 def print_plan(args, jobs):
     """Print what notebook 01 of these jobs would cost. Returns the exit status, 0."""
-    first = [job for job in jobs if job.is_of("01")]
+    first = [job for job in jobs if job.is_of(FIRST)]
     if not first:
         raise ValueError("--plan: with these options nothing is localised")
-    given = first[0].parameters
+    study = Study(FIRST, **first[0].parameters)
+    chosen = {"steps", "rule", "answer", "site", "amig_factor"} & study.parameters.keys()
+    spec = qlutils.Spec(**{name: study.parameters[name] for name in chosen})  # or ValueError
     models, methods = dict.fromkeys(args.models), dict.fromkeys(args.methods)
-    chosen = {"steps", "rule", "answer", "site", "amig_factor"} & given.keys()
-    spec = qlutils.Spec(**{name: given[name] for name in chosen})  # or ValueError
-    data = {"relations": args.relations, "middle": given.get("middle", "cut"), "warn": False}
-    sample = {"facts_per_relation": given["facts_per_relation"], "seed": args.seed}
-    facts = load_facts(given["data"], **data, **sample)
-    asked = load_facts(given["data"], **data) if args.known_prompts else ()
-    device = {"device": args.device, "dtype": args.dtype}
-    costs = plan(facts, models, methods, asked, spec.steps, spec.answer, **device)
-    shown = costs.map(lambda x: f"{x:,.3g}" if isinstance(x, float) and x < 1e4 else x)
-    print(shown.to_string(index=False, float_format="{:,.0f}".format))
-    print(
-        f"Hours in all: {costs['hours'].sum():,.3g} for localisation on one such device; "
-        "notebooks 03-07 and the report come on top. Nothing was started."
-    )
-    if args.known_prompts:
-        print(
-            "Which facts a model knows, and so how many there are to localise, is not known "
-            "before it is asked: the numbers above are for as many facts as may be kept, and a "
-            "model may know fewer.\n"
-            f"Looking for them takes {costs['scan hours'].max():,.3g} hours a model at most, "
-            "when every fact is asked."
-        )
+    costs = plan(study, models, methods, spec)
+
+    def digits(number):
+        return f"{number:,.3g}" if number < 1e4 else f"{number:,.0f}"
+
+    print(costs.to_string(index=False, float_format=digits))
+    print(LOCALISATION.format(costs["hours"].sum()))
+    if study.known_prompts:
+        print(KNOWN.format(costs["scan hours"].max()))
     return 0

@@ -10,7 +10,6 @@ it with the cells as they are.
 import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import nbformat
@@ -31,6 +30,7 @@ REFERENCE = {  # {parameter: value} in every notebook that has it; all bundled f
     "ppl_max_tokens": 128,
     "fact": "P36|Germany|Berlin",
 }
+COMMAND = "./run_all.sh --refresh"
 KEPT_TAGS = ("parameters", "injected-parameters")
 DROPPED_MIME = "application/vnd.jupyter.widget-view+json"  # a widget is nothing without its kernel
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -48,41 +48,36 @@ def cleaned(notebook):
         cell.source = cell.source.rstrip("\n")  # papermill ends its cell with an empty line
         if cell.cell_type == "code":
             number += 1
-            cell.execution_count, outputs = number, cell.outputs
-            cell.outputs = []
-            for output in outputs:
+            cell.execution_count = number
+            cell.outputs = [output for output in cell.outputs if not _is_debris(output)]
+            for output in cell.outputs:
                 if "execution_count" in output:
                     output.execution_count = number
-                widget = DROPPED_MIME in output.get("data", {})
-                if output.get("name") != "stderr" and not widget:
-                    cell.outputs.append(output)
     notebook.metadata["executed_source"] = cells_hash(notebook.cells)
     return notebook
 
 
+def _is_debris(output):
+    return output.get("name") == "stderr" or DROPPED_MIME in output.get("data", {})
+
+
 def refresh() -> int:
     """Run every notebook of the checkout with the reference parameters and put its outputs into
-    it; 1 if one failed."""
-    runs, started, failed = paths.RUNS / "reference", time.time(), 0
-    names = sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-    names += [paths.NOTEBOOKS / f"{stem}.ipynb" for stem in ("report", "explore_fact")]
+    it. Returns the exit status, 0; ValueError names the notebook that failed."""
+    runs = paths.RUNS / "reference"
+    notebooks = sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    notebooks += [paths.NOTEBOOKS / f"{stem}.ipynb" for stem in ("report", "explore_fact")]
     (runs / "executed").mkdir(parents=True, exist_ok=True)
     shutil.rmtree(runs / "default" / "results", ignore_errors=True)  # the units stay
     with tempfile.TemporaryDirectory(prefix="qlutils-") as scratch:
-        progress, log = Path(scratch, "progress"), Path(scratch, "log")
-        places = {"QLUTILS_RUNS": runs, "QLUTILS_COMMAND": "./run_all.sh --refresh"}
-        env = kernel_environment(scratch, **places, QLUTILS_PROGRESS=progress)
-        for name in names:
-            output = runs / "executed" / name.name
-            declared = declared_parameters(name)
-            given = {key: value for key, value in REFERENCE.items() if key in declared}
-            problem = execute(name, output, given, env, log)
-            seconds = time.time() - started
-            print(f"{name.name}: {problem or 'done'} ({seconds:.0f} s)", file=sys.stderr)
-            if problem:
-                failed = 1
-            else:
-                nbformat.write(cleaned(nbformat.read(output, as_version=4)), name)
-    if not failed:
-        copy_results(runs / "default" / "results", paths.FIGURES / "notebooks")
-    return failed
+        env = kernel_environment(scratch, QLUTILS_RUNS=runs, QLUTILS_COMMAND=COMMAND)
+        for notebook in notebooks:
+            print(notebook.name, file=sys.stderr)
+            output = runs / "executed" / notebook.name
+            declared = declared_parameters(notebook)
+            given = {name: value for name, value in REFERENCE.items() if name in declared}
+            if problem := execute(notebook, output, given, env, Path(scratch, "log")):
+                raise ValueError(f"{notebook.name}: {problem}")
+            nbformat.write(cleaned(nbformat.read(output, as_version=4)), notebook)
+    copy_results(runs / "default" / "results", paths.FIGURES / "notebooks")
+    return 0

@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 from qlutils import paths
 from qlutils.driver import stamps
 from qlutils.driver.execute import execute, kernel_environment
-from qlutils.driver.jobs import LAST
+from qlutils.driver.jobs import FIRST, LAST
 from qlutils.experiments.report import publish
 from qlutils.files import versions, write_json
 from qlutils.study import identity
@@ -32,29 +32,30 @@ class Stopped(BaseException):
 
 @dataclass
 class Run:
-    """What all jobs of a run share, and how far they are."""
+    """The jobs of a run and what they share."""
 
     jobs: list
     root: Path
     facts: str  # a hash of them
     command: str  # what started it
     at_once: int = 1  # notebooks that run side by side
-    waiting: list = field(default_factory=list)
-    running: dict = field(default_factory=dict)  # {future: job}
     stop: threading.Event = field(default_factory=threading.Event)  # ends what runs
     started: float = field(default_factory=time.time)
 
-    def finished(self):
-        """How many jobs, of how many."""
-        return f"{len(self.jobs) - len(self.waiting) - len(self.running)}/{len(self.jobs)}"
+    def jobs_of(self, *statuses):
+        return [job for job in self.jobs if job.status in statuses]
+
+    def say(self, text):
+        """A line that begins with how many jobs are finished."""
+        finished = len(self.jobs) - len(self.jobs_of("not run", "running"))
+        print(f"[{finished}/{len(self.jobs)}] {text}", file=sys.stderr, flush=True)
 
 
 def run_jobs(run, scheduler=None):
-    """Run what is not done; writes the run's record and a summary. The exit status: 1 if a job
-    failed. Raises `Stopped` after that, if it was stopped.
+    """Run what is not done; writes the run's record and a summary, also if it is `Stopped`. The
+    exit status: 1 if a job failed.
 
     scheduler: the address of the dask scheduler that computes, if any."""
-    stopped = None
     (run.root / "notebooks").mkdir(parents=True, exist_ok=True)
     models = {job.model for job in run.jobs if job.model}
     for job in run.jobs:
@@ -66,10 +67,105 @@ def run_jobs(run, scheduler=None):
         "QLUTILS_SCHEDULER": scheduler or "",
     }
     with tempfile.TemporaryDirectory(prefix="qlutils-") as scratch:
+        env = kernel_environment(scratch, **variables)
         try:
-            _run_all(run, kernel_environment(scratch, **variables), Path(scratch))
-        except Stopped as signal_received:
-            stopped = signal_received
+            _run_all(run, env, Path(scratch))
+        finally:
+            _write_record(run)
+            _print_summary(run)
+    return int(bool(run.jobs_of("failed")))
+
+
+def _run_all(run, env, scratch):
+    """Run the jobs, stage after stage; a line a minute says how far they are."""
+    with ThreadPoolExecutor(run.at_once) as pool:
+        try:
+            for lanes in stages(run.jobs):
+                running = [pool.submit(_run_lane, lane, run, env, scratch) for lane in lanes]
+                while wait(running, LOG_SECONDS).not_done:
+                    told = ", ".join(_at_work(job, scratch) for job in run.jobs_of("running"))
+                    run.say(f"{(time.time() - run.started) / 60:.0f} min, at work: {told}")
+                for lane in running:
+                    lane.result()
+        finally:
+            for kind in SIGNALS:  # a second one would lose the record of what was done
+                signal.signal(kind, signal.SIG_IGN)
+            run.stop.set()
+
+
+def stages(jobs):
+    """The jobs in stages that wait for one another: notebook 01, 02, the others, the report. A
+    stage is a list of lanes that may run side by side; jobs of one lane follow one another.
+
+    Others of one model and method are a lane: they write into one folder, and make what 01 did not
+    when they first need it."""
+    found = {}
+    for job in jobs:
+        number = job.notebook.stem[:2]
+        stage = number if number in (FIRST, paths.COMPARES, LAST[:2]) else "others"
+        lanes = found.setdefault(stage, {})
+        lanes.setdefault((job.model, job.method), []).append(job)
+    return [list(lanes.values()) for lanes in found.values()]
+
+
+def _run_lane(jobs, run, env, scratch):
+    """Run jobs one after the other, and say how each went."""
+    for job in jobs:
+        failed = {other.name for other in run.jobs_of("failed")}
+        if run.stop.is_set():
+            return
+        if job.needs and failed.issuperset(job.needs) and not job.is_of(LAST):
+            job.problem = f"{', '.join(job.needs)} failed"
+            continue
+        start, job.status = time.time(), "running"
+        try:
+            status = _run_one(job, run, env, scratch)
+        except (ValueError, OSError) as error:  # of this job; the others can still run
+            stopped = run.stop.is_set()
+            status, job.problem = ("stopped", "") if stopped else ("failed", str(error))
+        job.status, job.seconds = status, round(time.time() - start, 1)
+        problem = f": {job.problem}" if job.problem else ""
+        run.say(f"{job.label}: {status}, {job.seconds:.1f} s{problem}")
+
+
+def _run_one(job, run, env, scratch):
+    """Run one job unless it is done, and stamp the files it made; its status. ValueError or OSError
+    says why it failed."""
+    inputs = stamps.inputs_of(job, run.root, run.facts)
+    if stamps.is_done(run.root, job.name, inputs):
+        return "cached"
+    stamps.path_of(run.root, job.name).unlink(missing_ok=True)
+    output, progress = run.root / "notebooks" / f"{job.name}.ipynb", str(scratch / job.name)
+    alone = run.at_once == 1 or job.is_of(LAST)
+    threads = os.environ.get("QLUTILS_THREADS") or ("" if alone else max(1, CORES // run.at_once))
+    env = {**env, "QLUTILS_THREADS": str(threads), "QLUTILS_PROGRESS": progress}
+    started = time.time()
+    if problem := execute(job.notebook, output, job.parameters, env, f"{progress}.log", run.stop):
+        raise ValueError(problem)
+    content = job.model and identity.model_content(job.model)  # a first download has one only now
+    if content != inputs["model"] and paths.is_local(job.model):
+        unknown = "of which its results are is unknown"
+        raise ValueError(f"the files of {job.model} changed while it ran: {unknown}")
+    made = [output]
+    if job.is_of(LAST):
+        made += publish(output, run.root.name)
+    for file in paths.results_folder(run.root, job.model, job.method).glob("[!.]*.*"):
+        # run.json is written by the model's other notebooks, too
+        if file.name != "run.json" and file.stat().st_mtime >= started - 1:
+            made.append(file)
+    stamps.write_stamp(run.root, job.name, {**inputs, "model": content}, made)
+    return "done"
+
+
+def _at_work(job, scratch):
+    """What a running job is at; where it computes units, how many are done, and how long the others
+    take."""
+    progress = scratch / job.name
+    units = progress.read_text(encoding="utf-8").splitlines() if progress.exists() else []
+    return " ".join([job.label, *units[-1:]])
+
+
+def _write_record(run):
     record = {
         "command": run.command,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -80,114 +176,9 @@ def run_jobs(run, scheduler=None):
         "jobs": [asdict(job) for job in run.jobs],
     }
     write_json(run.root / "run.json", record)
-    _summary(run)
-    if stopped is not None:
-        raise stopped
-    return int(any(job.status == "failed" for job in run.jobs))
 
 
-def _run_all(run, env, scratch):
-    """Start every job as soon as it may, and say how each went."""
-    said, failed, run.waiting = time.time(), set(), list(run.jobs)
-    with ThreadPoolExecutor(run.at_once) as pool:
-        try:
-            while run.waiting or run.running:
-                for job in list(run.waiting):
-                    if job.needs and failed.issuperset(job.needs) and not job.is_of(LAST):
-                        job.problem = f"{', '.join(job.needs)} failed"
-                        run.waiting.remove(job)
-                    elif len(run.running) < run.at_once and may_start(job, run):
-                        run.running[pool.submit(_run_one, job, run, env, scratch)] = job
-                        run.waiting.remove(job)
-                for future in wait(run.running, 0.2, FIRST_COMPLETED).done:
-                    future.result()
-                    job = run.running.pop(future)
-                    if job.status == "failed":
-                        failed.add(job.name)
-                    _say(f"[{run.finished()}] {job.label}: {job.status}, {job.seconds:.1f} s", job)
-                if time.time() - said >= LOG_SECONDS:
-                    said = time.time()
-                    told = ", ".join(_at_work(job, scratch) for job in run.running.values())
-                    minutes = (said - run.started) / 60
-                    _say(f"{minutes:.0f} min, {run.finished()} notebooks done; at work: {told}")
-        finally:
-            for kind in SIGNALS:  # a second one would lose the record of what was done
-                signal.signal(kind, signal.SIG_IGN)
-            run.stop.set()
-
-
-def may_start(job, run):
-    """Whether all that a job reads is made, and no running job writes where it does.
-
-    What it reads and this run does not make it makes itself: then no other job of its model may
-    run, which might make the same. So 03 and 04 of one model and method never run side by side; 03
-    by ig starts beside 04 by sig where 01 has run by ig, and else waits until it is alone."""
-    running = run.running.values()
-    if not {other.name for other in [*run.waiting, *running]}.isdisjoint(job.needs):
-        return False
-    made = all(stamps.path_of(run.root, need).exists() for need in job.needs)
-    beside = [other for other in running if other.model == job.model]
-    return not any(other.method == job.method or not made for other in beside)
-
-
-def _run_one(job, run, env, scratch):
-    """Run one job unless it is done; sets its status, seconds and problem."""
-    start, alone = time.time(), run.at_once == 1 or job.is_of(LAST)
-    threads = os.environ.get("QLUTILS_THREADS") or ("" if alone else max(1, CORES // run.at_once))
-    env = {**env, "QLUTILS_THREADS": str(threads), "QLUTILS_PROGRESS": str(scratch / job.name)}
-    try:
-        inputs = stamps.inputs_of(job, run.root, run.facts)
-        if stamps.is_done(run.root, job.name, inputs):
-            job.status = "cached"
-        else:
-            job.problem = _execute(job, run, env, inputs)
-            job.status = "failed" if job.problem else "done"
-    except (ValueError, OSError) as error:  # of this job; the others can still run
-        job.status, job.problem = "failed", str(error)
-    if run.stop.is_set() and job.status == "failed":
-        job.status, job.problem = "stopped", ""
-    job.seconds = round(time.time() - start, 1)
-
-
-def _execute(job, run, env, inputs):
-    """Execute a job's notebook, and stamp the files it made; what failed in one line, or ""."""
-    output, log = run.root / "notebooks" / f"{job.name}.ipynb", f"{env['QLUTILS_PROGRESS']}.log"
-    stamps.path_of(run.root, job.name).unlink(missing_ok=True)
-    started = time.time()
-    if problem := execute(job.notebook, output, job.parameters, env, log, run.stop):
-        return problem
-    content = job.model and identity.model_content(job.model)  # a first download has one only now
-    if content != inputs["model"] and paths.is_local(job.model):
-        return f"the files of {job.model} changed while it ran: of which its results are is unknown"
-    made = [output]
-    if job.is_of(LAST):
-        made += publish(output, run.root.name)
-    for file in paths.results_folder(run.root, job.model, job.method).glob("[!.]*"):
-        # run.json is written by the model's other notebooks, too
-        own = file.is_file() and file.name != "run.json"
-        if own and file.stat().st_mtime >= started - 1:
-            made.append(file)
-    stamps.write_stamp(run.root, job.name, {**inputs, "model": content}, made)
-    return ""
-
-
-# -- what is said ----------------------------------------------------------------------------------
-def _say(line, job=None):
-    problem = f": {job.problem}" if job and job.problem else ""
-    print(line + problem, file=sys.stderr, flush=True)
-
-
-def _at_work(job, scratch):
-    """What a running job is at, in short: 03 gpt2 ig; where it computes units, how many are done,
-    and how long the others take."""
-    parts = [job.notebook.stem[:2], job.model and Path(job.model).name, job.method]
-    progress = scratch / job.name
-    if progress.exists():
-        parts += progress.read_text(encoding="utf-8").splitlines()[-1:]
-    return " ".join(filter(None, parts))
-
-
-def _summary(run):
+def _print_summary(run):
     width = max(len(job.label) for job in run.jobs)
     print(f"\n{'job':{width}}  status    seconds  what failed")
     for job in run.jobs:
