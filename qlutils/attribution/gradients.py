@@ -11,13 +11,14 @@ query, L layers, d residual width, W the width of a leaf's row (see `paths`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from qlutils.attribution.paths import Paths
 from qlutils.model.answer import answer_probabilities
@@ -51,7 +52,7 @@ class Leaf:
         if self.row is None:
             return torch.cat([hidden, new], 1)
         missing = self.count - hidden.shape[1]
-        wider = torch.nn.functional.pad(hidden, (0, 0, 0, missing))
+        wider = pad(hidden, (0, 0, 0, missing))
         row = self.row[..., None].expand_as(new)
         return wider.scatter(1, row, new)
 
@@ -78,7 +79,7 @@ class Replay:
             paths=self.paths.pick(queries),
         )
 
-    def gradients(self, leaves: list[Leaf], rows=None) -> tuple[list[Tensor], Tensor]:
+    def gradients(self, leaves, rows=None):
         """Gradients at each layer's leaf, L x (Q, P, W), and the answer's probability in all rows
         (Q, R). `rows`: (query, row) of the K points whose probabilities (K,) are wanted; all others
         are padding."""
@@ -130,11 +131,12 @@ class Replay:
                 hidden = run_layer(lm, self.clean, layer, hidden)
             p = answer_probabilities(lm, hidden, self.target, need_grad=True)
             at = torch.autograd.grad(p.sum(), points)
-        at = torch.stack([one.flatten(0, -2) for one in at], 1)  # (Q, L, W)
+        at = [one.flatten(0, -2) for one in at]
+        at = torch.stack(at, 1)  # (Q, L, W)
         width = self.paths.end[0].shape[-1]  # a fused gate_up_proj gives more
         return at[..., :width].to(lm.score_dtype)
 
-    def gradients_at(self, path, alpha, row_budget: int) -> tuple[Tensor, Tensor]:
+    def gradients_at(self, path, alpha, row_budget):
         """(K, W) gradients and (K,) probabilities at `alpha` (K,) of the paths `path` (3, K: query,
         baseline, layer), in batches of at most `row_budget` rows."""
         path, alpha = path.numpy(), alpha.numpy()
@@ -143,11 +145,13 @@ class Replay:
             by_layer = path[2, chosen].argsort(kind="stable")
             chosen = chosen[by_layer]
             parts.append(chosen)
-            found.append(self._at_points(path[:, chosen], alpha[chosen]))
+            one = self._at_points(path[:, chosen], alpha[chosen])
+            found.append(one)
         back = np.concatenate(parts).argsort()
         back = on_device(back, self.target.device)
-        gradient, probability = (torch.cat(some)[back] for some in zip(*found))
-        return gradient.to(self.lm.score_dtype), probability
+        gradients, probabilities = zip(*found)
+        gradient = torch.cat(gradients)[back].to(self.lm.score_dtype)
+        return gradient, torch.cat(probabilities)[back]
 
     def _at_points(self, path, alpha):
         """`gradients_at` of points in the order of their layers, in one batch.
@@ -170,11 +174,13 @@ class Replay:
         def by_leaf(values):
             table = np.zeros((len(queries), width.sum()), values.dtype)
             table[query, column] = values
-            return on_device(table, device).split(width.tolist(), 1)
+            table = on_device(table, device)
+            return table.split(width.tolist(), 1)
 
         tables = map(by_leaf, (baseline, alpha, row))
         leaves = list(map(Leaf, *tables, count.tolist()))
-        query, row, column = on_device(np.stack([query, row, column]), device)
+        places = np.stack([query, row, column])
+        query, row, column = on_device(places, device)
         some = self.pick(queries)
         at, probability = some.gradients(leaves, rows=(query, row))
         return torch.cat(at, 1)[query, column], probability
@@ -182,10 +188,11 @@ class Replay:
 
 def _rank(group):
     """How many equal entries come before each."""
-    return pd.Series(group).groupby(group).cumcount().to_numpy()
+    rank = pd.Series(group).groupby(group).cumcount()
+    return rank.to_numpy()
 
 
-def even_batches(query: np.ndarray, row_budget: int) -> Iterator[np.ndarray]:
+def even_batches(query, row_budget):
     """Indices of points, given the query of each, in batches. A batch holds as many rows for each
     of its queries as for the one with most; so a query with less than half as many joins it only
     while the padding costs less than a pass of its own.
@@ -206,6 +213,8 @@ def even_batches(query: np.ndarray, row_budget: int) -> Iterator[np.ndarray]:
         size = max(1, fit.cumprod().sum())  # as many as fit before the first that does not
         together = queries[start : start + size]
         chosen = np.flatnonzero(np.isin(query, together))
-        parts = -(-len(chosen) // row_budget) if size == 1 else 1  # one query, too many
+        parts = 1
+        if size == 1:  # may be too many of one query
+            parts = ceil(len(chosen) / row_budget)
         yield from np.array_split(chosen, parts)
         start += size

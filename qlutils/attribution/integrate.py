@@ -17,7 +17,7 @@ from qlutils.attribution.gradients import Leaf, Replay
 from qlutils.attribution.paths import Paths
 from qlutils.attribution.quadrature import fixed_plan
 from qlutils.model.answer import final_logits
-from qlutils.model.passes import CleanPass, on_device
+from qlutils.model.passes import on_device
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Attribution:
         return replace(self, **moved)
 
 
-def integrate(lm, clean: CleanPass, target: Tensor, starts: Tensor | None, spec):
+def integrate(lm, clean, target, starts, spec) -> Attribution:
     """The `Attribution` of the answer tokens `target` (Q,) alone from baselines `starts` (Q, B, L,
     N; None: zero) to the clean neurons: scores are raw and summed over baselines, gaps signed."""
     hidden = clean.inputs[-1][:, 0]  # (Q, d)
@@ -56,8 +56,7 @@ def integrate(lm, clean: CleanPass, target: Tensor, starts: Tensor | None, spec)
     integral, p_start = rule(replay, spec)
     layers = range(lm.num_layers)
     mean = integral.mean.unbind(2)
-    scores = [paths.scores(mean[layer], layer) for layer in layers]
-    scores = torch.stack(scores, 1)
+    scores = torch.stack(list(map(paths.scores, mean, layers)), 1)
     rise = p_clean[:, None, None] - p_start  # (Q, B, L)
     return Attribution(
         scores=scores,
@@ -77,12 +76,12 @@ def _fixed_sum(replay, spec):
     queries, baselines, layers, _ = paths.factor.shape
     points, at_end = fixed_plan(spec.rule, spec.steps, baselines)
     size = max(1, spec.row_budget // (layers * queries))
-    points = (on_device(one, replay.target.device) for one in points)
-    parts = zip(*(one.split(size, 1) for one in points))
+    points = [on_device(one, replay.target.device) for one in points]
+    parts = [one.split(size, 1) for one in points]
     begin = torch.stack(paths.begin, 2)  # (Q, B, L, W)
     mean = torch.zeros_like(begin, dtype=replay.lm.score_dtype)
     p = []
-    for index, node, weight in parts:
+    for index, node, weight in zip(*parts):
         leaves = [Leaf(index, node)] * layers
         gradients, probability = replay.gradients(leaves)
         p.append(probability.unflatten(1, (layers, -1)))
@@ -114,13 +113,17 @@ def _whole_paths(replay, coordinate, row_budget):
     path = torch.cartesian_prod(*map(torch.arange, shape)).T  # (3, K)
     begin, middle, end = 0.0, 0.5, 1.0
     alpha = [coordinate.alpha(path, u) for u in (begin, middle)]
-    found = replay.gradients_at(path.repeat(1, 2), torch.cat(alpha), row_budget)
+    alpha = torch.cat(alpha)
+    found = replay.gradients_at(path.repeat(1, 2), alpha, row_budget)
     gradient, probability = (list(one.chunk(2)) for one in found)
     of_layer = replay.gradients_at_end()  # (Q, L, W)
     of_path = of_layer[:, None].expand(-1, baselines, -1, -1)
     gradient.append(of_path.flatten(0, 2))
-    probability.append(replay.p_clean.repeat_interleave(baselines * layers))
+    p_end = replay.p_clean.repeat_interleave(baselines * layers)
+    probability.append(p_end)
     slopes = [coordinate.slope(path, u) for u in (begin, middle, end)]
     gradient = torch.stack(gradient, 1)  # (K, 3, W)
     slopes = torch.stack(slopes, 1).to(gradient)
-    return Intervals.whole(path, gradient * slopes[..., None], torch.stack(probability, 1))
+    gradient = gradient * slopes[..., None]
+    probability = torch.stack(probability, 1)  # (K, 3)
+    return Intervals.whole(path, gradient, probability)

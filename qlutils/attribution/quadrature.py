@@ -12,7 +12,7 @@ RULES = ("right", "left", "endpoints", "midpoint", "gauss", "clenshaw", "converg
 
 
 @cache
-def quadrature(rule: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
+def quadrature(rule, steps) -> tuple[np.ndarray, np.ndarray]:
     """(nodes, weights) on [0, 1] of a rule with `steps` nodes fixed in advance.
 
     right: the paper's Riemann sum, alpha = j/m (Eq. 10). left: (j-1)/m. midpoint: (j-1/2)/m.

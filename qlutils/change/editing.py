@@ -200,7 +200,7 @@ def perplexity(lm, texts, max_tokens=256) -> float:
     return float(np.exp(nll / scored))
 
 
-def encode_entries(lm, texts, max_tokens) -> list[tuple[list[int], list[int]]]:
+def encode_entries(lm, texts, max_tokens) -> list[tuple]:
     """(what precedes the text, or its first token; the tokens to score) of each text."""
     first = max(1, lm.bos_offset)
     check("max_tokens is", max_tokens, first + 1)

@@ -12,7 +12,6 @@ residual width, N neurons a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -84,7 +83,8 @@ def _score(lm, queries, rows, everywhere):
     scored = in_batches(lm, kinds, compute)
     scored = dict(zip(different, scored))
     found = [scored[row] for row in rows]
-    log_p, exact, match, greedy = zip(*found) if found else [()] * 4
+    columns = zip(*found) if found else [()] * 4
+    log_p, exact, match, greedy = columns
     return Scores(
         log_probability=np.array(log_p, float),
         exact=np.array(exact, bool),
@@ -93,20 +93,22 @@ def _score(lm, queries, rows, everywhere):
     )
 
 
-def equal_batches(kinds: list[tuple], tokens: int) -> Iterator[list[int]]:
-    """The places of equal `kinds`, (tokens a row, ...), at most `tokens` tokens at a time."""
-    order = sorted(range(len(kinds)), key=kinds.__getitem__)
-    for kind, group in groupby(order, key=kinds.__getitem__):
+def equal_batches(kinds, tokens):
+    """The places of equal `kinds`, tuples (tokens a row, ...), a list of at most `tokens` tokens at
+    a time."""
+    kind_of = kinds.__getitem__
+    order = sorted(range(len(kinds)), key=kind_of)
+    for kind, group in groupby(order, key=kind_of):
         places = list(group)
         size = max(1, tokens // kind[0])
         for start in range(0, len(places), size):
             yield places[start : start + size]
 
 
-def in_batches(lm, kinds: list[tuple], compute: Callable[[list[int]], Iterable]) -> list:
+def in_batches(lm, kinds, compute) -> list:
     """What `compute` gives for each place of `kinds`, asked for a batch of `equal_batches` at a
     time; smaller ones where memory runs out."""
-    found: list = [None] * len(kinds)
+    found = [None] * len(kinds)
 
     def run(tokens):
         for batch in equal_batches(kinds, tokens):
@@ -136,7 +138,8 @@ def _score_batch(lm, queries, rows, prefix):
     and whose targets are of one length, A."""
     asked = [query for query, _ in rows]
     used, slots = np.unique(asked, return_inverse=True)
-    prompts, targets = zip(*(queries[query] for query in used))
+    some = [queries[query] for query in used]
+    prompts, targets = zip(*some)
     gold = torch.tensor(targets, device=lm.device)[slots]  # (R, A)
     texts = []
     for prompt, target in zip(prompts, targets):
@@ -152,15 +155,18 @@ def _score_batch(lm, queries, rows, prefix):
             scaling.at(tokens, last - prefix)
         hidden = _run(lm, clean, torch.from_numpy(slots), changes)
     answers = hidden[:, last - prefix :]  # (R, A, d)
-    log_p, best = token_scores(lm, answers.flatten(0, 1), gold.flatten())
+    answers = answers.flatten(0, 1)
+    log_p, best = token_scores(lm, answers, gold.flatten())
     log_p = log_p.double().cpu().numpy()
     log_p = log_p.reshape(gold.shape)
     best = best.view(gold.shape)
     hits = (best == gold).cpu().numpy()
     finite = np.isfinite(log_p).all(1)
     if not finite.all():
-        refuse_numbers(lm, prompts[slots[finite.argmin()]])
-    return zip(log_p.sum(1), hits.all(1), hits.mean(1), best.tolist())
+        slot = slots[finite.argmin()]
+        refuse_numbers(lm, prompts[slot])
+    exact, match = hits.all(1), hits.mean(1)
+    return zip(log_p.sum(1), exact, match, best.tolist())
 
 
 def _run(lm, clean, slots, changes):
@@ -195,8 +201,10 @@ def _changing(lm, layer, changes):
         places += [(row, neuron) for neuron in index]
     if not places:
         return nullcontext()
-    row, neuron = torch.tensor(places, device=lm.device).T
-    chosen = torch.zeros(len(changes), lm.num_neurons, device=lm.device)
+    places = torch.tensor(places, device=lm.device)
+    row, neuron = places.T
+    shape = len(changes), lm.num_neurons
+    chosen = torch.zeros(shape, device=lm.device)
     chosen[row, neuron] = 1.0
     factor = [[change.factor] for change in changes]
     factor = torch.tensor(factor, dtype=lm.dtype, device=lm.device)
@@ -215,14 +223,15 @@ def _changing(lm, layer, changes):
         vectors = [nothing if one.vector is None else one.vector for one in changes]
         vectors = torch.stack(vectors)  # (R, d)
         x = by_row(args[0])
-        sums = torch.einsum("rsn,rn->rs", x, chosen.to(x)).to(output)
+        sums = torch.einsum("rsn,rn->rs", x, chosen.to(x))
+        sums = sums.to(output)
         added = torch.einsum("rs,rd->rsd", sums, vectors)
         return output + added.reshape(output.shape)
 
     return edited([lm.downs[layer]], before=before, after=after)
 
 
-def refuse_numbers(lm, prompt: list[int]):
+def refuse_numbers(lm, prompt):
     """ValueError for a prompt (token ids) that the model answers with numbers that are not
     finite."""
     text = lm.tokenizer.decode(prompt, skip_special_tokens=True)
@@ -234,7 +243,9 @@ def refuse_numbers(lm, prompt: list[int]):
 def _check(lm):
     """`UnsupportedModel` for one whose layers cannot be run on rows of our own."""
     ids = sample_ids(lm, 4)
-    queries = [(row[:-1], row[-1:]) for row in ids.tolist()]
+    queries = []
+    for *prompt, token in ids.tolist():
+        queries.append((prompt, [token]))
     nothing = Change(lm, [(0, 0)])
     again = Change(lm, [(0, 0)])
     rows = [(1, nothing), (0, nothing), (1, again)]  # not as many as queries, nor in their order
@@ -242,8 +253,8 @@ def _check(lm):
         logits = lm.model(input_ids=ids[:, :-1], use_cache=False).logits
         logits = logits[:, -1].to(lm.score_dtype)
         log_p = torch.log_softmax(logits, -1)
-        own = log_p.gather(1, ids[:, -1:])[[1, 0, 1], 0]
-        own = own.cpu().numpy()
+        own = log_p.gather(1, ids[:, -1:])  # (2, 1)
+        own = own[[1, 0, 1], 0].cpu().numpy()
         size = float(logits.abs().max())
         limit = tolerance * max(1.0, size)
         for everywhere in (True, False):

@@ -37,7 +37,7 @@ def scaled_answer_probabilities(lm, rows, *, answer="all") -> np.ndarray:
     """(R,) P(answer | prompt) for rows (prompt ids, answer ids, neurons, factor), each with its own
     set of neurons scaled at the last prompt token and every later one (float64). An empty set
     changes nothing."""
-    queries: dict[tuple, int] = {}
+    queries = {}  # {(prompt, target): its place}
     change = cache(partial(Change, lm))  # one object for equal ones: they are computed once
     plan = []
     for prompt, target, neurons, factor in rows:
@@ -51,10 +51,13 @@ def scaled_answer_probabilities(lm, rows, *, answer="all") -> np.ndarray:
 
 def greedy_answers(lm, prompts, lengths) -> list[list[int]]:
     """Greedy decoding of `lengths[i]` tokens after the prompt ids `prompts[i]`."""
-    found: list[list[int]] = [[] for _ in prompts]
+    found = [[] for _ in prompts]
     for step in range(max(lengths, default=0)):
         going = [i for i, length in enumerate(lengths) if length > step]
-        queries = [(prompts[i], [*found[i], 0]) for i in going]  # the 0 is never fed
+        queries = []
+        for i in going:
+            fed = [*found[i], 0]  # but for the 0
+            queries.append((prompts[i], fed))
         scores = score_queries(lm, queries)
         for i, greedy in zip(going, scores.greedy):
             found[i].append(greedy[-1])
@@ -100,9 +103,10 @@ def _generating(model, scaling):
     generate, own = model.generate, model.__dict__.get("generate")
 
     def run(inputs=None, *args, **kwargs):
-        given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        tokens = next((one.shape[1] for one in given if one is not None), 1)
-        with prompt_of([scaling], tokens):
+        names = "input_ids", "inputs_embeds"
+        given = [inputs, *map(kwargs.get, names)]
+        lengths = [one.shape[1] for one in given if one is not None]
+        with prompt_of([scaling], max(lengths, default=1)):
             return generate(inputs, *args, **kwargs)
 
     try:

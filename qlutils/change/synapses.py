@@ -16,7 +16,6 @@ from weakref import WeakSet
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from qlutils.change.changes import check_finite
 from qlutils.change.rows import in_batches, refuse_numbers
@@ -50,7 +49,8 @@ def controlled(lm, factors=None, renormalise=False, observe=None):
 
 @contextmanager
 def _exact_attention(lm, change):
-    with attention_implementation(lm.model, EXACT), change.on(lm.model, lm.layers):
+    implementation = attention_implementation(lm.model, EXACT)
+    with implementation, change.on(lm.model, lm.layers):
         yield
 
 
@@ -111,9 +111,10 @@ def scale_synapses(lm, synapses, factor: float, *, renormalise: bool = False):
         yield
 
 
-def check_synapses(lm, synapses) -> set[tuple[int, int, int]]:
+def check_synapses(lm, synapses):
     """`synapses` as a set; ValueError for one outside the model."""
-    found = set(whole_numbers(synapses, ("column", "layer", "head"), "synapse"))
+    names = "column", "layer", "head"
+    found = set(whole_numbers(synapses, names, "synapse"))
     sizes = lm.context, lm.num_layers, lm.num_heads
     for synapse in sorted(found):
         if not all(0 <= place < size for place, size in zip(synapse, sizes)):
@@ -127,9 +128,7 @@ def check_synapses(lm, synapses) -> set[tuple[int, int, int]]:
 # --- finding synapses -----------------------------------------------------------------------------
 
 
-def find_synapses(
-    lm, prompt: str, alpha: float = 0.3, *, score: str = "sum"
-) -> set[tuple[int, int, int]]:
+def find_synapses(lm, prompt: str, alpha=0.3, *, score="sum") -> set[tuple[int, int, int]]:
     """The knowledge synapses of a prompt: a set of (column, layer, head), columns counting its
     tokens, BOS included.
 
@@ -138,7 +137,8 @@ def find_synapses(
     cannot pass. "visible_mean" compares the mean over the rows that can see the column with alpha *
     (mean attention a row gives). ValueError: alpha outside (0, 1]; a prompt of one token."""
     check_alpha(alpha, score)
-    [attention] = column_scores(lm, [lm.encode_prompt(prompt)], score)
+    ids = lm.encode_prompt(prompt)
+    [attention] = column_scores(lm, [ids], score)
     found = above_threshold(*attention, alpha)  # (L, H, T)
     places = np.argwhere(found).tolist()
     return {(column, layer, head) for layer, head, column in places}
@@ -146,16 +146,15 @@ def find_synapses(
 
 def check_alpha(alpha, score) -> None:
     """ValueError for a threshold or a score that `find_synapses` does not know."""
-    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha <= 1:
+    number = isinstance(alpha, Real) and not isinstance(alpha, bool)
+    if not number or not 0 < alpha <= 1:
         raise ValueError(f"alpha is {alpha!r}; use a number above 0 and at most 1 (the paper: 0.3)")
     one_of("score", score, SCORES)
 
 
-def column_scores(
-    lm, prompts: list[list[int]], score: str = "sum"
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each tokenised prompt: attention summed over rows (L, H, T), and the score that decides
-    on synapses (L, H, T).
+def column_scores(lm, prompts, score="sum") -> list[np.ndarray]:
+    """(2, L, H, T) for each tokenised prompt: attention summed over rows, and the score that
+    decides on synapses.
 
     The score is the sum or T times the mean over the rows that can see the column, so that one
     threshold serves both. Matrices are reduced while the model runs, a batch and layer at a
@@ -177,8 +176,7 @@ def column_scores(
 @torch.no_grad()
 def _column_scores(lm, ids, score):
     """`column_scores` of prompts of one length, ids (B, T)."""
-    sums: list[Tensor] = []  # a layer after the other
-    scores: list[Tensor] = []
+    sums, scores = [], []  # a layer after the other
 
     def observe(_, weights, visible):  # (B, H, T, T), (B or 1, 1 or H, T, T)
         total = weights.sum(-2)  # (B, H, T)
@@ -197,7 +195,7 @@ def _column_scores(lm, ids, score):
     return both.double().cpu().numpy()
 
 
-def above_threshold(total: np.ndarray, score: np.ndarray, alpha: float) -> np.ndarray:
+def above_threshold(total, score, alpha) -> np.ndarray:
     """(L, H, T) booleans: score > tau (Eq. 6), tau = alpha * mean over layers and heads of the
     total attention (Eq. 5; alpha * T where rows sum to 1)."""
     return score > alpha * total.sum(-1).mean()
@@ -277,8 +275,9 @@ def _run_batch(lm, rows):
         numbers = [probability, *kns.tolist()]
         if not np.isfinite(numbers).all():
             refuse_numbers(lm, row.prompt)
-        value, signed = kns.abs().mean(), kns.mean()
-        found.append((probability, value.item(), signed.item()))
+        value = kns.abs().mean().item()
+        signed = kns.mean().item()
+        found.append((probability, value, signed))
     return found
 
 

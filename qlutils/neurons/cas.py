@@ -60,9 +60,10 @@ def kept_neurons(candidates, score="raw") -> pd.DataFrame:
     prefix = "cas_" if "cas_layer" in candidates else ""
     ending = "_max" if score == "max" else ""
     kept = pd.DataFrame()
-    for name, kind in (("layer", int), ("neuron", int), ("mean", float), ("std", float)):
-        stored = f"{prefix}{name}" if kind is int else f"{prefix}{name}{ending}"
-        kept[name] = list_cell(candidates[stored], kind)
+    for name in ("layer", "neuron"):
+        kept[name] = list_cell(candidates[f"{prefix}{name}"], int)
+    for name in ("mean", "std"):
+        kept[name] = list_cell(candidates[f"{prefix}{name}{ending}"], float)
     return kept
 
 
@@ -88,7 +89,8 @@ def strongest_neurons(candidates, count, score="raw") -> set:
     without its penalty on spread. Fewer where fewer were kept for certain (see `cas_candidates`;
     `candidates` and `score` as for `kept_neurons`)."""
     kept = kept_neurons(candidates, score)
-    kept = kept[above_share(kept["mean"].to_numpy(), CAS_MIN_THRESHOLD)]
+    mean = kept["mean"].to_numpy()
+    kept = kept[above_share(mean, CAS_MIN_THRESHOLD)]
     kept = kept.sort_values("mean", ascending=False, kind="stable")
     kept = kept.head(count)
     return as_set(kept["layer"], kept["neuron"])

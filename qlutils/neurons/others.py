@@ -45,7 +45,7 @@ class OtherFacts:
     def __init__(self, queries, sets):
         about = queries[["fact", "relation", "subject", "object"]]
         self.facts = about.drop_duplicates().set_index("fact")
-        self.neurons: dict[str, set] = defaultdict(set)
+        self.neurons = defaultdict(set)  # {fact: its KNs}
         for fact, kns in zip(queries["fact"], sets):
             self.neurons[fact].update(kns)
 
