@@ -49,12 +49,12 @@ def exact_attention(module, query, key, value, attention_mask, **options):
     _check_options(module, options)
     (batch, heads, rows, width), kv_heads, columns = query.shape, key.shape[1], key.shape[2]
     grouped = query.reshape(batch, kv_heads, -1, width)
-    scores = (grouped @ key.transpose(-1, -2)).view(batch, heads, rows, columns)
-    if attention_mask is None and rows > 1:
-        seen = torch.ones(rows, columns, dtype=torch.bool, device=query.device)
-        attention_mask = seen.tril(columns - rows)
+    scores = (grouped @ key.mT).view(batch, heads, rows, columns)
     if attention_mask is not None:
         attention_mask = attention_mask[..., :columns]
+    elif rows > 1:
+        seen = torch.ones(rows, columns, dtype=torch.bool, device=query.device)
+        attention_mask = seen.tril(columns - rows)
     weights = _weights(module, scores, attention_mask, width, **options).to(value.dtype)
     out = weights.view(batch, kv_heads, -1, columns) @ value
     return out.view(batch, heads, rows, -1).transpose(1, 2).contiguous(), weights
@@ -73,7 +73,7 @@ def prefix_attention(module, query, key, value, attention_mask, **options):
     grouped = query.reshape(queries, kv_heads, -1, rows, width)
     key, value = key[:, :, None], value[:, :, None]  # (Q, Hkv, 1, P, dh), one for all of a group
     own = (grouped * key).sum(-1).flatten(2)  # (Q, Hkv, H / Hkv * P)
-    before = grouped.flatten(2, 3) @ prefix_key.transpose(-1, -2)
+    before = grouped.flatten(2, 3) @ prefix_key.mT
     scores = torch.cat([before, own[..., None]], -1).view(queries, heads, rows, -1)
     weights = _weights(module, scores, attention_mask, width, padding, **options)
     weights = weights.to(value.dtype).view(*before.shape[:-1], -1)
