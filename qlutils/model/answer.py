@@ -5,7 +5,6 @@ Shapes: Q queries, P rows a query, R rows, K tokens, d residual width, V vocabul
 """
 
 import torch
-from torch import Tensor
 
 LOGITS = 2**23  # logits held at once in `token_scores`
 # Of the unembedding at a time, and rows: on a CPU both together fit a core's cache.
@@ -13,20 +12,20 @@ VOCAB_CHUNK = {"cpu": 1024, "cuda": 16384}
 ROW_CHUNK = {"cpu": 256, "cuda": 2**20}
 
 
-def final_hidden(lm, hidden: Tensor) -> Tensor:
+def final_hidden(lm, hidden):
     """From the last layer's output to the unembedding's input."""
     for module in lm.arch.tail:
         hidden = module(hidden)
     return hidden
 
 
-def final_logits(lm, hidden: Tensor) -> Tensor:
+def final_logits(lm, hidden):
     """(..., V) logits, float32 at least, from the last layer's output (..., d)."""
     raw = lm.arch.head(final_hidden(lm, hidden)).to(lm.score_dtype)
     return _to_logits(raw, lm.arch)[0]
 
 
-def token_scores(lm, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def token_scores(lm, hidden, target):
     """For the last layer's output `hidden` (K, d): log-probabilities (K,) of the tokens `target`
     (K,), and the most probable tokens (K,)."""
     size, log_p, best = max(1, LOGITS // lm.arch.head.weight.shape[0]), [], []
@@ -37,7 +36,7 @@ def token_scores(lm, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(log_p), torch.cat(best)
 
 
-def answer_probabilities(lm, hidden: Tensor, target: Tensor, need_grad: bool) -> Tensor:
+def answer_probabilities(lm, hidden, target, need_grad):
     """(Q, P) probabilities of each query's answer token `target` (Q,) for the last layer's output
     `hidden` (Q, P, d)."""
     queries, rows, _ = hidden.shape
@@ -46,7 +45,7 @@ def answer_probabilities(lm, hidden: Tensor, target: Tensor, need_grad: bool) ->
     return p.view(queries, rows)
 
 
-def token_probabilities(lm, final: Tensor, target: Tensor, need_grad: bool = False) -> Tensor:
+def token_probabilities(lm, final, target, need_grad=False):
     """p_y = softmax(logits(h))_y for the unembedding's inputs h = `final` (R, d) and one token y of
     `target` (R,) a row, with its analytic gradient if `need_grad`
 

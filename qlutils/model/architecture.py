@@ -54,7 +54,7 @@ class UnsupportedModel(ValueError):
 
 
 @contextmanager
-def naming(name: str):
+def naming(name):
     """Inside, what an `UnsupportedModel` says begins with the model's name."""
     try:
         yield
@@ -63,7 +63,7 @@ def naming(name: str):
 
 
 @contextmanager
-def refusing(step: str):
+def refusing(step):
     """Inside, whatever fails is an `UnsupportedModel` that names the `step`. Memory that runs out
     is not the model's fault."""
     try:
@@ -74,7 +74,7 @@ def refusing(step: str):
         raise UnsupportedModel(f"{step} failed with {describe(error)}") from error
 
 
-def describe(error: Exception) -> str:
+def describe(error):
     """Kind and first line of an error."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
@@ -98,7 +98,7 @@ class Architecture:
     softcap: float | None
 
 
-def find_architecture(model: nn.Module) -> Architecture:
+def find_architecture(model):
     """Locate the parts of `model`; `UnsupportedModel` says what is missing."""
     text = model.config.get_text_config()
     _refuse_kind(model, text)
@@ -242,7 +242,7 @@ def _projections(layers, paths):
 GELUS = ("NewGELUActivation", "FastGELUActivation", "GELUTanh")
 
 
-def use_fused_modules(model: nn.Module, norms: bool):
+def use_fused_modules(model, norms):
     """GPT-2's `gelu_new` in Python is eight memory-bound kernels; torch's tanh GELU is the same
     function in one. (Differences are of the order of rounding; BLOOM's own GELU has its own
     backward and is left alone.)
@@ -276,7 +276,7 @@ def _fused(norm):
 # --- arguments of decoder layers ------------------------------------------------------------------
 
 
-def pick_call_argument(name: str, value, batch: int, queries: Tensor):
+def pick_call_argument(name, value, batch, queries):
     """One argument of a decoder layer, captured in a pass over `batch` queries, for rows of these
     queries; `queries` (R,) says which query each row belongs to.
 
@@ -297,7 +297,7 @@ def pick_call_argument(name: str, value, batch: int, queries: Tensor):
     return value[queries]
 
 
-def join_call_arguments(name: str, values, queries: list[int], length: int):
+def join_call_arguments(name, values, queries, length):
     """One argument of a decoder layer from passes over `queries` prompts of different lengths, for
     all of them together; masks are padded on the left to `length` (what they hold there is not
     used)."""
@@ -319,7 +319,7 @@ def join_call_arguments(name: str, values, queries: list[int], length: int):
     return torch.cat(joined)
 
 
-def value_vectors(down: nn.Module) -> Tensor:
+def value_vectors(down):
     """(N, d) view of the down-projection's weight: row p is the value vector of neuron p (what the
     projection multiplies its activation with): a row of GPT-2's Conv1D, a column of a Linear.
     `UnsupportedModel` unless a forward pass reads what stands there (see `plain_weight`)."""
@@ -331,7 +331,7 @@ def value_vectors(down: nn.Module) -> Tensor:
     return weight if isinstance(down, Conv1D) else weight.T
 
 
-def plain_weight(module: nn.Module) -> Tensor:
+def plain_weight(module):
     """The matrix that a projection or an embedding holds. `UnsupportedModel` where a forward pass
     may use another: what is written to this one would be lost, what is read from it be wrong."""
     weight, reason = module._parameters.get("weight"), ""
@@ -367,12 +367,12 @@ def plain_weight(module: nn.Module) -> Tensor:
     return weight
 
 
-def hooks_of(module: nn.Module) -> list:
+def hooks_of(module):
     """The hooks that run in a module's forward pass."""
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
-def package_of(hook) -> str:
+def package_of(hook):
     """The name of the package that a hook comes from."""
     return (getattr(hook, "__module__", None) or "").split(".")[0]
 
@@ -385,7 +385,7 @@ def _is_altered(module):
     return "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
 
 
-def check_sole_owner(model: nn.Module, module: nn.Module):
+def check_sole_owner(model, module):
     """`UnsupportedModel` where the weight of `module` is another module's too, so that an edit
     would change both."""
     owners = [
@@ -403,14 +403,14 @@ def check_sole_owner(model: nn.Module, module: nn.Module):
 # --- positions ------------------------------------------------------------------------------------
 
 
-def rope_switches(text) -> list[int]:
+def rope_switches(text):
     """Lengths in tokens beyond which a forward pass uses other rotary frequencies, for all of its
     tokens: "longrope", as in Phi-3."""
     key = "original_max_position_embeddings"
     return [rope[key] for rope in _ropes(text) if rope["rope_type"] == "longrope"]
 
 
-def context_length(text) -> int:
+def context_length(text):
     """Longest input in tokens (a large number where the configuration states none). One less with
     "dynamic" rotary scaling: beyond `max_position_embeddings` its frequencies grow with the input,
     and an input of just that length would be read with those that a longer one before it left."""

@@ -10,8 +10,6 @@ Shapes: B rows of a batch, H query heads, Hkv key heads, R attending positions, 
 positions, C columns, dh width of a head.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -25,7 +23,7 @@ from transformers.masking_utils import eager_mask
 from qlutils.model.trace import by_name, hooked
 
 EXACT, PREFIX = "qlutils_exact", "qlutils_prefix"
-ACTIVE: list[AttentionChange] = []  # those whose contexts are entered, outermost first
+ACTIVE = []  # every `AttentionChange` whose context is entered, outermost first
 SHARED = threading.local()  # `prefix`: keys and values that the layer now running attends to
 # What the interface's further arguments may be: `_weights` reads two of them, and the others change
 # nothing that is computed here: the window is in the mask, positions are in queries and keys,
@@ -49,12 +47,12 @@ def exact_attention(module, query, key, value, attention_mask, **options):
     _check_options(module, options)
     (batch, heads, rows, width), kv_heads, columns = query.shape, key.shape[1], key.shape[2]
     grouped = query.reshape(batch, kv_heads, -1, width)
-    scores = (grouped @ key.transpose(-1, -2)).view(batch, heads, rows, columns)
-    if attention_mask is None and rows > 1:
-        seen = torch.ones(rows, columns, dtype=torch.bool, device=query.device)
-        attention_mask = seen.tril(columns - rows)
+    scores = (grouped @ key.mT).view(batch, heads, rows, columns)
     if attention_mask is not None:
         attention_mask = attention_mask[..., :columns]
+    elif rows > 1:
+        seen = torch.ones(rows, columns, dtype=torch.bool, device=query.device)
+        attention_mask = seen.tril(columns - rows)
     weights = _weights(module, scores, attention_mask, width, **options).to(value.dtype)
     out = weights.view(batch, kv_heads, -1, columns) @ value
     return out.view(batch, heads, rows, -1).transpose(1, 2).contiguous(), weights
@@ -73,7 +71,7 @@ def prefix_attention(module, query, key, value, attention_mask, **options):
     grouped = query.reshape(queries, kv_heads, -1, rows, width)
     key, value = key[:, :, None], value[:, :, None]  # (Q, Hkv, 1, P, dh), one for all of a group
     own = (grouped * key).sum(-1).flatten(2)  # (Q, Hkv, H / Hkv * P)
-    before = grouped.flatten(2, 3) @ prefix_key.transpose(-1, -2)
+    before = grouped.flatten(2, 3) @ prefix_key.mT
     scores = torch.cat([before, own[..., None]], -1).view(queries, heads, rows, -1)
     weights = _weights(module, scores, attention_mask, width, padding, **options)
     weights = weights.to(value.dtype).view(*before.shape[:-1], -1)
@@ -118,7 +116,7 @@ AttentionInterface.register(PREFIX, prefix_attention)
 
 
 @contextmanager
-def attention_implementation(model: nn.Module, name: str):
+def attention_implementation(model, name):
     """Run `model` with another attention implementation; its own is back afterwards."""
     configs = [part.config for part in model.modules() if hasattr(part, "config")]
     own = [config._attn_implementation_internal for config in configs]
@@ -134,7 +132,7 @@ def attention_implementation(model: nn.Module, name: str):
 # --- watching and changing it ---------------------------------------------------------------------
 
 
-def forward_passes(model: nn.Module, layer: nn.Module, before: Callable, after: Callable):
+def forward_passes(model, layer, before, after):
     """Register hooks on `model`, yielded one by one, that call `before(call)` with the named
     arguments of each forward pass that may reach `layer`, and `after(output)` at its end (None
     after an error).
@@ -164,13 +162,13 @@ def forward_passes(model: nn.Module, layer: nn.Module, before: Callable, after: 
             yield part.register_forward_hook(leave, always_call=True)
 
 
-def tokens_of(call: dict) -> Tensor | None:
+def tokens_of(call):
     """The token ids or embeddings (B, S, ...) among the named arguments of a forward pass."""
     tokens = call.get("input_ids")
     return call.get("inputs_embeds") if tokens is None else tokens
 
 
-def is_controlled(model: nn.Module) -> bool:
+def is_controlled(model):
     """Whether an `AttentionChange` is active on a part of `model`."""
     return any(part in change.layer_of for change in ACTIVE for part in model.modules())
 
@@ -197,7 +195,7 @@ class AttentionChange:
     padding: Tensor | None = None
 
     @contextmanager
-    def on(self, model: nn.Module, layers: list[nn.Module]):
+    def on(self, model, layers):
         """Active inside, on every forward pass of `model` whose attention is written out here."""
         for index, layer in enumerate(layers):
             self.layer_of |= dict.fromkeys(layer.modules(), index)
@@ -225,7 +223,7 @@ class AttentionChange:
                 f"columns from padding; got {getattr(mask, 'shape', type(mask).__name__)}"
             )
 
-    def apply(self, layer: int, weights: Tensor, mask: Tensor | None) -> Tensor:
+    def apply(self, layer, weights, mask):
         """`weights` (B, H, R, K) of a layer as they are to be; `mask` as `exact_attention`'s."""
         factors = (self.factors or {}).get(layer)
         if factors is not None:

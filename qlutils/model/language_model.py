@@ -136,16 +136,16 @@ class LanguageModel:
     def check_ready(self):
         """ValueError where the model is not as it was loaded, so that forward passes may not go
         through the places this study looks at, or compute something else there."""
-        if any(module.training for module in self.model.modules()):
-            raise ValueError(
-                f"{self.name} is in training mode, where dropout changes every number; call "
-                "lm.model.eval()"
-            )
         if self._state() != self._loaded:
             raise ValueError(
                 f"{self.name}: modules were added or exchanged after it was loaded, or a forward "
                 "method was replaced (an adapter, weight_norm, quantisation?), or it was compiled, "
                 "with which numbers would be wrong without a word; make a LanguageModel of it anew"
+            )
+        if any(module.training for module in self.model.modules()):
+            raise ValueError(
+                f"{self.name} is in training mode, where dropout changes every number; call "
+                "lm.model.eval()"
             )
 
     check_parts = check_ready

@@ -11,16 +11,14 @@ Shapes: Q queries of equal length T, the last S tokens of which are recorded; R 
 query; d residual width, N neurons a layer, W width of what a site module gives.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils._pytree import tree_map
 from transformers import DynamicCache
@@ -37,7 +35,7 @@ SITES = ("down_input", "pre_activation")  # where neurons are read and changed, 
 
 
 @contextmanager
-def full_precision(device: torch.device):
+def full_precision(device):
     """Inside, what the model computes has its own dtype and tensors are made on the CPU unless told
     otherwise, whatever the caller has set: no autocast, no other default device. ValueError for
     float32 products rounded to TF32 or bfloat16: a setting of the process, not of a thread."""
@@ -74,7 +72,7 @@ def computing(lm):
         lm.in_use.release()
 
 
-def within_memory(compute: Callable, size: int, least: int = 1):
+def within_memory(compute, size, least=1):
     """compute(size), with `size` halved down to `least` as long as memory runs out."""
     while True:
         try:
@@ -88,7 +86,7 @@ def within_memory(compute: Callable, size: int, least: int = 1):
         size = max(least, size // 2)
 
 
-def on_device(data, device: torch.device) -> Tensor:
+def on_device(data, device):
     """`data` as a tensor on `device`, without waiting for what the device is still at."""
     tensor = torch.as_tensor(data)  # on another device where the caller set a default one
     pinned = device.type == "cuda" and tensor.device.type == "cpu"
@@ -110,7 +108,7 @@ class CleanPass:
     prefix: list[tuple[Tensor, Tensor]] | None  # each layer's (Q, Hkv, T - S, dh) keys and values
     padding: Tensor | None = None  # (Q, 1, 1, T), True where a shorter prompt has no token
 
-    def pick(self, queries: Tensor) -> CleanPass:
+    def pick(self, queries):
         """What the pass leaves behind for some of its queries."""
 
         def some(tensor):
@@ -120,7 +118,7 @@ class CleanPass:
         tensors = self.inputs, self.neurons, self.written, self.prefix, self.padding
         return CleanPass(calls, *tree_map(some, tensors))
 
-    def arguments(self, layer: int, queries: Tensor | None) -> dict[str, Any]:
+    def arguments(self, layer, queries):
         """Those of the layer's call for rows of the queries `queries` (R,); None: as they are."""
         call, batch = self.calls[layer], len(self.inputs[0])
         if queries is None:
@@ -137,7 +135,7 @@ class PrefixCache:
     clean: CleanPass
     query_of_row: Tensor | None
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_, **__):
+    def update(self, key, value, layer_idx, *_, **__):
         old_key, old_value = self.clean.prefix[layer_idx]
         if self.query_of_row is None:
             SHARED.prefix = old_key, old_value, self.clean.padding
@@ -145,11 +143,11 @@ class PrefixCache:
         old_key, old_value = old_key[self.query_of_row], old_value[self.query_of_row]
         return torch.cat([old_key, key], -2), torch.cat([old_value, value], -2)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, layer_idx=0):
         return self.clean.prefix[layer_idx][0].shape[-2]
 
 
-def site_module(lm, layer: int, site: str) -> nn.Module:
+def site_module(lm, layer, site):
     """The module at whose input (down_input) or output (pre_activation) a layer's neurons are
     read."""
     return lm.downs[layer] if site == "down_input" else lm.arch.ups[layer]
@@ -161,7 +159,7 @@ def _neurons(lm, site, call):
 
 
 @torch.no_grad()
-def neuron_vectors(lm, ids: Tensor, site: str = "down_input", chunk: int = 256) -> Tensor:
+def neuron_vectors(lm, ids, site="down_input", chunk=256):
     """(R, L, N) neuron vectors at the last position of the sequences `ids` (R, T), no padding."""
     modules = [site_module(lm, layer, site) for layer in range(lm.num_layers)]
 
@@ -178,14 +176,7 @@ def neuron_vectors(lm, ids: Tensor, site: str = "down_input", chunk: int = 256) 
 
 
 @torch.no_grad()
-def clean_pass(
-    lm,
-    ids: Tensor,
-    site: str = "down_input",
-    *,
-    prefix: int | None = None,
-    layers: Iterable[int] | None = None,
-) -> CleanPass:
+def clean_pass(lm, ids, site="down_input", *, prefix=None, layers=None):
     """Run the first `prefix` tokens (default: all but the last one) of `ids` (Q, T), then the
     others, and record how every layer is called for these. `layers`: those whose neurons are kept
     (default: all)."""
@@ -218,7 +209,7 @@ def clean_pass(
     )
 
 
-def join_passes(passes: list[CleanPass]) -> CleanPass:
+def join_passes(passes):
     """Clean passes over prompts of different lengths, recorded at their last tokens, as one, for
     the layout "sequence": prefixes are padded on the left."""
     if len(passes) == 1:
@@ -252,9 +243,7 @@ def join_passes(passes: list[CleanPass]) -> CleanPass:
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def run_rows(
-    lm, clean: CleanPass, layer: int, hidden: Tensor, query_of_row: Tensor | None
-) -> Tensor:
+def run_rows(lm, clean, layer, hidden, query_of_row):
     """(R, S, d) output of decoder layer `layer` for rows `hidden` (R, S, d) of the queries
     `query_of_row` (R,) of the clean pass; None: see `run_layer`."""
     arguments = clean.arguments(layer, query_of_row)
@@ -266,7 +255,7 @@ def run_rows(
     return first(lm.layers[layer](hidden, **arguments))
 
 
-def run_layer(lm, clean: CleanPass, layer: int, hidden: Tensor) -> Tensor:
+def run_layer(lm, clean, layer, hidden):
     """(Q, P, d) output of decoder layer `layer` for rows `hidden` (Q, P, d) of the one token that
     was recorded.
 
@@ -282,7 +271,7 @@ def run_layer(lm, clean: CleanPass, layer: int, hidden: Tensor) -> Tensor:
     return out.reshape(queries, rows, -1)
 
 
-def start_rows(lm, clean: CleanPass, layer: int, rows: Tensor, site: str = "down_input") -> Tensor:
+def start_rows(lm, clean, layer, rows, site="down_input"):
     """(Q, P, d) output of `layer` for rows that are clean except that its site module (the
     down-projection, or the up-projection for pre-activations) gives `rows` (Q, P, W).
 

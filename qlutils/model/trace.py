@@ -4,7 +4,6 @@ Hooks are registered one by one inside an exit stack, so that an interruption le
 """
 
 import inspect
-from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch import nn
 
 
 @contextmanager
-def hooked(handles: Iterable):
+def hooked(handles):
     """Inside, the hooks are there whose registration the iterable `handles` yields."""
     with ExitStack() as stack:
         for handle in handles:
@@ -21,7 +20,7 @@ def hooked(handles: Iterable):
         yield
 
 
-def edited(modules: Iterable[nn.Module], *, before: Callable | None = None, after=None):
+def edited(modules, *, before=None, after=None):
     """Inside, `modules` get the arguments that `before(module, args, kwargs)` returns and give what
     `after(module, args, output)` returns; where that is None, all stays as it is."""
 
@@ -35,7 +34,7 @@ def edited(modules: Iterable[nn.Module], *, before: Callable | None = None, afte
     return hooked(handles())
 
 
-def by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+def by_name(module, args, kwargs):
     """The arguments of a call of `module` by the names that its class gives them."""
     _, *names = inspect.signature(type(module).forward).parameters  # the first is self
     return dict(zip(names, args)) | kwargs
@@ -56,7 +55,7 @@ class Call:
     output: Any
 
     @property
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self):
         return by_name(self.module, self.args, self.kwargs)
 
 
@@ -69,7 +68,7 @@ class Trace:
         neurons = trace.kept  # a tensor a layer
     """
 
-    def __init__(self, modules: Iterable[nn.Module], keep=lambda call: call):
+    def __init__(self, modules, keep=lambda call: call):
         self.kept: list = []
 
         def end(*call):

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import product
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qlutils.model.answer import answer_probabilities, final_logits
 from qlutils.model.architecture import PLAIN_DTYPES, UnsupportedModel, refusing
@@ -31,14 +31,14 @@ from qlutils.model.trace import Trace, edited, first
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
-def differ(found: Tensor, wanted: Tensor, size: Tensor, tolerance: float) -> bool:
+def differ(found, wanted, size, tolerance):
     """Whether two tensors differ, or one has NaN: by more than `tolerance` of the largest number in
     `size`, and by more than the numbers themselves are rounded."""
     rounding = 16 * torch.finfo(wanted.dtype).eps * wanted.abs().max()
     return not bool((found - wanted).abs().max() <= tolerance * size.abs().max() + rounding)
 
 
-def sample_ids(lm, length: int) -> Tensor:
+def sample_ids(lm, length):
     """(2, `length`) tokens to check a model on, drawn from its vocabulary."""
     generator, shape = torch.Generator().manual_seed(0), (2, min(length, lm.context))
     ids = torch.randint(0, lm.num_embeddings, shape, generator=generator, device="cpu")
