@@ -162,7 +162,6 @@ def table_1(facts, model, seed=0):
             "at": frame[f"threshold_{threshold}"].iloc[0],
             "n": 0,
         }
-        n = 0
         cs2 = []
         for name in CLASSES:
             part = frame[frame[f"class_{threshold}"] == name]
@@ -173,9 +172,8 @@ def table_1(facts, model, seed=0):
             row[f"n_{name}"] = len(part)
             row |= mean.row("mean", f"S_{name}")
             row[f"S_{name}_paper"] = paper(f"cs_{name}")
-            n += len(part)
             cs2.append(part["cs2"])
-        row["n"] = n
+        row["n"] = row["n_I"] + row["n_II"]
         test = welch(*cs2)
         row["t"] = test["t"]
         row["t_paper"] = paper("t")

@@ -127,7 +127,7 @@ def _add_cas(rows, scores):
     facts = pd.DataFrame(rows).groupby("fact")
     for places in facts.indices.values():
         first = rows[places[0]]
-        for name, values in cas_candidates(scores[places]).items():
+        for name, values in cas_candidates(scores[places.tolist()]).items():
             like = first.get(name, first["score"])  # as precise as what is kept of a query
             first[f"cas_{name}"] = values.astype(like.dtype)
 

@@ -8,12 +8,10 @@ import pandas as pd
 import pytest
 import torch
 from scipy import stats as scipy_stats
-from skimage.filters import threshold_otsu
 from tiny import WORDS, save_checkpoint, save_dataset, word_tokenizer
 
 from qlutils import (
     attribute,
-    consistency,
     knowledge_neurons,
     load_facts,
     load_model,
@@ -31,35 +29,25 @@ from qlutils.experiments.consistency import (
     table_5,
     threshold_sensitivity,
 )
-from qlutils.experiments.localize import (
-    PAPER_EXAMPLES,
-    example_facts,
-    example_maps,
-    localise,
-    localise_unit,
-    localised,
-)
+from qlutils.experiments.localize import example_facts, example_maps, localise, localised
 from qlutils.neurons.cas import CAS_BETAS, cas_neurons
 from qlutils.neurons.sets import kn_sets
 from qlutils.study import store
 from qlutils.study.notebook import Study
 
 STEPS = 3
+CS2 = (0.0, 0.1, 0.2, 0.7, 0.8, 0.9)
+LONG = " ".join(["the"] * 12)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A checkpoint that knows the words of the dataset but "house", and reads at most eight
-    tokens."""
+    """A checkpoint that knows the words of the dataset but "house", and reads few tokens."""
     words = [word for word in WORDS if word != "house"]
     words += [f"filler{i}" for i in range(93 - len(words))]
-    return save_checkpoint(
-        tmp_path_factory.mktemp("model"),
-        "llama3",
-        word_tokenizer(words, bos=True),
-        vocab_size=97,
-        max_position_embeddings=16,
-    )
+    tokenizer = word_tokenizer(words, bos=True)
+    options = dict(vocab_size=97, max_position_embeddings=16)
+    return save_checkpoint(tmp_path_factory.mktemp("model"), "llama3", tokenizer, **options)
 
 
 @pytest.fixture(scope="module")
@@ -68,21 +56,13 @@ def data(tmp_path_factory):
 
 
 def study_of(model, data, method="ig", **parameters):
-    return Study(
-        "01_localize",
-        model=model,
-        method=method,
-        data=data,
-        device="cpu",
-        dtype="float64",
-        **parameters,
-    )
+    shared = dict(device="cpu", dtype="float64", **parameters)
+    return Study("01_localize", model=model, method=method, data=data, **shared)
 
 
 def dense(lm, fact, method):
-    return attribute(
-        lm, list(fact.prompts), [fact.object] * len(fact.prompts), method=method, steps=STEPS
-    )
+    answers = [fact.object] * len(fact.prompts)
+    return attribute(lm, list(fact.prompts), answers, method=method, steps=STEPS)
 
 
 # --- what is stored -------------------------------------------------------------------------------
@@ -98,21 +78,14 @@ def test_the_stored_neurons_are_those_of_the_dense_scores(model, data, runs, met
         assert rows["prompt_index"].tolist() == list(range(len(rows)))
         for t in (0.05, 0.1, 0.2, 0.5, 0.9):
             assert kn_sets(rows, t) == knowledge_neurons(result.scores, t)
-        for i, (_, row) in enumerate(rows.iterrows()):
-            wanted = result.scores[i][
-                torch.tensor(row["layer"]).long(), torch.tensor(row["neuron"]).long()
-            ]
-            assert row["score"] == pytest.approx(wanted.numpy(), rel=1e-9, abs=1e-15)
-            assert row["gap"] == pytest.approx(
-                result.completeness_gap[i].numpy(), rel=1e-6, abs=1e-12
-            )
+        for i, row in enumerate(rows.to_dict("records")):
+            wanted = result.scores[i].numpy()[row["layer"], row["neuron"]]
+            assert row["score"] == pytest.approx(wanted, rel=1e-9, abs=1e-15)
+            gap = result.completeness_gap[i].numpy()
+            assert row["gap"] == pytest.approx(gap, rel=1e-6, abs=1e-12)
             prompt, answer = lm.encode(fact.prompts[i], fact.object)
             assert (row["prompt_tokens"], row["answer_tokens"]) == (len(prompt), len(answer))
-            assert (row["relation"], row["subject"], row["object"]) == (
-                fact.relation,
-                fact.subject,
-                fact.object,
-            )
+            assert [row[name] for name in ("relation", "subject", "object")] == fact.id.split("|")
         assert rows["probability"].to_numpy() == pytest.approx(result.probability.numpy(), rel=1e-9)
         assert rows["known"].tolist() == result.known.tolist()
     assert queries["answer_tokens"].max() == 2  # "new york"
@@ -132,21 +105,14 @@ def test_the_stored_cas_lists_give_the_cas_neurons_of_the_dense_scores(model, da
         for b1, b2 in CAS_BETAS:
             cas = b1 * scores.mean(0) - b2 * scores.std(0)
             for threshold in (0.1, 0.3, 0.7):
-                layers, neurons = (
-                    np.nonzero(cas > threshold * cas.max()) if cas.max() > 0 else ((), ())
-                )
-                wanted = {(int(layer), int(neuron)) for layer, neuron in zip(layers, neurons)}
-                assert (
-                    cas_neurons(rows.iloc[0], b1=b1, b2=b2, threshold=threshold, score=score)
-                    == wanted
-                )
-                found += len(wanted)
+                kept = np.argwhere(cas > max(threshold * cas.max(), 0)).tolist()
+                spec = dict(b1=b1, b2=b2, threshold=threshold, score=score)
+                assert cas_neurons(rows.iloc[0], **spec) == set(map(tuple, kept))
+                found += len(kept)
     assert found > 100
 
 
 def test_a_query_without_a_positive_score_has_no_neurons(model, data, monkeypatch):
-    lm = load_model(model, device="cpu", dtype="float64")
-    fact = load_facts(data)[0]
     real = localize.attribute_encoded
 
     def attributed(*args):
@@ -155,7 +121,8 @@ def test_a_query_without_a_positive_score_has_no_neurons(model, data, monkeypatc
         return result
 
     monkeypatch.setattr(localize, "attribute_encoded", attributed)
-    frame = localise_unit(lm, [asdict(fact)], method="ig", steps=2)
+    lm, fact = load_model(model, device="cpu", dtype="float64"), load_facts(data)[0]
+    frame = localize.localise_unit(lm, [asdict(fact)], method="ig", steps=2)
     assert [len(one) > 0 for one in frame["layer"]] == [False] + [True] * (len(fact.prompts) - 1)
     assert kn_sets(frame)[0] == set()
 
@@ -164,103 +131,42 @@ def test_a_query_without_a_positive_score_has_no_neurons(model, data, monkeypatc
 def test_queries_that_cannot_be_read_are_counted_and_named_and_so_is_a_fact_left_with_one(
     model, tmp_path, runs
 ):
-    long = " ".join(["the"] * 12)
     patterns = {
-        "P1": ["[X] lives in [Y] .", "the home of [X] is [Y] .", f"{long} [X] is [Y] ."],
-        "P2": ["[X] speaks [Y] .", f"{long} the [X] has [Y] .", f"{long} the [X] is in [Y] ."],
+        "P1": ["[X] lives in [Y] .", "the home of [X] is [Y] .", f"{LONG} [X] is [Y] ."],
+        "P2": ["[X] speaks [Y] .", f"{LONG} the [X] has [Y] .", f"{LONG} the [X] is in [Y] ."],
+        "P3": [f"{LONG} the the [X] is [Y] .", "[X] lives in [Y] .", "the home of [X] is [Y] ."],
     }
-    data = save_dataset(
-        tmp_path, patterns, {"P1": [("ann", "rome"), ("bob", "new york")], "P2": [("dan", "latin")]}
-    )
+    facts = {"P1": [("ann", "rome"), ("bob", "new york")], "P2": [("dan", "latin")]}
+    data = save_dataset(tmp_path, patterns, facts | {"P3": [("cy", "rome")]})
     queries = localise(study := study_of(model, data), steps=2)
-    lost = study.load("left_out")
-    assert queries["fact"].tolist() == ["P1|ann|rome"] * 3 + ["P1|bob|new york"] * 2
-    assert queries["prompt_index"].tolist() == [0, 1, 2, 0, 1] and "left_out" not in queries
-    reasons = dict(zip(zip(lost["fact"], lost["prompt"]), lost["left_out"]))
-    assert len(lost) == 4
-    reason = reasons["P1|bob|new york", f"{long} bob is"]  # one token more than with rome
+    lost = study.load("left_out").set_index(["fact", "prompt"])["left_out"]
+    names = ["P1|ann|rome"] * 3 + ["P1|bob|new york"] * 2 + ["P3|cy|rome"] * 2
+    assert queries["fact"].tolist() == names and "left_out" not in queries
+    assert queries["prompt_index"].tolist() == [0, 1, 2, 0, 1, 1, 2] and len(lost) == 5
+    reason = lost["P1|bob|new york", f"{LONG} bob is"]  # one token more than with rome
     assert "17 tokens" in reason and "reads 16" in reason
-    assert (
-        reasons["P2|dan|latin", "dan speaks"]
-        == "the only usable query of its fact; consistency needs two"
-    )
-    # the fact's moments are over its usable queries alone
-    first = queries[queries["fact"] == "P1|bob|new york"].iloc[0]
-    scores = attribute(
-        study.lm(), ["bob lives in", "the home of bob is"], ["new york"] * 2, steps=2
-    ).scores.numpy()
+    alone = "the only usable query of its fact; consistency needs two"
+    assert lost["P2|dan|latin", "dan speaks"] == alone
+    # the fact's moments are over its usable queries alone, and with the first that is stored
+    assert cas_neurons(queries.iloc[5])
+    first = queries.iloc[3]
+    prompts = ["bob lives in", "the home of bob is"]
+    scores = attribute(study.lm(), prompts, ["new york"] * 2, steps=2).scores.numpy()
     at = (np.asarray(first["cas_layer"]), np.asarray(first["cas_neuron"]))
     assert np.asarray(first["cas_mean"]) == pytest.approx(scores.mean(0)[at], rel=1e-9)
     assert np.asarray(first["cas_std"]) == pytest.approx(scores.std(0)[at], rel=1e-6, abs=1e-12)
 
 
-def test_the_first_query_may_be_the_one_left_out(model, tmp_path, runs):
-    long = " ".join(["the"] * 14)
-    data = save_dataset(
-        tmp_path,
-        {"P1": [f"{long} [X] is [Y] .", "[X] lives in [Y] .", "the home of [X] is [Y] ."]},
-        {"P1": [("ann", "rome")]},
-    )
-    queries = localise(study_of(model, data), steps=2)
-    assert queries["prompt_index"].tolist() == [1, 2]
-    assert cas_neurons(queries.iloc[0]), "a fact's first stored row carries its moments"
-
-
 def test_a_run_without_a_usable_fact_says_why(model, tmp_path, runs):
-    long = " ".join(["the"] * 20)
-    data = save_dataset(
-        tmp_path,
-        {"P1": [f"{long} [X] {word} [Y] ." for word in ("is", "has", "in")]},
-        {"P1": [("ann", "rome")]},
-    )
-    with pytest.raises(ValueError, match="no fact of this run has two usable queries.*23 tokens"):
+    patterns = [f"{LONG} {LONG} [X] {word} [Y] ." for word in ("is", "has", "in")]
+    data = save_dataset(tmp_path, {"P1": patterns}, {"P1": [("ann", "rome")]})
+    with pytest.raises(ValueError, match="no fact of this run has two usable queries.*27 tokens"):
         localise(study_of(model, data), steps=2)
 
 
 # --- reruns ---------------------------------------------------------------------------------------
-def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.parquet"))}
-
-
-def test_a_rerun_reads_its_units_and_writes_the_same_bytes(model, data, runs, monkeypatch):
-    first = localise(study_of(model, data), steps=STEPS)
-    before, stamps = (
-        contents(runs),
-        {p: p.stat().st_mtime_ns for p in (runs / "default" / "units").glob("*")},
-    )
-    with monkeypatch.context() as patch:
-        patch.setattr("qlutils.experiments.localize.attribute_encoded", None)  # nothing is computed
-        again = localise(study_of(model, data), steps=STEPS)
-    pd.testing.assert_frame_equal(first, again)
-    assert contents(runs) == before
-    assert {p: p.stat().st_mtime_ns for p in (runs / "default" / "units").glob("*")} == stamps
-    for path in (runs / "default" / "units").glob("*.parquet"):
-        path.unlink()
-    localise(study_of(model, data), steps=STEPS)  # computed afresh, the bytes are the same as well
-    assert contents(runs) == before
-
-
-def test_other_settings_are_other_units(model, data, runs):
-    def units(method="ig", **spec):
-        localise(study_of(model, data, method), **spec)
-        return {path.name for path in (runs / "default" / "units").glob("*.parquet")}
-
-    seen = units(steps=2)
-    for method, spec in (
-        ("sig", dict(steps=2)),
-        ("ig", dict(steps=3)),
-        ("ig", dict(steps=2, rule="midpoint")),
-        ("ig", dict(steps=2, answer="first")),
-        ("ig", dict(steps=2, site="pre_activation")),
-    ):
-        now = units(method, **spec)
-        assert len(now) == 1 + len(seen), (method, spec)
-        seen = now
-
-
 def test_what_a_later_notebook_reads_is_what_was_localised(model, data, runs, capsys):
-    study = study_of(model, data)
-    by_default = localised(study)
+    by_default = localised(study_of(model, data))
     assert (
         "localising by the paper's rule: Spec(method='ig', steps=20, rule='right'"
         in capsys.readouterr().out
@@ -281,9 +187,7 @@ def test_other_facts_are_localised_with_the_settings_of_those_that_are_saved(
     assert "rule='converged'" in said and "tolerance=0.2" in said
     pd.testing.assert_frame_equal(queries, localise(study_of(model, data), **settings))
     assert queries["converged"].notna().all() and queries["fact"].nunique() == 5
-    assert study_of(model, data).localisation().items() >= settings.items()
-    other = study_of(model, data, "amig")  # of which nothing is saved
-    assert localised(other)["converged"].isna().all()
+    assert localised(study_of(model, data, "amig"))["converged"].isna().all()  # nothing is saved
     assert "by the paper's rule" in capsys.readouterr().out
 
 
@@ -299,94 +203,90 @@ def test_what_was_made_from_another_localisation_is_not_read(model, data, runs):
         study_of(model, data).load("made_from_it")
 
 
+def test_what_one_method_saved_by_another_rule_is_found_beside_other_methods(runs):
+    facts = dict(model="demo/gpt2", relations=["P36"], facts_per_relation=2)
+    for method in ("ig", "amig"):
+        study = Study("01_localize", method=method, **facts)
+        queries = localise(study, steps=4)
+        if method == "ig":
+            localize.localise_by_other_rule(study, queries, steps=4)
+    both = Study("02_consistency", method=None, methods=["ig", "amig"], **facts)
+    assert both.methods_done("queries") == ["ig", "amig"]
+    assert both.methods_done("other_rule") == ["ig"]
+    localise(Study("01_localize", method="ig", **facts), steps=5)  # another sum
+    assert both.methods_done("other_rule") == []
+
+
+def test_units_are_not_computed_or_read_while_a_context_changes_the_model(tmp_path, monkeypatch):
+    lm = load_model("demo/gpt2")
+    monkeypatch.setattr(store, "cached_model", lambda *_: lm)
+    prompts = ["The capital of France is", "France has the capital"]
+    unit = [[dict(relation="P1", subject="France", object="Paris", prompts=prompts)]]
+    task = localize.localise_unit
+    run = partial(store.run_units, task, "demo/gpt2", unit, {"steps": 2}, root=tmp_path, desc="x")
+    clean = run()
+    for context in (scale_neurons(lm, [(0, 1)], 0.0), scale_synapses(lm, [(0, 1, 2)], 0.0)):
+        with context, pytest.raises(ValueError, match="demo/gpt2 is being changed"):
+            run()
+    pd.testing.assert_frame_equal(run(), clean)
+
+
 # --- the examples of Figure 1 ---------------------------------------------------------------------
 def hand_made(*facts):
     """A `queries` frame of (id, known of each query, KN sets): every KN scores 1."""
     rows = []
     for fact, known, sets in facts:
-        relation, subject, answer = fact.split("|")
+        names = dict(zip(("fact", "relation", "subject", "object"), (fact, *fact.split("|"))))
         for index, (knows, one) in enumerate(zip(known, sets)):
-            rows.append(
-                dict(
-                    fact=fact,
-                    relation=relation,
-                    subject=subject,
-                    object=answer,
-                    prompt_index=index,
-                    prompt=f"{subject} {index}",
-                    known=knows,
-                    probability=0.5,
-                    layer=[0] * len(one),
-                    neuron=list(one),
-                    score=[1.0] * len(one),
-                )
-            )
+            kns = dict(layer=[0] * len(one), neuron=list(one), score=[1.0] * len(one))
+            about = dict(prompt_index=index, prompt=f"{names['subject']} {index}", known=knows)
+            rows.append(names | about | kns | {"probability": 0.5})
     return pd.DataFrame(rows)
 
 
 def test_example_facts_are_the_papers_else_the_most_and_the_least_consistent_known_ones():
-    low, high, middle = (
-        ("P1|low|x", [1, 1], [{1, 2}, {3}]),
-        ("P1|high|x", [1, 1], [{1}, {1}]),
-        ("P1|middle|x", [1, 1], [{1}, {1, 2}]),
-    )
-    unknown = ("P1|unknown|x", [1, 0], [{1}, {1}])
+    low, high = ("P1|low|x", [1, 1], [{1, 2}, {3}]), ("P1|high|x", [1, 1], [{1}, {1}])
+    middle = ("P1|middle|x", [1, 1], [{1}, {1, 2}])
+    unknown, other = ("P1|unknown|x", [1, 0], [{1}, {1}]), ("P1|other|x", [0, 0], [{1}, {2}])
     empty = ("P1|empty|x", [1, 1], [set(), set()])
     assert example_facts(hand_made(low, unknown, middle, empty)) == ["P1|middle|x", "P1|low|x"]
     assert example_facts(hand_made(unknown, low, high, middle)) == ["P1|high|x", "P1|low|x"]
-    assert example_facts(hand_made(unknown, ("P1|other|x", [0, 0], [{1}, {2}]))) == [
-        "P1|unknown|x",
-        "P1|other|x",
-    ]
-    paper = [("|".join(key), [0, 0], [{1}, {2}]) for key in PAPER_EXAMPLES]
+    assert example_facts(hand_made(unknown, other)) == ["P1|unknown|x", "P1|other|x"]
+    three = ("P1|three|x", [1] * 3, [{1}, {1, 2}, {3}]), ("P1|more|x", [1] * 3, [{1}] * 3)
+    assert example_facts(hand_made(low, high, *three)) == ["P1|more|x", "P1|three|x"]
+    paper = [("|".join(key), [0, 0], [{1}, {2}]) for key in localize.PAPER_EXAMPLES]
     assert example_facts(hand_made(high, *paper, low)) == [fact for fact, *_ in paper]
 
 
 def test_example_maps_are_the_dense_attribution_and_the_activation(model, data, runs):
     study = study_of(model, data)
     queries = localise(study, steps=2)
-    fact = study.facts()[0]
-    maps = example_maps(study.lm(), queries, [fact.id], method="ig", steps=2)
+    fact, lm = study.facts()[0], study.lm()
+    maps = example_maps(lm, queries, [fact.id], method="ig", steps=2)
     assert [one["prompt"] for one in maps] == [fact.prompts[0], fact.prompts[-1]]
-    lm = study.lm()
     for one in maps:
         scores = attribute(lm, [one["prompt"]], [fact.object], steps=2).scores[0].numpy()
         assert one["attribution"] == pytest.approx(scores, abs=1e-12)
         seen = []
-        handles = [
-            down.register_forward_pre_hook(lambda _, x: seen.append(x[0][0, -1]))
-            for down in lm.downs
-        ]
+        keep = lambda _, x: seen.append(x[0][0, -1])  # noqa: E731
+        handles = [down.register_forward_pre_hook(keep) for down in lm.downs]
         with torch.no_grad():
-            lm.model(torch.tensor([lm.encode(one["prompt"], fact.object)[0]]))
+            lm.model(torch.tensor([lm.encode_prompt(one["prompt"])]))
         for handle in handles:
             handle.remove()
         assert one["activation"] == pytest.approx(torch.stack(seen).numpy(), rel=1e-5, abs=1e-6)
 
 
 # --- Tables 1, 4 and 5 ----------------------------------------------------------------------------
-def facts_of(cs2, relations=("P1", "P2")):
+def facts_of(cs2):
     """A `queries` frame of facts with these CS2: of ten neurons, so many tenths occur in more than
     one query."""
     rows = []
     for i, value in enumerate(cs2):
-        name, relation = f"s{i}", relations[i % len(relations)]
         shared = round(10 * value)
-        rows.append((f"{relation}|{name}|x", [1, 1, 1], [range(10), range(shared), range(shared)]))
+        sets = [range(10), range(shared), range(shared)]
+        rows.append((f"P{1 + i % 2}|s{i}|x", [1, 1, 1], sets))
     return hand_made(*rows)
-
-
-CS2 = (0.0, 0.1, 0.2, 0.7, 0.8, 0.9)
-
-
-def test_classes_follow_the_thresholds():
-    frame = classified_facts(facts_of(CS2))
-    assert frame["cs2"].tolist() == pytest.approx(CS2)
-    assert frame["class_static"].tolist() == ["II", "II", "I", "I", "I", "I"]
-    threshold = threshold_otsu(np.array(CS2))
-    assert frame["threshold_static"].unique().tolist() == [0.1]
-    assert frame["threshold_otsu"].unique().tolist() == [threshold] and 0.1 < threshold < 0.7
-    assert frame["class_otsu"].tolist() == ["I" if value > threshold else "II" for value in CS2]
 
 
 def test_table_1_by_hand():
@@ -399,95 +299,60 @@ def test_table_1_by_hand():
     assert (static["S_I"], static["S_II"]) == pytest.approx((one.mean(), two.mean()))
     assert static["S_I_low"] <= static["S_I"] <= static["S_I_high"]
     welch = scipy_stats.ttest_ind(one, two, equal_var=False)
-    assert (static["t"], static["p"], static["df"]) == pytest.approx(
-        (welch.statistic, welch.pvalue, welch.df)
-    )
+    wanted = (welch.statistic, welch.pvalue, welch.df)
+    assert (static["t"], static["p"], static["df"]) == pytest.approx(wanted)
     assert not [column for column in table if column.endswith("_paper")]
 
 
-def test_an_empty_class_is_shown_as_empty_with_nothing_made_up():
+def test_an_empty_class_or_no_otsu_threshold_is_shown_with_nothing_made_up():
     table = table_1({"ig": classified_facts(facts_of((0.5, 0.6, 0.7, 0.7)))}, "demo/gpt2")
-    static = table[table["threshold"] == "static"].iloc[0]
+    static = table.set_index("threshold").loc["static"]
     assert (static["n"], static["n_I"], static["n_II"]) == (4, 4, 0)
     assert static["R_II"] == 0 and static["R_I"] == 1
-    assert static[["S_II", "S_II_low", "S_II_high", "t", "p", "d"]].isna().all()
-    assert set(table.columns) >= {"S_II", "t", "p", "d", "df", "cap_II"}
-
-
-def test_facts_without_neurons_or_with_two_prompts_stand_apart():
-    queries = pd.concat(
-        [
-            facts_of(CS2),
-            hand_made(
-                ("P1|empty|x", [1, 1, 1], [set(), set(), set()]), ("P1|two|x", [1, 1], [{1}, {1}])
-            ),
-        ],
-        ignore_index=True,
-    )
-    frame = classified_facts(queries).set_index("fact")
-    assert (
-        frame.loc[["P1|empty|x", "P1|two|x"], "cs2"].isna().all()
-        and frame.loc["P1|two|x", "cs1"] == 1
-    )
-    assert frame["undefined"].sum() == 1 and frame.loc["P1|empty|x", "undefined"]
-    assert frame["two_prompts"].sum() == 1 and frame.loc["P1|two|x", "two_prompts"]
-    for name in ("class_static", "class_otsu"):
-        assert (
-            frame.loc[["P1|empty|x", "P1|two|x"], name].isna().all()
-            and frame[name].notna().sum() == 6
-        )
-    table = table_1({"ig": frame.reset_index()}, "demo/gpt2")
-    assert table["n"].tolist() == [6, 6]
-    summary = consistency_summary({"ig": frame.reset_index()}).iloc[0]
-    assert (summary["n"], summary["n_undefined"], summary["n_two_prompts"]) == (6, 1, 1)
-
-
-def test_facts_that_all_have_one_cs2_have_no_otsu_threshold():
+    assert static[["S_II", "S_II_low", "S_II_high", "t", "p", "d", "df", "cap_II"]].isna().all()
     frame = classified_facts(facts_of((0.5, 0.5, 0.5)))
     assert frame["threshold_otsu"].isna().all() and frame["class_otsu"].isna().all()
     otsu = table_1({"ig": frame}, "demo/gpt2").set_index("threshold").loc["otsu"]
     assert otsu["n"] == 0 and otsu[["R_I", "R_II", "S_I", "S_II", "t"]].isna().all()
 
 
+def test_facts_without_neurons_or_with_two_prompts_stand_apart():
+    apart = hand_made(("P1|empty|x", [1] * 3, [set()] * 3), ("P1|two|x", [1, 1], [{1}, {1}]))
+    facts = classified_facts(pd.concat([facts_of(CS2), apart], ignore_index=True))
+    rest, empty, two = facts.iloc[:6], facts.iloc[6], facts.iloc[7]
+    assert empty["undefined"] and two["two_prompts"] and two["cs1"] == 1
+    assert not (rest["undefined"] | rest["two_prompts"]).any()
+    columns = ["cs2", "class_static", "class_otsu"]
+    assert facts.loc[6:, columns].isna().all(axis=None) and rest[columns].notna().all(axis=None)
+    assert table_1({"ig": facts}, "demo/gpt2")["n"].tolist() == [6, 6]
+    summary = consistency_summary({"ig": facts}).iloc[0]
+    assert (summary["n"], summary["n_undefined"], summary["n_two_prompts"]) == (6, 1, 1)
+
+
 def test_cap_ii_is_the_share_that_all_three_methods_put_into_k_ii():
-    three = {
-        "ig": facts_of((0.0, 0.1, 0.1, 0.9)),
-        "sig": facts_of((0.1, 0.0, 0.8, 0.9)),
-        "amig": facts_of((0.0, 0.9, 0.0, 0.9)),
-    }
-    facts = {name: classified_facts(frame) for name, frame in three.items()}
+    cs2 = {"ig": (0.0, 0.1, 0.1, 0.9), "sig": (0.1, 0.0, 0.8, 0.9), "amig": (0.0, 0.9, 0.0, 0.9)}
+    facts = {name: classified_facts(facts_of(values)) for name, values in cs2.items()}
     assert common_class_two(facts, "static") == 1 / 4
-    table = table_1(facts, "demo/gpt2")
-    assert table[table["threshold"] == "static"]["cap_II"].tolist() == [0.25] * 3
-    assert np.isnan(common_class_two({k: facts[k] for k in ("ig", "sig")}, "static"))
-    # a fact that one method cannot classify is in nobody's share
-    undefined = hand_made(
-        *[
-            (f"P{1 + i % 2}|s{i}|x", [1] * 3, [{1}, {2}, {3}] if i else [set()] * 3)
-            for i in range(4)
-        ]
-    )
-    facts["amig"] = classified_facts(undefined)
+    table = table_1(facts, "demo/gpt2").set_index("threshold")
+    assert table.loc["static", "cap_II"].tolist() == [0.25] * 3
+    assert np.isnan(common_class_two({name: facts[name] for name in ("ig", "sig")}, "static"))
+    facts["amig"] = classified_facts(facts_of((0.0, 0.0, 0.0, 0.0)))
+    facts["amig"].loc[0, "class_static"] = None  # what one method cannot classify is in no share
     assert common_class_two(facts, "static") == 1 / 3
 
 
 def test_the_papers_values_stand_beside_ours_for_its_models_alone():
     facts = {"ig": classified_facts(facts_of(CS2))}
-    table = table_1(facts, "gpt2")
-    assert {"R_II_paper", "S_II_paper", "t_paper"} <= set(table)
-    four = table_4(facts, "gpt2")
-    assert four["value_paper"].notna().any()
-    assert four.set_index("threshold").loc["static", "value"] == 0.1
+    assert {"R_II_paper", "S_II_paper", "t_paper"} <= set(table_1(facts, "gpt2"))
+    four = table_4(facts, "gpt2").set_index("threshold")
+    assert four["value_paper"].notna().any() and four.loc["static", "value"] == 0.1
     assert "value_paper" not in table_4(facts, "demo/gpt2")
 
 
 def test_table_5_is_the_first_query_of_each_relation():
     table = table_5(facts_of(CS2))
-    assert table["relation"].tolist() == ["P1", "P2"] and table["example query"].tolist() == [
-        "s0 0",
-        "s1 0",
-    ]
-    assert table["answer"].tolist() == ["x", "x"]
+    assert table["relation"].tolist() == ["P1", "P2"] and table["answer"].tolist() == ["x", "x"]
+    assert table["example query"].tolist() == ["s0 0", "s1 0"]
 
 
 def test_noise_is_cut_near_its_middle_and_its_classes_differ_enormously():
@@ -495,15 +360,12 @@ def test_noise_is_cut_near_its_middle_and_its_classes_differ_enormously():
     null = otsu_null(facts, draws=50)
     assert 0.4 < null["R_II_low"] < null["R_II"] < null["R_II_high"] < 0.6 and null["n"] == 400
     # halves of a normal distribution: means 2 sqrt(2 / pi) apart, variance 1 - 2 / pi each
-    assert null["t"] == pytest.approx(
-        2 * np.sqrt(2 / np.pi) / np.sqrt((1 - 2 / np.pi) * 4 / 400), rel=0.05
-    )
+    wanted = 2 * np.sqrt(2 / np.pi) / np.sqrt((1 - 2 / np.pi) * 4 / 400)
+    assert null["t"] == pytest.approx(wanted, rel=0.05)
     assert null == otsu_null(facts, draws=50) and null != otsu_null(facts, draws=50, seed=1)
     for few in ([], [0.5], [0.5, 0.5]):
         empty = otsu_null(pd.DataFrame(dict(cs2=np.array(few, float))))
-        assert all(np.isnan(value) for name, value in empty.items() if name != "n") and empty[
-            "n"
-        ] == len(few)
+        assert empty.pop("n") == len(few) and np.isnan(list(empty.values())).all()
 
 
 def test_threshold_sensitivity_by_hand():
@@ -517,41 +379,3 @@ def test_threshold_sensitivity_by_hand():
     assert table.loc[0.1, "cs2"].tolist() == pytest.approx([(1 + 1 / 4) / 2] * 2)
     assert table.loc[0.2, "cs2"].tolist() == [1, 1] and (table["n"] == 2).all()
     assert table["R_II"].tolist() == [0.5, 0.5, 0, 0]
-
-
-def test_the_tables_agree_with_consistency_of_the_dense_scores(model, data, runs):
-    study = study_of(model, data)
-    facts = classified_facts(localise(study, steps=STEPS)).set_index("fact")
-    for fact in study.facts():
-        wanted = consistency(knowledge_neurons(dense(study.lm(), fact, "ig").scores))
-        assert facts.loc[fact.id, ["cs1", "cs2", "jaccard"]].tolist() == pytest.approx(
-            [wanted.cs1, wanted.cs2, wanted.jaccard]
-        )
-        assert facts.loc[fact.id, "mean_size"] == pytest.approx(np.mean(wanted.sizes))
-
-
-def test_units_are_not_computed_or_read_while_a_context_changes_the_model(tmp_path, monkeypatch):
-    lm = load_model("demo/gpt2")
-    monkeypatch.setattr(store, "cached_model", lambda *_: lm)
-    prompts = ["The capital of France is", "France has the capital"]
-    unit = [[dict(relation="P1", subject="France", object="Paris", prompts=prompts)]]
-    run = partial(store.run_units, localise_unit, "demo/gpt2", unit, {"steps": 2}, root=tmp_path)
-    clean = run(desc="x")
-    for context in (scale_neurons(lm, [(0, 1)], 0.0), scale_synapses(lm, [(0, 1, 2)], 0.0)):
-        with context, pytest.raises(ValueError, match="demo/gpt2 is being changed"):
-            run(desc="x")
-    pd.testing.assert_frame_equal(run(desc="x"), clean)
-
-
-def test_what_one_method_saved_by_another_rule_is_found_beside_other_methods(runs):
-    facts = dict(model="demo/gpt2", relations=["P36"], facts_per_relation=2)
-    for method in ("ig", "amig"):
-        study = Study("01_localize", method=method, **facts)
-        queries = localise(study, steps=4)
-        if method == "ig":
-            localize.localise_by_other_rule(study, queries, steps=4)
-    both = Study("02_consistency", method=None, methods=["ig", "amig"], **facts)
-    assert both.methods_done("queries") == ["ig", "amig"]
-    assert both.methods_done("other_rule") == ["ig"]
-    localise(Study("01_localize", method="ig", **facts), steps=5)  # another sum
-    assert both.methods_done("other_rule") == []

@@ -17,20 +17,11 @@ from qlutils.show import tables
 def query(fact, i, neurons, score, tokens=3, known=True):
     """A row of a `queries` frame. fact: relation, subject, object; neurons: [(layer, neuron)]."""
     relation, subject, obj = fact
-    return dict(
-        fact=f"{relation} {subject}",
-        relation=relation,
-        subject=subject,
-        object=obj,
-        prompt_index=i,
-        prompt=f"{relation} {subject} {i}",
-        prompt_tokens=tokens,
-        probability=0.5,
-        known=known,
-        layer=[layer for layer, _ in neurons],
-        neuron=[neuron for _, neuron in neurons],
-        score=score,
-    )
+    names = dict(fact=f"{relation} {subject}", relation=relation, subject=subject, object=obj)
+    prompt = dict(prompt_index=i, prompt=f"{relation} {subject} {i}", prompt_tokens=tokens)
+    layer, neuron = map(list, zip(*neurons))
+    kns = dict(layer=layer, neuron=neuron, score=score)
+    return names | prompt | kns | dict(probability=0.5, known=known)
 
 
 QUERIES = pd.DataFrame(
@@ -47,8 +38,6 @@ QUERIES = pd.DataFrame(
 
 
 # --- sets -----------------------------------------------------------------------------------------
-
-
 def test_every_set_of_a_query_by_hand():
     kns = [{(0, 1), (0, 2), (1, 5)}, {(0, 1), (1, 6)}, {(0, 1), (0, 2), (1, 6), (1, 7)}]
     active = np.array([[0.0, 5.0, 1.0, 1.1, 4.8, 9.0, 9.0, 9.0], [3.0, 0, 0, 0, 0, -2.9, 7.0, 8.0]])
@@ -61,20 +50,17 @@ def test_every_set_of_a_query_by_hand():
     assert sets["intersection_matched"] == sets["intersection"]
     assert len(sets["self_as_intersection"]) == 2
     assert sets["self_active"] == {(0, 4), (0, 3), (1, 0)}
-    for name, like in (("self_random", sets["self"]), ("union_random", sets["union"])):
-        assert not sets[name] & like
-        assert sorted(layer for layer, _ in sets[name]) == sorted(layer for layer, _ in like)
+    for name in ("self", "union"):
+        drawn, like = sets[f"{name}_random"], sets[name]
+        assert not drawn & like and sorted(l for l, _ in drawn) == sorted(l for l, _ in like)
     shown = {*effects.FIGURE_4_SETS, *effects.COMPARISON_SETS}
     assert shown - {"self_same_relation", "self_other_relation"} <= set(sets)
 
 
-def test_random_and_matched_neurons_end_where_a_layer_is_used_up():
+def test_other_neurons_are_never_of_their_own_set_and_end_where_a_layer_is_used_up():
     everything = {(0, n) for n in range(4)}
     assert random_neurons(everything, 4, np.random.default_rng(0)) == set()
     assert active_neurons(everything - {(0, 3)}, np.zeros((1, 4))) == {(0, 3)}
-
-
-def test_neurons_are_drawn_from_a_given_pool_and_never_from_their_own_set():
     among = {0: {1, 2, 3}, 1: set()}
     for seed in range(20):
         drawn = random_neurons({(0, 1), (1, 0)}, 10, np.random.default_rng(seed), among=among.get)
@@ -89,22 +75,16 @@ def test_the_most_active_neuron_is_matched_first():
 
 @pytest.mark.parametrize("family", ["gpt2", "llama3"])
 def test_rows_of_the_batch_equal_one_set_at_a_time(family):
-    lm = tiny_lm(family)
+    lm, [fact] = tiny_lm(family), EFFECTS_UNIT
     frame = mapping.scale_kns(lm, EFFECTS_UNIT, suppress=0.0, enhance=3.0)
     assert len(frame) == 3 * 2 * mapping.NUM_SETS == 3 * 2 * frame["set"].nunique()
-    sets = [set(zip(*kns)) for kns in zip(EFFECTS_UNIT[0]["layer"], EFFECTS_UNIT[0]["neuron"])]
-    for row in frame.to_dict("records"):
-        if row["set"] not in effects.FIGURE_4_SETS:
-            continue
-        i = [0, 2, 3].index(row["prompt_index"])
-        others = [s for k, s in enumerate(sets) if k != i]
-        chosen = {
-            "self": sets[i],
-            "union": others[0] | others[1],
-            "intersection": others[0] & others[1],
-            "refine": others[0] & others[1],
-        }[row["set"]]
-        ask = [EFFECTS_UNIT[0]["prompts"][i]], ["8 6"]
+    sets = [set(zip(*kns)) for kns in zip(fact["layer"], fact["neuron"])]
+    for row in frame[frame["set"].isin(effects.FIGURE_4_SETS)].to_dict("records"):
+        i = fact["prompt_index"].index(row["prompt_index"])
+        one, two = (sets[k] for k in range(3) if k != i)
+        both = dict.fromkeys(("intersection", "refine"), one & two)
+        chosen = {"self": sets[i], "union": one | two, **both}[row["set"]]
+        ask = [fact["prompts"][i]], ["8 6"]
         before = float(answer_probability(lm, *ask))
         with scale_neurons(lm, chosen, 3.0 if row["direction"] == "enhance" else 0.0):
             after = float(answer_probability(lm, *ask))
@@ -115,43 +95,34 @@ def test_rows_of_the_batch_equal_one_set_at_a_time(family):
 
 
 # --- units ----------------------------------------------------------------------------------------
-
-
 def test_units_hold_the_neurons_above_the_threshold_and_an_irrelevant_prompt_of_equal_length():
     [[a, b, c]] = effects.units(QUERIES, 0.2, irrelevant=0)
     assert a["layer"] == [[0], [0], [1]] and a["neuron"] == [[1], [1], [1]]
     assert sorted(zip(b["layer"][2], b["neuron"][2])) == [(0, 2), (1, 1)]
     assert b["prompt_index"] == [0, 1, 2]
     assert all(prompt.startswith("R2 c") for prompt in a["irrelevant"] + b["irrelevant"])
-    assert all(
-        prompt.startswith("R1 a") for prompt in c["irrelevant"]
-    )  # of R1 only fact a has prompts of 3 tokens
-    again = effects.units(QUERIES[::-1], 0.2, irrelevant=0)
+    # of R1 only fact a has prompts of 3 tokens
+    assert all(prompt.startswith("R1 a") for prompt in c["irrelevant"])
     assert effects.units(QUERIES, 0.2, irrelevant=1) != effects.units(QUERIES, 0.2, irrelevant=0)
-    assert {fact["fact"] for fact in again[0]} == {a["fact"], b["fact"], c["fact"]}
     [[alone]] = effects.units(QUERIES[QUERIES["relation"] == "R2"], irrelevant=0)
     assert alone["irrelevant"] == [None] * 3 and "layer" not in alone
 
 
 def test_another_fact_s_neurons_are_of_one_fact_and_none_of_this_one():
-    rows = [
-        ("R1", "a", "x", [[(0, 1), (0, 2), (1, 5)], [(0, 3)]]),
-        ("R1", "b", "y", [[(0, 1), (0, 6)], [(1, 7), (2, 8)]]),
-        ("R2", "c", "z", [[(0, 3), (0, 4)], [(0, 5), (1, 6)]]),
-        ("R2", "d", "z", [[(0, 9)], [(1, 9)]]),
-        ("R3", "a", "w", [[(0, 10)], [(0, 10)]]),
-        ("R3", "e", "x", [[(0, 11)], [(0, 11)]]),
-    ]
-    frame = pd.DataFrame(
-        [
-            query((relation, subject, obj), i, kns, [1.0] * len(kns))
-            for relation, subject, obj, sets in rows
-            for i, kns in enumerate(sets)
-        ]
-    )
+    facts = {
+        ("R1", "a", "x"): [[(0, 1), (0, 2), (1, 5)], [(0, 3)]],
+        ("R1", "b", "y"): [[(0, 1), (0, 6)], [(1, 7), (2, 8)]],
+        ("R2", "c", "z"): [[(0, 3), (0, 4)], [(0, 5), (1, 6)]],
+        ("R2", "d", "z"): [[(0, 9)], [(1, 9)]],
+        ("R3", "a", "w"): [[(0, 10)], [(0, 10)]],
+        ("R3", "e", "x"): [[(0, 11)], [(0, 11)]],
+    }
+    rows = []
+    for fact, sets in facts.items():
+        rows += [query(fact, i, kns, [1.0] * len(kns)) for i, kns in enumerate(sets)]
     drawn = {}
     for seed in range(40):
-        for fact in effects.units(frame, 0.2, other=seed)[0]:
+        for fact in effects.units(pd.DataFrame(rows), 0.2, other=seed)[0]:
             for kind in ("same_relation", "other_relation"):
                 drawn.setdefault((fact["fact"], kind), set()).add(tuple(map(tuple, fact[kind])))
     # of b, less (0, 1), which both have; layer 0 has one neuron left for two, and the second query
@@ -162,28 +133,24 @@ def test_another_fact_s_neurons_are_of_one_fact_and_none_of_this_one():
     first = {one for one, _ in drawn["R1 a", "other_relation"]}
     assert first == {((0, 4), (0, 5), (1, 6)), ((0, 9), (1, 9))}
     assert drawn["R2 c", "same_relation"] == {((), ())}  # d has the same object
-    assert "same_relation" not in effects.units(frame, 0.2)[0][0]
 
 
 # --- relative changes -----------------------------------------------------------------------------
-
-
-def changes(rows):
-    names = "fact relation prompt_index set direction size probability probability_before"
-    return pd.DataFrame(rows, columns=names.split())
+def changes(rows, classes=None, known=True):
+    """`effects.rates` of rows (fact, relation, query, set, size, before, enhanced, suppressed)."""
+    long = []
+    for fact, relation, index, name, size, before, *after in rows:
+        about = dict(fact=fact, relation=relation, prompt_index=index, set=name, size=size)
+        for direction, p in zip(("enhance", "suppress"), after):
+            probability = dict(probability=p, probability_before=before)
+            long.append(about | probability | {"direction": direction})
+    frame = pd.DataFrame(long).assign(known=known, class_otsu=None)
+    return frame.assign(class_static=frame["fact"].map(classes or {}))
 
 
 def test_relative_changes_are_signed_by_direction_and_undefined_at_zero():
-    frame = changes(
-        [
-            ("f", "R", 0, "self", "enhance", 2, 0.6, 0.5),
-            ("f", "R", 0, "self", "suppress", 2, 0.1, 0.5),
-            ("f", "R", 1, "self", "enhance", 0, 0.0, 0.0),
-            ("f", "R", 1, "self", "suppress", 0, 0.0, 0.0),
-            ("f", "R", 2, "self", "enhance", 1, 0.4, 0.5),
-            ("f", "R", 2, "self", "suppress", 1, 0.5, 0.5),
-        ]
-    )
+    rows = [(2, 0.5, 0.6, 0.1), (0, 0.0, 0.0, 0.0), (1, 0.5, 0.4, 0.5)]
+    frame = changes([("f", "R", i, "self", *row) for i, row in enumerate(rows)])
     rates = effects.rates(frame).set_index(["prompt_index", "direction"])["rate"]
     assert rates[0, "enhance"] == pytest.approx(0.2) and rates[0, "suppress"] == pytest.approx(0.8)
     assert rates[0, "average"] == pytest.approx(0.5) and rates[2, "average"] == pytest.approx(-0.1)
@@ -192,83 +159,55 @@ def test_relative_changes_are_signed_by_direction_and_undefined_at_zero():
     assert sizes[2, "enhance"] == pytest.approx(0.2) and sizes[2, "average"] == pytest.approx(0.1)
 
 
-def with_classes(frame, classes):
-    return frame.assign(known=True, class_static=frame["fact"].map(classes), class_otsu=None)
-
-
 def test_summary_counts_empty_sets_undefined_values_and_classes_without_facts():
     rows = [
-        (
-            f"f{k}",
-            f"R{k % 2}",
-            0,
-            "self",
-            d,
-            size,
-            0.5 + 0.1 * k * (1 if d == "enhance" else -1),
-            before,
-        )
+        (f"f{k}", f"R{k % 2}", 0, "self", size, before, 0.5 + 0.1 * k, 0.5 - 0.1 * k)
         for k, (size, before) in enumerate([(2, 0.5), (0, 0.5), (3, 0.0)])
-        for d in ("enhance", "suppress")
     ]
-    frame = with_classes(effects.rates(changes(rows)), dict.fromkeys(["f0", "f1", "f2"], "I"))
-    table = effects.summary(
-        frame, ["self"], directions=("average",), populations=("known", "known, not empty")
-    )
+    frame = effects.rates(changes(rows, dict.fromkeys(["f0", "f1", "f2"], "I")))
+    populations = ("known", "known, not empty")
+    table = effects.summary(frame, ["self"], directions=("average",), populations=populations)
     assert np.isnan(table[["mean_low", "median_high", "trimmed_low"]]).all(axis=None)  # three facts
-    one = tables.pick(table, threshold="static", queries="known", class_="I")
+    one, more = (
+        tables.pick(table, threshold="static", queries=queries, class_="I")
+        for queries in populations
+    )
     assert one["n"] == 2 and one["undefined"] == 1 and one["empty"] == pytest.approx(1 / 3)
-    assert one["mean"] == pytest.approx((0 + 0.2) / 2)
-    assert tables.pick(table, threshold="static", queries="known, not empty", class_="I")[
-        "mean"
-    ] == pytest.approx(0)
+    assert one["mean"] == pytest.approx(0.1) and more["mean"] == pytest.approx(0)
     for name in ("I", "II"):
         none = tables.pick(table, threshold="otsu", queries="known", class_=name)
         assert none["n"] == 0 and np.isnan(none["mean"])
-    assert tables.with_interval(none) == "undefined (n = 0)" and tables.verdict(none) == (
-        "not testable here (0 facts; an interval needs 10)"
-    )
+    assert tables.with_interval(none) == "undefined (n = 0)"
+    assert tables.verdict(none) == "not testable here (0 facts; an interval needs 10)"
 
 
 def test_contrast_pairs_queries_and_leaves_out_those_without_both():
     rows = []
     for k in range(6):
         for name, after in (("self", 0.1 + 0.05 * k), ("union", 0.3), ("refine", 0.5)):
-            if (k, name) != (5, "refine"):
-                rows += [
-                    (f"f{k}", f"R{k % 2}", 0, name, d, 1, value, 0.5)
-                    for d, value in (("enhance", 0.5), ("suppress", after))
-                ]
-    frame = with_classes(
-        effects.rates(changes(rows)), {f"f{k}": "I" if k < 3 else "II" for k in range(6)}
-    )
+            rows.append((f"f{k}", f"R{k % 2}", 0, name, 1, 0.5, 0.5, after))
+    classes = {f"f{k}": "I" if k < 3 else "II" for k in range(6)}
+    frame = effects.rates(changes(rows[:-1], classes))  # f5 has no refine
     table = effects.contrast(frame, "self", ["union", "refine"])
     drop = lambda after: (0.5 - after) / 0.5 / 2  # the mean of both directions  # noqa: E731
     gap = [drop(0.1 + 0.05 * k) - (drop(0.3) + drop(0.5)) / 2 for k in range(5)]
     which = dict(threshold="static", queries="all")
-    assert tables.pick(table, **which, class_="I")["mean"] == pytest.approx(np.mean(gap[:3]))
-    assert tables.pick(table, **which, class_="I")["median"] == pytest.approx(np.median(gap[:3]))
-    two = tables.pick(table, **which, class_="II")
+    one, two, apart = (tables.pick(table, **which, class_=name) for name in ("I", "II", "II - I"))
+    assert one["mean"] == pytest.approx(np.mean(gap[:3]))
+    assert one["median"] == pytest.approx(np.median(gap[:3]))
     assert two["mean"] == pytest.approx(np.mean(gap[3:])) and two["n"] == 2
-    apart = tables.pick(table, **which, class_="II - I")
     assert apart["mean"] == pytest.approx(np.mean(gap[3:]) - np.mean(gap[:3]))
     assert tables.with_interval(apart).endswith("[–, –] (n = 2 and 3)")
-    assert (
-        tables.verdict(apart)
-        == "not testable here (2 and 3 facts; an interval needs 10 on each side)"
-    )
+    why = "not testable here (2 and 3 facts; an interval needs 10 on each side)"
+    assert tables.verdict(apart) == why
     some = effects.contrast(frame.assign(known=frame["fact"] == "f0"), "self", ["union", "refine"])
     assert tables.pick(some, threshold="static", queries="known", class_="I")["n"] == 1
     assert tables.pick(some, **which, class_="I")["n"] == 3
 
 
 def test_all_queries_are_counted_first_and_the_known_ones_beside():
-    names = [f"f{k}" for k in range(4)]
-    rows = []
-    for k, name in enumerate(names):
-        for direction in ("enhance", "suppress"):
-            rows.append((name, "R", 0, "self", direction, 1, 0.5 + 0.1 * k, 0.5))
-    frame = with_classes(effects.rates(changes(rows)), dict.fromkeys(names, "I"))
+    rows = [(f"f{k}", "R", 0, "self", 1, 0.5, 0.5 + 0.1 * k, 0.5) for k in range(4)]
+    frame = effects.rates(changes(rows, dict.fromkeys([f"f{k}" for k in range(4)], "I")))
     frame["known"] = frame["fact"] == "f3"
     table = effects.summary(frame, ["self"], directions=("enhance",))
     assert list(dict.fromkeys(table["queries"])) == ["all", "known"]
@@ -277,18 +216,19 @@ def test_all_queries_are_counted_first_and_the_known_ones_beside():
         assert (row["n"], row["trimmed"]) == (n, pytest.approx(trimmed))
 
 
-def test_verdict_reads_the_interval():
-    row = lambda low, high: dict(mean=(low + high) / 2, mean_low=low, mean_high=high)  # noqa: E731
-    assert (
-        tables.verdict(row(0.1, 0.2)) == "lies above 0"
-        and tables.verdict(row(-0.2, -0.1)) == "lies below 0"
-    )
-    assert tables.verdict(row(-0.1, 0.2)) == "cannot be told from 0"
+@pytest.mark.parametrize(
+    "low, high, said",
+    [
+        (0.1, 0.2, "lies above 0"),
+        (-0.2, -0.1, "lies below 0"),
+        (-0.1, 0.2, "cannot be told from 0"),
+    ],
+)
+def test_verdict_reads_the_interval(low, high, said):
+    assert tables.verdict(dict(mean=(low + high) / 2, mean_low=low, mean_high=high)) == said
 
 
-# --- predominance on hand-made matrices -----------------------------------------------------------
-
-
+# --- predominance and synapses on hand-made cases -------------------------------------------------
 def test_predominance_of_hand_made_attention_matrices(monkeypatch):
     """Three queries of three tokens; the columns that collect most are tokens 7, 7 and 9, without
     the first 5, 7, 9."""
@@ -297,14 +237,10 @@ def test_predominance_of_hand_made_attention_matrices(monkeypatch):
         (4, 7, 6): [[1, 0, 0], [0.1, 0.9, 0], [0, 1, 0]],
         (8, 6, 9): [[0, 0, 1], [0, 0.2, 0.8], [0, 0, 1]],
     }
-    monkeypatch.setattr(
-        attention_predominance,
-        "column_scores",
-        lambda lm, prompts: [
-            (np.broadcast_to(np.array(matrices[tuple(ids)]).sum(0), (2, 4, 3)),) * 2
-            for ids in prompts
-        ],
-    )
+
+    def column_scores(lm, prompts):
+        sums = [np.sum(matrices[tuple(ids)], axis=0) for ids in prompts]
+        return [(np.broadcast_to(one, (2, 4, 3)), None) for one in sums]
 
     class Model:
         tokenizer, bos_offset = word_tokenizer(), 0
@@ -312,18 +248,12 @@ def test_predominance_of_hand_made_attention_matrices(monkeypatch):
         def encode_prompt(self, prompt):
             return [int(word) for word in prompt.split()]
 
-    unit = [
-        dict(fact="f", relation="R", prompts=["7 5 6", "4 7 6", "8 6 9"], prompt_index=[0, 1, 2])
-    ]
-    winners = attention_predominance.attend(Model(), unit)
-    assert winners["token_id"].tolist() == [7, 7, 9] and winners["token_id_rest"].tolist() == [
-        5,
-        7,
-        9,
-    ]
-    assert winners.loc[0, "share"] == pytest.approx(2.2 / 3) and winners.loc[
-        0, "first_share"
-    ] == pytest.approx(2.2 / 3)
+    monkeypatch.setattr(attention_predominance, "column_scores", column_scores)
+    unit = dict(fact="f", relation="R", prompts=["7 5 6", "4 7 6", "8 6 9"], prompt_index=[0, 1, 2])
+    winners = attention_predominance.attend(Model(), [unit])
+    assert winners["token_id"].tolist() == [7, 7, 9]
+    assert winners["token_id_rest"].tolist() == [5, 7, 9]
+    assert winners.loc[0, ["share", "first_share"]].tolist() == pytest.approx([2.2 / 3] * 2)
     [fact] = effects.predominance(winners).to_dict("records")
     assert fact["predominance"] == pytest.approx(2 / 3) and fact["modal"] == "7"
     for name in ("predominance_rest", "first", "same_first"):
@@ -335,22 +265,17 @@ def test_predominance_of_hand_made_attention_matrices(monkeypatch):
 
 def test_a_synapse_reaches_the_neurons_of_its_layer_and_of_later_ones():
     found = pd.DataFrame(dict(by_layer=[[1, 0, 2], [0, 1, 0]]))
-    assert effects.reach([{(0, 5), (2, 1)}, {(0, 9)}], found) == pytest.approx(
-        (2 * 1 + 4) / (3 * 4)
-    )
+    share = effects.reach([{(0, 5), (2, 1)}, {(0, 9)}], found)
+    assert share == pytest.approx((2 * 1 + 4) / (3 * 4))
     assert effects.reach([set(), set()], found) == 0
 
 
 def test_synapse_counts_by_hand():
-    columns = "fact n_self n_self_rest n_irrelevant n_irrelevant_rest jaccard jaccard_rest by_layer"
-    rows = [
-        ("f", 4, 1, 2, 0, 0.5, 0.0, [3, 0, 1]),
-        ("g", 0, 0, np.nan, np.nan, np.nan, np.nan, [0, 0, 0]),
-    ]
-    found = pd.DataFrame(rows, columns=columns.split()).assign(relation="R")
+    nan = np.nan
+    found = pd.DataFrame(dict(fact=["f", "g"], relation="R", by_layer=[[3, 0, 1], [0, 0, 0]]))
+    found = found.assign(n_self=[4, 0], n_self_rest=[1, 0], n_irrelevant=[2, nan])
+    found = found.assign(n_irrelevant_rest=[0, nan], jaccard=[0.5, nan], jaccard_rest=[0.0, nan])
     table = effects.synapse_counts(found).set_index("quantity")
     assert table.loc["n_self", "mean"] == 2 and table.loc["n_irrelevant", "n"] == 1
-    assert (
-        table.loc["share in column 0", "mean"] == 0.75 and table.loc["mean depth", "mean"] == 0.25
-    )
-    assert table.loc["no synapse", "mean"] == 0.5
+    assert table.loc["share in column 0", "mean"] == 0.75
+    assert table.loc["mean depth", "mean"] == 0.25 and table.loc["no synapse", "mean"] == 0.5
