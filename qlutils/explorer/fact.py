@@ -70,7 +70,8 @@ class View:
         frame = self.frame[["layer", "neuron", "score"]].rename_axis("prompt")
         rows = frame.explode(["layer", "neuron", "score"]).dropna().reset_index()
         rows = rows.astype({"layer": int, "neuron": int, "score": float})
-        rows["share"] = rows["score"] / rows.groupby("prompt")["score"].transform("max")
+        largest = rows.groupby("prompt")["score"].transform("max")
+        rows["share"] = rows["score"] / largest
         sets = self.sets(t)
         names = zip(rows["prompt"], rows["layer"], rows["neuron"])
         kns = [(layer, neuron) in sets[prompt] for prompt, layer, neuron in names]
@@ -101,17 +102,20 @@ def typed_fact(prompts: str, answer: str) -> Fact:
     return Fact(TYPED, "your prompts", answer.strip(), distinct)
 
 
-def saved_spec(model: str, method: str, data="demo", output="default") -> dict:
-    """The fields of `qlutils.Spec` with which notebook 01 localised what it saved in run `output`;
-    {} where nothing is saved."""
-    study = Study(
+def _study(model, method, data, output) -> Study:
+    return Study(
         "explore_fact",
         model=model,
         method=method,
         data=data,
         output=output,
     )
-    return study.localisation()
+
+
+def saved_spec(model: str, method: str, data="demo", output="default") -> dict:
+    """The fields of `qlutils.Spec` with which notebook 01 localised what it saved in run `output`;
+    {} where nothing is saved."""
+    return _study(model, method, data, output).localisation()
 
 
 def saved_queries(
@@ -119,14 +123,7 @@ def saved_queries(
 ) -> pd.DataFrame | None:
     """What notebook 01 saved in run `output` for this very model, method and `qlutils.Spec`, or
     None. `spec`: what is saved may be by another rule than the default, see `saved_spec`."""
-    study = Study(
-        "explore_fact",
-        model=model,
-        method=method,
-        data=data,
-        output=output,
-    )
-    path = study.results / "queries.parquet"
+    path = _study(model, method, data, output).results / "queries.parquet"
     if not path.exists():
         return None
     table, made = read_parquet(path)
@@ -172,13 +169,19 @@ def look(lm, fact: Fact, method="ig", saved: pd.DataFrame | None = None, **spec)
     )
 
 
+def _words(lm, tokens) -> list[str]:
+    """The text of each token."""
+    return [lm.tokenizer.decode([int(token)]) for token in tokens]
+
+
 @torch.no_grad()
 def next_token(lm, prompt: str) -> torch.Tensor:
     """(V,) probabilities of the token after `prompt`."""
     ids = torch.tensor([lm.encode_prompt(prompt)], device=lm.device)
     with computing(lm):
         logits = lm.model(input_ids=ids, use_cache=False).logits
-    return torch.softmax(logits[0, -1].to(lm.score_dtype), -1).cpu()
+    last = logits[0, -1].to(lm.score_dtype)
+    return torch.softmax(last, -1).cpu()
 
 
 def predictions(lm, prompts, answer: str, top: int = 4) -> pd.DataFrame:
@@ -187,24 +190,25 @@ def predictions(lm, prompts, answer: str, top: int = 4) -> pd.DataFrame:
     likeliest others as (token, probability)."""
     encoded = [lm.encode(prompt, answer) for prompt in prompts]
     scores = score_queries(lm, encoded)
-    rows = []
-    for prompt, (_, (first, *_)) in zip(prompts, encoded):
-        p = next_token(lm, prompt)
-        others = p.clone()
-        others[first] = -1  # the answer is no runner-up
-        best = others.topk(min(top, len(p) - 1))
-        words = [lm.tokenizer.decode([token]) for token in best.indices.tolist()]
-        row = {
-            "prompt": prompt,
-            "first_token": lm.tokenizer.decode([first]),
-            "rank": int((p > p[first]).sum()) + 1,
-            "runners_up": list(zip(words, best.values.tolist())),
+    firsts = [target[0] for _, target in encoded]
+    table = pd.DataFrame(
+        {
+            "prompt": list(prompts),
+            "known": scores.exact,
+            "probability": np.exp(scores.log_probability),
+            "first_token": _words(lm, firsts),
         }
-        rows.append(row)
-    return pd.DataFrame(rows).assign(
-        known=scores.exact,
-        probability=np.exp(scores.log_probability),
     )
+    ranks = []
+    runners_up = []
+    for prompt, first in zip(prompts, firsts):
+        p = next_token(lm, prompt)
+        ranks.append(int((p > p[first]).sum()) + 1)
+        p[first] = -1  # the answer is no runner-up
+        best = p.topk(min(top, len(p) - 1))
+        words = _words(lm, best.indices)
+        runners_up.append(list(zip(words, best.values.tolist())))
+    return table.assign(rank=ranks, runners_up=runners_up)
 
 
 def attention_received(lm, prompt: str) -> tuple[list[str], np.ndarray | None]:
@@ -212,7 +216,7 @@ def attention_received(lm, prompt: str) -> tuple[list[str], np.ndarray | None]:
     attending tokens (sum 1); None instead of the shares where this model's attention cannot be
     read."""
     ids = lm.encode_prompt(prompt)
-    tokens = [lm.tokenizer.decode([i]) for i in ids]
+    tokens = _words(lm, ids)
     try:
         [(total, _)] = column_scores(lm, [ids])  # (L, H, T)
     except UnsupportedModel:
@@ -234,26 +238,28 @@ def kn_table(view: View, t: float) -> pd.DataFrame:
         prompts=("prompt", " ".join),
         score=("share", "max"),
     )
-    by = {
-        "n": False,
-        "score": False,
-        "layer": True,
-        "neuron": True,
-    }
-    return table.sort_values(list(by), ascending=list(by.values()), ignore_index=True)
+    most_shared = ["n", "score"]  # of neurons in order
+    return table.sort_values(most_shared, ascending=False, kind="stable", ignore_index=True)
 
 
 def agreement(view: View, t: float) -> dict:
     """CS1, CS2, mean Jaccard (NaN with one prompt), size of the union and the number of KNs of each
     prompt."""
     sets = view.sets(t)
-    found = consistency(sets) if len(sets) > 1 else None
-    shared = {name: getattr(found, name, np.nan) for name in ("cs1", "cs2", "jaccard")}
+    found = dict.fromkeys(("cs1", "cs2", "jaccard"), np.nan)
+    if len(sets) > 1:
+        found = asdict(consistency(sets))
     sizes = [len(one) for one in sets]
-    return shared | {"union": len(set().union(*sets)), "sizes": sizes}
+    return found | {"union": len(set().union(*sets)), "sizes": sizes}
 
 
-def choose_neurons(view: View, t: float, which: str, prompt: int = 0, picked: str = "") -> set:
+def choose_neurons(
+    view: View,
+    t: float,
+    which: str,
+    prompt: int = 0,
+    picked: str = "",
+) -> set:
     """The neurons to change, by name: "self", "union", "intersection", "refine" (Eq. 3, of prompt
     `prompt`), "cas" (Eq. 7), or "picked", read from text such as "3:17, 4:2"."""
     if which == "picked":
@@ -290,11 +296,12 @@ def neuron_tokens(lm, neuron, top: int = 8) -> pd.DataFrame:
             f"{lm.name} projects its residual stream before the unembedding: value vectors have "
             f"no tokens"
         )
-    score = (weight.to(lm.score_dtype) @ value.to(lm.score_dtype)).cpu()  # (V,)
+    score = weight.to(lm.score_dtype) @ value.to(lm.score_dtype)
+    score = score.cpu()  # (V,)
     shown = {}
     for name, largest in (("promotes", True), ("suppresses", False)):
         best = score.topk(top, largest=largest)
-        shown[name] = [lm.tokenizer.decode([token]) for token in best.indices.tolist()]
+        shown[name] = _words(lm, best.indices)
         shown[f"{name}_score"] = best.values.numpy()
     return pd.DataFrame(shown)
 
@@ -304,7 +311,8 @@ def neuron_activations(view: View, neuron, t: float) -> pd.DataFrame:
     largest (0 where it is below what is kept), and whether it is a KN."""
     [(layer, index)] = view.lm.check_neurons([neuron])
     rows = view.kns(t)
-    rows = rows[(rows["layer"] == layer) & (rows["neuron"] == index)].set_index("prompt")
+    here = (rows["layer"] == layer) & (rows["neuron"] == index)
+    rows = rows[here].set_index("prompt")
     prompts = range(len(view.fact.prompts))
     return pd.DataFrame(
         {
@@ -319,9 +327,10 @@ def neuron_activations(view: View, neuron, t: float) -> pd.DataFrame:
 def facts_using(saved: pd.DataFrame, neuron, t: float, but: str = "") -> pd.DataFrame:
     """Facts of a saved run with the neuron among their KNs, by the number of prompts that have it;
     not fact `but`."""
-    uses = saved[["fact"]].assign(kn=[tuple(neuron) in one for one in kn_sets(saved, t)])
-    uses = uses[uses["fact"] != but].groupby("fact", as_index=False)["kn"]
-    table = uses.agg(n="sum", of="size")
+    sets = kn_sets(saved, t)
+    kns = pd.Series([tuple(neuron) in one for one in sets], saved.index)
+    by_fact = kns.groupby(saved["fact"])
+    table = by_fact.agg(n="sum", of="size").drop(but, errors="ignore").reset_index()
     table = table[table["n"] > 0]
     return table.sort_values("n", ascending=False, kind="stable", ignore_index=True)
 
@@ -334,7 +343,9 @@ def kn_map(view: View, t: float, neuron=None) -> Figure:
     how many prompts have it; `neuron` is ringed."""
     table = kn_table(view, t).iloc[::-1]
     prompts = len(view.fact.prompts)
-    fig = Figure(figsize=(WIDE, 0.7 + 0.19 * min(view.lm.num_layers, 16)))
+    layers = view.lm.num_layers
+    neurons = view.lm.num_neurons
+    fig = Figure(figsize=(WIDE, 0.7 + 0.19 * min(layers, 16)))
     ax = fig.subplots()
     dots = ax.scatter(
         table["neuron"],
@@ -350,7 +361,6 @@ def kn_map(view: View, t: float, neuron=None) -> Figure:
         layer, index = neuron
         ring = dict(markersize=10, fillstyle="none", color="#D55E00")
         ax.plot(index, layer, "o", **ring)
-    layers, neurons = view.lm.num_layers, view.lm.num_neurons
     ax.set(xlabel="neuron", xlim=(-0.01 * neurons, 1.01 * neurons))
     ax.set(ylabel="layer", ylim=(-0.5, layers - 0.5))
     ax.set_title(f"{len(table)} knowledge neurons of {prompts} prompts, t = {t:.2f}", loc="left")
@@ -379,7 +389,8 @@ def overlap_figure(view: View, t: float, most: int = 14) -> Figure:
             color = "0.65"
         elif len(prompts) == len(sizes):
             color = "#D55E00"
-        bars.bar_label(bars.bar(x, count, color=color, width=0.7), fontsize=6.5, padding=1)
+        bar = bars.bar(x, count, color=color, width=0.7)
+        bars.bar_label(bar, fontsize=6.5, padding=1)
         dots.plot([x] * len(sizes), range(len(sizes)), "o", color="0.88", markersize=3.5)
         dots.plot(
             [x] * len(prompts),
@@ -394,7 +405,8 @@ def overlap_figure(view: View, t: float, most: int = 14) -> Figure:
     bars.set_title(f"grey: in one prompt only; blue: shared; orange: in all{more}", loc="left")
     bars.margins(y=0.2)
     bars.yaxis.get_major_locator().set_params(integer=True)
-    bars.set(ylabel="neurons", xlim=(-0.6, max(1, min(most, len(counts))) - 0.4))
+    shown = max(1, min(most, len(counts)))
+    bars.set(ylabel="neurons", xlim=(-0.6, shown - 0.4))
     labels = [f"q{i}: {size} KNs" for i, size in enumerate(sizes)]
     dots.set_yticks(range(len(sizes)), labels)
     dots.set(ylim=(len(sizes) - 0.5, -0.5), xticks=[])
@@ -465,7 +477,7 @@ def change(
         for name, texts in answers.items():
             frame[f"{name}{when}"] = answer_probability(lm, prompts, texts).double().numpy()
         top = [next_token(lm, prompt).argmax() for prompt in prompts]
-        frame[f"top_{when}"] = [lm.tokenizer.decode([int(token)]) for token in top]
+        frame[f"top_{when}"] = _words(lm, top)
 
     measure("before")
     with _changed(view, neurons, action, new, synapses, prompt):
@@ -492,7 +504,14 @@ def _watched(fact, controls) -> pd.DataFrame:
 
 
 @contextmanager
-def _changed(view, neurons, action, new, synapses, prompt):
+def _changed(
+    view,
+    neurons,
+    action,
+    new,
+    synapses,
+    prompt,
+):
     """The model under a change of neurons, of synapses, or of both."""
     lm = view.lm
     asked = view.fact.prompts[prompt]

@@ -29,8 +29,7 @@ _PIECES = template(Path(__file__).with_name("pieces.html")).module
 
 def prompts_html(view: ex.View) -> str:
     """Every prompt: known or not, probability and rank of the answer, runners-up, attention."""
-    rows = list(zip(view.predictions.itertuples(), view.attention))
-    return _PIECES.prompts(rows, repr(view.fact.object), view.lm.name)
+    return _PIECES.prompts(view)
 
 
 def agreement_html(view: ex.View, t: float) -> str:
@@ -41,9 +40,9 @@ def agreement_html(view: ex.View, t: float) -> str:
 def kn_html(view: ex.View, t: float) -> str:
     """The most shared knowledge neurons."""
     table = ex.kn_table(view, t)
-    top = display_table(table.head(12)).rename(columns={"n": "a KN of"})
-    note = f"The {len(top)} most shared of {len(table)}; score: largest share of a prompt's top."
-    return _PIECES.framed(table_html(top), note)
+    top = display_table(table.head(12))
+    shown = table_html(top.rename(columns={"n": "a KN of"}))
+    return _PIECES.kns(shown, len(top), len(table))
 
 
 def neuron_html(view: ex.View, neuron, t: float, saved=None) -> str:
@@ -52,11 +51,10 @@ def neuron_html(view: ex.View, neuron, t: float, saved=None) -> str:
     used = None
     if saved is not None:
         used = ex.facts_using(saved, neuron, t, but=view.fact.id)
-        used = list(used.itertuples())
     return _PIECES.neuron(
         neuron,
-        active=list(ex.neuron_activations(view, neuron, t).itertuples()),
-        words=list(ex.neuron_tokens(view.lm, neuron).itertuples()),
+        active=ex.neuron_activations(view, neuron, t),
+        words=ex.neuron_tokens(view.lm, neuron),
         used=used,
         t=t,
         least=STORE_THRESHOLD,
@@ -135,7 +133,6 @@ class Page(w.VBox):
     controls = ()
     effects = None  # the last change
     action = "suppress"
-    filling = False  # whether a list is being changed, which is no choice of the reader's
 
     def __init__(
         self, model="demo/gpt2", method="ig", data="demo", fact=None, output="default", t=0.2
@@ -285,19 +282,11 @@ class Page(w.VBox):
         self.status.value = f'<span style="color:{color};font-weight:600">{escape(text)}</span>'
 
     def _chosen_anew(self, act, _):
-        """A reader has changed something: act, if there is anything to act on."""
-        if self.view and not self.filling:
+        """A widget changed: act, if there is anything to act on and it is the reader's choice, not
+        part of what is being done."""
+        if self.view and not self.run.disabled:
             with self._in_place():
                 act()
-
-    def _fill(self, dropdown, options, value):
-        """Give a list other options, which is no choice of the reader's."""
-        self.filling = True
-        try:
-            dropdown.options = options
-            dropdown.value = value
-        finally:
-            self.filling = False
 
     def _list_relations(self, fact):
         """Read the facts and choose one: `fact`, an id, or what a newcomer sees first."""
@@ -330,13 +319,12 @@ class Page(w.VBox):
             else:
                 fact = ex.find_fact(self.facts, self.fact.value)
             self.view, self.saved, self.controls = self._looked_at(fact)
-            # a new fact's page begins with its most shared neuron
-            self._fill(self.neuron, [], None)
+            self.neuron.options = []  # a new fact's page begins with its most shared neuron
             self.effects = None
             self.page_effects.value = ""
             self.page_prompts.value = prompts_html(self.view)
-            names = [(f"q{i} {text}", i) for i, text in enumerate(fact.prompts)]
-            self._fill(self.prompt, names, 0)
+            self.prompt.options = [(f"q{i} {text}", i) for i, text in enumerate(fact.prompts)]
+            self.prompt.value = 0
             self._refresh()
 
     def _looked_at(self, fact):
@@ -363,8 +351,11 @@ class Page(w.VBox):
         for row in ex.kn_table(self.view, t).itertuples():
             text = f"layer {row.layer}, neuron {row.neuron}: KN of {row.n} prompts"
             names[row.layer, row.neuron] = text
-        kept = self.neuron.value if self.neuron.value in names else next(iter(names), None)
-        self._fill(self.neuron, _options(names), kept)
+        chosen = self.neuron.value
+        if chosen not in names:
+            chosen = next(iter(names), None)
+        self.neuron.options = _options(names)
+        self.neuron.value = chosen
         self._show_neuron()
         self._show_set()
 
@@ -389,6 +380,7 @@ class Page(w.VBox):
             layer, index = self._one()
             self.picked.value = f"{self.picked.value.strip(' ,')}, {layer}:{index}".strip(" ,")
             self.which.value = "picked"
+            self._show_set()
 
     def _neurons(self):
         return ex.choose_neurons(

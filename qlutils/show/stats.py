@@ -39,7 +39,8 @@ def welch(a, b) -> dict:
     neither varies."""
     a = pd.Series(a, dtype=float).dropna().to_numpy()
     b = pd.Series(b, dtype=float).dropna().to_numpy()
-    if min(len(a), len(b)) < LEAST or np.ptp(a) == np.ptp(b) == 0:
+    few = min(len(a), len(b)) < LEAST
+    if few or np.ptp(a) == np.ptp(b) == 0:
         return dict.fromkeys(("t", "df", "p", "d"), np.nan)
     with warnings.catch_warnings():  # one class of equal values is no loss of precision
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -162,7 +163,9 @@ def bootstrap_difference(
 def _all_or_nothing(frame, value) -> bool:
     """Whether each fact has one value, 0 or 1."""
     kept = frame.dropna(subset=value)
-    return len(kept) > 0 and kept[value].isin([0, 1]).all() and kept["fact"].is_unique
+    if kept.empty or not kept["fact"].is_unique:
+        return False
+    return kept[value].isin([0, 1]).all()
 
 
 def _newcombe(one: Estimate, two: Estimate, correlation) -> tuple[float, float]:
@@ -198,7 +201,8 @@ def bootstrap_statistic(frames, statistic, draws=1000, seed=0) -> Estimate:
         return np.array(found).reshape(-1, 1)
 
     drawn = _resample(frames, statistics, draws, seed)
-    return Estimate(drawn.point.item(), *drawn.bounds.ravel().tolist(), **drawn.counts)
+    low, high = drawn.bounds.ravel().tolist()
+    return Estimate(drawn.point.item(), low, high, **drawn.counts)
 
 
 def mean_columns(frame, values, seed=0, share=False) -> dict:
@@ -223,11 +227,14 @@ def _bootstrap(sides, value, draws, seed) -> Estimate:
     highest = [one.max(initial=-np.inf) for one in x]
     least = reduce(sub, [lowest[0], *highest[1:]])
     most = reduce(sub, [highest[0], *lowest[1:]])
-    low, high = np.clip(point + drawn.stretch * (drawn.bounds - point), least, most)
-    found = np.stack([point, low, high], axis=1).ravel()  # in the order of the fields
-    found[np.abs(found) < 1e-13 * np.repeat(_sizes(kept), 3)] = 0.0
+    stretched = point + drawn.stretch * (drawn.bounds - point)
+    low, high = np.clip(stretched, least, most)
+    found = np.stack([point, low, high], axis=1)
+    rounding = 1e-13 * _sizes(kept)
+    found[np.abs(found) < rounding[:, None]] = 0.0
+    values = found.ravel().tolist()  # in the order of the fields
     missing = sum(map(len, sides)) - sum(map(len, x))
-    return Estimate(*found.tolist(), n_missing=missing, **drawn.counts)
+    return Estimate(*values, n_missing=missing, **drawn.counts)
 
 
 def _sizes(kept) -> np.ndarray:
@@ -238,8 +245,8 @@ def _sizes(kept) -> np.ndarray:
     sizes = []
     for side in kept:
         absolute = side.assign(value=np.sort(side["value"].abs()))
-        [size] = _statistics(absolute, np.ones((1, len(side))), slice(None))
-        sizes.append(size)
+        once = np.ones((1, len(side)))
+        sizes += [*_statistics(absolute, once, slice(None))]
     largest = pd.concat(kept)["value"].abs().max()
     return np.maximum(np.max(sizes, axis=0), min(1.0, largest))
 
@@ -269,7 +276,8 @@ def _resample(frames, statistics, draws, seed) -> _Resampled:
     every = pd.concat(frames)[["fact", "relation"]].astype(str)
     fact = pd.factorize(every["fact"], sort=True)[0]  # no matter how rows are ordered
     relation = every["relation"].groupby(fact).first()
-    rows = np.split(fact, [len(frames[0])])[: len(frames)]
+    ends = np.cumsum(list(map(len, frames)))
+    rows = np.split(fact, ends[:-1])
     facts = [np.unique(at) for at in rows]
 
     def value(weights):
@@ -280,7 +288,8 @@ def _resample(frames, statistics, draws, seed) -> _Resampled:
     bounds = np.full((2, len(point)), np.nan)
     stretch = 1.0
     if min(map(len, facts)) >= LEAST and not np.isnan(point).any():
-        strata, stretch = _strata(pd.factorize(relation, sort=True)[0], facts)
+        strata, _ = pd.factorize(relation, sort=True)
+        strata, stretch = _strata(strata, facts)
         sample = value(resampling_weights(strata, draws, seed))
         sample = sample[~np.isnan(sample).any(axis=1)]  # a draw may leave a class empty
         if len(sample):
@@ -312,7 +321,8 @@ def _strata(strata, sides) -> tuple[np.ndarray, float]:
 def resampling_weights(strata, draws, seed):
     """(draws, clusters) weights of a stratified Rao-Wu bootstrap, `strata` (clusters,) the stratum
     of each."""
-    strata = np.where(np.bincount(strata)[strata] == 1, -1, strata)  # singletons form one stratum
+    size = np.bincount(strata)[strata]
+    strata = np.where(size == 1, -1, strata)  # singletons form one stratum
     if np.sum(strata == -1) == 1:  # a lone one joins the smallest other stratum
         names, counts = np.unique(strata[strata >= 0], return_counts=True)
         strata[strata == -1] = names[counts.argmin()]
@@ -321,9 +331,10 @@ def resampling_weights(strata, draws, seed):
     for stratum in np.unique(strata):
         members = np.flatnonzero(strata == stratum)
         n = len(members)
-        drawn = rng.integers(n, size=(draws, n - 1)) + n * np.arange(draws)[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=draws * n).reshape(draws, n)
-        weights[:, members] = counts * (n / (n - 1))
+        drawn = rng.integers(n, size=(draws, n - 1))
+        drawn += n * np.arange(draws)[:, None]  # to count those of each draw apart
+        counts = np.bincount(drawn.ravel(), minlength=draws * n)
+        weights[:, members] = counts.reshape(draws, n) * (n / (n - 1))
     return weights
 
 
@@ -353,8 +364,9 @@ def weighted_statistics(x, w):
     median = np.where(total[:, 0] > 0, middle, np.nan)
     cut = np.floor(TRIM * total + tiny)  # as scipy.stats.trim_mean
     # what of each value's weight lies between the cuts
-    kept = np.minimum(upper, total - cut) - np.maximum(upper - w, cut)
-    kept = kept.clip(0)
+    ends = np.minimum(upper, total - cut)
+    starts = np.maximum(upper - w, cut)
+    kept = (ends - starts).clip(0)
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = (w @ x) / total[:, 0]
         trimmed = (kept @ x) / kept.sum(1)
@@ -378,7 +390,8 @@ def permutation_test(
     least one. Returns within, the difference of the class means of the values less their
     relation's mean, whose expectation under the permutation is 0; p = (1 + as extreme) / (1 +
     draws); n1 and n2 facts. NaN where no relation has both classes."""
-    frame = frame[frame[label].isin(["I", "II"]) & frame[value].notna()]
+    labelled = frame[label].isin(["I", "II"])
+    frame = frame[labelled & frame[value].notna()]
     keys = ["fact", label, "relation"]
     facts = frame.groupby(keys, sort=False, as_index=False)[value].mean()
     for fact in facts["fact"][facts["fact"].duplicated()]:
