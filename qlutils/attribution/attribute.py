@@ -9,8 +9,6 @@ Shapes: Q queries, B baselines a query, P points a layer, L layers, N neurons a 
 tokens.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -70,7 +68,7 @@ class Spec:
             check("row_budget is", self.row_budget, 1)
 
 
-def default_row_budget(lm) -> int:
+def default_row_budget(lm):
     """Rows of a batch whose activations fit: of most of a GPU's free memory, of a fixed share on a
     CPU."""
     memory = CPU_MEMORY

@@ -9,8 +9,6 @@ Shapes: Q queries, B baselines a query, P points of a layer and query, K points 
 query, L layers, d residual width, W the width of a leaf's row (see `paths`).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from math import ceil
 
@@ -47,7 +45,7 @@ class Leaf:
     row: Tensor | None = None
     count: int = 0
 
-    def place(self, hidden: Tensor, new: Tensor) -> Tensor:
+    def place(self, hidden, new):
         """The rows `hidden` (Q, R, d) of lower layers together with the leaf's, `new` (Q, P, d)."""
         if self.row is None:
             return torch.cat([hidden, new], 1)
@@ -68,7 +66,7 @@ class Replay:
     p_clean: Tensor
     paths: Paths
 
-    def pick(self, queries) -> Replay:
+    def pick(self, queries):
         """Some of the queries."""
         queries = on_device(queries, self.target.device)
         return Replay(
@@ -114,7 +112,7 @@ class Replay:
                     hidden = leaf.place(hidden, begun)
         return hidden, points
 
-    def gradients_at_end(self) -> Tensor:
+    def gradients_at_end(self):
         """(Q, L, W) gradients at the paths' ends: the clean pass, whatever the baseline, so that
         one row serves all layers."""
         lm, points = self.lm, []

@@ -4,8 +4,6 @@ Shapes: Q queries, B baselines a query, P points a layer, L layers, N neurons a 
 of a row (see `paths`).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,13 +35,13 @@ class Attribution:
     evaluations: Tensor
     row_budget: int
 
-    def cpu(self) -> Attribution:
+    def cpu(self):
         """The same in main memory."""
         moved = {k: v.cpu() for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
 
-def integrate(lm, clean, target, starts, spec) -> Attribution:
+def integrate(lm, clean, target, starts, spec):
     """The `Attribution` of the answer tokens `target` (Q,) alone from baselines `starts` (Q, B, L,
     N; None: zero) to the clean neurons: scores are raw and summed over baselines, gaps signed."""
     hidden = clean.inputs[-1][:, 0]  # (Q, d)

@@ -1,18 +1,15 @@
 """Nodes and weights of the rules whose nodes are fixed in advance."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import numpy as np
 import torch
-from torch import Tensor
 
 RULES = ("right", "left", "endpoints", "midpoint", "gauss", "clenshaw", "converged")
 
 
 @cache
-def quadrature(rule, steps) -> tuple[np.ndarray, np.ndarray]:
+def quadrature(rule, steps):
     """(nodes, weights) on [0, 1] of a rule with `steps` nodes fixed in advance.
 
     right: the paper's Riemann sum, alpha = j/m (Eq. 10). left: (j-1)/m. midpoint: (j-1/2)/m.

@@ -3,8 +3,6 @@
 Shapes: R rows, S tokens a row, d residual width, N neurons a layer.
 """
 
-from __future__ import annotations
-
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,7 +18,7 @@ class Change:
     activations are multiplied by `factor`, and `vector` (d,) times their sum is added to the output
     of their layer's down-projection."""
 
-    def __init__(self, lm, neurons, factor: float = 1.0, vector: Tensor | None = None):
+    def __init__(self, lm, neurons, factor=1.0, vector=None):
         self.neurons = lm.check_neurons(neurons)
         self.vector = vector
         self.factor = check_finite(lm, "factor", factor)
@@ -30,7 +28,7 @@ class Change:
         self.start = min(self.by_layer, default=lm.num_layers)  # the first layer it changes
 
 
-def check_finite(lm, name: str, value) -> float:
+def check_finite(lm, name, value):
     """`value` as a float; ValueError for what is no finite number of the model's dtype."""
     largest = torch.finfo(lm.dtype).max
     check(f"{name} is", value, -largest, largest, f"a finite number of {lm.dtype}")
@@ -46,7 +44,7 @@ class Scaling:
     tokens: int = 0  # S of the pass
     first: int | None = None  # the first token to scale; None where no pass is running
 
-    def begin(self, call: dict) -> None:
+    def begin(self, call):
         """At the start of a forward pass with the named arguments `call`."""
         fed, cache = tokens_of(call), call["cache"]
         if fed is None:  # the model says so itself
@@ -60,15 +58,15 @@ class Scaling:
             first = 0 if past else tokens - 1
         self.at(tokens, first)
 
-    def end(self, _output=None) -> None:
+    def end(self, _output=None):
         self.first = None
 
-    def at(self, tokens: int, first: int) -> None:
+    def at(self, tokens, first):
         """From here on rows have `tokens` tokens and are scaled from the token `first` on."""
         self.tokens = tokens
         self.first = first
 
-    def hook(self, index: list[int]):
+    def hook(self, index):
         """A hook that scales the neurons `index` in the input of their down-projection."""
 
         def scale(_, inputs):
@@ -99,7 +97,7 @@ def _check_ends(mask):
 
 
 @contextmanager
-def prompt_of(scalings: list[Scaling], tokens: int):
+def prompt_of(scalings, tokens):
     """Inside, a text's first `tokens` tokens are its prompt, in however many passes it is fed."""
     outer = [one.prompt for one in scalings]
     for one in scalings:

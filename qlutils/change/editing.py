@@ -7,15 +7,12 @@ context and restores them bit for bit; `virtual_edit` is a `Change` for `rows.sc
 evaluates many edits in one batch and never touches a weight.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from qlutils.change.changes import Change, check_finite
 from qlutils.change.rows import score_queries
@@ -95,7 +92,7 @@ def save_edited(lm, folder, neurons, op, **options) -> Path:
     return folder
 
 
-def virtual_edit(lm, neurons, op, **options) -> Change:
+def virtual_edit(lm, neurons, op, **options):
     """The `Change` that scores rows as `edit_weights(lm, neurons, op, **options)` would, with
     `everywhere=True`; what that refuses, this does."""
     delta = edit_vector(lm, op, **options)
@@ -106,9 +103,7 @@ def virtual_edit(lm, neurons, op, **options) -> Change:
     return change
 
 
-def edit_vector(
-    lm, op, *, old=None, new=None, lambda1=2.0, lambda2=2.0, embedding="input"
-) -> Tensor | None:
+def edit_vector(lm, op, *, old=None, new=None, lambda1=2.0, lambda2=2.0, embedding="input"):
     """What an update adds to every edited value vector, (d,) in the model's dtype; None for an
     erasure."""
     one_of("op", op, OPERATIONS)
@@ -128,7 +123,7 @@ def edit_vector(
     return delta
 
 
-def object_embedding(lm, words, embedding="input") -> Tensor:
+def object_embedding(lm, words, embedding="input"):
     """(d,) mean embedding of an object's tokens, given as ids or as text (see `object_tokens`); a
     copy."""
     if isinstance(words, str):
@@ -156,7 +151,7 @@ def object_embedding(lm, words, embedding="input") -> Tensor:
     return weight[ids].mean(0)
 
 
-def object_tokens(lm, text: str) -> list[int]:
+def object_tokens(lm, text):
     """Token ids of `text` as it stands after a word: never with BOS, and without the lone space
     token that SentencePiece puts at the start of a text. ValueError when it does not continue a
     word. For an object that no space comes before, give its ids: `lm.encode("法国的首都是[Y]",
@@ -200,7 +195,7 @@ def perplexity(lm, texts, max_tokens=256) -> float:
     return float(np.exp(nll / scored))
 
 
-def encode_entries(lm, texts, max_tokens) -> list[tuple]:
+def encode_entries(lm, texts, max_tokens):
     """(what precedes the text, or its first token; the tokens to score) of each text."""
     first = max(1, lm.bos_offset)
     check("max_tokens is", max_tokens, first + 1)
@@ -229,6 +224,6 @@ def _entry(lm, text, first, max_tokens):
     return ids[:first], ids[first:]
 
 
-def usable_texts(lm, texts, min_tokens=MIN_TOKENS) -> list[str]:
+def usable_texts(lm, texts, min_tokens=MIN_TOKENS):
     """The texts of at least `min_tokens` tokens: the entries that perplexity may be measured on."""
     return [text for text in texts if len(lm.tokenize(text)) >= min_tokens]

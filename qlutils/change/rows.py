@@ -10,8 +10,6 @@ Shapes: Q queries, R rows, S tokens a row (those after the shared prefix), A sco
 residual width, N neurons a layer.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -43,14 +41,14 @@ class Scores:
     greedy: list[list[int]]
 
 
-def score_queries(lm, queries) -> Scores:
+def score_queries(lm, queries):
     """`score_rows` of each query once, unchanged."""
     rows = [(query, None) for query in range(len(queries))]
     return score_rows(lm, queries, rows)
 
 
 @torch.no_grad()
-def score_rows(lm, queries, rows, *, everywhere=False) -> Scores:
+def score_rows(lm, queries, rows, *, everywhere=False):
     """Score `rows`, pairs (index into `queries`, `Change` or None).
 
     `everywhere`: changes act at every token (an edited weight); else at the last prompt token and
@@ -105,7 +103,7 @@ def equal_batches(kinds, tokens):
             yield places[start : start + size]
 
 
-def in_batches(lm, kinds, compute) -> list:
+def in_batches(lm, kinds, compute):
     """What `compute` gives for each place of `kinds`, asked for a batch of `equal_batches` at a
     time; smaller ones where memory runs out."""
     found = [None] * len(kinds)
@@ -120,7 +118,7 @@ def in_batches(lm, kinds, compute) -> list:
     return found
 
 
-def token_budget(lm) -> int:
+def token_budget(lm):
     """Tokens a batch of forward passes may hold: fixed on a CPU, from the model's size and the free
     memory on a GPU."""
     if lm.device.type != "cuda":

@@ -1,8 +1,6 @@
 """Answers and their probabilities, as the model gives them and with some of its neurons scaled
 (section 3.1)."""
 
-from __future__ import annotations
-
 from contextlib import contextmanager
 from functools import cache, partial
 
@@ -33,7 +31,7 @@ def answer_probability(lm, prompts, answers, *, answer="all") -> Tensor:
     return torch.from_numpy(np.exp(log_p)).float()
 
 
-def scaled_answer_probabilities(lm, rows, *, answer="all") -> np.ndarray:
+def scaled_answer_probabilities(lm, rows, *, answer="all"):
     """(R,) P(answer | prompt) for rows (prompt ids, answer ids, neurons, factor), each with its own
     set of neurons scaled at the last prompt token and every later one (float64). An empty set
     changes nothing."""
@@ -49,7 +47,7 @@ def scaled_answer_probabilities(lm, rows, *, answer="all") -> np.ndarray:
     return np.exp(scores.log_probability)
 
 
-def greedy_answers(lm, prompts, lengths) -> list[list[int]]:
+def greedy_answers(lm, prompts, lengths):
     """Greedy decoding of `lengths[i]` tokens after the prompt ids `prompts[i]`."""
     found = [[] for _ in prompts]
     for step in range(max(lengths, default=0)):

@@ -7,8 +7,6 @@ included, padding not.
 Shapes: B queries or rows of a batch, L layers, H query heads, T prompt tokens, A answer tokens.
 """
 
-from __future__ import annotations
-
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
@@ -55,7 +53,7 @@ def _exact_attention(lm, change):
 
 
 @torch.no_grad()
-def check_replaceable(lm) -> None:
+def check_replaceable(lm):
     """`UnsupportedModel` unless each layer's attention matrix can be read and replaced, and the
     model's own logits come out; tried once a model."""
     if lm in _REPLACEABLE:
@@ -144,7 +142,7 @@ def find_synapses(lm, prompt: str, alpha=0.3, *, score="sum") -> set[tuple[int, 
     return {(column, layer, head) for layer, head, column in places}
 
 
-def check_alpha(alpha, score) -> None:
+def check_alpha(alpha, score):
     """ValueError for a threshold or a score that `find_synapses` does not know."""
     number = isinstance(alpha, Real) and not isinstance(alpha, bool)
     if not number or not 0 < alpha <= 1:
@@ -152,7 +150,7 @@ def check_alpha(alpha, score) -> None:
     one_of("score", score, SCORES)
 
 
-def column_scores(lm, prompts, score="sum") -> list[np.ndarray]:
+def column_scores(lm, prompts, score="sum"):
     """(2, L, H, T) for each tokenised prompt: attention summed over rows, and the score that
     decides on synapses.
 
@@ -195,13 +193,13 @@ def _column_scores(lm, ids, score):
     return both.double().cpu().numpy()
 
 
-def above_threshold(total, score, alpha) -> np.ndarray:
+def above_threshold(total, score, alpha):
     """(L, H, T) booleans: score > tau (Eq. 6), tau = alpha * mean over layers and heads of the
     total attention (Eq. 5; alpha * T where rows sum to 1)."""
     return score > alpha * total.sum(-1).mean()
 
 
-def first_tokens(lm) -> int:
+def first_tokens(lm):
     """How many columns "without the first" leaves out: those of all tokens that the tokenizer puts
     before every prompt (BOS, GLM's [gMASK]<sop>), or one where it puts none. They draw attention
     whatever is asked."""
@@ -225,7 +223,7 @@ class Row:
 
 
 @torch.no_grad()
-def run_rows(lm, rows: list[Row]) -> np.ndarray:
+def run_rows(lm, rows):
     """(rows, 3): probability of the answer (product over its tokens), mean |activation| and mean
     activation of the row's KNs at the last prompt token (NaN without KNs). Each row has its own
     synapses; equal lengths share a batch, and a row that comes again is computed once."""

@@ -22,7 +22,7 @@ CAS_MIN_THRESHOLD = 0.1
 CAS_SCORES = ("raw", "max")
 
 
-def cas_candidates(scores) -> dict[str, np.ndarray]:
+def cas_candidates(scores):
     """What has to be kept of one fact's dense scores (Q, L, N) so that every offered CAS setting
     can be applied.
 
@@ -50,7 +50,7 @@ def cas_candidates(scores) -> dict[str, np.ndarray]:
     return {"layer": layer, "neuron": neuron} | kept
 
 
-def kept_neurons(candidates, score="raw") -> pd.DataFrame:
+def kept_neurons(candidates, score="raw"):
     """A fact's kept neurons: layer, neuron, mean, std of its attribution over the fact's queries.
 
     candidates: what `cas_candidates` gives, or a fact's first row of a `queries` frame (columns
@@ -67,7 +67,7 @@ def kept_neurons(candidates, score="raw") -> pd.DataFrame:
     return kept
 
 
-def cas_neurons(candidates, *, b1=0.7, b2=0.3, threshold=0.3, score="raw") -> set:
+def cas_neurons(candidates, *, b1=0.7, b2=0.3, threshold=0.3, score="raw"):
     """The fact's neurons with CAS = b1 * mean - b2 * std above `threshold` times the largest CAS
     (Eq. 7); an empty set where no CAS is positive.
 
@@ -84,7 +84,7 @@ def cas_neurons(candidates, *, b1=0.7, b2=0.3, threshold=0.3, score="raw") -> se
     return as_set(kept["layer"], kept["neuron"])
 
 
-def strongest_neurons(candidates, count, score="raw") -> set:
+def strongest_neurons(candidates, count, score="raw"):
     """The `count` neurons of the largest mean score over a fact's queries: of a CAS set's size,
     without its penalty on spread. Fewer where fewer were kept for certain (see `cas_candidates`;
     `candidates` and `score` as for `kept_neurons`)."""

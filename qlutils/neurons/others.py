@@ -6,7 +6,7 @@ from collections import defaultdict
 import numpy as np
 
 
-def random_neurons(neurons, num_neurons, rng, *, among=None, outside=True) -> set:
+def random_neurons(neurons, num_neurons, rng, *, among=None, outside=True):
     """As many neurons in each layer, drawn from all `num_neurons`, or from `among`(layer), that are
     not in `neurons` (outside=False: may be in them too); fewer where there are not that many."""
     drawn = set()
@@ -20,7 +20,7 @@ def random_neurons(neurons, num_neurons, rng, *, among=None, outside=True) -> se
     return drawn
 
 
-def active_neurons(neurons, active, but=()) -> set:
+def active_neurons(neurons, active, but=()):
     """For each neuron another of its layer, neither in `neurons` nor in `but`, each used once,
     whose |activation| is nearest; the most active neurons choose first. active: (L, N)."""
     strength = np.abs(np.asarray(active, np.float64))
@@ -49,7 +49,7 @@ class OtherFacts:
         for fact, kns in zip(queries["fact"], sets):
             self.neurons[fact].update(kns)
 
-    def draw(self, neurons, fact, rng, *, same_relation: bool) -> set:
+    def draw(self, neurons, fact, rng, *, same_relation):
         """As many neurons in each layer as `neurons`, drawn among the KNs of one fact that `rng`
         chooses, less those of `fact`; fewer where it has fewer. It has another subject and object,
         and is of the same relation or of another. Empty where no fact is."""

@@ -43,7 +43,7 @@ def knowledge_neurons(scores, t=0.2) -> list[set]:
     return sets
 
 
-def kn_sets(queries, t=0.2) -> list[set]:
+def kn_sets(queries, t=0.2):
     """One KN set a row of a `queries` frame (list columns layer, neuron, score; empty or null = no
     KNs).
 
@@ -68,7 +68,7 @@ def kn_sets(queries, t=0.2) -> list[set]:
     return sets
 
 
-def dense_scores(scores) -> np.ndarray:
+def dense_scores(scores):
     """Scores (Q, L, N) of an array, or of a tensor on any device, as float64 in NumPy; ValueError
     for what is none, or naming the first query with a score that is not finite."""
     if hasattr(scores, "detach"):
@@ -92,13 +92,13 @@ def dense_scores(scores) -> np.ndarray:
     return scores
 
 
-def list_cell(values, dtype) -> np.ndarray:
+def list_cell(values, dtype):
     """A list cell of a frame as an array; null cells (None, NaN) are empty lists."""
     null = np.ndim(values) == 0 and pd.isna(values)
     return np.asarray([] if null else values, dtype)
 
 
-def as_set(layer, neuron) -> set[tuple[int, int]]:
+def as_set(layer, neuron):
     """The neurons of two arrays of equal length."""
     return set(zip(layer.tolist(), neuron.tolist()))
 
@@ -151,12 +151,12 @@ def consistency(kn_sets) -> Consistency:
     )
 
 
-def jaccard(one: set, other: set, empty: float = 1.0) -> float:
+def jaccard(one, other, empty=1.0):
     """Size of the intersection over that of the union; `empty` where both sets are."""
     return len(one & other) / len(one | other) if one or other else empty
 
 
-def cs2_subsampled(kn_sets, k=3, seed=0) -> float:
+def cs2_subsampled(kn_sets, k=3, seed=0):
     """Mean CS2 of `k` of the fact's sets, since CS2 grows with their number.
 
     All subsets of size k are used, or 20 different seeded ones where there are more. NaN with fewer
@@ -190,7 +190,7 @@ def _mean(values):
     return float(np.mean(values)) if len(values) else np.nan
 
 
-def neighbour_sets(kn_sets, i) -> dict[str, set]:
+def neighbour_sets(kn_sets, i):
     """The sets that section 3.1 manipulates for query `i`: its own, and Eq. 3's over the other
     queries.
 
@@ -214,14 +214,14 @@ def neighbour_sets(kn_sets, i) -> dict[str, set]:
 # --- facts and their classes ----------------------------------------------------------------------
 
 
-def classify(cs2, threshold) -> np.ndarray:
+def classify(cs2, threshold):
     """ "I" above the threshold, "II" at or below it, None where CS2 is NaN (or the threshold
     is)."""
     cs2 = np.asarray(cs2, dtype=np.float64)
     return np.select([cs2 > threshold, cs2 <= threshold], ["I", "II"], default=None)
 
 
-def otsu_threshold(values) -> float:
+def otsu_threshold(values):
     """Otsu's threshold (scikit-image, 256 bins) of the values less NaNs; NaN unless two of them
     differ."""
     from skimage.filters import threshold_otsu  # slow to import, and seldom needed
@@ -239,7 +239,7 @@ known probability
 """.split()
 
 
-def fact_table(queries, t=0.2) -> pd.DataFrame:
+def fact_table(queries, t=0.2):
     """One row a fact of a `queries` frame, in its order: agreement, size and depth of the KN sets
     at `t`.
 

@@ -522,7 +522,7 @@ def _draw_maps(fig, panels, kind, t) -> pd.DataFrame:
     one of a row's prompts of a fact has. Returns the dots, values as shares of the largest."""
     signed = kind == "activation"
     columns = panels[-1]["panel"] + 1
-    most = max(np.abs(panel["before"][kind]).max() for panel in panels[:columns])
+    most = max(np.abs(panel["before"][kind]).max() for panel in panels)
     dots = []
     for panel in panels:
         largest = most if signed else panel["before"][kind].max()
