@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from qlutils import paths
@@ -43,7 +44,7 @@ def main(argv=None, notebooks=None):
                 small = address is None and all(name.startswith("demo/") for name in args.models)
                 at_once = args.jobs or (min(4, CORES) if small else 1)
                 return run_jobs(Run(jobs, root, facts, command, at_once), address)
-    except (ValueError, OSError, ModuleNotFoundError) as error:  # such as distributed
+    except (ValueError, OSError) as error:  # StoreError is one
         print(f"run_all.sh: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:
@@ -63,6 +64,8 @@ def _check_options(args):
     for name, number in numbers.items():
         if number is not None:
             check(name, number, 1)
+    if (args.workers or args.scheduler) and not find_spec("distributed"):
+        raise ValueError("--workers and --scheduler need dask: pip install -e '.[cluster]'")
 
 
 @contextmanager

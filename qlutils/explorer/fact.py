@@ -487,13 +487,15 @@ def change(
 
 
 def losses(effects, prompt=0) -> pd.DataFrame:
-    """The mean relative loss of the answer's probability in a table of `change`, and n, the
-    prompts for which it is defined: of prompt `prompt`, the fact's other prompts, the controls."""
+    """The relative loss of the answer's probability in a table of `change`: mean, least, most (a
+    gain is a negative loss), and n, the prompts for which it is defined: of prompt `prompt`, the
+    fact's other prompts, the controls."""
     role = effects["role"]
     of = role.mask(role != f"q{prompt}", "other wordings")
     of = of.mask(role.str.startswith("control"), "controls").rename("of")
     loss = -effects["change"]
-    return loss.groupby(of, sort=False).agg(loss="mean", n="count").reset_index()
+    measures = {"loss": "mean", "least": "min", "most": "max", "n": "count"}
+    return loss.groupby(of, sort=False).agg(**measures).reset_index()
 
 
 def _watched(fact, controls) -> pd.DataFrame:

@@ -518,7 +518,7 @@ def strong_neurons(values, signed, t) -> pd.DataFrame:
 def _draw_maps(fig, panels, kind, t) -> pd.DataFrame:
     """Panels, each a dict of its `row`, its place in it (`panel`), its query's fact and prompt, a
     title, and the query's state `now` and `before` any change: dots for the neurons above `t` of
-    the largest value before, of the query or, as activations, of a row; filled those that more than
+    the largest value before, of the query or, as activations, of all; filled those that more than
     one of a row's prompts of a fact has. Returns the dots, values as shares of the largest."""
     signed = kind == "activation"
     columns = panels[-1]["panel"] + 1
