@@ -109,8 +109,8 @@ edit_facts.passes = _passes
 class TokenisedFact:
     """A planned fact as token ids. targets: {op: a query a prompt, of the object that op is about},
     of updates where `ops` has them and they can be made; else `note` says why not. locality: the
-    unrelated queries with the unedited model's answers, as many greedy tokens as the object has
-    (of a known query the object itself)."""
+    unrelated queries with the unedited model's answers; of a known one that is its object, of
+    another as many greedy tokens."""
 
     def __init__(self, lm, plan, ops):
         self.plan = plan
@@ -124,13 +124,16 @@ class TokenisedFact:
             except ValueError as error:
                 self.note = str(error)
         prompts = []
+        objects = []
         lengths = []
         for query in plan["locality"]:
             prompt, answer = lm.encode(query["prompt"], query["object"])
             prompts.append(tuple(prompt))
-            lengths.append(len(answer))
-        answers = greedy_answers(lm, prompts, lengths)
-        self.locality = list(zip(prompts, map(tuple, answers)))
+            objects.append(tuple(answer))
+            lengths.append(0 if query["known"] else len(answer))
+        said = greedy_answers(lm, prompts, lengths)
+        answers = [tuple(one) or own for one, own in zip(said, objects)]
+        self.locality = list(zip(prompts, answers))
 
     def answer(self, op):
         """The object that `op` is about, as it follows q_i; None of an update not to be made."""
