@@ -174,22 +174,22 @@ def column_scores(lm, prompts, score="sum"):
 @torch.no_grad()
 def _column_scores(lm, ids, score):
     """`column_scores` of prompts of one length, ids (B, T)."""
-    sums, scores = [], []  # a layer after the other
+    sums, scores = {}, {}  # a layer that attends twice (DiffLlama) counts once
 
-    def observe(_, weights, visible):  # (B, H, T, T), (B or 1, 1 or H, T, T)
+    def observe(layer, weights, visible):  # (B, H, T, T), (B or 1, 1 or H, T, T)
         total = weights.sum(-2)  # (B, H, T)
-        sums.append(total)
+        sums[layer] = total
         if score == "visible_mean":
             if visible is None:
                 visible = torch.ones_like(weights[:1, :1]).tril()
             rows = weights.shape[-2]
             total = total * rows / visible.sum(-2)
-        scores.append(total)
+        scores[layer] = total
 
     with controlled(lm, observe=observe):
         lm.model.base_model(input_ids=ids, use_cache=False)
-    both = [torch.stack(one, 1) for one in (sums, scores)]  # (B, L, H, T) each
-    both = torch.stack(both, 1)
+    both = [torch.stack(list(one.values()), 1) for one in (sums, scores)]
+    both = torch.stack(both, 1)  # (B, 2, L, H, T)
     return both.double().cpu().numpy()
 
 
