@@ -84,19 +84,30 @@ def default_row_budget(lm):
     return max(lm.num_layers, int(rows))
 
 
-def attribute(lm, prompts, answers, **spec) -> Attribution:
+def attribute(
+    lm,
+    prompts,
+    answers,
+    *,
+    method="ig",
+    steps=20,
+    rule="right",
+    answer="all",
+    site="down_input",
+    amig_factor="w-b",
+    tolerance=0.05,
+    row_budget=None,
+) -> Attribution:
     """Attribution scores of every neuron for each query (prompt, answer).
 
-    `prompts`, `answers`: Q texts each. `spec`, with the defaults of `Spec`:
-    method: "ig" (Eq. 10), "sig" (Eq. 13, 14) or "amig" (Eq. 16, 18; `amig_factor`: "w-b" or "w").
-    rule: quadrature over the path in `steps` steps, "right" being the paper's Riemann sum;
-    "converged" takes gradients where the integral has not settled until no score moves by more than
-    `tolerance` of the query's largest. answer: "all" averages the raw attribution over the answer's
-    tokens, "first" takes the first. site: "down_input" or "pre_activation".
-    Dense in memory, Q x L x N: for a handful of queries (runs stream through `localize`).
-    ValueError names the offending prompt, answer or parameter.
+    `prompts`, `answers`: Q texts each. `method`: "ig" (Eq. 10), "sig" (Eq. 13, 14) or "amig" (Eq.
+    16, 18). `rule`: quadrature over the path in `steps` steps, "right" being the paper's Riemann
+    sum; "converged" takes gradients where the integral has not settled until no score moves by more
+    than `tolerance` of the query's largest. `answer`: "all" averages the raw attribution over the
+    answer's tokens, "first" takes the first. Dense in memory, Q x L x N: for a handful of queries
+    (runs stream through `localize`). ValueError names the offending prompt, answer or parameter.
     """
-    spec = Spec(**spec)
+    spec = Spec(method, steps, rule, answer, site, amig_factor, tolerance, row_budget)
     queries = lm.encode_all(prompts, answers)
     return attribute_encoded(lm, queries, spec).cpu()
 

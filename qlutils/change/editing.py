@@ -28,7 +28,9 @@ CARRIER = "is"  # a word for an object to continue, so that it is tokenised as i
 
 
 @contextmanager
-def edit_weights(lm, neurons, op, **options):
+def edit_weights(
+    lm, neurons, op, *, old=None, new=None, lambda1=2.0, lambda2=2.0, embedding="input"
+):
     """Edit the value vectors of `neurons`, (layer, index) pairs, in the model's weights while
     inside:
 
@@ -36,14 +38,14 @@ def edit_weights(lm, neurons, op, **options):
             text = lm.model.generate(**tokens)
 
     `op="erase"` sets them to zero (Eq. 2); `op="update"` adds -lambda1 E(old) + lambda2 E(new) to
-    each (Eq. 2), E the mean embedding of the object's tokens, which may be ids or text. `options`:
-    old, new, lambda1=2.0, lambda2=2.0 and embedding, the "input" word embedding or the "output" one
-    (unembedding). Yields whether any weight is another now. The weights are bit-identical
-    afterwards, whatever happens inside. Contexts may be nested, and end as `with` ends them, the
-    inner one first. ValueError: a neuron outside the model, an unknown operation or embedding, an
+    each (Eq. 2), E the mean embedding of the object's tokens, which may be ids or text.
+    `embedding`: the "input" word embedding or the "output" one (unembedding). Yields whether any
+    weight is another now. The weights are bit-identical afterwards, whatever happens inside.
+    Contexts may be nested, and end as `with` ends them, the inner one first. ValueError: a neuron outside the model, an unknown operation or embedding, an
     object without an embedding, weights that no forward pass reads as they stand (quantised,
     offloaded, pruned, parametrised) or that layers share.
     """
+    options = dict(old=old, new=new, lambda1=lambda1, lambda2=lambda2, embedding=embedding)
     change = virtual_edit(lm, neurons, op, **options)
     places, before = [], []
     for layer, index in change.by_layer.items():
