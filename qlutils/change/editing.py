@@ -41,9 +41,10 @@ def edit_weights(
     each (Eq. 2), E the mean embedding of the object's tokens, which may be ids or text.
     `embedding`: the "input" word embedding or the "output" one (unembedding). Yields whether any
     weight is another now. The weights are bit-identical afterwards, whatever happens inside.
-    Contexts may be nested, and end as `with` ends them, the inner one first. ValueError: a neuron outside the model, an unknown operation or embedding, an
-    object without an embedding, weights that no forward pass reads as they stand (quantised,
-    offloaded, pruned, parametrised) or that layers share.
+    Contexts may be nested, and end as `with` ends them, the inner one first. ValueError: a neuron
+    outside the model, an unknown operation or embedding, an object without an embedding, weights
+    that no forward pass reads as they stand (quantised, offloaded, pruned, parametrised) or that
+    layers share.
     """
     options = dict(old=old, new=new, lambda1=lambda1, lambda2=lambda2, embedding=embedding)
     change = virtual_edit(lm, neurons, op, **options)
