@@ -150,13 +150,14 @@ def _page(body: str) -> str:
     pictures = r'<strong>(?P<bold>.*?)</strong>|alt="No description[^"]*"'
     body = re.sub(pictures, described, body, flags=re.S)
     body = re.sub(r"<h2[^>]*>(.*?)</h2>", linked, body, flags=re.S)
-    before, title, after = re.split(r"(<h1[^>]*>.*?</h1>)", body, maxsplit=1, flags=re.S)
+    title = re.search(r"<h1[^>]*>.*?</h1>", body, re.S)
+    end = title.end() if title else 0
     document = template(Path(__file__).with_name("page.html"))
     return document.render(
-        title=_plain(title),
-        head=Markup(before + title),
+        title=_plain(title[0]) if title else "Report",
+        head=Markup(body[:end]),
         links=[Markup(link).strip() for link in links],
-        body=Markup(after),
+        body=Markup(body[end:]),
     )
 
 

@@ -228,6 +228,7 @@ def edits_frame(queries, lift):
             row |= dict(neurons=neurons, control="none", note=None, n_neurons=3)
             row |= dict.fromkeys(("rel", "gen", "loc", "avg"), good)
             row |= dict(reached=[good] * len(group), dppl=np.exp(1 - good) - 1)
+            row |= dict(loc_new=good / 2 if op == "update" else np.nan)
             rows.append(row | dict(broken=float((one or cas) == (lift < 0))))
     return pd.DataFrame(rows)
 
@@ -652,9 +653,10 @@ def test_ten_topics_are_told_of_each_model_what_was_run_and_what_holds_among_the
 
 def test_sentences_on_consistency_are_those_of_the_facts_and_the_first_control(spoken, queries):
     table, frames = spoken
-    whole, three = sentences(table, "share their neurons")
+    whole, relations, three = sentences(table, "share their neurons")
     facts = classified_facts(queries, 0.2, 0.2)
     assert numbers_in(whole) == near([facts["cs2"].mean(), facts["jaccard"].mean()])
+    assert "CS2 is cannot be told (n = " in relations  # fewer than ten relations
     means = controls.null_consistency(queries, t=0.2, seed=0).groupby("kind")["cs2"].mean()
     wanted = means[["own", "same pattern", "other relations", "random"]].dropna().tolist()
     assert numbers_in(three) == near(wanted)
@@ -680,7 +682,9 @@ def test_sentences_on_edits_and_cas_are_means_over_all_facts(spoken):
     part = edits[(edits["op"] == "update") & (edits["neurons"] == "global")]
     [last] = [text for text in texts if text.startswith("Update of all")]
     values = [part["rel"].mean(), part["gen"].mean(), 1 - part["loc"].mean()]
-    assert percents_in(last) == near([*values, part["broken"].mean(), part["dppl"].median()])
+    values += [part["broken"].mean(), part["dppl"].median(), part["loc_new"].mean()]
+    assert percents_in(last) == near(values)
+    assert not any("new object" in text for text in texts if text.startswith("Erasure"))
     assert not any("random" in text for text in texts)  # told where it was run
     random = edits[edits["neurons"] == "local"].assign(control="random", rel=0.25)
     some = told({"a": frames | {"edits": pd.concat([edits, random], ignore_index=True)}})
@@ -695,9 +699,11 @@ def test_sentences_on_edits_and_cas_are_means_over_all_facts(spoken):
 
 def test_sentences_on_neurons_and_attention_tell_changes_of_the_answer(spoken):
     table, _ = spoken
-    own, others = sentences(table, "Whose neurons")
+    own, off, others = sentences(table, "Whose neurons")
     down, up = percents_in(own)
     assert down < 0 < up
+    [random] = percents_in(off)  # the other sets were not scaled
+    assert -0.7 < random < -0.5 and off.count("cannot be told (n = 0)") == 3
     assert re.search(r"all other wordings' KNs together \(\S+ against \S+\): 0\.3\d? \[", others)
     assert "of the relation: cannot be told (n = 0)" in others
     assert re.search(r"random ones: 0\.1\d? \[0\.\d+, 0\.\d+\] more", others)
@@ -707,7 +713,8 @@ def test_sentences_on_neurons_and_attention_tell_changes_of_the_answer(spoken):
     assert suppressed.startswith("Suppressed, a query's own synapses") and "by -" in suppressed
     assert enhanced.startswith("Enhanced")
     assert re.search(r"claimed: 0\.\d+ \[.*?\] more\.", suppressed)
-    assert rest.endswith("both averaged: cannot be told (n = 0).")
+    untold = "cannot be told (n = 0)"
+    assert rest.endswith(f"claimed: suppressed {untold}, enhanced {untold}.")
 
 
 def test_of_one_fact_and_without_notebooks_nothing_can_be_told_but_why(spoken):

@@ -84,9 +84,8 @@ def lab(tmp_path):
         OMP_NUM_THREADS=1,
     )
     env.pop("QLUTILS_PROGRESS", None)
-    options = "--no-browser --ip=127.0.0.1 --port=0 --allow-root".split()
-    options.append(f"--ServerApp.root_dir={tmp_path / 'notebooks'}")
-    command = [sys.executable, "-m", "jupyterlab", *options]
+    options = ["--no-browser", "--port=0", f"--ServerApp.root_dir={tmp_path / 'notebooks'}"]
+    command = [sys.executable, "-m", "jupyterlab", "--ip=127.0.0.1", "--allow-root", *options]
     started = time.perf_counter()
     with open(tmp_path / "server.log", "wb") as log:
         own = dict(env=env, stdout=log, stderr=log, start_new_session=True)

@@ -289,6 +289,8 @@ def test_losses_are_means_of_what_is_defined_of_the_prompt_the_others_and_the_co
     shown = ex.losses(effects, prompt=1)
     assert shown["of"].tolist() == ["other wordings", "q1", "controls"]
     assert shown["loss"].tolist() == pytest.approx([0.55, 0.4, -0.1])
+    assert shown["least"].tolist() == pytest.approx([0.2, 0.4, -0.1])
+    assert shown["most"].tolist() == pytest.approx([0.9, 0.4, -0.1])
     assert shown["n"].tolist() == [2, 1, 1]
 
 
