@@ -143,10 +143,12 @@ def facts_of_run(shared, extra):
     check_known_prompts(known, facts)
     relations = {fact.relation for fact in facts}
     taken = f"{len(facts)} facts of {len(relations)} relations from {study.data}"
-    wanted = "all (--full)" if count is None else f"{count} a relation, not all (--full)"
+    wanted = f"{count} a relation" if count else "all"
     if known:
-        wanted = f"for each model {wanted} with at least {known} prompts that it answers"
-    print(f"{taken}: {wanted}", file=sys.stderr)
+        taken += f"; each model looks for {wanted} of which it answers {known} prompts or more"
+    elif count:
+        taken += f": {wanted}, --full takes all"
+    print(taken, file=sys.stderr)
     return sha256([[asdict(fact) for fact in facts], study.objects])
 
 
