@@ -464,7 +464,7 @@ def figure_edits(table, threshold, sets):
             factors = of_op[of_op["metric"] == "dppl"].copy()
             factors[["mean", "mean_low", "mean_high"]] += 1
             bars_with_intervals(factors, panels[-1], x="class", hue="neurons", base=1)
-            panels[-1].set_title(f"{op}, perplexity\n(times that before, median)")
+            panels[-1].set_title(f"{op}, perplexity\n× before (median)")
     if measured:
         _factors(axes[:, -1])
     sizes = _mean_size(table, "neurons", "neurons_edited")
