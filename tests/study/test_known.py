@@ -236,7 +236,7 @@ def test_the_driver_takes_known_prompts_and_its_plan_says_what_it_cannot_know(da
     jobs, every = plan_jobs(args, paths.NOTEBOOKS)
     assert all(job.parameters["known_prompts"] == 2 for job in jobs)
     said = capsys.readouterr().err
-    assert "24 facts of 2 relations" in said and "with at least 2 prompts" in said
+    assert "24 facts of 2 relations" in said and "of which it answers 2 prompts or more" in said
     args.facts_per_relation = 1
     assert plan_jobs(args, paths.NOTEBOOKS)[1] == every  # it depends on all that may be looked at
     assert run.main(["--plan", *options]) == 0
