@@ -179,6 +179,7 @@ class Reading(Case):
 
 
 def percent(value, low, high) -> str:
+    """A share and its interval: "31 % [25, 38]"."""
     return f"{hundred(value)} % [{hundred(low)}, {hundred(high)}]"
 
 
