@@ -89,11 +89,12 @@ def main():
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--data", default="demo")
     parser.add_argument("--queries", type=int, default=40, help="of either kind; a quarter for sig")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     facts = load_facts(args.data, facts_per_relation=20)
-    print(f"threads {torch.get_num_threads()}, float32")
+    print(f"{args.device}, threads {torch.get_num_threads()}, float32")
     for name in args.models:
-        lm = load_model(name, device="cpu")
+        lm = load_model(name, device=args.device)
         for method in args.methods:
             count = max(1, args.queries // 4) if method == "sig" else args.queries
             for kind, queries in zip(("answered", "other"), sample(lm, facts, count)):
