@@ -25,6 +25,7 @@ from qlutils.experiments.knowledge_synapses import scale_synapse_columns
 from qlutils.experiments.localize import localise
 from qlutils.experiments.query_kn_mapping import scale_kns
 from qlutils.model.language_model import LanguageModel
+from qlutils.run import main
 from qlutils.study.notebook import Study
 
 GPU = os.environ.get("QLUTILS_TEST_DEVICE", "cuda")
@@ -228,3 +229,11 @@ def test_autocast_changes_no_number_and_tf32_is_refused():
             attribute_encoded(lm, QUERIES, Spec(steps=3))
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_the_notebooks_run_on_the_gpu(runs):
+    """What a cell shows may lie on the device, where pandas cannot read it."""
+    asked = "--models demo/gpt2 --methods ig --relations P36 --facts-per-relation 2 --jobs 4"
+    parameters = "-p n_locality 4 -p ppl_max_tokens 16 -p sweep_facts 1 -p more_controls_facts 1"
+    status = main([*asked.split(), *parameters.split(), "--device", GPU, "--output", "on-gpu"])
+    assert status == 0

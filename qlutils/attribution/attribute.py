@@ -219,9 +219,9 @@ def _attribute(lm, queries, spec, names):
 
 def _add_batch(lm, batch, spec, found):
     """Add to `found` the mean over an answer's tokens of what those in `batch` give."""
+    pieces = [list(piece) for _, piece in groupby(batch, lambda token: len(token.ids))]
     passes, starts = [], []
-    for _, piece in groupby(batch, lambda token: len(token.ids)):
-        piece = list(piece)
+    for piece in pieces:
         ids = on_device([token.ids for token in piece], lm.device)
         passes.append(clean_pass(lm, ids, spec.site))
         prompt_lengths = [token.prompt_length for token in piece]
@@ -231,14 +231,18 @@ def _add_batch(lm, batch, spec, found):
     starts = None if spec.method == "ig" else torch.cat(starts)
     target = on_device([token.target for token in batch], lm.device)
     raw = integrate(lm, clean, target, starts, spec)
-    for i, token in enumerate(batch):
-        query = token.query
-        found.scores[query] += raw.scores[i] / token.used
-        found.completeness_gap[query] += raw.completeness_gap[i] / token.used
-        found.evaluations[query] += raw.evaluations[i] / token.used
-        found.probability[query] *= raw.probability[i]
-        found.known[query] &= raw.known[i]
-        found.converged[query] &= raw.converged[i]
+    stop = 0
+    for piece in pieces:  # of equally long texts, so of different queries
+        part = slice(stop, stop := stop + len(piece))
+        places = [token.query for token in piece]
+        used = torch.tensor([token.used for token in piece])
+        found.evaluations[places] += raw.evaluations[part] / used
+        found.converged[places] &= raw.converged[part]
+        query, used = on_device(places, lm.device), on_device(used, lm.device)
+        found.scores[query] += raw.scores[part] / used[:, None, None]
+        found.completeness_gap[query] += raw.completeness_gap[part] / used[:, None]
+        found.probability[query] *= raw.probability[part]
+        found.known[query] &= raw.known[part]
 
 
 def _baselines(lm, ids, prompt_lengths, spec):

@@ -47,11 +47,11 @@ def scaled_answer_probabilities(lm, rows, *, answer="all"):
     return np.exp(scores.log_probability)
 
 
-def greedy_answers(lm, prompts, lengths):
-    """Greedy decoding of `lengths[i]` tokens after the prompt ids `prompts[i]`."""
-    found = [[] for _ in prompts]
-    for step in range(max(lengths, default=0)):
-        going = [i for i, length in enumerate(lengths) if length > step]
+def greedy_answers(lm, prompts, lengths, begun=None):
+    """Greedy decoding of `lengths[i]` tokens after the prompt ids `prompts[i]`; `begun`: the first
+    ones of each, where they are known."""
+    found = [list(one) for one in begun or [()] * len(prompts)]
+    while going := [i for i, length in enumerate(lengths) if length > len(found[i])]:
         queries = []
         for i in going:
             fed = [*found[i], 0]  # but for the 0

@@ -136,7 +136,9 @@ def rates(
     rate = sign * (frame[quantity] - before) / before.where(before != 0)
     frame = frame.assign(rate=rate.abs() if size else rate)
     keys = [name for name in ("fact", "prompt_index", "set", "renormalise") if name in frame]
-    average = frame.groupby(keys)["rate"].transform(lambda pair: pair.mean(skipna=False))
+    pairs = frame.groupby(keys)["rate"]
+    missing = frame["rate"].isna().groupby([frame[key] for key in keys]).transform("any")
+    average = pairs.transform("mean").mask(missing)  # of both directions, or undefined
     enhanced = frame["direction"] == "enhance"
     averages = frame[enhanced].assign(direction="average", rate=average[enhanced])
     return pd.concat([frame, averages], ignore_index=True)

@@ -102,6 +102,10 @@ def _add_numbers(rows, encoded, result):
     settled = [None] * len(rows)
     if result.converged is not None:
         settled = result.converged.tolist()
+    probability = result.probability.tolist()  # of all queries at once, as a GPU is waited for
+    known = result.known.tolist()
+    evaluations = result.evaluations.tolist()
+    gaps = result.completeness_gap.cpu().numpy()
     for i, row in enumerate(rows):
         prompt, answer = encoded[i]
         scores = result.scores[i]  # (L, N), selected where it is: of a large model half a million
@@ -110,12 +114,12 @@ def _add_numbers(rows, encoded, result):
         row |= {
             "prompt_tokens": len(prompt),
             "answer_tokens": len(answer),
-            "probability": result.probability[i].item(),
-            "known": result.known[i].item(),
+            "probability": probability[i],
+            "known": known[i],
             "row_budget": result.row_budget,
             "converged": settled[i],
-            "evaluations": result.evaluations[i].item(),
-            "gap": result.completeness_gap[i].cpu().numpy(),
+            "evaluations": evaluations[i],
+            "gap": gaps[i],
             "layer": layer.int().cpu().numpy(),
             "neuron": neuron.int().cpu().numpy(),
             "score": scores[kept].cpu().numpy(),

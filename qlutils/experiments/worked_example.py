@@ -63,13 +63,26 @@ def _replies(lm, fact, targets) -> tuple[pd.DataFrame, str]:
     """Of a fact's `targets` and locality queries the probability p of the answer and as many greedy
     tokens, as text; and TOKENS tokens after q_i."""
     queries = targets + fact.locality
-    prompts = [prompt for prompt, _ in queries] + [targets[fact.plan["query"]][0]]
+    scores = score_queries(lm, queries)
+    begun = [_begun(*one) for one in zip(scores.greedy, queries)]
+    place = fact.plan["query"]
+    prompts = [prompt for prompt, _ in queries + [targets[place]]]
     lengths = [len(answer) for _, answer in queries] + [TOKENS]
     said = []
-    for ids in greedy_answers(lm, prompts, lengths):
+    for ids in greedy_answers(lm, prompts, lengths, begun + [begun[place]]):
         said.append(lm.tokenizer.decode(ids, skip_special_tokens=True).strip())
-    p = np.exp(score_queries(lm, queries).log_probability)
+    p = np.exp(scores.log_probability)
     return pd.DataFrame(dict(p=p, answer=said[:-1])), said[-1]
+
+
+def _begun(greedy, query):
+    """Of the greedy tokens after each part of an answer those that greedy decoding gives: up to the
+    first that is not the answer's."""
+    _, answer = query
+    for count, (token, own) in enumerate(zip(greedy, answer), 1):
+        if token != own:
+            return greedy[:count]
+    return greedy
 
 
 def example_table(example: WorkedExample) -> pd.DataFrame:
