@@ -26,6 +26,7 @@ from tiny import WORDS, save_checkpoint, save_dataset, word_tokenizer
 
 from qlutils import facts as data
 from qlutils import paths, run
+from qlutils.checks import METHODS
 from qlutils.driver import plan, running
 from qlutils.driver.arguments import parser
 from qlutils.driver.jobs import plan_jobs
@@ -791,21 +792,25 @@ def test_every_measured_number_is_the_committed_one():
     assert len(found) == 14 and [one for one in found if one not in text] == []
 
 
-def test_what_is_said_of_the_rules_is_the_measured_table():
+def of_rules(method):
+    """README's line on the rules of the integral, of the benchmark's tables."""
     measured = (ROOT / "tests/benchmarks/results/rules.md").read_text("utf-8")
-    rows = {(row["queries"], row["rule"]): row for row in table(measured, "## SmolLM2-135M")}
-    jaccard, evaluations = "mean Jaccard index", "evaluations"
-    ours, papers = (
-        [rows[kind, rule] for kind in ("answered", "other")]
-        for rule in ("`converged`", "`right` 20 (the paper)")
-    )
-    said = (
-        f"is {ours[0][jaccard]} for {ours[0]['n']} answered and {ours[1][jaccard]} for "
-        f"{ours[1]['n']} other queries, with {ours[0][evaluations]} and {ours[1][evaluations]} "
-        f"gradients a layer; that of the paper's 20 is {papers[0][jaccard]} and "
-        f"{papers[1][jaccard]}."
-    )
-    assert said in " ".join(README.split())
+    cells = [f"`{method}`"]
+    for rule in ("`right` 20 (the paper)", "`converged`"):
+        for model in ("SmolLM2-135M", "Gemma 3 270M"):
+            rows = table(measured, f"## {model}, `{method}`")
+            answered, other = (row for row in rows if row["rule"] == rule)
+            assert (answered["queries"], other["queries"]) == ("answered", "other")
+            cell = f"{answered['mean Jaccard index']} / {other['mean Jaccard index']}"
+            if rule == "`converged`":
+                cell += f" by {answered['evaluations']} / {other['evaluations']}"
+            cells.append(cell)
+    return f"| {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_said_of_the_rules_is_the_measured_table(method):
+    assert of_rules(method) in README.splitlines()
 
 
 def test_the_readme_is_short():
