@@ -477,8 +477,9 @@ def _factors(axes):
     """A logarithmic axis of factors, shared by the panels, from 1 to 2 at least."""
     low, high = axes[0].get_ylim()
     axes[0].set(yscale="log", ylim=(min(low, 0.9), max(high, 2.2)))
+    subs = (1, 2, 5) if high < 100 else (1,)  # of many powers of ten all would be left out
     for ax in axes:
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_locator(LogLocator(subs=subs))
         ax.yaxis.set_major_formatter("{x:g}×")
         ax.yaxis.minorticks_off()
 
