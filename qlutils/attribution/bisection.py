@@ -16,9 +16,6 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from qlutils.attribution.coordinate import Coordinate
-from qlutils.attribution.gradients import Replay
-
 # |Boole - Simpson| is the error of Simpson's rule; Boole's, which is what we keep, is far smaller,
 # but the errors of some intervals and of the guesses before add up. Chosen on 32 queries each of
 # SmolLM2-135M and Gemma 3 270M by ig: at 0.2 the KN sets are the converged ones.
@@ -48,7 +45,7 @@ class Intervals:
     error: Tensor
 
     @classmethod
-    def whole(cls, path: Tensor, gradient: Tensor, probability: Tensor) -> Intervals:
+    def whole(cls, path, gradient, probability):
         """One interval a path, from gradients (K, 3, W) and probabilities (K, 3) at its beginning,
         middle and end."""
         count = path.shape[1]
@@ -63,7 +60,7 @@ class Intervals:
             error=torch.zeros_like(start),
         )
 
-    def pick(self, chosen: Tensor) -> Intervals:
+    def pick(self, chosen):
         """Those at `chosen`, a mask or indices."""
 
         def part(name):
@@ -73,7 +70,7 @@ class Intervals:
         return Intervals(**{field.name: part(field.name) for field in fields(self)})
 
     @staticmethod
-    def join(parts: list[Intervals]) -> Intervals:
+    def join(parts):
         """All intervals of several."""
         names = [field.name for field in fields(Intervals)]
         return Intervals(
@@ -83,7 +80,7 @@ class Intervals:
             }
         )
 
-    def halves(self) -> Intervals:
+    def halves(self):
         """Two intervals for each, which need their quarter points."""
         width = self.width / 2
         ready = torch.zeros_like(self.quartered)
@@ -102,18 +99,18 @@ class Intervals:
 
         return Intervals.join([half(0, self.start), half(2, self.start + width)])
 
-    def integral(self, rule: Rule) -> Tensor:
+    def integral(self, rule):
         """(K, W) integrals of the gradient over each interval."""
         weight = self.gradient.new_tensor(rule)
         width = self.width.to(self.gradient)[:, None]
         return torch.einsum("p,kpw->kw", weight, self.gradient) * width
 
-    def best(self) -> Tensor:
+    def best(self):
         """(K, W) integrals by the best rule the known points allow."""
         quartered = self.quartered.to(self.gradient.device)[:, None]
         return torch.where(quartered, self.integral(BOOLE), self.integral(SIMPSON))
 
-    def judge(self, replay: Replay, coarse: Rule, fine: Rule) -> None:
+    def judge(self, replay, coarse, fine):
         """Set `error` (K,): by how much the attributions by two rules differ, or what the better
         one misses of the change of the probability."""
         better = self.integral(fine)
@@ -126,16 +123,14 @@ class Intervals:
         self.error = torch.maximum(differs, GAP_SHARE * missed).double().cpu()
 
 
-def _spread(three: Tensor) -> Tensor:
+def _spread(three):
     """(K, 3, ...) at the places 0, 2, 4 of (K, 5, ...)."""
     five = three.new_zeros(len(three), 5, *three.shape[2:])
     five[:, ::2] = three
     return five
 
 
-def _add_quarter_points(
-    intervals: Intervals, replay: Replay, coordinate: Coordinate, row_budget: int
-) -> None:
+def _add_quarter_points(intervals, replay, coordinate, row_budget):
     """Take the gradients at the 2nd and 4th quarter point of every interval."""
     path = intervals.path.repeat_interleave(2, 1)
     quarter = torch.tensor([0.25, 0.75], dtype=torch.float64)
@@ -147,7 +142,7 @@ def _add_quarter_points(
     intervals.quartered = torch.ones_like(intervals.quartered)
 
 
-def _largest(scores: Tensor) -> Tensor:
+def _largest(scores):
     """(Q,) largest of the scores (Q, N); where none is positive, and so none a knowledge neuron's,
     something small."""
     return torch.maximum(scores.amax(1), 1e-3 * scores.abs().amax(1))
@@ -163,7 +158,7 @@ class Integral:
     evaluations: Tensor
 
 
-def bisect(replay: Replay, coordinate: Coordinate, intervals: Intervals, spec) -> Integral:
+def bisect(replay, coordinate, intervals, spec):
     """Halve `intervals` until no attribution of a query moves by more than the tolerance's share of
     its largest one.
 

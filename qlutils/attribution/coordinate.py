@@ -28,13 +28,13 @@ class Coordinate:
     floor: Tensor
 
     @classmethod
-    def straight(cls, queries: int, baselines: int, layers: int) -> Coordinate:
+    def straight(cls, queries, baselines, layers):
         """alpha = u on every path."""
         center = torch.zeros(queries, baselines, layers, dtype=torch.float64)
         return cls(center, torch.full_like(center, STRAIGHT))
 
     @classmethod
-    def of_norm(cls, begin: Tensor, end: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    def of_norm(cls, begin, end, epsilon):
         """(Q, B) center and floor of a layer whose down-projection's output goes from `begin`
         (Q, B, d) to `end` (Q, 1, d) and through a norm with `epsilon`."""
         begin = begin.double()
@@ -46,16 +46,16 @@ class Coordinate:
         straight = ~(floor < STRAIGHT)  # hardly a change, or none
         return center.masked_fill(straight, 0.0).cpu(), floor.masked_fill(straight, STRAIGHT).cpu()
 
-    def _ends(self, path: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _ends(self, path):
         center, floor = self.center[tuple(path)], self.floor[tuple(path)]
         return center, floor, torch.asinh(-center / floor), torch.asinh((1 - center) / floor)
 
-    def alpha(self, path: Tensor, u: Tensor) -> Tensor:
+    def alpha(self, path, u):
         """(K,) places on the paths `path` (3, K)."""
         center, floor, low, high = self._ends(path)
         return (center + floor * torch.sinh(low + u * (high - low))).clamp(0, 1)
 
-    def slope(self, path: Tensor, u: Tensor) -> Tensor:
+    def slope(self, path, u):
         """(K,) derivatives of alpha with respect to u."""
         _, floor, low, high = self._ends(path)
         return floor * torch.cosh(low + u * (high - low)) * (high - low)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from qlutils.attribution.coordinate import Coordinate
 from qlutils.model.architecture import UnsupportedModel
-from qlutils.model.passes import CleanPass
 
 
 @dataclass
@@ -31,7 +30,7 @@ class Paths:
     values: list[Tensor | None]  # (N, W) value vectors; None where no plain weight holds them
 
     @classmethod
-    def of(cls, lm, clean: CleanPass, starts: Tensor | None, spec) -> Paths:
+    def of(cls, lm, clean, starts, spec):
         """From the baselines `starts` (Q, B, L, N), None standing for zero."""
         w = torch.cat([*clean.neurons.values()], 1)[:, None]  # (Q, 1, L, N)
         starts = torch.zeros_like(w) if starts is None else starts
@@ -47,12 +46,12 @@ class Paths:
         values = [_values(lm, layer) for layer in range(lm.num_layers)]
         return cls(lm, spec.site, begin, end, factor, values)
 
-    def pick(self, queries: Tensor) -> Paths:
+    def pick(self, queries):
         """The paths of some of the queries."""
         begin, end = ([one[queries] for one in ends] for ends in (self.begin, self.end))
         return replace(self, begin=begin, end=end, factor=self.factor[queries])
 
-    def rows(self, layer: int, index: Tensor, node: Tensor) -> Tensor:
+    def rows(self, layer, index, node):
         """(Q, P, W) points at `node` (Q or 1, P) of the paths from baselines `index`, as many."""
         begin = self.begin[layer]
         query = torch.arange(len(begin), device=begin.device)[:, None]
@@ -60,7 +59,7 @@ class Paths:
         start, end = begin[query, index].to(dtype), self.end[layer].to(dtype)
         return torch.lerp(start, end, node[..., None].to(start)).to(begin.dtype)
 
-    def neuron_gradients(self, layer: int, gradient: Tensor) -> Tensor:
+    def neuron_gradients(self, layer, gradient):
         """(..., N) gradients at a layer's neurons from those at rows (..., W)."""
         if self.site == "pre_activation":
             return gradient
@@ -73,7 +72,7 @@ class Paths:
             (found,) = torch.autograd.grad(written, neurons, gradient.to(written))
         return found.to(gradient.dtype)
 
-    def rise(self, path: Tensor, gradient: Tensor) -> Tensor:
+    def rise(self, path, gradient):
         """(K,) change of the probability along the paths `path` (3, K), to first order: a gradient
         (K, W) each, times end - begin."""
         dtype = self.factor.dtype
@@ -81,7 +80,7 @@ class Paths:
         change = torch.stack(changes, 2)[tuple(path)]
         return (change.to(gradient) * gradient).sum(1)
 
-    def largest_score(self, path: Tensor, gradient: Tensor) -> Tensor:
+    def largest_score(self, path, gradient):
         """(K,) largest |attribution| of a neuron by each of the gradients (K, W) alone."""
         largest = gradient.new_zeros(len(gradient))
         for layer in path[2].unique().tolist():
@@ -93,12 +92,12 @@ class Paths:
             largest[chosen] = (factor * at_neurons).abs().amax(1).to(largest)
         return largest
 
-    def scores(self, mean: Tensor, layer: int) -> Tensor:
+    def scores(self, mean, layer):
         """(Q, N) raw attributions of a layer, summed over baselines, from its mean gradients
         (Q, B, W)."""
         return (self.factor[:, :, layer] * self.neuron_gradients(layer, mean)).sum(1)
 
-    def coordinate(self) -> Coordinate:
+    def coordinate(self):
         """Each path's coordinate: straight where no norm follows the MLP."""
         queries, baselines = self.begin[0].shape[:2]
         coordinate = Coordinate.straight(queries, baselines, len(self.begin))
@@ -109,7 +108,7 @@ class Paths:
         return coordinate
 
 
-def _values(lm, layer: int) -> Tensor | None:
+def _values(lm, layer):
     try:
         return lm.value_vectors(layer)
     except UnsupportedModel:  # quantised, say: its own backward pass knows

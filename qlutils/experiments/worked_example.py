@@ -30,7 +30,7 @@ class WorkedExample:
     texts: pd.DataFrame
 
 
-def worked_example(lm, plan, **options) -> WorkedExample:
+def worked_example(lm, plan, **options):
     """Erase and update one planned fact by each of its sets, in the weights, and ask its own and
     its locality queries before and after. options: those of `edit_weights`."""
     fact = TokenisedFact(lm, plan, ("erase", "update"))
@@ -59,7 +59,7 @@ def worked_example(lm, plan, **options) -> WorkedExample:
     return WorkedExample(answers, pd.DataFrame(texts))
 
 
-def _replies(lm, fact, targets) -> tuple[pd.DataFrame, str]:
+def _replies(lm, fact, targets):
     """Of a fact's `targets` and locality queries the probability p of the answer and as many greedy
     tokens, as text; and TOKENS tokens after q_i."""
     queries = targets + fact.locality
@@ -85,7 +85,7 @@ def _begun(greedy, query):
     return greedy
 
 
-def example_table(example: WorkedExample) -> pd.DataFrame:
+def example_table(example):
     """A row a prompt of the fact and operation: the answer, and P of the operation's object."""
     own = example.answers[example.answers["asked"] != "unrelated"].copy()
     own["prompt"] += np.where(
