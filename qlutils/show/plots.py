@@ -97,8 +97,10 @@ def _label(name):
 
 
 def _panels(rows, columns, height, **grid):
-    """A figure as wide as a page, and its axes, a row a row of panels."""
-    return plt.subplots(rows, columns, figsize=(WIDE, height), squeeze=False, **grid)
+    """A figure as wide as a page, wider for more than three columns, and its axes, a row a row of
+    panels."""
+    size = WIDE * max(1, columns / 3), height
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, **grid)
 
 
 def _legend(fig, colors, title="", hollow=""):
@@ -407,7 +409,8 @@ def figure_bars(frame, *, row, column, x="set", y="trimmed", control=""):
             continue
         drawn = _with_sizes(part) if x == "set" else part
         bars_with_intervals(drawn, ax, x=x, hue="bar", y=y)
-        title = [_label(side)] if ax in axes[0] else []
+        name = textwrap.fill(_label(side), 20, break_on_hyphens=False, break_long_words=False)
+        title = [name] if ax in axes[0] else []
         n = _counted(part, "bar", "queries")
         if n not in (told.get(top), told.get(side)):
             title.append(textwrap.fill(n, 90 // len(sides)))
