@@ -709,7 +709,9 @@ def test_the_marks_of_the_claims_are_the_committed_ones():
     by_ig = {row["claim"].split()[0]: [*row.values()][1:3] for row in rows}
     assert all(other[claim] == by_ig[claim] for claim in ("1", "6", "7", "9", "10"))
     assert (other["2"], other["3"][1]) == (["cannot be told"] * 2, "holds in part")
-    assert "By `amig` 1, 6, 7, 9 and 10 are marked alike, 2 cannot be told, 3 holds in part" in README
+    assert (
+        "By `amig` 1, 6, 7, 9 and 10 are marked alike, 2 cannot be told, 3 holds in part" in README
+    )
 
 
 def told(name, pattern):
