@@ -41,7 +41,7 @@ CHOICES = {
     "amig_factor": ("w-b", "w"),
 }
 # Bytes of activations a batch may keep on a CPU: fixed, so that batches are the same everywhere.
-CPU_MEMORY = 2**29
+CPU_MEMORY = 2**31
 
 
 @dataclass(frozen=True)

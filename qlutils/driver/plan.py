@@ -21,7 +21,7 @@ FRACTION = 0.7
 # a baseline, and twice that a query, beside the arithmetic: most of what a small model costs a GPU
 GPU_SECONDS = 0.25e-3
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-BATCH_BYTES = 2**29  # activations of a batch on a CPU (attribution.attribute.CPU_MEMORY)
+BATCH_BYTES = 2**31  # activations of a batch on a CPU (attribution.attribute.CPU_MEMORY)
 QUERY_BYTES = 2500  # a stored query: its sparse scores, compressed
 # model types whose MLP has two matrices, not three
 UNGATED = "gpt2 gpt_neo gptj codegen gpt_neox opt bloom falcon phi starcoder2".split()

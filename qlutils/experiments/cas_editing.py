@@ -48,16 +48,19 @@ def cas_contrasts(edits, classes, seed=0) -> pd.DataFrame:
     return pd.concat(parts, names=["facts", "against"]).reset_index(["facts", "against"])
 
 
-def size_contrasts(study, queries, classes) -> pd.DataFrame:
-    """CAS less as many neurons of the largest mean attribution, of all facts and of each class."""
+def size_contrasts(study, queries, edits, classes) -> pd.DataFrame:
+    """CAS less as many neurons of the largest mean attribution, of all facts and of each class;
+    `edits`: those of CAS."""
     sets = {"cas": cas_spec(study.parameters)}
-    edits, _ = run_edits(
+    strongest, _ = run_edits(
         study,
         queries,
         sets,
         controls=["strongest"],
+        own=False,
         ppl_entries=0,
     )
+    edits = pd.concat([edits, strongest])
     parts = {}
     for name, part in by_class(edits, classes).items():
         controls = ("none", "strongest")

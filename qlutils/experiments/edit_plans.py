@@ -26,6 +26,7 @@ def plan_edits(
     num_neurons,
     sets=("local", "global"),
     controls=("random",),
+    own=True,
     t=0.2,
     n_locality=20,
     texts=(),
@@ -36,8 +37,8 @@ def plan_edits(
 
     queries: a `queries` frame. facts: those whose objects an update may choose from. sets: names,
     or {name: spec} with a spec of None for "local" (N_i) and "global" (union of the N_j), or
-    `cas_neurons` keywords. controls: some of CONTROLS. texts: those that perplexity may be measured
-    on; ValueError for fewer than `ppl_entries`. Each fact draws, with its own seed: q_i among its
+    `cas_neurons` keywords. controls: some of CONTROLS; `own`: the sets themselves are edited, too.
+    texts: those that perplexity may be measured on; ValueError for fewer than `ppl_entries`. Each fact draws, with its own seed: q_i among its
     known queries (among all where none is known), o' among the relation's other objects,
     `n_locality` queries of other facts (`_locality`), and `ppl_entries` texts, the same for all of
     the fact's edits."""
@@ -45,7 +46,7 @@ def plan_edits(
     queries = queries.reset_index(drop=True)
     queries["kns"] = kn_sets(queries, t)
     others = OtherFacts(queries, queries["kns"])
-    edited = _EditedSets(sets, controls, num_neurons, others)
+    edited = _EditedSets(sets, controls, own, num_neurons, others)
     objects = pd.DataFrame(facts).groupby("relation")
     plans = []
     omissions = []
@@ -121,6 +122,7 @@ class _EditedSets:
 
     specs: dict
     controls: tuple
+    own: bool
     num_neurons: int
     others: OtherFacts
 
@@ -134,7 +136,8 @@ class _EditedSets:
         for name, spec in self.specs.items():
             if spec is not None:
                 sets[name] = cas_neurons(first, **spec)
-            edits.append(_edit(name, "none", sets[name]))
+            if self.own:
+                edits.append(_edit(name, "none", sets[name]))
         for name, control in product(self.specs, self.controls):
             spec = self.specs[name] or {}
             rng = draw(f"{control} {name}")
@@ -152,7 +155,7 @@ class _EditedSets:
     ):
         one_of("control", control, CONTROLS)
         if control == "matched":
-            return set()  # `edit_facts` finds them: it takes the model
+            return neurons  # `edit_facts` finds theirs: it takes the model
         if control == "random":
             return random_neurons(neurons, self.num_neurons, rng)
         if control == "strongest":

@@ -189,12 +189,11 @@ def _edits(lm, fact, ops, options):
     }
     sets = {}
     changes = {}
-    for edit in plan["edits"]:  # a set itself, "none", comes before its controls: `plan_edits`
-        name, control = edit["neurons"], edit["control"]
-        sets[name, control] = edit["set"]
-        if control == "matched":
-            own = sets[name, "none"]
-            sets[name, control] = matched_neurons(lm, plan, own)
+    for edit in plan["edits"]:
+        neurons = edit["set"]
+        if edit["control"] == "matched":
+            neurons = matched_neurons(lm, plan, neurons)
+        sets[edit["neurons"], edit["control"]] = neurons
     for op, (name, control) in product(ops, sets):
         neurons = sets[name, control]
         key = (op, str(neurons))
@@ -313,13 +312,13 @@ def _perplexities(rows):
 
 def study_plans(study, queries, sets, **changes):
     """`plan_edits` of a study's facts, with the notebook's parameters but for `changes`."""
-    parameters = study.parameters | changes
+    parameters = {"own": True} | study.parameters | changes
     lm = study.lm()
     texts = []
     if parameters["ppl_entries"]:
         shortest = min(MIN_TOKENS, parameters["ppl_max_tokens"])
         texts = usable_texts(lm, perplexity_texts(parameters["corpus"]), shortest)
-    names = ("controls", "t", "n_locality", "ppl_entries", "seed")
+    names = ("controls", "own", "t", "n_locality", "ppl_entries", "seed")
     return plan_edits(
         queries,
         study.candidates(warn=False),
@@ -359,7 +358,7 @@ def sample_of_facts(frame, size, seed=0):
 
 
 def with_more_controls(study, queries, edits, controls, size):
-    """The `edits` of a sample of `size` facts, and beside each those of other `controls`, without
+    """The `edits` of a sample of `size` facts, and beside them those of other `controls`, without
     perplexity."""
     some = sample_of_facts(edits, size, study.seed)
     more, _ = run_edits(
@@ -368,8 +367,8 @@ def with_more_controls(study, queries, edits, controls, size):
         ["local", "global"],
         facts=some,
         controls=controls,
+        own=False,
         ppl_entries=0,
     )
     edits = edits[edits["fact"].isin(some)]
-    more = more[more["control"] != "none"]
     return pd.concat([edits, more])

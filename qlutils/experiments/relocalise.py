@@ -61,16 +61,19 @@ def noise(
     wordings = pd.Series(map(variants, queries["prompt"], queries["subject"]), queries.index)
     near = queries[wordings.map(len) == GROUP - 1]
     rows = sample_queries(near if len(near) else queries, n, seed)
-    facts, by_rule = _facts(rows), []
+    own = spec.get("rule") if spec.get("steps") == STEPS else None
+    by_rule = []
     for rule in RULES:
-        again = spec | {"rule": rule, "steps": STEPS}
-        by_rule.append(localise_again(study, facts, f"noise {rule}", **again))
+        if rule == own:
+            by_rule.append(rows)
+        else:
+            again = spec | {"rule": rule, "steps": STEPS}
+            by_rule.append(localise_again(study, _facts(rows), f"noise {rule}", **again))
     kinds = {"quadrature": pd.concat(by_rule)}
     if len(near):
-        worded = []
-        for fact, wording in zip(facts, wordings[rows.index]):
-            worded.append(fact | {"prompts": fact["prompts"] + wording})
-        kinds["variants"] = localise_again(study, worded, "noise wording", **spec)
+        worded = rows.assign(prompts=wordings)
+        others = localise_again(study, _facts(worded), "noise wording", **spec)
+        kinds["variants"] = pd.concat([rows, others])
     kinds["neighbours"] = queries[queries["fact"].isin(rows["fact"])]
     found = []
     for kind, frame in kinds.items():
@@ -90,16 +93,15 @@ def precision(
     **spec,
 ) -> pd.DataFrame:
     """Jaccard of the KN sets of sampled queries in two precisions of the model, a row a query; and
-    by how much P(answer) differs. The weights are loaded once in each."""
-    facts = _facts(sample_queries(queries, n, seed))
+    by how much P(answer) differs; in the run's own they are known."""
+    rows = sample_queries(queries, n, seed)
+    own = str(study.lm().dtype).removeprefix("torch.")
     keys, found = ["fact", "relation", "prompt"], []
     for dtype in DTYPES:
-        frame = localise_again(
-            study.beside(study.model, dtype=dtype),
-            facts,
-            dtype,
-            **spec,
-        )
+        frame = rows
+        if dtype != own:
+            other = study.beside(study.model, dtype=dtype)
+            frame = localise_again(other, _facts(rows), dtype, **spec)
         found.append(frame.assign(kn=kn_sets(frame, t))[[*keys, "kn", "probability"]])
     both = found[0].merge(
         found[1],
@@ -113,6 +115,7 @@ def precision(
 
 
 def _facts(rows) -> list[dict]:
-    """Sampled queries as facts of one prompt each."""
-    rows = rows.assign(prompts=[[prompt] for prompt in rows["prompt"]])
+    """Sampled queries as facts of one prompt each, or of those in their column `prompts`."""
+    if "prompts" not in rows:
+        rows = rows.assign(prompts=[[prompt] for prompt in rows["prompt"]])
     return rows[["relation", "subject", "object", "prompts"]].to_dict("records")

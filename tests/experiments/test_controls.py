@@ -2,10 +2,12 @@
 what classes mean."""
 
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from qlutils.experiments import controls, relocalise
 from qlutils.experiments.consistency import classified_facts
@@ -93,16 +95,19 @@ class Stub:
 
     model, method, dtype = "stub", "ig", None
 
-    def __init__(self):
-        self.asked = []
+    def __init__(self, own="float32"):
+        self.own, self.asked = own, []
+
+    def lm(self):
+        return SimpleNamespace(dtype=getattr(torch, self.own))
 
     def beside(self, model, dtype):
         other = Stub()
-        other.dtype = dtype
+        other.dtype, other.asked = dtype, self.asked
         return other
 
     def run(self, task, units, config, desc=None):
-        self.asked.append(config.get("rule"))
+        self.asked.append(self.dtype or config.get("rule"))
         extra = {"right": 1, "midpoint": 2, "gauss": 3}.get(config.get("rule"), 0)
         extra += 10 * (self.dtype == "bfloat16")
         rows = []
@@ -121,11 +126,32 @@ def test_noise_compares_three_rules_and_three_wordings_of_one_query(pattern_and_
     assert study.asked == ["right", "midpoint", "gauss", None] and found["n"].eq(4).all()
     # neuron 100 thrice, one of its own each
     assert found.loc["quadrature", ["cs2", "jaccard"]].tolist() == pytest.approx([1 / 4, 1 / 3])
-    assert found.loc[["variants", "neighbours"], "cs2"].tolist() == pytest.approx([1, 1 / 4])
+    # the run's own two neurons, and twice the same two others
+    assert found.loc[["variants", "neighbours"], "cs2"].tolist() == pytest.approx([1 / 2, 1 / 4])
 
 
-def test_precision_compares_the_sets_of_two_dtypes_query_by_query(pattern_and_object):
-    found = relocalise.precision(Stub(), pattern_and_object, n=5, t=0.2, seed=0)
+@pytest.mark.parametrize("steps, asked", [(20, ["midpoint", "gauss"]), (10, relocalise.RULES)])
+def test_noise_takes_what_the_run_has_where_its_rule_is_one_of_the_three(
+    pattern_and_object, steps, asked
+):
+    study = Stub()
+    options = dict(n=4, t=0.2, seed=0, rule="right", steps=steps)
+    found = relocalise.noise(study, pattern_and_object, **options)
+    found = controls.summarise(found).set_index("kind")
+    assert study.asked == [*asked, "right"]
+    # neuron 100 by two rules, two others by the run's own: one of five; else as above
+    assert found.loc["quadrature", "cs2"] == pytest.approx(1 / 5 if steps == 20 else 1 / 4)
+
+
+@pytest.mark.parametrize(
+    "own, asked", [("float32", ["bfloat16"]), ("float64", ["float32", "bfloat16"])]
+)
+def test_precision_compares_the_sets_of_two_dtypes_query_by_query(pattern_and_object, own, asked):
+    count = len(pattern_and_object)
+    kns = dict(layer=[[0, 0]] * count, neuron=[[100, 0]] * count)  # as the stub's in float32
+    study, queries = Stub(own), pattern_and_object.assign(**kns)
+    found = relocalise.precision(study, queries, n=5, t=0.2, seed=0)
+    assert study.asked == asked
     assert found["jaccard"].tolist() == pytest.approx([1 / 3] * 5)
     assert found["change"].tolist() == pytest.approx([0.1] * 5)
 

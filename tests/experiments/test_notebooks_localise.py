@@ -119,7 +119,7 @@ def test_01_draws_figure_1_and_compares_the_rules(folder, localised):
     right, converged = first.loc["right"], first.loc["converged"]
     assert converged["error"] < right["error"] and converged["gap"] < right["gap"]
     assert converged["evaluations"] < right["evaluations"] == 20
-    assert rules["jaccard"].between(0, 1).all() and (rules["n"] == 5).all()
+    assert rules["jaccard"].between(0, 1).all() and (rules["n"] == 3).all()
     other = pd.read_parquet(where / "other_rule.parquet")
     assert set(other["rule"]) == {"converged"} and other["converged"].astype(bool).all()
     assert [item for item in outputs(localised) if "image/png" in item.get("data", {})]
