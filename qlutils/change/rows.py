@@ -1,18 +1,20 @@
 """Scoring answers with a different change of the neurons in every row of a batch.
 
-A *query* is (prompt ids, target ids), scored by teacher forcing. A *row* evaluates one query under
-one `Change`. Queries of equal length share a batch, so there is no padding. What a change cannot
-reach is computed once a query and shared by all its rows: the layers below the lowest changed
-neuron and, where changes begin at the last prompt token, the keys and values of the tokens before
-it. Logits are computed at scored positions only.
+A *query* is (prompt ids, target ids), scored by teacher forcing. A *row* evaluates one query
+under one `Change`. Queries of about equal length share a batch, the shorter ones padded after
+their end, where no token of theirs attends. What a change cannot reach is computed once a query
+and shared by all its rows: the layers below the lowest changed neuron and, where changes begin at
+the last prompt token, the keys and values of the tokens before it. Logits are computed at scored
+positions only.
 
-Shapes: Q queries, R rows, S tokens a row (those after the shared prefix), A scored tokens, d
+Shapes: Q queries, R rows, S tokens a row (those after the shared prefix), K scored tokens, d
 residual width, N neurons a layer.
 """
 
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
+from math import ceil
 from weakref import WeakSet
 
 import numpy as np
@@ -26,6 +28,9 @@ from qlutils.model.trace import edited
 from qlutils.model.verify import sample_ids, sharply
 
 CPU_TOKENS = 2048  # tokens of a batch on a CPU; from 1,024 on the time is flat
+# Texts share a batch up to the next multiple of so many tokens. It divides the lengths from which
+# on some models embed positions in another way (long RoPE), for a whole batch.
+LENGTH_STEP = 4
 _CHECKED: WeakSet = WeakSet()  # models that passed `_check`
 
 
@@ -70,8 +75,10 @@ def _score(lm, queries, rows, everywhere):
         prompt, target = queries[query]
         last = len(prompt) - 1
         prefix = 0 if everywhere or query not in changed else last  # what no change reaches
-        tokens = last + len(target) - prefix
-        kinds.append((tokens, prefix, len(target)))
+        tokens = last + len(target)
+        padded = LENGTH_STEP * ceil(tokens / LENGTH_STEP) - prefix
+        scaled = last if lm.scales else 0  # where `scale_neurons` begins, in all rows alike
+        kinds.append((padded, prefix, scaled))
 
     def compute(batch):
         _, prefix, _ = kinds[batch[0]]
@@ -132,18 +139,18 @@ def token_budget(lm):
 
 
 def _score_batch(lm, queries, rows, prefix):
-    """The fields of `Scores` of each of `rows`, (query, change), whose prompts are of one length
-    and whose targets are of one length, A."""
+    """The fields of `Scores` of each of `rows`, (query, change), whose first `prefix` tokens no
+    change reaches."""
     asked = [query for query, _ in rows]
     used, slots = np.unique(asked, return_inverse=True)
-    some = [queries[query] for query in used]
-    prompts, targets = zip(*some)
-    gold = torch.tensor(targets, device=lm.device)[slots]  # (R, A)
     texts = []
-    for prompt, target in zip(prompts, targets):
+    for query in used:
+        prompt, target = queries[query]
         texts.append([*prompt, *target[:-1]])
+    longest = max(map(len, texts))
+    texts = [text + text[-1:] * (longest - len(text)) for text in texts]
     ids = torch.tensor(texts, device=lm.device)  # (Q, tokens of the prefix, and S)
-    last = len(prompts[0]) - 1
+    last = len(queries[asked[0]][0]) - 1  # of all rows, where it is asked for
     unchanged = Change(lm, ())
     changes = [change or unchanged for _, change in rows]
     with prompt_of(lm.scales, last + 1):
@@ -152,19 +159,35 @@ def _score_batch(lm, queries, rows, prefix):
             tokens = ids.shape[1] - prefix
             scaling.at(tokens, last - prefix)
         hidden = _run(lm, clean, torch.from_numpy(slots), changes)
-    answers = hidden[:, last - prefix :]  # (R, A, d)
-    answers = answers.flatten(0, 1)
-    log_p, best = token_scores(lm, answers, gold.flatten())
+    return _answers(lm, hidden, queries, asked, prefix)
+
+
+def _answers(lm, hidden, queries, asked, prefix):
+    """The fields of `Scores` of rows of the queries `asked` (R,), from the last layer's output
+    (R, S, d)."""
+    row, place, gold = [], [], []  # (K,)
+    for number, query in enumerate(asked):
+        prompt, target = queries[query]
+        first = len(prompt) - 1 - prefix
+        row += [number] * len(target)
+        place += range(first, first + len(target))
+        gold += target
+    places = torch.tensor([row, place, gold], device=lm.device)
+    row, place, gold = places
+    log_p, best = token_scores(lm, hidden[row, place], gold)
     log_p = log_p.double().cpu().numpy()
-    log_p = log_p.reshape(gold.shape)
-    best = best.view(gold.shape)
     hits = (best == gold).cpu().numpy()
-    finite = np.isfinite(log_p).all(1)
-    if not finite.all():
-        slot = slots[finite.argmin()]
-        refuse_numbers(lm, prompts[slot])
-    exact, match = hits.all(1), hits.mean(1)
-    return zip(log_p.sum(1), exact, match, best.tolist())
+    best = best.tolist()
+    found = []
+    stop = 0
+    for query in asked:
+        prompt, target = queries[query]
+        own = slice(stop, stop := stop + len(target))
+        whole = log_p[own].sum()
+        if not np.isfinite(whole):
+            refuse_numbers(lm, prompt)
+        found.append((whole, hits[own].all(), hits[own].mean(), best[own]))
+    return found
 
 
 def _run(lm, clean, slots, changes):

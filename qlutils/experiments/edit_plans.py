@@ -35,13 +35,13 @@ def plan_edits(
 ):
     """One JSON-able dict a fact for `edit_facts`, and what cannot be measured: fact, what, reason.
 
-    queries: a `queries` frame. facts: those whose objects an update may choose from. sets: names,
-    or {name: spec} with a spec of None for "local" (N_i) and "global" (union of the N_j), or
-    `cas_neurons` keywords. controls: some of CONTROLS; `own`: the sets themselves are edited, too.
-    texts: those that perplexity may be measured on; ValueError for fewer than `ppl_entries`. Each fact draws, with its own seed: q_i among its
-    known queries (among all where none is known), o' among the relation's other objects,
-    `n_locality` queries of other facts (`_locality`), and `ppl_entries` texts, the same for all of
-    the fact's edits."""
+    queries: a `queries` frame. facts: those whose objects an update may choose from. sets:
+    names, or {name: spec} with a spec of None for "local" (N_i) and "global" (union of the
+    N_j), or `cas_neurons` keywords. controls: some of CONTROLS; `own`: the sets themselves are
+    edited, too. texts: those that perplexity may be measured on; ValueError for fewer than
+    `ppl_entries`. Each fact draws, with its own seed: q_i among its known queries (among all
+    where none is known), o' among the relation's other objects, `n_locality` queries of other
+    facts (`_locality`), and `ppl_entries` texts, the same for all of the fact's edits."""
     sets = sets if isinstance(sets, dict) else dict.fromkeys(sets)
     queries = queries.reset_index(drop=True)
     queries["kns"] = kn_sets(queries, t)
