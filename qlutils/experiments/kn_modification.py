@@ -70,8 +70,7 @@ def edit_facts(
     no numbers; those of `_measures`; loc_new, the share of the known unrelated queries of another
     object whose answer an update makes the new one; those of `_perplexities`. NaN: undefined."""
     edits = []
-    for plan in unit:
-        fact = TokenisedFact(lm, plan, ops)
+    for fact in tokenised_facts(lm, unit, ops):
         asked = {}
         for op in fact.targets:
             asked[op] = _asked(lm, fact, op, ppl_max_tokens)
@@ -109,8 +108,7 @@ edit_facts.passes = _passes
 class TokenisedFact:
     """A planned fact as token ids. targets: {op: a query a prompt, of the object that op is about},
     of updates where `ops` has them and they can be made; else `note` says why not. locality: the
-    unrelated queries with the unedited model's answers; of a known one that is its object, of
-    another as many greedy tokens."""
+    unrelated queries, see `tokenised_facts`."""
 
     def __init__(self, lm, plan, ops):
         self.plan = plan
@@ -123,17 +121,10 @@ class TokenisedFact:
                 self.targets["update"] = _queries(lm, plan, plan["new_object"])
             except ValueError as error:
                 self.note = str(error)
-        prompts = []
-        objects = []
-        lengths = []
+        self.locality = []
         for query in plan["locality"]:
-            prompt, answer = lm.encode(query["prompt"], query["object"])
-            prompts.append(tuple(prompt))
-            objects.append(tuple(answer))
-            lengths.append(0 if query["known"] else len(answer))
-        said = greedy_answers(lm, prompts, lengths)
-        answers = [tuple(one) or own for one, own in zip(said, objects)]
-        self.locality = list(zip(prompts, answers))
+            encoded = lm.encode(query["prompt"], query["object"])
+            self.locality.append(_hashable(encoded))
 
     def answer(self, op):
         """The object that `op` is about, as it follows q_i; None of an update not to be made."""
@@ -141,6 +132,27 @@ class TokenisedFact:
             return None
         _, answer = self.targets[op][self.plan["query"]]
         return answer
+
+
+def tokenised_facts(lm, plans, ops):
+    """The `TokenisedFact` of each plan. Unrelated queries get the unedited model's answers: of a
+    known one that is its object, of another as many greedy tokens, asked for once."""
+    facts = [TokenisedFact(lm, plan, ops) for plan in plans]
+    unknown = {}  # {query: the answer the model gives}
+    for fact in facts:
+        for query, about in zip(fact.locality, fact.plan["locality"]):
+            if not about["known"]:
+                unknown[query] = ()
+    prompts = [prompt for prompt, _ in unknown]
+    lengths = [len(answer) for _, answer in unknown]
+    said = map(tuple, greedy_answers(lm, prompts, lengths))
+    unknown = dict(zip(unknown, said))
+    for fact in facts:
+        locality = []
+        for prompt, answer in fact.locality:
+            locality.append((prompt, unknown.get((prompt, answer), answer)))
+        fact.locality = locality
+    return facts
 
 
 def _queries(lm, plan, answer):

@@ -11,7 +11,7 @@ from qlutils.change.editing import edit_weights
 from qlutils.change.rows import score_queries
 from qlutils.change.scaling import greedy_answers
 from qlutils.experiments.edit_tables import PAPER_OP
-from qlutils.experiments.kn_modification import TokenisedFact
+from qlutils.experiments.kn_modification import tokenised_facts
 
 TOKENS = 12  # of a text
 
@@ -33,7 +33,7 @@ class WorkedExample:
 def worked_example(lm, plan, **options):
     """Erase and update one planned fact by each of its sets, in the weights, and ask its own and
     its locality queries before and after. options: those of `edit_weights`."""
-    fact = TokenisedFact(lm, plan, ("erase", "update"))
+    [fact] = tokenised_facts(lm, [plan], ("erase", "update"))
     objects = dict(old=fact.answer("erase"), new=fact.answer("update"))
     own = pd.DataFrame(dict(prompt=plan["prompts"], asked="rephrasing"))
     own.loc[plan["query"], "asked"] = "q_i"
