@@ -24,7 +24,7 @@ def cas_spec(parameters) -> dict:
     return {keyword: parameters[name] for keyword, name in names.items()}
 
 
-def cas_of_fact(queries, fact, t, spec) -> pd.DataFrame:
+def cas_of_fact(queries, fact, t, spec):
     """The kept neurons of one fact, the largest CAS first: layer, neuron, mean, std, CAS, in how
     many of the fact's queries each is a KN at `t`, and whether it is `chosen` by `spec`."""
     rows = queries[queries["fact"] == fact]
@@ -37,7 +37,7 @@ def cas_of_fact(queries, fact, t, spec) -> pd.DataFrame:
     return found.sort_values("CAS", ascending=False, ignore_index=True)
 
 
-def cas_contrasts(edits, classes, seed=0) -> pd.DataFrame:
+def cas_contrasts(edits, classes, seed=0):
     """CAS less Local and less Global (`against`) in the measures of COMPARED, on the same facts: of
     all facts and of each class."""
     own, parts = edits[edits["control"] == "none"], {}
@@ -48,7 +48,7 @@ def cas_contrasts(edits, classes, seed=0) -> pd.DataFrame:
     return pd.concat(parts, names=["facts", "against"]).reset_index(["facts", "against"])
 
 
-def size_contrasts(study, queries, edits, classes) -> pd.DataFrame:
+def size_contrasts(study, queries, edits, classes):
     """CAS less as many neurons of the largest mean attribution, of all facts and of each class;
     `edits`: those of CAS."""
     sets = {"cas": cas_spec(study.parameters)}
@@ -71,7 +71,7 @@ def size_contrasts(study, queries, edits, classes) -> pd.DataFrame:
 # --- sensitivity to the two settings --------------------------------------------------------------
 
 
-def cas_sweep(parameters, betas, thresholds) -> pd.DataFrame:
+def cas_sweep(parameters, betas, thresholds):
     """The CAS settings of the sensitivity section, one of the two varied at a time: varied, name,
     spec."""
     base = cas_spec(parameters)
@@ -85,7 +85,7 @@ def cas_sweep(parameters, betas, thresholds) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def sweep_table(study, queries, classes, betas, thresholds, size) -> pd.DataFrame:
+def sweep_table(study, queries, classes, betas, thresholds, size):
     """Rel, Gen, Loc and Avg of a sample of `size` facts for every setting of `cas_sweep`, with 95 %
     intervals; without perplexity."""
     sweep = cas_sweep(study.parameters, betas, thresholds)
@@ -115,7 +115,7 @@ def sweep_table(study, queries, classes, betas, thresholds, size) -> pd.DataFram
     return pd.concat(parts, ignore_index=True).filter(regex="^(varied|op|n|rel|gen|loc|avg)")
 
 
-def extremes_of_avg(table) -> pd.DataFrame:
+def extremes_of_avg(table):
     """The settings of a `sweep_table` with the lowest and the highest Avg, for each that varies."""
     groups = table.dropna(subset="avg").groupby(["varied", "op"])["avg"]
     rows = pd.concat([groups.idxmin(), groups.idxmax()]).sort_values().unique()

@@ -73,7 +73,7 @@ NOTHING = dict(
 )
 
 
-def synapse_rates(frame, quantity) -> pd.DataFrame:
+def synapse_rates(frame, quantity):
     """The rows of notebook 06 about one of QUANTITIES, attention not renormalised."""
     return frame[(frame["quantity"] == quantity) & ~frame["renormalise"].astype(bool)]
 
@@ -142,13 +142,13 @@ class Case:
     static: float
     seed: int
 
-    def frame(self, name) -> pd.DataFrame:
+    def frame(self, name):
         return self.get(self.model, self.method, name)
 
-    def facts(self) -> pd.DataFrame:
+    def facts(self):
         return classified_facts(self.frame("queries"), self.t, self.static)
 
-    def edits(self, name) -> pd.DataFrame:
+    def edits(self, name):
         """A notebook's edits of knowledge neurons (not its controls), with the facts' classes."""
         frame = self.frame(name)
         made = (frame["control"] == "none") & frame["note"].isna()
@@ -333,9 +333,7 @@ class Case:
 # --- the scoreboard -------------------------------------------------------------------------------
 
 
-def scoreboard(
-    get, models, methods, downstream, *, notebook=None, t=0.2, static=0.1, seed=0
-) -> pd.DataFrame:
+def scoreboard(get, models, methods, downstream, *, notebook=None, t=0.2, static=0.1, seed=0):
     """A row a claim, part, model, method and threshold.
 
     get(model, method, name): a saved frame, or raises `Missing`. `methods` localise (claims 1-3),
@@ -362,12 +360,12 @@ def scoreboard(
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def deciding(board: pd.DataFrame) -> pd.DataFrame:
+def deciding(board: pd.DataFrame):
     """The parts that decide: not those over known queries, which stand beside."""
     return board[board["queries"] != COUNTED[1]]
 
 
-def overall(board: pd.DataFrame) -> pd.DataFrame:
+def overall(board: pd.DataFrame):
     """A row a claim, method and model: `mark`, one word of MARKS; `verdict`, the same with how many
     of its parts that could be tested hold; `known`: that of the parts over known queries, which
     decide nothing; "" where a claim has none."""

@@ -81,7 +81,7 @@ def summarise(
     by="kind",
     values=("cs2", "jaccard"),
     seed=0,
-) -> pd.DataFrame:
+):
     """Mean of `values` for each level of `by` with its 95 % interval over facts within relation; n
     facts, n_missing."""
     rows = []
@@ -100,7 +100,7 @@ def agreement(sets: list[set], seed=0) -> dict:
 # --- 1: groups of queries that are no fact's ------------------------------------------------------
 
 
-def null_consistency(queries, num_neurons=None, t=0.2, seed=0) -> pd.DataFrame:
+def null_consistency(queries, num_neurons=None, t=0.2, seed=0):
     """`agreement` of groups of 3 queries, a row a fact and kind of NULLS: fact, relation, kind,
     n_queries, cs2, jaccard.
 
@@ -163,7 +163,7 @@ def _draw(codes, start, kind: dict, rng) -> list[int]:
 # --- 5: classes from one half, outcomes from the other --------------------------------------------
 
 
-def halves(queries, seed=0) -> pd.DataFrame:
+def halves(queries, seed=0):
     """`queries` of the facts with at least 4, with `half`: "A" or "B", drawn within each fact (A
     has the odd one)."""
     queries = queries[queries.groupby("fact")["fact"].transform("size") >= 4]
@@ -225,7 +225,7 @@ def split_half(
     *,
     seed=0,
     **thresholds,
-) -> pd.DataFrame:
+):
     """Class I minus class II by `split_frames`, a row an outcome and threshold: the difference with
     its 95 % interval (bootstrap over facts within relation; NaN below `stats.LEAST` facts of a
     class), the difference less the relations' means and its permutation p (exact for any number),
@@ -247,7 +247,7 @@ def split_half(
 # --- 7: is K_II only ignorance? -------------------------------------------------------------------
 
 
-def knowledge(queries, *, t=0.2, static=0.1, seed=0) -> pd.DataFrame:
+def knowledge(queries, *, t=0.2, static=0.1, seed=0):
     """CS2 against knowledge, a row a statistic: value with its 95 % interval, n facts (of a
     difference, and n_other).
 
@@ -289,7 +289,7 @@ def knowledge(queries, *, t=0.2, static=0.1, seed=0) -> pd.DataFrame:
     return pd.DataFrame([{"statistic": name} | row for name, row in found.items()])
 
 
-def answered_and_not(queries, t=0.2, seed=0) -> pd.DataFrame:
+def answered_and_not(queries, t=0.2, seed=0):
     """`agreement` of a fact's answered wordings and of its others, a row each, of the facts with at
     least 3 of both: fact, relation, known, cs2, jaccard."""
     queries, rows = queries.assign(sets=kn_sets(queries, t)), []

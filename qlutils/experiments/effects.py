@@ -105,7 +105,7 @@ def _other_facts_neurons(queries, sets, kind, seed):
 # --- relative changes -----------------------------------------------------------------------------
 
 
-def beside_queries(frame, queries, t, static) -> pd.DataFrame:
+def beside_queries(frame, queries, t, static):
     """`frame` with known, subject, object, prompt, cs2, class_static and class_otsu of its query
     (fact, prompt_index)."""
     facts = classified_facts(queries, t, static)
@@ -125,7 +125,7 @@ def rates(
     quantity="probability",
     *,
     size=False,
-) -> pd.DataFrame:
+):
     """Rows of `frame` with `rate`, the relative change of `quantity`, positive in the expected
     direction (section 3.1), and one more row, "average", for each pair of directions.
 
@@ -152,7 +152,7 @@ def summary(
     populations=COUNTED,
     thresholds=THRESHOLDS,
     seed=0,
-) -> pd.DataFrame:
+):
     """Statistics of `rate`, a row a threshold, population of queries (of POPULATIONS), set,
     direction and class; a class without facts has n = 0 and NaN.
 
@@ -182,7 +182,7 @@ def query_gaps(
     first: str,
     second=(),
     direction="average",
-) -> pd.DataFrame:
+):
     """A row a query of `rates` rows of one direction: fact, relation, prompt_index, classes, known,
     and gap, the rate of set `first` less the mean rate of the sets `second`."""
     frame = frame[(frame["direction"] == direction) & frame["set"].isin([first, *second])]
@@ -202,7 +202,7 @@ def contrast(
     first: str,
     second,
     seed=0,
-) -> pd.DataFrame:
+):
     """Statistics of `query_gaps` by threshold, queries counted and class, and of the difference of
     the classes, "II - I" (n queries and n_facts of II, n_other and n_facts_other of I). Queries
     where a rate is undefined are left out."""
@@ -236,7 +236,7 @@ def all_statistics(estimate: Estimate) -> dict:
 # --- predominance (Eq. 4) -------------------------------------------------------------------------
 
 
-def predominance(winners) -> pd.DataFrame:
+def predominance(winners):
     """One row a fact of the rows of `attention_predominance.attend`, each query's most attended
     token, `_rest` with the first token left out.
 
@@ -265,7 +265,7 @@ def predominance(winners) -> pd.DataFrame:
     return found.reset_index()
 
 
-def predominance_table(facts, seed=0) -> pd.DataFrame:
+def predominance_table(facts, seed=0):
     """Means of `predominance` over facts by threshold and class, with 95 % intervals, and `least`,
     the mean of 1/k for facts of k queries."""
     columns = ("predominance", "predominance_rest", "first", "same_first", "first_share")
@@ -276,7 +276,7 @@ def predominance_table(facts, seed=0) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def top_tokens(winners) -> pd.DataFrame:
+def top_tokens(winners):
     """The eight tokens that are most often the most attended one, with and without the first token
     of a prompt: in how many queries, and with what mean share of the attention."""
     parts = {}
@@ -300,7 +300,7 @@ def reach(queries_kns: list[set], found) -> float:
     return float((kns * np.cumsum(synapses)).sum() / max(1, kns.sum() * synapses.sum()))
 
 
-def synapse_counts(found, seed=0) -> pd.DataFrame:
+def synapse_counts(found, seed=0):
     """How many synapses a query has, and how far S and S_ir coincide: means over queries with 95 %
     intervals. `_rest`: without column 0. mean depth: of a query's synapses (0 the first layer, 1
     the last)."""

@@ -90,7 +90,7 @@ class Reading(Case):
         return self.say(self.mean(gaps, "gap"), percent, "trimmed")
 
     # -- what they are about -----------------------------------------------------------------------
-    def facts(self, t=None) -> pd.DataFrame:
+    def facts(self, t=None):
         return classified_facts(
             self.frame("queries"),
             t or self.t,
@@ -137,7 +137,7 @@ class Reading(Case):
         thirds = answered_and_not(self.frame("queries"), self.t, self.seed)
         return self.say(self.apart(thirds, "cs2", "known", (True, False)), more)
 
-    def three(self, facts) -> pd.DataFrame:
+    def three(self, facts):
         """With `three`: whether a fact is in K_II by three of its wordings."""
         cs2 = facts["cs2_3"]
         return facts.assign(three=(cs2 <= self.static).astype(float).where(cs2.notna()))
@@ -238,7 +238,7 @@ def in_short(
     t=0.2,
     static=0.1,
     seed=0,
-) -> pd.DataFrame:
+):
     """topic, model, sentence: a row a sentence, ten topics of each model of which anything was
     run."""
     method, rows = (saved.downstream or saved.methods)[0], []

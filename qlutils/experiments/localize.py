@@ -209,7 +209,7 @@ def localise_by_other_rule(
     return frame
 
 
-def localised(study) -> pd.DataFrame:
+def localised(study):
     """The `queries` frame of a study: what notebook 01 saved for these inputs. Where that is
     missing it is computed: with the settings of what was saved from other inputs (of other facts,
     say), if anything, else with the defaults, which are the paper's."""

@@ -15,7 +15,7 @@ DTYPES = ("float32", "bfloat16")
 ARTICLE = r"\b(?:the|a|an) "
 
 
-def sample_queries(queries, n, seed) -> pd.DataFrame:
+def sample_queries(queries, n, seed):
     """At most `n` queries, one a fact, known ones first; the same for every method."""
     order = np.random.default_rng(seed).permutation(len(queries))
     shuffled = queries.iloc[order].sort_values(
@@ -51,7 +51,7 @@ def noise(
     n,
     seed,
     **spec,
-) -> pd.DataFrame:
+):
     """How far KN sets that should be one differ: the `agreement` of 3 sets, a row a sampled query
     and kind.
 
@@ -91,7 +91,7 @@ def precision(
     n,
     seed,
     **spec,
-) -> pd.DataFrame:
+):
     """Jaccard of the KN sets of sampled queries in two precisions of the model, a row a query; and
     by how much P(answer) differs; in the run's own they are known."""
     rows = sample_queries(queries, n, seed)

@@ -87,7 +87,7 @@ class SavedResults:
             raise Missing(f"notebook {number} was run with other {', '.join(differ)}")
         return entry
 
-    def frame(self, model, method, name) -> pd.DataFrame:
+    def frame(self, model, method, name):
         """A saved frame of FRAMES; `Missing` says why there is none."""
         self.entry(FRAMES[name], model, method)
         try:
@@ -140,7 +140,7 @@ def _name(model, method) -> str:
     return " ".join(filter(None, [paths.label(model), method]))
 
 
-def together(found: dict, methods=True) -> pd.DataFrame:
+def together(found: dict, methods=True):
     """{(model, method): frame} as one frame, with the model and, if asked for, the method in its
     first columns."""
     parts = []
@@ -152,7 +152,7 @@ def together(found: dict, methods=True) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def inventory(saved: SavedResults) -> pd.DataFrame:
+def inventory(saved: SavedResults):
     """The paper's 13 experimental settings for every model: number, section, setting, shown in,
     notebook, file, model, status. The paper counts them (times 3 models: 39) without listing them;
     `paper_values.json` has our list."""
@@ -183,7 +183,7 @@ def inventory(saved: SavedResults) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def work(saved: SavedResults) -> pd.DataFrame:
+def work(saved: SavedResults):
     """Every notebook that was run: model, method, data, facts, device, dtype, seconds, units of
     work, when and how."""
     rows = []
@@ -217,7 +217,7 @@ def null_groups(
     t=0.2,
     seed=0,
     load_models=True,
-) -> pd.DataFrame:
+):
     """Control 1 of every model and method. Without `load_models`, a layer is taken to have as many
     neurons as the largest index among the KNs says."""
     found, _ = saved.frames("queries")
@@ -250,7 +250,7 @@ def query_outcomes(
     return found
 
 
-def _reached(edits, queries) -> pd.DataFrame:
+def _reached(edits, queries):
     """Whether each edit (one a fact) reached the fact's other known queries: `reached` has a value
     for each of its queries, in their order. An edited query that is not known has no Gen."""
     known = queries.loc[queries["known"].astype(bool), ["fact", "prompt", "prompt_index"]]
