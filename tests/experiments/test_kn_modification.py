@@ -210,6 +210,17 @@ def test_every_fact_alone_gives_the_numbers_it_has_in_a_unit(planned):
     pd.testing.assert_frame_equal(together.iloc[: len(alone)], alone, rtol=1e-9)
 
 
+def test_controls_alone_are_edited_as_beside_the_sets_themselves(planned):
+    lm, queries, plans = planned
+    controls = ["random", "matched", "same_relation", "other_relation"]
+    only, _ = planned_of(queries, lm, controls=controls, own=False, n_locality=6)
+    alone = edit_facts(lm, only).set_index(["fact", *KEY, "op"])
+    beside = edit_facts(lm, [plan | {"texts": []} for plan in plans])
+    beside = beside[beside["control"] != "none"].set_index(["fact", *KEY, "op"])
+    assert set(alone.index) == set(beside.index) and "matched" in alone.index.levels[2]
+    pd.testing.assert_frame_equal(alone.loc[beside.index], beside, rtol=1e-9)
+
+
 def test_matched_neurons_are_of_the_same_layers_and_no_kns_of_the_fact(planned):
     lm, _, plans = planned
     frame = edit_facts(lm, plans, ops=["erase"]).set_index(["fact", *KEY])
