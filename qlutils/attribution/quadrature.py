@@ -44,7 +44,7 @@ def _clenshaw_curtis(count):
     return (1 - np.cos(angle)) / 2, weights
 
 
-def fixed_plan(rule: str, steps: int, baselines: int) -> tuple[tuple, float]:
+def fixed_plan(rule, steps, baselines):
     """(baseline, node, weight), each (1, P), of the points of a rule with the same nodes
     everywhere. The first points are the paths' beginnings, of weight 0 where the rule has no node
     there, because the completeness gap needs P at them. A node at the paths' ends, where one row

@@ -98,12 +98,18 @@ def save_edited(lm, folder, neurons, op, **options) -> Path:
 def virtual_edit(lm, neurons, op, **options):
     """The `Change` that scores rows as `edit_weights(lm, neurons, op, **options)` would, with
     `everywhere=True`; what that refuses, this does."""
+    [change] = virtual_edits(lm, [neurons], op, **options)
+    return change
+
+
+def virtual_edits(lm, sets, op, **options):
+    """The `virtual_edit` of each of some sets of neurons; every layer is looked at once."""
     delta = edit_vector(lm, op, **options)
     factor = 0.0 if op == "erase" else 1.0
-    change = Change(lm, neurons, factor, delta)
-    for layer in change.by_layer:
+    changes = [Change(lm, neurons, factor, delta) for neurons in sets]
+    for layer in set().union(*(change.by_layer for change in changes)):
         _editable(lm, layer)
-    return change
+    return changes
 
 
 def edit_vector(lm, op, *, old=None, new=None, lambda1=2.0, lambda2=2.0, embedding="input"):

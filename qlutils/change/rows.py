@@ -31,7 +31,7 @@ CPU_TOKENS = 2048  # tokens of a batch on a CPU; from 1,024 on the time is flat
 # Texts share a batch up to the next multiple of so many tokens. It divides the lengths from which
 # on some models embed positions in another way (long RoPE), for a whole batch.
 LENGTH_STEP = 4
-_CHECKED: WeakSet = WeakSet()  # models that passed `_check`
+_CHECKED = WeakSet()  # models that passed `_check`
 
 
 @dataclass

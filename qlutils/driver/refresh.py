@@ -61,7 +61,7 @@ def _is_debris(output):
     return output.get("name") == "stderr" or DROPPED_MIME in output.get("data", {})
 
 
-def refresh() -> int:
+def refresh():
     """Run every notebook of the checkout with the reference parameters and put its outputs into
     it. Returns the exit status, 0; ValueError names the notebook that failed."""
     runs = paths.RUNS / "reference"

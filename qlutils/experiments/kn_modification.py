@@ -6,13 +6,11 @@ other facts. All edits of a unit of facts go through the model as virtual edits 
 (see `change.rows.score_rows`). What is drawn for them: `edit_plans`; their tables: `edit_tables`.
 """
 
-from itertools import product
-
 import numpy as np
 import pandas as pd
 import torch
 
-from qlutils.change.editing import MIN_TOKENS, encode_entries, usable_texts, virtual_edit
+from qlutils.change.editing import MIN_TOKENS, encode_entries, usable_texts, virtual_edits
 from qlutils.change.rows import score_rows
 from qlutils.change.scaling import greedy_answers
 from qlutils.experiments.edit_plans import plan_edits
@@ -200,26 +198,27 @@ def _edits(lm, fact, ops, options):
         "new": fact.answer("update"),
     }
     sets = {}
-    changes = {}
     for edit in plan["edits"]:
         neurons = edit["set"]
         if edit["control"] == "matched":
             neurons = matched_neurons(lm, plan, neurons)
         sets[edit["neurons"], edit["control"]] = neurons
-    for op, (name, control) in product(ops, sets):
-        neurons = sets[name, control]
-        key = (op, str(neurons))
-        if op in fact.targets and key not in changes:
-            changes[key] = virtual_edit(lm, neurons, op, **options)
-        which = {
-            "op": op,
-            "neurons": name,
-            "control": control,
-            "n_neurons": len(neurons),
-            "note": None if op in fact.targets else fact.note,
-            "change": changes.get(key),
-        }
-        yield about | which
+    different = {str(neurons): neurons for neurons in sets.values()}
+    for op in ops:
+        changes = {}
+        if op in fact.targets:
+            made = virtual_edits(lm, different.values(), op, **options)
+            changes = dict(zip(different, made))
+        for (name, control), neurons in sets.items():
+            which = {
+                "op": op,
+                "neurons": name,
+                "control": control,
+                "n_neurons": len(neurons),
+                "note": None if op in fact.targets else fact.note,
+                "change": changes.get(str(neurons)),
+            }
+            yield about | which
 
 
 def matched_neurons(lm, plan, neurons):

@@ -67,7 +67,7 @@ def effects_html(frame, title: str = "") -> str:
     return _PIECES.effects(frame.to_dict("records"), title)
 
 
-def png(figure) -> bytes:
+def png(figure):
     """The figure as PNG bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
@@ -106,7 +106,7 @@ def _row(*widgets):
     return w.HBox(widgets, layout=w.Layout(flex_flow="row wrap", align_items="center"))
 
 
-def _options(names: dict) -> list:
+def _options(names):
     """{name: text} as a Dropdown takes it."""
     return [(text, name) for name, text in names.items()]
 
@@ -436,7 +436,7 @@ def explore(model="demo/gpt2", method="ig", data="demo", fact=None, output="defa
     )
 
 
-def has_front_end() -> bool:
+def has_front_end():
     """Whether this kernel was started by something that shows widgets: a Jupyter server, VS Code,
     or Colab; not by the study's driver, wherever that was started."""
     known = [name for name in os.environ if name.startswith(("VSCODE_", "COLAB_"))]
