@@ -562,7 +562,7 @@ def test_every_promise_names_what_proves_it():
     } <= named
 
 
-KNOWN, BUNDLED_FACTS = "known-pararel", "notebooks"
+KNOWN, ANY, BUNDLED_FACTS = "known-pararel", "paper-pararel", "notebooks"
 COLUMNS = {  # of the README's tables: the folder below figures/ and the model
     "SmolLM2-135M": (KNOWN, "pretrained/smollm2-135m"),
     "Gemma 3 270M": (KNOWN, "pretrained/gemma-3-270m"),
@@ -660,8 +660,39 @@ def changed_answers(folder, model):
     yield f"{float(rules[0]['jaccard']):.2f}; {numbers(row['cs2'] for row in rules)}"
 
 
-def test_the_table_of_real_models_is_the_committed_one():
+def agreement(cs2, share_ii):
+    return f"{cs2:.2f}; {100 * share_ii:.0f} %"
+
+
+def paper_agreement():
+    """CS2 of all facts, the mean of the classes', and K_II by the static threshold, as printed."""
+    values = json.loads((ROOT / "qlutils/show/paper_values.json").read_text("utf-8"))["tables"]
+    for name, model in zip(("GPT-2", "LLaMA-2-7B", "LLaMA-3-8B"), PAPER, strict=True):
+        cells = []
+        for method in METHODS:
+            share_i, cs2_i, share_ii, cs2_ii, *_ = values["1"]["rows"][f"{model}|static|{method}"]
+            cells.append(agreement(share_i * cs2_i + share_ii * cs2_ii, share_ii))
+        yield f"{name}, the paper", *cells
+
+
+def measured_agreement():
+    for facts, folder in (("any fact", ANY), ("facts it knows", KNOWN)):
+        for name in list(COLUMNS)[:2]:
+            own, cells = own_folder(folder, COLUMNS[name][1]), {}
+            for row in committed(own, "all/consistency"):
+                where = dict(threshold="static", method=row["method"])
+                [static] = committed(own, "all/table1", **where)
+                cells[row["method"]] = agreement(float(row["cs2"]), float(static["R_II"]))
+            yield f"{name}, {facts}", *(cells.get(method, "–") for method in METHODS)
+
+
+def test_the_first_table_is_the_papers_and_the_committed_ones():
     rows = table(README, "## What it finds on real models")
+    assert [(*row.values(),) for row in rows] == [*paper_agreement(), *measured_agreement()]
+
+
+def test_the_table_of_real_models_is_the_committed_one():
+    rows = table(README, "### In numbers")
     there = {path.name for path in (paths.FIGURES / KNOWN).glob("pretrained--*")}
     assert {own_folder("", model)[1:] for _, model in COLUMNS.values()} == there
     for name, where in COLUMNS.items():
@@ -693,7 +724,7 @@ def test_what_the_paper_found_is_what_it_prints():
         8: edits("erasure", "cas"),
         11: edits("update", "local", 2),
     }
-    rows = table(README, "## What it finds on real models")
+    rows = table(README, "### In numbers")
     assert {place: rows[place]["the paper"] for place in wanted} == wanted
 
 
@@ -738,7 +769,7 @@ def sentences():
     yield f"{answered[0]} higher than of three others of the same facts in SmolLM2, {answered[1]} in"
     known, cs2, of_ii = [], [], []
     for name in (small, large):
-        own = own_folder("paper-pararel", COLUMNS[name][1])
+        own = own_folder(ANY, COLUMNS[name][1])
         [localised] = committed(own, "ig/localisation")
         known.append(localised["n_known"])
         cs2.append(interval(committed(own, "all/consistency", method="ig")[0], "cs2"))
@@ -752,7 +783,7 @@ def sentences():
         of_amig.append(interval(committed(own, "all/consistency", method="amig")[0], "cs2"))
         [static] = committed(own, "all/table1", threshold="static", method="amig")
         assert float(static["R_II"]) == 0
-        own = own_folder("paper-pararel", COLUMNS[name][1])
+        own = own_folder(ANY, COLUMNS[name][1])
         rules = committed(own, "all/by_rule", method="amig")
         overlap.append(f"{float(rules[0]['jaccard']):.2f}")
         sizes.append(" in place of ".join(f"{float(rule['mean_size']):.0f}" for rule in rules))
