@@ -6,10 +6,9 @@ sentences are true of any model; what is missing, undefined or rests on too few 
 told". They are about the first method by which neurons were changed; the claims' matrix has all.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from qlutils.experiments.claims import (
     UNTOLD,
     Case,
     deciding,
-    n_facts,
     overall,
     synapse_rates,
 )
@@ -36,7 +34,7 @@ from qlutils.experiments.effects import query_gaps
 from qlutils.experiments.report import NOTEBOOKS, SavedResults
 from qlutils.show.page import template
 from qlutils.show.stats import LEAST
-from qlutils.show.tables import format_value
+from qlutils.show.tables import counted, format_value
 from qlutils.study.results import Missing
 
 EDITED = {  # {(neurons, control): whose value vectors were edited}
@@ -46,7 +44,10 @@ EDITED = {  # {(neurons, control): whose value vectors were edited}
 }
 
 
-@dataclass
+count = partial(format_value, digits=0)  # a mean number of neurons
+
+
+@dataclass(kw_only=True)
 class Reading(Case):
     """A model and method of the report: `board`, its rows of the scoreboard."""
 
@@ -58,7 +59,7 @@ class Reading(Case):
         """`words` of a value and its interval, with n facts where they are not all of the run."""
         bounds = row["value"], row["value_low"], row["value_high"]
         text = UNTOLD if np.isnan(row["value_low"]) else words(*bounds)
-        n, every = n_facts(row), self.frame("queries")["fact"].nunique()
+        n, every = counted(row, "n_facts"), self.frame("queries")["fact"].nunique()
         return text if n in (f"{every}", f"{every} and {every}") else f"{text} (n = {n})"
 
     def say(self, found, words, measure="mean") -> str:
@@ -91,11 +92,7 @@ class Reading(Case):
 
     # -- what they are about -----------------------------------------------------------------------
     def facts(self, t=None):
-        return classified_facts(
-            self.frame("queries"),
-            t or self.t,
-            self.static,
-        )
+        return classified_facts(self.frame("queries"), t or self.t, self.static)
 
     def data(self, path) -> str:
         folder = Path(path)
@@ -114,11 +111,7 @@ class Reading(Case):
 
     def groups(self) -> dict:
         """{kind of NULLS: CS2}"""
-        groups = null_consistency(
-            self.frame("queries"),
-            t=self.t,
-            seed=self.seed,
-        )
+        groups = null_consistency(self.frame("queries"), t=self.t, seed=self.seed)
         return {kind: self.value(groups[groups["kind"] == kind], "cs2") for kind in NULLS}
 
     def noise(self, facts) -> str:
@@ -127,15 +120,6 @@ class Reading(Case):
         if np.isnan(found["R_II"]):
             return UNTOLD
         return f"{hundred(found['R_II_low'])} % to {hundred(found['R_II_high'])} %"
-
-    def relations(self, facts) -> str:
-        """CS2 with relations resampled in place of facts."""
-        return self.value(facts.assign(fact=facts["relation"], relation=""), "cs2")
-
-    def answered(self) -> str:
-        """CS2 of answered wordings against that of others of the same facts."""
-        thirds = answered_and_not(self.frame("queries"), self.t, self.seed)
-        return self.say(self.apart(thirds, "cs2", "known", (True, False)), more)
 
     def three(self, facts):
         """With `three`: whether a fact is in K_II by three of its wordings."""
@@ -198,11 +182,6 @@ def more(value, low, high) -> str:
     return f"{format_value(-value, -high, -low)} less"
 
 
-def count(number) -> str:
-    """A mean number of neurons."""
-    return format_value(number, digits=0)
-
-
 def times_the_facts(claim, row) -> float:
     """By how much the facts must be multiplied to tell a part of a claim, if its value stays: an
     interval narrows with the root of n, and each side needs `stats.LEAST` facts. Infinite where
@@ -221,6 +200,7 @@ def times_the_facts(claim, row) -> float:
 _PAGE = template(Path(__file__).with_name("in_short.html"))
 _TEXT = Path(__file__).with_name("in_short.jinja").read_text("utf-8")
 _NAMES = dict(
+    answered_and_not=answered_and_not,
     count=count,
     hundred=hundred,
     more=more,
@@ -231,16 +211,9 @@ _NAMES = dict(
 TOPICS = dict(re.findall(r"(?ms)^## (.*?)\n(.*?)(?=^##|\Z)", _TEXT))
 
 
-def in_short(
-    saved,
-    board,
-    *,
-    t=0.2,
-    static=0.1,
-    seed=0,
-):
+def in_short(saved, board, **options):
     """topic, model, sentence: a row a sentence, ten topics of each model of which anything was
-    run."""
+    run. options: t, static and seed of a `Case`."""
     method, rows = (saved.downstream or saved.methods)[0], []
     board = board[board["method"] == method]
     ran = set(board.loc[board["statistic"] != "", "model"])
@@ -248,17 +221,7 @@ def in_short(
     for (topic, text), model in product(TOPICS.items(), models):
         label = paths.label(model)
         own = board[board["model"] == label]
-        one = Reading(
-            saved.frame,
-            model,
-            method,
-            None,
-            t,
-            static,
-            seed,
-            saved,
-            own,
-        )
+        one = Reading(saved.frame, model, method, saved=saved, board=own, **options)
         told = "\n\n".join(_told(part, one) for part in text.split("---"))
         for sentence in filter(str.strip, re.split(r"\n\s*\n", told)):
             rows.append(dict(topic=topic, model=label, sentence=" ".join(sentence.split())))

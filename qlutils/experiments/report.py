@@ -5,8 +5,6 @@ Reads saved results only; nothing here imports torch. Whatever a run did not mak
 error.
 """
 
-from __future__ import annotations
-
 import html
 import shutil
 from contextlib import suppress
@@ -168,18 +166,19 @@ def inventory(saved: SavedResults):
                         status = f"missing: {stem} has no {value}"
             except Missing as error:
                 status = f"missing: {error}"
-            row = {
-                "setting": number,
-                "section": section,
-                "what": what,
-                "shown in": where,
-                "notebook": NOTEBOOKS[notebook],
-                "model": paths.label(model),
-                "method": method or keys.get("method", ""),
-                "file": f"{paths.slug(model)}/{method or 'all'}/{stem}.csv",
-                "status": status,
-            }
-            rows.append(row)
+            rows.append(
+                {
+                    "setting": number,
+                    "section": section,
+                    "what": what,
+                    "shown in": where,
+                    "notebook": NOTEBOOKS[notebook],
+                    "model": paths.label(model),
+                    "method": method or keys.get("method", ""),
+                    "file": f"{paths.slug(model)}/{method or 'all'}/{stem}.csv",
+                    "status": status,
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -205,19 +204,15 @@ def work(saved: SavedResults):
                 row["seconds"] = entry["seconds"]
                 for name in ("units", "computed"):
                     row[name] = sum(done[name] for done in entry["work"].values())
-                rows.append(row | {"finished": entry["finished"]})
+                row["finished"] = entry["finished"]
+                rows.append(row)
     return pd.DataFrame(rows)
 
 
 # --- controls -------------------------------------------------------------------------------------
 
 
-def null_groups(
-    saved: SavedResults,
-    t=0.2,
-    seed=0,
-    load_models=True,
-):
+def null_groups(saved: SavedResults, t=0.2, seed=0, load_models=True):
     """Control 1 of every model and method. Without `load_models`, a layer is taken to have as many
     neurons as the largest index among the KNs says."""
     found, _ = saved.frames("queries")
@@ -229,11 +224,7 @@ def null_groups(
     return together(found).replace({"kind": names})
 
 
-def query_outcomes(
-    saved: SavedResults,
-    model,
-    method,
-) -> dict[str, pd.DataFrame]:
+def query_outcomes(saved: SavedResults, model, method) -> dict[str, pd.DataFrame]:
     """{name: frame with fact, prompt_index, value}: what was measured a query beside CS2, as far as
     it was run. Gen has a row a known neighbour of the query that was `edited`."""
     found = {}
@@ -245,8 +236,7 @@ def query_outcomes(
             own = edits[made & (edits["op"] == op)]
             found[f"Gen of a local {name}"] = _reached(own, queries)
         gaps = query_gaps(saved.frame(model, method, "query_kn_mapping"), "self")
-        gaps = gaps.rename(columns={"gap": "value"})
-        found["dProb of own KNs"] = gaps[["fact", "prompt_index", "value"]]
+        found["dProb of own KNs"] = gaps.rename(columns={"gap": "value"})
     return found
 
 
@@ -267,20 +257,19 @@ def other_neurons(saved: SavedResults, seed=0) -> tuple[pd.DataFrame, list[str]]
     """Trimmed mean dProb (both directions averaged) of every set that notebook 04 scales, by
     class; all queries."""
     found, missing = saved.frames("query_kn_mapping")
+    few = dict(directions=("average",), populations=("all",), seed=seed)
     for pair, frame in found.items():
-        sets, parts = frame["set"].unique(), []
-        table = summary(
-            frame,
-            sets,
-            directions=("average",),
-            populations=("all",),
-            seed=seed,
-        )
+        table, parts = summary(frame, frame["set"].unique(), **few), []
         for (threshold, name), part in table.groupby(["threshold", "class"], sort=False):
             label = f"K_{name}, {threshold}"
-            own = part.set_index("set")[["trimmed", "trimmed_low", "trimmed_high", "n", "n_facts"]]
-            own.columns = [label, f"{label}_low", f"{label}_high", f"n_{label}", f"n_facts_{label}"]
-            parts.append(own)
+            names = {
+                "trimmed": label,
+                "trimmed_low": f"{label}_low",
+                "trimmed_high": f"{label}_high",
+                "n": f"n_{label}",
+                "n_facts": f"n_facts_{label}",
+            }
+            parts.append(part.set_index("set")[list(names)].rename(columns=names))
         found[pair] = pd.concat(parts, axis=1).reset_index()
     return together(found), missing
 
@@ -288,14 +277,7 @@ def other_neurons(saved: SavedResults, seed=0) -> tuple[pd.DataFrame, list[str]]
 # --- showing --------------------------------------------------------------------------------------
 
 
-def write_and_show(
-    study,
-    frame,
-    stem,
-    caption,
-    missing=(),
-    digits=2,
-) -> HTML:
+def write_and_show(study, frame, stem, caption, missing=(), digits=2) -> HTML:
     """Write a table of the report, unless there is nothing in it, and show it with what is
     missing."""
     if len(frame):
@@ -312,7 +294,7 @@ def show_edits(frame: pd.DataFrame, missing=()) -> HTML:
         own = own[~own["neurons"].str.contains("(", regex=False)]
         own = own.drop(columns=["threshold", "n_empty", "dppl_mean"])
         parts.append(shown(own, caption=f"{threshold.title()} threshold").data)
-    parts.append(folded("Every row, with random neurons as a control", frame).data)
+    parts.append(folded("Every row, with random neurons as a control", frame))
     return HTML("\n".join([*parts, missing_html(missing)]))
 
 
@@ -332,12 +314,7 @@ def show_pictures(saved: SavedResults, number, stem) -> None:
     display(HTML(missing_html(missing)))
 
 
-def show_figure_4(
-    saved: SavedResults,
-    stem,
-    threshold="static",
-    seed=0,
-) -> HTML:
+def show_figure_4(saved: SavedResults, stem, threshold="static", seed=0) -> HTML:
     """ΔProb of a query's own and its neighbours' KNs and of random neurons (trimmed mean), a row
     of panels a direction, a column a model; all queries, and beside them the known ones."""
     found, missing = saved.frames("query_kn_mapping")
@@ -346,15 +323,10 @@ def show_figure_4(
         table = summary(frame, FIGURE_4_DRAWN, thresholds=(threshold,), seed=seed)
         tables.append(table.assign(model=saved.label(*pair)))
     panels = dict(row="direction", control="as many random neurons")
-    return _show_bars(saved.study, stem, tables, missing, panels)
+    return _show_bars(saved.study, stem, tables, missing, **panels)
 
 
-def show_figure_6(
-    saved: SavedResults,
-    stem,
-    threshold="static",
-    seed=0,
-) -> HTML:
+def show_figure_6(saved: SavedResults, stem, threshold="static", seed=0) -> HTML:
     """ΔValue and ΔProb of scaling a query's own synapses S and, hollow, those of an irrelevant
     query, by direction, else as Figure 4."""
     found, missing = saved.frames("knowledge_synapses")
@@ -364,21 +336,17 @@ def show_figure_6(
         table = summary(rows, sets, thresholds=(threshold,), seed=seed)
         tables.append(table.assign(model=saved.label(*pair), quantity=quantity))
     panels = dict(row="quantity", x="direction", control="synapses of an irrelevant query")
-    return _show_bars(saved.study, stem, tables, missing, panels)
+    return _show_bars(saved.study, stem, tables, missing, **panels)
 
 
-def _show_bars(study, stem, tables, missing, panels) -> HTML:
+def _show_bars(study, stem, tables, missing, **panels) -> HTML:
     """Draw and keep the figure; below it, folded, its numbers."""
-    if not tables:
-        return HTML(missing_html(missing))
-    plotted = pd.concat(tables, ignore_index=True)
-    study.figure(
-        figure_bars(plotted, column="model", **panels),
-        stem,
-        plotted,
-    )
-    numbers = folded("Means, medians and trimmed means", plotted, digits=3)
-    return HTML(f"{numbers.data}\n{missing_html(missing)}")
+    numbers = ""
+    if tables:
+        plotted = pd.concat(tables, ignore_index=True)
+        study.figure(figure_bars(plotted, column="model", **panels), stem, plotted)
+        numbers = folded("Means, medians and trimmed means", plotted, digits=3)
+    return HTML(f"{numbers}\n{missing_html(missing)}")
 
 
 # --- the page and the figures folder --------------------------------------------------------------
@@ -400,16 +368,15 @@ def copy_results(results, folder) -> None:
     `published.txt`. Of what the last such list names, that which is gone is removed; nothing else
     is."""
     folder = folder.resolve()
-    listed, names = folder / "published.txt", []
-    for path in results.rglob("*"):
-        if path.suffix in (".csv", ".md", ".tex", ".png", ".pdf"):
-            names.append(path.relative_to(results).as_posix())
+    listed = folder / "published.txt"
+    kinds = (".csv", ".md", ".tex", ".png", ".pdf")
+    made = [path for path in results.rglob("*") if path.suffix in kinds]
+    names = sorted(path.relative_to(results).as_posix() for path in made)
     before = listed.read_text("utf-8").splitlines() if listed.is_file() else []
     for old in set(before) - set(names):
         path = (folder / old).resolve()
         if path.is_relative_to(folder):  # the list may have been written by another hand
             path.unlink(missing_ok=True)
-    names.sort()
     write_bytes(listed, "".join(f"{name}\n" for name in names).encode())
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

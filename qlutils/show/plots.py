@@ -21,9 +21,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator
 from PIL import Image
 
-from qlutils.files import write_bytes
 from qlutils.show.stats import LEAST, STATISTICS
-from qlutils.show.tables import csv_text, files_of, format_value
+from qlutils.show.tables import csv_bytes, format_value, write_files
 
 WIDE = 7.0  # inches: two columns of a paper
 CLASS_COLORS = {"I": "#56B4E9", "II": "#D55E00"}
@@ -132,53 +131,53 @@ def figure_cs2(frames, method, names, line=0.3):
     _draw_cs2(ax, drawn, order=medians.index, palette=colors)
     counts = pd.crosstab(drawn["relation"], drawn["model"]).loc[medians.index, list(colors)]
     ticks = [f"{names.get(code, code)} ({_slashed(n)})" for code, *n in counts.itertuples()]
-    angle = 90 if len(ticks) > 20 else 40
     ax.set_xticks(
         range(len(ticks)),
         ticks,
-        rotation=angle,
+        rotation=90 if len(ticks) > 20 else 40,
         rotation_mode="anchor",
         ha="right",
     )
-    ax.set(xlim=(-0.6, len(ticks) - 0.4), ylim=(-0.03, 1.03))
-    ax.set(xlabel="relation (n facts)", ylabel="$CS_2$ of a fact")
+    ax.set(
+        xlim=(-0.6, len(ticks) - 0.4),
+        ylim=(-0.03, 1.03),
+        xlabel="relation (n facts)",
+        ylabel="$CS_2$ of a fact",
+    )
     ax.set_title(f"localised by {method}", loc="left")
-    _thresholds(ax, frame.drop_duplicates("model"), line, colors if len(colors) > 1 else {})
-    if len(colors) > 1:
-        _legend(fig, colors)
+    several = colors if len(colors) > 1 else {}
+    _thresholds(ax, frame.drop_duplicates("model"), line, several)
+    if several:
+        _legend(fig, several)
     return fig, frame
 
 
 def _draw_cs2(ax, drawn, order, palette):
     """A dot a fact, by relation and beside it by model; a line at the median of `FEW` or more."""
-    axes = dict(
+    shared = dict(
         x="relation",
         y="cs2",
         hue="model",
+        order=order,
         legend=False,
         ax=ax,
     )
-    dots = dict(
+    np.random.seed(0)  # whose numbers seaborn's jitter takes
+    sns.stripplot(
+        drawn,
+        **shared,
+        palette=palette,
         dodge=True,
         jitter=0.4,
         size=3,
         alpha=0.8,
         rasterized=True,
     )
-    np.random.seed(0)  # whose numbers seaborn's jitter takes
-    sns.stripplot(
-        drawn,
-        **axes,
-        order=order,
-        palette=palette,
-        **dots,
-    )
     n = drawn.groupby(["relation", "model"])["cs2"].transform("size")
     models = len(palette)
     sns.pointplot(
         drawn[n >= FEW],
-        **axes,
-        order=order,
+        **shared,
         palette=dict.fromkeys(palette, "black"),
         estimator="median",
         errorbar=None,
@@ -199,8 +198,10 @@ def _thresholds(ax, models, line, colors):
     """The thresholds on CS2, a row a model, and the example line, named on the right; Otsu's in the
     colour of its model."""
     static = models["threshold_static"].iloc[0]
-    lines = [(static, f"static threshold, {static:g}", "black")]
-    lines.append((line, f"paper's example, {line:g}", "black"))
+    lines = [
+        (static, f"static threshold, {static:g}", "black"),
+        (line, f"paper's example, {line:g}", "black"),
+    ]
     for model, otsu in models.set_index("model")["threshold_otsu"].dropna().items():
         lines.append((otsu, f"Otsu's, {otsu:.2f}", colors.get(model, "black")))
     free = 0.0  # where a name stands on no other
@@ -235,13 +236,14 @@ def figure_thresholds(frame, otsu, t=0.2, static=0.1):
     ax.text(papers, -0.12, f"paper's, {static:g}", **above)
     ax.plot(ours, -0.12, "v", color="black", clip_on=False)
     ax.text(ours, -0.5, f"Otsu's at t = {t:g}: {otsu:.2f}", **above)  # higher: both may lie close
-    box = dict(
+    ax.axvspan(
+        papers - 0.5,
+        papers + 0.5,
         fill=False,
         color="#D55E00",
         linewidth=2,
         clip_on=False,
     )
-    ax.axvspan(papers - 0.5, papers + 0.5, **box)
     return fig, frame
 
 
@@ -252,9 +254,8 @@ def figure_predominance(facts):
     for model, part in facts.groupby("model", sort=False):
         divides = [name for name in ("static", "otsu") if part[f"class_{name}"].nunique() == 2]
         for threshold in divides or ["static"]:
-            label = part[f"class_{threshold}"]
-            name = model.rpartition("/")[2]
-            rows[f"{name}\n{_label(threshold)}"] = part.assign(label=label)
+            name = f"{model.rpartition('/')[2]}\n{_label(threshold)}"
+            rows[name] = part.assign(label=part[f"class_{threshold}"])
     height = 0.8 + 1.45 * len(rows)
     fig, axes = _panels(len(rows), 2, height, sharex=True, sharey=True)
     for (name, part), (left, right) in zip(rows.items(), axes):
@@ -290,12 +291,7 @@ def _draw_shares(ax, facts, value):
         ax=ax,
     )
     least = (1 / facts["n_queries"]).mean()
-    ax.axvline(
-        least,
-        color="black",
-        linestyle=":",
-        zorder=3,
-    )
+    ax.axvline(least, color="black", linestyle=":", zorder=3)
     ax.text(least + 0.015, 1.06, f"least possible: 1 of k wordings, {least:.2f}")
     ax.set_xlabel("predominance")
 
@@ -307,20 +303,12 @@ def _percent(share, _=None) -> str:
 # --- bars -----------------------------------------------------------------------------------------
 
 
-def bars_with_intervals(
-    frame,
-    ax,
-    *,
-    x,
-    hue,
-    y="mean",
-    base=0,
-):
+def bars_with_intervals(frame, ax, *, x, hue, y="mean", base=0):
     """Grouped bars of column `y` from `base` on, with the interval `y`_low to `y`_high, in the
     frame's order.
 
-    frame: one row a bar, with columns x, hue (in BAR_COLORS), y, y_low, y_high and perhaps hollow.
-    A bar that is undefined, or whose interval is, is left out and marked "–"."""
+    frame: one row a bar, with columns x, hue (in BAR_COLORS), y, y_low, y_high and hollow. A bar
+    that is undefined, or whose interval is, is left out and marked "–"."""
     groups = frame.groupby(x, sort=False)
     n = groups[x].transform("size")
     width = 0.8 / n.max()
@@ -332,37 +320,29 @@ def bars_with_intervals(
     drawn = frame[~undefined]
     middles = middles[~undefined]
     colors = drawn[hue].map(BAR_COLORS)
-    faces = colors.mask(drawn["hollow"], "white") if "hollow" in drawn else colors
     ax.bar(
         middles,
         drawn[y] - base,
         0.86 * width,
         base,
-        color=faces,
+        color=colors.mask(drawn["hollow"], "white"),
         edgecolor=colors,
     )
     ax.vlines(middles, drawn[low], drawn[high], color="black", linewidth=0.7)
     ax.axhline(base, color="black", linewidth=0.6)
-    _name_ticks(ax, frame[x].unique())
-    return ax
-
-
-def _name_ticks(ax, names):
-    """A tick a group of bars, its label wrapped to the room it has."""
-    columns = ax.get_subplotspec().get_gridspec().ncols
-    length = max(7, 50 // len(names) // columns)
-    ticks = [textwrap.fill(_label(name), length, break_long_words=False) for name in names]
+    names = frame[x].unique()
+    room = max(7, 50 // len(names) // ax.get_gridspec().ncols)  # letters of a line
+    ticks = [textwrap.fill(_label(name), room, break_long_words=False) for name in names]
     ax.set_xticks(range(len(names)), ticks)
     ax.set_xlim(-0.6, len(names) - 0.4)
+    return ax
 
 
 def _counted(frame, hue, of) -> str:
     """n of the bars that are not hollow, of each level of column `hue`, in words; once where all
     have the same."""
-    counts = []
-    for _, n in frame[~frame["hollow"]].groupby(hue, sort=False)["n"]:
-        ends = dict.fromkeys([f"{n.min():.0f}", f"{n.max():.0f}"])
-        counts.append("–".join(ends))
+    ends = frame[~frame["hollow"]].groupby(hue, sort=False)["n"].agg(["min", "max"])
+    counts = ["–".join(dict.fromkeys(f"{n:.0f}" for n in both)) for both in ends.to_numpy()]
     return f"n = {_slashed(counts)} {of}"
 
 
@@ -510,13 +490,7 @@ def strong_neurons(values, signed, t) -> pd.DataFrame:
     """The neurons whose value in a (layers, neurons) map, in magnitude if `signed`, exceeds `t`:
     layer, neuron, value."""
     layer, neuron = np.nonzero((np.abs(values) if signed else values) > t)
-    return pd.DataFrame(
-        {
-            "layer": layer,
-            "neuron": neuron,
-            "value": values[layer, neuron],
-        }
-    )
+    return pd.DataFrame(dict(layer=layer, neuron=neuron, value=values[layer, neuron]))
 
 
 def _draw_maps(fig, panels, kind, t) -> pd.DataFrame:
@@ -545,15 +519,15 @@ def _draw_maps(fig, panels, kind, t) -> pd.DataFrame:
     layers, neurons = panels[0]["now"][kind].shape
     ax.set(xlim=(-0.5, neurons), ylim=(-0.5, layers))
     fig.suptitle(f"{kind}, neurons above {t:g} of the largest\n(filled: in both wordings)")
-    bar = fig.colorbar(
+    fig.colorbar(
         scale,
         ax=axes,
         location="bottom",
         shrink=0.7,
         aspect=40,
         pad=0.02,
+        label=f"share of the largest {'of all queries' if signed else 'of the query'}",
     )
-    bar.set_label(f"share of the largest {'of all queries' if signed else 'of the query'}")
     return dots.reset_index(drop=True)
 
 
@@ -579,7 +553,7 @@ def _draw_map(ax, dots, panel, scale):
 
 
 def _wrapped(text) -> str:
-    return "\n".join(textwrap.wrap(text, 22, max_lines=3, placeholder=" …"))
+    return textwrap.fill(text, 22, max_lines=3, placeholder=" …")
 
 
 def _subject(one) -> str:
@@ -657,13 +631,10 @@ def figure_places(found, num_heads):
 def save_figure(fig, stem, folder, data) -> dict[str, Path]:
     """Write `stem`.png (at most 150 KB where 100 dpi can do it), .pdf and the plotted numbers as
     .csv; their paths. The same figure gives the same bytes: no dates in the files."""
-    paths = files_of(stem, folder, ("png", "pdf", "csv"))
     pdf = io.BytesIO()
     fig.savefig(pdf, format="pdf", metadata={"CreationDate": None})
-    write_bytes(paths["png"], _small_png(fig))
-    write_bytes(paths["pdf"], pdf.getvalue())
-    write_bytes(paths["csv"], csv_text(data).encode("utf-8"))
-    return paths
+    contents = {"png": _small_png(fig), "pdf": pdf.getvalue(), "csv": csv_bytes(data)}
+    return write_files(stem, folder, contents)
 
 
 def _small_png(fig):
@@ -672,12 +643,7 @@ def _small_png(fig):
         small = io.BytesIO()
         fig.savefig(drawn, format="png", dpi=dpi)
         image = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        image.save(
-            small,
-            format="png",
-            optimize=True,
-            dpi=(dpi, dpi),
-        )
+        image.save(small, format="png", optimize=True, dpi=(dpi, dpi))
         if small.tell() <= MAX_PNG:
             break
     return small.getvalue()
