@@ -76,7 +76,7 @@ class Claim:
     high: float = np.inf
     given: dict = field(default_factory=dict)
 
-    def verdict(self, row) -> str:
+    def verdict(self, row):
         """What the interval of a part says."""
         if row["why"]:
             return OPEN
@@ -158,7 +158,7 @@ class Case:
             yield part(found, "CS2 of K_I - CS2 of K_II", "all facts", split.threshold)
             yield self.within_relations(split.frame, split.threshold)
 
-    def within_relations(self, frame, threshold) -> dict:
+    def within_relations(self, frame, threshold):
         """The same with each CS2 less its relation's mean. Relations are resampled, not facts: of
         two facts of a relation, one is then the other's negative."""
         frame = frame.dropna(subset=["label", "value"])
@@ -217,7 +217,7 @@ class Case:
             statistic = "median" if measure in MEDIANS else "mean"
             yield part(found, told, name, threshold, why=why, measure=statistic)
 
-    def moved(self, saved) -> dict:
+    def moved(self, saved):
         """{name: rates} of what scaling KNs or synapses moves; by synapses signed as in the paper,
         and in size, since signs can cancel."""
         frame = self.frame(saved)
@@ -270,12 +270,12 @@ def scoreboard(get, models, methods, downstream, *, notebook=None, **options):
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def deciding(board: pd.DataFrame):
+def deciding(board):
     """The parts that decide: not those over known queries, which stand beside."""
     return board[board["queries"] != COUNTED[1]]
 
 
-def overall(board: pd.DataFrame):
+def overall(board):
     """A row a claim, method and model: `mark`, one word of MARKS; `verdict`, the same with how many
     of its parts that could be tested hold; `known`: that of the parts over known queries, which
     decide nothing; "" where a claim has none."""
@@ -288,7 +288,7 @@ def overall(board: pd.DataFrame):
     return pd.DataFrame(rows, columns=[*names, "mark", "verdict", "known"])
 
 
-def _mark(parts) -> str:
+def _mark(parts):
     """One word of MARKS for several parts of a claim."""
     verdicts = set(parts["verdict"]) - {OPEN}
     if not verdicts:
@@ -300,7 +300,7 @@ def _mark(parts) -> str:
     return MIXED if verdicts & {FAILS, OPPOSITE} else PARTLY
 
 
-def _together(parts) -> str:
+def _together(parts):
     """That word, and how many parts it rests on: "holds in part (2 of 4, 2 undecided)"."""
     counts, word = parts["verdict"].value_counts(), _mark(parts)
     tested = len(parts) - counts.get(OPEN, 0)
@@ -315,7 +315,7 @@ def _together(parts) -> str:
     return f"{word} ({text})"
 
 
-def judge(study, notebook, methods=None, **thresholds) -> HTML:
+def judge(study, notebook, methods=None, **thresholds):
     """The verdicts on the claims that a notebook's saved results decide, for its model, and folded
     below their parts. thresholds: t and static of a `Case`."""
 
@@ -339,7 +339,7 @@ def judge(study, notebook, methods=None, **thresholds) -> HTML:
 _MATRIX = template(Path(__file__).with_name("claims.html"))
 
 
-def show_matrix(board: pd.DataFrame) -> HTML:
+def show_matrix(board):
     """A table with the claims as rows and models and methods as columns: a mark in each cell, on
     hover its verdict and the statistics behind it; its legend; and every part of every claim,
     folded. The colours stand in the table itself, so that a notebook shows them, too."""
@@ -353,7 +353,7 @@ def show_matrix(board: pd.DataFrame) -> HTML:
     return HTML(_MATRIX.render(claims=CLAIMS, cells=cells, details=details, **names))
 
 
-def _cell(parts) -> dict:
+def _cell(parts):
     """Of a claim's deciding parts for one model and method: the mark, how many of the parts that
     can be tested hold, and, a line each, what decides."""
     lines = [_together(parts)]

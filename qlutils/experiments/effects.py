@@ -166,7 +166,7 @@ def summary(
     return pd.DataFrame(rows)
 
 
-def query_gaps(frame, first: str, second=(), direction="average"):
+def query_gaps(frame, first, second=(), direction="average"):
     """A row a query of `rates` rows of one direction: fact, relation, prompt_index, classes, known,
     and gap, the rate of set `first` less the mean rate of the sets `second`."""
     frame = frame[(frame["direction"] == direction) & frame["set"].isin([first, *second])]
@@ -190,7 +190,7 @@ def class_gap(gaps, which, threshold, seed=0) -> Estimate:
     return bootstrap_mean(gaps[gaps[label] == which] if which else gaps, "gap", seed=seed)
 
 
-def contrast(frame, first: str, second, seed=0):
+def contrast(frame, first, second, seed=0):
     """Statistics of `query_gaps` by threshold, queries counted and class, and of the difference of
     the classes, "II - I" (n queries and n_facts of II, n_other and n_facts_other of I). Queries
     where a rate is undefined are left out."""
@@ -202,7 +202,7 @@ def contrast(frame, first: str, second, seed=0):
     return pd.DataFrame(rows)
 
 
-def all_statistics(estimate: Estimate) -> dict:
+def all_statistics(estimate: Estimate):
     """Mean, median and 10 % trimmed mean as columns, each with its 95 % interval; n values of
     n_facts facts, of both sides of a difference."""
     means = estimate.row("mean") | estimate.row("median") | estimate.row("trimmed")
@@ -269,7 +269,7 @@ def top_tokens(winners):
 # --- synapses (Eq. 5, 6) --------------------------------------------------------------------------
 
 
-def reach(queries_kns: list[set], found) -> float:
+def reach(queries_kns: list[set], found):
     """Share of the pairs of a synapse and a KN in which the synapse can move the KN: attention
     reaches the MLPs of its own layer and of later ones. by_layer of `found`: synapses a layer."""
     synapses = np.sum(found["by_layer"].tolist(), axis=0)  # (L,)
@@ -293,7 +293,7 @@ def synapse_counts(found, seed=0):
     return pd.DataFrame(rows)
 
 
-def _mean_depth(counts) -> float:
+def _mean_depth(counts):
     """Of synapses counted by layer."""
     depths = np.linspace(0, 1, len(counts))
     return np.average(depths, weights=counts) if sum(counts) else np.nan

@@ -55,35 +55,35 @@ class Reading(Case):
     board: pd.DataFrame
 
     # -- statistics in words -----------------------------------------------------------------------
-    def told(self, row, words) -> str:
+    def told(self, row, words):
         """`words` of a value and its interval, with n facts where they are not all of the run."""
         bounds = row["value"], row["value_low"], row["value_high"]
         text = UNTOLD if np.isnan(row["value_low"]) else words(*bounds)
         n, every = counted(row, "n_facts"), self.frame("queries")["fact"].nunique()
         return text if n in (f"{every}", f"{every} and {every}") else f"{text} (n = {n})"
 
-    def say(self, found, words, measure="mean") -> str:
+    def say(self, found, words, measure="mean"):
         """The same of an estimate."""
         return self.told(found.row(measure, "value") | found.facts(), words)
 
-    def value(self, frame, column) -> str:
+    def value(self, frame, column):
         return self.say(self.mean(frame, column), format_value)
 
-    def percent(self, frame, column, measure="mean") -> str:
+    def percent(self, frame, column, measure="mean"):
         found = self.mean(frame, column, share=measure == "mean")
         return self.say(found, percent, measure)
 
-    def share(self, facts, threshold, among=None) -> str:
+    def share(self, facts, threshold, among=None):
         """The share of K_II."""
         found = share_of_class(facts, threshold, seed=self.seed, among=among)
         return self.say(found, percent)
 
-    def gap(self, frame, one, other, way="average") -> str:
+    def gap(self, frame, one, other, way="average"):
         """How much more a set moves P(answer) than another."""
         found = self.mean(query_gaps(frame, one, [other], way), "gap")
         return self.say(found, more, "trimmed")
 
-    def change(self, frame, name, way) -> str:
+    def change(self, frame, name, way):
         """By how much a set changes P(answer): up is the direction expected of enhancing."""
         gaps = query_gaps(frame, name, direction=way)
         if way == "suppress":
@@ -94,27 +94,27 @@ class Reading(Case):
     def facts(self, t=None):
         return classified_facts(self.frame("queries"), t or self.t, self.static)
 
-    def data(self, path) -> str:
+    def data(self, path):
         folder = Path(path)
         return folder.parent.name if folder.name == "data" else folder.name
 
-    def ran(self, number) -> list:
+    def ran(self, number):
         """The methods for which a notebook was run with the model."""
         entries, _ = self.saved.read_all(number, lambda *pair: self.saved.entry(number, *pair))
         return [method for model, method in entries if model == self.model]
 
-    def inside(self) -> float:
+    def inside(self):
         """In which share of the facts the answer stands in the subject."""
         facts = self.frame("queries").drop_duplicates("fact")
         pairs = zip(facts["object"].str.casefold(), facts["subject"].str.casefold())
         return np.mean([answer in subject for answer, subject in pairs])
 
-    def groups(self) -> dict:
+    def groups(self):
         """{kind of NULLS: CS2}"""
         groups = null_consistency(self.frame("queries"), t=self.t, seed=self.seed)
         return {kind: self.value(groups[groups["kind"] == kind], "cs2") for kind in NULLS}
 
-    def noise(self, facts) -> str:
+    def noise(self, facts):
         """How much of noise Otsu's threshold makes K_II."""
         found = otsu_null(facts, seed=self.seed)
         if np.isnan(found["R_II"]):
@@ -144,7 +144,7 @@ class Reading(Case):
                 name = f"{PAPER_OP[op].capitalize()} of {whose}"
                 yield name, count(part["n_neurons"].mean()), part
 
-    def marks(self) -> dict:
+    def marks(self):
         """{mark: claims}"""
         marks = overall(self.board).set_index("claim")["mark"]
         return {mark: list(marks.index[marks == mark]) for mark in MARKS if mark in set(marks)}
@@ -162,18 +162,18 @@ class Reading(Case):
         return needs, never
 
 
-def percent(value, low, high) -> str:
+def percent(value, low, high):
     """A share and its interval: "31 % [25, 38]"."""
     return f"{hundred(value)} % [{hundred(low)}, {hundred(high)}]"
 
 
-def hundred(share) -> str:
+def hundred(share):
     """A share in percent, below one with a decimal."""
     text = f"{100 * share:.{1 if abs(share) < 0.0095 else 0}f}"
     return text if float(text) else "0"
 
 
-def more(value, low, high) -> str:
+def more(value, low, high):
     """A difference: "0.31 [0.25, 0.38] more"."""
     if low <= 0 <= high:
         return f"{UNTOLD} ({format_value(value, low, high)})"
@@ -182,7 +182,7 @@ def more(value, low, high) -> str:
     return f"{format_value(-value, -high, -low)} less"
 
 
-def times_the_facts(claim, row) -> float:
+def times_the_facts(claim, row):
     """By how much the facts must be multiplied to tell a part of a claim, if its value stays: an
     interval narrows with the root of n, and each side needs `stats.LEAST` facts. Infinite where
     more facts would not do."""
@@ -228,14 +228,14 @@ def in_short(saved, board, **options):
     return pd.DataFrame(rows)
 
 
-def _told(text, one) -> str:
+def _told(text, one):
     try:
         return jinja2.Template(text, trim_blocks=True).render(one=one, **_NAMES)
     except Missing as missing:
         return f"{UNTOLD.capitalize()}: {missing}."
 
 
-def show(table: pd.DataFrame) -> HTML:
+def show(table):
     """The sentences as a list of topics, of several models each in a paragraph of its own."""
     several = table["model"].nunique() > 1
     return HTML(_PAGE.render(rows=table.to_dict("records"), several=several))

@@ -68,7 +68,7 @@ class SavedResults:
         new units."""
         return self.study.beside(model, method=method)
 
-    def entry(self, number, model, method=None) -> dict:
+    def entry(self, number, model, method=None):
         """The record of a notebook; `Missing` where it was not run, or on other facts, model or
         settings."""
         study = self.of(model, method)
@@ -101,7 +101,7 @@ class SavedResults:
             raise Missing(f"notebook {number} wrote no {name}")
         return path
 
-    def methods_of(self, number) -> list:
+    def methods_of(self, number):
         return {"01": self.methods, paths.COMPARES: [None]}.get(number, self.downstream)
 
     def read_all(self, number, read) -> tuple[dict, list[str]]:
@@ -129,11 +129,11 @@ class SavedResults:
         """{(model, method): a saved frame of FRAMES}, and what is missing."""
         return self.read_all(FRAMES[name], lambda *pair: self.frame(*pair, name))
 
-    def label(self, model, method) -> str:
+    def label(self, model, method):
         return _name(model, method if len(self.downstream) > 1 else None)
 
 
-def _name(model, method) -> str:
+def _name(model, method):
     """A model and method in words; the method may be None."""
     return " ".join(filter(None, [paths.label(model), method]))
 
@@ -150,7 +150,7 @@ def together(found: dict, methods=True):
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def inventory(saved: SavedResults):
+def inventory(saved):
     """The paper's 13 experimental settings for every model: number, section, setting, shown in,
     notebook, file, model, status. The paper counts them (times 3 models: 39) without listing them;
     `paper_values.json` has our list."""
@@ -182,7 +182,7 @@ def inventory(saved: SavedResults):
     return pd.DataFrame(rows)
 
 
-def work(saved: SavedResults):
+def work(saved):
     """Every notebook that was run: model, method, data, facts, device, dtype, seconds, units of
     work, when and how."""
     rows = []
@@ -212,7 +212,7 @@ def work(saved: SavedResults):
 # --- controls -------------------------------------------------------------------------------------
 
 
-def null_groups(saved: SavedResults, t=0.2, seed=0, load_models=True):
+def null_groups(saved, t=0.2, seed=0, load_models=True):
     """Control 1 of every model and method. Without `load_models`, a layer is taken to have as many
     neurons as the largest index among the KNs says."""
     found, _ = saved.frames("queries")
@@ -224,7 +224,7 @@ def null_groups(saved: SavedResults, t=0.2, seed=0, load_models=True):
     return together(found).replace({"kind": names})
 
 
-def query_outcomes(saved: SavedResults, model, method) -> dict[str, pd.DataFrame]:
+def query_outcomes(saved, model, method) -> dict[str, pd.DataFrame]:
     """{name: frame with fact, prompt_index, value}: what was measured a query beside CS2, as far as
     it was run. Gen has a row a known neighbour of the query that was `edited`."""
     found = {}
@@ -253,7 +253,7 @@ def _reached(edits, queries):
     return each[each["edited"] != each["prompt_index"]].astype({"value": float})
 
 
-def other_neurons(saved: SavedResults, seed=0) -> tuple[pd.DataFrame, list[str]]:
+def other_neurons(saved, seed=0) -> tuple[pd.DataFrame, list[str]]:
     """Trimmed mean dProb (both directions averaged) of every set that notebook 04 scales, by
     class; all queries."""
     found, missing = saved.frames("query_kn_mapping")
@@ -277,7 +277,7 @@ def other_neurons(saved: SavedResults, seed=0) -> tuple[pd.DataFrame, list[str]]
 # --- showing --------------------------------------------------------------------------------------
 
 
-def write_and_show(study, frame, stem, caption, missing=(), digits=2) -> HTML:
+def write_and_show(study, frame, stem, caption, missing=(), digits=2):
     """Write a table of the report, unless there is nothing in it, and show it with what is
     missing."""
     if len(frame):
@@ -285,7 +285,7 @@ def write_and_show(study, frame, stem, caption, missing=(), digits=2) -> HTML:
     return shown(frame, missing, digits=digits)
 
 
-def show_edits(frame: pd.DataFrame, missing=()) -> HTML:
+def show_edits(frame, missing=()):
     """Table 2 or 3 by the static threshold and by Otsu's, without the controls, and folded below
     every row and column."""
     parts = []
@@ -298,14 +298,14 @@ def show_edits(frame: pd.DataFrame, missing=()) -> HTML:
     return HTML("\n".join([*parts, missing_html(missing)]))
 
 
-def misprints(table, models) -> HTML:
+def misprints(table, models):
     """What is known about misprints in a table of the paper, where its values stand beside ours."""
     found = dict.fromkeys(note for model in models for note in paper_notes(table, model))
     items = "".join(f"<li>{html.escape(note)}</li>" for note in found)
     return HTML(f"<ul>{items}</ul>" if found else "")
 
 
-def show_pictures(saved: SavedResults, number, stem) -> None:
+def show_pictures(saved, number, stem):
     """The PNGs of a figure of every model under one another, each named, and what is missing."""
     found, missing = saved.read_all(number, lambda *pair: saved.file(number, f"{stem}.png", *pair))
     for pair, path in found.items():
@@ -314,7 +314,7 @@ def show_pictures(saved: SavedResults, number, stem) -> None:
     display(HTML(missing_html(missing)))
 
 
-def show_figure_4(saved: SavedResults, stem, threshold="static", seed=0) -> HTML:
+def show_figure_4(saved, stem, threshold="static", seed=0):
     """ΔProb of a query's own and its neighbours' KNs and of random neurons (trimmed mean), a row
     of panels a direction, a column a model; all queries, and beside them the known ones."""
     found, missing = saved.frames("query_kn_mapping")
@@ -326,7 +326,7 @@ def show_figure_4(saved: SavedResults, stem, threshold="static", seed=0) -> HTML
     return _show_bars(saved.study, stem, tables, missing, **panels)
 
 
-def show_figure_6(saved: SavedResults, stem, threshold="static", seed=0) -> HTML:
+def show_figure_6(saved, stem, threshold="static", seed=0):
     """ΔValue and ΔProb of scaling a query's own synapses S and, hollow, those of an irrelevant
     query, by direction, else as Figure 4."""
     found, missing = saved.frames("knowledge_synapses")
@@ -339,7 +339,7 @@ def show_figure_6(saved: SavedResults, stem, threshold="static", seed=0) -> HTML
     return _show_bars(saved.study, stem, tables, missing, **panels)
 
 
-def _show_bars(study, stem, tables, missing, **panels) -> HTML:
+def _show_bars(study, stem, tables, missing, **panels):
     """Draw and keep the figure; below it, folded, its numbers."""
     numbers = ""
     if tables:
@@ -363,7 +363,7 @@ def publish(notebook, output) -> list[Path]:
     return [page]
 
 
-def copy_results(results, folder) -> None:
+def copy_results(results, folder):
     """The tables and figures under `results` as they are, in their folders, listed in
     `published.txt`. Of what the last such list names, that which is gone is removed; nothing else
     is."""

@@ -5,22 +5,16 @@ from itertools import takewhile
 from pathlib import Path
 
 from IPython.display import HTML
-from jinja2 import Environment, Template
+from jinja2 import Environment
 from markupsafe import Markup, escape
 
 from qlutils.files import write_bytes
 from qlutils.show.tables import display_table, format_value
 
-_ADDRESS = re.compile(
-    r"""<[^>]*?\s(?:src|href|srcset|poster|action|data|xlink:href)\s*=\s*["']?\s*([^"'\s>]+)""",
-    re.I,
-)
-_STYLE = re.compile(r"<style[^>]*>(.*?)</style>|style\s*=\s*\"([^\"]*)\"", re.S | re.I)
 _NUMBER = re.compile(r"(?:[\d–-](?:e|[\W\d_])*)?")  # or an interval, "–", nothing
-_STYLE_ADDRESS = re.compile(r"""@import\s+["']?([^"';\s]+)|\burl\(\s*["']?([^"')\s]+)""", re.I)
 
 
-def template(path) -> Template:
+def template(path):
     """The Jinja template in a file; what it is given is escaped unless it is Markup. {{ x | number
     }} formats as `format_value` does."""
     templates = Environment(autoescape=True, keep_trailing_newline=True)
@@ -53,7 +47,7 @@ def table_html(frame, caption=""):
     return Markup(table)
 
 
-def shown(frame, missing=(), caption="", digits=2) -> HTML:
+def shown(frame, missing=(), caption="", digits=2):
     """A table for the page, intervals in one column, and below it what is missing."""
     table = table_html(display_table(frame, digits), caption) if len(frame) else ""
     return HTML(f"{table}{missing_html(missing)}")
@@ -67,7 +61,7 @@ def folded(title, frame, digits=2) -> Markup:
     return Markup("<details><summary>{}</summary>{}</details>").format(title, table)
 
 
-def missing_html(missing) -> str:
+def missing_html(missing):
     """A sentence on what is not there; nothing where all is."""
     return f"<p>Not in this run: {escape('; '.join(missing))}.</p>" if missing else ""
 
@@ -76,15 +70,11 @@ def missing_html(missing) -> str:
 
 
 def export_html(notebook, path) -> Path:
-    """Write the executed `notebook` to `path` as one HTML file without code. ValueError, naming
-    them, if it would refer to anything outside of itself, or if the notebook was not executed."""
+    """Write the executed `notebook` to `path` as one HTML file without code."""
     import nbformat
     from nbconvert import HTMLExporter
 
-    name = Path(notebook).name
     book = nbformat.read(notebook, as_version=4)
-    if not any(cell.get("execution_count") for cell in book.cells):
-        raise ValueError(f"{name} has not been executed: run it first, then export it")
     book.metadata.pop("widgets", None)
     for cell in book.cells:
         if cell.cell_type == "code":
@@ -95,29 +85,17 @@ def export_html(notebook, path) -> Path:
         exclude_output_prompt=True,
         anchor_link_text="",  # headings get an id
     )
-    page = _page(exporter.from_notebook_node(book)[0])
-    outside = ", ".join(external_addresses(page)[:5])
-    if outside:
-        raise ValueError(f"{name} refers to addresses outside of the file: {outside}")
-    write_bytes(path, page.encode("utf-8"))
+    body, _ = exporter.from_notebook_node(book)
+    write_bytes(path, _page(body).encode("utf-8"))
     return path
 
 
-def _progress(output) -> bool:
+def _progress(output):
     """Whether an output is a progress bar, as text or as a widget."""
     return output.get("name") == "stderr" or "widget" in " ".join(output.get("data", ()))
 
 
-def external_addresses(page: str) -> list[str]:
-    """Whatever a page would fetch or link to outside of itself; data in the file and anchors are
-    inside."""
-    found = _ADDRESS.findall(page) + re.findall(r"<script[^>]*>", page, re.I)
-    for style in _STYLE.findall(page):
-        found += ["".join(address) for address in _STYLE_ADDRESS.findall("".join(style))]
-    return [one for one in found if not one.startswith(("data:", "#"))]
-
-
-def _page(body: str) -> str:
+def _page(body):
     """The document: a title (what ends with the first h1), links to its parts, and pictures
     described by the last bold words before them."""
     words = "Figure"

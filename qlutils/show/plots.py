@@ -85,7 +85,7 @@ FEW = 5  # facts from which on a median is drawn
 plt.style.use(Path(__file__).with_name("study.mplstyle"))  # for every figure from here on
 
 
-def model_colors(models) -> dict:
+def model_colors(models):
     """{model: colour}; models without a colour of their own get one by their place in the list."""
     others = cycle(_OTHER_COLORS)
     return {name: MODEL_COLORS.get(name) or next(others) for name in models}
@@ -188,7 +188,7 @@ def _draw_cs2(ax, drawn, order, palette):
     )
 
 
-def _slashed(counts) -> str:
+def _slashed(counts):
     """ "62 / 52"; one number where all are equal."""
     counts = list(map(str, counts))
     return counts[0] if len(set(counts)) == 1 else " / ".join(counts)
@@ -267,8 +267,8 @@ def figure_predominance(facts):
     axes[0, 0].yaxis.set_major_formatter(_percent)
     axes[0, 1].set_title("without the first token")
     fig.supylabel("share of the facts of a class")
-    classes = sorted(pd.concat(rows)["label"].dropna().unique())
-    _legend(fig, {name: CLASS_COLORS[name] for name in classes})
+    classes = set(pd.concat(rows)["label"])
+    _legend(fig, {name: CLASS_COLORS[name] for name in CLASS_COLORS if name in classes})
     columns = "model fact relation class_static class_otsu predominance predominance_rest n_queries"
     return fig, facts[columns.split()]
 
@@ -296,7 +296,7 @@ def _draw_shares(ax, facts, value):
     ax.set_xlabel("predominance")
 
 
-def _percent(share, _=None) -> str:
+def _percent(share, _=None):
     return f"{100 * share:.0f} %"
 
 
@@ -314,11 +314,10 @@ def bars_with_intervals(frame, ax, *, x, hue, y="mean", base=0):
     width = 0.8 / n.max()
     middles = groups.ngroup() + width * (groups.cumcount() - (n - 1) / 2)
     low, high = f"{y}_low", f"{y}_high"
-    undefined = frame[[y, low, high]].isna().any(axis=1)
-    for middle in middles[undefined]:
+    drawn = frame.dropna(subset=[y, low, high])
+    for middle in middles.drop(drawn.index):
         ax.annotate("–", (middle, base), ha="center", va="bottom")
-    drawn = frame[~undefined]
-    middles = middles[~undefined]
+    middles = middles[drawn.index]
     colors = drawn[hue].map(BAR_COLORS)
     ax.bar(
         middles,
@@ -338,7 +337,7 @@ def bars_with_intervals(frame, ax, *, x, hue, y="mean", base=0):
     return ax
 
 
-def _counted(frame, hue, of) -> str:
+def _counted(frame, hue, of):
     """n of the bars that are not hollow, of each level of column `hue`, in words; once where all
     have the same."""
     ends = frame[~frame["hollow"]].groupby(hue, sort=False)["n"].agg(["min", "max"])
@@ -346,7 +345,7 @@ def _counted(frame, hue, of) -> str:
     return f"n = {_slashed(counts)} {of}"
 
 
-def _as_bars(frame) -> pd.DataFrame:
+def _as_bars(frame):
     """The rows of a table of `effects.summary` that become bars, with `bar`, the class, and after
     each the same of known queries ("I, known"), if any, and `hollow`, of a control, which stands
     right after what it controls."""
@@ -356,11 +355,11 @@ def _as_bars(frame) -> pd.DataFrame:
         hollow=frame["set"].isin(CONTROLS),
         set=frame["set"].replace(CONTROLS),
     )
-    bars = bars[bars["n"] > 0].sort_values("bar", kind="stable")
+    bars = bars[bars["n"] > 0].sort_values("bar", kind="stable", ignore_index=True)
     return bars.astype({"bar": object})
 
 
-def _empty_classes(frame) -> str:
+def _empty_classes(frame):
     largest = frame.groupby(["threshold", "class"], sort=False)["n"].max()
     empty = largest.index[largest == 0]
     return "; ".join(f"{_label(at)}: no fact is in {_label(name)}" for at, name in empty)
@@ -403,7 +402,7 @@ def figure_bars(frame, *, row, column, x="set", y="trimmed", control=""):
     return fig
 
 
-def _with_sizes(part) -> pd.DataFrame:
+def _with_sizes(part):
     """A panel's bars whose sets are named with their mean number of neurons."""
     counted = part[(part["queries"] == "all") & ~part["hollow"]]
     sizes = _mean_size(counted, "set", "size")
@@ -411,7 +410,7 @@ def _with_sizes(part) -> pd.DataFrame:
     return part.assign(set=part["set"].map(names))
 
 
-def _mean_size(frame, by, size) -> pd.Series:
+def _mean_size(frame, by, size):
     """The mean of column `size` over the n of all rows, by the levels of column `by`."""
     total = frame[size] * frame["n"]
     return total.groupby(frame[by]).sum() / frame.groupby(by)["n"].sum()
@@ -467,7 +466,7 @@ def _factors(axes):
         ax.yaxis.minorticks_off()
 
 
-def _by_metric(table) -> pd.DataFrame:
+def _by_metric(table):
     """A row a metric and row of a table of edits: its value as `mean`, its interval and n."""
     keys = table[["threshold", "class", "op", "neurons"]]
     parts = []
@@ -493,7 +492,7 @@ def strong_neurons(values, signed, t) -> pd.DataFrame:
     return pd.DataFrame(dict(layer=layer, neuron=neuron, value=values[layer, neuron]))
 
 
-def _draw_maps(fig, panels, kind, t) -> pd.DataFrame:
+def _draw_maps(fig, panels, kind, t):
     """Panels, each a dict of its `row`, its place in it (`panel`), its query's fact and prompt, a
     title, and the query's state `now` and `before` any change: dots for the neurons above `t` of
     the largest value before, of the query or, as activations, of all; filled those that more than
@@ -516,7 +515,7 @@ def _draw_maps(fig, panels, kind, t) -> pd.DataFrame:
     scale = ScalarMappable(Normalize(-1 if signed else 0, 1), cmap)
     for number, (panel, ax) in enumerate(zip(panels, axes.flat)):
         _draw_map(ax, dots.query(f"number == {number}"), panel, scale)
-    layers, neurons = panels[0]["now"][kind].shape
+    layers, neurons = panel["now"][kind].shape
     ax.set(xlim=(-0.5, neurons), ylim=(-0.5, layers))
     fig.suptitle(f"{kind}, neurons above {t:g} of the largest\n(filled: in both wordings)")
     fig.colorbar(
@@ -552,11 +551,11 @@ def _draw_map(ax, dots, panel, scale):
     ax.label_outer()
 
 
-def _wrapped(text) -> str:
+def _wrapped(text):
     return textwrap.fill(text, 22, max_lines=3, placeholder=" …")
 
 
-def _subject(one) -> str:
+def _subject(one):
     return _wrapped(" → ".join(one["fact"].split("|")[1:]))
 
 
@@ -568,12 +567,14 @@ def figure_1(maps, t=0.2):
     maps: from `localize.example_maps`. Returns the figure and its dots as a tidy frame."""
     panels = []
     for number, one in enumerate(maps):
-        place = dict(row=_subject(one), panel=number % 2)
-        panels.append(one | place | dict(title=_wrapped(one["prompt"]), now=one, before=one))
+        place = dict(row=_subject(one), panel=number % 2, title=_wrapped(one["prompt"]))
+        panels.append(one | place | dict(now=one, before=one))
     fig = plt.figure(figsize=(WIDE, 1.05 * len(maps) + 0.9))
-    kinds = "attribution", "activation"
-    parts = zip(fig.subfigures(1, 2), kinds)
-    found = [_draw_maps(part, panels, kind, t) for part, kind in parts]
+    left, right = fig.subfigures(1, 2)
+    found = [
+        _draw_maps(left, panels, "attribution", t),
+        _draw_maps(right, panels, "activation", t),
+    ]
     return fig, pd.concat(found, ignore_index=True).drop(columns="row")
 
 
@@ -586,8 +587,8 @@ def figure_conditions(maps, conditions, kind, t=0.2):
     panels = []
     for name, (number, one) in product(conditions, enumerate(maps)):
         title = f"{_subject(one)}\n{_wrapped(one['prompt'])}" if name == conditions[0] else ""
-        states = dict(now=one[name], before=one["unmodified"])
-        panels.append(one | states | dict(row=name, panel=number, title=title))
+        place = dict(row=name, panel=number, title=title)
+        panels.append(one | place | dict(now=one[name], before=one["unmodified"]))
     fig = plt.figure(figsize=(WIDE, 1.6 + 1.6 * len(conditions)))
     dots = _draw_maps(fig, panels, kind, t)
     return fig, dots.assign(condition=dots.pop("row"))
@@ -639,8 +640,7 @@ def save_figure(fig, stem, folder, data) -> dict[str, Path]:
 
 def _small_png(fig):
     for dpi in (200, 150, 100):
-        drawn = io.BytesIO()
-        small = io.BytesIO()
+        drawn, small = io.BytesIO(), io.BytesIO()
         fig.savefig(drawn, format="png", dpi=dpi)
         image = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
         image.save(small, format="png", optimize=True, dpi=(dpi, dpi))

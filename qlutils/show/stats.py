@@ -30,7 +30,7 @@ LEAST = 10
 _CHUNK = 1_000_000  # draws x rows worked on at a time: little enough to stay near the processor
 
 
-def welch(a, b) -> dict:
+def welch(a, b):
     """t, df and p of `scipy.stats.ttest_ind(a, b, equal_var=False)` and d, Cohen's with the pooled
     deviation.
 
@@ -77,7 +77,7 @@ class Estimate:
     n_other: int | None = None
     n_clusters_other: int | None = None
 
-    def row(self, statistic="mean", name=None) -> dict:
+    def row(self, statistic="mean", name=None):
         """One statistic as columns for `tables.write_table`: `name`, `name`_low, `name`_high, n
         and, of a difference, n_other."""
         row = {}
@@ -85,12 +85,12 @@ class Estimate:
             row[f"{name or statistic}{end}"] = getattr(self, statistic + end)
         return row | _given(n=self.n, n_other=self.n_other)
 
-    def facts(self) -> dict:
+    def facts(self):
         """n_facts and, of a difference, n_facts_other."""
         return _given(n_facts=self.n_clusters, n_facts_other=self.n_clusters_other)
 
 
-def _given(**counts) -> dict:
+def _given(**counts):
     return {name: count for name, count in counts.items() if count is not None}
 
 
@@ -151,13 +151,13 @@ def bootstrap_difference(
     return found
 
 
-def _all_or_nothing(frame, value) -> bool:
+def _all_or_nothing(frame, value):
     """Whether each fact has one value, 0 or 1."""
     kept = frame.dropna(subset=value)
     return len(kept) > 0 and kept["fact"].is_unique and kept[value].isin([0, 1]).all()
 
 
-def _newcombe(one: Estimate, two: Estimate, correlation):
+def _newcombe(one, two, correlation):
     """Interval of a difference of means from the intervals of both (Newcombe 1998, method 10; Zou
     2007)."""
 
@@ -193,7 +193,7 @@ def bootstrap_statistic(frames, statistic, draws=1000, seed=0) -> Estimate:
     return Estimate(point, *bounds.ravel(), **counts)
 
 
-def mean_columns(frame, values, seed=0, share=False) -> dict:
+def mean_columns(frame, values, seed=0, share=False):
     """The means of several columns side by side, each with its interval, and n, as one row of a
     table. n is that of the last column; one with another n has its own, n_<column>."""
     row = {}
@@ -204,7 +204,7 @@ def mean_columns(frame, values, seed=0, share=False) -> dict:
     return row | {name: count for name, count in counts.items() if count != row["n"]}
 
 
-def _bootstrap(sides, value, draws, seed) -> Estimate:
+def _bootstrap(sides, value, draws, seed):
     """The statistics of column `value` of a frame or, of two, of the first less the second."""
     kept = [_values(side, value) for side in sides]
     point, bounds, stretch, counts = _resample(kept, _statistics, draws, seed)
@@ -222,7 +222,7 @@ def _bootstrap(sides, value, draws, seed) -> Estimate:
     return Estimate(*values, n_missing=missing, **counts)
 
 
-def _sizes(kept) -> np.ndarray:
+def _sizes(kept):
     """(3,) How large a statistic is whose rounding must not decide on which side of 0 it lies.
 
     That of the absolute values: a few huge ones do not hide a median; and what is large among
@@ -235,7 +235,7 @@ def _sizes(kept) -> np.ndarray:
     return np.maximum(np.max(sizes, axis=0), min(1.0, largest))
 
 
-def _values(frame, value) -> pd.DataFrame:
+def _values(frame, value):
     """fact, relation and value of the rows that have one, in the order of the values."""
     x = frame[value].to_numpy(np.float64, na_value=np.nan)
     if np.isinf(x).any():
@@ -358,7 +358,7 @@ def permutation_test(
     label,
     draws=1000,
     seed=0,
-) -> dict:
+):
     """Two-sided test that the labels "I" and "II" say nothing about `value`, permuting them among
     the facts of a relation.
 

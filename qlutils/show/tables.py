@@ -60,7 +60,7 @@ _LATEX = str.maketrans(_LATEX | {"\n": " ", "\r": " "})
 # --- numbers and sentences ------------------------------------------------------------------------
 
 
-def format_value(value, low=None, high=None, digits=2) -> str:
+def format_value(value, low=None, high=None, digits=2):
     """One value for reading: "0.52 [0.47, 0.57]"; the interval is optional.
 
     "–" where undefined; an undefined interval shows as [–, –], since a number without one is not a
@@ -77,7 +77,7 @@ def format_value(value, low=None, high=None, digits=2) -> str:
     return str(value)
 
 
-def _decimals(numbers, digits) -> list[str]:
+def _decimals(numbers, digits):
     """A number, and the bounds of its interval if given, with equally many decimals.
 
     There are more than `digits`, up to 4, where the number, or the bound that tells its interval
@@ -100,7 +100,7 @@ def _decimals(numbers, digits) -> list[str]:
     return [UNDEFINED if np.isnan(one) else f"{one:{form}}" for one in (value, *bounds)]
 
 
-def with_interval(row, name="mean", digits=2) -> str:
+def with_interval(row, name="mean", digits=2):
     """A value of a table's row for a sentence: "0.41 [0.35, 0.47] (n = 120)", of a difference "(n
     = 90 and 30)"; "undefined (n = 0)"; without n if it has none."""
     n = counted(row, "n")
@@ -110,20 +110,20 @@ def with_interval(row, name="mean", digits=2) -> str:
     return f"{text} (n = {n})" if n else text
 
 
-def counted(row, name) -> str:
+def counted(row, name):
     """The n of a table's row, of both sides of a difference: "90 and 30"; "" where it has none."""
     sides = [row.get(name), row.get(f"{name}_other")]
     return " and ".join(f"{count:.0f}" for count in sides if not pd.isna(count))
 
 
-def too_few(row) -> str:
+def too_few(row):
     """Why a row has no interval: how many facts are on each side, and how many it takes."""
     n = counted(row, "n_facts" if "n_facts" in row else "n")
     side = " on each side" if "and" in n else ""
     return f"{n or 'too few'} facts; an interval needs {LEAST}{side}"
 
 
-def verdict(row, name="mean") -> str:
+def verdict(row, name="mean"):
     """What the 95 % interval of a value says about 0, in words."""
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     if pd.isna(low):
@@ -133,7 +133,7 @@ def verdict(row, name="mean") -> str:
     return "lies below 0" if high < 0 else "cannot be told from 0"
 
 
-def pick(table: pd.DataFrame, **keys) -> pd.Series:
+def pick(table, **keys):
     """The one row of a table with these values; `class_` stands for the column class."""
     for name, value in keys.items():
         table = table[table[name.rstrip("_")] == value]
@@ -201,7 +201,7 @@ def csv_bytes(frame) -> bytes:
     return text.encode("utf-8")
 
 
-def _bounds(frame) -> dict[str, list[str]]:
+def _bounds(frame):
     """{column: [] or its columns of bounds, x_low and x_high}, without these columns."""
     bounds = {}
     for name in frame:
@@ -224,7 +224,7 @@ def _markdown(shown, numeric, caption, note):
     return "\n\n".join(filter(None, [title, table, note])) + "\n"
 
 
-def _cell(text) -> str:
+def _cell(text):
     """A cell of Markdown. Backslashes before a pipe are doubled, else they would escape its
     escape."""
     text = re.sub(r"\r\n|\r|\n", " ", str(text))
@@ -260,7 +260,7 @@ def _latex(
 # --- the paper's values ---------------------------------------------------------------------------
 
 
-def paper_value(table, model, column, **keys) -> float:
+def paper_value(table, model, column, **keys):
     """A value the paper prints, NaN where it has none: for another model, method or set of neurons.
 
     `paper_values.json` names each table's columns and keys; the key class is written `class_`. An
@@ -274,7 +274,7 @@ def paper_value(table, model, column, **keys) -> float:
     return np.nan if value is None else value
 
 
-def without_empty_paper_columns(frame: pd.DataFrame) -> pd.DataFrame:
+def without_empty_paper_columns(frame) -> pd.DataFrame:
     """Columns of the paper's values (`..._paper`) are dropped where it has none; ours stay,
     undefined or not."""
     empty = frame.columns[frame.isna().all() & frame.columns.str.endswith("_paper")]
@@ -291,12 +291,12 @@ def paper_notes(table, model) -> list[str]:
     return [note["text"] for note in notes if note["model"] in ("*", model)]
 
 
-def _papers_name(model) -> str:
+def _papers_name(model):
     return model.removeprefix("openai-community/")
 
 
 @cache
-def paper() -> dict:
+def paper():
     """`paper_values.json`: the values of the paper's tables, notes on misprints, its experimental
     settings."""
     return json.loads(Path(__file__).with_name("paper_values.json").read_text("utf-8"))
