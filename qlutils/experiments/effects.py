@@ -110,9 +110,8 @@ def beside_queries(frame, queries, t, static):
     (fact, prompt_index)."""
     facts = classified_facts(queries, t, static)
     facts = facts[["fact", "cs2", "class_static", "class_otsu"]]
-    columns = ["fact", "prompt_index", "subject", "object", "prompt", "known"]
-    about = queries[columns].merge(facts, on="fact", how="left")
     keys = ["fact", "prompt_index"]
+    about = queries[[*keys, "subject", "object", "prompt", "known"]].merge(facts, how="left")
     return frame.merge(about, on=keys, how="left", validate="many_to_one")
 
 
@@ -282,15 +281,13 @@ def synapse_counts(found, seed=0):
     intervals. `_rest`: without column 0. mean depth: of a query's synapses (0 the first layer, 1
     the last)."""
     names = "n_self n_self_rest n_irrelevant n_irrelevant_rest jaccard jaccard_rest".split()
-    frame = found[["fact", "relation", *names]].astype(dict.fromkeys(names, float))
+    frame = found[["fact", "relation", *names]].copy()
     frame["share in column 0"] = 1 - frame["n_self_rest"] / frame["n_self"]  # NaN where 0 of 0
     frame["mean depth"] = found["by_layer"].map(_mean_depth)
-    frame["no synapse"] = (frame["n_self"] == 0).astype(float)
-    frame["no synapse_rest"] = (frame["n_self_rest"] == 0).astype(float)
-    rows = []
-    for name in frame.columns[2:]:
-        rows.append({"quantity": name} | bootstrap_mean(frame, name, seed=seed).row("mean"))
-    return pd.DataFrame(rows)
+    frame["no synapse"] = frame["n_self"] == 0
+    frame["no synapse_rest"] = frame["n_self_rest"] == 0
+    means = {name: bootstrap_mean(frame, name, seed=seed).row() for name in frame.columns[2:]}
+    return pd.DataFrame.from_dict(means, "index").rename_axis("quantity").reset_index()
 
 
 def _mean_depth(counts):

@@ -57,8 +57,8 @@ class Reading(Case):
     # -- statistics in words -----------------------------------------------------------------------
     def told(self, row, words):
         """`words` of a value and its interval, with n facts where they are not all of the run."""
-        bounds = row["value"], row["value_low"], row["value_high"]
-        text = UNTOLD if np.isnan(row["value_low"]) else words(*bounds)
+        value, low, high = row["value"], row["value_low"], row["value_high"]
+        text = UNTOLD if np.isnan(low) else words(value, low, high)
         n, every = counted(row, "n_facts"), self.frame("queries")["fact"].nunique()
         return text if n in (f"{every}", f"{every} and {every}") else f"{text} (n = {n})"
 
@@ -100,14 +100,14 @@ class Reading(Case):
 
     def ran(self, number):
         """The methods for which a notebook was run with the model."""
-        entries, _ = self.saved.read_all(number, lambda *pair: self.saved.entry(number, *pair))
+        entries, _ = self.saved.read_all(number, partial(self.saved.entry, number))
         return [method for model, method in entries if model == self.model]
 
     def inside(self):
         """In which share of the facts the answer stands in the subject."""
         facts = self.frame("queries").drop_duplicates("fact")
-        pairs = zip(facts["object"].str.casefold(), facts["subject"].str.casefold())
-        return np.mean([answer in subject for answer, subject in pairs])
+        pairs = zip(facts["object"], facts["subject"])
+        return np.mean([answer.casefold() in subject.casefold() for answer, subject in pairs])
 
     def groups(self):
         """{kind of NULLS: CS2}"""
@@ -146,8 +146,8 @@ class Reading(Case):
 
     def marks(self):
         """{mark: claims}"""
-        marks = overall(self.board).set_index("claim")["mark"]
-        return {mark: list(marks.index[marks == mark]) for mark in MARKS if mark in set(marks)}
+        claims = overall(self.board).groupby("mark")["claim"].agg(list)
+        return {mark: claims[mark] for mark in MARKS if mark in claims}
 
     def more_facts(self) -> tuple[dict, list]:
         """Claims of which nothing can be told: {claim: facts that would tell}, and others."""

@@ -8,7 +8,7 @@ error.
 import html
 import shutil
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -101,6 +101,9 @@ class SavedResults:
             raise Missing(f"notebook {number} wrote no {name}")
         return path
 
+    def read_table(self, number, stem, model, method=None):
+        return pd.read_csv(self.file(number, f"{stem}.csv", model, method))
+
     def methods_of(self, number):
         return {"01": self.methods, paths.COMPARES: [None]}.get(number, self.downstream)
 
@@ -118,16 +121,12 @@ class SavedResults:
     def table(self, number, stem) -> tuple[pd.DataFrame, list[str]]:
         """A notebook's table of all models (and methods, if several) under one another, and what is
         missing."""
-
-        def read(model, method):
-            return pd.read_csv(self.file(number, f"{stem}.csv", model, method))
-
-        found, missing = self.read_all(number, read)
+        found, missing = self.read_all(number, partial(self.read_table, number, stem))
         return together(found, len(self.methods_of(number)) > 1), missing
 
     def frames(self, name) -> tuple[dict, list[str]]:
         """{(model, method): a saved frame of FRAMES}, and what is missing."""
-        return self.read_all(FRAMES[name], lambda *pair: self.frame(*pair, name))
+        return self.read_all(FRAMES[name], partial(self.frame, name=name))
 
     def label(self, model, method):
         return _name(model, method if len(self.downstream) > 1 else None)
@@ -160,7 +159,7 @@ def inventory(saved):
         for model, method in product(saved.models, saved.methods_of(notebook)):
             status = "present"
             try:
-                table = pd.read_csv(saved.file(notebook, f"{stem}.csv", model, method))
+                table = saved.read_table(notebook, stem, model, method)
                 for column, value in keys.items():
                     if value not in set(table[column]):
                         status = f"missing: {stem} has no {value}"
@@ -199,8 +198,8 @@ def work(saved):
                 }
                 for counts in entry.get("known_facts", {}).values():
                     row["scanned"] = counts["scanned"]
-                for name in ("device", "dtype"):
-                    row[name] = entry["model"].get(name, "–")
+                row["device"] = entry["model"].get("device", "–")
+                row["dtype"] = entry["model"].get("dtype", "–")
                 row["seconds"] = entry["seconds"]
                 for name in ("units", "computed"):
                     row[name] = sum(done[name] for done in entry["work"].values())
@@ -307,7 +306,7 @@ def misprints(table, models):
 
 def show_pictures(saved, number, stem):
     """The PNGs of a figure of every model under one another, each named, and what is missing."""
-    found, missing = saved.read_all(number, lambda *pair: saved.file(number, f"{stem}.png", *pair))
+    found, missing = saved.read_all(number, partial(saved.file, number, f"{stem}.png"))
     for pair, path in found.items():
         name = HTML(f"<p><b>{html.escape(_name(*pair))}</b></p>")
         display(name, Image(data=path.read_bytes(), width=900))

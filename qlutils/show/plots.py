@@ -405,33 +405,32 @@ def figure_bars(frame, *, row, column, x="set", y="trimmed", control=""):
 def _with_sizes(part):
     """A panel's bars whose sets are named with their mean number of neurons."""
     counted = part[(part["queries"] == "all") & ~part["hollow"]]
-    sizes = _mean_size(counted, "set", "size")
+    sizes = _mean_size(counted["size"], counted["n"], counted["set"])
     names = {name: f"{_label(name)} ({size:.0f})" for name, size in sizes.items()}
     return part.assign(set=part["set"].map(names))
 
 
-def _mean_size(frame, by, size):
-    """The mean of column `size` over the n of all rows, by the levels of column `by`."""
-    total = frame[size] * frame["n"]
-    return total.groupby(frame[by]).sum() / frame.groupby(by)["n"].sum()
+def _mean_size(sizes, n, by):
+    """The mean over the n of all rows, by the levels of `by`."""
+    return (sizes * n).groupby(by).sum() / n.groupby(by).sum()
 
 
 def figure_edits(table, threshold, sets):
     """(figure, plotted numbers) of Table 2 or 3: a row an operation; Rel, Gen, Loc and Avg of each
     class, then the median perplexity after an edit over that before; random neurons hollow."""
-    own = table["neurons"].str.removesuffix(" (random)")
-    table = table[own.isin(sets) & (table["n"] > 0)]
+    drawn = table["neurons"].str.removesuffix(" (random)").isin(sets)
+    table = table[drawn & (table["n"] > 0)]
     by_class = table[table["threshold"] == threshold]
     few = by_class["n"].min() < LEAST  # a panel of dashes would tell nothing
     table = table[table["threshold"] == "all"] if few else by_class
     plotted = _by_metric(table)
-    bars = plotted.assign(neurons=plotted["neurons"].str.removesuffix(" (random)"))
-    bars["hollow"] = bars["neurons"] != plotted["neurons"]
+    own = plotted["neurons"].str.removesuffix(" (random)")
+    bars = plotted.assign(neurons=own, hollow=own != plotted["neurons"])
     classes = table["class"].unique()
     ops = table["op"].unique()
+    measured = table["dppl"].notna().any()
+    widths = [3] * len(classes) + [2] * int(measured)
     height = 0.8 + 2.1 * len(ops)
-    measured = bool(table["dppl"].notna().any())
-    widths = [3] * len(classes) + [2] * measured
     fig, axes = _panels(len(ops), len(widths), height, width_ratios=widths, sharey="col")
     for op, panels in zip(ops, axes):
         of_op = bars[bars["op"] == op]
@@ -449,7 +448,7 @@ def figure_edits(table, threshold, sets):
             panels[-1].set_title(f"{op}, perplexity\n× before (median)")
     if measured:
         _factors(axes[:, -1])
-    sizes = _mean_size(table, "neurons", "neurons_edited")
+    sizes = _mean_size(table["neurons_edited"], table["n"], table["neurons"])
     named = {f"{_label(name)} ({sizes[name]:.0f} neurons)": SET_COLORS[name] for name in sets}
     _legend(fig, named, INTERVAL, "random neurons" if bars["hollow"].any() else "")
     return fig, plotted
@@ -468,17 +467,13 @@ def _factors(axes):
 
 def _by_metric(table):
     """A row a metric and row of a table of edits: its value as `mean`, its interval and n."""
-    keys = table[["threshold", "class", "op", "neurons"]]
     parts = []
     for metric in ("rel", "gen", "loc", "avg", "dppl"):
-        part = keys.assign(
-            mean=table[metric],
-            mean_low=table[f"{metric}_low"],
-            mean_high=table[f"{metric}_high"],
-            n=table.get(f"n_{metric}", table["n"]),
-            metric=metric,
-        )
-        parts.append(part)
+        part = table[["threshold", "class", "op", "neurons"]].copy()
+        for end in ("", "_low", "_high"):
+            part[f"mean{end}"] = table[f"{metric}{end}"]
+        part["n"] = table.get(f"n_{metric}", table["n"])
+        parts.append(part.assign(metric=metric))
     return pd.concat(parts, ignore_index=True)
 
 

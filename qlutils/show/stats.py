@@ -196,8 +196,7 @@ def bootstrap_statistic(frames, statistic, draws=1000, seed=0) -> Estimate:
 def mean_columns(frame, values, seed=0, share=False):
     """The means of several columns side by side, each with its interval, and n, as one row of a
     table. n is that of the last column; one with another n has its own, n_<column>."""
-    row = {}
-    counts = {}
+    row, counts = {}, {}
     for value in values:
         row |= bootstrap_mean(frame, value, seed=seed, share=share).row("mean", value)
         counts[f"n_{value}"] = row["n"]
@@ -253,8 +252,7 @@ def _resample(frames, statistics, draws, seed):
     every = pd.concat(frames)[["fact", "relation"]].astype(str)
     fact = pd.factorize(every["fact"], sort=True)[0]  # no matter how rows are ordered
     relation = every["relation"].groupby(fact).first()
-    ends = np.cumsum(list(map(len, frames)))
-    rows = np.split(fact, ends[:-1])
+    rows = np.split(fact, [len(frames[0])])[: len(frames)]
     facts = list(map(np.unique, rows))
 
     def value(weights):
