@@ -96,7 +96,12 @@ def part(found, statistic, name="", threshold="", *, why="", measure="mean", que
     it; `queries`: those counted, where that is a choice; `why`: why the estimate would say
     nothing."""
     row = found.row(measure, "value") | found.facts()
-    row |= dict(part=name, threshold=threshold, queries=queries, statistic=statistic)
+    row |= dict(
+        part=name,
+        threshold=threshold,
+        queries=queries,
+        statistic=statistic,
+    )
     few = too_few(row)
     if np.isnan(row["value"]):
         empty = ", as no value is defined"
@@ -134,10 +139,22 @@ class Case:
         return with_classes(frame[made], self.facts())
 
     def mean(self, frame, value, share=False):
-        return bootstrap_mean(frame, value, seed=self.seed, share=share)
+        return bootstrap_mean(
+            frame,
+            value,
+            seed=self.seed,
+            share=share,
+        )
 
     def apart(self, frame, value, by, levels, share=False):
-        return bootstrap_difference(frame, value, by, levels, seed=self.seed, share=share)
+        return bootstrap_difference(
+            frame,
+            value,
+            by,
+            levels,
+            seed=self.seed,
+            share=share,
+        )
 
     def second_class(self):
         """The share of K_II."""
@@ -148,7 +165,12 @@ class Case:
             if threshold == "otsu" and found.mean_low <= noise["R_II_high"]:
                 made = "{R_II_low:.0%} to {R_II_high:.0%}".format(**noise)
                 why = f"Otsu's threshold makes {made} of normal noise K_II"
-            yield part(found, "share of K_II", threshold=threshold, why=why)
+            yield part(
+                found,
+                "share of K_II",
+                threshold=threshold,
+                why=why,
+            )
 
     def split_half(self):
         """Classes from one half of the queries, CS2 from the other."""
@@ -172,7 +194,13 @@ class Case:
             why += f" needs {LEAST}"
         found = replace(found, n_clusters=found.n, n_clusters_other=found.n_other)
         statistic = "CS2 of K_I - CS2 of K_II, less each relation's mean"
-        return part(found, statistic, "within relations", threshold, why=why)
+        return part(
+            found,
+            statistic,
+            "within relations",
+            threshold,
+            why=why,
+        )
 
     def sizes(self):
         """This model and the next smaller one."""
@@ -181,7 +209,13 @@ class Case:
         facts, smaller = self.facts(), replace(self, model=self.before).facts()
         both = pd.concat({"larger": facts, "smaller": smaller}, names=["side"]).reset_index("side")
         both["second"] = second_class(both, "static")
-        static = self.apart(both, "second", "side", ("larger", "smaller"), share=True)
+        static = self.apart(
+            both,
+            "second",
+            "side",
+            ("larger", "smaller"),
+            share=True,
+        )
         otsu = difference_of_shares(facts, smaller, self.seed)
         cs2 = self.apart(both, "cs2", "side", ("smaller", "larger"))
         name = paths.label(self.before)
@@ -195,7 +229,12 @@ class Case:
         if (facts["first"] == 1).all():
             why = "the first token always wins, so it tells how many wordings begin alike"
         every, rest = (self.mean(facts, name) for name in ("predominance", "predominance_rest"))
-        yield part(every, "mean predominance", "all tokens", why=why)
+        yield part(
+            every,
+            "mean predominance",
+            "all tokens",
+            why=why,
+        )
         yield part(rest, "mean predominance", "without the first token")
 
     def edits_compared(self, saved, column, kept, by, compared):
@@ -211,11 +250,24 @@ class Case:
                 why = "no edit changes its own query's answer (Rel is 0)"
             elif measure == "broken" and not own["broken"].any():
                 why = "no edit breaks a text"
-            found = self.apart(own, measure, by, levels, share=True)
+            found = self.apart(
+                own,
+                measure,
+                by,
+                levels,
+                share=True,
+            )
             what, one, other = (_LISTED["names"][word] for word in (measure, *levels))
             told, name = f"{what} of {one} - of {other}", f"{PAPER_OP[op]}, {what}"
             statistic = "median" if measure in MEDIANS else "mean"
-            yield part(found, told, name, threshold, why=why, measure=statistic)
+            yield part(
+                found,
+                told,
+                name,
+                threshold,
+                why=why,
+                measure=statistic,
+            )
 
     def moved(self, saved):
         """{name: rates} of what scaling KNs or synapses moves; by synapses signed as in the paper,
@@ -239,9 +291,19 @@ class Case:
             gaps = query_gaps(frame, *pair, way)
             for which, threshold, queries in product(classes, thresholds, COUNTED):
                 found = class_gap(POPULATIONS[queries](gaps), which, threshold, self.seed)
-                words = dict(moved=moved, compared=compared, way=way, which=which)
+                words = dict(
+                    moved=moved,
+                    compared=compared,
+                    way=way,
+                    which=which,
+                )
                 told = statistic.format(**words), name.format(**words), threshold
-                yield part(found, *told, measure="trimmed", queries=queries)
+                yield part(
+                    found,
+                    *told,
+                    measure="trimmed",
+                    queries=queries,
+                )
 
 
 # --- the scoreboard -------------------------------------------------------------------------------
@@ -260,8 +322,19 @@ def scoreboard(get, models, methods, downstream, *, notebook=None, **options):
             continue
         able = methods if one.notebook == paths.COMPARES else downstream
         for method, (before, model) in product(able, pairwise([None, *models])):
-            case = Case(get, model, method, before, **options)
-            here = dict(claim=number, text=one.text, model=paths.label(model), method=method)
+            case = Case(
+                get,
+                model,
+                method,
+                before,
+                **options,
+            )
+            here = dict(
+                claim=number,
+                text=one.text,
+                model=paths.label(model),
+                method=method,
+            )
             try:
                 for row in getattr(case, one.parts)(**one.given):
                     rows.append(here | row | {"verdict": one.verdict(row)})
@@ -327,7 +400,13 @@ def judge(study, notebook, methods=None, **thresholds):
 
     methods = methods or [study.method]
     options = dict(notebook=notebook, seed=study.seed, **thresholds)
-    board = scoreboard(get, [study.model], methods, methods, **options)
+    board = scoreboard(
+        get,
+        [study.model],
+        methods,
+        methods,
+        **options,
+    )
     verdicts = shown(overall(board).drop(columns=["model", "mark"]))
     parts = folded("Every part", board.drop(columns=["text", "model"]), digits=3)
     return HTML(f"{verdicts.data}\n{parts}")

@@ -97,7 +97,12 @@ def _other_facts_neurons(queries, sets, kind, seed):
     others, drawn = OtherFacts(queries, sets), []
     for fact, index, neurons in zip(queries["fact"], queries["prompt_index"], sets):
         rng = seeded(seed, fact, index, kind)
-        found = others.draw(neurons, fact, rng, same_relation=kind == "same_relation")
+        found = others.draw(
+            neurons,
+            fact,
+            rng,
+            same_relation=kind == "same_relation",
+        )
         drawn.append(sorted(found))
     return drawn
 
@@ -112,7 +117,12 @@ def beside_queries(frame, queries, t, static):
     facts = facts[["fact", "cs2", "class_static", "class_otsu"]]
     keys = ["fact", "prompt_index"]
     about = queries[[*keys, "subject", "object", "prompt", "known"]].merge(facts, how="left")
-    return frame.merge(about, on=keys, how="left", validate="many_to_one")
+    return frame.merge(
+        about,
+        on=keys,
+        how="left",
+        validate="many_to_one",
+    )
 
 
 def rates(frame, quantity="probability", *, size=False):
@@ -185,7 +195,13 @@ def class_gap(gaps, which, threshold, seed=0) -> Estimate:
     K_I's ("II - I")."""
     label = f"class_{threshold}"
     if which == "II - I":
-        return bootstrap_difference(gaps, "gap", label, ("II", "I"), seed=seed)
+        return bootstrap_difference(
+            gaps,
+            "gap",
+            label,
+            ("II", "I"),
+            seed=seed,
+        )
     return bootstrap_mean(gaps[gaps[label] == which] if which else gaps, "gap", seed=seed)
 
 

@@ -75,7 +75,12 @@ class Reading(Case):
 
     def share(self, facts, threshold, among=None):
         """The share of K_II."""
-        found = share_of_class(facts, threshold, seed=self.seed, among=among)
+        found = share_of_class(
+            facts,
+            threshold,
+            seed=self.seed,
+            among=among,
+        )
         return self.say(found, percent)
 
     def gap(self, frame, one, other, way="average"):
@@ -221,7 +226,14 @@ def in_short(saved, board, **options):
     for (topic, text), model in product(TOPICS.items(), models):
         label = paths.label(model)
         own = board[board["model"] == label]
-        one = Reading(saved.frame, model, method, saved=saved, board=own, **options)
+        one = Reading(
+            saved.frame,
+            model,
+            method,
+            saved=saved,
+            board=own,
+            **options,
+        )
         told = "\n\n".join(_told(part, one) for part in text.split("---"))
         for sentence in filter(str.strip, re.split(r"\n\s*\n", told)):
             rows.append(dict(topic=topic, model=label, sentence=" ".join(sentence.split())))

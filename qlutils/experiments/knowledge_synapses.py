@@ -116,7 +116,12 @@ def _changes(lm, fact, i, about, synapses, factors, renormalise, seed):
         if divide and not (renormalise and name in RENORMALISED):
             continue
         columns = sets[name]
-        row = replace(clean, columns=columns, factor=factors[direction], renormalise=divide)
+        row = replace(
+            clean,
+            columns=columns,
+            factor=factors[direction],
+            renormalise=divide,
+        )
         yield about | {
             "set": name,
             "renormalise": divide,
@@ -195,11 +200,21 @@ def scaled_maps(
     context included."""
     out = []
     for one in maps:
-        found = find_synapses(lm, one["prompt"], alpha, score=score)
+        found = find_synapses(
+            lm,
+            one["prompt"],
+            alpha,
+            score=score,
+        )
         row = {"fact": one["fact"], "prompt": one["prompt"], "unmodified": one}
         for name, factor in (("suppressed", suppress), ("enhanced", enhance)):
             with scale_synapses(lm, found, factor):
-                [row[name]] = dense_maps(lm, [one["prompt"]], [one["answer"]], **spec)
+                [row[name]] = dense_maps(
+                    lm,
+                    [one["prompt"]],
+                    [one["answer"]],
+                    **spec,
+                )
         out.append(row)
     return out
 
@@ -222,7 +237,13 @@ def direction_gaps(moved, seed=0):
     for name, direction in product(moved, ("suppress", "enhance")):
         part = moved[name].query("direction == @direction")
         own = part.query("set == 'self'")["rate"].dropna()
-        gap = bootstrap_difference(part, "rate", "set", ("self", "irrelevant"), seed=seed)
+        gap = bootstrap_difference(
+            part,
+            "rate",
+            "set",
+            ("self", "irrelevant"),
+            seed=seed,
+        )
         row = {"quantity": name, "direction": direction, "median": own.median()}
         rows.append(row | {"unmoved": (own == 0).mean()} | gap.row("trimmed"))
     return pd.DataFrame(rows)

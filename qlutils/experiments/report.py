@@ -280,7 +280,12 @@ def write_and_show(study, frame, stem, caption, missing=(), digits=2):
     """Write a table of the report, unless there is nothing in it, and show it with what is
     missing."""
     if len(frame):
-        study.table(frame, stem, caption, digits=digits)
+        study.table(
+            frame,
+            stem,
+            caption,
+            digits=digits,
+        )
     return shown(frame, missing, digits=digits)
 
 
@@ -319,10 +324,21 @@ def show_figure_4(saved, stem, threshold="static", seed=0):
     found, missing = saved.frames("query_kn_mapping")
     tables = []
     for pair, frame in found.items():
-        table = summary(frame, FIGURE_4_DRAWN, thresholds=(threshold,), seed=seed)
+        table = summary(
+            frame,
+            FIGURE_4_DRAWN,
+            thresholds=(threshold,),
+            seed=seed,
+        )
         tables.append(table.assign(model=saved.label(*pair)))
     panels = dict(row="direction", control="as many random neurons")
-    return _show_bars(saved.study, stem, tables, missing, **panels)
+    return _show_bars(
+        saved.study,
+        stem,
+        tables,
+        missing,
+        **panels,
+    )
 
 
 def show_figure_6(saved, stem, threshold="static", seed=0):
@@ -332,10 +348,21 @@ def show_figure_6(saved, stem, threshold="static", seed=0):
     tables, sets = [], ("self", "irrelevant")
     for (pair, frame), quantity in product(found.items(), QUANTITIES.values()):
         rows = synapse_rates(frame, quantity)
-        table = summary(rows, sets, thresholds=(threshold,), seed=seed)
+        table = summary(
+            rows,
+            sets,
+            thresholds=(threshold,),
+            seed=seed,
+        )
         tables.append(table.assign(model=saved.label(*pair), quantity=quantity))
     panels = dict(row="quantity", x="direction", control="synapses of an irrelevant query")
-    return _show_bars(saved.study, stem, tables, missing, **panels)
+    return _show_bars(
+        saved.study,
+        stem,
+        tables,
+        missing,
+        **panels,
+    )
 
 
 def _show_bars(study, stem, tables, missing, **panels):

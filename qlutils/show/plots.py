@@ -99,7 +99,13 @@ def _panels(rows, columns, height, **grid):
     """A figure as wide as a page, wider for more than three columns, and its axes, a row a row of
     panels."""
     size = WIDE * max(1, columns / 3), height
-    return plt.subplots(rows, columns, figsize=size, squeeze=False, **grid)
+    return plt.subplots(
+        rows,
+        columns,
+        figsize=size,
+        squeeze=False,
+        **grid,
+    )
 
 
 def _legend(fig, colors, title="", hollow=""):
@@ -128,7 +134,12 @@ def figure_cs2(frames, method, names, line=0.3):
     colors = model_colors(frame["model"].unique())
     medians = drawn.groupby("relation")["cs2"].median().sort_values(kind="stable")
     fig, ax = plt.subplots(figsize=(WIDE, 3.8))
-    _draw_cs2(ax, drawn, order=medians.index, palette=colors)
+    _draw_cs2(
+        ax,
+        drawn,
+        order=medians.index,
+        palette=colors,
+    )
     counts = pd.crosstab(drawn["relation"], drawn["model"]).loc[medians.index, list(colors)]
     ticks = [f"{names.get(code, code)} ({_slashed(n)})" for code, *n in counts.itertuples()]
     ax.set_xticks(
@@ -206,9 +217,22 @@ def _thresholds(ax, models, line, colors):
         lines.append((otsu, f"Otsu's, {otsu:.2f}", colors.get(model, "black")))
     free = 0.0  # where a name stands on no other
     for value, name, color in sorted(lines):
-        ax.axhline(value, color=color, linestyle="--", linewidth=0.7, zorder=0)
+        ax.axhline(
+            value,
+            color=color,
+            linestyle="--",
+            linewidth=0.7,
+            zorder=0,
+        )
         height = max(value, free)
-        ax.text(1.01, height, name, transform=ax.get_yaxis_transform(), va="center", color=color)
+        ax.text(
+            1.01,
+            height,
+            name,
+            transform=ax.get_yaxis_transform(),
+            va="center",
+            color=color,
+        )
         free = height + 0.08
 
 
@@ -233,7 +257,12 @@ def figure_thresholds(frame, otsu, t=0.2, static=0.1):
     middles = np.arange(len(shares.columns) + 1) + 0.5
     ours, papers = np.interp([otsu, static], [*shares.columns, 1.0], middles)
     above = dict(ha="center", va="bottom")
-    ax.text(papers, -0.12, f"paper's, {static:g}", **above)
+    ax.text(
+        papers,
+        -0.12,
+        f"paper's, {static:g}",
+        **above,
+    )
     ax.plot(ours, -0.12, "v", color="black", clip_on=False)
     ax.text(ours, -0.5, f"Otsu's at t = {t:g}: {otsu:.2f}", **above)  # higher: both may lie close
     ax.axvspan(
@@ -257,7 +286,13 @@ def figure_predominance(facts):
             name = f"{model.rpartition('/')[2]}\n{_label(threshold)}"
             rows[name] = part.assign(label=part[f"class_{threshold}"])
     height = 0.8 + 1.45 * len(rows)
-    fig, axes = _panels(len(rows), 2, height, sharex=True, sharey=True)
+    fig, axes = _panels(
+        len(rows),
+        2,
+        height,
+        sharex=True,
+        sharey=True,
+    )
     for (name, part), (left, right) in zip(rows.items(), axes):
         _draw_shares(left, part, "predominance")
         _draw_shares(right, part, "predominance_rest")
@@ -291,7 +326,12 @@ def _draw_shares(ax, facts, value):
         ax=ax,
     )
     least = (1 / facts["n_queries"]).mean()
-    ax.axvline(least, color="black", linestyle=":", zorder=3)
+    ax.axvline(
+        least,
+        color="black",
+        linestyle=":",
+        zorder=3,
+    )
     ax.text(least + 0.015, 1.06, f"least possible: 1 of k wordings, {least:.2f}")
     ax.set_xlabel("predominance")
 
@@ -327,7 +367,13 @@ def bars_with_intervals(frame, ax, *, x, hue, y="mean", base=0):
         color=colors.mask(drawn["hollow"], "white"),
         edgecolor=colors,
     )
-    ax.vlines(middles, drawn[low], drawn[high], color="black", linewidth=0.7)
+    ax.vlines(
+        middles,
+        drawn[low],
+        drawn[high],
+        color="black",
+        linewidth=0.7,
+    )
     ax.axhline(base, color="black", linewidth=0.6)
     names = frame[x].unique()
     room = max(7, 50 // len(names) // ax.get_gridspec().ncols)  # letters of a line
@@ -377,7 +423,12 @@ def figure_bars(frame, *, row, column, x="set", y="trimmed", control=""):
     tops = frame[row].unique()
     sides = frame[column].unique()
     shared = "col" if column == "direction" else "row"  # enhanced, bars are many times as high
-    fig, axes = _panels(len(tops), len(sides), 1.3 + 1.75 * len(tops), sharey=shared)
+    fig, axes = _panels(
+        len(tops),
+        len(sides),
+        1.3 + 1.75 * len(tops),
+        sharey=shared,
+    )
     told = {}
     for (top, side), ax in zip(product(tops, sides), axes.flat):
         part = bars[(bars[row] == top) & (bars[column] == side)]
@@ -539,7 +590,13 @@ def _draw_map(ax, dots, panel, scale):
         clip_on=False,
     )
     if dots.empty:
-        ax.text(0.5, 0.5, "none so large", transform=ax.transAxes, ha="center")
+        ax.text(
+            0.5,
+            0.5,
+            "none so large",
+            transform=ax.transAxes,
+            ha="center",
+        )
     ax.set(xlabel="neuron", ylabel=f"{panel['row']}\nlayer")
     probability = format_value(panel["now"]["probability"])
     ax.set_title(f"{panel['title']}\nP(answer) = {probability}".strip(), fontsize=8)
@@ -547,7 +604,12 @@ def _draw_map(ax, dots, panel, scale):
 
 
 def _wrapped(text):
-    return textwrap.fill(text, 22, max_lines=3, placeholder=" …")
+    return textwrap.fill(
+        text,
+        22,
+        max_lines=3,
+        placeholder=" …",
+    )
 
 
 def _subject(one):
@@ -638,7 +700,12 @@ def _small_png(fig):
         drawn, small = io.BytesIO(), io.BytesIO()
         fig.savefig(drawn, format="png", dpi=dpi)
         image = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        image.save(small, format="png", optimize=True, dpi=(dpi, dpi))
+        image.save(
+            small,
+            format="png",
+            optimize=True,
+            dpi=(dpi, dpi),
+        )
         if small.tell() <= MAX_PNG:
             break
     return small.getvalue()

@@ -57,7 +57,12 @@ def two_assumptions():
 
 def _panel(ax, title, below, colors=COLORS):
     """Three queries in their colours above a layer a row of neurons."""
-    ax.set(xlim=(0, 9), ylim=(-0.6, 8), xticks=[], yticks=[])
+    ax.set(
+        xlim=(0, 9),
+        ylim=(-0.6, 8),
+        xticks=[],
+        yticks=[],
+    )
     ax.set_title(title, fontsize=8)
     ax.set_xlabel(below, fontsize=6.5)
     ax.spines[:].set_visible(False)
@@ -81,5 +86,11 @@ def _box(ax, x, y, text, color):
 
 
 def _arrow(ax, start, end, color):
-    style = dict(arrowstyle="-|>", color=color, linewidth=0.8, shrinkA=0, shrinkB=2)
+    style = dict(
+        arrowstyle="-|>",
+        color=color,
+        linewidth=0.8,
+        shrinkA=0,
+        shrinkB=2,
+    )
     ax.annotate("", end, start, arrowprops=style)
