@@ -221,13 +221,10 @@ def scaled_maps(
 
 def largest_attributions(maps):
     """The largest attribution of each query of `scaled_maps`, by condition."""
-    rows = []
-    for one in maps:
-        row = {"prompt": one["prompt"]}
-        for name in ("unmodified", "suppressed", "enhanced"):
-            row[name] = one[name]["attribution"].max()
-        rows.append(row)
-    return pd.DataFrame(rows)
+    tops = pd.DataFrame({"prompt": [one["prompt"] for one in maps]})
+    for name in ("unmodified", "suppressed", "enhanced"):
+        tops[name] = [one[name]["attribution"].max() for one in maps]
+    return tops
 
 
 def direction_gaps(moved, seed=0):

@@ -364,21 +364,18 @@ def permutation_test(
     least one. Returns within, the difference of the class means of the values less their
     relation's mean, whose expectation under the permutation is 0; p = (1 + as extreme) / (1 +
     draws); n1 and n2 facts. NaN where no relation has both classes."""
-    labelled = frame[label].isin(["I", "II"])
-    frame = frame[labelled & frame[value].notna()]
     keys = ["fact", label, "relation"]
-    facts = frame.groupby(keys, sort=False, as_index=False)[value].mean()
+    facts = frame.dropna(subset=[label, value]).groupby(keys, sort=False)[value].mean()
+    facts = facts.reset_index()
     for fact in facts["fact"][facts["fact"].duplicated()]:
         raise ValueError(f"fact {fact!r} has two labels")
     relations = facts.groupby("relation")
     first = (facts[label] == "I").to_numpy()
-    n1 = int(first.sum())
-    n2 = len(first) - n1
+    n1, n2 = first.sum(), (~first).sum()
     counts = dict(n1=n1, n2=n2)
     if not relations[label].nunique().max() > 1:
         return dict(within=np.nan, p=np.nan) | counts
-    centred = facts[value] - relations[value].transform("mean")
-    centred = centred.to_numpy(float)
+    centred = (facts[value] - relations[value].transform("mean")).to_numpy(float)
     rng = np.random.default_rng(seed)
     sums = np.zeros(draws)  # of the first class; as all sum to 0, the second class has the negative
     for _, at in sorted(relations.indices.items()):

@@ -357,17 +357,6 @@ def test_a_perplexity_that_explodes_is_judged_by_its_median_and_by_broken_texts(
     assert set(five.loc[five["part"].str.contains("broken"), "why"]) == {"no edit breaks a text"}
 
 
-@pytest.mark.parametrize(
-    "share, verdict", [(0.5, "cannot be told"), (0.3, "does not hold"), (0.7, "holds")]
-)
-def test_a_share_is_judged_by_where_its_interval_lies_to_the_bound(frames, share, verdict):
-    facts = frames["attention_predominance"]
-    noise = 0.05 * np.random.default_rng(2).normal(size=len(facts))
-    frames["attention_predominance"] = facts.assign(predominance=share + noise)
-    part = parts_of(board_of(frames, "05"), 9, part="all tokens")
-    assert part["verdict"].item() == verdict
-
-
 def test_what_is_so_by_construction_or_without_effect_is_not_tested(frames):
     facts = frames["attention_predominance"]
     frames["attention_predominance"] = facts.assign(first=1.0, same_first=1.0)
