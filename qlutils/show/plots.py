@@ -655,7 +655,7 @@ def figure_places(found, num_heads):
     """Where synapses sit: the share of all that each column (token of the prompt) has, and the mean
     number of a query in each layer and head."""
     heads = np.stack(found["by_head"]).mean(0).reshape(-1, num_heads)
-    columns = pd.DataFrame(found["by_column"].map(list).tolist())  # prompts differ in length
+    columns = pd.DataFrame(list(map(pd.Series, found["by_column"])))  # prompts differ in length
     columns /= heads.size
     places = pd.DataFrame({"share": columns.mean(), "n": columns.count()}).rename_axis("column")
     places["of_all"] = columns.sum() / (columns.sum().sum() or 1.0)

@@ -108,10 +108,9 @@ def the_run(models=("demo/gpt2",), methods=("ig",), **changed):
 def test_only_results_of_these_facts_and_settings_are_read(runs, queries):
     save_queries(queries)
     assert len(the_run().frame("demo/gpt2", "ig", "queries")) == len(queries)
-    for changed in (dict(facts_per_relation=5), dict(dtype="bfloat16"), dict(seed=1)):
-        [why] = changed
-        with pytest.raises(Missing, match=f"other .*{why.split('_')[0]}"):
-            the_run(**changed).frame("demo/gpt2", "ig", "queries")
+    for name, value in dict(facts_per_relation=5, dtype="bfloat16", seed=1).items():
+        with pytest.raises(Missing, match=f"other .*{name.split('_')[0]}"):
+            the_run(**{name: value}).frame("demo/gpt2", "ig", "queries")
     with pytest.raises(Missing, match="notebook 01 was not run"):
         the_run().frame("demo/gpt2", "sig", "queries")
     with pytest.raises(Missing, match="there is no model 'demo/none'"):
@@ -198,15 +197,10 @@ def changes_frame(queries, sets, quantities=("probability",)):
 
 def frames_where_all_holds(queries, sign=1.0):
     """Effects on the claimed side for sign 1, on the other for -1."""
-
-    def own(second):
-        return 0.5
-
-    def neighbours(second):
-        return 0.5 - sign * (0.3 if second else 0.1)
-
-    neurons = {"self": own, "self_random": lambda second: 0.5 - 0.2 * sign, "self_as_union": own}
-    others = ("union_matched", "union", "intersection", "refine")
+    neurons = dict.fromkeys(("self", "self_as_union"), lambda second: 0.5)
+    neurons["self_random"] = lambda second: 0.5 - 0.2 * sign
+    for name in ("union_matched", "union", "intersection", "refine"):
+        neurons[name] = lambda second: 0.5 - sign * (0.3 if second else 0.1)
     synapses = {
         "self": lambda second: 0.5 + sign * (0.1 if second else 0.0),
         "irrelevant": lambda second: 0.5 - 0.3 * sign,
@@ -223,7 +217,7 @@ def frames_where_all_holds(queries, sign=1.0):
         "queries": queries,
         "edits": edits_frame(queries, 0.1 * sign),
         "cas_edits": cas,
-        "query_kn_mapping": changes_frame(queries, neurons | dict.fromkeys(others, neighbours)),
+        "query_kn_mapping": changes_frame(queries, neurons),
         "attention_predominance": high,
         "knowledge_synapses": changes_frame(queries, synapses, ("value", "probability")),
     }
@@ -567,10 +561,9 @@ def test_ten_topics_are_told_of_each_model_what_was_run_and_what_holds_among_the
     assert text.count("<li>") == 10 and text.count("<i>b</i>") == 10
     holds = sentences(table, "What holds")[0]
     assert re.match(r"Holds: .*not run, or with nothing to compare: 3\.$", holds), holds
-    inside = queries["fact"].isin(queries["fact"].unique()[:6])
-    subject = queries["subject"].where(~inside, "of " + queries["object"].str.upper())
-    some = told({"a": {"queries": queries.assign(subject=subject)}})
-    assert "in 25 % of the facts" in sentences(some, "What was run")[0]
+    some = queries.assign(subject="of " + queries["object"].str.upper())
+    some = told({"a": {"queries": some[some["fact"].isin(some["fact"].unique()[:6])]}})
+    assert "in 100 % of the facts" in sentences(some, "What was run")[0]
 
 
 def test_sentences_on_consistency_are_those_of_the_facts_and_the_first_control(spoken, queries):
