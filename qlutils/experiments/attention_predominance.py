@@ -3,6 +3,7 @@
 import pandas as pd
 
 from qlutils.change.synapses import column_scores, first_tokens
+from qlutils.experiments.effects import each_query
 from qlutils.facts import prompt_tokens
 
 
@@ -13,30 +14,20 @@ def attend(lm, unit):
     token and the share of all attention that it gets; column, token, token_id and share of the most
     attended token (Eq. 4, with columns), and `at`, the characters before it; the same without the
     first tokens (`_rest`, see `synapses.first_tokens`)."""
-    rows = []
-    encoded = []
-    for fact in unit:
-        for place, prompt in zip(fact["prompt_index"], fact["prompts"]):
-            row = {
-                "fact": fact["fact"],
-                "relation": fact["relation"],
-                "prompt_index": place,
-            }
-            rows.append(row)
-            encoded.append(lm.encode_prompt(prompt))
-    found = column_scores(lm, encoded)
-    for row, ids, (total, _) in zip(rows, encoded, found):
+    rows = [about for _, _, about in each_query(unit)]
+    encoded = [lm.encode_prompt(fact["prompts"][i]) for fact, i, _ in each_query(unit)]
+    decode = lm.tokenizer.decode
+    starts = {"": 0, "_rest": first_tokens(lm)}
+    for row, ids, (total, _) in zip(rows, encoded, column_scores(lm, encoded)):
         share = total.mean((0, 1)) / len(ids)  # (T,) from (L, H, T)
         row["tokens"] = len(ids)
         row["token_id_first"] = ids[0]
         row["first_share"] = share[0]
-        starts = {"": 0, "_rest": first_tokens(lm)}
         for name, first in starts.items():
             column = first + int(share[first:].argmax())
-            before = lm.tokenizer.decode(ids[:column], skip_special_tokens=True)
             row[f"column{name}"] = column
-            row[f"token{name}"] = lm.tokenizer.decode([ids[column]])
-            row[f"at{name}"] = len(before)
+            row[f"token{name}"] = decode([ids[column]])
+            row[f"at{name}"] = len(decode(ids[:column], skip_special_tokens=True))
             row[f"token_id{name}"] = ids[column]
             row[f"share{name}"] = share[column]
     return pd.DataFrame(rows)

@@ -11,18 +11,15 @@ nothing; then `why` says so. Claims 6-8, 10 and 11, about changes of P(answer), 
 beside and decides nothing. Nothing is written by hand for a model, nothing needs torch.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from IPython.display import HTML
-from markupsafe import Markup
 
 from qlutils import paths
 from qlutils.experiments.consistency import (
@@ -35,16 +32,11 @@ from qlutils.experiments.consistency import (
     share_of_class,
 )
 from qlutils.experiments.controls import split_frames
-from qlutils.experiments.edit_tables import PAPER_OP, with_classes
-from qlutils.experiments.effects import (
-    COUNTED,
-    POPULATIONS,
-    query_gaps,
-    rates,
-)
+from qlutils.experiments.edit_tables import MEDIANS, PAPER_OP, with_classes
+from qlutils.experiments.effects import COUNTED, POPULATIONS, class_gap, query_gaps, rates
 from qlutils.show.page import folded, shown, template
-from qlutils.show.stats import LEAST, Estimate, bootstrap_difference, bootstrap_mean
-from qlutils.show.tables import format_value, too_few
+from qlutils.show.stats import LEAST, bootstrap_difference, bootstrap_mean
+from qlutils.show.tables import counted, format_value, too_few
 from qlutils.study.results import Missing
 
 HOLDS, PARTLY, MIXED = "holds", "holds in part", "mixed"
@@ -63,14 +55,8 @@ QUANTITIES = {"dValue": "value", "dProb": "probability"}  # what scaling synapse
 COLUMNS = """
 claim text model method part threshold queries statistic value value_low value_high n_facts
 n_facts_other verdict why""".split()
-NOTHING = dict(
-    part="",
-    threshold="",
-    queries="",
-    statistic="",
-    n_facts=0,
-    verdict=OPEN,
-)
+NOTHING = dict.fromkeys(("part", "threshold", "queries", "statistic"), "")
+NOTHING |= dict(n_facts=0, verdict=OPEN)
 
 
 def synapse_rates(frame, quantity):
@@ -90,7 +76,7 @@ class Claim:
     high: float = np.inf
     given: dict = field(default_factory=dict)
 
-    def verdict(self, row) -> str:
+    def verdict(self, row):
         """What the interval of a part says."""
         if row["why"]:
             return OPEN
@@ -105,13 +91,17 @@ _LISTED = json.loads(Path(__file__).with_name("claims.json").read_text("utf-8"))
 CLAIMS = {int(number): Claim(**one) for number, one in _LISTED["claims"].items()}
 
 
-def part(
-    found: Estimate, statistic, name="", threshold="", *, why="", measure="mean", queries=""
-) -> dict:
+def part(found, statistic, name="", threshold="", *, why="", measure="mean", queries=""):
     """A part of a claim as a row of the scoreboard. `measure`: that of the estimate which decides
     it; `queries`: those counted, where that is a choice; `why`: why the estimate would say
     nothing."""
     row = found.row(measure, "value") | found.facts()
+    row |= dict(
+        part=name,
+        threshold=threshold,
+        queries=queries,
+        statistic=statistic,
+    )
     few = too_few(row)
     if np.isnan(row["value"]):
         empty = ", as no value is defined"
@@ -120,13 +110,7 @@ def part(
         why = f"nothing to compare{empty} ({few})"
     elif np.isnan(row["value_low"]):
         why = why or few
-    names = dict(
-        part=name,
-        threshold=threshold,
-        queries=queries,
-        statistic=statistic,
-    )
-    return row | names | {"why": why}
+    return row | {"why": why}
 
 
 @dataclass
@@ -137,10 +121,10 @@ class Case:
     get: Callable  # (model, method, name) -> frame, or raises Missing
     model: str
     method: str
-    before: str | None
-    t: float
-    static: float
-    seed: int
+    before: str | None = None
+    t: float = 0.2
+    static: float = 0.1
+    seed: int = 0
 
     def frame(self, name):
         return self.get(self.model, self.method, name)
@@ -154,17 +138,15 @@ class Case:
         made = (frame["control"] == "none") & frame["note"].isna()
         return with_classes(frame[made], self.facts())
 
-    def mean(self, frame, value, share=False) -> Estimate:
-        return bootstrap_mean(frame, value, seed=self.seed, share=share)
+    def mean(self, frame, value, share=False):
+        return bootstrap_mean(
+            frame,
+            value,
+            seed=self.seed,
+            share=share,
+        )
 
-    def apart(
-        self,
-        frame,
-        value,
-        by,
-        levels,
-        share=False,
-    ) -> Estimate:
+    def apart(self, frame, value, by, levels, share=False):
         return bootstrap_difference(
             frame,
             value,
@@ -177,17 +159,18 @@ class Case:
     def second_class(self):
         """The share of K_II."""
         facts = self.facts()
-        noise, why = otsu_null(facts, seed=self.seed), ""
-        static, otsu = (share_of_class(facts, name, seed=self.seed) for name in THRESHOLDS)
-        if otsu.mean_low <= noise["R_II_high"]:
-            why = "Otsu's threshold makes {R_II_low:.0%} to {R_II_high:.0%} of normal noise K_II"
-        yield part(static, "share of K_II", threshold="static")
-        yield part(
-            otsu,
-            "share of K_II",
-            threshold="otsu",
-            why=why.format(**noise),
-        )
+        noise = otsu_null(facts, seed=self.seed)
+        for threshold in THRESHOLDS:
+            found, why = share_of_class(facts, threshold, seed=self.seed), ""
+            if threshold == "otsu" and found.mean_low <= noise["R_II_high"]:
+                made = "{R_II_low:.0%} to {R_II_high:.0%}".format(**noise)
+                why = f"Otsu's threshold makes {made} of normal noise K_II"
+            yield part(
+                found,
+                "share of K_II",
+                threshold=threshold,
+                why=why,
+            )
 
     def split_half(self):
         """Classes from one half of the queries, CS2 from the other."""
@@ -197,30 +180,27 @@ class Case:
             yield part(found, "CS2 of K_I - CS2 of K_II", "all facts", split.threshold)
             yield self.within_relations(split.frame, split.threshold)
 
-    def within_relations(self, frame, threshold) -> dict:
+    def within_relations(self, frame, threshold):
         """The same with each CS2 less its relation's mean. Relations are resampled, not facts: of
         two facts of a relation, one is then the other's negative."""
         frame = frame.dropna(subset=["label", "value"])
         both = frame[frame.groupby("relation")["label"].transform("nunique") == 2]
         centred = both["value"] - both.groupby("relation")["value"].transform("mean")
-        resampled = both.assign(
-            value=centred,
-            fact=both["relation"],
-            relation="all",
-        )
+        resampled = both.assign(value=centred, fact=both["relation"], relation="all")
         found = self.apart(resampled, "value", "label", CLASSES)
         relations, why = both["relation"].nunique(), ""
         if relations < LEAST:
             why = f"{relations} relations have facts of both classes; an interval over relations"
             why += f" needs {LEAST}"
-        count = both["label"].value_counts().get
-        found = replace(
-            found,
-            n_clusters=count("I", 0),
-            n_clusters_other=count("II", 0),
-        )
+        found = replace(found, n_clusters=found.n, n_clusters_other=found.n_other)
         statistic = "CS2 of K_I - CS2 of K_II, less each relation's mean"
-        return part(found, statistic, "within relations", threshold, why=why)
+        return part(
+            found,
+            statistic,
+            "within relations",
+            threshold,
+            why=why,
+        )
 
     def sizes(self):
         """This model and the next smaller one."""
@@ -229,34 +209,33 @@ class Case:
         facts, smaller = self.facts(), replace(self, model=self.before).facts()
         both = pd.concat({"larger": facts, "smaller": smaller}, names=["side"]).reset_index("side")
         both["second"] = second_class(both, "static")
-        found = self.apart(
+        static = self.apart(
             both,
             "second",
             "side",
             ("larger", "smaller"),
             share=True,
         )
+        otsu = difference_of_shares(facts, smaller, self.seed)
+        cs2 = self.apart(both, "cs2", "side", ("smaller", "larger"))
         name = paths.label(self.before)
-        shares = f"share of K_II less that of {name}"
-        yield part(found, shares, "more K_II", "static")
-        found = difference_of_shares(facts, smaller, self.seed)
-        yield part(found, shares, "more K_II", "otsu")
-        found = self.apart(both, "cs2", "side", ("smaller", "larger"))
-        yield part(found, f"CS2 of {name} less CS2", "lower CS")
+        yield part(static, f"share of K_II less that of {name}", "more K_II", "static")
+        yield part(otsu, f"share of K_II less that of {name}", "more K_II", "otsu")
+        yield part(cs2, f"CS2 of {name} less CS2", "lower CS")
 
     def predominance(self):
         """Whether a fact's wordings attend to one token."""
         facts, why = self.frame("attention_predominance"), ""
         if (facts["first"] == 1).all():
             why = "the first token always wins, so it tells how many wordings begin alike"
-        statistic = "mean predominance"
+        every, rest = (self.mean(facts, name) for name in ("predominance", "predominance_rest"))
         yield part(
-            self.mean(facts, "predominance"),
-            statistic,
+            every,
+            "mean predominance",
             "all tokens",
             why=why,
         )
-        yield part(self.mean(facts, "predominance_rest"), statistic, "without the first token")
+        yield part(rest, "mean predominance", "without the first token")
 
     def edits_compared(self, saved, column, kept, by, compared):
         """Edits saved under a name whose `column` ("class" or "neurons") is `kept`: for each
@@ -266,25 +245,31 @@ class Case:
         for op, (measure, *levels), threshold in product(PAPER_OP, compared, THRESHOLDS):
             own = edits[edits["op"] == op].rename(columns={f"class_{threshold}": "class"})
             own = own[(own[column] == kept) & own[by].isin(levels)]
-            why, statistic = "", "mean"
+            why = ""
             if not own["rel"].any():  # sets that do nothing are alike
                 why = "no edit changes its own query's answer (Rel is 0)"
             elif measure == "broken" and not own["broken"].any():
                 why = "no edit breaks a text"
-            if measure == "dppl":  # whose mean a few broken texts decide
-                statistic = "median"
             found = self.apart(
                 own,
                 measure,
                 by,
                 levels,
-                share=measure != "dppl",
+                share=True,
             )
             what, one, other = (_LISTED["names"][word] for word in (measure, *levels))
             told, name = f"{what} of {one} - of {other}", f"{PAPER_OP[op]}, {what}"
-            yield part(found, told, name, threshold, why=why, measure=statistic)
+            statistic = "median" if measure in MEDIANS else "mean"
+            yield part(
+                found,
+                told,
+                name,
+                threshold,
+                why=why,
+                measure=statistic,
+            )
 
-    def moved(self, saved) -> dict:
+    def moved(self, saved):
         """{name: rates} of what scaling KNs or synapses moves; by synapses signed as in the paper,
         and in size, since signs can cancel."""
         frame = self.frame(saved)
@@ -294,32 +279,18 @@ class Case:
         for name, quantity in QUANTITIES.items():
             signed = synapse_rates(frame, quantity)
             changes = signed[signed["direction"] != "average"].drop(columns="rate")
-            found[name] = signed
-            found[f"|{name}|"] = rates(changes, quantity, size=True)
+            found |= {name: signed, f"|{name}|": rates(changes, quantity, size=True)}
         return found
 
-    def gaps_compared(
-        self,
-        saved,
-        name,
-        statistic,
-        sets,
-        ways=("average",),
-        classes=("",),
-    ):
-        """Trimmed means of `query_gaps` of each of `sets`, {compared: (first, second)}, over the
-        facts of a class ("I", "II"), over all (""), or K_II's less K_I's ("II - I"); a part for the
-        queries that decide and one for those beside."""
+    def gaps_compared(self, saved, name, statistic, sets, ways=("average",), classes=("",)):
+        """Trimmed means of `query_gaps` of each of `sets`, {compared: (first, second)}, by
+        `class_gap`; a part for the queries that decide and one for those beside."""
         thresholds = THRESHOLDS if any(classes) else ("",)
         frames = self.moved(saved).items()
         for (moved, frame), (compared, pair), way in product(frames, sets.items(), ways):
             gaps = query_gaps(frame, *pair, way)
             for which, threshold, queries in product(classes, thresholds, COUNTED):
-                rows, label = POPULATIONS[queries](gaps), f"class_{threshold}"
-                if which == "II - I":
-                    found = self.apart(rows, "gap", label, ("II", "I"))
-                else:
-                    found = self.mean(rows[rows[label] == which] if which else rows, "gap")
+                found = class_gap(POPULATIONS[queries](gaps), which, threshold, self.seed)
                 words = dict(
                     moved=moved,
                     compared=compared,
@@ -327,25 +298,37 @@ class Case:
                     which=which,
                 )
                 told = statistic.format(**words), name.format(**words), threshold
-                yield part(found, *told, measure="trimmed", queries=queries)
+                yield part(
+                    found,
+                    *told,
+                    measure="trimmed",
+                    queries=queries,
+                )
 
 
 # --- the scoreboard -------------------------------------------------------------------------------
 
 
-def scoreboard(get, models, methods, downstream, *, notebook=None, t=0.2, static=0.1, seed=0):
+def scoreboard(get, models, methods, downstream, *, notebook=None, **options):
     """A row a claim, part, model, method and threshold.
 
     get(model, method, name): a saved frame, or raises `Missing`. `methods` localise (claims 1-3),
     `downstream` those of claims 4-13. models: smallest first, as claim 3 compares neighbours in
-    this order. notebook: only the claims that its results decide."""
+    this order. notebook: only the claims that its results decide. options: t, static and seed of a
+    `Case`."""
     rows = []
     for number, one in CLAIMS.items():
         if notebook not in (None, one.notebook):
             continue
         able = methods if one.notebook == paths.COMPARES else downstream
-        for method, (before, model) in product(able, zip([None, *models], models)):
-            case = Case(get, model, method, before, t, static, seed)
+        for method, (before, model) in product(able, pairwise([None, *models])):
+            case = Case(
+                get,
+                model,
+                method,
+                before,
+                **options,
+            )
             here = dict(
                 claim=number,
                 text=one.text,
@@ -360,12 +343,12 @@ def scoreboard(get, models, methods, downstream, *, notebook=None, t=0.2, static
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def deciding(board: pd.DataFrame):
+def deciding(board):
     """The parts that decide: not those over known queries, which stand beside."""
     return board[board["queries"] != COUNTED[1]]
 
 
-def overall(board: pd.DataFrame):
+def overall(board):
     """A row a claim, method and model: `mark`, one word of MARKS; `verdict`, the same with how many
     of its parts that could be tested hold; `known`: that of the parts over known queries, which
     decide nothing; "" where a claim has none."""
@@ -373,18 +356,12 @@ def overall(board: pd.DataFrame):
     for keys, parts in board.groupby(names, sort=False):
         first = deciding(parts)
         beside = parts.drop(first.index)
-        row = dict(
-            mark=_mark(first),
-            verdict=_together(first),
-            known="",
-        )
-        if len(beside):
-            row["known"] = _together(beside)
-        rows.append(dict(zip(names, keys)) | row)
-    return pd.DataFrame(rows)
+        known = _together(beside) if len(beside) else ""
+        rows.append((*keys, _mark(first), _together(first), known))
+    return pd.DataFrame(rows, columns=[*names, "mark", "verdict", "known"])
 
 
-def _mark(parts) -> str:
+def _mark(parts):
     """One word of MARKS for several parts of a claim."""
     verdicts = set(parts["verdict"]) - {OPEN}
     if not verdicts:
@@ -396,14 +373,14 @@ def _mark(parts) -> str:
     return MIXED if verdicts & {FAILS, OPPOSITE} else PARTLY
 
 
-def _together(parts) -> str:
+def _together(parts):
     """That word, and how many parts it rests on: "holds in part (2 of 4, 2 undecided)"."""
     counts, word = parts["verdict"].value_counts(), _mark(parts)
     tested = len(parts) - counts.get(OPEN, 0)
     if not tested:
         return f"{OPEN}: {parts['why'].iloc[0]}"
-    counted = word if word in (OPPOSITE, UNTOLD) else HOLDS
-    text = f"{counts.get(counted, 0)} of {tested}"
+    first = word if word in (OPPOSITE, UNTOLD) else HOLDS
+    text = f"{counts.get(first, 0)} of {tested}"
     others = {OPPOSITE: "the opposite", UNTOLD: "undecided", OPEN: "untestable"}
     for verdict, name in others.items():
         if verdict in counts and verdict != word:
@@ -411,16 +388,9 @@ def _together(parts) -> str:
     return f"{word} ({text})"
 
 
-def judge(
-    study,
-    notebook,
-    methods=None,
-    *,
-    t=0.2,
-    static=0.1,
-) -> HTML:
+def judge(study, notebook, methods=None, **thresholds):
     """The verdicts on the claims that a notebook's saved results decide, for its model, and folded
-    below their parts."""
+    below their parts. thresholds: t and static of a `Case`."""
 
     def get(model, method, name):
         try:
@@ -429,20 +399,17 @@ def judge(
             raise Missing(str(error)) from None
 
     methods = methods or [study.method]
-    options = dict(
-        notebook=notebook,
-        t=t,
-        static=static,
-        seed=study.seed,
+    options = dict(notebook=notebook, seed=study.seed, **thresholds)
+    board = scoreboard(
+        get,
+        [study.model],
+        methods,
+        methods,
+        **options,
     )
-    board = scoreboard(get, [study.model], methods, methods, **options)
     verdicts = shown(overall(board).drop(columns=["model", "mark"]))
-    parts = folded(
-        "Every part",
-        board.drop(columns=["text", "model"]),
-        digits=3,
-    )
-    return HTML(f"{verdicts.data}\n{parts.data}")
+    parts = folded("Every part", board.drop(columns=["text", "model"]), digits=3)
+    return HTML(f"{verdicts.data}\n{parts}")
 
 
 # --- the matrix -----------------------------------------------------------------------------------
@@ -451,37 +418,31 @@ def judge(
 _MATRIX = template(Path(__file__).with_name("claims.html"))
 
 
-def show_matrix(board: pd.DataFrame) -> HTML:
+def show_matrix(board):
     """A table with the claims as rows and models and methods as columns: a mark in each cell, on
     hover its verdict and the statistics behind it; its legend; and every part of every claim,
     folded. The colours stand in the table itself, so that a notebook shows them, too."""
-    cells, details = {}, {}
-    for place, parts in board.groupby(["claim", "model", "method"]):
-        cells[place] = _cell(deciding(parts))
+    places = deciding(board).groupby(["claim", "model", "method"])
+    cells = {place: _cell(parts) for place, parts in places}
+    details = {}
     for number, parts in board.groupby("claim", sort=False):
         title = f"({number}) {CLAIMS[number].text}"
-        details[number] = Markup(folded(title, parts.drop(columns=["claim", "text"])).data)
+        details[number] = folded(title, parts.drop(columns=["claim", "text"]))
     names = {name: board[name].unique() for name in ("model", "method")}
     return HTML(_MATRIX.render(claims=CLAIMS, cells=cells, details=details, **names))
 
 
-def _cell(parts) -> dict:
+def _cell(parts):
     """Of a claim's deciding parts for one model and method: the mark, how many of the parts that
     can be tested hold, and, a line each, what decides."""
     lines = [_together(parts)]
     for row in parts[parts["statistic"] != ""].to_dict("records"):
         what = " ".join(filter(None, [row["part"], row["threshold"], row["statistic"]]))
         told = format_value(row["value"], row["value_low"], row["value_high"])
-        lines.append(f"{what} {told} (n = {n_facts(row)})")
+        lines.append(f"{what} {told} (n = {counted(row, 'n_facts')})")
     return {
         "mark": MARKS[_mark(parts)],
         "held": (parts["verdict"] == HOLDS).sum(),
         "tested": (parts["verdict"] != OPEN).sum(),
         "hover": "\n".join(lines),
     }
-
-
-def n_facts(row) -> str:
-    """The facts of a row of the scoreboard, on both sides of a difference: "90 and 30"."""
-    sides = [row["n_facts"], row.get("n_facts_other")]
-    return " and ".join(f"{count:.0f}" for count in sides if not pd.isna(count))

@@ -49,13 +49,15 @@ COUNTED = ("all", "known")
 # --- units of work --------------------------------------------------------------------------------
 
 
-def units(
-    queries,
-    t=None,
-    *,
-    irrelevant=None,
-    other=None,
-) -> list[list[dict]]:
+def each_query(unit):
+    """(fact, i, {fact, relation, prompt_index}) of every query of a unit: the i-th of its fact."""
+    for fact in unit:
+        for i, index in enumerate(fact["prompt_index"]):
+            about = {"fact": fact["fact"], "relation": fact["relation"], "prompt_index": index}
+            yield fact, i, about
+
+
+def units(queries, t=None, *, irrelevant=None, other=None) -> list[list[dict]]:
     """The facts of a `queries` frame as one unit for the tasks of notebooks 04-06.
 
     A fact is a dict: fact, relation, object, and lists over its queries: prompts, prompt_index.
@@ -65,7 +67,7 @@ def units(
     other_relation: as many (layer, neuron) in each layer as the query has KNs, of one other
     fact."""
     queries = queries.reset_index(drop=True)
-    lists = pd.DataFrame({"prompts": queries["prompt"], "prompt_index": queries["prompt_index"]})
+    lists = queries[["prompt", "prompt_index"]].rename(columns={"prompt": "prompts"})
     if t is not None:
         sets = [sorted(one) for one in kn_sets(queries, t)]
         lists["layer"] = [[layer for layer, _ in one] for one in sets]
@@ -75,11 +77,9 @@ def units(
     if irrelevant is not None:
         drawn = [_irrelevant(queries, row, irrelevant) for row in queries.index]
         lists["irrelevant"] = pd.Series(drawn, dtype=object)  # as text, None would become NaN
-    facts = []
-    for _, group in queries.groupby("fact", sort=False):
-        about = group.iloc[0][["fact", "relation", "object"]].to_dict()
-        facts.append(about | lists.loc[group.index].to_dict("list"))
-    return [facts]
+    facts = queries.drop_duplicates("fact")[["fact", "relation", "object"]].to_dict("records")
+    groups = queries.groupby("fact").groups
+    return [[fact | lists.loc[groups[fact["fact"]]].to_dict("list") for fact in facts]]
 
 
 def _irrelevant(queries, row, seed):
@@ -97,7 +97,12 @@ def _other_facts_neurons(queries, sets, kind, seed):
     others, drawn = OtherFacts(queries, sets), []
     for fact, index, neurons in zip(queries["fact"], queries["prompt_index"], sets):
         rng = seeded(seed, fact, index, kind)
-        found = others.draw(neurons, fact, rng, same_relation=kind == "same_relation")
+        found = others.draw(
+            neurons,
+            fact,
+            rng,
+            same_relation=kind == "same_relation",
+        )
         drawn.append(sorted(found))
     return drawn
 
@@ -110,22 +115,17 @@ def beside_queries(frame, queries, t, static):
     (fact, prompt_index)."""
     facts = classified_facts(queries, t, static)
     facts = facts[["fact", "cs2", "class_static", "class_otsu"]]
-    columns = ["fact", "prompt_index", "subject", "object", "prompt", "known"]
-    about = queries[columns].merge(facts, on="fact", how="left")
+    keys = ["fact", "prompt_index"]
+    about = queries[[*keys, "subject", "object", "prompt", "known"]].merge(facts, how="left")
     return frame.merge(
         about,
-        on=["fact", "prompt_index"],
+        on=keys,
         how="left",
         validate="many_to_one",
     )
 
 
-def rates(
-    frame,
-    quantity="probability",
-    *,
-    size=False,
-):
+def rates(frame, quantity="probability", *, size=False):
     """Rows of `frame` with `rate`, the relative change of `quantity`, positive in the expected
     direction (section 3.1), and one more row, "average", for each pair of directions.
 
@@ -136,12 +136,10 @@ def rates(
     rate = sign * (frame[quantity] - before) / before.where(before != 0)
     frame = frame.assign(rate=rate.abs() if size else rate)
     keys = [name for name in ("fact", "prompt_index", "set", "renormalise") if name in frame]
-    pairs = frame.groupby(keys)["rate"]
-    missing = frame["rate"].isna().groupby([frame[key] for key in keys]).transform("any")
-    average = pairs.transform("mean").mask(missing)  # of both directions, or undefined
+    both = frame.groupby(keys)["rate"].transform("sum", min_count=2)  # NaN where one is undefined
+    averages = frame.assign(direction="average", rate=both / 2)
     enhanced = frame["direction"] == "enhance"
-    averages = frame[enhanced].assign(direction="average", rate=average[enhanced])
-    return pd.concat([frame, averages], ignore_index=True)
+    return pd.concat([frame, averages[enhanced]], ignore_index=True)
 
 
 def summary(
@@ -177,56 +175,49 @@ def summary(
     return pd.DataFrame(rows)
 
 
-def query_gaps(
-    frame,
-    first: str,
-    second=(),
-    direction="average",
-):
+def query_gaps(frame, first, second=(), direction="average"):
     """A row a query of `rates` rows of one direction: fact, relation, prompt_index, classes, known,
     and gap, the rate of set `first` less the mean rate of the sets `second`."""
     frame = frame[(frame["direction"] == direction) & frame["set"].isin([first, *second])]
     keys = ["fact", "prompt_index"]
     wide = frame.pivot(index=keys, columns="set", values="rate")
     wide = wide.reindex(columns=[first, *second])
-    gap = wide[first]
+    gap = wide.pop(first)
     if second:
-        gap = gap - wide[list(second)].mean(axis=1, skipna=False)
-    columns = ["fact", "relation", "prompt_index", "class_static", "class_otsu", "known"]
-    about = frame.drop_duplicates(keys)[columns]
+        gap = gap - wide.mean(axis=1, skipna=False)
+    columns = ["relation", "class_static", "class_otsu", "known"]
+    about = frame.drop_duplicates(keys)[[*keys, *columns]]
     return about.join(gap.rename("gap"), on=keys)
 
 
-def contrast(
-    frame,
-    first: str,
-    second,
-    seed=0,
-):
+def class_gap(gaps, which, threshold, seed=0) -> Estimate:
+    """Of rows of `query_gaps`: over the facts of a class ("I", "II"), over all (""), or K_II's less
+    K_I's ("II - I")."""
+    label = f"class_{threshold}"
+    if which == "II - I":
+        return bootstrap_difference(
+            gaps,
+            "gap",
+            label,
+            ("II", "I"),
+            seed=seed,
+        )
+    return bootstrap_mean(gaps[gaps[label] == which] if which else gaps, "gap", seed=seed)
+
+
+def contrast(frame, first, second, seed=0):
     """Statistics of `query_gaps` by threshold, queries counted and class, and of the difference of
     the classes, "II - I" (n queries and n_facts of II, n_other and n_facts_other of I). Queries
     where a rate is undefined are left out."""
     gaps, rows = query_gaps(frame, first, second), []
-    for threshold, queries in product(THRESHOLDS, COUNTED):
-        label, counted = f"class_{threshold}", POPULATIONS[queries](gaps)
-        found = {"II - I": bootstrap_difference(counted, "gap", label, ("II", "I"), seed=seed)}
-        for name in CLASSES:
-            found[name] = bootstrap_mean(
-                counted[counted[label] == name],
-                "gap",
-                seed=seed,
-            )
-        for name in (*CLASSES, "II - I"):
-            keys = {
-                "threshold": threshold,
-                "queries": queries,
-                "class": name,
-            }
-            rows.append(keys | all_statistics(found[name]))
+    for threshold, queries, which in product(THRESHOLDS, COUNTED, (*CLASSES, "II - I")):
+        found = class_gap(POPULATIONS[queries](gaps), which, threshold, seed)
+        keys = {"threshold": threshold, "queries": queries, "class": which}
+        rows.append(keys | all_statistics(found))
     return pd.DataFrame(rows)
 
 
-def all_statistics(estimate: Estimate) -> dict:
+def all_statistics(estimate: Estimate):
     """Mean, median and 10 % trimmed mean as columns, each with its 95 % interval; n values of
     n_facts facts, of both sides of a difference."""
     means = estimate.row("mean") | estimate.row("median") | estimate.row("trimmed")
@@ -282,17 +273,18 @@ def top_tokens(winners):
     parts = {}
     for counted, end in (("all tokens", ""), ("without the first", "_rest")):
         tokens = winners[f"token{end}"].map(repr).rename("token")
-        groups = winners[f"share{end}"].groupby(tokens)
-        found = groups.agg(queries="size", share_of_queries="size", attention="mean")
+        shares = winners[f"share{end}"].groupby(tokens)
+        found = shares.agg(queries="size", share_of_queries="size", attention="mean")
         found["share_of_queries"] /= len(winners)
-        parts[counted] = found.sort_values(["queries", "token"], ascending=[False, True]).head(8)
+        found = found.sort_values("queries", ascending=False, kind="stable")  # else by the token
+        parts[counted] = found.head(8)
     return pd.concat(parts, names=["counted"]).reset_index()
 
 
 # --- synapses (Eq. 5, 6) --------------------------------------------------------------------------
 
 
-def reach(queries_kns: list[set], found) -> float:
+def reach(queries_kns: list[set], found):
     """Share of the pairs of a synapse and a KN in which the synapse can move the KN: attention
     reaches the MLPs of its own layer and of later ones. by_layer of `found`: synapses a layer."""
     synapses = np.sum(found["by_layer"].tolist(), axis=0)  # (L,)
@@ -305,18 +297,16 @@ def synapse_counts(found, seed=0):
     intervals. `_rest`: without column 0. mean depth: of a query's synapses (0 the first layer, 1
     the last)."""
     names = "n_self n_self_rest n_irrelevant n_irrelevant_rest jaccard jaccard_rest".split()
-    frame = found[["fact", "relation", *names]].astype(dict.fromkeys(names, float))
+    frame = found[["fact", "relation", *names]].copy()
     frame["share in column 0"] = 1 - frame["n_self_rest"] / frame["n_self"]  # NaN where 0 of 0
     frame["mean depth"] = found["by_layer"].map(_mean_depth)
-    frame["no synapse"] = (frame["n_self"] == 0).astype(float)
-    frame["no synapse_rest"] = (frame["n_self_rest"] == 0).astype(float)
-    rows = []
-    for name in frame.columns[2:]:
-        rows.append({"quantity": name} | bootstrap_mean(frame, name, seed=seed).row("mean"))
-    return pd.DataFrame(rows)
+    frame["no synapse"] = frame["n_self"] == 0
+    frame["no synapse_rest"] = frame["n_self_rest"] == 0
+    means = {name: bootstrap_mean(frame, name, seed=seed).row() for name in frame.columns[2:]}
+    return pd.DataFrame.from_dict(means, "index").rename_axis("quantity").reset_index()
 
 
-def _mean_depth(counts) -> float:
+def _mean_depth(counts):
     """Of synapses counted by layer."""
     depths = np.linspace(0, 1, len(counts))
     return np.average(depths, weights=counts) if sum(counts) else np.nan

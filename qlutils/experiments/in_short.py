@@ -6,10 +6,9 @@ sentences are true of any model; what is missing, undefined or rests on too few 
 told". They are about the first method by which neurons were changed; the claims' matrix has all.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from qlutils.experiments.claims import (
     UNTOLD,
     Case,
     deciding,
-    n_facts,
     overall,
     synapse_rates,
 )
@@ -36,7 +34,7 @@ from qlutils.experiments.effects import query_gaps
 from qlutils.experiments.report import NOTEBOOKS, SavedResults
 from qlutils.show.page import template
 from qlutils.show.stats import LEAST
-from qlutils.show.tables import format_value
+from qlutils.show.tables import counted, format_value
 from qlutils.study.results import Missing
 
 EDITED = {  # {(neurons, control): whose value vectors were edited}
@@ -46,7 +44,10 @@ EDITED = {  # {(neurons, control): whose value vectors were edited}
 }
 
 
-@dataclass
+count = partial(format_value, digits=0)  # a mean number of neurons
+
+
+@dataclass(kw_only=True)
 class Reading(Case):
     """A model and method of the report: `board`, its rows of the scoreboard."""
 
@@ -54,35 +55,40 @@ class Reading(Case):
     board: pd.DataFrame
 
     # -- statistics in words -----------------------------------------------------------------------
-    def told(self, row, words) -> str:
+    def told(self, row, words):
         """`words` of a value and its interval, with n facts where they are not all of the run."""
-        bounds = row["value"], row["value_low"], row["value_high"]
-        text = UNTOLD if np.isnan(row["value_low"]) else words(*bounds)
-        n, every = n_facts(row), self.frame("queries")["fact"].nunique()
+        value, low, high = row["value"], row["value_low"], row["value_high"]
+        text = UNTOLD if np.isnan(low) else words(value, low, high)
+        n, every = counted(row, "n_facts"), self.frame("queries")["fact"].nunique()
         return text if n in (f"{every}", f"{every} and {every}") else f"{text} (n = {n})"
 
-    def say(self, found, words, measure="mean") -> str:
+    def say(self, found, words, measure="mean"):
         """The same of an estimate."""
         return self.told(found.row(measure, "value") | found.facts(), words)
 
-    def value(self, frame, column) -> str:
+    def value(self, frame, column):
         return self.say(self.mean(frame, column), format_value)
 
-    def percent(self, frame, column, measure="mean") -> str:
+    def percent(self, frame, column, measure="mean"):
         found = self.mean(frame, column, share=measure == "mean")
         return self.say(found, percent, measure)
 
-    def share(self, facts, threshold, among=None) -> str:
+    def share(self, facts, threshold, among=None):
         """The share of K_II."""
-        found = share_of_class(facts, threshold, seed=self.seed, among=among)
+        found = share_of_class(
+            facts,
+            threshold,
+            seed=self.seed,
+            among=among,
+        )
         return self.say(found, percent)
 
-    def gap(self, frame, one, other, way="average") -> str:
+    def gap(self, frame, one, other, way="average"):
         """How much more a set moves P(answer) than another."""
         found = self.mean(query_gaps(frame, one, [other], way), "gap")
         return self.say(found, more, "trimmed")
 
-    def change(self, frame, name, way) -> str:
+    def change(self, frame, name, way):
         """By how much a set changes P(answer): up is the direction expected of enhancing."""
         gaps = query_gaps(frame, name, direction=way)
         if way == "suppress":
@@ -91,51 +97,34 @@ class Reading(Case):
 
     # -- what they are about -----------------------------------------------------------------------
     def facts(self, t=None):
-        return classified_facts(
-            self.frame("queries"),
-            t or self.t,
-            self.static,
-        )
+        return classified_facts(self.frame("queries"), t or self.t, self.static)
 
-    def data(self, path) -> str:
+    def data(self, path):
         folder = Path(path)
         return folder.parent.name if folder.name == "data" else folder.name
 
-    def ran(self, number) -> list:
+    def ran(self, number):
         """The methods for which a notebook was run with the model."""
-        entries, _ = self.saved.read_all(number, lambda *pair: self.saved.entry(number, *pair))
+        entries, _ = self.saved.read_all(number, partial(self.saved.entry, number))
         return [method for model, method in entries if model == self.model]
 
-    def inside(self) -> float:
+    def inside(self):
         """In which share of the facts the answer stands in the subject."""
         facts = self.frame("queries").drop_duplicates("fact")
-        pairs = zip(facts["object"].str.casefold(), facts["subject"].str.casefold())
-        return np.mean([answer in subject for answer, subject in pairs])
+        pairs = zip(facts["object"], facts["subject"])
+        return np.mean([answer.casefold() in subject.casefold() for answer, subject in pairs])
 
-    def groups(self) -> dict:
+    def groups(self):
         """{kind of NULLS: CS2}"""
-        groups = null_consistency(
-            self.frame("queries"),
-            t=self.t,
-            seed=self.seed,
-        )
+        groups = null_consistency(self.frame("queries"), t=self.t, seed=self.seed)
         return {kind: self.value(groups[groups["kind"] == kind], "cs2") for kind in NULLS}
 
-    def noise(self, facts) -> str:
+    def noise(self, facts):
         """How much of noise Otsu's threshold makes K_II."""
         found = otsu_null(facts, seed=self.seed)
         if np.isnan(found["R_II"]):
             return UNTOLD
         return f"{hundred(found['R_II_low'])} % to {hundred(found['R_II_high'])} %"
-
-    def relations(self, facts) -> str:
-        """CS2 with relations resampled in place of facts."""
-        return self.value(facts.assign(fact=facts["relation"], relation=""), "cs2")
-
-    def answered(self) -> str:
-        """CS2 of answered wordings against that of others of the same facts."""
-        thirds = answered_and_not(self.frame("queries"), self.t, self.seed)
-        return self.say(self.apart(thirds, "cs2", "known", (True, False)), more)
 
     def three(self, facts):
         """With `three`: whether a fact is in K_II by three of its wordings."""
@@ -160,10 +149,10 @@ class Reading(Case):
                 name = f"{PAPER_OP[op].capitalize()} of {whose}"
                 yield name, count(part["n_neurons"].mean()), part
 
-    def marks(self) -> dict:
+    def marks(self):
         """{mark: claims}"""
-        marks = overall(self.board).set_index("claim")["mark"]
-        return {mark: list(marks.index[marks == mark]) for mark in MARKS if mark in set(marks)}
+        claims = overall(self.board).groupby("mark")["claim"].agg(list)
+        return {mark: claims[mark] for mark in MARKS if mark in claims}
 
     def more_facts(self) -> tuple[dict, list]:
         """Claims of which nothing can be told: {claim: facts that would tell}, and others."""
@@ -178,18 +167,18 @@ class Reading(Case):
         return needs, never
 
 
-def percent(value, low, high) -> str:
+def percent(value, low, high):
     """A share and its interval: "31 % [25, 38]"."""
     return f"{hundred(value)} % [{hundred(low)}, {hundred(high)}]"
 
 
-def hundred(share) -> str:
+def hundred(share):
     """A share in percent, below one with a decimal."""
     text = f"{100 * share:.{1 if abs(share) < 0.0095 else 0}f}"
     return text if float(text) else "0"
 
 
-def more(value, low, high) -> str:
+def more(value, low, high):
     """A difference: "0.31 [0.25, 0.38] more"."""
     if low <= 0 <= high:
         return f"{UNTOLD} ({format_value(value, low, high)})"
@@ -198,12 +187,7 @@ def more(value, low, high) -> str:
     return f"{format_value(-value, -high, -low)} less"
 
 
-def count(number) -> str:
-    """A mean number of neurons."""
-    return format_value(number, digits=0)
-
-
-def times_the_facts(claim, row) -> float:
+def times_the_facts(claim, row):
     """By how much the facts must be multiplied to tell a part of a claim, if its value stays: an
     interval narrows with the root of n, and each side needs `stats.LEAST` facts. Infinite where
     more facts would not do."""
@@ -221,6 +205,7 @@ def times_the_facts(claim, row) -> float:
 _PAGE = template(Path(__file__).with_name("in_short.html"))
 _TEXT = Path(__file__).with_name("in_short.jinja").read_text("utf-8")
 _NAMES = dict(
+    answered_and_not=answered_and_not,
     count=count,
     hundred=hundred,
     more=more,
@@ -231,16 +216,9 @@ _NAMES = dict(
 TOPICS = dict(re.findall(r"(?ms)^## (.*?)\n(.*?)(?=^##|\Z)", _TEXT))
 
 
-def in_short(
-    saved,
-    board,
-    *,
-    t=0.2,
-    static=0.1,
-    seed=0,
-):
+def in_short(saved, board, **options):
     """topic, model, sentence: a row a sentence, ten topics of each model of which anything was
-    run."""
+    run. options: t, static and seed of a `Case`."""
     method, rows = (saved.downstream or saved.methods)[0], []
     board = board[board["method"] == method]
     ran = set(board.loc[board["statistic"] != "", "model"])
@@ -252,12 +230,9 @@ def in_short(
             saved.frame,
             model,
             method,
-            None,
-            t,
-            static,
-            seed,
-            saved,
-            own,
+            saved=saved,
+            board=own,
+            **options,
         )
         told = "\n\n".join(_told(part, one) for part in text.split("---"))
         for sentence in filter(str.strip, re.split(r"\n\s*\n", told)):
@@ -265,14 +240,14 @@ def in_short(
     return pd.DataFrame(rows)
 
 
-def _told(text, one) -> str:
+def _told(text, one):
     try:
         return jinja2.Template(text, trim_blocks=True).render(one=one, **_NAMES)
     except Missing as missing:
         return f"{UNTOLD.capitalize()}: {missing}."
 
 
-def show(table: pd.DataFrame) -> HTML:
+def show(table):
     """The sentences as a list of topics, of several models each in a paragraph of its own."""
     several = table["model"].nunique() > 1
     return HTML(_PAGE.render(rows=table.to_dict("records"), several=several))

@@ -20,7 +20,7 @@ from qlutils.change.synapses import (
     run_rows,
     scale_synapses,
 )
-from qlutils.experiments.effects import rates, summary
+from qlutils.experiments.effects import each_query, rates, summary
 from qlutils.experiments.localize import dense_maps
 from qlutils.facts import prompt_tokens, seeded
 from qlutils.show.stats import bootstrap_difference
@@ -64,9 +64,8 @@ def scale_synapse_columns(
     synapses = _synapses(lm, unit, alpha, score)
     factors = {"suppress": suppress, "enhance": enhance}
     rows = []
-    for fact in unit:
-        for i in range(len(fact["prompts"])):
-            rows += _changes(lm, fact, i, synapses, factors, renormalise, seed)
+    for query in each_query(unit):
+        rows += _changes(lm, *query, synapses, factors, renormalise, seed)
     frame = pd.DataFrame(rows)
     found = run_rows(lm, frame.pop("row").tolist())
     for name, values in zip(QUANTITIES, found.T):
@@ -101,35 +100,35 @@ def _synapses(lm, unit, alpha, score):
     return found
 
 
-def _changes(lm, fact, i, synapses, factors, renormalise, seed):
+def _changes(lm, fact, i, about, synapses, factors, renormalise, seed):
     """A dict a change of query `i` of a fact, none first: what names it, and the row with it."""
     prompt = fact["prompts"][i]
-    query = {
-        "fact": fact["fact"],
-        "relation": fact["relation"],
-        "prompt_index": fact["prompt_index"][i],
-    }
     kns = tuple(zip(fact["layer"][i], fact["neuron"][i]))
     clean = Row(*lm.encode(prompt, fact["object"]), neurons=kns)
     own = synapses[prompt]
     other = _fit(synapses.get(fact["irrelevant"][i]), own)
     first = first_tokens(lm)
     none = {"set": "none", "renormalise": False, "direction": "none", "row": clean}
-    yield query | none | _where(own, other, first)
-    rng = seeded(seed, query["fact"], query["prompt_index"])
+    yield about | none | _where(own, other, first)
+    rng = seeded(seed, fact["fact"], about["prompt_index"])
     sets = synapse_sets(own, other, rng, first)
     for name, divide, direction in product(sets, (False, True), factors):
+        if divide and not (renormalise and name in RENORMALISED):
+            continue
         columns = sets[name]
-        row = replace(clean, columns=columns, factor=factors[direction], renormalise=divide)
-        what = {
+        row = replace(
+            clean,
+            columns=columns,
+            factor=factors[direction],
+            renormalise=divide,
+        )
+        yield about | {
             "set": name,
             "renormalise": divide,
             "direction": direction,
             "size": int(columns.sum()),
             "row": row if columns.any() else clean,
         }
-        if not divide or (renormalise and name in RENORMALISED):
-            yield query | what
 
 
 def synapse_sets(own, other, rng, first=1):
@@ -141,17 +140,13 @@ def synapse_sets(own, other, rng, first=1):
     rest = np.arange(own.shape[-1]) >= first
     order = rng.random(own.shape) + own  # columns of S come last
     random = order.argsort(-1).argsort(-1) < own.sum(-1, keepdims=True)
-    if other is None:
-        return {"self": own, "self_without_first": own & rest, "random": random}
-    return {
-        "self": own,
-        "irrelevant": other,
-        "self_without_first": own & rest,
-        "irrelevant_without_first": other & rest,
-        "self_only": own & ~other,
-        "irrelevant_only": other & ~own,
-        "random": random,
-    }
+    sets = {"self": own, "self_without_first": own & rest, "random": random}
+    if other is not None:
+        sets["irrelevant"] = other
+        sets["irrelevant_without_first"] = other & rest
+        sets["self_only"] = own & ~other
+        sets["irrelevant_only"] = other & ~own
+    return {name: sets[name] for name in SETS if name in sets}
 
 
 def _fit(columns, own):
@@ -172,15 +167,15 @@ def _where(own, other, first):
         "by_column": own.sum((0, 1)),
     }
     for name, start in (("", 0), ("_rest", first)):
-        mine = own[..., start:]
-        row[f"n_self{name}"] = mine.sum()
-        row[f"n_irrelevant{name}"] = np.nan
-        row[f"jaccard{name}"] = np.nan
+        mine, size, jaccard = own[..., start:], np.nan, np.nan
         if other is not None:
             theirs = other[..., start:]
             union = (mine | theirs).sum()
-            row[f"n_irrelevant{name}"] = float(theirs.sum())
-            row[f"jaccard{name}"] = (mine & theirs).sum() / union if union else np.nan
+            size = float(theirs.sum())
+            jaccard = (mine & theirs).sum() / union if union else np.nan
+        row[f"n_self{name}"] = mine.sum()
+        row[f"n_irrelevant{name}"] = size
+        row[f"jaccard{name}"] = jaccard
     return row
 
 
@@ -205,29 +200,31 @@ def scaled_maps(
     context included."""
     out = []
     for one in maps:
-        found = find_synapses(lm, one["prompt"], alpha, score=score)
-        row = {
-            "fact": one["fact"],
-            "prompt": one["prompt"],
-            "unmodified": one,
-        }
-        factors = {"suppressed": suppress, "enhanced": enhance}
-        for name, factor in factors.items():
+        found = find_synapses(
+            lm,
+            one["prompt"],
+            alpha,
+            score=score,
+        )
+        row = {"fact": one["fact"], "prompt": one["prompt"], "unmodified": one}
+        for name, factor in (("suppressed", suppress), ("enhanced", enhance)):
             with scale_synapses(lm, found, factor):
-                [row[name]] = dense_maps(lm, [one["prompt"]], [one["answer"]], **spec)
+                [row[name]] = dense_maps(
+                    lm,
+                    [one["prompt"]],
+                    [one["answer"]],
+                    **spec,
+                )
         out.append(row)
     return out
 
 
 def largest_attributions(maps):
     """The largest attribution of each query of `scaled_maps`, by condition."""
-    rows = []
-    for one in maps:
-        row = {"prompt": one["prompt"]}
-        for name in ("unmodified", "suppressed", "enhanced"):
-            row[name] = one[name]["attribution"].max()
-        rows.append(row)
-    return pd.DataFrame(rows)
+    tops = pd.DataFrame({"prompt": [one["prompt"] for one in maps]})
+    for name in ("unmodified", "suppressed", "enhanced"):
+        tops[name] = [one[name]["attribution"].max() for one in maps]
+    return tops
 
 
 def direction_gaps(moved, seed=0):
@@ -237,14 +234,15 @@ def direction_gaps(moved, seed=0):
     for name, direction in product(moved, ("suppress", "enhance")):
         part = moved[name].query("direction == @direction")
         own = part.query("set == 'self'")["rate"].dropna()
-        gap = bootstrap_difference(part, "rate", "set", ("self", "irrelevant"), seed=seed)
-        row = {
-            "quantity": name,
-            "direction": direction,
-            "median": own.median(),
-            "unmoved": (own == 0).mean(),
-        }
-        rows.append(row | gap.row("trimmed"))
+        gap = bootstrap_difference(
+            part,
+            "rate",
+            "set",
+            ("self", "irrelevant"),
+            seed=seed,
+        )
+        row = {"quantity": name, "direction": direction, "median": own.median()}
+        rows.append(row | {"unmoved": (own == 0).mean()} | gap.row("trimmed"))
     return pd.DataFrame(rows)
 
 
@@ -262,7 +260,7 @@ def control_summary(scaled, seed=0):
     tables = []
     for name, sets, divided in wanted:
         frame = scaled[scaled["renormalise"] == divided]
-        if len(frame):
+        if len(frame):  # notebook 06 need not renormalise
             table = summary(rates(frame, name), sets, **shown)
             tables.append(table.assign(quantity=name, renormalise=divided))
     return pd.concat(tables, ignore_index=True)

@@ -6,7 +6,7 @@ from itertools import product
 import pandas as pd
 
 from qlutils.change.scaling import scaled_answer_probabilities
-from qlutils.experiments.effects import NEIGHBOURS, OTHER_FACTS
+from qlutils.experiments.effects import NEIGHBOURS, OTHER_FACTS, each_query
 from qlutils.experiments.localize import activations
 from qlutils.facts import prompt_tokens, seeded
 from qlutils.neurons.others import active_neurons, random_neurons
@@ -22,29 +22,19 @@ def scale_kns(lm, unit, *, suppress=0.0, enhance=2.0, answer="all", seed=0):
     A row a query, set (of `sets_of_query`) and direction: fact, relation, prompt_index, set,
     direction, size of the set, probability, probability_before. An empty set changes nothing. All
     sets of all queries are rows of one batch, see `scaled_answer_probabilities`."""
-    queries = []
-    for fact in unit:
-        for i, prompt in enumerate(fact["prompts"]):
-            queries.append((fact, i, lm.encode(prompt, fact["object"])))
-    active = activations(lm, [prompt for _, _, (prompt, _) in queries])
+    queries = list(each_query(unit))
+    encoded = [lm.encode(fact["prompts"][i], fact["object"]) for fact, i, _ in queries]
+    active = activations(lm, [prompt for prompt, _ in encoded])
     factors = {"suppress": suppress, "enhance": enhance}
     rows = []
     trials = []
-    for (fact, i, query), vectors in zip(queries, active):
+    for (fact, i, about), ids, vectors in zip(queries, encoded, active):
         sets = sets_of_query(fact, i, vectors, seed)
         changes = product(sets, factors)
         for name, direction in (("none", "none"), *changes):
             neurons = sets.get(name, ())
-            row = {
-                "fact": fact["fact"],
-                "relation": fact["relation"],
-                "prompt_index": fact["prompt_index"][i],
-                "set": name,
-                "direction": direction,
-                "size": len(neurons),
-            }
-            rows.append(row)
-            trials.append((*query, neurons, factors.get(direction, 1.0)))
+            rows.append(about | {"set": name, "direction": direction, "size": len(neurons)})
+            trials.append((*ids, neurons, factors.get(direction, 1.0)))
     frame = pd.DataFrame(rows)
     frame["probability"] = scaled_answer_probabilities(lm, trials, answer=answer)
     same = frame.groupby(["fact", "prompt_index"])["probability"]

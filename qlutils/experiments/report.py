@@ -5,12 +5,10 @@ Reads saved results only; nothing here imports torch. Whatever a run did not mak
 error.
 """
 
-from __future__ import annotations
-
 import html
 import shutil
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -70,7 +68,7 @@ class SavedResults:
         new units."""
         return self.study.beside(model, method=method)
 
-    def entry(self, number, model, method=None) -> dict:
+    def entry(self, number, model, method=None):
         """The record of a notebook; `Missing` where it was not run, or on other facts, model or
         settings."""
         study = self.of(model, method)
@@ -103,7 +101,10 @@ class SavedResults:
             raise Missing(f"notebook {number} wrote no {name}")
         return path
 
-    def methods_of(self, number) -> list:
+    def read_table(self, number, stem, model, method=None):
+        return pd.read_csv(self.file(number, f"{stem}.csv", model, method))
+
+    def methods_of(self, number):
         return {"01": self.methods, paths.COMPARES: [None]}.get(number, self.downstream)
 
     def read_all(self, number, read) -> tuple[dict, list[str]]:
@@ -120,22 +121,18 @@ class SavedResults:
     def table(self, number, stem) -> tuple[pd.DataFrame, list[str]]:
         """A notebook's table of all models (and methods, if several) under one another, and what is
         missing."""
-
-        def read(model, method):
-            return pd.read_csv(self.file(number, f"{stem}.csv", model, method))
-
-        found, missing = self.read_all(number, read)
+        found, missing = self.read_all(number, partial(self.read_table, number, stem))
         return together(found, len(self.methods_of(number)) > 1), missing
 
     def frames(self, name) -> tuple[dict, list[str]]:
         """{(model, method): a saved frame of FRAMES}, and what is missing."""
-        return self.read_all(FRAMES[name], lambda *pair: self.frame(*pair, name))
+        return self.read_all(FRAMES[name], partial(self.frame, name=name))
 
-    def label(self, model, method) -> str:
+    def label(self, model, method):
         return _name(model, method if len(self.downstream) > 1 else None)
 
 
-def _name(model, method) -> str:
+def _name(model, method):
     """A model and method in words; the method may be None."""
     return " ".join(filter(None, [paths.label(model), method]))
 
@@ -152,7 +149,7 @@ def together(found: dict, methods=True):
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def inventory(saved: SavedResults):
+def inventory(saved):
     """The paper's 13 experimental settings for every model: number, section, setting, shown in,
     notebook, file, model, status. The paper counts them (times 3 models: 39) without listing them;
     `paper_values.json` has our list."""
@@ -162,28 +159,29 @@ def inventory(saved: SavedResults):
         for model, method in product(saved.models, saved.methods_of(notebook)):
             status = "present"
             try:
-                table = pd.read_csv(saved.file(notebook, f"{stem}.csv", model, method))
+                table = saved.read_table(notebook, stem, model, method)
                 for column, value in keys.items():
                     if value not in set(table[column]):
                         status = f"missing: {stem} has no {value}"
             except Missing as error:
                 status = f"missing: {error}"
-            row = {
-                "setting": number,
-                "section": section,
-                "what": what,
-                "shown in": where,
-                "notebook": NOTEBOOKS[notebook],
-                "model": paths.label(model),
-                "method": method or keys.get("method", ""),
-                "file": f"{paths.slug(model)}/{method or 'all'}/{stem}.csv",
-                "status": status,
-            }
-            rows.append(row)
+            rows.append(
+                {
+                    "setting": number,
+                    "section": section,
+                    "what": what,
+                    "shown in": where,
+                    "notebook": NOTEBOOKS[notebook],
+                    "model": paths.label(model),
+                    "method": method or keys.get("method", ""),
+                    "file": f"{paths.slug(model)}/{method or 'all'}/{stem}.csv",
+                    "status": status,
+                }
+            )
     return pd.DataFrame(rows)
 
 
-def work(saved: SavedResults):
+def work(saved):
     """Every notebook that was run: model, method, data, facts, device, dtype, seconds, units of
     work, when and how."""
     rows = []
@@ -200,24 +198,20 @@ def work(saved: SavedResults):
                 }
                 for counts in entry.get("known_facts", {}).values():
                     row["scanned"] = counts["scanned"]
-                for name in ("device", "dtype"):
-                    row[name] = entry["model"].get(name, "–")
+                row["device"] = entry["model"].get("device", "–")
+                row["dtype"] = entry["model"].get("dtype", "–")
                 row["seconds"] = entry["seconds"]
                 for name in ("units", "computed"):
                     row[name] = sum(done[name] for done in entry["work"].values())
-                rows.append(row | {"finished": entry["finished"]})
+                row["finished"] = entry["finished"]
+                rows.append(row)
     return pd.DataFrame(rows)
 
 
 # --- controls -------------------------------------------------------------------------------------
 
 
-def null_groups(
-    saved: SavedResults,
-    t=0.2,
-    seed=0,
-    load_models=True,
-):
+def null_groups(saved, t=0.2, seed=0, load_models=True):
     """Control 1 of every model and method. Without `load_models`, a layer is taken to have as many
     neurons as the largest index among the KNs says."""
     found, _ = saved.frames("queries")
@@ -229,11 +223,7 @@ def null_groups(
     return together(found).replace({"kind": names})
 
 
-def query_outcomes(
-    saved: SavedResults,
-    model,
-    method,
-) -> dict[str, pd.DataFrame]:
+def query_outcomes(saved, model, method) -> dict[str, pd.DataFrame]:
     """{name: frame with fact, prompt_index, value}: what was measured a query beside CS2, as far as
     it was run. Gen has a row a known neighbour of the query that was `edited`."""
     found = {}
@@ -245,8 +235,7 @@ def query_outcomes(
             own = edits[made & (edits["op"] == op)]
             found[f"Gen of a local {name}"] = _reached(own, queries)
         gaps = query_gaps(saved.frame(model, method, "query_kn_mapping"), "self")
-        gaps = gaps.rename(columns={"gap": "value"})
-        found["dProb of own KNs"] = gaps[["fact", "prompt_index", "value"]]
+        found["dProb of own KNs"] = gaps.rename(columns={"gap": "value"})
     return found
 
 
@@ -263,24 +252,23 @@ def _reached(edits, queries):
     return each[each["edited"] != each["prompt_index"]].astype({"value": float})
 
 
-def other_neurons(saved: SavedResults, seed=0) -> tuple[pd.DataFrame, list[str]]:
+def other_neurons(saved, seed=0) -> tuple[pd.DataFrame, list[str]]:
     """Trimmed mean dProb (both directions averaged) of every set that notebook 04 scales, by
     class; all queries."""
     found, missing = saved.frames("query_kn_mapping")
+    few = dict(directions=("average",), populations=("all",), seed=seed)
     for pair, frame in found.items():
-        sets, parts = frame["set"].unique(), []
-        table = summary(
-            frame,
-            sets,
-            directions=("average",),
-            populations=("all",),
-            seed=seed,
-        )
+        table, parts = summary(frame, frame["set"].unique(), **few), []
         for (threshold, name), part in table.groupby(["threshold", "class"], sort=False):
             label = f"K_{name}, {threshold}"
-            own = part.set_index("set")[["trimmed", "trimmed_low", "trimmed_high", "n", "n_facts"]]
-            own.columns = [label, f"{label}_low", f"{label}_high", f"n_{label}", f"n_facts_{label}"]
-            parts.append(own)
+            names = {
+                "trimmed": label,
+                "trimmed_low": f"{label}_low",
+                "trimmed_high": f"{label}_high",
+                "n": f"n_{label}",
+                "n_facts": f"n_facts_{label}",
+            }
+            parts.append(part.set_index("set")[list(names)].rename(columns=names))
         found[pair] = pd.concat(parts, axis=1).reset_index()
     return together(found), missing
 
@@ -288,22 +276,20 @@ def other_neurons(saved: SavedResults, seed=0) -> tuple[pd.DataFrame, list[str]]
 # --- showing --------------------------------------------------------------------------------------
 
 
-def write_and_show(
-    study,
-    frame,
-    stem,
-    caption,
-    missing=(),
-    digits=2,
-) -> HTML:
+def write_and_show(study, frame, stem, caption, missing=(), digits=2):
     """Write a table of the report, unless there is nothing in it, and show it with what is
     missing."""
     if len(frame):
-        study.table(frame, stem, caption, digits=digits)
+        study.table(
+            frame,
+            stem,
+            caption,
+            digits=digits,
+        )
     return shown(frame, missing, digits=digits)
 
 
-def show_edits(frame: pd.DataFrame, missing=()) -> HTML:
+def show_edits(frame, missing=()):
     """Table 2 or 3 by the static threshold and by Otsu's, without the controls, and folded below
     every row and column."""
     parts = []
@@ -312,73 +298,81 @@ def show_edits(frame: pd.DataFrame, missing=()) -> HTML:
         own = own[~own["neurons"].str.contains("(", regex=False)]
         own = own.drop(columns=["threshold", "n_empty", "dppl_mean"])
         parts.append(shown(own, caption=f"{threshold.title()} threshold").data)
-    parts.append(folded("Every row, with random neurons as a control", frame).data)
+    parts.append(folded("Every row, with random neurons as a control", frame))
     return HTML("\n".join([*parts, missing_html(missing)]))
 
 
-def misprints(table, models) -> HTML:
+def misprints(table, models):
     """What is known about misprints in a table of the paper, where its values stand beside ours."""
     found = dict.fromkeys(note for model in models for note in paper_notes(table, model))
     items = "".join(f"<li>{html.escape(note)}</li>" for note in found)
     return HTML(f"<ul>{items}</ul>" if found else "")
 
 
-def show_pictures(saved: SavedResults, number, stem) -> None:
+def show_pictures(saved, number, stem):
     """The PNGs of a figure of every model under one another, each named, and what is missing."""
-    found, missing = saved.read_all(number, lambda *pair: saved.file(number, f"{stem}.png", *pair))
+    found, missing = saved.read_all(number, partial(saved.file, number, f"{stem}.png"))
     for pair, path in found.items():
         name = HTML(f"<p><b>{html.escape(_name(*pair))}</b></p>")
         display(name, Image(data=path.read_bytes(), width=900))
     display(HTML(missing_html(missing)))
 
 
-def show_figure_4(
-    saved: SavedResults,
-    stem,
-    threshold="static",
-    seed=0,
-) -> HTML:
+def show_figure_4(saved, stem, threshold="static", seed=0):
     """ΔProb of a query's own and its neighbours' KNs and of random neurons (trimmed mean), a row
     of panels a direction, a column a model; all queries, and beside them the known ones."""
     found, missing = saved.frames("query_kn_mapping")
     tables = []
     for pair, frame in found.items():
-        table = summary(frame, FIGURE_4_DRAWN, thresholds=(threshold,), seed=seed)
+        table = summary(
+            frame,
+            FIGURE_4_DRAWN,
+            thresholds=(threshold,),
+            seed=seed,
+        )
         tables.append(table.assign(model=saved.label(*pair)))
     panels = dict(row="direction", control="as many random neurons")
-    return _show_bars(saved.study, stem, tables, missing, panels)
+    return _show_bars(
+        saved.study,
+        stem,
+        tables,
+        missing,
+        **panels,
+    )
 
 
-def show_figure_6(
-    saved: SavedResults,
-    stem,
-    threshold="static",
-    seed=0,
-) -> HTML:
+def show_figure_6(saved, stem, threshold="static", seed=0):
     """ΔValue and ΔProb of scaling a query's own synapses S and, hollow, those of an irrelevant
     query, by direction, else as Figure 4."""
     found, missing = saved.frames("knowledge_synapses")
     tables, sets = [], ("self", "irrelevant")
     for (pair, frame), quantity in product(found.items(), QUANTITIES.values()):
         rows = synapse_rates(frame, quantity)
-        table = summary(rows, sets, thresholds=(threshold,), seed=seed)
+        table = summary(
+            rows,
+            sets,
+            thresholds=(threshold,),
+            seed=seed,
+        )
         tables.append(table.assign(model=saved.label(*pair), quantity=quantity))
     panels = dict(row="quantity", x="direction", control="synapses of an irrelevant query")
-    return _show_bars(saved.study, stem, tables, missing, panels)
-
-
-def _show_bars(study, stem, tables, missing, panels) -> HTML:
-    """Draw and keep the figure; below it, folded, its numbers."""
-    if not tables:
-        return HTML(missing_html(missing))
-    plotted = pd.concat(tables, ignore_index=True)
-    study.figure(
-        figure_bars(plotted, column="model", **panels),
+    return _show_bars(
+        saved.study,
         stem,
-        plotted,
+        tables,
+        missing,
+        **panels,
     )
-    numbers = folded("Means, medians and trimmed means", plotted, digits=3)
-    return HTML(f"{numbers.data}\n{missing_html(missing)}")
+
+
+def _show_bars(study, stem, tables, missing, **panels):
+    """Draw and keep the figure; below it, folded, its numbers."""
+    numbers = ""
+    if tables:
+        plotted = pd.concat(tables, ignore_index=True)
+        study.figure(figure_bars(plotted, column="model", **panels), stem, plotted)
+        numbers = folded("Means, medians and trimmed means", plotted, digits=3)
+    return HTML(f"{numbers}\n{missing_html(missing)}")
 
 
 # --- the page and the figures folder --------------------------------------------------------------
@@ -395,21 +389,20 @@ def publish(notebook, output) -> list[Path]:
     return [page]
 
 
-def copy_results(results, folder) -> None:
+def copy_results(results, folder):
     """The tables and figures under `results` as they are, in their folders, listed in
     `published.txt`. Of what the last such list names, that which is gone is removed; nothing else
     is."""
     folder = folder.resolve()
-    listed, names = folder / "published.txt", []
-    for path in results.rglob("*"):
-        if path.suffix in (".csv", ".md", ".tex", ".png", ".pdf"):
-            names.append(path.relative_to(results).as_posix())
+    listed = folder / "published.txt"
+    kinds = (".csv", ".md", ".tex", ".png", ".pdf")
+    made = [path for path in results.rglob("*") if path.suffix in kinds]
+    names = sorted(path.relative_to(results).as_posix() for path in made)
     before = listed.read_text("utf-8").splitlines() if listed.is_file() else []
     for old in set(before) - set(names):
         path = (folder / old).resolve()
         if path.is_relative_to(folder):  # the list may have been written by another hand
             path.unlink(missing_ok=True)
-    names.sort()
     write_bytes(listed, "".join(f"{name}\n" for name in names).encode())
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -21,9 +21,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator
 from PIL import Image
 
-from qlutils.files import write_bytes
 from qlutils.show.stats import LEAST, STATISTICS
-from qlutils.show.tables import csv_text, files_of, format_value
+from qlutils.show.tables import csv_bytes, format_value, write_files
 
 WIDE = 7.0  # inches: two columns of a paper
 CLASS_COLORS = {"I": "#56B4E9", "II": "#D55E00"}
@@ -86,7 +85,7 @@ FEW = 5  # facts from which on a median is drawn
 plt.style.use(Path(__file__).with_name("study.mplstyle"))  # for every figure from here on
 
 
-def model_colors(models) -> dict:
+def model_colors(models):
     """{model: colour}; models without a colour of their own get one by their place in the list."""
     others = cycle(_OTHER_COLORS)
     return {name: MODEL_COLORS.get(name) or next(others) for name in models}
@@ -100,7 +99,13 @@ def _panels(rows, columns, height, **grid):
     """A figure as wide as a page, wider for more than three columns, and its axes, a row a row of
     panels."""
     size = WIDE * max(1, columns / 3), height
-    return plt.subplots(rows, columns, figsize=size, squeeze=False, **grid)
+    return plt.subplots(
+        rows,
+        columns,
+        figsize=size,
+        squeeze=False,
+        **grid,
+    )
 
 
 def _legend(fig, colors, title="", hollow=""):
@@ -129,56 +134,61 @@ def figure_cs2(frames, method, names, line=0.3):
     colors = model_colors(frame["model"].unique())
     medians = drawn.groupby("relation")["cs2"].median().sort_values(kind="stable")
     fig, ax = plt.subplots(figsize=(WIDE, 3.8))
-    _draw_cs2(ax, drawn, order=medians.index, palette=colors)
+    _draw_cs2(
+        ax,
+        drawn,
+        order=medians.index,
+        palette=colors,
+    )
     counts = pd.crosstab(drawn["relation"], drawn["model"]).loc[medians.index, list(colors)]
     ticks = [f"{names.get(code, code)} ({_slashed(n)})" for code, *n in counts.itertuples()]
-    angle = 90 if len(ticks) > 20 else 40
     ax.set_xticks(
         range(len(ticks)),
         ticks,
-        rotation=angle,
+        rotation=90 if len(ticks) > 20 else 40,
         rotation_mode="anchor",
         ha="right",
     )
-    ax.set(xlim=(-0.6, len(ticks) - 0.4), ylim=(-0.03, 1.03))
-    ax.set(xlabel="relation (n facts)", ylabel="$CS_2$ of a fact")
+    ax.set(
+        xlim=(-0.6, len(ticks) - 0.4),
+        ylim=(-0.03, 1.03),
+        xlabel="relation (n facts)",
+        ylabel="$CS_2$ of a fact",
+    )
     ax.set_title(f"localised by {method}", loc="left")
-    _thresholds(ax, frame.drop_duplicates("model"), line, colors if len(colors) > 1 else {})
-    if len(colors) > 1:
-        _legend(fig, colors)
+    several = colors if len(colors) > 1 else {}
+    _thresholds(ax, frame.drop_duplicates("model"), line, several)
+    if several:
+        _legend(fig, several)
     return fig, frame
 
 
 def _draw_cs2(ax, drawn, order, palette):
     """A dot a fact, by relation and beside it by model; a line at the median of `FEW` or more."""
-    axes = dict(
+    shared = dict(
         x="relation",
         y="cs2",
         hue="model",
+        order=order,
         legend=False,
         ax=ax,
     )
-    dots = dict(
+    np.random.seed(0)  # whose numbers seaborn's jitter takes
+    sns.stripplot(
+        drawn,
+        **shared,
+        palette=palette,
         dodge=True,
         jitter=0.4,
         size=3,
         alpha=0.8,
         rasterized=True,
     )
-    np.random.seed(0)  # whose numbers seaborn's jitter takes
-    sns.stripplot(
-        drawn,
-        **axes,
-        order=order,
-        palette=palette,
-        **dots,
-    )
     n = drawn.groupby(["relation", "model"])["cs2"].transform("size")
     models = len(palette)
     sns.pointplot(
         drawn[n >= FEW],
-        **axes,
-        order=order,
+        **shared,
         palette=dict.fromkeys(palette, "black"),
         estimator="median",
         errorbar=None,
@@ -189,7 +199,7 @@ def _draw_cs2(ax, drawn, order, palette):
     )
 
 
-def _slashed(counts) -> str:
+def _slashed(counts):
     """ "62 / 52"; one number where all are equal."""
     counts = list(map(str, counts))
     return counts[0] if len(set(counts)) == 1 else " / ".join(counts)
@@ -199,15 +209,30 @@ def _thresholds(ax, models, line, colors):
     """The thresholds on CS2, a row a model, and the example line, named on the right; Otsu's in the
     colour of its model."""
     static = models["threshold_static"].iloc[0]
-    lines = [(static, f"static threshold, {static:g}", "black")]
-    lines.append((line, f"paper's example, {line:g}", "black"))
+    lines = [
+        (static, f"static threshold, {static:g}", "black"),
+        (line, f"paper's example, {line:g}", "black"),
+    ]
     for model, otsu in models.set_index("model")["threshold_otsu"].dropna().items():
         lines.append((otsu, f"Otsu's, {otsu:.2f}", colors.get(model, "black")))
     free = 0.0  # where a name stands on no other
     for value, name, color in sorted(lines):
-        ax.axhline(value, color=color, linestyle="--", linewidth=0.7, zorder=0)
+        ax.axhline(
+            value,
+            color=color,
+            linestyle="--",
+            linewidth=0.7,
+            zorder=0,
+        )
         height = max(value, free)
-        ax.text(1.01, height, name, transform=ax.get_yaxis_transform(), va="center", color=color)
+        ax.text(
+            1.01,
+            height,
+            name,
+            transform=ax.get_yaxis_transform(),
+            va="center",
+            color=color,
+        )
         free = height + 0.08
 
 
@@ -232,16 +257,22 @@ def figure_thresholds(frame, otsu, t=0.2, static=0.1):
     middles = np.arange(len(shares.columns) + 1) + 0.5
     ours, papers = np.interp([otsu, static], [*shares.columns, 1.0], middles)
     above = dict(ha="center", va="bottom")
-    ax.text(papers, -0.12, f"paper's, {static:g}", **above)
+    ax.text(
+        papers,
+        -0.12,
+        f"paper's, {static:g}",
+        **above,
+    )
     ax.plot(ours, -0.12, "v", color="black", clip_on=False)
     ax.text(ours, -0.5, f"Otsu's at t = {t:g}: {otsu:.2f}", **above)  # higher: both may lie close
-    box = dict(
+    ax.axvspan(
+        papers - 0.5,
+        papers + 0.5,
         fill=False,
         color="#D55E00",
         linewidth=2,
         clip_on=False,
     )
-    ax.axvspan(papers - 0.5, papers + 0.5, **box)
     return fig, frame
 
 
@@ -252,11 +283,16 @@ def figure_predominance(facts):
     for model, part in facts.groupby("model", sort=False):
         divides = [name for name in ("static", "otsu") if part[f"class_{name}"].nunique() == 2]
         for threshold in divides or ["static"]:
-            label = part[f"class_{threshold}"]
-            name = model.rpartition("/")[2]
-            rows[f"{name}\n{_label(threshold)}"] = part.assign(label=label)
+            name = f"{model.rpartition('/')[2]}\n{_label(threshold)}"
+            rows[name] = part.assign(label=part[f"class_{threshold}"])
     height = 0.8 + 1.45 * len(rows)
-    fig, axes = _panels(len(rows), 2, height, sharex=True, sharey=True)
+    fig, axes = _panels(
+        len(rows),
+        2,
+        height,
+        sharex=True,
+        sharey=True,
+    )
     for (name, part), (left, right) in zip(rows.items(), axes):
         _draw_shares(left, part, "predominance")
         _draw_shares(right, part, "predominance_rest")
@@ -266,8 +302,8 @@ def figure_predominance(facts):
     axes[0, 0].yaxis.set_major_formatter(_percent)
     axes[0, 1].set_title("without the first token")
     fig.supylabel("share of the facts of a class")
-    classes = sorted(pd.concat(rows)["label"].dropna().unique())
-    _legend(fig, {name: CLASS_COLORS[name] for name in classes})
+    classes = set(pd.concat(rows)["label"])
+    _legend(fig, {name: CLASS_COLORS[name] for name in CLASS_COLORS if name in classes})
     columns = "model fact relation class_static class_otsu predominance predominance_rest n_queries"
     return fig, facts[columns.split()]
 
@@ -300,73 +336,62 @@ def _draw_shares(ax, facts, value):
     ax.set_xlabel("predominance")
 
 
-def _percent(share, _=None) -> str:
+def _percent(share, _=None):
     return f"{100 * share:.0f} %"
 
 
 # --- bars -----------------------------------------------------------------------------------------
 
 
-def bars_with_intervals(
-    frame,
-    ax,
-    *,
-    x,
-    hue,
-    y="mean",
-    base=0,
-):
+def bars_with_intervals(frame, ax, *, x, hue, y="mean", base=0):
     """Grouped bars of column `y` from `base` on, with the interval `y`_low to `y`_high, in the
     frame's order.
 
-    frame: one row a bar, with columns x, hue (in BAR_COLORS), y, y_low, y_high and perhaps hollow.
-    A bar that is undefined, or whose interval is, is left out and marked "–"."""
+    frame: one row a bar, with columns x, hue (in BAR_COLORS), y, y_low, y_high and hollow. A bar
+    that is undefined, or whose interval is, is left out and marked "–"."""
     groups = frame.groupby(x, sort=False)
     n = groups[x].transform("size")
     width = 0.8 / n.max()
     middles = groups.ngroup() + width * (groups.cumcount() - (n - 1) / 2)
     low, high = f"{y}_low", f"{y}_high"
-    undefined = frame[[y, low, high]].isna().any(axis=1)
-    for middle in middles[undefined]:
+    drawn = frame.dropna(subset=[y, low, high])
+    for middle in middles.drop(drawn.index):
         ax.annotate("–", (middle, base), ha="center", va="bottom")
-    drawn = frame[~undefined]
-    middles = middles[~undefined]
+    middles = middles[drawn.index]
     colors = drawn[hue].map(BAR_COLORS)
-    faces = colors.mask(drawn["hollow"], "white") if "hollow" in drawn else colors
     ax.bar(
         middles,
         drawn[y] - base,
         0.86 * width,
         base,
-        color=faces,
+        color=colors.mask(drawn["hollow"], "white"),
         edgecolor=colors,
     )
-    ax.vlines(middles, drawn[low], drawn[high], color="black", linewidth=0.7)
+    ax.vlines(
+        middles,
+        drawn[low],
+        drawn[high],
+        color="black",
+        linewidth=0.7,
+    )
     ax.axhline(base, color="black", linewidth=0.6)
-    _name_ticks(ax, frame[x].unique())
+    names = frame[x].unique()
+    room = max(7, 50 // len(names) // ax.get_gridspec().ncols)  # letters of a line
+    ticks = [textwrap.fill(_label(name), room, break_long_words=False) for name in names]
+    ax.set_xticks(range(len(names)), ticks)
+    ax.set_xlim(-0.6, len(names) - 0.4)
     return ax
 
 
-def _name_ticks(ax, names):
-    """A tick a group of bars, its label wrapped to the room it has."""
-    columns = ax.get_subplotspec().get_gridspec().ncols
-    length = max(7, 50 // len(names) // columns)
-    ticks = [textwrap.fill(_label(name), length, break_long_words=False) for name in names]
-    ax.set_xticks(range(len(names)), ticks)
-    ax.set_xlim(-0.6, len(names) - 0.4)
-
-
-def _counted(frame, hue, of) -> str:
+def _counted(frame, hue, of):
     """n of the bars that are not hollow, of each level of column `hue`, in words; once where all
     have the same."""
-    counts = []
-    for _, n in frame[~frame["hollow"]].groupby(hue, sort=False)["n"]:
-        ends = dict.fromkeys([f"{n.min():.0f}", f"{n.max():.0f}"])
-        counts.append("–".join(ends))
+    ends = frame[~frame["hollow"]].groupby(hue, sort=False)["n"].agg(["min", "max"])
+    counts = ["–".join(dict.fromkeys(f"{n:.0f}" for n in both)) for both in ends.to_numpy()]
     return f"n = {_slashed(counts)} {of}"
 
 
-def _as_bars(frame) -> pd.DataFrame:
+def _as_bars(frame):
     """The rows of a table of `effects.summary` that become bars, with `bar`, the class, and after
     each the same of known queries ("I, known"), if any, and `hollow`, of a control, which stands
     right after what it controls."""
@@ -376,11 +401,11 @@ def _as_bars(frame) -> pd.DataFrame:
         hollow=frame["set"].isin(CONTROLS),
         set=frame["set"].replace(CONTROLS),
     )
-    bars = bars[bars["n"] > 0].sort_values("bar", kind="stable")
+    bars = bars[bars["n"] > 0].sort_values("bar", kind="stable", ignore_index=True)
     return bars.astype({"bar": object})
 
 
-def _empty_classes(frame) -> str:
+def _empty_classes(frame):
     largest = frame.groupby(["threshold", "class"], sort=False)["n"].max()
     empty = largest.index[largest == 0]
     return "; ".join(f"{_label(at)}: no fact is in {_label(name)}" for at, name in empty)
@@ -398,7 +423,12 @@ def figure_bars(frame, *, row, column, x="set", y="trimmed", control=""):
     tops = frame[row].unique()
     sides = frame[column].unique()
     shared = "col" if column == "direction" else "row"  # enhanced, bars are many times as high
-    fig, axes = _panels(len(tops), len(sides), 1.3 + 1.75 * len(tops), sharey=shared)
+    fig, axes = _panels(
+        len(tops),
+        len(sides),
+        1.3 + 1.75 * len(tops),
+        sharey=shared,
+    )
     told = {}
     for (top, side), ax in zip(product(tops, sides), axes.flat):
         part = bars[(bars[row] == top) & (bars[column] == side)]
@@ -423,36 +453,35 @@ def figure_bars(frame, *, row, column, x="set", y="trimmed", control=""):
     return fig
 
 
-def _with_sizes(part) -> pd.DataFrame:
+def _with_sizes(part):
     """A panel's bars whose sets are named with their mean number of neurons."""
     counted = part[(part["queries"] == "all") & ~part["hollow"]]
-    sizes = _mean_size(counted, "set", "size")
+    sizes = _mean_size(counted["size"], counted["n"], counted["set"])
     names = {name: f"{_label(name)} ({size:.0f})" for name, size in sizes.items()}
     return part.assign(set=part["set"].map(names))
 
 
-def _mean_size(frame, by, size) -> pd.Series:
-    """The mean of column `size` over the n of all rows, by the levels of column `by`."""
-    total = frame[size] * frame["n"]
-    return total.groupby(frame[by]).sum() / frame.groupby(by)["n"].sum()
+def _mean_size(sizes, n, by):
+    """The mean over the n of all rows, by the levels of `by`."""
+    return (sizes * n).groupby(by).sum() / n.groupby(by).sum()
 
 
 def figure_edits(table, threshold, sets):
     """(figure, plotted numbers) of Table 2 or 3: a row an operation; Rel, Gen, Loc and Avg of each
     class, then the median perplexity after an edit over that before; random neurons hollow."""
-    own = table["neurons"].str.removesuffix(" (random)")
-    table = table[own.isin(sets) & (table["n"] > 0)]
+    drawn = table["neurons"].str.removesuffix(" (random)").isin(sets)
+    table = table[drawn & (table["n"] > 0)]
     by_class = table[table["threshold"] == threshold]
     few = by_class["n"].min() < LEAST  # a panel of dashes would tell nothing
     table = table[table["threshold"] == "all"] if few else by_class
     plotted = _by_metric(table)
-    bars = plotted.assign(neurons=plotted["neurons"].str.removesuffix(" (random)"))
-    bars["hollow"] = bars["neurons"] != plotted["neurons"]
+    own = plotted["neurons"].str.removesuffix(" (random)")
+    bars = plotted.assign(neurons=own, hollow=own != plotted["neurons"])
     classes = table["class"].unique()
     ops = table["op"].unique()
+    measured = table["dppl"].notna().any()
+    widths = [3] * len(classes) + [2] * int(measured)
     height = 0.8 + 2.1 * len(ops)
-    measured = bool(table["dppl"].notna().any())
-    widths = [3] * len(classes) + [2] * measured
     fig, axes = _panels(len(ops), len(widths), height, width_ratios=widths, sharey="col")
     for op, panels in zip(ops, axes):
         of_op = bars[bars["op"] == op]
@@ -470,7 +499,7 @@ def figure_edits(table, threshold, sets):
             panels[-1].set_title(f"{op}, perplexity\n× before (median)")
     if measured:
         _factors(axes[:, -1])
-    sizes = _mean_size(table, "neurons", "neurons_edited")
+    sizes = _mean_size(table["neurons_edited"], table["n"], table["neurons"])
     named = {f"{_label(name)} ({sizes[name]:.0f} neurons)": SET_COLORS[name] for name in sets}
     _legend(fig, named, INTERVAL, "random neurons" if bars["hollow"].any() else "")
     return fig, plotted
@@ -487,19 +516,15 @@ def _factors(axes):
         ax.yaxis.minorticks_off()
 
 
-def _by_metric(table) -> pd.DataFrame:
+def _by_metric(table):
     """A row a metric and row of a table of edits: its value as `mean`, its interval and n."""
-    keys = table[["threshold", "class", "op", "neurons"]]
     parts = []
     for metric in ("rel", "gen", "loc", "avg", "dppl"):
-        part = keys.assign(
-            mean=table[metric],
-            mean_low=table[f"{metric}_low"],
-            mean_high=table[f"{metric}_high"],
-            n=table.get(f"n_{metric}", table["n"]),
-            metric=metric,
-        )
-        parts.append(part)
+        part = table[["threshold", "class", "op", "neurons"]].copy()
+        for end in ("", "_low", "_high"):
+            part[f"mean{end}"] = table[f"{metric}{end}"]
+        part["n"] = table.get(f"n_{metric}", table["n"])
+        parts.append(part.assign(metric=metric))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -510,16 +535,10 @@ def strong_neurons(values, signed, t) -> pd.DataFrame:
     """The neurons whose value in a (layers, neurons) map, in magnitude if `signed`, exceeds `t`:
     layer, neuron, value."""
     layer, neuron = np.nonzero((np.abs(values) if signed else values) > t)
-    return pd.DataFrame(
-        {
-            "layer": layer,
-            "neuron": neuron,
-            "value": values[layer, neuron],
-        }
-    )
+    return pd.DataFrame(dict(layer=layer, neuron=neuron, value=values[layer, neuron]))
 
 
-def _draw_maps(fig, panels, kind, t) -> pd.DataFrame:
+def _draw_maps(fig, panels, kind, t):
     """Panels, each a dict of its `row`, its place in it (`panel`), its query's fact and prompt, a
     title, and the query's state `now` and `before` any change: dots for the neurons above `t` of
     the largest value before, of the query or, as activations, of all; filled those that more than
@@ -542,18 +561,18 @@ def _draw_maps(fig, panels, kind, t) -> pd.DataFrame:
     scale = ScalarMappable(Normalize(-1 if signed else 0, 1), cmap)
     for number, (panel, ax) in enumerate(zip(panels, axes.flat)):
         _draw_map(ax, dots.query(f"number == {number}"), panel, scale)
-    layers, neurons = panels[0]["now"][kind].shape
+    layers, neurons = panel["now"][kind].shape
     ax.set(xlim=(-0.5, neurons), ylim=(-0.5, layers))
     fig.suptitle(f"{kind}, neurons above {t:g} of the largest\n(filled: in both wordings)")
-    bar = fig.colorbar(
+    fig.colorbar(
         scale,
         ax=axes,
         location="bottom",
         shrink=0.7,
         aspect=40,
         pad=0.02,
+        label=f"share of the largest {'of all queries' if signed else 'of the query'}",
     )
-    bar.set_label(f"share of the largest {'of all queries' if signed else 'of the query'}")
     return dots.reset_index(drop=True)
 
 
@@ -571,18 +590,29 @@ def _draw_map(ax, dots, panel, scale):
         clip_on=False,
     )
     if dots.empty:
-        ax.text(0.5, 0.5, "none so large", transform=ax.transAxes, ha="center")
+        ax.text(
+            0.5,
+            0.5,
+            "none so large",
+            transform=ax.transAxes,
+            ha="center",
+        )
     ax.set(xlabel="neuron", ylabel=f"{panel['row']}\nlayer")
     probability = format_value(panel["now"]["probability"])
     ax.set_title(f"{panel['title']}\nP(answer) = {probability}".strip(), fontsize=8)
     ax.label_outer()
 
 
-def _wrapped(text) -> str:
-    return "\n".join(textwrap.wrap(text, 22, max_lines=3, placeholder=" …"))
+def _wrapped(text):
+    return textwrap.fill(
+        text,
+        22,
+        max_lines=3,
+        placeholder=" …",
+    )
 
 
-def _subject(one) -> str:
+def _subject(one):
     return _wrapped(" → ".join(one["fact"].split("|")[1:]))
 
 
@@ -594,12 +624,14 @@ def figure_1(maps, t=0.2):
     maps: from `localize.example_maps`. Returns the figure and its dots as a tidy frame."""
     panels = []
     for number, one in enumerate(maps):
-        place = dict(row=_subject(one), panel=number % 2)
-        panels.append(one | place | dict(title=_wrapped(one["prompt"]), now=one, before=one))
+        place = dict(row=_subject(one), panel=number % 2, title=_wrapped(one["prompt"]))
+        panels.append(one | place | dict(now=one, before=one))
     fig = plt.figure(figsize=(WIDE, 1.05 * len(maps) + 0.9))
-    kinds = "attribution", "activation"
-    parts = zip(fig.subfigures(1, 2), kinds)
-    found = [_draw_maps(part, panels, kind, t) for part, kind in parts]
+    left, right = fig.subfigures(1, 2)
+    found = [
+        _draw_maps(left, panels, "attribution", t),
+        _draw_maps(right, panels, "activation", t),
+    ]
     return fig, pd.concat(found, ignore_index=True).drop(columns="row")
 
 
@@ -612,8 +644,8 @@ def figure_conditions(maps, conditions, kind, t=0.2):
     panels = []
     for name, (number, one) in product(conditions, enumerate(maps)):
         title = f"{_subject(one)}\n{_wrapped(one['prompt'])}" if name == conditions[0] else ""
-        states = dict(now=one[name], before=one["unmodified"])
-        panels.append(one | states | dict(row=name, panel=number, title=title))
+        place = dict(row=name, panel=number, title=title)
+        panels.append(one | place | dict(now=one[name], before=one["unmodified"]))
     fig = plt.figure(figsize=(WIDE, 1.6 + 1.6 * len(conditions)))
     dots = _draw_maps(fig, panels, kind, t)
     return fig, dots.assign(condition=dots.pop("row"))
@@ -657,19 +689,15 @@ def figure_places(found, num_heads):
 def save_figure(fig, stem, folder, data) -> dict[str, Path]:
     """Write `stem`.png (at most 150 KB where 100 dpi can do it), .pdf and the plotted numbers as
     .csv; their paths. The same figure gives the same bytes: no dates in the files."""
-    paths = files_of(stem, folder, ("png", "pdf", "csv"))
     pdf = io.BytesIO()
     fig.savefig(pdf, format="pdf", metadata={"CreationDate": None})
-    write_bytes(paths["png"], _small_png(fig))
-    write_bytes(paths["pdf"], pdf.getvalue())
-    write_bytes(paths["csv"], csv_text(data).encode("utf-8"))
-    return paths
+    contents = {"png": _small_png(fig), "pdf": pdf.getvalue(), "csv": csv_bytes(data)}
+    return write_files(stem, folder, contents)
 
 
 def _small_png(fig):
     for dpi in (200, 150, 100):
-        drawn = io.BytesIO()
-        small = io.BytesIO()
+        drawn, small = io.BytesIO(), io.BytesIO()
         fig.savefig(drawn, format="png", dpi=dpi)
         image = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
         image.save(

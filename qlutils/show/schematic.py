@@ -24,19 +24,29 @@ def two_assumptions():
     """A figure of three panels: one fact, one set of neurons; one query, one set; attention helps
     to select it."""
     fig, (first, second, third) = plt.subplots(1, 3, figsize=(WIDE, 2.5))
-    _panel(first, "(a) localisation: one fact,\none set of neurons", COLORS)
-    first.set_xlabel("MLP neurons, a layer a row: the same for all")
+    _panel(
+        first,
+        "(a) localisation: one fact,\none set of neurons",
+        "MLP neurons, a layer a row: the same for all",
+    )
     first.scatter(*SHARED, color=INK)
-    _panel(second, "(b) query localisation: one\nquery, one set of neurons", COLORS)
-    second.set_xlabel("the sets overlap little")
+    _panel(
+        second,
+        "(b) query localisation: one\nquery, one set of neurons",
+        "the sets overlap little",
+    )
     for x, color, own in zip(PLACES, COLORS, OWN):
         _arrow(first, (x, 6.8), (4.5, 4.6), color)
         second.scatter(*own, color=color)
         for neuron in zip(*own):
             _arrow(second, (x, 6.8), neuron, color)
     second.scatter(3, 2, color=GREEN, edgecolor=BLUE, linewidth=2)  # of two
-    _panel(third, "(c) attention helps to\nselect the query's set", (BLUE, GREY, GREY))
-    third.set_xlabel("from which one query reads its own")
+    _panel(
+        third,
+        "(c) attention helps to\nselect the query's set",
+        "from which one query reads its own",
+        colors=(BLUE, GREY, GREY),
+    )
     third.scatter(*OWN[0], color=BLUE)
     _box(third, 4.5, 5.3, f"{'attention':^44}", ATTENTION)
     _arrow(third, (1.2, 6.8), (1.2, 5.8), BLUE)
@@ -45,7 +55,7 @@ def two_assumptions():
     return fig
 
 
-def _panel(ax, title, colors):
+def _panel(ax, title, below, colors=COLORS):
     """Three queries in their colours above a layer a row of neurons."""
     ax.set(
         xlim=(0, 9),
@@ -54,7 +64,7 @@ def _panel(ax, title, colors):
         yticks=[],
     )
     ax.set_title(title, fontsize=8)
-    ax.xaxis.label.set_fontsize(6.5)
+    ax.set_xlabel(below, fontsize=6.5)
     ax.spines[:].set_visible(False)
     ax.axhspan(-0.5, 4.5, color="#f7f8f9")
     ax.scatter(*np.mgrid[1:9, 0:5], s=9, color=GREY)
@@ -62,20 +72,17 @@ def _panel(ax, title, colors):
         _box(ax, x, 7.3, f"query $q_{number}$", color)
 
 
-def _box(
-    ax,
-    x,
-    y,
-    text,
-    color,
-):
-    frame = dict(
-        boxstyle="round",
-        facecolor="white",
-        edgecolor=color,
+def _box(ax, x, y, text, color):
+    ax.text(
+        x,
+        y,
+        text,
+        fontsize=7,
+        color=color,
+        ha="center",
+        va="center",
+        bbox=dict(boxstyle="round", facecolor="white", edgecolor=color),
     )
-    centred = dict(ha="center", va="center")
-    ax.text(x, y, text, fontsize=7, color=color, bbox=frame, **centred)
 
 
 def _arrow(ax, start, end, color):

@@ -10,7 +10,6 @@ import warnings
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import sub
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -31,27 +30,25 @@ LEAST = 10
 _CHUNK = 1_000_000  # draws x rows worked on at a time: little enough to stay near the processor
 
 
-def welch(a, b) -> dict:
+def welch(a, b):
     """t, df and p of `scipy.stats.ttest_ind(a, b, equal_var=False)` and d, Cohen's with the pooled
     deviation.
 
     NaNs are left out of a and b. All four are NaN where a sample has fewer than `LEAST` values or
     neither varies."""
-    a = pd.Series(a, dtype=float).dropna().to_numpy()
-    b = pd.Series(b, dtype=float).dropna().to_numpy()
+    a, b = (pd.Series(sample, dtype=float).dropna() for sample in (a, b))
     few = min(len(a), len(b)) < LEAST
-    if few or np.ptp(a) == np.ptp(b) == 0:
+    if few or a.nunique() == b.nunique() == 1:
         return dict.fromkeys(("t", "df", "p", "d"), np.nan)
     with warnings.catch_warnings():  # one class of equal values is no loss of precision
         warnings.simplefilter("ignore", RuntimeWarning)
         test = ttest_ind(a, b, equal_var=False)
         pooled = ttest_ind(a, b)
-    d = pooled.statistic * np.sqrt(1 / len(a) + 1 / len(b))
     return {
-        "t": float(test.statistic),
-        "df": float(test.df),
-        "p": float(test.pvalue),
-        "d": float(d),
+        "t": test.statistic,
+        "df": test.df,
+        "p": test.pvalue,
+        "d": pooled.statistic * np.sqrt(1 / len(a) + 1 / len(b)),
     }
 
 
@@ -80,23 +77,21 @@ class Estimate:
     n_other: int | None = None
     n_clusters_other: int | None = None
 
-    def row(self, statistic="mean", name=None) -> dict:
+    def row(self, statistic="mean", name=None):
         """One statistic as columns for `tables.write_table`: `name`, `name`_low, `name`_high, n
         and, of a difference, n_other."""
         row = {}
         for end in ("", "_low", "_high"):
             row[f"{name or statistic}{end}"] = getattr(self, statistic + end)
-        row["n"] = self.n
-        if self.n_other is not None:
-            row["n_other"] = self.n_other
-        return row
+        return row | _given(n=self.n, n_other=self.n_other)
 
-    def facts(self) -> dict:
+    def facts(self):
         """n_facts and, of a difference, n_facts_other."""
-        counts = {"n_facts": self.n_clusters}
-        if self.n_clusters_other is not None:
-            counts["n_facts_other"] = self.n_clusters_other
-        return counts
+        return _given(n_facts=self.n_clusters, n_facts_other=self.n_clusters_other)
+
+
+def _given(**counts):
+    return {name: count for name, count in counts.items() if count is not None}
 
 
 def bootstrap_mean(
@@ -124,12 +119,8 @@ def bootstrap_mean(
     found = _bootstrap([frame], value, draws, seed)
     if share and found.n_clusters >= LEAST and _all_or_nothing(frame, value):
         hits = int(frame[value].sum())
-        exact = binomtest(hits, found.n).proportion_ci(LEVEL)
-        found = replace(
-            found,
-            mean_low=float(exact.low),
-            mean_high=float(exact.high),
-        )
+        low, high = binomtest(hits, found.n).proportion_ci(LEVEL)
+        found = replace(found, mean_low=low, mean_high=high)
     return found
 
 
@@ -160,21 +151,19 @@ def bootstrap_difference(
     return found
 
 
-def _all_or_nothing(frame, value) -> bool:
+def _all_or_nothing(frame, value):
     """Whether each fact has one value, 0 or 1."""
     kept = frame.dropna(subset=value)
-    if kept.empty or not kept["fact"].is_unique:
-        return False
-    return kept[value].isin([0, 1]).all()
+    return len(kept) > 0 and kept["fact"].is_unique and kept[value].isin([0, 1]).all()
 
 
-def _newcombe(one: Estimate, two: Estimate, correlation) -> tuple[float, float]:
+def _newcombe(one, two, correlation):
     """Interval of a difference of means from the intervals of both (Newcombe 1998, method 10; Zou
     2007)."""
 
     def reach(first, second):
         square = first**2 + second**2 - 2 * correlation * first * second
-        return float(np.sqrt(max(0.0, square)))
+        return np.sqrt(max(0.0, square))
 
     gap = one.mean - two.mean
     below = reach(one.mean - one.mean_low, two.mean_high - two.mean)
@@ -182,12 +171,12 @@ def _newcombe(one: Estimate, two: Estimate, correlation) -> tuple[float, float]:
     return gap - below, gap + above
 
 
-def _correlation(one, two, value) -> float:
+def _correlation(one, two, value):
     """Correlation of two sides over the facts that both have; 0 without such facts or where a side
     is constant."""
     first = one.groupby("fact")[value].mean()
     second = two.groupby("fact")[value].mean()
-    return float(np.nan_to_num(first.corr(second, min_periods=2)))
+    return np.nan_to_num(first.corr(second, min_periods=2))
 
 
 def bootstrap_statistic(frames, statistic, draws=1000, seed=0) -> Estimate:
@@ -197,47 +186,42 @@ def bootstrap_statistic(frames, statistic, draws=1000, seed=0) -> Estimate:
     are filled; the interval is NaN with fewer than `LEAST` facts in a frame."""
 
     def statistics(frame, weights, at):  # (draws, facts) -> (draws, 1)
-        found = [statistic(frame, row[at]) if len(frame) else np.nan for row in weights]
-        return np.array(found).reshape(-1, 1)
+        found = [statistic(frame, row[at]) for row in weights]
+        return np.reshape(found, (-1, 1))
 
-    drawn = _resample(frames, statistics, draws, seed)
-    low, high = drawn.bounds.ravel().tolist()
-    return Estimate(drawn.point.item(), low, high, **drawn.counts)
+    [point], bounds, _, counts = _resample(frames, statistics, draws, seed)
+    return Estimate(point, *bounds.ravel(), **counts)
 
 
-def mean_columns(frame, values, seed=0, share=False) -> dict:
+def mean_columns(frame, values, seed=0, share=False):
     """The means of several columns side by side, each with its interval, and n, as one row of a
     table. n is that of the last column; one with another n has its own, n_<column>."""
-    row = {}
-    counts = {}
+    row, counts = {}, {}
     for value in values:
         row |= bootstrap_mean(frame, value, seed=seed, share=share).row("mean", value)
         counts[f"n_{value}"] = row["n"]
     return row | {name: count for name, count in counts.items() if count != row["n"]}
 
 
-def _bootstrap(sides, value, draws, seed) -> Estimate:
+def _bootstrap(sides, value, draws, seed):
     """The statistics of column `value` of a frame or, of two, of the first less the second."""
     kept = [_values(side, value) for side in sides]
-    drawn = _resample(kept, _statistics, draws, seed)
-    point = drawn.point
-    x = [side["value"].to_numpy() for side in kept]
+    point, bounds, stretch, counts = _resample(kept, _statistics, draws, seed)
     # a mean, and a difference of means, lies between what the values there are allow
-    lowest = [one.min(initial=np.inf) for one in x]
-    highest = [one.max(initial=-np.inf) for one in x]
-    least = reduce(sub, [lowest[0], *highest[1:]])
-    most = reduce(sub, [highest[0], *lowest[1:]])
-    stretched = point + drawn.stretch * (drawn.bounds - point)
-    low, high = np.clip(stretched, least, most)
+    lowest, *others_lowest = [side["value"].min() for side in kept]
+    highest, *others_highest = [side["value"].max() for side in kept]
+    least = reduce(sub, others_highest, lowest)
+    most = reduce(sub, others_lowest, highest)
+    low, high = np.clip(point + stretch * (bounds - point), least, most)
     found = np.stack([point, low, high], axis=1)
     rounding = 1e-13 * _sizes(kept)
     found[np.abs(found) < rounding[:, None]] = 0.0
     values = found.ravel().tolist()  # in the order of the fields
-    missing = sum(map(len, sides)) - sum(map(len, x))
-    return Estimate(*values, n_missing=missing, **drawn.counts)
+    missing = sum(map(len, sides)) - sum(map(len, kept))
+    return Estimate(*values, n_missing=missing, **counts)
 
 
-def _sizes(kept) -> np.ndarray:
+def _sizes(kept):
     """(3,) How large a statistic is whose rounding must not decide on which side of 0 it lies.
 
     That of the absolute values: a few huge ones do not hide a median; and what is large among
@@ -245,13 +229,12 @@ def _sizes(kept) -> np.ndarray:
     sizes = []
     for side in kept:
         absolute = side.assign(value=np.sort(side["value"].abs()))
-        once = np.ones((1, len(side)))
-        sizes += [*_statistics(absolute, once, slice(None))]
+        sizes += [*_statistics(absolute, np.ones((1, len(side))), slice(None))]
     largest = pd.concat(kept)["value"].abs().max()
     return np.maximum(np.max(sizes, axis=0), min(1.0, largest))
 
 
-def _values(frame, value) -> pd.DataFrame:
+def _values(frame, value):
     """fact, relation and value of the rows that have one, in the order of the values."""
     x = frame[value].to_numpy(np.float64, na_value=np.nan)
     if np.isinf(x).any():
@@ -260,25 +243,17 @@ def _values(frame, value) -> pd.DataFrame:
     return kept.sort_values("value", kind="stable")
 
 
-class _Resampled(NamedTuple):
-    """Of S statistics: their values `point` (S,), the percentiles of their draws `bounds` (2, S),
-    by what to stretch these around the point, and the counts as fields of an `Estimate`."""
-
-    point: np.ndarray
-    bounds: np.ndarray
-    stretch: float
-    counts: dict
-
-
-def _resample(frames, statistics, draws, seed) -> _Resampled:
+def _resample(frames, statistics, draws, seed):
     """statistics(frame, weights, at) of one frame, or of the first less that of the second:
-    (rows of weights, S), where `weights` is (draws, facts) and `at` the fact of each row."""
+    (rows of weights, S), where `weights` is (draws, facts) and `at` the fact of each row.
+
+    Returns the values (S,), the percentiles of their draws (2, S), by what to stretch these around
+    the values, and the counts as fields of an `Estimate`."""
     every = pd.concat(frames)[["fact", "relation"]].astype(str)
     fact = pd.factorize(every["fact"], sort=True)[0]  # no matter how rows are ordered
     relation = every["relation"].groupby(fact).first()
-    ends = np.cumsum(list(map(len, frames)))
-    rows = np.split(fact, ends[:-1])
-    facts = [np.unique(at) for at in rows]
+    rows = np.split(fact, [len(frames[0])])[: len(frames)]
+    facts = list(map(np.unique, rows))
 
     def value(weights):
         found = [statistics(frame, weights, at) for frame, at in zip(frames, rows)]
@@ -288,18 +263,17 @@ def _resample(frames, statistics, draws, seed) -> _Resampled:
     bounds = np.full((2, len(point)), np.nan)
     stretch = 1.0
     if min(map(len, facts)) >= LEAST and not np.isnan(point).any():
-        strata, _ = pd.factorize(relation, sort=True)
-        strata, stretch = _strata(strata, facts)
+        strata, stretch = _strata(pd.factorize(relation, sort=True)[0], facts)
         sample = value(resampling_weights(strata, draws, seed))
         sample = sample[~np.isnan(sample).any(axis=1)]  # a draw may leave a class empty
         if len(sample):
             bounds = np.percentile(sample, TAILS, axis=0)
     counts = dict(zip(("n", "n_other"), map(len, rows)))
     counts |= zip(("n_clusters", "n_clusters_other"), map(len, facts))
-    return _Resampled(point, bounds, stretch, counts)
+    return point, bounds, stretch, counts
 
 
-def _strata(strata, sides) -> tuple[np.ndarray, float]:
+def _strata(strata, sides):
     """The strata to draw in, and by what the interval is stretched, for sides of these facts
     (their positions).
 
@@ -315,7 +289,7 @@ def _strata(strata, sides) -> tuple[np.ndarray, float]:
         strata = np.zeros_like(strata)
         least = min(map(len, sides)) - 1
     quantile = TAILS[1] / 100
-    return strata, float(student.ppf(quantile, least) / norm.ppf(quantile))
+    return strata, student.ppf(quantile, least) / norm.ppf(quantile)
 
 
 def resampling_weights(strata, draws, seed):
@@ -382,7 +356,7 @@ def permutation_test(
     label,
     draws=1000,
     seed=0,
-) -> dict:
+):
     """Two-sided test that the labels "I" and "II" say nothing about `value`, permuting them among
     the facts of a relation.
 
@@ -390,21 +364,18 @@ def permutation_test(
     least one. Returns within, the difference of the class means of the values less their
     relation's mean, whose expectation under the permutation is 0; p = (1 + as extreme) / (1 +
     draws); n1 and n2 facts. NaN where no relation has both classes."""
-    labelled = frame[label].isin(["I", "II"])
-    frame = frame[labelled & frame[value].notna()]
     keys = ["fact", label, "relation"]
-    facts = frame.groupby(keys, sort=False, as_index=False)[value].mean()
+    facts = frame.dropna(subset=[label, value]).groupby(keys, sort=False)[value].mean()
+    facts = facts.reset_index()
     for fact in facts["fact"][facts["fact"].duplicated()]:
         raise ValueError(f"fact {fact!r} has two labels")
     relations = facts.groupby("relation")
     first = (facts[label] == "I").to_numpy()
-    n1 = int(first.sum())
-    n2 = len(first) - n1
-    result = dict(within=np.nan, p=np.nan, n1=n1, n2=n2)
+    n1, n2 = first.sum(), (~first).sum()
+    counts = dict(n1=n1, n2=n2)
     if not relations[label].nunique().max() > 1:
-        return result
-    centred = facts[value] - relations[value].transform("mean")
-    centred = centred.to_numpy(float)
+        return dict(within=np.nan, p=np.nan) | counts
+    centred = (facts[value] - relations[value].transform("mean")).to_numpy(float)
     rng = np.random.default_rng(seed)
     sums = np.zeros(draws)  # of the first class; as all sum to 0, the second class has the negative
     for _, at in sorted(relations.indices.items()):
@@ -413,6 +384,5 @@ def permutation_test(
     scale = 1 / n1 + 1 / n2
     within = scale * (first @ centred)
     extreme = np.abs(scale * sums) >= abs(within) - 1e-12
-    result["within"] = round(float(within), 12)  # not 4e-17 for 0
-    result["p"] = float((1 + extreme.sum()) / (1 + draws))
-    return result
+    within = round(within, 12)  # not 4e-17 for 0
+    return dict(within=within, p=(1 + extreme.sum()) / (1 + draws)) | counts

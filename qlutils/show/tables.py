@@ -15,7 +15,7 @@ from qlutils.show.stats import LEAST
 
 UNDEFINED = "–"
 PAPER_MODELS = ("gpt2", "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B")
-_ALIASES = {"openai-community/gpt2": "gpt2"}
+
 # A sign and what LaTeX wants; "[" at the start of a row would be an argument of the row end before.
 _LATEX = r"""
 \ \textbackslash{}
@@ -60,7 +60,7 @@ _LATEX = str.maketrans(_LATEX | {"\n": " ", "\r": " "})
 # --- numbers and sentences ------------------------------------------------------------------------
 
 
-def format_value(value, low=None, high=None, digits=2) -> str:
+def format_value(value, low=None, high=None, digits=2):
     """One value for reading: "0.52 [0.47, 0.57]"; the interval is optional.
 
     "–" where undefined; an undefined interval shows as [–, –], since a number without one is not a
@@ -77,7 +77,7 @@ def format_value(value, low=None, high=None, digits=2) -> str:
     return str(value)
 
 
-def _decimals(numbers, digits) -> list[str]:
+def _decimals(numbers, digits):
     """A number, and the bounds of its interval if given, with equally many decimals.
 
     There are more than `digits`, up to 4, where the number, or the bound that tells its interval
@@ -88,59 +88,52 @@ def _decimals(numbers, digits) -> list[str]:
     low, high = bounds or (value, value)
     size = np.nanmax([abs(value), (high - low) / 10])
     largest = np.nanmax(np.abs([value, low, high]))
-    places = digits
-    if digits and size and (size < 1e-4 or largest >= 1e4):
-        return [_formatted(one, ".1e") for one in (value, *bounds)]
     nearest = max(low, -high)  # of the bounds to 0; negative where they are on both sides
     least = min(size, nearest) if nearest >= 5e-5 else size
-    if digits and 0 < 2 * least < 10**-digits:
+    form = f"z.{digits}f"
+    if digits and size and (size < 1e-4 or largest >= 1e4):
+        form = "z.1e"
+    elif digits and 0 < 2 * least < 10**-digits:
         rounded_up = 2 * least if bounds else least  # of an interval 0.0006 is 0.001
         places = min(4, -int(np.floor(np.log10(rounded_up))))
-    return [_formatted(one, f".{places}f") for one in (value, *bounds)]
+        form = f"z.{places}f"
+    return [UNDEFINED if np.isnan(one) else f"{one:{form}}" for one in (value, *bounds)]
 
 
-def _formatted(number, form) -> str:
-    if np.isnan(number):
-        return UNDEFINED
-    text = f"{number:{form}}"
-    return text if float(text) else text.removeprefix("-")
-
-
-def with_interval(row, name="mean", digits=2) -> str:
+def with_interval(row, name="mean", digits=2):
     """A value of a table's row for a sentence: "0.41 [0.35, 0.47] (n = 120)", of a difference "(n
     = 90 and 30)"; "undefined (n = 0)"; without n if it has none."""
-    n = _counted(row, "n")
-    text = "undefined"
-    if not pd.isna(row[name]):
-        text = format_value(row[name], row[f"{name}_low"], row[f"{name}_high"], digits)
+    n = counted(row, "n")
+    text = format_value(row[name], row[f"{name}_low"], row[f"{name}_high"], digits)
+    if text == UNDEFINED:
+        text = "undefined"
     return f"{text} (n = {n})" if n else text
 
 
-def _counted(row, name) -> str:
+def counted(row, name):
     """The n of a table's row, of both sides of a difference: "90 and 30"; "" where it has none."""
     sides = [row.get(name), row.get(f"{name}_other")]
     return " and ".join(f"{count:.0f}" for count in sides if not pd.isna(count))
 
 
-def too_few(row) -> str:
+def too_few(row):
     """Why a row has no interval: how many facts are on each side, and how many it takes."""
-    n = _counted(row, "n_facts" if "n_facts" in row else "n")
+    n = counted(row, "n_facts" if "n_facts" in row else "n")
     side = " on each side" if "and" in n else ""
     return f"{n or 'too few'} facts; an interval needs {LEAST}{side}"
 
 
-def verdict(row, name="mean") -> str:
+def verdict(row, name="mean"):
     """What the 95 % interval of a value says about 0, in words."""
-    low = row[f"{name}_low"]
-    high = row[f"{name}_high"]
-    if pd.isna(row[name]) or pd.isna(low):
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    if pd.isna(low):
         return f"not testable here ({too_few(row)})"
     if low > 0:
         return "lies above 0"
     return "lies below 0" if high < 0 else "cannot be told from 0"
 
 
-def pick(table: pd.DataFrame, **keys) -> pd.Series:
+def pick(table, **keys):
     """The one row of a table with these values; `class_` stands for the column class."""
     for name, value in keys.items():
         table = table[table[name.rstrip("_")] == value]
@@ -177,37 +170,38 @@ def write_table(
 ) -> dict[str, Path]:
     """Write `stem`.csv (every column, full precision), .md and .tex (as `display_table`) into
     folder; their paths."""
-    paths = files_of(stem, folder, ("csv", "md", "tex"))
     flat = _flat(frame)
     shown = display_table(frame, digits)
     numeric = [pd.api.types.is_numeric_dtype(flat[name]) for name in _bounds(flat)]
-    texts = {
-        "csv": csv_text(flat),
-        "md": _markdown(shown, numeric, caption, note),
-        "tex": _latex(shown, numeric, caption, note, stem),
+    contents = {
+        "csv": csv_bytes(flat),
+        "md": _markdown(shown, numeric, caption, note).encode("utf-8"),
+        "tex": _latex(shown, numeric, caption, note, stem).encode("utf-8"),
     }
-    for kind, text in texts.items():
-        write_bytes(paths[kind], text.encode("utf-8"))
+    return write_files(stem, folder, contents)
+
+
+def write_files(stem, folder, contents) -> dict[str, Path]:
+    """Write {kind: bytes} as folder/stem.kind; their paths. ValueError for a stem that would lead
+    to another folder."""
+    if not isinstance(stem, str) or not re.fullmatch(r"[\w.-]+", stem):
+        raise ValueError(f"stem must be a plain file name without folder, not {stem!r}")
+    paths = {kind: Path(folder) / f"{stem}.{kind}" for kind in contents}
+    for kind, path in paths.items():
+        write_bytes(path, contents[kind])
     return paths
 
 
-def files_of(stem, folder, kinds) -> dict[str, Path]:
-    """{kind: folder/stem.kind}; ValueError for a stem that would lead to another folder."""
-    if not isinstance(stem, str) or not re.fullmatch(r"[\w.-]+", stem):
-        raise ValueError(f"stem must be a plain file name without folder, not {stem!r}")
-    return {kind: Path(folder) / f"{stem}.{kind}" for kind in kinds}
-
-
-def csv_text(frame) -> str:
+def csv_bytes(frame) -> bytes:
     """A frame without its index as CSV, rows ended by a line feed."""
     plain = dict(index=False, lineterminator="\n")
     text = frame.to_csv(**plain)
     if "\r" in text:  # the csv module need not quote it; every reader takes it for a row's end
         text = frame.to_csv(**plain, quoting=csv.QUOTE_NONNUMERIC)
-    return text
+    return text.encode("utf-8")
 
 
-def _bounds(frame) -> dict[str, list[str]]:
+def _bounds(frame):
     """{column: [] or its columns of bounds, x_low and x_high}, without these columns."""
     bounds = {}
     for name in frame:
@@ -223,18 +217,14 @@ def _flat(frame):
 
 
 def _markdown(shown, numeric, caption, note):
-    def line(cells):
-        text = " | ".join(map(_cell, cells))
-        return f"| {text} |"
-
     aligned = ["--:" if right else ":--" for right in numeric]
     rows = [shown.columns, aligned, *shown.to_numpy()]
-    table = "\n".join(map(line, rows))
+    table = "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)
     title = caption and f"**{caption}**"
     return "\n\n".join(filter(None, [title, table, note])) + "\n"
 
 
-def _cell(text) -> str:
+def _cell(text):
     """A cell of Markdown. Backslashes before a pipe are doubled, else they would escape its
     escape."""
     text = re.sub(r"\r\n|\r|\n", " ", str(text))
@@ -270,21 +260,21 @@ def _latex(
 # --- the paper's values ---------------------------------------------------------------------------
 
 
-def paper_value(table, model, column, **keys) -> float:
+def paper_value(table, model, column, **keys):
     """A value the paper prints, NaN where it has none: for another model, method or set of neurons.
 
     `paper_values.json` names each table's columns and keys; the key class is written `class_`. An
     error for the name of a table, column or key that there is not."""
     printed = paper()["tables"][str(table)]
     place = printed["columns"].index(column)
-    cells = [_ALIASES.get(model, model)]
+    cells = [_papers_name(model)]
     cells += [keys.get(name, keys.get(f"{name}_")) for name in printed["keys"][1:]]
     row = printed["rows"].get("|".join(cells))
-    value = row[place] if row else None
-    return np.nan if value is None else float(value)
+    value = row and row[place]
+    return np.nan if value is None else value
 
 
-def without_empty_paper_columns(frame: pd.DataFrame) -> pd.DataFrame:
+def without_empty_paper_columns(frame) -> pd.DataFrame:
     """Columns of the paper's values (`..._paper`) are dropped where it has none; ours stay,
     undefined or not."""
     empty = frame.columns[frame.isna().all() & frame.columns.str.endswith("_paper")]
@@ -294,14 +284,19 @@ def without_empty_paper_columns(frame: pd.DataFrame) -> pd.DataFrame:
 def paper_notes(table, model) -> list[str]:
     """What to know about the paper's printed values of a table for a model (misprints); nothing for
     other models."""
-    model = _ALIASES.get(model, model)
+    model = _papers_name(model)
+    if model not in PAPER_MODELS:
+        return []
     notes = [note for note in paper()["notes"] if str(note["table"]) == str(table)]
-    told = [note["text"] for note in notes if note["model"] in ("*", model)]
-    return list(dict.fromkeys(told)) if model in PAPER_MODELS else []
+    return [note["text"] for note in notes if note["model"] in ("*", model)]
+
+
+def _papers_name(model):
+    return model.removeprefix("openai-community/")
 
 
 @cache
-def paper() -> dict:
+def paper():
     """`paper_values.json`: the values of the paper's tables, notes on misprints, its experimental
     settings."""
     return json.loads(Path(__file__).with_name("paper_values.json").read_text("utf-8"))

@@ -37,7 +37,6 @@ QUERIES = pd.DataFrame(
 )
 
 
-# --- sets -----------------------------------------------------------------------------------------
 def test_every_set_of_a_query_by_hand():
     kns = [{(0, 1), (0, 2), (1, 5)}, {(0, 1), (1, 6)}, {(0, 1), (0, 2), (1, 6), (1, 7)}]
     active = np.array([[0.0, 5.0, 1.0, 1.1, 4.8, 9.0, 9.0, 9.0], [3.0, 0, 0, 0, 0, -2.9, 7.0, 8.0]])
@@ -65,9 +64,7 @@ def test_other_neurons_are_never_of_their_own_set_and_end_where_a_layer_is_used_
     for seed in range(20):
         drawn = random_neurons({(0, 1), (1, 0)}, 10, np.random.default_rng(seed), among=among.get)
         assert drawn in ({(0, 2)}, {(0, 3)})  # layer 1 has none to give
-
-
-def test_the_most_active_neuron_is_matched_first():
+    # the most active one is matched first
     active = np.array([[3.0, -5.0, 3.9, 2.0, 6.9]])  # 2 is nearest to both 0 and 1, and 1 takes it
     assert active_neurons({(0, 0), (0, 1)}, active) == {(0, 2), (0, 3)}
     assert active_neurons({(0, 0)}, active) == active_neurons({(0, 1)}, active) == {(0, 2)}
@@ -94,7 +91,6 @@ def test_rows_of_the_batch_equal_one_set_at_a_time(family):
         assert chosen or row["probability"] == row["probability_before"]
 
 
-# --- units ----------------------------------------------------------------------------------------
 def test_units_hold_the_neurons_above_the_threshold_and_an_irrelevant_prompt_of_equal_length():
     [[a, b, c]] = effects.units(QUERIES, 0.2, irrelevant=0)
     assert a["layer"] == [[0], [0], [1]] and a["neuron"] == [[1], [1], [1]]
@@ -103,7 +99,6 @@ def test_units_hold_the_neurons_above_the_threshold_and_an_irrelevant_prompt_of_
     assert all(prompt.startswith("R2 c") for prompt in a["irrelevant"] + b["irrelevant"])
     # of R1 only fact a has prompts of 3 tokens
     assert all(prompt.startswith("R1 a") for prompt in c["irrelevant"])
-    assert effects.units(QUERIES, 0.2, irrelevant=1) != effects.units(QUERIES, 0.2, irrelevant=0)
     [[alone]] = effects.units(QUERIES[QUERIES["relation"] == "R2"], irrelevant=0)
     assert alone["irrelevant"] == [None] * 3 and "layer" not in alone
 
@@ -135,7 +130,6 @@ def test_another_fact_s_neurons_are_of_one_fact_and_none_of_this_one():
     assert drawn["R2 c", "same_relation"] == {((), ())}  # d has the same object
 
 
-# --- relative changes -----------------------------------------------------------------------------
 def changes(rows, classes=None, known=True):
     """`effects.rates` of rows (fact, relation, query, set, size, before, enhanced, suppressed)."""
     long = []
@@ -174,8 +168,14 @@ def test_summary_counts_empty_sets_undefined_values_and_classes_without_facts():
     )
     assert one["n"] == 2 and one["undefined"] == 1 and one["empty"] == pytest.approx(1 / 3)
     assert one["mean"] == pytest.approx(0.1) and more["mean"] == pytest.approx(0)
+    table = effects.summary(frame.assign(known=frame["fact"] == "f1"), ["self"])
+    averages = table[table["direction"] == "average"]
+    assert list(dict.fromkeys(table["queries"])) == ["all", "known"]
+    which = dict(threshold="static", class_="I")
+    every, known = (tables.pick(averages, **which, queries=name) for name in ("all", "known"))
+    assert (every["n"], known["n"]) == (2, 1) and known["trimmed"] == pytest.approx(0.2)
     for name in ("I", "II"):
-        none = tables.pick(table, threshold="otsu", queries="known", class_=name)
+        none = tables.pick(averages, threshold="otsu", queries="known", class_=name)
         assert none["n"] == 0 and np.isnan(none["mean"])
     assert tables.with_interval(none) == "undefined (n = 0)"
     assert tables.verdict(none) == "not testable here (0 facts; an interval needs 10)"
@@ -200,35 +200,14 @@ def test_contrast_pairs_queries_and_leaves_out_those_without_both():
     assert tables.with_interval(apart).endswith("[–, –] (n = 2 and 3)")
     why = "not testable here (2 and 3 facts; an interval needs 10 on each side)"
     assert tables.verdict(apart) == why
-    some = effects.contrast(frame.assign(known=frame["fact"] == "f0"), "self", ["union", "refine"])
-    assert tables.pick(some, threshold="static", queries="known", class_="I")["n"] == 1
-    assert tables.pick(some, **which, class_="I")["n"] == 3
+    for low, said in (
+        (0.1, "lies above 0"),
+        (-0.4, "lies below 0"),
+        (-0.1, "cannot be told from 0"),
+    ):
+        assert tables.verdict(dict(mean=low, mean_low=low, mean_high=low + 0.3)) == said
 
 
-def test_all_queries_are_counted_first_and_the_known_ones_beside():
-    rows = [(f"f{k}", "R", 0, "self", 1, 0.5, 0.5 + 0.1 * k, 0.5) for k in range(4)]
-    frame = effects.rates(changes(rows, dict.fromkeys([f"f{k}" for k in range(4)], "I")))
-    frame["known"] = frame["fact"] == "f3"
-    table = effects.summary(frame, ["self"], directions=("enhance",))
-    assert list(dict.fromkeys(table["queries"])) == ["all", "known"]
-    for queries, n, trimmed in (("all", 4, 0.3), ("known", 1, 0.6)):
-        row = tables.pick(table, threshold="static", queries=queries, class_="I")
-        assert (row["n"], row["trimmed"]) == (n, pytest.approx(trimmed))
-
-
-@pytest.mark.parametrize(
-    "low, high, said",
-    [
-        (0.1, 0.2, "lies above 0"),
-        (-0.2, -0.1, "lies below 0"),
-        (-0.1, 0.2, "cannot be told from 0"),
-    ],
-)
-def test_verdict_reads_the_interval(low, high, said):
-    assert tables.verdict(dict(mean=(low + high) / 2, mean_low=low, mean_high=high)) == said
-
-
-# --- predominance and synapses on hand-made cases -------------------------------------------------
 def test_predominance_of_hand_made_attention_matrices(monkeypatch):
     """Three queries of three tokens; the columns that collect most are tokens 7, 7 and 9, without
     the first 5, 7, 9."""

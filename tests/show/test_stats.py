@@ -55,34 +55,17 @@ def bounds(found):
     return found.mean_low, found.mean_high
 
 
-# --- Welch ----------------------------------------------------------------------------------------
-
-
-def test_welch_is_scipys_with_missing_values_left_out():
+def test_welch_is_scipys_with_missing_values_left_out_and_nan_where_undefined(recwarn):
     rng = np.random.default_rng(0)
     a, b = rng.normal(0, 1, 30), rng.normal(0.5, 3, 12)
     result, oracle = welch(np.append(a, np.nan), b), scipy_stats.ttest_ind(a, b, equal_var=False)
     assert (result["t"], result["p"], result["df"]) == (oracle.statistic, oracle.pvalue, oracle.df)
     by_hand = welch([1, 2, 3] * 4, [4, 5, 6] * 4)  # pooled variance 8 / 11
     assert by_hand["d"] == pytest.approx(-3 / np.sqrt(8 / 11))
-
-
-@pytest.mark.parametrize(
-    "a, b",
-    [
-        ([], []),
-        ([1.0] * 12, [2.0] * 12),
-        ([np.nan] * 30, np.arange(30.0)),
-        (np.arange(LEAST - 1.0), np.arange(60.0)),
-    ],
-)
-def test_an_undefined_t_test_is_nan(a, b, recwarn):
-    result = welch(a, b)
-    assert set(result) == {"t", "df", "p", "d"} and np.isnan(list(result.values())).all()
+    few = np.arange(LEAST - 1.0)
+    for one, two in (([], []), ([1.0] * 12, [2.0] * 12), ([np.nan] * 30, b), (few, a)):
+        assert np.isnan(list(welch(one, two).values())).all()
     assert not recwarn.list
-
-
-# --- bootstrap ------------------------------------------------------------------------------------
 
 
 def test_estimates_are_numpys_and_scipys():
@@ -156,9 +139,6 @@ def test_several_means_stand_side_by_side_each_with_its_n():
     assert [row["value"], row["half"]] == pytest.approx(list(frame[["value", "half"]].mean()))
 
 
-# --- differences ----------------------------------------------------------------------------------
-
-
 def test_two_conditions_on_the_same_facts_are_compared_paired():
     base = facts_frame(10, 5, relations=20, spread=3)
     shift = np.random.default_rng(10).normal(0.2, 0.1, len(base))
@@ -181,6 +161,9 @@ def test_two_classes_of_facts_are_compared_with_both_their_errors():
     expected = np.sqrt(one.var(ddof=1) / len(one) + two.var(ddof=1) / len(two))
     assert found.mean == pytest.approx(one.mean() - two.mean())
     assert error(found) == pytest.approx(expected, rel=0.06)
+    rows = bootstrap_difference(frame.loc[frame.index.repeat(3)], "value", "kind", ("I", "II"))
+    assert (rows.n, rows.row("mean", "gap")["n_other"]) == (900, 300)
+    assert rows.facts() == {"n_facts": 300, "n_facts_other": 100}
     nothing = bootstrap_difference(frame, "value", "kind", ("I", "III"))
     assert np.isnan([nothing.mean, nothing.mean_low, nothing.median_high]).all()
     assert (nothing.n, nothing.n_other) == (300, 0)
@@ -202,9 +185,6 @@ def test_a_few_huge_values_do_not_hide_the_median_and_the_trimmed_mean():
     found = bootstrap_mean(frame_of(values), "value")
     assert found.median == np.median(values) and 1 <= found.median_low <= found.median
     assert found.trimmed == pytest.approx(scipy_stats.trim_mean(values, 0.1))
-
-
-# --- permutation ----------------------------------------------------------------------------------
 
 
 def test_the_permutation_test_is_exact_on_a_small_case_and_counts_facts_not_queries():
@@ -234,9 +214,6 @@ def test_an_undefined_permutation_test_is_nan():
     assert np.isnan(permutation_test(frame[:0], "value", "kind")["within"])
     with pytest.raises(ValueError, match="two labels"):
         permutation_test(frame.assign(fact=[0, 0, 1, 2], relation="a"), "value", "kind")
-
-
-# --- shares, and statistics that are computed anew from each draw ---------------------------------
 
 
 @pytest.mark.parametrize("value, n", [(0.0, 18), (1.0, 720), (0.0, LEAST)])
@@ -283,17 +260,14 @@ def test_a_statistic_of_weighted_facts_equals_the_mean():
     def mean(part, weights):
         return (part["value"] * weights).sum() / weights.sum()
 
-    found, known = (
-        bootstrap_statistic([frame], mean, seed=3),
-        bootstrap_mean(frame, "value", seed=3),
-    )
+    found = bootstrap_statistic([frame], mean, seed=3)
+    known = bootstrap_mean(frame, "value", seed=3)
     stretch = scipy_stats.t.ppf(0.975, 36) / scipy_stats.norm.ppf(0.975)  # 40 facts, 4 relations
     stretched = [found.mean + stretch * (bound - found.mean) for bound in bounds(found)]
     assert (found.mean, *stretched) == pytest.approx((known.mean, *bounds(known)), rel=1e-5)
     other = frame.assign(value=frame["value"] - 0.25)
     both = bootstrap_statistic([frame, other], mean)  # the same facts are drawn for both
     assert (both.mean, *bounds(both)) == pytest.approx((0.25,) * 3)
-    assert np.isnan(bootstrap_statistic([frame.head(0)], mean).mean)
     few = bootstrap_statistic([frame, frame.head(LEAST - 1)], mean)
     assert np.isnan(few.mean_low) and few.mean != 0 and (few.n, few.n_other) == (40, LEAST - 1)
 
@@ -320,9 +294,6 @@ def test_shares_of_a_class_by_otsus_threshold_are_those_of_repeated_facts():
         assert known.n == facts["some"].sum()
 
 
-# --- few facts ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("small", [1, LEAST - 1, LEAST])
 def test_no_interval_rests_on_fewer_facts_on_a_side_than_the_least(small):
     kind = np.where(np.arange(small + 60) < small, "II", "I")
@@ -338,32 +309,19 @@ def test_no_interval_rests_on_fewer_facts_on_a_side_than_the_least(small):
     assert np.isnan(shares.mean_high) == (small < LEAST)
 
 
-def test_the_two_sides_of_a_difference_are_counted_apart():
-    kind = np.where(np.arange(42) < 12, "II", "I")
-    frame = frame_of(np.random.default_rng(0).normal(size=42), kind=kind)
-    frame = frame.loc[frame.index.repeat(3)]
-    found = bootstrap_difference(frame, "value", "kind", ("II", "I"))
-    assert found.row("mean", "gap") | {"n": 36, "n_other": 90} == found.row("mean", "gap")
-    assert found.facts() == {"n_facts": 12, "n_facts_other": 30}
-
-
 # Samples of which 95 % intervals should hold the truth (seeded; 200 samples of 150 draws each).
 DRAWN = {  # (random values, their mean, median and trimmed mean)
     "normal": (lambda rng, n: rng.normal(size=n), (0.0, 0.0, 0.0)),
     "skewed": (lambda rng, n: rng.exponential(size=n), (1.0, np.log(2), 0.8301)),
-    "tailed": (lambda rng, n: np.exp(rng.normal(size=n)), (np.exp(0.5), 1.0, 1.2345)),
     "rare": (lambda rng, n: (rng.random(n) < 0.1).astype(float), (0.1,) * 3),
-    "even": (lambda rng, n: (rng.random(n) < 0.5).astype(float), (0.5,) * 3),
 }
 # % of the samples covered with `LEAST` facts on the smaller side, two of a relation: mean, median,
 # trimmed mean, of one class, and of its difference from a class of 60 facts. 95 is promised. A mean
-# of skewed values falls short, and one of heavy tails by far: tables show the others, too.
+# of skewed values falls short: tables show the others, too.
 COVERED = {
     "normal": ((94, 94, 94), (94, 94, 94)),
     "skewed": ((90, 92, 94), (92, 94, 94)),
-    "tailed": ((84, 94, 94), (88, 94, 94)),
     "rare": ((95, 0, 0), (95, 0, 0)),  # shares have no other statistic
-    "even": ((95, 0, 0), (95, 0, 0)),
 }
 
 
@@ -371,7 +329,7 @@ def coverage(kind, facts, other=0):
     """% of samples whose intervals of mean, median and trimmed mean hold the truth: of one class,
     or of its difference from another of `other` facts."""
     rng, (drawn, truth) = np.random.default_rng(facts), DRAWN[kind]
-    n, share = facts + other, kind in ("rare", "even")
+    n, share = facts + other, kind == "rare"
     samples, draws = (100, 20) if share else (200, 150)  # shares of facts hang on no draw
     classes = np.where(np.arange(n) < facts, "II", "I")
     frame = frame_of(np.zeros(n), kind=classes).assign(relation=rng.permutation(n) // 2)
@@ -398,7 +356,7 @@ def test_intervals_of_the_least_number_of_facts_cover_what_they_promise(kind):
 
 def test_fewer_facts_than_the_least_would_cover_less(monkeypatch):
     monkeypatch.setattr(stats, "LEAST", 4)
-    for kind in ("normal", "skewed", "tailed"):
+    for kind in ("normal", "skewed"):
         mean, _, trimmed = coverage(kind, 4)
         promised = COVERED[kind][0]
         assert mean < promised[0] - 3 and trimmed < promised[2] - 3
