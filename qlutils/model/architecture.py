@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qlutils.model import attention
-from qlutils.model.trace import Trace
+from qlutils.model.trace import traced
 
 # Where the down-projection sits inside a decoder layer, by family.
 DOWN_PROJECTIONS = (
@@ -107,9 +107,9 @@ def find_architecture(model):
         # the cap out.
         model.set_attn_implementation(attention.EXACT)
     head = _unembedding(model)
-    with refusing("a pass over a few tokens"), torch.no_grad(), Trace(model.modules()) as trace:
+    with refusing("a pass over a few tokens"), torch.no_grad(), traced(model.modules()) as kept:
         model(input_ids=torch.arange(2, device=head.weight.device)[None], use_cache=False)
-    calls = {call.module: call for call in trace.kept}
+    calls = {call.module: call for call in kept}
     layers = _decoder_layers(model, text.num_hidden_layers, calls)
     downs = _projections(layers, DOWN_PROJECTIONS)
     ups = _projections(layers, UP_PROJECTIONS)
@@ -127,9 +127,9 @@ def find_architecture(model):
         layers=list(layers),
         downs=downs,
         ups=ups,
-        tail=_tail(model, layers, [call.module for call in trace.kept]),
+        tail=_tail(model, layers, [call.module for call in kept]),
         head=head,
-        norm_epsilons=[_norm_epsilon(calls[down].output, trace.kept) for down in downs],
+        norm_epsilons=[_norm_epsilon(calls[down].output, kept) for down in downs],
         num_neurons=widths.pop(),
         scale=_logit_scale(model, text),
         softcap=getattr(text, "final_logit_softcapping", None),
@@ -253,7 +253,7 @@ def use_fused_modules(model, norms):
     for module in list(model.modules()):
         for name, child in module.named_children():
             kind = type(child).__name__
-            changed = "forward" in vars(child) or hooks_of(child)
+            changed = "forward" in vars(child) or hooking(child)
             if kind in GELUS:
                 setattr(module, name, nn.GELU(approximate="tanh").train(False))
             elif norms and kind.endswith("RMSNorm") and not changed:
@@ -357,7 +357,10 @@ def plain_weight(module):
             "cannot be edited exactly; merge the adapter into the weights first, or load the "
             "model unquantised"
         )
-    elif _is_altered(module):
+    elif hooking(module) - {"qlutils"} or (
+        # accelerate's own moves inputs; where it fetches weights, they are on `meta`
+        "forward" in vars(module) and not hasattr(module, "_hf_hook")
+    ):
         reason = (
             "other code hangs on it (a hook, or a forward method of its own), which may "
             "change its weight or its output; remove it"
@@ -367,22 +370,15 @@ def plain_weight(module):
     return weight
 
 
-def hooks_of(module):
-    """The hooks that run in a module's forward pass."""
-    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-
-
 def package_of(hook):
     """The name of the package that a hook comes from."""
     return (getattr(hook, "__module__", None) or "").split(".")[0]
 
 
-def _is_altered(module):
-    """Whether code that is neither the module's class nor ours runs in its forward pass."""
-    if any(package_of(hook) != "qlutils" for hook in hooks_of(module)):
-        return True
-    # accelerate's own moves inputs between devices; where it fetches weights, they are on `meta`
-    return "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
+def hooking(module):
+    """The packages whose hooks run in a module's forward pass."""
+    hooks = {**module._forward_pre_hooks, **module._forward_hooks}
+    return set(map(package_of, hooks.values()))
 
 
 def check_sole_owner(model, module):

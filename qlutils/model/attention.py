@@ -196,13 +196,14 @@ class AttentionChange:
 
     @contextmanager
     def on(self, model, layers):
-        """Active inside, on every forward pass of `model` whose attention is written out here."""
+        """Active inside, on every forward pass of `model`, which runs `exact_attention`."""
         for index, layer in enumerate(layers):
             self.layer_of |= dict.fromkeys(layer.modules(), index)
-        with hooked(forward_passes(model, layers[0], self._locate, lambda output: None)):
+        hooks = hooked(forward_passes(model, layers[0], self._locate, lambda output: None))
+        with attention_implementation(model, EXACT), hooks:
             ACTIVE.append(self)
             try:
-                yield self
+                yield
             finally:
                 ACTIVE.remove(self)
 

@@ -468,7 +468,7 @@ def test_bfloat16_is_close_to_float64_of_the_same_weights(family, method):
 def test_in_bfloat16_points_of_a_path_are_rounded_once():
     """Not their places, too, nor how far it is from one end to the other."""
     lm = tiny_lm("llama3", torch.bfloat16)
-    clean = clean_pass(lm, torch.tensor([[5, 6, 7, 8]]))
+    clean = clean_pass(lm, torch.tensor([[5, 6, 7, 8]]), "down_input")
     generator = torch.Generator().manual_seed(0)
     starts = torch.randn(1, 1, 3, lm.num_neurons, generator=generator).bfloat16()
     paths = Paths.of(lm, clean, starts, Spec())
@@ -478,12 +478,13 @@ def test_in_bfloat16_points_of_a_path_are_rounded_once():
     wanted = begin.double()[0] + node[:, None] * (end.double() - begin.double())[0]
     unit = 2.0 ** (wanted.abs().log2().floor() - 7)  # of the last of 8 bits
     assert ((found - wanted).abs() <= 0.501 * unit + 1e-6).all()
-    path = torch.zeros(3, 1, dtype=torch.long)
     change = (end.double() - begin.double())[0, 0]
-    rise = paths.rise(path.expand(3, len(change)), torch.eye(len(change)))
+    path = torch.zeros(len(change), 3, dtype=torch.long)
+    rise = paths.rise(path, torch.eye(len(change)))
     torch.testing.assert_close(rise.double(), change, rtol=1e-6, atol=0)
     both = (begin, end), (begin.double(), end.double())
-    places = [Coordinate.of_norm(*ends, 1e-6) for ends in both]
+    places = [Coordinate.of([one], [other], [1e-6]) for one, other in both]
+    places = [(place.center, place.floor) for place in places]
     torch.testing.assert_close(places[0], places[1], rtol=1e-12, atol=0)
 
 
