@@ -155,22 +155,22 @@ def _tokens(queries, answer):
     return sorted(tokens, key=lambda token: (len(token.ids), token.prompt_length))
 
 
-def _kinds(lm, tokens, spec):
+def _kind_of(lm, spec):
     """What tokens have in common whose integrals are computed together: the rows of each, and by a
     rule with fixed nodes the number of ids; "converged" has few rows left in its later rounds."""
     converged = spec.rule == "converged"
     # columns of scaled attention count from a prompt's first token
     mixed = converged and lm.layout == "sequence" and not is_controlled(lm.model)
     points = 2 if converged else spec.steps  # of the first round
-    kinds = []
-    for token in tokens:
+
+    def kind(token):
         baselines = token.prompt_length - lm.bos_offset if spec.method == "sig" else 1
         rows = lm.num_layers * points * baselines
         if mixed:
-            kinds.append((max(1, rows // HELD), baselines))
-        else:
-            kinds.append((rows, baselines, len(token.ids)))
-    return kinds
+            return max(1, rows // HELD), baselines
+        return rows, baselines, len(token.ids)
+
+    return kind
 
 
 def _attribute(lm, queries, spec, names):
@@ -188,8 +188,8 @@ def _attribute(lm, queries, spec, names):
         row_budget=spec.row_budget,
     )
     tokens = _tokens(queries, spec.answer)
-    for batch in equal_batches(_kinds(lm, tokens, spec), spec.row_budget):
-        _add_batch(lm, [tokens[place] for place in batch], spec, found)
+    for batch in equal_batches(tokens, _kind_of(lm, spec), spec.row_budget):
+        _add_batch(lm, batch, spec, found)
     if spec.answer == "first":
         whole = score_queries(lm, queries)
         found.probability = torch.from_numpy(np.exp(whole.log_probability)).to(found.scores)
@@ -233,7 +233,7 @@ def _baselines(lm, ids, prompt_lengths, spec):
 
     ig: None, which stands for zero. amig: B = 1, of the prompt with every token but BOS replaced by
     EOS. sig: of the prompt with one token replaced by the mask, pad or EOS token, a baseline for
-    each of its B tokens but BOS; all prompts of a batch have as many (see `_kinds`). The answer's
+    each of its B tokens but BOS; all prompts of a batch have as many (see `_kind_of`). The answer's
     tokens before the one that is attributed stay."""
     if spec.method == "ig":
         return None

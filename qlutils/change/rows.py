@@ -15,7 +15,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from math import ceil
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -31,7 +30,6 @@ CPU_TOKENS = 2048  # tokens of a batch on a CPU; from 1,024 on the time is flat
 # Texts share a batch up to the next multiple of so many tokens. It divides the lengths from which
 # on some models embed positions in another way (long RoPE), for a whole batch.
 LENGTH_STEP = 4
-_CHECKED = WeakSet()  # models that passed `_check`
 
 
 @dataclass
@@ -58,61 +56,58 @@ def score_rows(lm, queries, rows, *, everywhere=False):
 
     `everywhere`: changes act at every token (an edited weight); else at the last prompt token and
     later ones. Inside `scale_neurons` or `edit_weights` the model is the one they make."""
-    if lm not in _CHECKED:
+    if "rows" not in lm.checked:
         with computing(lm):
             _check(lm)
-        _CHECKED.add(lm)
+        lm.checked.add("rows")
     return _score(lm, queries, rows, everywhere)
 
 
 def _score(lm, queries, rows, everywhere):
-    different = dict.fromkeys(rows)  # equal rows are computed once
-    different = sorted(different, key=lambda row: row[0])  # so that a batch has few queries
     changed = {query for query, change in rows if change is not None}
-    kinds = []
-    for query, _ in different:
-        prompt, target = queries[query]
-        last = len(prompt) - 1
-        prefix = 0 if everywhere or query not in changed else last  # what no change reaches
+
+    def prefix_of(query):  # what no change reaches
+        return 0 if everywhere or query not in changed else len(queries[query][0]) - 1
+
+    def kind(row):
+        prompt, target = queries[row[0]]
+        last, prefix = len(prompt) - 1, prefix_of(row[0])
         padded = LENGTH_STEP * ceil((last + len(target)) / LENGTH_STEP) - prefix
         scaled = last if lm.scales else 0  # where `scale_neurons` begins, in all rows alike
-        kinds.append((padded, prefix, scaled))
+        return padded, prefix, scaled
 
-    def compute(batch):
-        _, prefix, _ = kinds[batch[0]]
-        return _score_batch(lm, queries, [different[place] for place in batch], prefix)
+    def compute(some):
+        return _score_batch(lm, queries, some, prefix_of(some[0][0]))
 
-    scored = dict(zip(different, in_batches(lm, kinds, compute)))
+    order = sorted(rows, key=lambda row: row[0])  # so that a batch has few queries
+    scored = dict(zip(order, in_batches(lm, order, kind, compute)))
     columns = zip(*(scored[row] for row in rows)) if rows else [()] * 4
     log_p, exact, match, greedy = columns
     return Scores(np.array(log_p), np.array(exact, bool), np.array(match), list(greedy))
 
 
-def equal_batches(kinds, tokens):
-    """The places of equal `kinds`, tuples (tokens a row, ...), a list of at most `tokens` tokens at
-    a time."""
-    kind_of = kinds.__getitem__
-    order = sorted(range(len(kinds)), key=kind_of)
-    for kind, group in groupby(order, key=kind_of):
-        places = list(group)
-        size = max(1, tokens // kind[0])
-        for start in range(0, len(places), size):
-            yield places[start : start + size]
+def equal_batches(items, kind, tokens):
+    """Lists of items of equal `kind`, tuples (tokens an item, ...), that hold at most `tokens`."""
+    for (each, *_), group in groupby(sorted(items, key=kind), key=kind):
+        group = list(group)
+        size = max(1, tokens // each)
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
 
 
-def in_batches(lm, kinds, compute):
-    """What `compute` gives for each place of `kinds`, asked for a batch of `equal_batches` at a
-    time; smaller ones where memory runs out."""
-    found = [None] * len(kinds)
+def in_batches(lm, items, kind, compute):
+    """What `compute` gives for each of the `items`, asked for a batch of `equal_batches` at a time:
+    smaller ones where memory runs out, equal items once."""
+    items = list(items)
+    found = dict.fromkeys(items)
 
     def run(tokens):
-        for batch in equal_batches(kinds, tokens):
-            for place, one in zip(batch, compute(batch)):
-                found[place] = one
+        for batch in equal_batches(found, kind, tokens):
+            found.update(zip(batch, compute(batch)))
 
     with computing(lm):
         within_memory(run, token_budget(lm))
-    return found
+    return [found[item] for item in items]
 
 
 def token_budget(lm):

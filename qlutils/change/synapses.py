@@ -10,7 +10,6 @@ Shapes: B queries or rows of a batch, L layers, H query heads, T prompt tokens, 
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -27,7 +26,6 @@ from qlutils.model.trace import traced
 from qlutils.model.verify import differ, sample_ids, sharply
 
 SCORES = ("sum", "visible_mean")
-_REPLACEABLE: WeakSet = WeakSet()  # models that passed `check_replaceable`
 
 
 # --- the model's attention, watched or changed ----------------------------------------------------
@@ -49,7 +47,7 @@ def controlled(lm, factors=None, renormalise=False, observe=None):
 def check_replaceable(lm):
     """`UnsupportedModel` unless each layer's attention matrix can be read and replaced, and the
     model's own logits come out; tried once a model."""
-    if lm in _REPLACEABLE:
+    if "attention" in lm.checked:
         return
     ids, seen = sample_ids(lm, 6), set()
     watch = AttentionChange(observe=lambda layer, *_: seen.add(layer))
@@ -70,7 +68,7 @@ def check_replaceable(lm):
             f"{lm.name} ({lm.model.config.model_type}): its attention can be neither read nor "
             f"changed exactly ({problem}); notebooks 05 and 06 need another model"
         ) from problem
-    _REPLACEABLE.add(lm)
+    lm.checked.add("attention")
 
 
 @contextmanager
@@ -142,17 +140,14 @@ def column_scores(lm, prompts, score="sum"):
     threshold serves both. Matrices are reduced while the model runs, a batch and layer at a
     time."""
 
-    def compute(batch):
-        ids = [prompts[place] for place in batch]
-        ids = torch.tensor(ids, device=lm.device)
-        return _column_scores(lm, ids, score)
+    def compute(some):
+        found = _column_scores(lm, torch.tensor(some, device=lm.device), score)
+        for prompt, (total, _) in zip(some, found):
+            if not np.isfinite(total).all():
+                refuse_numbers(lm, prompt)
+        return found
 
-    kinds = [(len(prompt),) for prompt in prompts]
-    found = in_batches(lm, kinds, compute)
-    for prompt, (total, _) in zip(prompts, found):
-        if not np.isfinite(total).all():
-            refuse_numbers(lm, prompt)
-    return found
+    return in_batches(lm, map(tuple, prompts), lambda prompt: (len(prompt),), compute)
 
 
 @torch.no_grad()
@@ -193,7 +188,7 @@ def first_tokens(lm):
 # --- many queries under many changes, in few batches ----------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """A query to answer with `columns` (L, H, T) of its attention scaled by `factor` (None: the
     model as it is), and the KNs, (layer, index) pairs, to read meanwhile."""
@@ -211,18 +206,12 @@ def run_rows(lm, rows):
     """(rows, 3): probability of the answer (product over its tokens), mean |activation| and mean
     activation of the row's KNs at the last prompt token (NaN without KNs). Each row has its own
     synapses; equal lengths share a batch, and a row that comes again is computed once."""
-    different = {id(row): row for row in rows}
-    todo = list(different.values())
-    kinds = []
-    for row in todo:
-        tokens = len(row.prompt) + len(row.answer)
-        kinds.append((tokens, len(row.answer), row.renormalise))
 
-    def compute(batch):
-        return _run_batch(lm, [todo[place] for place in batch])
+    def kind(row):
+        return len(row.prompt) + len(row.answer), len(row.answer), row.renormalise
 
-    found = dict(zip(different, in_batches(lm, kinds, compute)))
-    return np.array([found[id(row)] for row in rows]).reshape(-1, 3)
+    found = in_batches(lm, rows, kind, lambda some: _run_batch(lm, some))
+    return np.array(found).reshape(-1, 3)
 
 
 def _run_batch(lm, rows):

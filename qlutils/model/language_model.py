@@ -48,6 +48,7 @@ class LanguageModel:
                 self._find_parts()
             self.in_use = RLock()  # held by the thread that computes, see `passes.computing`
             self.scales = []  # what contexts of `change.scaling` change now, outermost first
+            self.checked = set()  # what was tried out once: "rows", "attention"
             with full_precision(self.device):
                 verify(self)  # which sets `layout` and `adds_mlp_output`
 
