@@ -133,9 +133,9 @@ def attention_implementation(model, name):
 
 
 def forward_passes(model, layer, before, after):
-    """Register hooks on `model`, yielded one by one, that call `before(tokens, past, mask)` for each
-    forward pass that may reach `layer`, with the number of tokens that it is fed and of positions
-    in its cache, and its attention mask; and `after(output)` at its end (None after an error).
+    """Register hooks on `model`, yielded one by one, that call `before(tokens, past, mask)` at each
+    forward pass that may reach `layer`, with how many tokens it is fed and its cache holds, and its
+    attention mask, and `after(output)` at its end (None after an error).
 
     A pass is that of the outermost part that is called: the masks that parts inside get are what
     those around them made of the caller's (Gemma 3's text model gets a dict), and some parts are
