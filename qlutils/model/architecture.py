@@ -164,18 +164,14 @@ def _refuse_kind(model, text):
 
 def _decoder_layers(model, depth, called):
     """The list of decoder layers: a vision tower may be as deep, but is not called for a text."""
-    found = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and module[0] in called
-    ]
-    found = [layers for layers in found if _find(layers[0], DOWN_PROJECTIONS) is not None]
-    if not found:
-        raise UnsupportedModel(
-            f"found no list of {depth} decoder layers with a down-projection named one of "
-            f"{', '.join(DOWN_PROJECTIONS)} ({type(model).__name__})"
-        )
-    return found[0]
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth and module[0] in called:
+            if _find(module[0], DOWN_PROJECTIONS) is not None:
+                return module
+    raise UnsupportedModel(
+        f"found no list of {depth} decoder layers with a down-projection named one of "
+        f"{', '.join(DOWN_PROJECTIONS)} ({type(model).__name__})"
+    )
 
 
 def _unembedding(model):
@@ -402,8 +398,8 @@ def check_sole_owner(model, module):
 def rope_switches(text):
     """Lengths in tokens beyond which a forward pass uses other rotary frequencies, for all of its
     tokens: "longrope", as in Phi-3."""
-    key = "original_max_position_embeddings"
-    return [rope[key] for rope in _ropes(text) if rope["rope_type"] == "longrope"]
+    ropes = [rope for rope in _ropes(text) if rope["rope_type"] == "longrope"]
+    return [rope["original_max_position_embeddings"] for rope in ropes]
 
 
 def context_length(text):

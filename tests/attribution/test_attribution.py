@@ -14,7 +14,7 @@ from naive import Naive, keeping_float64
 from tiny import FAMILIES, hooked, tiny_lm, tiny_model, trusted, watched_rows, word_tokenizer
 from torch import nn
 
-from qlutils import attribute
+from qlutils import attribute, scale_neurons
 from qlutils.attribution.attribute import Spec, attribute_encoded
 from qlutils.attribution.coordinate import Coordinate
 from qlutils.attribution.paths import Paths
@@ -389,6 +389,8 @@ SPOILT = {
     "a hook on all": (lambda _: nn.modules.module.register_module_forward_hook(doubled), HOOK),
     "another forward": (replace_forward, "modules .*a forward method was replaced"),
     "training mode": (lambda lm: lm.model.transformer.train() and None, "is in training mode"),
+    "compiled": (lambda lm: lm.model.compile(backend="eager"), "it was compiled"),
+    "resized": (lambda lm: lm.model.resize_token_embeddings(100) and None, "modules were added"),
 }
 
 
@@ -403,7 +405,8 @@ def test_what_would_change_numbers_without_a_word_is_refused_and_gone_with_it(sp
             lambda: score_queries(lm, [QUERY]),
             lambda: column_scores(lm, [QUERY[0]]),
             lambda: run_rows(lm, [Row(*QUERY)]),
-        ):
+            lambda: scale_neurons(lm, {(0, 1)}, 0.0).__enter__(),
+        )[: 4 if said == HOOK else 5]:
             with pytest.raises(ValueError, match=f"tiny-gpt2.*{said}"):
                 call()
     finally:

@@ -14,14 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, hooked, save_checkpoint, tiny_lm, tiny_model, word_tokenizer
 from torch import nn
 
-from qlutils import (
-    answer_probability,
-    attribute,
-    edit_weights,
-    find_synapses,
-    load_model,
-    scale_neurons,
-)
+from qlutils import answer_probability, attribute, edit_weights, load_model
 from qlutils.model import architecture as arch
 from qlutils.model import loading, verify
 from qlutils.model.architecture import UnsupportedModel, join_call_arguments
@@ -291,27 +284,6 @@ def test_tokens_that_the_unembedding_cannot_give_are_refused():
     model.lm_head.weight = nn.Parameter(model.lm_head.weight[:90].clone(), requires_grad=False)
     with pytest.raises(ValueError, match=r"'95' \(95\).*only the tokens 0 to 89"):
         answer_probability(load(model), ["10 11"], ["95"])
-
-
-@pytest.mark.parametrize(
-    "spoil, said",
-    [
-        (lambda lm: lm.model.train(), "training mode"),
-        (lambda lm: lm.model.compile(backend="eager"), "compiled"),
-        (lambda lm: lm.model.resize_token_embeddings(100), "modules were added or exchanged"),
-    ],
-)
-def test_a_model_in_a_state_in_which_numbers_would_be_wrong_is_refused(spoil, said):
-    lm, query = tiny_lm("llama2", torch.float32), (["10 11 12"], ["13"])
-    spoil(lm)
-    for use in (
-        lambda: attribute(lm, *query),
-        lambda: answer_probability(lm, *query),
-        lambda: find_synapses(lm, *query[0]),
-        lambda: scale_neurons(lm, {(0, 1)}, 0.0).__enter__(),
-    ):
-        with pytest.raises(ValueError, match=f"tiny-llama2.*{said}"):
-            use()
 
 
 # --- loading --------------------------------------------------------------------------------------
