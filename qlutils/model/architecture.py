@@ -54,15 +54,6 @@ class UnsupportedModel(ValueError):
 
 
 @contextmanager
-def naming(name):
-    """Inside, what an `UnsupportedModel` says begins with the model's name."""
-    try:
-        yield
-    except UnsupportedModel as error:
-        raise UnsupportedModel(f"{name}: {error}") from error
-
-
-@contextmanager
 def refusing(step):
     """Inside, whatever fails is an `UnsupportedModel` that names the `step`. Memory that runs out
     is not the model's fault."""

@@ -35,22 +35,24 @@ class LanguageModel:
     """
 
     def __init__(self, model, tokenizer, name: str):
-        with architecture.naming(name):
-            if not isinstance(model, PreTrainedModel):
-                raise UnsupportedModel(
-                    f"a {type(model).__name__}, not a transformers model; give the model inside it "
-                    "(DataParallel: its `module`; PeftModel: what `merge_and_unload()` returns; a "
-                    "compiled one, which leaves out hooks: `_orig_mod`)"
-                )
-            self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
-            self.model.requires_grad_(False)
+        if not isinstance(model, PreTrainedModel):
+            raise UnsupportedModel(
+                f"{name}: a {type(model).__name__}, not a transformers model; give the model inside "
+                "it (DataParallel: its `module`; PeftModel: what `merge_and_unload()` returns; a "
+                "compiled one, which leaves out hooks: `_orig_mod`)"
+            )
+        self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
+        self.model.requires_grad_(False)
+        self.in_use = RLock()  # held by the thread that computes, see `passes.computing`
+        self.scales = []  # what contexts of `change.scaling` change now, outermost first
+        self.checked = set()  # what was tried out once: "rows", "attention"
+        try:
             with architecture.refusing("finding its parts"):
                 self._find_parts()
-            self.in_use = RLock()  # held by the thread that computes, see `passes.computing`
-            self.scales = []  # what contexts of `change.scaling` change now, outermost first
-            self.checked = set()  # what was tried out once: "rows", "attention"
             with full_precision(self.device):
                 verify(self)  # which sets `layout` and `adds_mlp_output`
+        except UnsupportedModel as error:
+            raise UnsupportedModel(f"{name}: {error}") from error
 
     def _find_parts(self):
         architecture.use_fused_modules(self.model, norms=self.model.device.type == "cuda")
