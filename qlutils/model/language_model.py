@@ -37,8 +37,8 @@ class LanguageModel:
     def __init__(self, model, tokenizer, name: str):
         if not isinstance(model, PreTrainedModel):
             raise UnsupportedModel(
-                f"{name}: a {type(model).__name__}, not a transformers model; give the model inside "
-                "it (DataParallel: its `module`; PeftModel: what `merge_and_unload()` returns; a "
+                f"{name}: a {type(model).__name__}, not a transformers model; give the one in it "
+                "(DataParallel: its `module`; PeftModel: what `merge_and_unload()` returns; a "
                 "compiled one, which leaves out hooks: `_orig_mod`)"
             )
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
