@@ -380,7 +380,7 @@ SPOILT = {
     "another forward": (replace_forward, "modules .*a forward method was replaced"),
     "training mode": (lambda lm: lm.model.transformer.train() and None, "is in training mode"),
     "compiled": (lambda lm: lm.model.compile(backend="eager"), "it was compiled"),
-    "resized": (lambda lm: lm.model.resize_token_embeddings(100) and None, "modules were added"),
+    "exchanged": (lambda lm: setattr(lm.model, "lm_head", nn.Identity()), "modules were added"),
 }
 
 
