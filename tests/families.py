@@ -2,13 +2,7 @@
 
 As there, the place of each MLP is written down and not taken from `qlutils.model.architecture`."""
 
-from tiny import ALTERNATING, FAMILIES, GPT, GROUPED, SMALL, VOCABULARY, Family
-
-
-def sized(width, layers, heads, **more):
-    """The sizes of SMALL under other names."""
-    return {"vocab_size": VOCABULARY, width: 32, layers: 3, heads: 4, **more}
-
+from tiny import ALTERNATING, FAMILIES, GPT, GROUPED, SMALL, VOCABULARY, Family, sized
 
 HEADS = dict(GROUPED, head_dim=8)
 LATENT = dict(SMALL, num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4)

@@ -1,7 +1,7 @@
 """The naive reference: integrated gradients by whole forward passes, one layer at a time."""
 
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from tiny import hooked, spec_of
@@ -30,6 +30,30 @@ def keeping_float64():
         yield
     finally:
         nn.functional.softmax, torch.Tensor.to, torch.Tensor.float = softmax, to, to_float
+
+
+@contextmanager
+def scaled_by_hand(model, family, neurons, factor, first, rows=1):
+    """Inside, the neurons at the down-projection's input are multiplied, from token `first` on."""
+    with ExitStack() as stack:
+        for layer, index in neurons:
+
+            def scale(_, inputs, index=index):
+                x = inputs[0].clone()
+                x.view(rows, -1, x.shape[-1])[:, first:, index] *= factor
+                return (x,)
+
+            down = spec_of(family).modules(model, "down")[layer]
+            stack.enter_context(down.register_forward_pre_hook(scale))
+        yield
+
+
+@torch.no_grad()
+def plain_score(lm, prompt, target):
+    """(log probability of `target`, greedy tokens in its places), by one whole forward pass."""
+    logits = lm.model(torch.tensor([[*prompt, *target[:-1]]]), use_cache=False).logits[0]
+    log_p = torch.log_softmax(logits[len(prompt) - 1 :], -1)
+    return float(log_p.gather(1, torch.tensor(target)[:, None]).sum()), log_p.argmax(-1).tolist()
 
 
 class Naive:

@@ -62,66 +62,46 @@ class Family:
         ]
 
 
-def _gpt(config, down, up, layer="transformer.h.{}", **options):
+def sized(width, layers, heads, **more):
+    """The sizes of SMALL under other names."""
+    return {"vocab_size": VOCABULARY, width: 32, layers: 3, heads: 4, **more}
+
+
+def _gpt(config, down, up, options, layer="transformer.h.{}"):
     return Family(config, options, layer, f"mlp.{down}", f"mlp.{up}")
 
 
+def _neox(config, options, layer="transformer.h.{}"):
+    return _gpt(config, "dense_4h_to_h", "dense_h_to_4h", options, layer)
+
+
+def _opt(**options):
+    sizes = sized("hidden_size", "num_hidden_layers", "num_attention_heads", ffn_dim=48)
+    options = {**sizes, "max_position_embeddings": 64, **options}
+    return Family("OPTConfig", options, "model.decoder.layers.{}", "fc2", "fc1")
+
+
+GPT_NEO = sized("hidden_size", "num_layers", "num_heads", max_position_embeddings=64, window_size=3)
+GPT_NEO |= dict(num_layers=2, attention_types=[[["global", "local"], 1]])
+FALCON = sized("hidden_size", "num_hidden_layers", "num_attention_heads")
+CAPPED = dict(WINDOW, head_dim=8, layer_types=ALTERNATING)
+SCALED = dict(SMALL, logits_scaling=3.0, residual_multiplier=0.5)
+GEMMA_4 = dict(WINDOW, head_dim=8, global_head_dim=8, num_global_key_value_heads=2)
+GEMMA_4 |= dict(layer_types=["sliding_attention", "sliding_attention", "full_attention"])
+# each layer has an input of its own, from the token
+GEMMA_4 |= dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY)
+GEMMA_4 |= dict(num_kv_shared_layers=0, use_double_wide_mlp=False)
 FAMILIES = {
-    "gpt2": _gpt("GPT2Config", "c_proj", "c_fc", **GPT),
-    "gptj": _gpt("GPTJConfig", "fc_out", "fc_in", **GPT, rotary_dim=4),
-    "neox": _gpt("GPTNeoXConfig", "dense_4h_to_h", "dense_h_to_4h", "gpt_neox.layers.{}", **SMALL),
-    "neox-serial": _gpt(
-        "GPTNeoXConfig",
-        "dense_4h_to_h",
-        "dense_h_to_4h",
-        "gpt_neox.layers.{}",
-        **SMALL,
-        use_parallel_residual=False,
+    "gpt2": _gpt("GPT2Config", "c_proj", "c_fc", GPT),
+    "gptj": _gpt("GPTJConfig", "fc_out", "fc_in", dict(GPT, rotary_dim=4)),
+    "neox": _neox("GPTNeoXConfig", SMALL, "gpt_neox.layers.{}"),
+    "neox-serial": _neox(
+        "GPTNeoXConfig", dict(SMALL, use_parallel_residual=False), "gpt_neox.layers.{}"
     ),
-    "gpt-neo": _gpt(
-        "GPTNeoConfig",
-        "c_proj",
-        "c_fc",
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=4,
-        attention_types=[[["global", "local"], 1]],
-        max_position_embeddings=64,
-        window_size=3,
-    ),
-    "codegen": _gpt("CodeGenConfig", "fc_out", "fc_in", **GPT, rotary_dim=4),
-    "opt": Family(
-        "OPTConfig",
-        dict(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            ffn_dim=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            word_embed_proj_dim=32,
-        ),
-        "model.decoder.layers.{}",
-        "fc2",
-        "fc1",
-    ),
-    "opt-350m": Family(
-        "OPTConfig",
-        dict(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            ffn_dim=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            word_embed_proj_dim=16,
-            do_layer_norm_before=False,
-        ),
-        "model.decoder.layers.{}",
-        "fc2",
-        "fc1",
-    ),
+    "gpt-neo": _gpt("GPTNeoConfig", "c_proj", "c_fc", GPT_NEO),
+    "codegen": _gpt("CodeGenConfig", "fc_out", "fc_in", dict(GPT, rotary_dim=4)),
+    "opt": _opt(word_embed_proj_dim=32),
+    "opt-350m": _opt(word_embed_proj_dim=16, do_layer_norm_before=False),
     "llama2": Family("LlamaConfig", SMALL),
     "llama3": Family(
         "LlamaConfig", dict(GROUPED, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE)
@@ -134,77 +114,25 @@ FAMILIES = {
     "qwen3": Family("Qwen3Config", dict(GROUPED, head_dim=8)),
     "gemma": Family("GemmaConfig", dict(SMALL, num_key_value_heads=1, head_dim=8)),
     "gemma2": Family(
-        "Gemma2Config",
-        dict(
-            WINDOW,
-            head_dim=8,
-            layer_types=ALTERNATING,
-            attn_logit_softcapping=2.0,
-            final_logit_softcapping=5.0,
-        ),
+        "Gemma2Config", dict(CAPPED, attn_logit_softcapping=2.0, final_logit_softcapping=5.0)
     ),
-    "gemma3": Family("Gemma3TextConfig", dict(WINDOW, head_dim=8, layer_types=ALTERNATING)),
+    "gemma3": Family("Gemma3TextConfig", CAPPED),
     "phi": Family("PhiConfig", SMALL, down="mlp.fc2", up="mlp.fc1"),
     "phi3": Family("Phi3Config", dict(SMALL, pad_token_id=0), up="mlp.gate_up_proj"),
     "olmo2": Family("Olmo2Config", SMALL),
     "starcoder2": Family("Starcoder2Config", GROUPED, down="mlp.c_proj", up="mlp.c_fc"),
     "granite": Family(
-        "GraniteConfig",
-        dict(
-            SMALL,
-            logits_scaling=3.0,
-            residual_multiplier=0.5,
-            attention_multiplier=0.7,
-            embedding_multiplier=2.0,
-        ),
+        "GraniteConfig", dict(SCALED, attention_multiplier=0.7, embedding_multiplier=2.0)
     ),
     "cohere": Family("CohereConfig", dict(SMALL, logit_scale=0.3)),
     "stablelm": Family("StableLmConfig", dict(SMALL, num_key_value_heads=4)),
-    "falcon": _gpt(
-        "FalconConfig",
-        "dense_4h_to_h",
-        "dense_h_to_4h",
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
+    "falcon": _neox("FalconConfig", FALCON),
+    "falcon-alibi": _neox(
+        "FalconConfig", dict(FALCON, alibi=True, multi_query=False, parallel_attn=False)
     ),
-    "falcon-alibi": _gpt(
-        "FalconConfig",
-        "dense_4h_to_h",
-        "dense_h_to_4h",
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        alibi=True,
-        multi_query=False,
-        parallel_attn=False,
-    ),
-    "bloom": _gpt(
-        "BloomConfig",
-        "dense_4h_to_h",
-        "dense_h_to_4h",
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        n_layer=3,
-        n_head=4,
-    ),
+    "bloom": _neox("BloomConfig", sized("hidden_size", "n_layer", "n_head")),
     "granite-swa": Family("GraniteSWAConfig", WINDOW),  # attention sinks
-    "gemma4": Family(
-        "Gemma4TextConfig",
-        dict(  # each layer has an input of its own, from the token
-            WINDOW,
-            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-            head_dim=8,
-            global_head_dim=8,
-            num_global_key_value_heads=2,
-            hidden_size_per_layer_input=8,
-            vocab_size_per_layer_input=VOCABULARY,
-            num_kv_shared_layers=0,
-            use_double_wide_mlp=False,
-        ),
-    ),
+    "gemma4": Family("Gemma4TextConfig", GEMMA_4),
 }
 
 

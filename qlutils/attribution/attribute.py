@@ -116,7 +116,6 @@ def attribute(
 def attribute_encoded(lm, queries, spec: Spec, names=None) -> Attribution:
     """`attribute` for queries already tokenised into (prompt ids, answer ids), lists. `names` are
     used in errors."""
-    lm.check_ready()
     if lm.dtype == torch.float16:
         raise ValueError(
             "float16 gradients of a probability underflow silently; load the model in bfloat16 or "
@@ -129,20 +128,20 @@ def attribute_encoded(lm, queries, spec: Spec, names=None) -> Attribution:
     def compute(row_budget):
         return _attribute(lm, queries, replace(spec, row_budget=row_budget), names)
 
-    budget = spec.row_budget or default_row_budget(lm)
     with computing(lm):
+        budget = spec.row_budget or default_row_budget(lm)
         return within_memory(compute, budget, least=lm.num_layers)
 
 
 @dataclass
 class _Token:
-    """An answer token to attribute: `ids`, the prompt and the answer before it; of the prompt,
-    `prompt_length` tokens; one of the `used` tokens of answer `query`."""
+    """One of the `used` tokens of a query's answer, to be attributed: `ids`, the prompt of
+    `prompt_length` tokens and the answer before it."""
 
+    query: int
     ids: list[int]
     target: int
     prompt_length: int
-    query: int
     used: int
 
 
@@ -152,53 +151,45 @@ def _tokens(queries, answer):
     for query, (prompt, whole) in enumerate(queries):
         used = whole if answer == "all" else whole[:1]
         for k, target in enumerate(used):
-            token = _Token(
-                ids=prompt + used[:k],
-                target=target,
-                prompt_length=len(prompt),
-                query=query,
-                used=len(used),
-            )
-            tokens.append(token)
+            tokens.append(_Token(query, prompt + used[:k], target, len(prompt), len(used)))
     return sorted(tokens, key=lambda token: (len(token.ids), token.prompt_length))
 
 
-def _kinds(lm, tokens, spec):
+def _kind_of(lm, spec):
     """What tokens have in common whose integrals are computed together: the rows of each, and by a
     rule with fixed nodes the number of ids; "converged" has few rows left in its later rounds."""
-    mixed = spec.rule == "converged" and lm.layout == "sequence"
-    mixed = mixed and not is_controlled(lm.model)  # columns count from a prompt's first token
-    points = 2 if spec.rule == "converged" else spec.steps  # of the first round
-    kinds = []
-    for token in tokens:
+    converged = spec.rule == "converged"
+    # columns of scaled attention count from a prompt's first token
+    mixed = converged and lm.layout == "sequence" and not is_controlled(lm.model)
+    points = 2 if converged else spec.steps  # of the first round
+
+    def kind(token):
         baselines = token.prompt_length - lm.bos_offset if spec.method == "sig" else 1
         rows = lm.num_layers * points * baselines
         if mixed:
-            kinds.append((max(1, rows // HELD), baselines))
-        else:
-            kinds.append((rows, baselines, len(token.ids)))
-    return kinds
+            return max(1, rows // HELD), baselines
+        return rows, baselines, len(token.ids)
+
+    return kind
 
 
 def _attribute(lm, queries, spec, names):
     # Everything stays on the device to the end: the next batch is on its way meanwhile.
     count = len(queries)
     options = dict(dtype=lm.score_dtype, device=lm.device)
-    converged = torch.ones(count, dtype=torch.bool)
+    all_true = torch.ones(count, dtype=torch.bool)
     found = Attribution(
         scores=torch.zeros(count, lm.num_layers, lm.num_neurons, **options),
         completeness_gap=torch.zeros(count, lm.num_layers, **options),
         probability=torch.ones(count, **options),
-        known=converged.to(lm.device, copy=True),
-        converged=converged,
+        known=all_true.to(lm.device, copy=True),
+        converged=all_true if spec.rule == "converged" else None,
         evaluations=torch.zeros(count, dtype=torch.float64),
         row_budget=spec.row_budget,
     )
     tokens = _tokens(queries, spec.answer)
-    kinds = _kinds(lm, tokens, spec)
-    for batch in equal_batches(kinds, spec.row_budget):
-        some = [tokens[place] for place in batch]
-        _add_batch(lm, some, spec, found)
+    for batch in equal_batches(tokens, _kind_of(lm, spec), spec.row_budget):
+        _add_batch(lm, batch, spec, found)
     if spec.answer == "first":
         whole = score_queries(lm, queries)
         found.probability = torch.from_numpy(np.exp(whole.log_probability)).to(found.scores)
@@ -212,37 +203,29 @@ def _attribute(lm, queries, spec, names):
         )
     found.scores = _normalise(found.scores, spec.method, names)
     found.completeness_gap = found.completeness_gap.abs()
-    if spec.rule != "converged":
-        found.converged = None
     return found
 
 
 def _add_batch(lm, batch, spec, found):
     """Add to `found` the mean over an answer's tokens of what those in `batch` give."""
-    pieces = [list(piece) for _, piece in groupby(batch, lambda token: len(token.ids))]
     passes, starts = [], []
-    for piece in pieces:
+    for _, piece in groupby(batch, lambda token: len(token.ids)):
+        piece = list(piece)
         ids = on_device([token.ids for token in piece], lm.device)
         passes.append(clean_pass(lm, ids, spec.site))
-        prompt_lengths = [token.prompt_length for token in piece]
-        starts.append(_baselines(lm, ids, prompt_lengths, spec))
-    clean = join_passes(passes)
-    del passes
+        starts.append(_baselines(lm, ids, [token.prompt_length for token in piece], spec))
     starts = None if spec.method == "ig" else torch.cat(starts)
     target = on_device([token.target for token in batch], lm.device)
+    clean = join_passes(passes)
+    del passes  # the memory of what was joined
     raw = integrate(lm, clean, target, starts, spec)
-    stop = 0
-    for piece in pieces:  # of equally long texts, so of different queries
-        part = slice(stop, stop := stop + len(piece))
-        places = [token.query for token in piece]
-        used = torch.tensor([token.used for token in piece])
-        found.evaluations[places] += raw.evaluations[part] / used
-        found.converged[places] &= raw.converged[part]
-        query, used = on_device(places, lm.device), on_device(used, lm.device)
-        found.scores[query] += raw.scores[part] / used[:, None, None]
-        found.completeness_gap[query] += raw.completeness_gap[part] / used[:, None]
-        found.probability[query] *= raw.probability[part]
-        found.known[query] &= raw.known[part]
+    for place, token in enumerate(batch):  # of which some may be of one query
+        for name in ("scores", "completeness_gap", "evaluations"):
+            getattr(found, name)[token.query] += getattr(raw, name)[place] / token.used
+        found.probability[token.query] *= raw.probability[place]
+        found.known[token.query] &= raw.known[place]
+        if spec.rule == "converged":
+            found.converged[token.query] &= raw.converged[place]
 
 
 def _baselines(lm, ids, prompt_lengths, spec):
@@ -250,7 +233,7 @@ def _baselines(lm, ids, prompt_lengths, spec):
 
     ig: None, which stands for zero. amig: B = 1, of the prompt with every token but BOS replaced by
     EOS. sig: of the prompt with one token replaced by the mask, pad or EOS token, a baseline for
-    each of its B tokens but BOS; all prompts of a batch have as many (see `_kinds`). The answer's
+    each of its B tokens but BOS; all prompts of a batch have as many (see `_kind_of`). The answer's
     tokens before the one that is attributed stay."""
     if spec.method == "ig":
         return None

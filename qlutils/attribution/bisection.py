@@ -9,9 +9,7 @@ Shapes: Q queries, B baselines a query, L layers, N neurons a layer, K intervals
 width of a row (see `paths`). A path is named by (query, baseline, layer).
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,17 +22,17 @@ GAP_SHARE = 0.5  # what the sum over a layer's neurons misses may hide in severa
 NARROWEST = 2.0**-10  # an interval that has not settled at this width is given up
 ROUNDING = 4  # units in the last place by which a probability may be off: bfloat16 has 8 bits
 
-Rule = tuple[float, ...]  # the weights of the five quarter points of an interval
+# The weights of the five quarter points of an interval.
 TRAPEZOID = (0.5, 0.0, 0.0, 0.0, 0.5)
 SIMPSON = (1 / 6, 0.0, 4 / 6, 0.0, 1 / 6)
 BOOLE = (7 / 90, 32 / 90, 12 / 90, 32 / 90, 7 / 90)
 
 
-@dataclass
-class Intervals:
+class Intervals(NamedTuple):
     """K intervals that partition all paths. `gradient` (K, 5, W), with respect to u, and
     `probability` (K, 5) are those at the quarter points; the 2nd and 4th are there where
-    `quartered`. `path` (3, K), `start`, `width` (K,) and `quartered` lie on the CPU."""
+    `quartered` (K,). `integral` (K, W) of the gradient, and `error` (K,) of the attributions.
+    `path` (K, 3), `start`, `width` (K,), `quartered` and `error` lie on the CPU."""
 
     path: Tensor
     start: Tensor
@@ -42,85 +40,57 @@ class Intervals:
     gradient: Tensor
     probability: Tensor
     quartered: Tensor
+    integral: Tensor
     error: Tensor
 
-    @classmethod
-    def whole(cls, path, gradient, probability):
-        """One interval a path, from gradients (K, 3, W) and probabilities (K, 3) at its beginning,
-        middle and end."""
-        count = path.shape[1]
-        start = torch.zeros(count, dtype=torch.float64)
-        return cls(
-            path=path,
-            start=start,
-            width=torch.ones_like(start),
-            gradient=_spread(gradient),
-            probability=_spread(probability),
-            quartered=torch.zeros(count, dtype=torch.bool),
-            error=torch.zeros_like(start),
-        )
-
     def pick(self, chosen):
-        """Those at `chosen`, a mask or indices."""
-
-        def part(name):
-            value = getattr(self, name)
-            return value[:, chosen] if name == "path" else value[chosen.to(value.device)]
-
-        return Intervals(**{field.name: part(field.name) for field in fields(self)})
+        """Those at `chosen`, a mask."""
+        return Intervals(*(value[chosen.to(value.device)] for value in self))
 
     @staticmethod
     def join(parts):
         """All intervals of several."""
-        names = [field.name for field in fields(Intervals)]
-        return Intervals(
-            **{
-                name: torch.cat([getattr(part, name) for part in parts], 1 if name == "path" else 0)
-                for name in names
-            }
-        )
+        return Intervals(*map(torch.cat, zip(*parts)))
 
     def halves(self):
         """Two intervals for each, which need their quarter points."""
         width = self.width / 2
-        ready = torch.zeros_like(self.quartered)
-
-        def half(first, start):
+        parts = []
+        for first, start in ((0, self.start), (2, self.start + width)):
             points = slice(first, first + 3)
-            return Intervals(
-                self.path,
-                start,
-                width,
-                _spread(self.gradient[:, points]),
-                _spread(self.probability[:, points]),
-                ready,
-                self.error,
+            part = self._replace(
+                start=start,
+                width=width,
+                gradient=_spread(self.gradient[:, points]),
+                probability=_spread(self.probability[:, points]),
             )
+            parts.append(part)
+        return Intervals.join(parts)
 
-        return Intervals.join([half(0, self.start), half(2, self.start + width)])
+    def take(self, places, replay, coordinate, row_budget):
+        """Take the gradients at some quarter points, a slice of the five, of every interval."""
+        quarters = torch.arange(5)[places]
+        path = self.path.repeat_interleave(len(quarters), 0)
+        u = (self.start[:, None] + self.width[:, None] * quarters / 4).flatten()
+        gradient, probability = replay.gradients_at(path, coordinate.alpha(path, u), row_budget)
+        gradient = gradient * coordinate.slope(path, u).to(gradient)[:, None]
+        self.gradient[:, places] = gradient.unflatten(0, (-1, len(quarters)))
+        self.probability[:, places] = probability.unflatten(0, (-1, len(quarters)))
 
-    def integral(self, rule):
-        """(K, W) integrals of the gradient over each interval."""
-        weight = self.gradient.new_tensor(rule)
+    def judged(self, replay, coarse, fine):
+        """With the integral by the rule `fine`, and as error by how much the attributions by both
+        rules differ, or what the better one misses of the change of the probability."""
         width = self.width.to(self.gradient)[:, None]
-        return torch.einsum("p,kpw->kw", weight, self.gradient) * width
-
-    def best(self):
-        """(K, W) integrals by the best rule the known points allow."""
-        quartered = self.quartered.to(self.gradient.device)[:, None]
-        return torch.where(quartered, self.integral(BOOLE), self.integral(SIMPSON))
-
-    def judge(self, replay, coarse, fine):
-        """Set `error` (K,): by how much the attributions by two rules differ, or what the better
-        one misses of the change of the probability."""
-        better = self.integral(fine)
-        differs = replay.paths.largest_score(self.path, better - self.integral(coarse))
+        rules = self.gradient.new_tensor([coarse, fine])
+        rough, better = torch.einsum("rp,kpw->rkw", rules, self.gradient) * width
+        differs = replay.paths.largest_score(self.path, better - rough)
         change = self.probability[:, 4] - self.probability[:, 0]
         missed = (replay.paths.rise(self.path, better) - change).abs()
         # smaller intervals would not help where the probabilities themselves are rounded
         rounding = ROUNDING * torch.finfo(replay.lm.dtype).eps
         missed = (missed - rounding * self.probability.amax(1)).clamp_min(0)
-        self.error = torch.maximum(differs, GAP_SHARE * missed).double().cpu()
+        error = torch.maximum(differs, GAP_SHARE * missed).double().cpu()
+        return self._replace(integral=better, error=error)
 
 
 def _spread(three):
@@ -130,16 +100,27 @@ def _spread(three):
     return five
 
 
-def _add_quarter_points(intervals, replay, coordinate, row_budget):
-    """Take the gradients at the 2nd and 4th quarter point of every interval."""
-    path = intervals.path.repeat_interleave(2, 1)
-    quarter = torch.tensor([0.25, 0.75], dtype=torch.float64)
-    u = (intervals.start[:, None] + intervals.width[:, None] * quarter).flatten()
-    gradient, probability = replay.gradients_at(path, coordinate.alpha(path, u), row_budget)
-    gradient = gradient * coordinate.slope(path, u).to(gradient)[:, None]
-    intervals.gradient[:, 1::2] = gradient.unflatten(0, (-1, 2))
-    intervals.probability[:, 1::2] = probability.unflatten(0, (-1, 2))
-    intervals.quartered = torch.ones_like(intervals.quartered)
+def _whole_paths(replay, coordinate, p_end, row_budget):
+    """Every path as one interval: gradients at its beginning, its middle and its end."""
+    shape = coordinate.center.shape  # (Q, B, L)
+    path = torch.cartesian_prod(*map(torch.arange, shape))
+    of_layer = replay.gradients_at_end()[:, None]  # (Q, 1, L, W)
+    gradient = of_layer.expand(*shape, -1).flatten(0, 2)
+    gradient = gradient * coordinate.slope(path, 1.0).to(gradient)[:, None]
+    probability = p_end.repeat_interleave(len(path) // len(p_end))
+    start = torch.zeros(len(path), dtype=torch.float64)
+    intervals = Intervals(
+        path=path,
+        start=start,
+        width=torch.ones_like(start),
+        gradient=gradient[:, None].repeat(1, 5, 1),
+        probability=probability[:, None].repeat(1, 5),
+        quartered=torch.zeros(len(path), dtype=torch.bool),
+        integral=gradient,
+        error=start,
+    )
+    intervals.take(slice(0, 3, 2), replay, coordinate, row_budget)
+    return intervals.judged(replay, TRAPEZOID, SIMPSON)
 
 
 def _largest(scores):
@@ -148,35 +129,29 @@ def _largest(scores):
     return torch.maximum(scores.amax(1), 1e-3 * scores.abs().amax(1))
 
 
-@dataclass
-class Integral:
-    """`mean` (Q, B, L, W), the mean gradient of each path; `converged` (Q,), whether all intervals
-    of a query have settled; `evaluations` (Q, L), gradients a baseline, the path's end included."""
+def bisect(replay, p_end, spec):
+    """The mean gradient of each path (Q, B, L, W), the probability at its beginning (Q, B, L),
+    whether all intervals of a query have settled (Q,), and gradients a baseline and layer (Q,), the
+    path's end included. `p_end` (Q,): the probabilities at the ends.
 
-    mean: Tensor
-    converged: Tensor
-    evaluations: Tensor
-
-
-def bisect(replay, coordinate, intervals, spec):
-    """Halve `intervals` until no attribution of a query moves by more than the tolerance's share of
-    its largest one.
-
-    A round: the integrals so far give the scores, and these what an interval's error may be; one
-    above that gets its quarter points or, if it has them, gives way to its halves with theirs. An
-    interval of 3 gradients, as every path is at first, is judged by the trapezoid rule against
-    Simpson's, one of 5 by Simpson's against Boole's. `touched`: layers with new scores."""
-    queries, baselines, layers = coordinate.center.shape
-    shape = queries * baselines * layers, intervals.gradient.shape[-1]
-    evaluations = torch.full((queries, layers), 3.0, dtype=torch.float64)
+    Intervals are halved until no attribution of a query moves by more than the tolerance's share of
+    its largest one. A round: the integrals so far give the scores, and these what an interval's
+    error may be; one above that gets its quarter points or, if it has them, gives way to its halves
+    with theirs. An interval of 3 gradients, as every path is at first, is judged by the trapezoid
+    rule against Simpson's, one of 5 by Simpson's against Boole's. `touched`: layers with new
+    scores."""
+    coordinate = replay.paths.coordinate()
+    intervals = _whole_paths(replay, coordinate, p_end, spec.row_budget)
+    queries, baselines, layers = shape = coordinate.center.shape
+    p_start = intervals.probability[:, 0].view(shape)
+    taken = torch.full((queries,), 3.0, dtype=torch.float64)
     largest = torch.zeros(queries, layers, dtype=torch.float64)
     touched = list(range(layers))
-    intervals.judge(replay, TRAPEZOID, SIMPSON)
     while True:
-        query, baseline, layer = intervals.path
-        place = ((query * baselines + baseline) * layers + layer).to(intervals.gradient.device)
-        mean = intervals.gradient.new_zeros(shape).index_add_(0, place, intervals.best())
-        mean = mean.view(queries, baselines, layers, -1)
+        query, baseline, layer = intervals.path.T
+        place = ((query * baselines + baseline) * layers + layer).to(p_end.device)
+        mean = torch.zeros_like(intervals.integral[:1]).repeat(shape.numel(), 1)
+        mean = mean.index_add_(0, place, intervals.integral).view(*shape, -1)
         found = [_largest(replay.paths.scores(mean[:, :, one], one)) for one in touched]
         largest[:, touched] = torch.stack(found, 1).double().cpu()
         allowed = SETTLED * spec.tolerance * largest.amax(1) / baselines**0.5
@@ -185,14 +160,12 @@ def bisect(replay, coordinate, intervals, spec):
         if not refined.any():
             converged = torch.ones(queries, dtype=torch.bool)
             converged[query[moving]] = False
-            return Integral(mean, converged, evaluations)
-        chosen = intervals.pick(refined)
-        whole, halved = chosen.pick(~chosen.quartered), chosen.pick(chosen.quartered).halves()
-        chosen = Intervals.join([whole, halved])
-        _add_quarter_points(chosen, replay, coordinate, spec.row_budget)
-        chosen.judge(replay, SIMPSON, BOOLE)
-        where = chosen.path[0], chosen.path[2]
-        more = torch.full((chosen.path.shape[1],), 2.0 / baselines, dtype=torch.float64)
-        evaluations.index_put_(where, more, accumulate=True)
-        touched = chosen.path[2].unique().tolist()
-        intervals = Intervals.join([intervals.pick(~refined), chosen])
+            return mean, p_start, converged, taken
+        whole = intervals.pick(refined & ~intervals.quartered)
+        halved = intervals.pick(refined & intervals.quartered).halves()
+        new = Intervals.join([whole._replace(quartered=~whole.quartered), halved])
+        new.take(slice(1, None, 2), replay, coordinate, spec.row_budget)
+        new = new.judged(replay, SIMPSON, BOOLE)
+        taken += 2 * torch.bincount(new.path[:, 0], minlength=queries) / (baselines * layers)
+        touched = new.path[:, 2].unique().tolist()
+        intervals = Intervals.join([intervals.pick(~refined), new])

@@ -28,30 +28,29 @@ class Coordinate:
     floor: Tensor
 
     @classmethod
-    def straight(cls, queries, baselines, layers):
-        """alpha = u on every path."""
-        center = torch.zeros(queries, baselines, layers, dtype=torch.float64)
-        return cls(center, torch.full_like(center, STRAIGHT))
-
-    @classmethod
-    def of_norm(cls, begin, end, epsilon):
-        """(Q, B) center and floor of a layer whose down-projection's output goes from `begin`
-        (Q, B, d) to `end` (Q, 1, d) and through a norm with `epsilon`."""
-        begin = begin.double()
-        change = end.double() - begin
-        squared = change.square().mean(-1)
-        center = -(begin * change).mean(-1) / squared.clamp_min(1e-300)
-        shortest = (begin + center[..., None] * change).square().mean(-1)
-        floor = ((shortest + epsilon) / squared.clamp_min(1e-300)).sqrt()
-        straight = ~(floor < STRAIGHT)  # hardly a change, or none
-        return center.masked_fill(straight, 0.0).cpu(), floor.masked_fill(straight, STRAIGHT).cpu()
+    def of(cls, begin, end, epsilons):
+        """Of layers whose down-projections' outputs go from `begin` L x (Q, B, d) to `end` L x
+        (Q, 1, d), each through a norm with an epsilon (infinity: through none)."""
+        centers, floors = [], []
+        for start, stop, epsilon in zip(begin, end, epsilons):
+            start = start.double()
+            change = stop.double() - start
+            squared = change.square().mean(-1).clamp_min(1e-300)
+            center = -(start * change).mean(-1) / squared
+            shortest = (start + center[..., None] * change).square().mean(-1)
+            floor = ((shortest + epsilon) / squared).sqrt()
+            straight = ~(floor < STRAIGHT)  # hardly a change, or none
+            centers.append(center.masked_fill(straight, 0.0))
+            floors.append(floor.masked_fill(straight, STRAIGHT))
+        return cls(torch.stack(centers, 2).cpu(), torch.stack(floors, 2).cpu())
 
     def _ends(self, path):
-        center, floor = self.center[tuple(path)], self.floor[tuple(path)]
+        place = tuple(path.T)
+        center, floor = self.center[place], self.floor[place]
         return center, floor, torch.asinh(-center / floor), torch.asinh((1 - center) / floor)
 
     def alpha(self, path, u):
-        """(K,) places on the paths `path` (3, K)."""
+        """(K,) places on the paths `path` (K, 3)."""
         center, floor, low, high = self._ends(path)
         return (center + floor * torch.sinh(low + u * (high - low))).clamp(0, 1)
 

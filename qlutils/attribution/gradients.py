@@ -25,7 +25,7 @@ from qlutils.model.passes import (
     on_device,
     replaying,
     run_layer,
-    site_module,
+    site_modules,
     start_rows,
 )
 from qlutils.model.trace import edited
@@ -58,24 +58,18 @@ class Leaf:
 @dataclass
 class Replay:
     """Q queries with what running their last token again takes: their clean passes, answer tokens
-    `target` (Q,), the probabilities of these there, `p_clean` (Q,), and paths."""
+    `target` (Q,) and paths."""
 
     lm: object
     clean: CleanPass
     target: Tensor
-    p_clean: Tensor
     paths: Paths
 
     def pick(self, queries):
         """Some of the queries."""
         queries = on_device(queries, self.target.device)
-        return Replay(
-            lm=self.lm,
-            clean=self.clean.pick(queries),
-            target=self.target[queries],
-            p_clean=self.p_clean[queries],
-            paths=self.paths.pick(queries),
-        )
+        clean, paths = self.clean.pick(queries), self.paths.pick(queries)
+        return Replay(self.lm, clean, self.target[queries], paths)
 
     def gradients(self, leaves, rows=None):
         """Gradients at each layer's leaf, L x (Q, P, W), and the answer's probability in all rows
@@ -122,29 +116,26 @@ class Replay:
             return output.clone()  # which the layer may change in place
 
         layers = range(lm.num_layers)
-        sites = [site_module(lm, layer, self.paths.site) for layer in layers]
+        sites = site_modules(lm, self.paths.site)
         with torch.enable_grad(), replaying(lm), edited(sites, after=watch):
             hidden = self.clean.inputs[0].detach().requires_grad_()
             for layer in layers:
                 hidden = run_layer(lm, self.clean, layer, hidden)
             p = answer_probabilities(lm, hidden, self.target, need_grad=True)
             at = torch.autograd.grad(p.sum(), points)
-        at = [one.flatten(0, -2) for one in at]
-        at = torch.stack(at, 1)  # (Q, L, W)
+        at = torch.stack([one.flatten(0, -2) for one in at], 1)  # (Q, L, W)
         width = self.paths.end[0].shape[-1]  # a fused gate_up_proj gives more
         return at[..., :width].to(lm.score_dtype)
 
     def gradients_at(self, path, alpha, row_budget):
-        """(K, W) gradients and (K,) probabilities at `alpha` (K,) of the paths `path` (3, K: query,
+        """(K, W) gradients and (K,) probabilities at `alpha` (K,) of the paths `path` (K, 3: query,
         baseline, layer), in batches of at most `row_budget` rows."""
         path, alpha = path.numpy(), alpha.numpy()
         parts, found = [], []
-        for chosen in even_batches(path[0], row_budget):
-            by_layer = path[2, chosen].argsort(kind="stable")
-            chosen = chosen[by_layer]
+        for chosen in even_batches(path[:, 0], row_budget):
+            chosen = chosen[path[chosen, 2].argsort(kind="stable")]
             parts.append(chosen)
-            one = self._at_points(path[:, chosen], alpha[chosen])
-            found.append(one)
+            found.append(self._at_points(path[chosen], alpha[chosen]))
         back = np.concatenate(parts).argsort()
         back = on_device(back, self.target.device)
         gradients, probabilities = zip(*found)
@@ -159,14 +150,14 @@ class Replay:
         (1, b) get rows 1, 2, 1, 2, as b's point of layer 1 comes after its own of layer 0, and the
         leaves 2 columns and 1."""
         layers, device = self.lm.num_layers, self.target.device
-        query, baseline, layer = path
+        query, baseline, layer = path.T
         queries, query = np.unique(query, return_inverse=True)
         row = 1 + _rank(query)
         column = _rank(query + layer * len(queries))  # in the leaf
-        count, width = np.zeros((2, layers), int)
-        np.maximum.at(count, layer, row + 1)
-        np.maximum.at(width, layer, column + 1)
-        count = np.maximum.accumulate(count)
+        points = np.zeros((len(queries), layers), int)
+        np.add.at(points, (query, layer), 1)
+        width = points.max(0)
+        count = 1 + points.cumsum(1).max(0)  # rows a query from each layer on
         column = column + (width.cumsum() - width)[layer]  # among those of all leaves
 
         def by_leaf(values):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from qlutils.attribution.bisection import Integral, Intervals, bisect
+from qlutils.attribution.bisection import bisect
 from qlutils.attribution.gradients import Leaf, Replay
 from qlutils.attribution.paths import Paths
 from qlutils.attribution.quadrature import fixed_plan
@@ -49,34 +49,37 @@ def integrate(lm, clean, target, starts, spec):
     p = torch.softmax(logits, -1)  # (Q, V)
     p_clean = p.gather(1, target[:, None])[:, 0]
     paths = Paths.of(lm, clean, starts, spec)
-    replay = Replay(lm, clean, target, p_clean, paths)
-    rule = _converge if spec.rule == "converged" else _fixed_sum
-    integral, p_start = rule(replay, spec)
-    layers = range(lm.num_layers)
-    mean = integral.mean.unbind(2)
-    scores = torch.stack(list(map(paths.scores, mean, layers)), 1)
+    replay = Replay(lm, clean, target, paths)
+    if spec.rule == "converged":
+        mean, p_start, converged, evaluations = bisect(replay, p_clean, spec)
+    else:
+        mean, p_start = _fixed_sum(replay, spec)
+        converged = None
+        evaluations = torch.full(target.shape, spec.steps, dtype=torch.float64)
+    scores = [paths.scores(mean[:, :, layer], layer) for layer in range(lm.num_layers)]
+    scores = torch.stack(scores, 1)
     rise = p_clean[:, None, None] - p_start  # (Q, B, L)
     return Attribution(
         scores=scores,
         completeness_gap=scores.sum(-1) - rise.sum(1),
         probability=p_clean,
         known=logits.argmax(-1) == target,
-        converged=integral.converged,
-        evaluations=integral.evaluations.mean(1),
+        converged=converged,
+        evaluations=evaluations,
         row_budget=spec.row_budget,
     )
 
 
 def _fixed_sum(replay, spec):
-    """The integral by a rule whose nodes are known in advance, and the probabilities (Q, B, L) at
-    the paths' beginnings."""
+    """The mean gradient of each path (Q, B, L, W) by a rule whose nodes are known in advance, and
+    the probabilities (Q, B, L) at the paths' beginnings."""
     paths = replay.paths
     queries, baselines, layers, _ = paths.factor.shape
     points, at_end = fixed_plan(spec.rule, spec.steps, baselines)
     size = max(1, spec.row_budget // (layers * queries))
     points = [on_device(one, replay.target.device) for one in points]
     parts = [one.split(size, 1) for one in points]
-    begin = torch.stack(paths.begin, 2)  # (Q, B, L, W)
+    begin = torch.stack(list(paths.begin), 2)  # (Q, B, L, W)
     mean = torch.zeros_like(begin, dtype=replay.lm.score_dtype)
     p = []
     for index, node, weight in zip(*parts):
@@ -90,38 +93,4 @@ def _fixed_sum(replay, spec):
     if at_end:
         mean += at_end * replay.gradients_at_end()[:, None]
     first = torch.cat(p, 2)[:, :, :baselines]  # the paths' beginnings, see `fixed_plan`
-    converged = torch.ones(queries, dtype=torch.bool)
-    evaluations = torch.full((queries, layers), spec.steps, dtype=torch.float64)
-    return Integral(mean, converged, evaluations), first.mT
-
-
-def _converge(replay, spec):
-    """The integral refined until it has settled, and the probabilities (Q, B, L) at the paths'
-    beginnings."""
-    coordinate = replay.paths.coordinate()
-    whole = _whole_paths(replay, coordinate, spec.row_budget)
-    p_start = whole.probability[:, 0]
-    p_start = p_start.view(coordinate.center.shape)
-    return bisect(replay, coordinate, whole, spec), p_start
-
-
-def _whole_paths(replay, coordinate, row_budget):
-    """Every path as one interval: gradients at its beginning, its middle and its end."""
-    queries, baselines, layers = shape = coordinate.center.shape
-    path = torch.cartesian_prod(*map(torch.arange, shape)).T  # (3, K)
-    begin, middle, end = 0.0, 0.5, 1.0
-    alpha = [coordinate.alpha(path, u) for u in (begin, middle)]
-    alpha = torch.cat(alpha)
-    found = replay.gradients_at(path.repeat(1, 2), alpha, row_budget)
-    gradient, probability = (list(one.chunk(2)) for one in found)
-    of_layer = replay.gradients_at_end()  # (Q, L, W)
-    of_path = of_layer[:, None].expand(-1, baselines, -1, -1)
-    gradient.append(of_path.flatten(0, 2))
-    p_end = replay.p_clean.repeat_interleave(baselines * layers)
-    probability.append(p_end)
-    slopes = [coordinate.slope(path, u) for u in (begin, middle, end)]
-    gradient = torch.stack(gradient, 1)  # (K, 3, W)
-    slopes = torch.stack(slopes, 1).to(gradient)
-    gradient = gradient * slopes[..., None]
-    probability = torch.stack(probability, 1)  # (K, 3)
-    return Intervals.whole(path, gradient, probability)
+    return mean, first.mT

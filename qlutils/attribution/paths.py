@@ -7,12 +7,12 @@ width, W the width of a row: d, at pre-activations N.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 from torch import Tensor
 
 from qlutils.attribution.coordinate import Coordinate
-from qlutils.model.architecture import UnsupportedModel
 
 
 @dataclass
@@ -27,24 +27,20 @@ class Paths:
     begin: list[Tensor]
     end: list[Tensor]
     factor: Tensor  # (Q, B, L, N), what a gradient at a neuron is multiplied with
-    values: list[Tensor | None]  # (N, W) value vectors; None where no plain weight holds them
 
     @classmethod
     def of(cls, lm, clean, starts, spec):
         """From the baselines `starts` (Q, B, L, N), None standing for zero."""
-        w = torch.cat([*clean.neurons.values()], 1)[:, None]  # (Q, 1, L, N)
+        w = torch.cat(clean.neurons, 1)[:, None]  # (Q, 1, L, N)
         starts = torch.zeros_like(w) if starts is None else starts
-        begin = [starts[:, :, layer] for layer in range(lm.num_layers)]
-        if spec.site == "pre_activation":
-            end = [*clean.neurons.values()]
-        else:
-            end = [*clean.written.values()]
+        begin, end = starts.unbind(2), clean.neurons
+        if spec.site == "down_input":
+            end = clean.written
             with torch.no_grad():
                 begin = [down(one) for down, one in zip(lm.downs, begin)]
         of_w = spec.method == "amig" and spec.amig_factor == "w"
-        factor = (w.expand_as(starts) if of_w else w - starts).to(lm.score_dtype)
-        values = [_values(lm, layer) for layer in range(lm.num_layers)]
-        return cls(lm, spec.site, begin, end, factor, values)
+        factor = w.expand_as(starts) if of_w else w - starts
+        return cls(lm, spec.site, begin, end, factor.to(lm.score_dtype))
 
     def pick(self, queries):
         """The paths of some of the queries."""
@@ -63,33 +59,30 @@ class Paths:
         """(..., N) gradients at a layer's neurons from those at rows (..., W)."""
         if self.site == "pre_activation":
             return gradient
-        if self.values[layer] is not None:
-            return (gradient.to(self.values[layer]) @ self.values[layer].T).to(gradient.dtype)
         with torch.enable_grad():
             size = (*gradient.shape[:-1], self.lm.num_neurons)
             neurons = self.begin[layer].new_zeros(size).requires_grad_()
             written = self.lm.downs[layer](neurons)
-            (found,) = torch.autograd.grad(written, neurons, gradient.to(written))
+        (found,) = torch.autograd.grad(written, neurons, gradient.to(written))
         return found.to(gradient.dtype)
 
     def rise(self, path, gradient):
-        """(K,) change of the probability along the paths `path` (3, K), to first order: a gradient
+        """(K,) change of the probability along the paths `path` (K, 3), to first order: a gradient
         (K, W) each, times end - begin."""
         dtype = self.factor.dtype
         changes = [end.to(dtype) - begin.to(dtype) for end, begin in zip(self.end, self.begin)]
-        change = torch.stack(changes, 2)[tuple(path)]
-        return (change.to(gradient) * gradient).sum(1)
+        change = torch.stack(changes, 2)[tuple(path.T)]
+        return (change * gradient).sum(1)
 
     def largest_score(self, path, gradient):
         """(K,) largest |attribution| of a neuron by each of the gradients (K, W) alone."""
         largest = gradient.new_zeros(len(gradient))
-        for layer in path[2].unique().tolist():
-            chosen = (path[2] == layer).nonzero()[:, 0]
-            query, baseline = path[:2, chosen]
+        for layer in path[:, 2].unique().tolist():
+            chosen = (path[:, 2] == layer).nonzero()[:, 0]
+            factor = self.factor[tuple(path[chosen].T)]
             chosen = chosen.to(gradient.device)
             at_neurons = self.neuron_gradients(layer, gradient[chosen])
-            factor = self.factor[query, baseline, layer]
-            largest[chosen] = (factor * at_neurons).abs().amax(1).to(largest)
+            largest[chosen] = (factor * at_neurons).abs().amax(1)
         return largest
 
     def scores(self, mean, layer):
@@ -99,17 +92,7 @@ class Paths:
 
     def coordinate(self):
         """Each path's coordinate: straight where no norm follows the MLP."""
-        queries, baselines = self.begin[0].shape[:2]
-        coordinate = Coordinate.straight(queries, baselines, len(self.begin))
-        for layer, epsilon in enumerate(self.lm.arch.norm_epsilons):
-            if epsilon is not None and self.site == "down_input":
-                center, floor = Coordinate.of_norm(self.begin[layer], self.end[layer], epsilon)
-                coordinate.center[:, :, layer], coordinate.floor[:, :, layer] = center, floor
-        return coordinate
-
-
-def _values(lm, layer):
-    try:
-        return lm.value_vectors(layer)
-    except UnsupportedModel:  # quantised, say: its own backward pass knows
-        return None
+        norms = self.lm.arch.norm_epsilons
+        if self.site == "pre_activation":
+            norms = [None] * len(norms)
+        return Coordinate.of(self.begin, self.end, [inf if one is None else one for one in norms])

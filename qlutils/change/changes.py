@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from qlutils.checks import check
-from qlutils.model.attention import tokens_of
 
 
 class Change:
@@ -44,17 +43,12 @@ class Scaling:
     tokens: int = 0  # S of the pass
     first: int | None = None  # the first token to scale; None where no pass is running
 
-    def begin(self, call):
-        """At the start of a forward pass with the named arguments `call`."""
-        fed, cache = tokens_of(call), call["cache"]
-        if fed is None:  # the model says so itself
-            return
-        tokens = fed.shape[1]
-        past = 0 if cache is None else cache.get_seq_length()
+    def begin(self, tokens, past, mask):
+        """At the start of a forward pass, see `attention.forward_passes`."""
         if self.prompt is not None:
             first = max(0, self.prompt - 1 - past)
         else:
-            _check_ends(call.get("attention_mask"))
+            _check_ends(mask)
             first = 0 if past else tokens - 1
         self.at(tokens, first)
 

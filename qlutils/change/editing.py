@@ -48,11 +48,8 @@ def edit_weights(
     """
     options = dict(old=old, new=new, lambda1=lambda1, lambda2=lambda2, embedding=embedding)
     change = virtual_edit(lm, neurons, op, **options)
-    places, before = [], []
-    for layer, index in change.by_layer.items():
-        vectors = lm.value_vectors(layer)
-        places.append((vectors, index))
-        before.append(vectors[index].clone())  # (n, d)
+    places = [(lm.value_vectors(layer), index) for layer, index in change.by_layer.items()]
+    before = [vectors[index] for vectors, index in places]  # copies, (n, d) each
     if op == "erase":
         after = [torch.zeros_like(rows) for rows in before]
     else:
@@ -181,7 +178,7 @@ def _editable(lm, layer):
     """The value vectors of `layer`. `UnsupportedModel` unless an edit of them reaches the model,
     and this layer alone."""
     try:
-        lm.check_parts()
+        lm.check_ready()
         vectors = lm.value_vectors(layer)
         check_sole_owner(lm.model, lm.downs[layer])
     except ValueError as error:
@@ -210,27 +207,25 @@ def encode_entries(lm, texts, max_tokens):
     check("max_tokens is", max_tokens, first + 1)
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         raise ValueError(f"texts must be a list of texts, not {texts!r:.60}")
-    entries = [_entry(lm, text, first, max_tokens) for text in texts]
+    entries = []
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"a text must be a string, got {type(text).__name__}: {text!r}")
+        ids = lm.tokenize(text)[:max_tokens]
+        if len(ids) <= first:
+            raise ValueError(
+                f"text {text[:60]!r} has fewer than two tokens, so nothing of it can be scored; "
+                "leave it out"
+            )
+        if len(ids) > lm.context:
+            raise ValueError(
+                f"text {text[:60]!r}... has {len(ids)} tokens of {max_tokens} allowed; "
+                f"{lm.name} reads at most {lm.context}: lower max_tokens"
+            )
+        entries.append((ids[:first], ids[first:]))
     if not entries:
         raise ValueError("perplexity needs at least one text")
     return entries
-
-
-def _entry(lm, text, first, max_tokens):
-    if not isinstance(text, str):
-        raise ValueError(f"a text must be a string, got {type(text).__name__}: {text!r}")
-    ids = lm.tokenize(text)[:max_tokens]
-    if len(ids) <= first:
-        raise ValueError(
-            f"text {text[:60]!r} has fewer than two tokens, so nothing of it can be scored; "
-            "leave it out"
-        )
-    if len(ids) > lm.context:
-        raise ValueError(
-            f"text {text[:60]!r}... has {len(ids)} tokens of {max_tokens} allowed; "
-            f"{lm.name} reads at most {lm.context}: lower max_tokens"
-        )
-    return ids[:first], ids[first:]
 
 
 def usable_texts(lm, texts, min_tokens=MIN_TOKENS):

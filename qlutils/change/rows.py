@@ -15,7 +15,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from math import ceil
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -25,13 +24,12 @@ from qlutils.model.answer import token_scores
 from qlutils.model.architecture import UnsupportedModel
 from qlutils.model.passes import clean_pass, computing, run_rows, within_memory
 from qlutils.model.trace import edited
-from qlutils.model.verify import sample_ids, sharply
+from qlutils.model.verify import differ, sample_ids, sharply
 
 CPU_TOKENS = 2048  # tokens of a batch on a CPU; from 1,024 on the time is flat
 # Texts share a batch up to the next multiple of so many tokens. It divides the lengths from which
 # on some models embed positions in another way (long RoPE), for a whole batch.
 LENGTH_STEP = 4
-_CHECKED = WeakSet()  # models that passed `_check`
 
 
 @dataclass
@@ -58,71 +56,58 @@ def score_rows(lm, queries, rows, *, everywhere=False):
 
     `everywhere`: changes act at every token (an edited weight); else at the last prompt token and
     later ones. Inside `scale_neurons` or `edit_weights` the model is the one they make."""
-    lm.check_ready()
-    if lm not in _CHECKED:
+    if "rows" not in lm.checked:
         with computing(lm):
             _check(lm)
-        _CHECKED.add(lm)
+        lm.checked.add("rows")
     return _score(lm, queries, rows, everywhere)
 
 
 def _score(lm, queries, rows, everywhere):
-    different = dict.fromkeys(rows)  # equal rows are computed once
-    different = sorted(different, key=lambda row: row[0])  # so that a batch has few queries
     changed = {query for query, change in rows if change is not None}
-    kinds = []
-    for query, _ in different:
-        prompt, target = queries[query]
-        last = len(prompt) - 1
-        prefix = 0 if everywhere or query not in changed else last  # what no change reaches
-        tokens = last + len(target)
-        padded = LENGTH_STEP * ceil(tokens / LENGTH_STEP) - prefix
+
+    def prefix_of(query):  # what no change reaches
+        return 0 if everywhere or query not in changed else len(queries[query][0]) - 1
+
+    def kind(row):
+        prompt, target = queries[row[0]]
+        last, prefix = len(prompt) - 1, prefix_of(row[0])
+        padded = LENGTH_STEP * ceil((last + len(target)) / LENGTH_STEP) - prefix
         scaled = last if lm.scales else 0  # where `scale_neurons` begins, in all rows alike
-        kinds.append((padded, prefix, scaled))
+        return padded, prefix, scaled
 
-    def compute(batch):
-        _, prefix, _ = kinds[batch[0]]
-        some = [different[place] for place in batch]
-        return _score_batch(lm, queries, some, prefix)
+    def compute(some):
+        return _score_batch(lm, queries, some, prefix_of(some[0][0]))
 
-    scored = in_batches(lm, kinds, compute)
-    scored = dict(zip(different, scored))
-    found = [scored[row] for row in rows]
-    columns = zip(*found) if found else [()] * 4
+    order = sorted(rows, key=lambda row: row[0])  # so that a batch has few queries
+    scored = dict(zip(order, in_batches(lm, order, kind, compute)))
+    columns = zip(*(scored[row] for row in rows)) if rows else [()] * 4
     log_p, exact, match, greedy = columns
-    return Scores(
-        log_probability=np.array(log_p, float),
-        exact=np.array(exact, bool),
-        match=np.array(match, float),
-        greedy=list(greedy),
-    )
+    return Scores(np.array(log_p), np.array(exact, bool), np.array(match), list(greedy))
 
 
-def equal_batches(kinds, tokens):
-    """The places of equal `kinds`, tuples (tokens a row, ...), a list of at most `tokens` tokens at
-    a time."""
-    kind_of = kinds.__getitem__
-    order = sorted(range(len(kinds)), key=kind_of)
-    for kind, group in groupby(order, key=kind_of):
-        places = list(group)
-        size = max(1, tokens // kind[0])
-        for start in range(0, len(places), size):
-            yield places[start : start + size]
+def equal_batches(items, kind, tokens):
+    """Lists of items of equal `kind`, tuples (tokens an item, ...), that hold at most `tokens`."""
+    for (each, *_), group in groupby(sorted(items, key=kind), key=kind):
+        group = list(group)
+        size = max(1, tokens // each)
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
 
 
-def in_batches(lm, kinds, compute):
-    """What `compute` gives for each place of `kinds`, asked for a batch of `equal_batches` at a
-    time; smaller ones where memory runs out."""
-    found = [None] * len(kinds)
+def in_batches(lm, items, kind, compute):
+    """What `compute` gives for each of the `items`, asked for a batch of `equal_batches` at a time:
+    smaller ones where memory runs out, equal items once."""
+    items = list(items)
+    found = dict.fromkeys(items)
 
     def run(tokens):
-        for batch in equal_batches(kinds, tokens):
-            for place, one in zip(batch, compute(batch)):
-                found[place] = one
+        for batch in equal_batches(found, kind, tokens):
+            found.update(zip(batch, compute(batch)))
 
     with computing(lm):
         within_memory(run, token_budget(lm))
-    return found
+    return [found[item] for item in items]
 
 
 def token_budget(lm):
@@ -141,8 +126,8 @@ def token_budget(lm):
 def _score_batch(lm, queries, rows, prefix):
     """The fields of `Scores` of each of `rows`, (query, change), whose first `prefix` tokens no
     change reaches."""
-    asked = [query for query, _ in rows]
-    used, slots = np.unique(asked, return_inverse=True)
+    asked = [queries[query] for query, _ in rows]
+    used, slots = np.unique([query for query, _ in rows], return_inverse=True)
     texts = []
     for query in used:
         prompt, target = queries[query]
@@ -150,43 +135,34 @@ def _score_batch(lm, queries, rows, prefix):
     longest = max(map(len, texts))
     texts = [text + text[-1:] * (longest - len(text)) for text in texts]
     ids = torch.tensor(texts, device=lm.device)  # (Q, tokens of the prefix, and S)
-    last = len(queries[asked[0]][0]) - 1  # of all rows, where it is asked for
+    last = len(asked[0][0]) - 1  # of all rows, where it is asked for
     unchanged = Change(lm, ())
     changes = [change or unchanged for _, change in rows]
     with prompt_of(lm.scales, last + 1):
-        clean = clean_pass(lm, ids, prefix=prefix, layers=())
+        clean = clean_pass(lm, ids, prefix=prefix)
         for scaling in lm.scales:
-            tokens = ids.shape[1] - prefix
-            scaling.at(tokens, last - prefix)
+            scaling.at(longest - prefix, last - prefix)
         hidden = _run(lm, clean, torch.from_numpy(slots), changes)
-    return _answers(lm, hidden, queries, asked, prefix)
+    return _answers(lm, hidden, asked, prefix)
 
 
-def _answers(lm, hidden, queries, asked, prefix):
-    """The fields of `Scores` of rows of the queries `asked` (R,), from the last layer's output
+def _answers(lm, hidden, asked, prefix):
+    """The fields of `Scores` of rows of the queries `asked`, from the last layer's output
     (R, S, d)."""
-    row, place, gold = [], [], []  # (K,)
-    for number, query in enumerate(asked):
-        prompt, target = queries[query]
+    places = []  # K of (row, place, token)
+    for row, (prompt, target) in enumerate(asked):
         first = len(prompt) - 1 - prefix
-        row += [number] * len(target)
-        place += range(first, first + len(target))
-        gold += target
-    places = torch.tensor([row, place, gold], device=lm.device)
-    row, place, gold = places
+        places += [(row, first + k, token) for k, token in enumerate(target)]
+    row, place, gold = torch.tensor(places, device=lm.device).T
     log_p, best = token_scores(lm, hidden[row, place], gold)
-    log_p = log_p.double().cpu().numpy()
-    hits = (best == gold).cpu().numpy()
-    best = best.tolist()
+    ends = np.cumsum([len(target) for _, target in asked])[:-1]
+    of_rows = [np.split(one.cpu().numpy(), ends) for one in (log_p.double(), best == gold, best)]
     found = []
-    stop = 0
-    for query in asked:
-        prompt, target = queries[query]
-        own = slice(stop, stop := stop + len(target))
-        whole = log_p[own].sum()
+    for (prompt, _), own, hits, greedy in zip(asked, *of_rows):
+        whole = own.sum()
         if not np.isfinite(whole):
             refuse_numbers(lm, prompt)
-        found.append((whole, hits[own].all(), hits[own].mean(), best[own]))
+        found.append((whole, hits.all(), hits.mean(), greedy.tolist()))
     return found
 
 
@@ -204,8 +180,7 @@ def _run(lm, clean, slots, changes):
     hidden = clean.inputs[0][:0]  # no row yet
     for layer in range(starts[0], lm.num_layers + 1):
         stop = np.searchsorted(starts, layer, side="right")
-        joining = slots[len(hidden) : stop]
-        begun = clean.inputs[layer][joining]
+        begun = clean.inputs[layer][slots[len(hidden) : stop]]
         hidden = torch.cat([hidden, begun])
         if layer < lm.num_layers:
             with _changing(lm, layer, changes[:stop]):
@@ -218,38 +193,31 @@ def _changing(lm, layer, changes):
     row, f being its change's factors and v its vector; the sum is over the changed neurons."""
     places = []
     for row, change in enumerate(changes):
-        index = change.by_layer.get(layer, ())
-        places += [(row, neuron) for neuron in index]
+        places += [(row, neuron) for neuron in change.by_layer.get(layer, ())]
     if not places:
         return nullcontext()
-    places = torch.tensor(places, device=lm.device)
-    row, neuron = places.T
-    shape = len(changes), lm.num_neurons
-    chosen = torch.zeros(shape, device=lm.device)
-    chosen[row, neuron] = 1.0
-    factor = [[change.factor] for change in changes]
-    factor = torch.tensor(factor, dtype=lm.dtype, device=lm.device)
-    factor = factor.where(chosen > 0, 1.0)  # (R, N)
+    chosen = torch.zeros(len(changes), 1, lm.num_neurons, dtype=lm.dtype, device=lm.device)
+    row, neuron = torch.tensor(places, device=lm.device).T
+    chosen[row, 0, neuron] = 1.0
+    factor = chosen.new_tensor([change.factor for change in changes])[:, None, None]
+    factor = factor.where(chosen > 0, 1.0)  # (R, 1, N)
 
     def by_row(x):  # OPT flattens (R, S)
         return x.reshape(len(changes), -1, x.shape[-1])
 
     def before(_, args, kwargs):
-        x = args[0]
-        scaled = by_row(x) * factor[:, None]
-        return (scaled.reshape(x.shape),), kwargs
+        return ((by_row(args[0]) * factor).reshape(args[0].shape),), kwargs
 
     def after(_, args, output):
-        nothing = torch.zeros_like(by_row(output)[0, 0])
+        nothing = output.new_zeros(output.shape[-1])
         vectors = [nothing if one.vector is None else one.vector for one in changes]
-        vectors = torch.stack(vectors)  # (R, d)
         x = by_row(args[0])
-        sums = torch.einsum("rsn,rn->rs", x, chosen.to(x))
-        sums = sums.to(output)
-        added = torch.einsum("rs,rd->rsd", sums, vectors)
+        sums = (x @ chosen.mT.to(x)).to(output)  # (R, S, 1)
+        added = sums * torch.stack(vectors)[:, None]
         return output + added.reshape(output.shape)
 
-    return edited([lm.downs[layer]], before=before, after=after)
+    adds = any(change.vector is not None for change in changes)
+    return edited([lm.downs[layer]], before=before, after=after if adds else None)
 
 
 def refuse_numbers(lm, prompt):
@@ -264,23 +232,18 @@ def refuse_numbers(lm, prompt):
 def _check(lm):
     """`UnsupportedModel` for one whose layers cannot be run on rows of our own."""
     ids = sample_ids(lm, 4)
-    queries = []
-    for *prompt, token in ids.tolist():
-        queries.append((prompt, [token]))
-    nothing = Change(lm, [(0, 0)])
-    again = Change(lm, [(0, 0)])
-    rows = [(1, nothing), (0, nothing), (1, again)]  # not as many as queries, nor in their order
+    queries = [(prompt, [token]) for *prompt, token in ids.tolist()]
+    one, other = Change(lm, [(0, 0)]), Change(lm, [(0, 0)])
+    rows = [(1, one), (0, one), (1, other)]  # not as many as queries, nor in their order
     with sharply(lm) as tolerance:
         logits = lm.model(input_ids=ids[:, :-1], use_cache=False).logits
-        logits = logits[:, -1].to(lm.score_dtype)
-        log_p = torch.log_softmax(logits, -1)
-        own = log_p.gather(1, ids[:, -1:])  # (2, 1)
-        own = own[[1, 0, 1], 0].cpu().numpy()
-        size = float(logits.abs().max())
-        limit = tolerance * max(1.0, size)
+        logits = logits[[1, 0, 1], -1].to(lm.score_dtype).cpu()
+        own = torch.log_softmax(logits, -1)
+        own = own.gather(1, ids[[1, 0, 1], -1:].cpu())[:, 0].double()
+        size = logits.abs().clamp_min(1.0)  # the error is that of the logits
         for everywhere in (True, False):
             found = _score(lm, queries, rows, everywhere).log_probability
-            if not np.abs(found - own).max() <= limit:
+            if differ(torch.from_numpy(found), own, size, tolerance):
                 raise UnsupportedModel(
                     f"{lm.name} ({type(lm.model).__name__}): its layers do not give the model's "
                     "own probabilities when run row by row, so changes to its neurons would be "

@@ -52,12 +52,8 @@ def greedy_answers(lm, prompts, lengths, begun=None):
     ones of each, where they are known."""
     found = [list(one) for one in begun or [()] * len(prompts)]
     while going := [i for i, length in enumerate(lengths) if length > len(found[i])]:
-        queries = []
-        for i in going:
-            fed = [*found[i], 0]  # but for the 0
-            queries.append((prompts[i], fed))
-        scores = score_queries(lm, queries)
-        for i, greedy in zip(going, scores.greedy):
+        queries = [(prompts[i], [*found[i], 0]) for i in going]  # the last token is not fed
+        for i, greedy in zip(going, score_queries(lm, queries).greedy):
             found[i].append(greedy[-1])
     return found
 

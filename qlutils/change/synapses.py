@@ -10,7 +10,6 @@ Shapes: B queries or rows of a batch, L layers, H query heads, T prompt tokens, 
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -20,14 +19,13 @@ from qlutils.change.rows import in_batches, refuse_numbers
 from qlutils.checks import one_of
 from qlutils.model.answer import token_probabilities
 from qlutils.model.architecture import UnsupportedModel, refusing
-from qlutils.model.attention import EXACT, AttentionChange, attention_implementation
+from qlutils.model.attention import AttentionChange
 from qlutils.model.language_model import whole_numbers
 from qlutils.model.passes import full_precision
-from qlutils.model.trace import Trace
+from qlutils.model.trace import traced
 from qlutils.model.verify import differ, sample_ids, sharply
 
 SCORES = ("sum", "visible_mean")
-_REPLACEABLE: WeakSet = WeakSet()  # models that passed `check_replaceable`
 
 
 # --- the model's attention, watched or changed ----------------------------------------------------
@@ -41,14 +39,7 @@ def controlled(lm, factors=None, renormalise=False, observe=None):
     `UnsupportedModel`, naming the model, where its attention cannot be replaced."""
     lm.check_ready()
     check_replaceable(lm)
-    with _exact_attention(lm, AttentionChange(factors, renormalise, observe)):
-        yield
-
-
-@contextmanager
-def _exact_attention(lm, change):
-    implementation = attention_implementation(lm.model, EXACT)
-    with implementation, change.on(lm.model, lm.layers):
+    with AttentionChange(factors, renormalise, observe).on(lm.model, lm.layers):
         yield
 
 
@@ -56,7 +47,7 @@ def _exact_attention(lm, change):
 def check_replaceable(lm):
     """`UnsupportedModel` unless each layer's attention matrix can be read and replaced, and the
     model's own logits come out; tried once a model."""
-    if lm in _REPLACEABLE:
+    if "attention" in lm.checked:
         return
     ids, seen = sample_ids(lm, 6), set()
     watch = AttentionChange(observe=lambda layer, *_: seen.add(layer))
@@ -64,7 +55,7 @@ def check_replaceable(lm):
     try:
         with full_precision(lm.device), trying, sharply(lm) as tolerance:
             own = lm.model(input_ids=ids, use_cache=False).logits
-            with _exact_attention(lm, watch):
+            with watch.on(lm.model, lm.layers):
                 ours = lm.model(input_ids=ids, use_cache=False).logits
             if len(seen) < lm.num_layers:
                 unseen = f"{lm.num_layers - len(seen)} of its {lm.num_layers} layers"
@@ -77,7 +68,7 @@ def check_replaceable(lm):
             f"{lm.name} ({lm.model.config.model_type}): its attention can be neither read nor "
             f"changed exactly ({problem}); notebooks 05 and 06 need another model"
         ) from problem
-    _REPLACEABLE.add(lm)
+    lm.checked.add("attention")
 
 
 @contextmanager
@@ -93,7 +84,14 @@ def scale_synapses(lm, synapses, factor: float, *, renormalise: bool = False):
     attention mask. Factor 0 suppresses, 2 enhances; `renormalise` divides each row of those heads'
     layers by its new sum. A column that an input does not have changes nothing. Contexts end in the
     order in which `with` ends them, not otherwise. ValueError names a synapse outside the model."""
-    found = check_synapses(lm, synapses)
+    found = set(whole_numbers(synapses, ("column", "layer", "head"), "synapse"))
+    sizes = lm.context, lm.num_layers, lm.num_heads
+    for synapse in sorted(found):
+        if not all(0 <= place < size for place, size in zip(synapse, sizes)):
+            raise ValueError(
+                f"synapse {synapse} is outside {lm.name}: (column, layer, head), with columns from "
+                f"0, {lm.num_layers} layers and {lm.num_heads} heads, all counted from 0"
+            )
     if check_finite(lm, "factor", factor) < 0:
         raise ValueError(f"factor is {factor!r}; use at least 0 (0 suppresses, 2 enhances)")
     if factor == 1 or not found:  # nothing to change: not even the rounding of another attention
@@ -109,20 +107,6 @@ def scale_synapses(lm, synapses, factor: float, *, renormalise: bool = False):
         yield
 
 
-def check_synapses(lm, synapses):
-    """`synapses` as a set; ValueError for one outside the model."""
-    names = "column", "layer", "head"
-    found = set(whole_numbers(synapses, names, "synapse"))
-    sizes = lm.context, lm.num_layers, lm.num_heads
-    for synapse in sorted(found):
-        if not all(0 <= place < size for place, size in zip(synapse, sizes)):
-            raise ValueError(
-                f"synapse {synapse} is outside {lm.name}: (column, layer, head), with columns from "
-                f"0, {lm.num_layers} layers and {lm.num_heads} heads, all counted from 0"
-            )
-    return found
-
-
 # --- finding synapses -----------------------------------------------------------------------------
 
 
@@ -135,11 +119,9 @@ def find_synapses(lm, prompt: str, alpha=0.3, *, score="sum") -> set[tuple[int, 
     cannot pass. "visible_mean" compares the mean over the rows that can see the column with alpha *
     (mean attention a row gives). ValueError: alpha outside (0, 1]; a prompt of one token."""
     check_alpha(alpha, score)
-    ids = lm.encode_prompt(prompt)
-    [attention] = column_scores(lm, [ids], score)
-    found = above_threshold(*attention, alpha)  # (L, H, T)
-    places = np.argwhere(found).tolist()
-    return {(column, layer, head) for layer, head, column in places}
+    [attention] = column_scores(lm, [lm.encode_prompt(prompt)], score)
+    layers, heads, columns = above_threshold(*attention, alpha).nonzero()
+    return set(zip(columns.tolist(), layers.tolist(), heads.tolist()))
 
 
 def check_alpha(alpha, score):
@@ -158,17 +140,14 @@ def column_scores(lm, prompts, score="sum"):
     threshold serves both. Matrices are reduced while the model runs, a batch and layer at a
     time."""
 
-    def compute(batch):
-        ids = [prompts[place] for place in batch]
-        ids = torch.tensor(ids, device=lm.device)
-        return _column_scores(lm, ids, score)
+    def compute(some):
+        found = _column_scores(lm, torch.tensor(some, device=lm.device), score)
+        for prompt, (total, _) in zip(some, found):
+            if not np.isfinite(total).all():
+                refuse_numbers(lm, prompt)
+        return found
 
-    kinds = [(len(prompt),) for prompt in prompts]
-    found = in_batches(lm, kinds, compute)
-    for prompt, (total, _) in zip(prompts, found):
-        if not np.isfinite(total).all():
-            refuse_numbers(lm, prompt)
-    return found
+    return in_batches(lm, map(tuple, prompts), lambda prompt: (len(prompt),), compute)
 
 
 @torch.no_grad()
@@ -209,7 +188,7 @@ def first_tokens(lm):
 # --- many queries under many changes, in few batches ----------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """A query to answer with `columns` (L, H, T) of its attention scaled by `factor` (None: the
     model as it is), and the KNs, (layer, index) pairs, to read meanwhile."""
@@ -227,55 +206,38 @@ def run_rows(lm, rows):
     """(rows, 3): probability of the answer (product over its tokens), mean |activation| and mean
     activation of the row's KNs at the last prompt token (NaN without KNs). Each row has its own
     synapses; equal lengths share a batch, and a row that comes again is computed once."""
-    different = {id(row): row for row in rows}
-    todo = list(different.values())
-    kinds = []
-    for row in todo:
-        tokens = len(row.prompt) + len(row.answer)
-        kinds.append((tokens, len(row.answer), row.renormalise))
 
-    def compute(batch):
-        return _run_batch(lm, [todo[place] for place in batch])
+    def kind(row):
+        return len(row.prompt) + len(row.answer), len(row.answer), row.renormalise
 
-    scored = in_batches(lm, kinds, compute)
-    found = dict(zip(different, scored))
-    values = [found[id(row)] for row in rows]
-    return np.array(values).reshape(-1, 3)
+    found = in_batches(lm, rows, kind, lambda some: _run_batch(lm, some))
+    return np.array(found).reshape(-1, 3)
 
 
 def _run_batch(lm, rows):
     """`run_rows` of rows whose prompts are of one length, their answers too, and that all
     renormalise or do not."""
     last = len(rows[0].prompt) - 1
-    texts = [row.prompt + row.answer[:-1] for row in rows]
-    ids = torch.tensor(texts, device=lm.device)
-    answers = [row.answer for row in rows]
-    target = torch.tensor(answers, device=lm.device)  # (B, A)
+    ids = torch.tensor([row.prompt + row.answer[:-1] for row in rows], device=lm.device)
+    target = torch.tensor([row.answer for row in rows], device=lm.device)  # (B, A)
 
     def at_last(call):  # (B, N); OPT flattens (B, T)
-        x = call.args[0].reshape(*ids.shape, -1)
-        return x[:, last]
+        return call.args[0].reshape(*ids.shape, -1)[:, last]
 
-    factors = _factors(lm, rows)
-    changed = controlled(lm, factors, rows[0].renormalise)
-    with changed, Trace(lm.downs, at_last) as trace:
+    changed = controlled(lm, _factors(lm, rows), rows[0].renormalise)
+    with changed, traced(lm.downs, at_last) as vectors:
         hidden = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     hidden = hidden[:, last:].flatten(0, 1)  # (B * A, d)
-    p = token_probabilities(lm, hidden, target.flatten())
-    p = p.view(target.shape)
-    p = p.prod(-1).tolist()
-    neurons = torch.stack(trace.kept, 1)  # (B, L, N)
+    p = token_probabilities(lm, hidden, target.flatten()).view(target.shape).prod(-1)
+    neurons = torch.stack(vectors, 1)  # (B, L, N)
     found = []
-    for row, probability, activations in zip(rows, p, neurons):
-        kns = torch.tensor(row.neurons, dtype=torch.long)
-        layer, index = kns.reshape(-1, 2).T
+    for row, probability, activations in zip(rows, p.tolist(), neurons):
+        layer, index = torch.tensor(row.neurons, dtype=torch.long).reshape(-1, 2).T
         kns = activations[layer, index].double()
-        numbers = [probability, *kns.tolist()]
-        if not np.isfinite(numbers).all():
+        numbers = probability, kns.abs().mean().item(), kns.mean().item()
+        if not np.isfinite([probability, *kns.tolist()]).all():
             refuse_numbers(lm, row.prompt)
-        value = kns.abs().mean().item()
-        signed = kns.mean().item()
-        found.append((probability, value, signed))
+        found.append(numbers)
     return found
 
 

@@ -297,13 +297,11 @@ def dense_maps(lm, prompts, answers, **spec):
 def activations(lm, prompts):
     """(L, N) neuron vectors of each tokenised prompt at its last token."""
 
-    def compute(batch):
-        ids = [prompts[place] for place in batch]
-        ids = torch.tensor(ids, device=lm.device)  # (Q, T)
+    def compute(some):
+        ids = torch.tensor(some, device=lm.device)  # (Q, T)
         return neuron_vectors(lm, ids).float().cpu().numpy()
 
-    lengths = [(len(prompt),) for prompt in prompts]
-    return in_batches(lm, lengths, compute)
+    return in_batches(lm, map(tuple, prompts), lambda prompt: (len(prompt),), compute)
 
 
 def compare_rules(

@@ -81,15 +81,14 @@ def _probability(lm, hidden, target, need_grad):
         z = z.sub_(new_top).exp_()
         total = total.mul_(shrink).add_(z.sum(-1, keepdim=True))
         if need_grad:
-            z = z if slope is None else z.mul_(slope)
-            mean = mean.mul_(shrink).add_(_matmul(z.to(weight.dtype), weight[chunk], dtype))
+            z = z.mul_(slope).to(weight.dtype)
+            mean = mean.mul_(shrink).add_(_matmul(z, weight[chunk], dtype))
         top = new_top
     own = weight[target].to(dtype)
-    z, slope = _logits(lm, (hidden.to(dtype) * own).sum(-1), target)
-    p = (z - top[:, 0]).exp_() / total[:, 0]
-    if slope is None:
-        return p, p[:, None] * (own - mean.div_(total)) * lm.arch.scale
-    return p, p[:, None] * (own * slope[:, None] - mean.div_(total))
+    z = (hidden.to(dtype) * own).sum(-1, keepdim=True)
+    z, slope = _logits(lm, z, target[:, None])
+    p = (z - top).exp_() / total  # (R, 1)
+    return p[:, 0], p * (own * slope - mean.div_(total))
 
 
 def _logits(lm, z, tokens):
@@ -112,11 +111,10 @@ def _matmul(a, b, dtype):
 
 
 def _to_logits(z, arch):
-    """Logits from the unembedding's output `z`, and the slope of the map where it is not the
-    constant `arch.scale`."""
+    """Logits from the unembedding's output `z`, and the slope of that map."""
     if arch.scale != 1.0:
         z = z * arch.scale
     if arch.softcap is None:
-        return z, None
+        return z, arch.scale
     squashed = torch.tanh(z / arch.softcap)
     return arch.softcap * squashed, arch.scale * (1 - squashed**2)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qlutils.model import attention
-from qlutils.model.trace import Trace
+from qlutils.model.trace import traced
 
 # Where the down-projection sits inside a decoder layer, by family.
 DOWN_PROJECTIONS = (
@@ -51,15 +51,6 @@ PLAIN_MODULES = ("torch.nn.modules.", "transformers.models.", "transformers.pyto
 
 class UnsupportedModel(ValueError):
     """The model cannot be studied exactly; the message names it and says why."""
-
-
-@contextmanager
-def naming(name):
-    """Inside, what an `UnsupportedModel` says begins with the model's name."""
-    try:
-        yield
-    except UnsupportedModel as error:
-        raise UnsupportedModel(f"{name}: {error}") from error
 
 
 @contextmanager
@@ -107,9 +98,9 @@ def find_architecture(model):
         # the cap out.
         model.set_attn_implementation(attention.EXACT)
     head = _unembedding(model)
-    with refusing("a pass over a few tokens"), torch.no_grad(), Trace(model.modules()) as trace:
+    with refusing("a pass over a few tokens"), torch.no_grad(), traced(model.modules()) as kept:
         model(input_ids=torch.arange(2, device=head.weight.device)[None], use_cache=False)
-    calls = {call.module: call for call in trace.kept}
+    calls = {call.module: call for call in kept}
     layers = _decoder_layers(model, text.num_hidden_layers, calls)
     downs = _projections(layers, DOWN_PROJECTIONS)
     ups = _projections(layers, UP_PROJECTIONS)
@@ -127,9 +118,9 @@ def find_architecture(model):
         layers=list(layers),
         downs=downs,
         ups=ups,
-        tail=_tail(model, layers, [call.module for call in trace.kept]),
+        tail=_tail(model, layers, [call.module for call in kept]),
         head=head,
-        norm_epsilons=[_norm_epsilon(calls[down].output, trace.kept) for down in downs],
+        norm_epsilons=[_norm_epsilon(calls[down].output, kept) for down in downs],
         num_neurons=widths.pop(),
         scale=_logit_scale(model, text),
         softcap=getattr(text, "final_logit_softcapping", None),
@@ -164,18 +155,14 @@ def _refuse_kind(model, text):
 
 def _decoder_layers(model, depth, called):
     """The list of decoder layers: a vision tower may be as deep, but is not called for a text."""
-    found = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and module[0] in called
-    ]
-    found = [layers for layers in found if _find(layers[0], DOWN_PROJECTIONS) is not None]
-    if not found:
-        raise UnsupportedModel(
-            f"found no list of {depth} decoder layers with a down-projection named one of "
-            f"{', '.join(DOWN_PROJECTIONS)} ({type(model).__name__})"
-        )
-    return found[0]
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth and module[0] in called:
+            if _find(module[0], DOWN_PROJECTIONS) is not None:
+                return module
+    raise UnsupportedModel(
+        f"found no list of {depth} decoder layers with a down-projection named one of "
+        f"{', '.join(DOWN_PROJECTIONS)} ({type(model).__name__})"
+    )
 
 
 def _unembedding(model):
@@ -253,7 +240,7 @@ def use_fused_modules(model, norms):
     for module in list(model.modules()):
         for name, child in module.named_children():
             kind = type(child).__name__
-            changed = "forward" in vars(child) or hooks_of(child)
+            changed = "forward" in vars(child) or hooking(child)
             if kind in GELUS:
                 setattr(module, name, nn.GELU(approximate="tanh").train(False))
             elif norms and kind.endswith("RMSNorm") and not changed:
@@ -357,7 +344,10 @@ def plain_weight(module):
             "cannot be edited exactly; merge the adapter into the weights first, or load the "
             "model unquantised"
         )
-    elif _is_altered(module):
+    elif hooking(module) - {"qlutils"} or (
+        # accelerate's own moves inputs; where it fetches weights, they are on `meta`
+        "forward" in vars(module) and not hasattr(module, "_hf_hook")
+    ):
         reason = (
             "other code hangs on it (a hook, or a forward method of its own), which may "
             "change its weight or its output; remove it"
@@ -367,22 +357,15 @@ def plain_weight(module):
     return weight
 
 
-def hooks_of(module):
-    """The hooks that run in a module's forward pass."""
-    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-
-
 def package_of(hook):
     """The name of the package that a hook comes from."""
     return (getattr(hook, "__module__", None) or "").split(".")[0]
 
 
-def _is_altered(module):
-    """Whether code that is neither the module's class nor ours runs in its forward pass."""
-    if any(package_of(hook) != "qlutils" for hook in hooks_of(module)):
-        return True
-    # accelerate's own moves inputs between devices; where it fetches weights, they are on `meta`
-    return "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
+def hooking(module):
+    """The packages whose hooks run in a module's forward pass."""
+    hooks = {**module._forward_pre_hooks, **module._forward_hooks}
+    return set(map(package_of, hooks.values()))
 
 
 def check_sole_owner(model, module):
@@ -406,8 +389,8 @@ def check_sole_owner(model, module):
 def rope_switches(text):
     """Lengths in tokens beyond which a forward pass uses other rotary frequencies, for all of its
     tokens: "longrope", as in Phi-3."""
-    key = "original_max_position_embeddings"
-    return [rope[key] for rope in _ropes(text) if rope["rope_type"] == "longrope"]
+    ropes = [rope for rope in _ropes(text) if rope["rope_type"] == "longrope"]
+    return [rope["original_max_position_embeddings"] for rope in ropes]
 
 
 def context_length(text):

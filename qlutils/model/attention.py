@@ -133,9 +133,9 @@ def attention_implementation(model, name):
 
 
 def forward_passes(model, layer, before, after):
-    """Register hooks on `model`, yielded one by one, that call `before(call)` with the named
-    arguments of each forward pass that may reach `layer`, and `after(output)` at its end (None
-    after an error).
+    """Register hooks on `model`, yielded one by one, that call `before(tokens, past, mask)` at each
+    forward pass that may reach `layer`, with how many tokens it is fed and its cache holds, and its
+    attention mask, and `after(output)` at its end (None after an error).
 
     A pass is that of the outermost part that is called: the masks that parts inside get are what
     those around them made of the caller's (Gemma 3's text model gets a dict), and some parts are
@@ -148,8 +148,14 @@ def forward_passes(model, layer, before, after):
             return
         running[:] = [module]
         call = by_name(module, args, kwargs)
-        # the cache's old name, which transformers takes until 5.40
-        before({"cache": call.get("past_key_values"), **call})
+        fed = call.get("input_ids")
+        fed = call.get("inputs_embeds") if fed is None else fed
+        if fed is None:  # the model says so itself
+            return
+        # the second is the cache's old name, which transformers takes until 5.40
+        cache = call.get("cache", call.get("past_key_values"))
+        past = 0 if cache is None else cache.get_seq_length()
+        before(fed.shape[1], past, call.get("attention_mask"))
 
     def leave(module, _, output):
         if running and running[0] is module:
@@ -160,12 +166,6 @@ def forward_passes(model, layer, before, after):
         if isinstance(part, PreTrainedModel) and layer in part.modules():
             yield part.register_forward_pre_hook(enter, with_kwargs=True)
             yield part.register_forward_hook(leave, always_call=True)
-
-
-def tokens_of(call):
-    """The token ids or embeddings (B, S, ...) among the named arguments of a forward pass."""
-    tokens = call.get("input_ids")
-    return call.get("inputs_embeds") if tokens is None else tokens
 
 
 def is_controlled(model):
@@ -196,24 +196,21 @@ class AttentionChange:
 
     @contextmanager
     def on(self, model, layers):
-        """Active inside, on every forward pass of `model` whose attention is written out here."""
+        """Active inside, on every forward pass of `model`, which runs `exact_attention`."""
         for index, layer in enumerate(layers):
             self.layer_of |= dict.fromkeys(layer.modules(), index)
-        with hooked(forward_passes(model, layers[0], self._locate, lambda output: None)):
+        hooks = hooked(forward_passes(model, layers[0], self._locate, lambda output: None))
+        with attention_implementation(model, EXACT), hooks:
             ACTIVE.append(self)
             try:
-                yield self
+                yield
             finally:
                 ACTIVE.remove(self)
 
-    def _locate(self, call):
+    def _locate(self, tokens, past, mask):
         """Before a forward pass: how many positions it brings the cache to, and where each row's
         tokens begin."""
-        tokens = tokens_of(call)
-        if tokens is None:
-            return
-        cache, mask = call["cache"], call.get("attention_mask")
-        self.total = (cache.get_seq_length() if cache is not None else 0) + tokens.shape[1]
+        self.total = past + tokens
         self.padding = None
         if isinstance(mask, Tensor) and mask.dim() == 2:
             self.padding = mask.to(torch.uint8).argmax(-1)  # 0 for padding on the right

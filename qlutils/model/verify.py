@@ -22,10 +22,10 @@ from qlutils.model.passes import (
     join_passes,
     replaying,
     run_layer,
-    site_module,
+    site_modules,
     start_rows,
 )
-from qlutils.model.trace import Trace, edited, first
+from qlutils.model.trace import edited, first, traced
 
 # By how much, relative to the largest number, two ways of computing the same may differ in a dtype.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
@@ -148,22 +148,18 @@ def _check_replay(lm, ids, own):
     (Q, V): the model's logits."""
     with sharply(lm) as tolerance:
         if lm.adds_mlp_output:
-            _check_value_vectors(lm, tolerance)
+            if tolerance > 0.01:
+                raise UnsupportedModel(
+                    "A multiplier of the MLP's output could hide in the rounding."
+                )
+            for layer in range(lm.num_layers):
+                lm.value_vectors(layer)
         for site in SITES:
             _check_layers(lm, ids, site, tolerance)
         _check_logits(lm, ids, own, tolerance)
     if lm.dtype.itemsize == 2:  # as it will run
         own = lm.model(input_ids=ids, use_cache=False).logits[:, -1]
         _check_logits(lm, ids, own, TOLERANCE[lm.dtype])
-
-
-def _check_value_vectors(lm, tolerance):
-    """`UnsupportedModel` unless what a change adds to a layer's output can be told from its value
-    vectors."""
-    if tolerance > 0.01:
-        raise UnsupportedModel("A multiplier of the MLP's output could hide in the rounding.")
-    for layer in range(lm.num_layers):
-        lm.value_vectors(layer)
 
 
 def _check_layers(lm, ids, site, tolerance):
@@ -179,7 +175,7 @@ def _check_layers(lm, ids, site, tolerance):
         longer = torch.cat([ids[:1, :1], ids[:1]], 1)
         both = join_passes([clean, clean_pass(lm, longer, site)])
         clean = both.pick(torch.arange(len(ids), device=lm.device))
-    old = list((clean.written if site == "down_input" else clean.neurons).values())
+    old = clean.written if site == "down_input" else clean.neurons
     new = [one + one.std() * torch.linspace(-1, 1, one.shape[-1]).to(one) for one in old]
     for layer, (inputs, wanted) in enumerate(_changed_passes(lm, ids, site, new)):
         added = wanted[:, :1] - inputs[:, :1]
@@ -201,7 +197,7 @@ def _changed_passes(lm, ids, site, new):
     """Input and output of each layer at the last token, (Q, 1 + L, d) each, in passes over whole
     sequences: a clean one, and one for each layer, whose site module gives `new` (Q, 1, W)."""
     shape = len(ids), 1 + lm.num_layers
-    layer_of = {site_module(lm, layer, site): layer for layer in range(lm.num_layers)}
+    layer_of = {module: layer for layer, module in enumerate(site_modules(lm, site))}
 
     def put(module, _, output):
         layer = layer_of[module]
@@ -214,9 +210,9 @@ def _changed_passes(lm, ids, site, new):
         ends = call.arguments["hidden_states"], first(call.output)
         return tuple(one[:, -1].unflatten(0, shape).clone() for one in ends)
 
-    with edited(layer_of, after=put), Trace(lm.layers, at_last) as trace:
+    with edited(layer_of, after=put), traced(lm.layers, at_last) as ends:
         lm.model.base_model(input_ids=ids.repeat_interleave(shape[1], 0), use_cache=False)
-    return trace.kept
+    return ends
 
 
 def _check_logits(lm, ids, own, tolerance):

@@ -14,12 +14,12 @@ from naive import Naive, keeping_float64
 from tiny import FAMILIES, hooked, tiny_lm, tiny_model, trusted, watched_rows, word_tokenizer
 from torch import nn
 
-from qlutils import attribute
+from qlutils import attribute, scale_neurons
 from qlutils.attribution.attribute import Spec, attribute_encoded
 from qlutils.attribution.coordinate import Coordinate
 from qlutils.attribution.paths import Paths
 from qlutils.attribution.quadrature import RULES, quadrature
-from qlutils.change.rows import Change, score_queries, score_rows
+from qlutils.change.rows import score_queries
 from qlutils.change.synapses import Row, column_scores, run_rows
 from qlutils.checks import METHODS
 from qlutils.model import answer as model_answer
@@ -131,15 +131,6 @@ def test_every_choice_gives_the_naive_references_scores(family, spec):
     assert compare(family, spec, bos=family == "llama3") <= 1e-9
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_neuron_counts_where_its_prompt_tokens_are_and_where_the_answer_leads(method):
-    """The naive comparison would not notice scores that ignore the context or the answer."""
-    others = ([5, 30, 7, 8], [9]), ([5, 6, 7, 8], [10])
-    first, *others = scores_of(tiny_lm("llama3"), QUERY, *others, method=method)
-    for other in others:
-        assert (first - other).abs().max() > 0.05 * first.abs().max()
-
-
 def test_integrated_gradients_are_captums():
     captum = pytest.importorskip("captum.attr", reason="captum is not installed")
     lm, ids, token = tiny_lm("gpt2"), [5, 61, 17, 30, 8], 12
@@ -167,16 +158,6 @@ def test_integrated_gradients_are_captums():
 
 
 # --- the sum of the integral ----------------------------------------------------------------------
-ORDERS = {"right": 0, "left": 0, "endpoints": 1, "midpoint": 1, "gauss": 9}
-
-
-@pytest.mark.parametrize("rule, order", ORDERS.items())
-def test_quadrature_integrates_polynomials_up_to_its_order_and_no_further(rule, order):
-    nodes, weights = quadrature(rule, 5)
-    assert len(nodes) == len(weights) == 5 and nodes.min() >= 0 and nodes.max() <= 1
-    for degree in range(order + 1):
-        assert weights @ nodes**degree == pytest.approx(1 / (degree + 1), abs=1e-14), degree
-    assert weights @ nodes ** (order + 1) != pytest.approx(1 / (order + 2), abs=1e-7)
 
 
 def test_the_nodes_are_the_documented_ones():
@@ -219,22 +200,6 @@ def test_the_completeness_gap_vanishes_as_the_rules_order_says(method, rule):
     else:
         assert few > some > many and many < 0.05
         assert some / many == pytest.approx(4 if rule == "midpoint" else 2, rel=0.1)
-
-
-def test_a_converged_sum_of_scores_is_the_difference_of_the_probabilities():
-    lm, query, differences = smooth()
-    scores = scores_of(lm, query, steps=40, rule="gauss")[0]
-    assert scores.sum(1).tolist() == pytest.approx(differences["ig"].tolist(), rel=1e-9)
-    printed = Spec("amig", 40, "gauss", amig_factor="w")  # Eq. 17 as printed is not complete
-    gap = attribute_encoded(lm, [query], printed).completeness_gap
-    assert gap.max() > 0.01 * differences["amig"].abs().max()
-
-
-def test_sig_has_norm_1_and_amig_a_sum_of_1_or_minus_1():
-    lm = smooth()[0]
-    sig, amig = (scores_of(lm, *some_queries(lm.model), method=name) for name in ("sig", "amig"))
-    assert sig.flatten(1).norm(dim=1).tolist() == pytest.approx([1] * 3, abs=1e-12)
-    assert amig.sum((1, 2)).abs().tolist() == pytest.approx([1] * 3, abs=1e-9)
 
 
 # --- the rule "converged" -------------------------------------------------------------------------
@@ -414,6 +379,8 @@ SPOILT = {
     "a hook on all": (lambda _: nn.modules.module.register_module_forward_hook(doubled), HOOK),
     "another forward": (replace_forward, "modules .*a forward method was replaced"),
     "training mode": (lambda lm: lm.model.transformer.train() and None, "is in training mode"),
+    "compiled": (lambda lm: lm.model.compile(backend="eager"), "it was compiled"),
+    "exchanged": (lambda lm: setattr(lm.model, "lm_head", nn.Identity()), "modules were added"),
 }
 
 
@@ -428,7 +395,8 @@ def test_what_would_change_numbers_without_a_word_is_refused_and_gone_with_it(sp
             lambda: score_queries(lm, [QUERY]),
             lambda: column_scores(lm, [QUERY[0]]),
             lambda: run_rows(lm, [Row(*QUERY)]),
-        ):
+            lambda: scale_neurons(lm, {(0, 1)}, 0.0).__enter__(),
+        )[: 4 if said == HOOK else 5]:
             with pytest.raises(ValueError, match=f"tiny-gpt2.*{said}"):
                 call()
     finally:
@@ -448,27 +416,12 @@ def test_a_second_thread_that_computes_with_a_model_is_refused():
 
 
 # --- bfloat16 -------------------------------------------------------------------------------------
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["gpt2", "llama3"])
-def test_bfloat16_is_close_to_float64_of_the_same_weights(family, method):
-    """bfloat16 keeps 8 bits (0.4 %): three layers of it may lose 10 % of the largest score, and 3 %
-    of a probability. Scores are compared up to a query's scale: amig divides by a sum in which most
-    of the digits cancel."""
-    queries = some_queries(tiny_model(family, scale=2))
-    both = [attribute_encoded(lm, queries, Spec(method, 8)) for lm in rounded_and_exact(family)]
-    scores = [
-        one.scores.double() / one.scores.double().norm(dim=(1, 2))[:, None, None] for one in both
-    ]
-    found, wanted = both
-    assert found.scores.dtype == torch.float32 and found.scores.isfinite().all()
-    assert relative(*scores) < 0.1
-    assert found.probability.tolist() == pytest.approx(wanted.probability.tolist(), rel=0.03)
 
 
 def test_in_bfloat16_points_of_a_path_are_rounded_once():
     """Not their places, too, nor how far it is from one end to the other."""
     lm = tiny_lm("llama3", torch.bfloat16)
-    clean = clean_pass(lm, torch.tensor([[5, 6, 7, 8]]))
+    clean = clean_pass(lm, torch.tensor([[5, 6, 7, 8]]), "down_input")
     generator = torch.Generator().manual_seed(0)
     starts = torch.randn(1, 1, 3, lm.num_neurons, generator=generator).bfloat16()
     paths = Paths.of(lm, clean, starts, Spec())
@@ -478,12 +431,13 @@ def test_in_bfloat16_points_of_a_path_are_rounded_once():
     wanted = begin.double()[0] + node[:, None] * (end.double() - begin.double())[0]
     unit = 2.0 ** (wanted.abs().log2().floor() - 7)  # of the last of 8 bits
     assert ((found - wanted).abs() <= 0.501 * unit + 1e-6).all()
-    path = torch.zeros(3, 1, dtype=torch.long)
     change = (end.double() - begin.double())[0, 0]
-    rise = paths.rise(path.expand(3, len(change)), torch.eye(len(change)))
+    path = torch.zeros(len(change), 3, dtype=torch.long)
+    rise = paths.rise(path, torch.eye(len(change)))
     torch.testing.assert_close(rise.double(), change, rtol=1e-6, atol=0)
     both = (begin, end), (begin.double(), end.double())
-    places = [Coordinate.of_norm(*ends, 1e-6) for ends in both]
+    places = [Coordinate.of([one], [other], [1e-6]) for one, other in both]
+    places = [(place.center, place.floor) for place in places]
     torch.testing.assert_close(places[0], places[1], rtol=1e-12, atol=0)
 
 
@@ -530,31 +484,6 @@ def test_what_low_precision_could_hide_is_right_in_every_dtype(
     assert relative(found, alone) <= most
 
 
-@pytest.mark.parametrize("dtype, most", BOUNDS)
-def test_rows_of_scaled_neurons_get_their_own_querys_arguments(dtype, most):
-    """Log-probabilities of many rows a query: in a batch, one by one, and with hooks on the whole
-    sequence."""
-    lm = lm_of(variant_model("gemma4", dtype))
-    queries = [([5, 6, 7, 8], [9]), ([15, 6, 30, 41], [9]), ([61, 5, 18, 20], [12])]
-    cases = [(layer, factor) for layer in range(3) for factor in (0.0, 3.0)]
-    changes = [Change(lm, [(layer, 3), (layer, 4)], factor) for layer, factor in cases]
-    plan = [(query, change) for change in changes for query in (2, 0, 1, 2)]
-    together = score_rows(lm, queries, plan).log_probability
-    for (query, change), found in zip(plan, together):
-        prompt, answer = queries[query]
-        alone = score_rows(lm, [queries[query]], [(0, change)]).log_probability[0]
-
-        def scale(_, inputs):
-            x = inputs[0].clone()
-            x[:, -1, [3, 4]] *= change.factor
-            return (x,)
-
-        with torch.no_grad(), hooked(lm.downs[change.start].register_forward_pre_hook(scale)):
-            logits = lm.model(torch.tensor([prompt])).logits[0, -1].double()
-        by_hand = torch.log_softmax(logits, -1)[answer[0]]
-        assert max(abs(alone - found), abs(by_hand - found)) <= most
-
-
 @pytest.mark.parametrize("attend", [prefix_attention, exact_attention])
 @pytest.mark.parametrize("name", ["s_aux", "position_bias", "indices"])
 def test_an_argument_that_an_attention_would_leave_out_is_refused(attend, name):
@@ -563,9 +492,8 @@ def test_an_argument_that_an_attention_would_leave_out_is_refused(attend, name):
         attend(nn.Identity(), query, query, query, None, **{name: torch.zeros(2)})
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_synapses_of_a_model_with_attention_sinks_are_refused(dtype):
-    lm = lm_of(variant_model("granite-swa", dtype), "with-sinks")
+def test_synapses_of_a_model_with_attention_sinks_are_refused():
+    lm = lm_of(variant_model("granite-swa", torch.bfloat16), "with-sinks")
     with pytest.raises(ValueError, match="with-sinks.*takes 's_aux' into account"):
         column_scores(lm, [[5, 6, 7]])
 

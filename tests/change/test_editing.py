@@ -4,6 +4,7 @@ code."""
 import numpy as np
 import pytest
 import torch
+from naive import plain_score
 from tiny import FAMILIES, save_checkpoint, tiny_lm, tiny_model, word_tokenizer
 from torch import nn
 from torch.nn.utils import prune
@@ -62,20 +63,6 @@ def test_an_edit_is_the_formula_on_its_value_vectors_and_nothing_else(family, em
         assert all(torch.equal(lm.model.get_parameter(name), before[name]) for name in others)
     with edit_weights(lm, set(), "erase") as changed:
         assert not changed and same_bits(lm, before)
-    assert same_bits(lm, before)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("family", ["gpt2", "llama3"])
-def test_the_weights_are_bit_identical_afterwards_whatever_happens_inside(family, error, dtype):
-    lm = tiny_lm(family, dtype)
-    before = state(lm)
-    with pytest.raises(error), edit_weights(lm, NEURONS, "update", **UPDATE):
-        with edit_weights(lm, {(1, 7), (0, 0)}, "erase"):  # overlaps
-            with edit_weights(lm, NEURONS, "update", old=[5], new=[6], lambda1=0.3):
-                assert not same_bits(lm, before)
-                raise error("stop")
     assert same_bits(lm, before)
 
 
@@ -259,11 +246,6 @@ def test_a_checkpoint_that_would_hold_no_edit_is_not_written(tmp_path):
 
 
 # --- virtual edits --------------------------------------------------------------------------------
-@torch.no_grad()
-def log_probability(lm, prompt, target):
-    logits = lm.model(torch.tensor([[*prompt, *target[:-1]]]), use_cache=False).logits[0]
-    log_p = torch.log_softmax(logits[len(prompt) - 1 :], -1)
-    return float(log_p.gather(1, torch.tensor(target)[:, None]).sum())
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "opt-350m"])
@@ -281,7 +263,7 @@ def test_a_virtual_edit_gives_the_logits_of_the_real_one_and_rows_do_not_leak(fa
     assert same_bits(lm, before)
     for row, (neurons, op, options) in zip(found, edits):
         with edit_weights(lm, neurons, op, **options):
-            expected = [log_probability(lm, *query) for query in queries]
+            expected = [plain_score(lm, *query)[0] for query in queries]
         np.testing.assert_allclose(row, expected, rtol=1e-5 if family in ROUNDED else 1e-10)
 
 
@@ -291,7 +273,7 @@ def test_perplexity_weighs_tokens_not_texts_and_does_not_score_the_first(family)
     lm = tiny_lm(family, bos=family == "llama2")
     texts = ["10 11 12 13 14 15 16 17", "20 21", "30 31 32 33 34"]
     read = [lm.tokenizer(text).input_ids[:6] for text in texts]
-    nll = -sum(log_probability(lm, ids[:1], ids[1:]) for ids in read)
+    nll = -sum(plain_score(lm, ids[:1], ids[1:])[0] for ids in read)
     expected = np.exp(nll / sum(len(ids) - 1 for ids in read))
     assert perplexity(lm, texts, max_tokens=6) == pytest.approx(expected, rel=1e-10)
     alone = [perplexity(lm, [text], 6) for text in texts]

@@ -1,16 +1,15 @@
 """Scaled neurons and scored answers against forward passes changed by hand, one row at a time."""
 
-from contextlib import ExitStack, contextmanager
-
 import numpy as np
 import pytest
 import torch
+from naive import plain_score, scaled_by_hand
 from tiny import FAMILIES, tiny_lm
 
 from qlutils import answer_probability, attribute, scale_neurons
 from qlutils.change import rows
 from qlutils.change.rows import Change, score_queries, score_rows
-from qlutils.change.scaling import greedy_answers, scaled_answer_probabilities
+from qlutils.change.scaling import greedy_answers
 from qlutils.model import answer as model_answer
 from qlutils.model.architecture import UnsupportedModel
 
@@ -22,30 +21,9 @@ GREEDY = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@contextmanager
-def by_hand(lm, family, neurons, factor, first):
-    """Multiply the neurons at the down-projection's input, from token `first` on; one row."""
-    with ExitStack() as stack:
-        for layer, index in neurons:
-
-            def scale(_, inputs, index=index):
-                x = inputs[0].clone().reshape(-1, inputs[0].shape[-1])
-                x[first:, index] *= factor
-                return (x.reshape(inputs[0].shape),)
-
-            down = FAMILIES[family].modules(lm.model, "down")[layer]
-            stack.callback(down.register_forward_pre_hook(scale).remove)
-        yield
-
-
 @torch.no_grad()
 def forward(lm, ids):
     return lm.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-
-
-def plain_score(lm, prompt, target):
-    log_p = torch.log_softmax(forward(lm, [*prompt, *target[:-1]])[len(prompt) - 1 :], -1)
-    return float(log_p.gather(1, torch.tensor(target)[:, None]).sum()), log_p.argmax(-1).tolist()
 
 
 def queries_and_sets(lm):
@@ -71,7 +49,7 @@ def test_rows_of_a_batch_equal_forward_passes_changed_by_hand(family, everywhere
     for row, (q, change) in enumerate(plan):
         prompt, target = queries[q]
         first = 0 if everywhere else len(prompt) - 1
-        with by_hand(lm, family, change.neurons, change.factor, first):
+        with scaled_by_hand(lm.model, family, change.neurons, change.factor, first):
             expected, greedy = plain_score(lm, prompt, target)
         tolerance = 1e-5 if family in ROUNDED else 1e-10
         assert found.log_probability[row] == pytest.approx(expected, rel=tolerance)
@@ -140,7 +118,7 @@ def test_a_bare_forward_is_scaled_at_each_row_s_last_token(family):
     with scale_neurons(lm, NEURONS, 3.0):
         logits = lm.model(input_ids=ids, attention_mask=mask, position_ids=places).logits
     for row, prompt in enumerate(prompts):
-        with by_hand(lm, family, NEURONS, 3.0, len(prompt) - 1):
+        with scaled_by_hand(lm.model, family, NEURONS, 3.0, len(prompt) - 1):
             expected = forward(lm, prompt)
         torch.testing.assert_close(logits[row, -len(prompt) :], expected, rtol=1e-7, atol=1e-7)
     plain = forward(lm, prompts[0])
@@ -172,7 +150,7 @@ def test_generation_is_scaled_at_the_last_prompt_token_and_all_later_ones(family
         out = lm.model.generate(ids, **options)
     tokens = list(prompt)
     for logits in out.logits:
-        with by_hand(lm, family, NEURONS, 4.0, len(prompt) - 1):
+        with scaled_by_hand(lm.model, family, NEURONS, 4.0, len(prompt) - 1):
             expected = forward(lm, tokens)[-1]
         torch.testing.assert_close(logits[0].double(), expected, rtol=1e-5, atol=1e-5)
         tokens.append(int(expected.argmax()))
@@ -186,7 +164,7 @@ def test_a_call_that_continues_a_cache_is_later_throughout(name):
     with scale_neurons(lm, NEURONS, 4.0):
         first = lm.model(input_ids=torch.tensor([prompt]), use_cache=True)
         second = lm.model(input_ids=torch.tensor([later]), **{name: first["cache"]})
-    with by_hand(lm, "llama3", NEURONS, 4.0, len(prompt) - 1):
+    with scaled_by_hand(lm.model, "llama3", NEURONS, 4.0, len(prompt) - 1):
         expected = forward(lm, prompt + later)
     torch.testing.assert_close(second.logits[0], expected[-3:])
 
@@ -200,22 +178,12 @@ def test_answers_inside_the_context_are_the_scaled_model_s_and_nesting_composes(
     for i, (prompt, answer) in enumerate(zip(prompts, answers)):
         ids, target = lm.encode(prompt, answer)
         last = len(ids) - 1
-        with by_hand(lm, family, NEURONS, 2.0, last), by_hand(lm, family, others, 3.0, last):
+        with (
+            scaled_by_hand(lm.model, family, NEURONS, 2.0, last),
+            scaled_by_hand(lm.model, family, others, 3.0, last),
+        ):
             expected = np.exp(plain_score(lm, ids, target)[0])
         assert float(found[i]) == pytest.approx(expected, rel=1e-6)
-
-
-def test_many_sets_in_a_batch_equal_one_set_at_a_time():
-    lm = tiny_lm("gpt2")
-    queries, sets = queries_and_sets(lm)
-    plan = [(*query, one, factor) for query in queries for one in sets for factor in (0.0, 2.0)]
-    found = scaled_answer_probabilities(lm, plan)
-    for value, (prompt, target, neurons, factor) in zip(found, plan):
-        with scale_neurons(lm, neurons, factor):
-            expected = np.exp(score_queries(lm, [(prompt, target)]).log_probability[0])
-        assert value == pytest.approx(expected, rel=1e-10)
-    plain = np.exp(score_queries(lm, queries).log_probability)
-    np.testing.assert_allclose(found.reshape(len(queries), -1, 2)[:, -1, 0], plain)  # empty set
 
 
 def test_a_factor_of_one_and_no_neurons_change_not_one_bit():
@@ -225,15 +193,6 @@ def test_a_factor_of_one_and_no_neurons_change_not_one_bit():
         with scale_neurons(lm, neurons, factor):
             assert torch.equal(forward(lm, ids), before) == same
         assert torch.equal(forward(lm, ids), before)
-
-
-@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-3), (torch.bfloat16, 1.5)])
-def test_lower_precision_is_close_to_float64(dtype, most):
-    exact, rounded = tiny_lm("llama3"), tiny_lm("llama3", dtype)
-    queries, sets = queries_and_sets(exact)
-    plan = [(*query, sets[0], 0.0) for query in queries]
-    both = [np.log(scaled_answer_probabilities(lm, plan)) for lm in (exact, rounded)]
-    assert np.abs(both[0] - both[1]).max() < most
 
 
 def test_attribution_inside_a_scaled_context_is_refused():

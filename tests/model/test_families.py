@@ -2,7 +2,7 @@
 reference and hooks made by hand; what is refused; and that the table says so."""
 
 import warnings
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from families import MORE, REFUSED, SUPPORTED
-from naive import Naive, keeping_float64
+from naive import Naive, keeping_float64, scaled_by_hand
 from tiny import Family, readme_table, tiny_model, word_tokenizer
 
 from qlutils import edit_weights, scale_neurons, scale_synapses
@@ -109,11 +109,8 @@ def test_scores_are_the_naive_references_alone_and_in_a_batch(family, dtype):
         assert apart(together[i], scores) <= tolerance and apart(single, scores) <= tolerance
 
 
-# in whose layers some arguments belong to queries: biases of positions, masks, inputs of each layer
-OF_QUERIES = ("bloom", "falcon", "falcon-alibi", "mpt", "opt", "xglm", "granite-swa", "gemma4")
-
-
-@pytest.mark.parametrize("family", OF_QUERIES)
+# in whose layers some arguments belong to queries; of tiny.FAMILIES see test_attribution
+@pytest.mark.parametrize("family", ["mpt", "xglm"])
 def test_queries_that_need_more_gradients_than_others_keep_their_own_arguments(family):
     spec = Spec("ig", rule="converged", tolerance=0.02)
     dtype, _ = precise(family)
@@ -140,20 +137,6 @@ def test_pre_activations_are_those_of_the_naive_reference(family):
 
 
 # --- changed neurons ---------------------------------------------------------------------------
-@contextmanager
-def by_hand(family, model, neurons, factor, first):
-    """Multiply the neurons at the down-projection's input, from token `first` on."""
-    downs = SUPPORTED[family].modules(model, "down")
-    with ExitStack() as stack:
-        for layer, index in neurons:
-
-            def scale(_, inputs, index=index):
-                x = inputs[0].clone()
-                x[:, first:, index] *= factor
-                return (x,)
-
-            stack.enter_context(downs[layer].register_forward_pre_hook(scale))
-        yield
 
 
 @torch.no_grad()
@@ -173,7 +156,7 @@ def test_scaled_neurons_are_those_of_hooks_made_by_hand(family):
     answers = torch.tensor([answer for _, answer in queries])
     own = last_logits(lm.model, prompts)
     for factor in (0.0, 2.0):
-        with by_hand(family, lm.model, NEURONS, factor, len(prompts[0]) - 1):
+        with scaled_by_hand(lm.model, SUPPORTED[family], NEURONS, factor, 3, rows=4):
             wanted = last_logits(lm.model, prompts)
         assert apart(own, wanted) > 100 * tolerance
         with scale_neurons(lm, NEURONS, factor):
@@ -251,7 +234,7 @@ def test_scaled_neurons_find_the_prompt_through_the_parts_around_the_text_model(
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
     model = twins[0].model
     family = next(name for name in TOWERS if model is lm_of(name, torch.float64).model)
-    with by_hand(family, model, NEURONS, 3.0, 4):
+    with scaled_by_hand(model, SUPPORTED[family], NEURONS, 3.0, 4, rows=2):
         wanted = last_logits(model, IDS.tolist(), attention_mask=MASK)
     torch.testing.assert_close(found[0][0], wanted, rtol=1e-6, atol=1e-6)
     assert apart(last_logits(model, IDS.tolist(), attention_mask=MASK), wanted) > 1e-3

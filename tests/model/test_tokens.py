@@ -177,10 +177,10 @@ def test_a_dynamic_rope_is_read_as_if_no_longer_text_had_been(one_thread):
 class NoModel(LanguageModel):
     """A tokenizer alone: `encode` needs no more."""
 
-    def __init__(self, tokenizer, name):
-        self.tokenizer, self.name, self.context = tokenizer, name, 1024
+    context, num_embeddings, rope_switches = 1024, float("inf"), ()
 
-    context = None
+    def __init__(self, tokenizer, name):
+        self.tokenizer, self.name = tokenizer, name
 
 
 @pytest.fixture(scope="module")

@@ -99,13 +99,10 @@ def test_consistency_of_hand_made_sets():
     assert (found.cs1, found.cs2, found.n_union, found.n_intersection) == (1 / 4, 2 / 4, 4, 1)
     assert found.jaccard == pytest.approx((2 / 3 + 1 / 3 + 1 / 4) / 3)
     assert (found.n_queries, found.sizes) == (3, (2, 3, 2))
-
-
-def test_an_empty_union_is_nan_and_an_empty_set_counts():
+    partly = consistency([{A}, {A}, set()])  # an empty set counts
+    assert (partly.cs1, partly.cs2) == (0, 1) and partly.jaccard == pytest.approx(1 / 3)
     empty = consistency([set(), set()])
     assert np.isnan([empty.cs1, empty.cs2, empty.jaccard]).all() and empty.n_union == 0
-    partly = consistency([{A}, {A}, set()])
-    assert (partly.cs1, partly.cs2) == (0, 1) and partly.jaccard == pytest.approx(1 / 3)
 
 
 @settings(max_examples=60, deadline=None)
@@ -163,12 +160,6 @@ def test_the_kept_candidates_give_every_offered_setting_exactly(betas, kind, see
             assert found == brute_cas(scores, *betas, threshold, kind)
     assert len(kept["layer"]) < 180, "everything was kept: the test says nothing"
     assert cas_neurons(stored.map(lambda _: None)) == set()
-
-
-def test_cas_of_a_hand_made_fact():
-    scores = np.array([[[4.0, 6.0, 1.0]], [[4.0, 0.0, 1.2]]])  # CAS .7m-.3s: 2.8, 1.2, 0.74
-    assert cas_neurons(cas_candidates(scores)) == {(0, 0), (0, 1)}  # 0.3 * 2.8 = 0.84
-    assert cas_neurons(cas_candidates(scores), threshold=0.5) == {(0, 0)}
 
 
 def test_the_strongest_neurons_are_as_many_as_the_set_and_led_by_their_mean_score():
