@@ -133,8 +133,8 @@ def matmul_rate(device, dtype, shape):
 def plan(study, models, methods, spec):
     """A row a model and method: queries, rows, FLOPs, hours on this device, memory and disk; with
     `known_prompts` for as many facts as may be kept, and the hours of asking every fact."""
-    facts = study.candidates(study.facts_per_relation, warn=False)
-    asked = study.candidates(warn=False) if study.known_prompts else []
+    facts = study.candidates(study.facts_per_relation)
+    asked = study.candidates() if study.known_prompts else []
     prompts = [prompt for fact in facts for prompt in fact.prompts]
     tokens = sum(map(prompt_tokens, prompts)) / len(prompts)
     answers = 0  # tokens that are attributed

@@ -268,7 +268,7 @@ def neuron_activations(view, neuron, t):
     [(layer, index)] = view.lm.check_neurons([neuron])
     rows = view.kns(t).query("layer == @layer and neuron == @index").set_index("prompt")
     prompts = [f"q{i} {text}" for i, text in enumerate(view.fact.prompts)]
-    table = rows[["share", "kn"]].reindex(range(len(prompts)), fill_value=0)
+    table = rows[["share", "kn"]].astype(float).reindex(range(len(prompts)), fill_value=0)
     active = view.activations[:, layer, index].astype(float)
     return table.astype({"kn": bool}).assign(prompt=prompts, activation=active)
 

@@ -279,6 +279,7 @@ class Page(w.VBox):
             self.page_effects.value = ""
             self.page_prompts.value = prompts_html(self.view)
             self.prompt.options = [(f"q{i} {text}", i) for i, text in enumerate(fact.prompts)]
+            self.prompt.value = 0
             self._refresh()
 
     def _looked_at(self, fact):
@@ -305,9 +306,9 @@ class Page(w.VBox):
         for row in ex.kn_table(self.view, t).itertuples():
             text = f"layer {row.layer}, neuron {row.neuron}: KN of {row.n} prompts"
             names[text] = row.layer, row.neuron
-        self.neuron.options = names  # the first of them is chosen
-        if chosen in names.values():
-            self.neuron.value = chosen
+        if chosen not in names.values():
+            chosen = next(iter(names.values()), None)
+        self.neuron.options, self.neuron.value = list(names.items()), chosen
         self._show_neuron()
         self._show_set()
 

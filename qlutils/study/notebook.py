@@ -99,7 +99,7 @@ class Study:
             self._facts = self.candidates(None if self.known_prompts else self.facts_per_relation)
         return self._facts
 
-    def candidates(self, facts_per_relation=None, warn=True):
+    def candidates(self, facts_per_relation=None):
         """The facts of the run's data and relations, or a seeded sample of each relation, whether
         the model knows them or not."""
         return load_facts(
@@ -107,17 +107,14 @@ class Study:
             relations=self.relations,
             seed=self.seed,
             facts_per_relation=facts_per_relation,
-            warn=warn,
             middle=self.parameters.get("middle", "cut"),
         )
 
     def known_counts(self):
         """{model: {facts, scanned, known, kept, queries, answered}} of this run's models for which
         known facts were looked for; {} for a run of all facts."""
-        found = {}
-        if not self.known_prompts:
-            return found
-        for name in [self.model] if self.model else self.parameters.get("models", ()):
+        found, models = {}, [self.model] if self.model else self.parameters.get("models", ())
+        for name in models if self.known_prompts else ():
             one = self if self.model else self.beside(name)
             with suppress(ValueError):
                 one.facts()
@@ -150,8 +147,7 @@ class Study:
     @cached_property
     def objects(self):
         """All facts of the relations, less their prompts: edits draw new objects from them."""
-        facts = self.candidates(warn=False)
-        return [[fact.relation, fact.subject, fact.object] for fact in facts]
+        return [[fact.relation, fact.subject, fact.object] for fact in self.candidates()]
 
     def inputs(self, localised=True, method=None):
         """What this run's results are made from, apart from the method; `load` compares it.
