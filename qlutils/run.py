@@ -83,15 +83,5 @@ def _signals():
             signal.signal(kind, handler)
 
 
-def in_utf8():
-    """Start again in Python's UTF-8 mode where the locale has another encoding (a bare C locale):
-    names of folders and models go into notebooks and records, which are UTF-8. What this process
-    starts inherits the mode."""
-    if sys.getfilesystemencoding() != "utf-8":
-        os.environ["PYTHONUTF8"] = "1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
 if __name__ == "__main__":
-    in_utf8()
     sys.exit(main())

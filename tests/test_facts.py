@@ -92,8 +92,6 @@ def test_relations_that_are_not_there_or_too_small_are_named(folder, relations, 
 
 
 # --- download -------------------------------------------------------------------------------------
-
-
 NOBODY = "http://127.0.0.1:9/"  # only the cache can answer
 
 
@@ -154,8 +152,6 @@ def test_the_registry_holds_the_published_files():
 
 
 # --- ParaRel itself -------------------------------------------------------------------------------
-
-
 @needs_pararel
 def test_pararel_has_the_measured_numbers():
     """25,436 facts and 177,412 queries are what the files list; 16 facts are there twice, and some
@@ -203,8 +199,6 @@ def test_pararel_has_the_measured_numbers():
 
 
 # --- perplexity -----------------------------------------------------------------------------------
-
-
 def test_perplexity_texts_leave_out_headings_and_empty_lines(tmp_path):
     file = tmp_path / "test.txt"
     text = " \n = Robert = \n \n One = two . \n = = Career = = \n Another one . \n"

@@ -51,7 +51,6 @@ from qlutils.experiments.localize import localise, localise_unit
 from qlutils.experiments.query_kn_mapping import scale_kns
 from qlutils.explorer.fact import change, look, next_token
 from qlutils.facts import perplexity_texts
-from qlutils.files import read_parquet, write_parquet
 from qlutils.model.language_model import LanguageModel
 from qlutils.model.passes import neuron_vectors
 from qlutils.neurons.cas import cas_candidates, cas_neurons
@@ -260,13 +259,6 @@ def test_odd_facts_go_through_a_run_and_its_store_unchanged(tmp_path, runs):
     some = queries[::5]
     near(some["probability"], check_probabilities(some["prompt"].tolist(), some["object"].tolist()))
     assert len(gpt2().encode("it is in", "Paris")[1]) == 1  # then "first" is "all"
-
-
-def test_odd_texts_are_kept_by_a_result_file(tmp_path):
-    names = list(NAMES.values())
-    write_parquet(pd.DataFrame({"text": names}), tmp_path / "t.parquet", "key")
-    table, _ = read_parquet(tmp_path / "t.parquet", "key")
-    assert table.to_pandas()["text"].tolist() == names
 
 
 LATEX = {
@@ -961,7 +953,3 @@ def test_a_fact_past_the_context_is_left_out_by_name_and_the_others_stay(tmp_pat
     assert queries["subject"].unique().tolist() == ["ann"] and len(queries) == 3
     lost = study.load("left_out")
     assert len(lost) == 3 and lost["left_out"].str.contains("reads at most 512").all()
-
-
-def test_there_are_at_least_sixty_kinds_of_texts_and_files_and_many_calls():
-    assert len(TEXTS) + len(TWINS) + len(FILES) >= 60 and len(EACH) >= 200

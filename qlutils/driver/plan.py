@@ -4,7 +4,6 @@ Tokens are estimated from words. The hours are the arithmetic of attribution ove
 device's matrix products reach now; on a GPU a fixed time a query comes on top.
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
@@ -63,11 +62,8 @@ SHAPES = {
 
 def model_shape(name):
     """The shape of a model from its local configuration, or from the table above."""
-    folder = Path(name).expanduser()
-    if name.startswith("demo/"):
-        folder = paths.DEMO / "models" / name.removeprefix("demo/")
-    elif paths.is_gguf_path(name):
-        folder = pretrained.folder(name)
+    local = pretrained.folder if paths.is_gguf_path(name) else paths.model_folder
+    folder = local(name)
     if folder.is_dir():
         return _configured_shape(folder)
     if name not in SHAPES:
@@ -137,10 +133,9 @@ def plan(study, models, methods, spec):
     asked = study.candidates() if study.known_prompts else []
     prompts = [prompt for fact in facts for prompt in fact.prompts]
     tokens = sum(map(prompt_tokens, prompts)) / len(prompts)
-    answers = 0  # tokens that are attributed
-    for fact in facts:
-        length = max(1.0, prompt_tokens(fact.object)) if spec.answer == "all" else 1
-        answers += length * len(fact.prompts)
+    answers = len(prompts)  # tokens that are attributed
+    if spec.answer == "all":
+        answers = sum(len(fact.prompts) * prompt_tokens(fact.object) for fact in facts)
     scanned = sum(prompt_tokens(f"{prompt} {f.object}") for f in asked for prompt in f.prompts)
     rows = []
     for model in models:
@@ -150,22 +145,23 @@ def plan(study, models, methods, spec):
         weights = shape.layers * shape.layer_weights + 2 * shape.vocabulary * shape.width
         for method in methods:
             work = shape, method, spec.steps, tokens
-            row = {
-                "model": model,
-                "method": method,
-                "facts": len(facts),
-                "queries": len(prompts),
-                "rows": spec.steps * baselines(method, tokens) * shape.layers * answers,
-                "PFLOP": query_flops(*work) * answers / 1e15,
-                "device": name,
-                "dtype": kind,
-                "TFLOP/s": reached / 1e12,
-                "hours": query_seconds(*work, rate, gpu) * answers / 3600,
-                "scan hours": 2 * weights * scanned / reached / 3600,
-                "memory GB": (weights * DTYPE_BYTES[kind] + BATCH_BYTES) / 1e9,
-                "disk GB": len(prompts) * QUERY_BYTES / 1e9,
-            }
-            rows.append(row)
+            rows.append(
+                {
+                    "model": model,
+                    "method": method,
+                    "facts": len(facts),
+                    "queries": len(prompts),
+                    "rows": spec.steps * baselines(method, tokens) * shape.layers * answers,
+                    "PFLOP": query_flops(*work) * answers / 1e15,
+                    "device": name,
+                    "dtype": kind,
+                    "TFLOP/s": reached / 1e12,
+                    "hours": query_seconds(*work, rate, gpu) * answers / 3600,
+                    "scan hours": 2 * weights * scanned / reached / 3600,
+                    "memory GB": (weights * DTYPE_BYTES[kind] + BATCH_BYTES) / 1e9,
+                    "disk GB": len(prompts) * QUERY_BYTES / 1e9,
+                }
+            )
     table = pd.DataFrame(rows)
     return table if asked else table.drop(columns="scan hours")
 

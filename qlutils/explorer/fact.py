@@ -159,9 +159,9 @@ def next_token(lm, prompt):
     return torch.softmax(last, -1).cpu()
 
 
-def predictions(lm, prompts, answer, top=4):
+def predictions(lm, prompts, answer):
     """A row a prompt: `probability` of the whole answer; `known`, whether greedy decoding gives it;
-    the answer's `first_token` and its `rank` (1: the likeliest next token); `runners_up`, the `top`
+    the answer's `first_token` and its `rank` (1: the likeliest next token); `runners_up`, the four
     likeliest others as (token, probability)."""
     encoded = [lm.encode(prompt, answer) for prompt in prompts]
     scores = score_queries(lm, encoded)
@@ -170,7 +170,7 @@ def predictions(lm, prompts, answer, top=4):
         first, p = target[0], next_token(lm, prompt)
         rank = int((p > p[first]).sum()) + 1
         p[first] = -1  # the answer is no runner-up
-        best = p.topk(top)
+        best = p.topk(4)
         word, *words = _words(lm, [first, *best.indices])
         rows.append((word, rank, list(zip(words, best.values.tolist()))))
     table = pd.DataFrame(rows, columns=["first_token", "rank", "runners_up"])
@@ -238,9 +238,9 @@ def parse_neurons(lm, text):
 
 
 @torch.no_grad()
-def neuron_tokens(lm, neuron, top=8):
-    """What a neuron writes towards the output: `top` tokens its value vector promotes and
-    suppresses most.
+def neuron_tokens(lm, neuron):
+    """What a neuron writes towards the output: the eight tokens its value vector promotes
+    and suppresses most.
 
     The score is the plain dot product of the value vector with each token's unembedding vector,
     without the final normalisation, so only its order and sign mean something; a neuron whose
@@ -256,7 +256,7 @@ def neuron_tokens(lm, neuron, top=8):
     score = (weight.to(lm.score_dtype) @ value.to(lm.score_dtype)).cpu()  # (V,)
     shown = {}
     for name in ("promotes", "suppresses"):
-        best = score.topk(top, largest=name == "promotes")
+        best = score.topk(8, largest=name == "promotes")
         shown[name] = _words(lm, best.indices)
         shown[f"{name}_score"] = best.values.numpy()
     return pd.DataFrame(shown)
