@@ -225,7 +225,7 @@ def _folder_of(dataset):
 def _relation_files(folder):
     """{relation: its file}. Names as on any system: `.JSONL` counts, and letters are composed."""
     found = {}
-    for file in folder.glob("*.[jJ][sS][oO][nN][lL]"):
+    for file in folder.glob("?*.[jJ][sS][oO][nN][lL]"):
         name = unicodedata.normalize("NFC", file.stem)
         check_text(name, f"relation file in {folder}")
         if name in found:

@@ -157,16 +157,18 @@ def fetch_inputs(jobs):
     """Download and check what the jobs will read beside the facts: models with their tokenizers,
     and the text for perplexity. ValueError names what cannot be had: a run of hours must not fail
     for want of it at its end."""
-    fetch = {}  # {what is read: how it is fetched}
+    models, corpora = {}, {}  # as ordered sets
     for job in jobs:
         known = {**declared_parameters(job.notebook), **job.parameters}
         computes = known.get("models", ()) if known.get("control_models") else ()  # the report
-        fetch |= dict.fromkeys([job.model] if job.model else computes, qlutils.fetch_model)
+        models |= dict.fromkeys([job.model] if job.model else computes)
         if "corpus" in known:
-            fetch[known["corpus"]] = perplexity_texts
-    for name, have in fetch.items():
-        if not name.startswith("demo/"):  # bundled
-            have(name)
+            corpora[known["corpus"]] = None
+    for model in models:
+        if not model.startswith("demo/"):  # bundled
+            qlutils.fetch_model(model)
+    for corpus in corpora:
+        perplexity_texts(corpus)
 
 
 def literal(text):
