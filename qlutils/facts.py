@@ -301,7 +301,8 @@ def _read_facts(path, relation, templates):
     """The distinct facts of a relation's file, with the prompts its templates give."""
 
     def fact(record):
-        subject, answer = _field(record, "sub_label"), _field(record, "obj_label")
+        subject = _field(record, "sub_label")
+        answer = _field(record, "obj_label")
         prompts = []
         for template in filter(None, templates):
             # str.join, because a subject may itself hold "[X]", "[Y]" or a backslash
@@ -318,7 +319,9 @@ def _read_facts(path, relation, templates):
 
 def _read_facts_file(path):
     """{relation: its facts} of a file with a line a fact."""
-    facts, lines, of_relation = {}, {}, {}
+    facts = {}
+    lines = {}
+    of_relation = {}
     for where, fact in _read_jsonl(path, _own_fact):
         if fact.id not in facts:
             facts[fact.id], lines[fact.id] = fact, where
@@ -335,7 +338,8 @@ def _own_fact(record):
     """The fact of a line, with its distinct prompts."""
     record = {"relation": NO_RELATION, **record}
     named = [_field(record, name) for name in ("relation", "subject", "object")]
-    prompts, given = {}, record.get("prompts")
+    prompts = {}
+    given = record.get("prompts")
     if not isinstance(given, list) or not given:
         raise ValueError(f"field 'prompts' must be a list of the fact's prompts, not {given!r}")
     for prompt in given:

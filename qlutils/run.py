@@ -28,7 +28,8 @@ def main(argv=None, notebooks=None):
     """Run the study. Returns 0, 1 if a notebook failed, 2 for what cannot be run, 130 or 143 if
     stopped."""
     argv = sys.argv[1:] if argv is None else argv
-    args, command = parser().parse_args(argv), shlex.join(["./run_all.sh", *argv])
+    args = parser().parse_args(argv)
+    command = shlex.join(["./run_all.sh", *argv])
     try:
         with _signals():
             root = paths.run_folder(args.output)

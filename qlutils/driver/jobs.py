@@ -64,7 +64,8 @@ def plan_jobs(args, folder):
     Every notebook of the folder becomes jobs, so that each knows what it `needs`; those of the
     notebooks asked for (`--only`) are returned: what they need and nobody makes they make
     themselves."""
-    shared, extra = shared_parameters(args), extra_parameters(args)
+    shared = shared_parameters(args)
+    extra = extra_parameters(args)
     found = sorted(folder.glob("[0-9][0-9]_*.ipynb")) + sorted(folder.glob(f"{LAST}.ipynb"))
     chosen = []
     for prefix in args.only or [""]:
@@ -138,7 +139,8 @@ def check_extra(extra, declared, shared):
 def facts_of_run(shared, extra):
     """A hash of the facts of a run and of all facts of their relations, from which edits draw new
     objects. Says how many facts there are."""
-    count, known = shared["facts_per_relation"], shared["known_prompts"]
+    count = shared["facts_per_relation"]
+    known = shared["known_prompts"]
     study = Study("run", **shared, **extra)
     facts = study.candidates(None if known else count)
     check_known_prompts(known, facts)

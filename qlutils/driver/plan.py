@@ -78,8 +78,10 @@ def _configured_shape(folder):
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    layers, width = config.num_hidden_layers, config.hidden_size
-    heads, said = config.num_attention_heads, config.to_dict().get
+    layers = config.num_hidden_layers
+    width = config.hidden_size
+    heads = config.num_attention_heads
+    said = config.to_dict().get
     neurons = said("intermediate_size") or said("n_inner") or said("ffn_dim") or 4 * width
     kv = (said("num_key_value_heads") or heads) / heads
     return Shape(layers, width, neurons, config.vocab_size, kv, config.model_type not in UNGATED)
@@ -111,8 +113,10 @@ def matmul_rate(device, dtype, shape):
     from torch.utils.benchmark import Timer
 
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    cpu, threads = chosen.type == "cpu", torch.get_num_threads()
-    kind, rows = dtype or ("float32" if cpu else "bfloat16"), 512 if cpu else 8192
+    cpu = chosen.type == "cpu"
+    threads = torch.get_num_threads()
+    kind = dtype or ("float32" if cpu else "bfloat16")
+    rows = 512 if cpu else 8192
     options = {"device": chosen, "dtype": getattr(torch, kind)}
     try:
         a = torch.randn(rows, shape.width, **options)
@@ -141,7 +145,8 @@ def plan(study, models, methods, spec):
     for model in models:
         shape = model_shape(model)
         name, kind, rate = matmul_rate(study.device, study.dtype, shape)
-        reached, gpu = FRACTION * rate, not name.startswith("cpu")
+        reached = FRACTION * rate
+        gpu = not name.startswith("cpu")
         weights = shape.layers * shape.layer_weights + 2 * shape.vocabulary * shape.width
         for method in methods:
             work = shape, method, spec.steps, tokens
@@ -174,7 +179,8 @@ def print_plan(args, jobs):
     study = Study(FIRST, **first[0].parameters)
     chosen = {"steps", "rule", "answer", "site", "amig_factor"} & study.parameters.keys()
     spec = qlutils.Spec(**{name: study.parameters[name] for name in chosen})  # or ValueError
-    models, methods = dict.fromkeys(args.models), dict.fromkeys(args.methods)
+    models = dict.fromkeys(args.models)
+    methods = dict.fromkeys(args.methods)
     costs = plan(study, models, methods, spec)
 
     def digits(number):

@@ -54,7 +54,8 @@ def cleaned(notebook):
 def refresh():
     """Run every notebook of the checkout with the reference parameters and put its outputs into
     it. Returns the exit status, 0; ValueError names the notebook that failed."""
-    runs, report = paths.RUNS / "reference", paths.NOTEBOOKS / "report.ipynb"
+    runs = paths.RUNS / "reference"
+    report = paths.NOTEBOOKS / "report.ipynb"
     others = set(paths.NOTEBOOKS.glob("*.ipynb")) - {report}
     notebooks = [*sorted(others), report]  # it reads their results
     (runs / "executed").mkdir(parents=True, exist_ok=True)

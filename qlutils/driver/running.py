@@ -116,13 +116,15 @@ def _run_lane(jobs, run, env, scratch):
         if job.needs and failed.issuperset(job.needs) and not job.is_of(LAST):
             job.problem = f"{', '.join(job.needs)} failed"
             continue
-        start, job.status = time.time(), "running"
+        start = time.time()
+        job.status = "running"
         try:
             status = _run_one(job, run, env, scratch)
         except (ValueError, OSError) as error:  # of this job; the others can still run
             stopped = run.stop.is_set()
             status, job.problem = ("stopped", "") if stopped else ("failed", str(error))
-        job.status, job.seconds = status, round(time.time() - start, 1)
+        job.status = status
+        job.seconds = round(time.time() - start, 1)
         problem = f": {job.problem}" if job.problem else ""
         run.say(f"{job.label}: {status}, {job.seconds} s{problem}")
 
@@ -134,7 +136,8 @@ def _run_one(job, run, env, scratch):
     if stamps.is_done(run.root, job.name, inputs):
         return "cached"
     stamps.path_of(run.root, job.name).unlink(missing_ok=True)
-    output, progress = run.root / "notebooks" / f"{job.name}.ipynb", str(scratch / job.name)
+    output = run.root / "notebooks" / f"{job.name}.ipynb"
+    progress = str(scratch / job.name)
     alone = run.at_once == 1 or job.is_of(LAST)
     threads = os.environ.get("QLUTILS_THREADS") or ("" if alone else max(1, CORES // run.at_once))
     env = {**env, "QLUTILS_THREADS": str(threads), "QLUTILS_PROGRESS": progress}

@@ -91,7 +91,8 @@ def find_fact(facts, fact=None):
 
 def typed_fact(prompts, answer):
     """A fact from typed text, one prompt a line. ValueError: no prompt, or no answer."""
-    lines, answer = map(str.strip, prompts.splitlines()), answer.strip()
+    lines = map(str.strip, prompts.splitlines())
+    answer = answer.strip()
     distinct = tuple(dict.fromkeys(filter(None, lines)))
     if not distinct:
         raise ValueError("type at least one prompt, one a line: what leads up to the answer")
@@ -101,7 +102,13 @@ def typed_fact(prompts, answer):
 
 
 def _study(model, method, data, output):
-    return Study("explore_fact", model=model, method=method, data=data, output=output)
+    return Study(
+        "explore_fact",
+        model=model,
+        method=method,
+        data=data,
+        output=output,
+    )
 
 
 def saved_spec(model, method, data="demo", output="default"):
@@ -117,7 +124,11 @@ def saved_queries(model, method, data="demo", output="default", **spec):
     table, made = read_parquet(path) if path.exists() else (None, "")
     if table is None:  # or damaged
         return None
-    ours = {"content": model_content(model), "code": code_versions(), "dtype": None}
+    ours = {
+        "content": model_content(model),
+        "code": code_versions(),
+        "dtype": None,
+    }
     other = differing(ours, made["inputs"])
     other += differing(made["localisation"], asdict(Spec(method=method, **spec)))
     return None if other else as_frame([table])
@@ -141,7 +152,17 @@ def look(lm, fact, method="ig", saved=None, **spec):
     attention = [attention_received(lm, prompt) for prompt in fact.prompts]
     tokens = [lm.encode_prompt(prompt) for prompt in fact.prompts]
     active = np.stack(activations(lm, tokens))
-    return View(lm, fact, method, frame, answered, attention, active, source, spec)
+    return View(
+        lm,
+        fact,
+        method,
+        frame,
+        answered,
+        attention,
+        active,
+        source,
+        spec,
+    )
 
 
 def _words(lm, tokens):
@@ -167,7 +188,8 @@ def predictions(lm, prompts, answer):
     scores = score_queries(lm, encoded)
     rows = []
     for prompt, (_, target) in zip(prompts, encoded):
-        first, p = target[0], next_token(lm, prompt)
+        first = target[0]
+        p = next_token(lm, prompt)
         rank = int((p > p[first]).sum()) + 1
         p[first] = -1  # the answer is no runner-up
         best = p.topk(4)
@@ -199,7 +221,11 @@ def kn_table(view, t):
     rows = view.kns(t).query("kn")
     rows["prompt"] = "q" + rows["prompt"].astype(str)
     table = rows.groupby(["layer", "neuron"], as_index=False)
-    measures = dict(n=("prompt", "size"), prompts=("prompt", " ".join), score=("share", "max"))
+    measures = dict(
+        n=("prompt", "size"),
+        prompts=("prompt", " ".join),
+        score=("share", "max"),
+    )
     table = table.agg(**measures)
     most_shared = ["n", "score"]  # of neurons in order
     return table.sort_values(most_shared, ascending=False, kind="stable", ignore_index=True)
@@ -289,7 +315,9 @@ def kn_map(view, t, neuron=None):
     """Layer by neuron: a dot for each KN, larger for a larger share of the top score, coloured by
     how many prompts have it; `neuron` is ringed."""
     table = kn_table(view, t).iloc[::-1]
-    prompts, layers, neurons = len(view.fact.prompts), view.lm.num_layers, view.lm.num_neurons
+    prompts = len(view.fact.prompts)
+    layers = view.lm.num_layers
+    neurons = view.lm.num_neurons
     fig = Figure(figsize=(WIDE, 0.7 + 0.19 * min(layers, 16)))
     ax = fig.subplots()
     dots = ax.scatter(
@@ -328,7 +356,14 @@ def overlap_figure(view, t, most=14):
         bar = bars.bar(x, count, color=color, width=0.7)
         bars.bar_label(bar, fontsize=6.5, padding=1)
         dots.plot([x] * len(sizes), range(len(sizes)), "o", color="0.88", markersize=3.5)
-        dots.plot([x] * len(prompts), prompts, "o-", color=color, markersize=4, linewidth=1.2)
+        dots.plot(
+            [x] * len(prompts),
+            prompts,
+            "o-",
+            color=color,
+            markersize=4,
+            linewidth=1.2,
+        )
     hidden = len(counts) - most
     more = f" ({hidden} more combinations not shown)" if hidden > 0 else ""
     bars.set_title(f"grey: in one prompt only; blue: shared; orange: in all{more}", loc="left")
@@ -350,7 +385,8 @@ def control_facts(lm, facts, fact):
     """Facts to watch beside `fact`: one of the same relation, where there is one, and one of
     another, of other subject and object. Of a seeded sample, the first whose first prompt the model
     answers, else the first readable."""
-    found, rng = [], np.random.default_rng(0)
+    found = []
+    rng = np.random.default_rng(0)
     pools = {"same relation": [], "other relation": []}
     for one in facts:
         same_object = one.object.casefold() == fact.object.casefold()
@@ -358,7 +394,8 @@ def control_facts(lm, facts, fact):
             same = "same" if one.relation == fact.relation else "other"
             pools[f"{same} relation"].append(one)
     for name, pool in pools.items():
-        readable, encoded = [], []
+        readable = []
+        encoded = []
         for i in rng.permutation(len(pool))[:12]:
             with suppress(ValueError):
                 encoded.append(lm.encode(pool[i].prompts[0], pool[i].object))
@@ -369,7 +406,16 @@ def control_facts(lm, facts, fact):
     return found
 
 
-def change(view, neurons, action, controls=(), *, new="", synapses=1.0, prompt=0):
+def change(
+    view,
+    neurons,
+    action,
+    controls=(),
+    *,
+    new="",
+    synapses=1.0,
+    prompt=0,
+):
     """What a change does to every prompt of the fact and to the first prompt of each control fact;
     the model is as before afterwards.
 
@@ -381,7 +427,8 @@ def change(view, neurons, action, controls=(), *, new="", synapses=1.0, prompt=0
     one_of("action", action, ACTIONS)
     if action == "update" and not new.strip():
         raise ValueError("an update needs a new answer; type the one the model should give instead")
-    lm, frame = view.lm, _watched(view.fact, controls)
+    lm = view.lm
+    frame = _watched(view.fact, controls)
 
     def measure(when):
         prompts = frame["prompt"]
@@ -422,7 +469,8 @@ def _watched(fact, controls):
 
 def _changes(view, neurons, action, new, synapses, prompt):
     """The changes of synapses and of neurons, to be entered."""
-    lm, asked = view.lm, view.fact.prompts[prompt]
+    lm = view.lm
+    asked = view.fact.prompts[prompt]
     if synapses != 1:
         yield scale_synapses(lm, find_synapses(lm, asked), synapses)
     if action in FACTORS:

@@ -44,8 +44,16 @@ def neuron_html(view, neuron, t, saved=None):
     used = None
     if saved is not None:
         used = ex.facts_using(saved, neuron, t, but=view.fact.id)
-    active, words = ex.neuron_activations(view, neuron, t), ex.neuron_tokens(view.lm, neuron)
-    return _PIECES.neuron(neuron, active, words, used, t, STORE_THRESHOLD)
+    active = ex.neuron_activations(view, neuron, t)
+    words = ex.neuron_tokens(view.lm, neuron)
+    return _PIECES.neuron(
+        neuron,
+        active,
+        words,
+        used,
+        t,
+        STORE_THRESHOLD,
+    )
 
 
 def effects_html(frame, title=""):
@@ -99,7 +107,12 @@ def _text(description, placeholder):
 
 
 def _picture():
-    layout = dict(max_width="100%", width="900px", height="auto", object_fit="contain")
+    layout = dict(
+        max_width="100%",
+        width="900px",
+        height="auto",
+        object_fit="contain",
+    )
     return w.Image(format="png", layout=layout)
 
 
@@ -120,7 +133,9 @@ class Page(w.VBox):
         self, model="demo/gpt2", method="ig", data="demo", fact=None, output="default", t=0.2
     ):
         super().__init__()
-        self.data, self.output, self.facts = data, output, []
+        self.data = data
+        self.output = output
+        self.facts = []
         self.views = {}  # what Run found, for each fact seen with the model in memory
         self._make_question(model, method, t)
         self._make_answers()
@@ -154,7 +169,8 @@ class Page(w.VBox):
     def _make_answers(self):
         for name in "status page_prompts page_numbers page_table page_neuron".split():
             setattr(self, name, w.HTML())
-        self.map, self.overlap = _picture(), _picture()
+        self.map = _picture()
+        self.overlap = _picture()
         self.neuron = w.Dropdown(description="neuron")
         self.other = _text("or another", "layer:neuron")
         self.pick = w.Button(description="add to hand-picked", icon="plus")
@@ -169,7 +185,8 @@ class Page(w.VBox):
         for action, name in _BUTTONS.items():
             style = "warning" if action in ex.FACTORS else ""
             self.buttons[action] = w.Button(description=name, button_style=style)
-        self.set_size, self.page_effects = w.HTML(), w.HTML()
+        self.set_size = w.HTML()
+        self.page_effects = w.HTML()
         self.code = w.Textarea(rows=24, layout=w.Layout(width="100%"))
 
     def _arrange(self):
@@ -302,13 +319,15 @@ class Page(w.VBox):
         self.page_numbers.value = _PIECES.agreement(ex.agreement(self.view, t))
         self.page_table.value = kn_html(self.view, t)
         self.overlap.value = png(ex.overlap_figure(self.view, t))
-        names, chosen = {}, self.neuron.value
+        names = {}
+        chosen = self.neuron.value
         for row in ex.kn_table(self.view, t).itertuples():
             text = f"layer {row.layer}, neuron {row.neuron}: KN of {row.n} prompts"
             names[text] = row.layer, row.neuron
         if chosen not in names.values():
             chosen = next(iter(names.values()), None)
-        self.neuron.options, self.neuron.value = list(names.items()), chosen
+        self.neuron.options = list(names.items())
+        self.neuron.value = chosen
         self._show_neuron()
         self._show_set()
 
@@ -319,7 +338,8 @@ class Page(w.VBox):
         return min(ex.parse_neurons(self.view.lm, typed)) if typed else self.neuron.value
 
     def _show_neuron(self):
-        neuron, t = self._one(), self.t.value
+        neuron = self._one()
+        t = self.t.value
         self.map.value = png(ex.kn_map(self.view, t, neuron))
         self.page_neuron.value = "No prompt has a knowledge neuron; name one to see its page."
         if neuron:
@@ -345,7 +365,9 @@ class Page(w.VBox):
 
     def _show_set(self):
         """The size of the chosen set, and the script that does what is chosen."""
-        which, picked, t = self.which.value, self.picked.value, self.t.value
+        which = self.which.value
+        picked = self.picked.value
+        t = self.t.value
         if which == "picked" and not picked.strip():
             which = "self"  # in the script
             size = "type neurons, or add them from “One neuron”"

@@ -31,7 +31,9 @@ def count_known(lm, unit):
 
     A row a fact: fact, relation, queries (its prompts), answered (greedy decoding gives the whole
     answer). What cannot be read is not answered."""
-    facts, encoded, owners = [Fact(**record) for record in unit], [], []
+    facts = [Fact(**record) for record in unit]
+    encoded = []
+    owners = []
     for fact in facts:
         for prompt in fact.prompts:
             with suppress(ValueError):
@@ -76,7 +78,8 @@ def known_facts(study):
                 save_frame(scanned, path, inputs)
     kept = set(scanned.loc[scanned["kept"], "fact"])
     if not kept:
-        answered, queries = scanned["answered"], scanned["queries"].sum()
+        answered = scanned["answered"]
+        queries = scanned["queries"].sum()
         raise ValueError(
             f"{study.model} answers at least known_prompts={study.known_prompts} prompts of none "
             f"of the {len(scanned)} facts of {study.data}; it answers {answered.sum()} of "
@@ -114,10 +117,12 @@ def scan(study, every):
     askable = [fact for fact in every if len(fact.prompts) >= study.known_prompts]
     waiting = _units(askable, study.seed)
     if wanted is None:
-        wanted, rounds = inf, [chain.from_iterable(waiting)]
+        wanted = inf
+        rounds = [chain.from_iterable(waiting)]
     else:
         rounds = islice(zip_longest(*waiting), ceil(wanted * SCAN_PER_FACT / SCAN_UNIT))
-    found, parts = Counter(), []
+    found = Counter()
+    parts = []
     for asked in rounds:
         units = [unit for unit in asked if unit and found[unit[0]["relation"]] < wanted]
         if units:

@@ -54,15 +54,19 @@ class Study:
 
     def __init__(self, notebook, **parameters):
         check_values(parameters)
-        self.notebook, self.parameters = notebook, {**DEFAULTS, **parameters}
+        self.notebook = notebook
+        self.parameters = {**DEFAULTS, **parameters}
         for name in DEFAULTS:
             setattr(self, name, self.parameters[name])
         self.methods = list(METHODS if self.methods is None else self.methods)
         self.root = paths.run_folder(self.output)
         self.results = self._folder(self.method)
-        self.may_scan, self.scan = True, None
+        self.may_scan = True
+        self.scan = None
         self.work = {}  # {kind of work: counts and seconds}, for the record
-        self._started, self._facts, self._identity = time.time(), None, {}
+        self._started = time.time()
+        self._facts = None
+        self._identity = {}
 
     @classmethod
     def open(cls, notebook, namespace):
@@ -113,7 +117,8 @@ class Study:
     def known_counts(self):
         """{model: {facts, scanned, known, kept, queries, answered}} of this run's models for which
         known facts were looked for; {} for a run of all facts."""
-        found, models = {}, [self.model] if self.model else self.parameters.get("models", ())
+        found = {}
+        models = [self.model] if self.model else self.parameters.get("models", ())
         for name in models if self.known_prompts else ():
             one = self if self.model else self.beside(name)
             with suppress(ValueError):
@@ -175,7 +180,8 @@ class Study:
         """`run_units` with this run's model, device, dtype and folder; the record gets counts and
         seconds. The facts of a task that says what a fact costs are packed into units by
         `store.packed`."""
-        start, info = time.time(), {}
+        start = time.time()
+        info = {}
         if hasattr(task, "passes"):
             facts = [fact for unit in units for fact in unit]
             units = store.packed(task, self.lm(), facts, config or {})
@@ -193,7 +199,8 @@ class Study:
     def save(self, frame, name, **more):
         """Keep a DataFrame as `<results>/<name>.parquet` for other notebooks, with what it was made
         from (and `more`)."""
-        inputs, path = self.inputs(name != "queries"), self.results / f"{name}.parquet"
+        inputs = self.inputs(name != "queries")
+        path = self.results / f"{name}.parquet"
         save_frame(frame, path, inputs, parameters=self.parameters, **more)
 
     def load(self, name, method=None):
