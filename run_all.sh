@@ -52,4 +52,6 @@ if [ "${1:-}" = test ]; then
     exec "$python" -m pytest -n 2 --dist loadfile "$@"  # a later -n overrides
 fi
 [ "$managed" = no ] || install ""
+# Whatever the locale: names of folders and models go into notebooks and records, which are UTF-8.
+export PYTHONUTF8=1
 exec "$python" -m qlutils.run "$@"

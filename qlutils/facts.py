@@ -21,10 +21,10 @@ one name are one fact.
 
 import codecs
 import json
-import logging
 import os
 import re
 import unicodedata
+import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +35,7 @@ import pandas as pd
 import pooch
 
 from qlutils import paths
-from qlutils.checks import check
-
-log = logging.getLogger(__name__)
+from qlutils.checks import check, one_of
 
 PATTERNS, FACTS = "pattern_data/graphs_json", "trex_lms_vocab"
 ANSWER = "[Y]"  # the answer's place in a pattern, and at the end of a prompt that no space follows
@@ -86,7 +84,6 @@ def load_facts(
     seed=0,
     min_patterns=3,
     middle="cut",
-    warn=True,
 ):
     """Facts with at least two prompts, by relation (P17 before P101), in the dataset's order.
 
@@ -98,18 +95,18 @@ def load_facts(
         depend on the other relations, and a larger one contains it.
     middle: "cut" ends a prompt at the object's place wherever that is; "drop" keeps only the
         patterns where nothing but punctuation follows it.
-    warn: whether warnings tell what is left out.
 
-    Duplicate facts, and duplicate prompts of a fact, count once. ValueError names the parameter, or
-    the file and line."""
+    Duplicate facts, and duplicate prompts of a fact, count once. A warning tells what is left out.
+    ValueError names the parameter, or the file and line."""
     if facts_per_relation is not None:
         check("facts_per_relation", facts_per_relation, 1)
     check("seed", seed, 0)
-    tell, facts = log.warning if warn else log.debug, []
-    for relation, every in _read(dataset, relations, min_patterns, middle, tell).items():
+    facts = []
+    for relation, every in _read(dataset, relations, min_patterns, middle).items():
         usable = [fact for fact in every if len(fact.prompts) >= 2]
         if few := len(every) - len(usable):
-            tell("%d facts left out, having fewer than 2 prompts: %s", few, relation)
+            said = f"{few} facts of {relation} left out, having fewer than 2 prompts"
+            warnings.warn(said, stacklevel=2)
         sample = seeded_order(usable, relation, seed)[:facts_per_relation]
         facts += [usable[place] for place in sorted(sample)]
     if not facts:
@@ -185,11 +182,10 @@ def check_text(text, where):
 
 
 # -- datasets --------------------------------------------------------------------------------------
-def _read(dataset, relations, min_patterns, middle, tell):
-    """{relation: its facts}, in natural order; `tell` is told which have too few patterns."""
+def _read(dataset, relations, min_patterns, middle):
+    """{relation: its facts}, in natural order; a warning tells which have too few patterns."""
     check("min_patterns", min_patterns, 1)
-    if middle not in ("cut", "drop"):
-        raise ValueError(f"middle must be 'cut' or 'drop', not {middle!r}")
+    one_of("middle", middle, ("cut", "drop"))
     if not isinstance(dataset, (str, Path)):
         raise ValueError(f"dataset {dataset!r}: want 'demo', 'pararel', a folder or a .jsonl file")
     file = Path(os.path.expanduser(dataset))
@@ -208,7 +204,7 @@ def _read(dataset, relations, min_patterns, middle, tell):
         few = f"relation {relation} has {len(templates)} patterns, fewer than {min_patterns=}"
         if relations is not None:
             raise ValueError(f"{few}: lower min_patterns or leave the relation out")
-        tell("%s: it is left out", few)
+        warnings.warn(f"{few}: it is left out", stacklevel=3)
     return found
 
 
@@ -218,8 +214,7 @@ def _folder_of(dataset):
         return _fetch_pararel()
     root = paths.DEMO / "pararel" if dataset == "demo" else Path(os.path.expanduser(dataset))
     for folder in (root, root / "data"):
-        # `os.path.isdir` is False, where `Path.is_dir` raises, for what cannot be a path
-        if os.path.isdir(folder / PATTERNS):
+        if os.path.isdir(folder / PATTERNS):  # False, where `Path.is_dir` raises: it is no path
             return folder
     raise ValueError(
         f"unknown dataset {str(dataset)!r}: use 'demo', 'pararel', a folder that holds {PATTERNS} "
@@ -230,8 +225,7 @@ def _folder_of(dataset):
 def _relation_files(folder):
     """{relation: its file}. Names as on any system: `.JSONL` counts, and letters are composed."""
     found = {}
-    files = [file for file in folder.glob("*") if file.suffix.lower() == ".jsonl"]
-    for file in files:
+    for file in folder.glob("?*.[jJ][sS][oO][nN][lL]"):
         name = unicodedata.normalize("NFC", file.stem)
         check_text(name, f"relation file in {folder}")
         if name in found:
@@ -299,36 +293,35 @@ def _field(record, name):
 
 def _read_templates(path, middle):
     """The templates of a relation's patterns, in order; None of those that give no prompt."""
-
-    def template(record):
-        return prompt_template(_field(record, "pattern"), middle)
-
-    return [found for _, found in _read_jsonl(path, template)]
+    found = _read_jsonl(path, lambda record: prompt_template(_field(record, "pattern"), middle))
+    return [template for _, template in found]
 
 
 def _read_facts(path, relation, templates):
     """The distinct facts of a relation's file, with the prompts its templates give."""
 
     def fact(record):
-        subject, answer = _field(record, "sub_label"), _field(record, "obj_label")
-        prompts = {}
+        subject = _field(record, "sub_label")
+        answer = _field(record, "obj_label")
+        prompts = []
         for template in filter(None, templates):
             # str.join, because a subject may itself hold "[X]", "[Y]" or a backslash
-            prompt = subject.join(template.split("[X]"))
-            if prompt.endswith(ANSWER) != template.endswith(ANSWER):
+            prompts.append(subject.join(template.split("[X]")))
+            if prompts[-1].endswith(ANSWER) != template.endswith(ANSWER):
                 raise ValueError(
                     f"the subject {subject!r} ends a prompt with {ANSWER}, "
                     "which marks the answer's place there: leave this fact out"
                 )
-            prompts[prompt] = None
-        return Fact(relation, subject, answer, tuple(prompts))
+        return Fact(relation, subject, answer, tuple(dict.fromkeys(prompts)))
 
     return list(dict.fromkeys(found for _, found in _read_jsonl(path, fact)))
 
 
 def _read_facts_file(path):
     """{relation: its facts} of a file with a line a fact."""
-    facts, lines, of_relation = {}, {}, {}
+    facts = {}
+    lines = {}
+    of_relation = {}
     for where, fact in _read_jsonl(path, _own_fact):
         if fact.id not in facts:
             facts[fact.id], lines[fact.id] = fact, where
@@ -345,20 +338,21 @@ def _own_fact(record):
     """The fact of a line, with its distinct prompts."""
     record = {"relation": NO_RELATION, **record}
     named = [_field(record, name) for name in ("relation", "subject", "object")]
-    prompts, given = {}, record.get("prompts")
+    prompts = {}
+    given = record.get("prompts")
     if not isinstance(given, list) or not given:
         raise ValueError(f"field 'prompts' must be a list of the fact's prompts, not {given!r}")
     for prompt in given:
-        if not isinstance(prompt, str) or not prompt.removesuffix(ANSWER).strip():
+        text = prompt.removesuffix(ANSWER) if isinstance(prompt, str) else ""
+        if not text.strip():
             raise ValueError(f"field 'prompts' holds {prompt!r}; a prompt is a text, not empty")
         check_text(prompt, "field 'prompts'")
-        if ANSWER in prompt.removesuffix(ANSWER):
+        if ANSWER in text:
             raise ValueError(
                 f"field 'prompts' has {prompt!r}, where text follows {ANSWER}, the answer's place: "
                 "a prompt ends there"
             )
-        read = continuation(unicodedata.normalize("NFC", prompt))
-        prompts.setdefault(read, prompt)
+        prompts.setdefault(continuation(unicodedata.normalize("NFC", prompt)), prompt)
     return Fact(*named, tuple(prompts.values()))
 
 
@@ -397,8 +391,7 @@ def perplexity_texts(source="demo"):
         (headings and empty lines are dropped).
     """
     lines = _wikitext_lines() if source == "wikitext-2" else _lines_of(source)
-    texts = [line.strip() for line in lines]
-    texts = [text for text in texts if text and not re.fullmatch(r"=( .* )=", text)]
+    texts = [text for text in map(str.strip, lines) if not re.fullmatch(r"(=( .* )=)?", text)]
     if not texts:
         raise ValueError(f"perplexity text {str(source)!r} has no paragraph")
     return texts
@@ -411,12 +404,12 @@ def text_file(source):
 
 
 def _lines_of(source):
-    if not isinstance(source, (str, Path)) or not os.path.isfile(text_file(source)):
+    path = text_file(source) if isinstance(source, (str, Path)) else ""
+    if not os.path.isfile(path):
         raise ValueError(
             f"no perplexity text at {source!r}: use 'demo', 'wikitext-2', or a text file with one "
             "paragraph a line"
         )
-    path = text_file(source)
     try:
         return path.read_text(encoding="utf-8-sig").split("\n")
     except ValueError as error:
@@ -424,15 +417,13 @@ def _lines_of(source):
 
 
 def _wikitext_lines():
-    repository, file = WIKITEXT
+    pinned = {"repo_type": "dataset", "revision": WIKITEXT_COMMIT}
     try:
-        path = huggingface_hub.hf_hub_download(
-            repository, file, repo_type="dataset", revision=WIKITEXT_COMMIT
-        )
+        path = huggingface_hub.hf_hub_download(*WIKITEXT, **pinned)
     except Exception as error:  # the hub has a class for every way of being offline
         raise ValueError(
-            f"WikiText-2 ({repository}, {file}) is neither in the cache nor to be downloaded: "
-            "go online once, or give a text file with one paragraph a line, or 'demo' "
+            f"WikiText-2 {WIKITEXT} is neither in the cache nor to be downloaded: go online once, "
+            "or give a text file with one paragraph a line, or 'demo' "
             f"({type(error).__name__}: {error})"
         ) from error
     return pd.read_parquet(path)["text"].tolist()

@@ -118,7 +118,8 @@ def write_parquet(frame, path, key, **metadata):
 
     The digest's own place counts as zeros."""
     table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
-    blank, sink = _MARK + b"0" * 64, pa.BufferOutputStream()
+    blank = _MARK + b"0" * 64
+    sink = pa.BufferOutputStream()
     footer = {
         "key": key,
         "content": blank.decode(),

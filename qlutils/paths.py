@@ -58,6 +58,13 @@ def is_local(model):
     return os.path.isdir(where) or (is_gguf_path(name) and os.path.isfile(where))
 
 
+def model_folder(model):
+    """The folder that a model's name means, there or not: of a bundled one, or the name itself."""
+    if model.startswith("demo/"):
+        return DEMO / "models" / model.removeprefix("demo/")
+    return Path(os.path.expanduser(model))
+
+
 def slug(model):
     """Folder name of a model: `demo/gpt2` -> `demo--gpt2`; a local one gets its name and a hash."""
     if not isinstance(model, str) or not model.strip():

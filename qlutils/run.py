@@ -28,7 +28,8 @@ def main(argv=None, notebooks=None):
     """Run the study. Returns 0, 1 if a notebook failed, 2 for what cannot be run, 130 or 143 if
     stopped."""
     argv = sys.argv[1:] if argv is None else argv
-    args, command = parser().parse_args(argv), shlex.join(["./run_all.sh", *argv])
+    args = parser().parse_args(argv)
+    command = shlex.join(["./run_all.sh", *argv])
     try:
         with _signals():
             root = paths.run_folder(args.output)
@@ -83,15 +84,5 @@ def _signals():
             signal.signal(kind, handler)
 
 
-def in_utf8():
-    """Start again in Python's UTF-8 mode where the locale has another encoding (a bare C locale):
-    names of folders and models go into notebooks and records, which are UTF-8. What this process
-    starts inherits the mode."""
-    if sys.getfilesystemencoding() != "utf-8":
-        os.environ["PYTHONUTF8"] = "1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
 if __name__ == "__main__":
-    in_utf8()
     sys.exit(main())

@@ -4,13 +4,13 @@ it is."""
 import hashlib
 import json
 import threading
-from dataclasses import asdict
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from tiny import save_dataset
 
 from qlutils import facts as data
 from qlutils.facts import Fact, load_facts, perplexity_texts, prompt_template
@@ -28,25 +28,19 @@ CAPITAL = [
 ]
 
 
-def write(folder, relation, patterns, pairs):
-    facts = [{"sub_label": subject, "obj_label": answer} for subject, answer in pairs]
-    rows = {
-        data.PATTERNS: [{"pattern": text, "lemma": "x"} for text in patterns],
-        data.FACTS: facts,
-    }
-    for kind, content in rows.items():
-        (folder / kind).mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(row) + "\n" for row in content)
-        (folder / kind / f"{relation}.jsonl").write_text(text, encoding="utf-8")
-
-
 @pytest.fixture
 def folder(tmp_path):
-    write(tmp_path, "P36", CAPITAL, [("France", "Paris"), ("Italy", "Rome"), ("France", "Paris")])
-    fields = ["[X] works on [Y]."] * 2 + ["[X] is in [Y] [X]"]
-    write(tmp_path, "P101", fields, [(f"s{i}", f"o{i}") for i in range(40)])
-    write(tmp_path, "P9", ["[X] was born in [Y].", "[X] is from [Y]"], [("a", "b")])
-    return tmp_path
+    patterns = {
+        "P36": CAPITAL,
+        "P101": ["[X] works on [Y]."] * 2 + ["[X] is in [Y] [X]"],
+        "P9": ["[X] was born in [Y].", "[X] is from [Y]"],
+    }
+    facts = {
+        "P36": [("France", "Paris"), ("Italy", "Rome"), ("France", "Paris")],
+        "P101": [(f"s{i}", f"o{i}") for i in range(40)],
+        "P9": [("a", "b")],
+    }
+    return save_dataset(tmp_path, patterns, facts)
 
 
 def test_prompts_end_where_the_object_goes_and_duplicates_are_dropped(folder):
@@ -57,30 +51,19 @@ def test_prompts_end_where_the_object_goes_and_duplicates_are_dropped(folder):
     assert load_facts(folder, relations=["P101"])[0].prompts == ("s0 works on", "s0 is in")
 
 
-def test_a_fact_survives_json():
-    fact = Fact("P36", "France", "Paris", ("a", "b"))
-    assert Fact(**json.loads(json.dumps(asdict(fact)))) == fact
-
-
-def test_relations_come_in_natural_order_and_small_ones_are_left_out(folder, caplog):
+def test_relations_come_in_natural_order_and_small_ones_are_left_out(folder):
     relations = lambda facts: list(dict.fromkeys(fact.relation for fact in facts))  # noqa: E731
-    assert relations(load_facts(folder)) == ["P36", "P101"]
-    assert "relation P9 has 2 patterns" in caplog.text
+    with pytest.warns(UserWarning, match="relation P9 has 2 patterns"):
+        assert relations(load_facts(folder)) == ["P36", "P101"]
     assert relations(load_facts(folder, min_patterns=2)) == ["P9", "P36", "P101"]
 
 
-def test_drop_keeps_only_patterns_that_end_with_the_object(folder, caplog):
+def test_drop_keeps_only_patterns_that_end_with_the_object(folder):
     with pytest.raises(ValueError, match="no fact with 2 prompts"):  # "[X] is in [Y] [X]" goes too
         load_facts(folder, relations=["P101"], middle="drop")
-    facts = load_facts(folder, middle="drop")
+    with pytest.warns(UserWarning, match="40 facts of P101 left out"):
+        facts = load_facts(folder, middle="drop")
     assert {f.relation for f in facts} == {"P36"} and len(facts[0].prompts) == 3
-    assert "40 facts left out" in caplog.text and "P101" in caplog.text
-
-
-def test_subjects_may_hold_slots_and_backslashes(tmp_path):
-    subject = r"a\1 [Y]  [X] \g<0>"
-    write(tmp_path, "P36", CAPITAL, [(subject, "Paris")])
-    assert load_facts(tmp_path)[0].prompts[0] == f"The capital of {subject} is"
 
 
 def test_the_sample_of_a_relation_does_not_depend_on_the_others_and_is_nested(folder):
@@ -94,7 +77,7 @@ def test_the_sample_of_a_relation_does_not_depend_on_the_others_and_is_nested(fo
 
 
 def test_the_parent_of_data_is_accepted_too(tmp_path):
-    write(tmp_path / "data", "P36", CAPITAL, [("France", "Paris")])
+    save_dataset(tmp_path / "data")
     assert load_facts(tmp_path) == load_facts(str(tmp_path / "data"))
 
 
@@ -108,16 +91,7 @@ def test_relations_that_are_not_there_or_too_small_are_named(folder, relations, 
         load_facts(folder, relations=relations)
 
 
-def test_a_line_separator_inside_a_label_is_not_a_new_line(tmp_path):
-    write(tmp_path, "P36", CAPITAL, [])
-    file = tmp_path / "trex_lms_vocab" / "P36.jsonl"
-    file.write_text('{"sub_label": "a\u2028b", "obj_label": "c"}\r\n', "utf-8")
-    assert load_facts(tmp_path)[0].subject == "a\u2028b"
-
-
 # --- download -------------------------------------------------------------------------------------
-
-
 NOBODY = "http://127.0.0.1:9/"  # only the cache can answer
 
 
@@ -131,7 +105,7 @@ def published(tmp_path, monkeypatch):
     """ParaRel served from this machine: the same code path as the real download, with another
     address."""
     site, cache = tmp_path / "site", tmp_path / "cache"
-    write(site, "P36", CAPITAL, [("France", "Paris")])
+    save_dataset(site, {"P36": CAPITAL}, {"P36": [("France", "Paris")]})
     files = [f"{kind}/P36.jsonl" for kind in (data.PATTERNS, data.FACTS)]
     registry = {name: hashlib.sha256((site / name).read_bytes()).hexdigest() for name in files}
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site)))
@@ -178,8 +152,6 @@ def test_the_registry_holds_the_published_files():
 
 
 # --- ParaRel itself -------------------------------------------------------------------------------
-
-
 @needs_pararel
 def test_pararel_has_the_measured_numbers():
     """25,436 facts and 177,412 queries are what the files list; 16 facts are there twice, and some
@@ -227,8 +199,6 @@ def test_pararel_has_the_measured_numbers():
 
 
 # --- perplexity -----------------------------------------------------------------------------------
-
-
 def test_perplexity_texts_leave_out_headings_and_empty_lines(tmp_path):
     file = tmp_path / "test.txt"
     text = " \n = Robert = \n \n One = two . \n = = Career = = \n Another one . \n"

@@ -11,10 +11,12 @@ import json
 import os
 import pickle
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import nbformat
 import pandas as pd
 import papermill.parameterize
@@ -23,6 +25,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from jupyter_client.manager import start_new_kernel
+from jupyter_server.serverapp import ServerApp
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
 from tiny import WORDS, save_checkpoint, save_dataset, word_tokenizer
 
 from qlutils import facts as data
@@ -46,90 +52,36 @@ FIXED = settings(
 
 
 # --- nothing in the project evaluates, unpickles or trusts ----------------------------------------
-UNPICKLING = {
-    "pickle",
-    "cPickle",
-    "_pickle",
-    "dill",
-    "cloudpickle",
-    "joblib",
-    "shelve",
-    "marshal",
-    "jsonpickle",
-}
-CALLS = {
-    "eval",
-    "exec",
-    "compile",
-    "__import__",
-    "input",
-    "breakpoint",
-}  # as plain names: `model.eval()` is another
-METHODS = {
-    "os.system",
-    "os.popen",
-    "os.execv",
-    "torch.load",
-    "yaml.load",
-    "yaml.unsafe_load",
-    "pd.read_pickle",
-    "pandas.read_pickle",
-    "np.fromfile",
-    "subprocess.getoutput",
-    "pty.spawn",
-    "torch.hub.load",
-    "ctypes.CDLL",
-    "importlib.reload",
-    "runpy.run_path",
-}
-RESTARTS = {("qlutils/run.py", "os.execv")}  # this very interpreter and command line, in UTF-8 mode
-DYNAMIC = {
-    "qlutils/__init__.py",
-    "qlutils/study/store.py",
-}  # import modules by a name that the package itself made
-
-
-def dotted(node):
-    parts = []
-    while isinstance(node, ast.Attribute):
-        parts.append(node.attr)
-        node = node.value
-    return (
-        ".".join(reversed([*parts, node.id]))
-        if isinstance(node, ast.Name)
-        else ".".join(reversed(parts))
-    )
+UNPICKLING = set("pickle cPickle _pickle dill cloudpickle joblib shelve marshal jsonpickle".split())
+FORBIDDEN = set(  # as whole names: `model.eval()` is another
+    """eval exec compile __import__ input breakpoint os.system os.popen os.execv torch.load
+    yaml.load yaml.unsafe_load np.fromfile subprocess.getoutput pty.spawn torch.hub.load ctypes.CDLL
+    importlib.reload runpy.run_path""".split()
+)
+ENDINGS = ("to_pickle", "read_pickle", "import_module")
+ALLOWED = {("qlutils/__init__.py", "import_module")}  # the package's own modules
 
 
 def dangers(source, where="<text>"):
     """What of the above a Python source does, as texts."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = (
-                [alias.name for alias in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module or ""]
-            )
+            names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
             yield from (f"imports {name}" for name in names if name.split(".")[0] in UNPICKLING)
-        if not isinstance(node, ast.Call):
+        if not isinstance(node, ast.Call) or (where, ast.unparse(node.func)) in ALLOWED:
             continue
-        name, options = dotted(node.func), {one.arg: one.value for one in node.keywords}
-        if (where, name) in RESTARTS:
-            continue
-        if name in CALLS or name in METHODS or name.endswith((".to_pickle", ".read_pickle")):
-            yield f"calls {name}"
-        if name.endswith("import_module") and where not in DYNAMIC:
+        name, options = ast.unparse(node.func), {one.arg: one.value for one in node.keywords}
+        values = {option: getattr(value, "value", "?") for option, value in options.items()}
+        if name in FORBIDDEN or name.endswith(ENDINGS):
             yield f"calls {name}"
         for option in ("shell", "allow_pickle", "trust_remote_code"):
-            if option in options and not (
-                isinstance(options[option], ast.Constant) and options[option].value is False
-            ):
+            if values.get(option, False) is not False:
                 yield f"{option} is not False in {name}"
         if name.endswith(".from_pretrained"):
             if "trust_remote_code" not in options:
                 yield f"{name} without trust_remote_code=False"
             reads_weights = "Tokenizer" not in name and "AutoConfig" not in name
-            if reads_weights and not getattr(options.get("use_safetensors"), "value", False):
+            if reads_weights and values.get("use_safetensors") is not True:
                 yield f"{name} without use_safetensors=True"
 
 
@@ -140,10 +92,7 @@ def sources():
         yield file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8")
     for file in sorted((ROOT / "notebooks").glob("*.ipynb")):
         for cell in nbformat.read(file, as_version=4).cells:
-            if cell.cell_type == "code":
-                assert not re.search(r"^\s*[%!]", cell.source, re.MULTILINE), (
-                    f"{file.name} has a magic or a shell line"
-                )
+            if cell.cell_type == "code":  # a magic or a shell line is no Python
                 yield file.name, cell.source
     for program in re.findall(r"-c '([^']*)'", (ROOT / "run_all.sh").read_text(encoding="utf-8")):
         yield "run_all.sh", program
@@ -151,106 +100,75 @@ def sources():
 
 def test_no_source_unpickles_evaluates_starts_a_shell_or_trusts_remote_code():
     found = [(name, danger) for name, source in sources() for danger in dangers(source, name)]
-    assert not found
-    assert (
-        sum("from_pretrained(" in source for _, source in sources()) >= 1
-        and len(list(sources())) > 100
-    )
+    assert not found and len(list(sources())) > 100
+    assert any("from_pretrained(" in source for _, source in sources())
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "import pickle",
-        "from joblib import load",
-        "import shelve as s",
-        "eval('1')",
-        "exec(code)",
-        "compile('1', '', 'eval')",
-        "__import__('os')",
-        "os.system('ls')",
-        "torch.load(path)",
-        "yaml.load(text)",
-        "np.load(path, allow_pickle=True)",
-        "np.load(path, allow_pickle=flag)",
-        "subprocess.run('ls', shell=True)",
-        "pd.read_pickle(path)",
-        "frame.to_pickle(path)",
-        "AutoModel.from_pretrained(name, use_safetensors=True)",
-        "AutoModel.from_pretrained(name, trust_remote_code=False)",
-        "AutoTokenizer.from_pretrained(name, trust_remote_code=True)",
-        "AutoConfig.from_pretrained(n, trust_remote_code=yes)",
-        "torch.hub.load('a/b', 'c')",
-        "import_module(name)",
-        "importlib.import_module(name)",
-    ],
-)
-def test_the_scan_finds_what_it_looks_for(line):
-    assert list(dangers(line))
+HARMFUL = """\
+import pickle
+from joblib import load
+import shelve as s
+eval('1')
+exec(code)
+compile('1', '', 'eval')
+__import__('os')
+os.system('ls')
+torch.load(path)
+yaml.load(text)
+np.load(path, allow_pickle=True)
+np.load(path, allow_pickle=flag)
+subprocess.run('ls', shell=True)
+pd.read_pickle(path)
+frame.to_pickle(path)
+frames[0].to_pickle(path)
+AutoModel.from_pretrained(name, use_safetensors=True)
+AutoModel.from_pretrained(name, trust_remote_code=False)
+AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+AutoConfig.from_pretrained(n, trust_remote_code=yes)
+torch.hub.load('a/b', 'c')
+import_module(name)
+importlib.import_module(name)"""
+HARMLESS = """\
+model.eval()
+load(name).eval()
+ast.literal_eval(text)
+re.compile('a')
+json.load(f)
+np.load(p)
+AutoModel.from_pretrained(n, use_safetensors=True, trust_remote_code=False)
+subprocess.run(['ls'], shell=False)"""
 
 
-def test_the_scan_passes_what_is_harmless():
-    assert not list(
-        dangers(
-            "model.eval()\nast.literal_eval(text)\nre.compile('a')\njson.load(f)\nnp.load(p)\n"
-            "AutoModel.from_pretrained(n, use_safetensors=True, trust_remote_code=False)\n"
-            "subprocess.run(['ls'], shell=False)"
-        )
-    )
+def test_the_scan_finds_what_it_looks_for_and_passes_what_is_harmless():
+    assert [line for line in HARMFUL.splitlines() if not list(dangers(line))] == []
+    assert list(dangers(HARMLESS)) == []
 
 
 def test_the_script_evaluates_and_downloads_nothing_itself():
     text = (ROOT / "run_all.sh").read_text(encoding="utf-8")
-    code = "\n".join(
-        re.sub(r'"(\\.|[^"\\])*"', '""', line.split(" #")[0]) for line in text.splitlines()
-    )
+    lines = [line.split(" #")[0] for line in text.splitlines()]
+    code = "\n".join(re.sub(r'"(\\.|[^"\\])*"', '""', line) for line in lines)
     assert not re.search(r"\b(eval|source|curl|wget|sudo)\b|\|\s*(ba)?sh\b", code)
-    assert (
-        "set -euo pipefail" in text and "--index-url" not in text and "--trusted-host" not in text
-    )
+    assert "set -euo pipefail" in text
+    assert "--index-url" not in text and "--trusted-host" not in text
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
-class Sentinel:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (self.path, "w")
-
-
 @pytest.fixture
 def no_unpickling(monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("something was unpickled")
+    for module, name in ((torch, "load"), *((pickle, f) for f in ("load", "loads", "Unpickler"))):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("something was unpickled"))
 
-    for module, name in (
-        (torch, "load"),
-        (pickle, "load"),
-        (pickle, "loads"),
-        (pickle, "Unpickler"),
-    ):
-        monkeypatch.setattr(module, name, refuse)
+
+PICKLES = """pytorch_model.bin training_args.bin optimizer.pt scheduler.pt rng_state.pth
+tokenizer.pkl model.pkl adapter_model.bin vocab.bin""".split()
 
 
 def test_pickles_beside_the_weights_are_not_opened(tmp_path, no_unpickling):
     name = save_checkpoint(tmp_path / "model", "gpt2")
-    for file in (
-        "pytorch_model.bin",
-        "training_args.bin",
-        "optimizer.pt",
-        "scheduler.pt",
-        "rng_state.pth",
-        "tokenizer.pkl",
-        "model.pkl",
-        "adapter_model.bin",
-        "vocab.bin",
-    ):
-        (tmp_path / "model" / file).write_bytes(
-            pickle.dumps(Sentinel(str(tmp_path / "was-unpickled")))
-        )
+    for file in PICKLES:
+        (tmp_path / "model" / file).write_bytes(b"csys\nexit\n(tR.")  # unpickled, it ends the test
     assert load_model(name, device="cpu").num_layers == 3
-    assert not (tmp_path / "was-unpickled").exists()
 
 
 @pytest.mark.parametrize("shard", ["pytorch_model.bin", "../outside.bin", "weights.pt", "model"])
@@ -258,16 +176,13 @@ def test_an_index_cannot_lead_from_safetensors_to_a_pickle(tmp_path, shard, no_u
     """The weights in it are good ones: it is refused for being a pickle."""
     folder = tmp_path / "model"
     save_checkpoint(folder, "gpt2")
-    from safetensors.torch import load_file
-
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").rename(folder / "other.safetensors")
     torch.save(weights, folder / shard)
     index = {"metadata": {"total_size": 1}, "weight_map": {name: shard for name in weights}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(
-        ValueError, match=rf"model.safetensors.index.json.*{shard}.*only safetensors"
-    ):
+    said = rf"model.safetensors.index.json.*{shard}.*only safetensors"
+    with pytest.raises(ValueError, match=said):
         load_model(str(folder), device="cpu")
 
 
@@ -289,19 +204,16 @@ def test_a_configuration_cannot_make_the_loader_fetch_or_run_anything(
     name = save_checkpoint(tmp_path / "model", "llama2")
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    import socket
-
-    def refuse(*_, **__):
-        raise AssertionError("the network was tried")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    tried = []
+    monkeypatch.setattr(socket.socket, "connect", lambda *given: tried.append(given) or 1 / 0)
     before = set(sys.modules)
     try:
         lm = load_model(name, device="cpu")
     except ValueError as error:
-        assert "model" in str(error) and "network was tried" not in str(error)
+        assert "model" in str(error)
     else:
         assert lm.num_layers == 3 and "/" not in lm.model.config._attn_implementation
+    assert not tried
     assert not any("kernels" == name.split(".")[0] for name in set(sys.modules) - before)
 
 
@@ -309,15 +221,9 @@ def test_a_configuration_cannot_make_the_loader_fetch_or_run_anything(
 def test_every_file_that_is_downloaded_is_pinned_and_has_a_checksum(monkeypatch):
     registry = data.pararel_registry()
     assert registry and all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in registry.values())
-    assert all(
-        re.fullmatch(r"(pattern_data/graphs_json|trex_lms_vocab)/P\d+\.jsonl", name)
-        for name in registry
-    )
-    assert data.PARAREL_URL.startswith("https://") and re.search(
-        r"/[0-9a-f]{40}/", data.PARAREL_URL
-    )
-    import huggingface_hub
-
+    kinds = r"(pattern_data/graphs_json|trex_lms_vocab)/P\d+\.jsonl"
+    assert all(re.fullmatch(kinds, name) for name in registry)
+    assert re.match(r"https://.*/[0-9a-f]{40}/", data.PARAREL_URL)
     asked = {}
 
     def download(*args, **options):
@@ -332,23 +238,11 @@ def test_every_file_that_is_downloaded_is_pinned_and_has_a_checksum(monkeypatch)
 
 def test_only_the_loaders_of_facts_texts_and_models_download():
     """Others may name a place to read about, never to fetch from."""
-    fetching = {
-        "urlopen",
-        "urlretrieve",
-        "requests.get",
-        "httpx.get",
-        "hf_hub_download",
-        "snapshot_download",
-        "pooch.create",
-        "pooch.retrieve",
-    }
-    found = {
-        name
-        for name, source in sources()
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Call)
-        and fetching & {dotted(node.func), dotted(node.func).split(".")[-1]}
-    }
+    fetching = (
+        r"\b(urlopen|urlretrieve|requests\.get|httpx\.get|hf_hub_download|snapshot_download|"
+        r"pooch\.create|pooch\.retrieve)\("
+    )
+    found = {name for name, source in sources() if re.search(fetching, source)}
     assert found == {"qlutils/facts.py", "qlutils/model/loading.py"}
 
 
@@ -388,26 +282,25 @@ def test_what_is_injected_into_a_notebook_is_the_value_and_no_code(value):
     assert ast.literal_eval(line.value) == value
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "t = __import__('os').system('touch was-run')",
-        "t = open('was-run', 'w')",
-        "t = [open('was-run', 'w') for _ in 'a']",
-        "import os\nt = 0.2",
-        "t = 0.2\nopen('was-run', 'w')",
-        "t = (lambda: open('was-run', 'w'))()",
-        "def t(): pass",
-        't = f\'{open("was-run", "w")}\'',
-        "t = 1 if open('was-run', 'w') else 2",
-        "t: float = open('was-run', 'w')",
-        "t = s = 0.2",
-        "t.x = 1",
-        "t, s = 1, 2",
-        "t = float('nan')",
-        "t = ",
-    ],
-)
+CODE = """\
+t = __import__('os').system('touch was-run')
+t = open('was-run', 'w')
+t = [open('was-run', 'w') for _ in 'a']
+import os; t = 0.2
+t = 0.2; open('was-run', 'w')
+t = (lambda: open('was-run', 'w'))()
+def t(): pass
+t = f'{open("was-run", "w")}'
+t = 1 if open('was-run', 'w') else 2
+t: float = open('was-run', 'w')
+t = s = 0.2
+t.x = 1
+t, s = 1, 2
+t = float('nan')
+t = """.split("\n")
+
+
+@pytest.mark.parametrize("source", CODE)
 def test_a_parameter_that_is_code_is_refused_and_never_run(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     book = nbformat.v4.new_notebook()
@@ -418,17 +311,8 @@ def test_a_parameter_that_is_code_is_refused_and_never_run(source, tmp_path, mon
     assert not (tmp_path / "was-run").exists()
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("t", "__import__('os').system('touch was-run')"),
-        ("t; import os", "0.2"),
-        ("t\nimport os", "0.2"),
-        ("__class__", "1"),
-        ("t", "[].__class__"),
-        ("t", "open('was-run', 'w')"),
-    ],
-)
+@pytest.mark.parametrize("name", ["t; import os", "t\nimport os", "__class__", "t"])
+@pytest.mark.parametrize("value", ["__import__('os').system('touch was-run')", "[].__class__"])
 def test_the_driver_passes_on_no_code(name, value, tmp_path, monkeypatch, runs, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError):
@@ -442,25 +326,8 @@ NAMES = st.one_of(
     st.text(max_size=30),
     st.text("./\\~\0:* aä\n", max_size=12),
     st.sampled_from(
-        [
-            "..",
-            ".",
-            "/",
-            "../..",
-            "a/../../b",
-            "/etc/passwd",
-            "~",
-            "~root",
-            "C:\\x",
-            "\\\\host\\share",
-            "..\\..",
-            "a\0b",
-            "con",
-            "\u202e..",
-            "．．／",
-            "..%2f..",
-            "a" * 200,
-        ]
+        r".. . / ../.. a/../../b /etc/passwd ~ ~root C:\x \\host\share ..\.. con ．．／".split()
+        + ["..%2f..", "a\0b", "\u202e..", "a" * 200]
     ),
 )
 
@@ -468,23 +335,18 @@ NAMES = st.one_of(
 @FIXED
 @given(name=NAMES)
 def test_no_name_is_a_path_out_of_the_run(name):
-    for make in (
-        lambda: paths.RUNS / "run" / "results" / paths.slug(name),
-        lambda: paths.run_folder(name),
-        lambda: paths.RUNS / "run" / f"{Job(Path('01_localize'), name, 'ig', {}).name}.ipynb",
-        lambda: Study("01", model=name, method="ig", output="run").results,
+    inner = paths.RUNS / "run"
+    for inside, make in (
+        (paths.RUNS, lambda: paths.run_folder(name)),
+        (inner, lambda: inner / f"{Job(Path('01_localize'), name, 'ig', {}).name}.ipynb"),
+        (inner, lambda: Study("01", model=name, method="ig", output="run").results),
     ):
         try:
             place = make()
         except ValueError as error:
             assert "model" in str(error) or "output" in str(error)
             continue
-        inside = paths.RUNS / "run" if "run" in place.parts[len(paths.RUNS.parts) :] else paths.RUNS
-        assert (
-            Path(os.path.normpath(place)) == place
-            and place.is_relative_to(inside)
-            and place != inside
-        )
+        assert Path(os.path.normpath(place)) == place and inside in place.parents
         assert "\0" not in str(place) and place.resolve().is_relative_to(paths.RUNS.resolve())
 
 
@@ -494,10 +356,10 @@ def test_no_stem_of_a_table_is_a_path_out_of_its_folder(stem, tmp_path_factory):
     folder = tmp_path_factory.mktemp("outer") / "results"
     try:
         written = write_table(pd.DataFrame({"a": [1]}), stem, folder)
-    except (ValueError, OSError) as error:
-        assert (
-            stem[:20] in str(error) or repr(stem)[1:15] in str(error) or isinstance(error, OSError)
-        )
+    except OSError:
+        pass
+    except ValueError as error:
+        assert stem[:20] in str(error) or repr(stem)[1:15] in str(error)
     else:
         assert all(path.resolve().parent == folder.resolve() for path in written.values())
     assert [path.name for path in folder.parent.iterdir()] in ([], ["results"])
@@ -505,8 +367,6 @@ def test_no_stem_of_a_table_is_a_path_out_of_its_folder(stem, tmp_path_factory):
 
 @pytest.mark.parametrize("stem", ["../outside", "a/b", "/outside"])
 def test_no_stem_of_a_figure_is_a_path_out_of_its_folder(stem, tmp_path):
-    from matplotlib.figure import Figure
-
     with pytest.raises(ValueError, match="stem"):
         save_figure(Figure(), stem, tmp_path / "results", pd.DataFrame({"a": [1]}))
     assert not (tmp_path / "outside.csv").exists()
@@ -525,18 +385,15 @@ def test_a_run_on_a_data_set_of_hostile_names_writes_in_its_own_folder_only(
         "~": "/etc/outside",
         "..P2": "`touch was-run`",
     }
-    patterns = {
-        name: ["[X] lives in [Y] .", "[X] has a house in [Y] .", "the home of [X] is [Y] ."]
-        for name in evil
-    }
+    asked = ["[X] lives in [Y] .", "[X] has a house in [Y] .", "the home of [X] is [Y] ."]
+    patterns = dict.fromkeys(evil, asked)
     facts = {name: [(subject, "rome")] for name, subject in evil.items()}
     monkeypatch.chdir(tmp_path)
     folder = save_dataset(tmp_path / "data", patterns, facts)
     model = save_checkpoint(tmp_path / "model ..", "gpt2", word_tokenizer([*WORDS, *evil.values()]))
     before = everything(tmp_path)
-    study = Study(
-        "01_localize", model=model, method="ig", data=folder, device="cpu", output="safe..name"
-    )
+    given = dict(model=model, method="ig", data=folder, device="cpu", output="safe..name")
+    study = Study("01_localize", **given)
     queries = localise(study, steps=2)
     study.table(queries[["fact", "prompt"]], "t")
     study.record()
@@ -548,17 +405,12 @@ def test_a_run_on_a_data_set_of_hostile_names_writes_in_its_own_folder_only(
 
 
 # --- the network ----------------------------------------------------------------------------------
-def listening(*processes):
-    """Addresses on which these processes and their children wait for connections."""
-    found = set()
-    for process in processes:
-        for one in [process, *process.children(recursive=True)]:
-            found |= {
-                connection.laddr.ip
-                for connection in one.net_connections(kind="inet")
-                if connection.status == psutil.CONN_LISTEN
-            }
-    return found
+def listening(pid):
+    """Addresses on which a process and its children wait for connections."""
+    found, process = [], psutil.Process(pid)
+    for one in [process, *process.children(recursive=True)]:
+        found += one.net_connections(kind="inet")
+    return {one.laddr.ip for one in found if one.status == psutil.CONN_LISTEN}
 
 
 def beyond_this_machine(addresses):
@@ -566,38 +418,33 @@ def beyond_this_machine(addresses):
 
 
 def test_the_check_sees_a_socket_that_is_open_to_the_network():
-    import socket
+    with socket.create_server(("0.0.0.0", 0)):
+        assert beyond_this_machine(listening(os.getpid())) == {"0.0.0.0"}
 
-    with socket.socket() as one:
-        one.bind(("0.0.0.0", 0))
-        one.listen()
-        assert beyond_this_machine(listening(psutil.Process())) == {"0.0.0.0"}
+
+CLUSTER = """
+import sys
+from distributed import Client
+from qlutils.driver.cluster import scheduler
+if __name__ == "__main__":
+    with scheduler(1, None) as address, Client(address, set_as_default=False) as client:
+        client.wait_for_workers(1, timeout=60)
+        print(address, flush=True)
+        sys.stdin.read()
+"""
 
 
 def test_a_local_cluster_listens_on_this_machine_only(tmp_path):
     """In a process of its own: scheduler, nanny and worker, with their web servers."""
     pytest.importorskip("distributed")
-    code = (
-        "import sys\nfrom qlutils.driver.cluster import scheduler\nif __name__ == '__main__':\n"
-        " with scheduler(1, None) as address:\n"
-        "  from distributed import Client\n"
-        "  with Client(address, set_as_default=False) as client:\n   client.wait_for_workers(1, "
-        "timeout=60)\n"
-        "   print(address, flush=True)\n   sys.stdin.read()\n"
-    )
     script = tmp_path / "cluster.py"
-    script.write_text(code)
-    child = subprocess.Popen(
-        [sys.executable, str(script)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    script.write_text(CLUSTER)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    piped = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, str(script)], cwd=tmp_path, env=env, **piped)
     try:
         assert child.stdout.readline().startswith("tcp://127.0.0.1:")
-        open_at = listening(psutil.Process(child.pid))
+        open_at = listening(child.pid)
         assert open_at and not beyond_this_machine(open_at)
     finally:
         child.stdin.close()
@@ -609,13 +456,11 @@ def test_a_local_cluster_listens_on_this_machine_only(tmp_path):
 
 
 def test_a_kernel_listens_on_this_machine_only(tmp_path, monkeypatch):
-    from jupyter_client.manager import start_new_kernel
-
     for name, value in kernel_environment(tmp_path).items():
         monkeypatch.setenv(name, value)
     manager, client = start_new_kernel(kernel_name="qlutils")
     try:
-        open_at = listening(psutil.Process(manager.provisioner.process.pid))
+        open_at = listening(manager.provisioner.process.pid)
         assert open_at and not beyond_this_machine(open_at)
     finally:
         client.stop_channels()
@@ -623,21 +468,12 @@ def test_a_kernel_listens_on_this_machine_only(tmp_path, monkeypatch):
 
 
 def test_jupyter_is_only_ever_told_to_listen_on_this_machine():
-    from jupyter_server.serverapp import ServerApp
-
-    assert ServerApp.ip.default_value in (
-        "localhost",
-        "127.0.0.1",
-    )  # what the README's `jupyter lab` does
+    # what the README's `jupyter lab` does
+    assert ServerApp.ip.default_value in ("localhost", "127.0.0.1")
     kinds = ("tests/**/*.py", "qlutils/**/*.py", "*.sh", "*.md", ".ci/*")
-    texts = {
-        file: file.read_text(encoding="utf-8")
-        for kind in kinds
-        for file in ROOT.glob(kind)
-        if file != Path(__file__)
-    }
     started = 0
-    for file, text in texts.items():
+    for file in {file for kind in kinds for file in ROOT.glob(kind)} - {Path(__file__)}:
+        text = file.read_text(encoding="utf-8")
         for place in re.finditer(r'"jupyter(lab|_server)"|-m jupyter', text):
             command = text[place.start() : place.start() + 300]
             if "--version" not in command[:40]:

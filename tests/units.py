@@ -6,6 +6,7 @@ is needed.
 """
 
 import os
+import random
 import time
 import warnings
 from pathlib import Path
@@ -99,6 +100,15 @@ def lock_of(root):
     for file in unit_files(root):
         (root / "units" / file).unlink()
     return taken[0]
+
+
+def damaged(data, step):
+    """`data` with one bit flipped, at every `step`-th byte, cut short, and made longer."""
+    rng = random.Random(0)
+    for at in range(0, len(data), step):
+        yield data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
+    yield from (data[:size] for size in (0, 1, 100, len(data) // 2, len(data) - 2, len(data) - 1))
+    yield data + b"x"
 
 
 # -- a unit of notebooks 04 to 06 ------------------------------------------------------------------

@@ -25,14 +25,14 @@ FLAG = {"action": "store_true"}
 OPTIONS = {
     "--models": {
         **LIST,
-        "default": list(MODELS),
+        "default": MODELS,
         "metavar": "MODEL",
         "help": """bundled or pretrained names, Hugging Face ids, folders or GGUF files, smallest
         first (default: the three bundled models)""",
     },
     "--methods": {
         **METHOD_LIST,
-        "default": list(METHODS),
+        "default": METHODS,
         "help": "how knowledge neurons are localised, in 01 and 02 (default: all)",
     },
     "--downstream-methods": {

@@ -42,6 +42,7 @@ class Job:
 
     @property
     def label(self):
+        """As `name`, for a reader."""
         return " ".join(filter(None, [self.notebook.stem, self.shown, self.method]))
 
     def is_of(self, number):
@@ -63,15 +64,17 @@ def plan_jobs(args, folder):
     Every notebook of the folder becomes jobs, so that each knows what it `needs`; those of the
     notebooks asked for (`--only`) are returned: what they need and nobody makes they make
     themselves."""
-    shared, extra = shared_parameters(args), extra_parameters(args)
+    shared = shared_parameters(args)
+    extra = extra_parameters(args)
     found = sorted(folder.glob("[0-9][0-9]_*.ipynb")) + sorted(folder.glob(f"{LAST}.ipynb"))
-    only = args.only or [""]
-    for prefix in only:
-        if not any(path.stem.startswith(prefix) for path in found):
-            known = ", ".join(path.stem for path in found)
+    chosen = []
+    for prefix in args.only or [""]:
+        these = [notebook for notebook in found if notebook.stem.startswith(prefix)]
+        if not these:
+            known = ", ".join(notebook.stem for notebook in found)
             raise ValueError(f"--only {prefix}: there are {known or 'no notebooks'} in {folder}")
+        chosen += these
     declared = {notebook: declared_parameters(notebook) for notebook in found}
-    chosen = [notebook for notebook in found if notebook.stem.startswith(tuple(only))]
     check_extra(extra, [declared[notebook] for notebook in chosen], shared)
     facts = facts_of_run(shared, extra)
     jobs = []
@@ -98,15 +101,14 @@ def shared_parameters(args):
     """{name: value} of the parameters that options of their own set."""
     for model in args.models:
         model_content(model)  # ValueError for a bundled model or a folder that is not there
-    same = "relations known_prompts seed device dtype output".split()
     models = [_absolute(model) if paths.is_local(model) else model for model in args.models]
+    lists = dict(models=models, methods=args.methods, downstream_methods=args.downstream_methods)
+    same = "relations known_prompts seed device dtype output".split()
     return {
         **{name: getattr(args, name) for name in same},
         "data": args.data if args.data in ("demo", "pararel") else _absolute(args.data),
         "facts_per_relation": None if args.full else args.facts_per_relation,
-        "models": list(dict.fromkeys(models)),
-        "methods": list(dict.fromkeys(args.methods)),
-        "downstream_methods": list(dict.fromkeys(args.downstream_methods)),
+        **{name: list(dict.fromkeys(given)) for name, given in lists.items()},
     }
 
 
@@ -137,7 +139,8 @@ def check_extra(extra, declared, shared):
 def facts_of_run(shared, extra):
     """A hash of the facts of a run and of all facts of their relations, from which edits draw new
     objects. Says how many facts there are."""
-    count, known = shared["facts_per_relation"], shared["known_prompts"]
+    count = shared["facts_per_relation"]
+    known = shared["known_prompts"]
     study = Study("run", **shared, **extra)
     facts = study.candidates(None if known else count)
     check_known_prompts(known, facts)
@@ -156,19 +159,17 @@ def fetch_inputs(jobs):
     """Download and check what the jobs will read beside the facts: models with their tokenizers,
     and the text for perplexity. ValueError names what cannot be had: a run of hours must not fail
     for want of it at its end."""
-    models, corpora = [], []
+    models, corpora = {}, {}  # as ordered sets
     for job in jobs:
         known = {**declared_parameters(job.notebook), **job.parameters}
-        if job.model:
-            models.append(job.model)
-        elif known.get("control_models"):  # the report's controls compute
-            models += known.get("models", ())
+        computes = known.get("models", ()) if known.get("control_models") else ()  # the report
+        models |= dict.fromkeys([job.model] if job.model else computes)
         if "corpus" in known:
-            corpora.append(known["corpus"])
-    for model in dict.fromkeys(models):
+            corpora[known["corpus"]] = None
+    for model in models:
         if not model.startswith("demo/"):  # bundled
             qlutils.fetch_model(model)
-    for corpus in dict.fromkeys(corpora):
+    for corpus in corpora:
         perplexity_texts(corpus)
 
 

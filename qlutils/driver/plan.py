@@ -4,7 +4,6 @@ Tokens are estimated from words. The hours are the arithmetic of attribution ove
 device's matrix products reach now; on a GPU a fixed time a query comes on top.
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
@@ -63,11 +62,8 @@ SHAPES = {
 
 def model_shape(name):
     """The shape of a model from its local configuration, or from the table above."""
-    folder = Path(name).expanduser()
-    if name.startswith("demo/"):
-        folder = paths.DEMO / "models" / name.removeprefix("demo/")
-    elif paths.is_gguf_path(name):
-        folder = pretrained.folder(name)
+    local = pretrained.folder if paths.is_gguf_path(name) else paths.model_folder
+    folder = local(name)
     if folder.is_dir():
         return _configured_shape(folder)
     if name not in SHAPES:
@@ -82,8 +78,10 @@ def _configured_shape(folder):
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    layers, width = config.num_hidden_layers, config.hidden_size
-    heads, said = config.num_attention_heads, config.to_dict().get
+    layers = config.num_hidden_layers
+    width = config.hidden_size
+    heads = config.num_attention_heads
+    said = config.to_dict().get
     neurons = said("intermediate_size") or said("n_inner") or said("ffn_dim") or 4 * width
     kv = (said("num_key_value_heads") or heads) / heads
     return Shape(layers, width, neurons, config.vocab_size, kv, config.model_type not in UNGATED)
@@ -115,8 +113,10 @@ def matmul_rate(device, dtype, shape):
     from torch.utils.benchmark import Timer
 
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    cpu, threads = chosen.type == "cpu", torch.get_num_threads()
-    kind, rows = dtype or ("float32" if cpu else "bfloat16"), 512 if cpu else 8192
+    cpu = chosen.type == "cpu"
+    threads = torch.get_num_threads()
+    kind = dtype or ("float32" if cpu else "bfloat16")
+    rows = 512 if cpu else 8192
     options = {"device": chosen, "dtype": getattr(torch, kind)}
     try:
         a = torch.randn(rows, shape.width, **options)
@@ -133,39 +133,40 @@ def matmul_rate(device, dtype, shape):
 def plan(study, models, methods, spec):
     """A row a model and method: queries, rows, FLOPs, hours on this device, memory and disk; with
     `known_prompts` for as many facts as may be kept, and the hours of asking every fact."""
-    facts = study.candidates(study.facts_per_relation, warn=False)
-    asked = study.candidates(warn=False) if study.known_prompts else []
+    facts = study.candidates(study.facts_per_relation)
+    asked = study.candidates() if study.known_prompts else []
     prompts = [prompt for fact in facts for prompt in fact.prompts]
     tokens = sum(map(prompt_tokens, prompts)) / len(prompts)
-    answers = 0  # tokens that are attributed
-    for fact in facts:
-        length = max(1.0, prompt_tokens(fact.object)) if spec.answer == "all" else 1
-        answers += length * len(fact.prompts)
+    answers = len(prompts)  # tokens that are attributed
+    if spec.answer == "all":
+        answers = sum(len(fact.prompts) * prompt_tokens(fact.object) for fact in facts)
     scanned = sum(prompt_tokens(f"{prompt} {f.object}") for f in asked for prompt in f.prompts)
     rows = []
     for model in models:
         shape = model_shape(model)
         name, kind, rate = matmul_rate(study.device, study.dtype, shape)
-        reached, gpu = FRACTION * rate, not name.startswith("cpu")
+        reached = FRACTION * rate
+        gpu = not name.startswith("cpu")
         weights = shape.layers * shape.layer_weights + 2 * shape.vocabulary * shape.width
         for method in methods:
             work = shape, method, spec.steps, tokens
-            row = {
-                "model": model,
-                "method": method,
-                "facts": len(facts),
-                "queries": len(prompts),
-                "rows": spec.steps * baselines(method, tokens) * shape.layers * answers,
-                "PFLOP": query_flops(*work) * answers / 1e15,
-                "device": name,
-                "dtype": kind,
-                "TFLOP/s": reached / 1e12,
-                "hours": query_seconds(*work, rate, gpu) * answers / 3600,
-                "scan hours": 2 * weights * scanned / reached / 3600,
-                "memory GB": (weights * DTYPE_BYTES[kind] + BATCH_BYTES) / 1e9,
-                "disk GB": len(prompts) * QUERY_BYTES / 1e9,
-            }
-            rows.append(row)
+            rows.append(
+                {
+                    "model": model,
+                    "method": method,
+                    "facts": len(facts),
+                    "queries": len(prompts),
+                    "rows": spec.steps * baselines(method, tokens) * shape.layers * answers,
+                    "PFLOP": query_flops(*work) * answers / 1e15,
+                    "device": name,
+                    "dtype": kind,
+                    "TFLOP/s": reached / 1e12,
+                    "hours": query_seconds(*work, rate, gpu) * answers / 3600,
+                    "scan hours": 2 * weights * scanned / reached / 3600,
+                    "memory GB": (weights * DTYPE_BYTES[kind] + BATCH_BYTES) / 1e9,
+                    "disk GB": len(prompts) * QUERY_BYTES / 1e9,
+                }
+            )
     table = pd.DataFrame(rows)
     return table if asked else table.drop(columns="scan hours")
 
@@ -178,7 +179,8 @@ def print_plan(args, jobs):
     study = Study(FIRST, **first[0].parameters)
     chosen = {"steps", "rule", "answer", "site", "amig_factor"} & study.parameters.keys()
     spec = qlutils.Spec(**{name: study.parameters[name] for name in chosen})  # or ValueError
-    models, methods = dict.fromkeys(args.models), dict.fromkeys(args.methods)
+    models = dict.fromkeys(args.models)
+    methods = dict.fromkeys(args.methods)
     costs = plan(study, models, methods, spec)
 
     def digits(number):

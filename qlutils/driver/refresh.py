@@ -37,36 +37,27 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
 def cleaned(notebook):
-    """An executed notebook without papermill's traces, progress bars and widget views; cells
-    numbered from 1."""
+    """An executed notebook without papermill's traces, progress bars and widget views."""
     language = notebook.metadata.get("language_info", {"name": "python"})
-    notebook.metadata = {"kernelspec": KERNEL, "language_info": language}
-    number = 0
     for cell in notebook.cells:
         tags = [tag for tag in cell.metadata.get("tags", []) if tag in KEPT_TAGS]
         cell.metadata = {"tags": tags} if tags else {}
         cell.source = cell.source.rstrip("\n")  # papermill ends its cell with an empty line
-        if cell.cell_type == "code":
-            number += 1
-            cell.execution_count = number
-            cell.outputs = [output for output in cell.outputs if not _is_debris(output)]
-            for output in cell.outputs:
-                if "execution_count" in output:
-                    output.execution_count = number
-    notebook.metadata["executed_source"] = cells_hash(notebook.cells)
+        for output in list(cell.get("outputs", ())):
+            if output.get("name") == "stderr" or DROPPED_MIME in output.get("data", ()):
+                cell.outputs.remove(output)
+    source = cells_hash(notebook.cells)
+    notebook.metadata = dict(kernelspec=KERNEL, language_info=language, executed_source=source)
     return notebook
-
-
-def _is_debris(output):
-    return output.get("name") == "stderr" or DROPPED_MIME in output.get("data", {})
 
 
 def refresh():
     """Run every notebook of the checkout with the reference parameters and put its outputs into
     it. Returns the exit status, 0; ValueError names the notebook that failed."""
     runs = paths.RUNS / "reference"
-    notebooks = sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-    notebooks += [paths.NOTEBOOKS / f"{stem}.ipynb" for stem in ("report", "explore_fact")]
+    report = paths.NOTEBOOKS / "report.ipynb"
+    others = set(paths.NOTEBOOKS.glob("*.ipynb")) - {report}
+    notebooks = [*sorted(others), report]  # it reads their results
     (runs / "executed").mkdir(parents=True, exist_ok=True)
     shutil.rmtree(runs / "default" / "results", ignore_errors=True)  # the units stay
     with tempfile.TemporaryDirectory(prefix="qlutils-") as scratch:

@@ -57,17 +57,17 @@ def run_jobs(run, scheduler=None):
 
     scheduler: the address of the dask scheduler that computes, if any."""
     (run.root / "notebooks").mkdir(parents=True, exist_ok=True)
-    models = {job.model for job in run.jobs if job.model}
+    models = set()
     for job in run.jobs:
-        models |= set(job.parameters.get("models", ()))
-    variables = {
-        "QLUTILS_COMMAND": run.command,
-        "QLUTILS_RUNS": paths.RUNS,
-        "QLUTILS_MODELS": json.dumps(sorted(models)),
-        "QLUTILS_SCHEDULER": scheduler or "",
-    }
+        models |= {job.model, *job.parameters.get("models", ())} - {None}
     with tempfile.TemporaryDirectory(prefix="qlutils-") as scratch:
-        env = kernel_environment(scratch, **variables)
+        env = kernel_environment(
+            scratch,
+            QLUTILS_COMMAND=run.command,
+            QLUTILS_RUNS=paths.RUNS,
+            QLUTILS_MODELS=json.dumps(sorted(models)),
+            QLUTILS_SCHEDULER=scheduler or "",
+        )
         try:
             _run_all(run, env, Path(scratch))
         finally:
@@ -101,9 +101,8 @@ def stages(jobs):
     when they first need it."""
     found = {}
     for job in jobs:
-        number = job.notebook.stem[:2]
-        stage = number if number in (FIRST, paths.COMPARES, LAST[:2]) else "others"
-        lanes = found.setdefault(stage, {})
+        alone = [number for number in (FIRST, paths.COMPARES, LAST) if job.is_of(number)]
+        lanes = found.setdefault("".join(alone), {})
         lanes.setdefault((job.model, job.method), []).append(job)
     return [list(lanes.values()) for lanes in found.values()]
 
@@ -117,15 +116,17 @@ def _run_lane(jobs, run, env, scratch):
         if job.needs and failed.issuperset(job.needs) and not job.is_of(LAST):
             job.problem = f"{', '.join(job.needs)} failed"
             continue
-        start, job.status = time.time(), "running"
+        start = time.time()
+        job.status = "running"
         try:
             status = _run_one(job, run, env, scratch)
         except (ValueError, OSError) as error:  # of this job; the others can still run
             stopped = run.stop.is_set()
             status, job.problem = ("stopped", "") if stopped else ("failed", str(error))
-        job.status, job.seconds = status, round(time.time() - start, 1)
+        job.status = status
+        job.seconds = round(time.time() - start, 1)
         problem = f": {job.problem}" if job.problem else ""
-        run.say(f"{job.label}: {status}, {job.seconds:.1f} s{problem}")
+        run.say(f"{job.label}: {status}, {job.seconds} s{problem}")
 
 
 def _run_one(job, run, env, scratch):
@@ -135,7 +136,8 @@ def _run_one(job, run, env, scratch):
     if stamps.is_done(run.root, job.name, inputs):
         return "cached"
     stamps.path_of(run.root, job.name).unlink(missing_ok=True)
-    output, progress = run.root / "notebooks" / f"{job.name}.ipynb", str(scratch / job.name)
+    output = run.root / "notebooks" / f"{job.name}.ipynb"
+    progress = str(scratch / job.name)
     alone = run.at_once == 1 or job.is_of(LAST)
     threads = os.environ.get("QLUTILS_THREADS") or ("" if alone else max(1, CORES // run.at_once))
     env = {**env, "QLUTILS_THREADS": str(threads), "QLUTILS_PROGRESS": progress}

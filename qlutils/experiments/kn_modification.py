@@ -332,7 +332,7 @@ def study_plans(study, queries, sets, **changes):
     names = ("controls", "own", "t", "n_locality", "ppl_entries", "seed")
     return plan_edits(
         queries,
-        study.candidates(warn=False),
+        study.candidates(),
         num_neurons=lm.num_neurons,
         sets=sets,
         texts=texts,

@@ -6,10 +6,8 @@ Plain functions that return tables and figures, and a script that repeats what t
 q1, ...
 """
 
-from __future__ import annotations
-
 import re
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from qlutils.change.editing import edit_weights
 from qlutils.change.rows import score_queries
 from qlutils.change.scaling import answer_probability, scale_neurons
 from qlutils.change.synapses import column_scores, find_synapses, scale_synapses
+from qlutils.checks import one_of
 from qlutils.experiments.localize import activations, localise_unit
 from qlutils.facts import Fact
 from qlutils.files import as_frame, read_parquet
@@ -32,7 +31,7 @@ from qlutils.model.passes import computing
 from qlutils.neurons.cas import cas_neurons
 from qlutils.neurons.sets import consistency, kn_sets, neighbour_sets
 from qlutils.show.plots import WIDE
-from qlutils.study.identity import code_versions, model_content
+from qlutils.study.identity import code_versions, differing, model_content
 from qlutils.study.notebook import Study
 
 FACTORS = {"suppress": 0.0, "enhance": 2.0}  # section 3.1
@@ -60,11 +59,11 @@ class View:
     source: str
     spec: dict
 
-    def sets(self, t: float) -> list[set]:
+    def sets(self, t):
         """The KN set of each prompt at threshold `t` (0.05 to 1)."""
         return kn_sets(self.frame, t)
 
-    def kns(self, t: float) -> pd.DataFrame:
+    def kns(self, t):
         """A row a prompt and neuron whose score is kept: prompt (0, 1, ...), layer, neuron, score,
         `share` of the prompt's largest, and `kn`, whether it is a KN at threshold `t`."""
         frame = self.frame[["layer", "neuron", "score"]].rename_axis("prompt")
@@ -73,12 +72,11 @@ class View:
         largest = rows.groupby("prompt")["score"].transform("max")
         rows["share"] = rows["score"] / largest
         sets = self.sets(t)
-        names = zip(rows["prompt"], rows["layer"], rows["neuron"])
-        kns = [(layer, neuron) in sets[prompt] for prompt, layer, neuron in names]
+        kns = [(row.layer, row.neuron) in sets[row.prompt] for row in rows.itertuples()]
         return rows.assign(kn=np.array(kns, bool))
 
 
-def find_fact(facts, fact=None) -> Fact:
+def find_fact(facts, fact=None):
     """The fact of this id; without one, what a newcomer sees first. ValueError for another id."""
     ids = {one.id: one for one in facts}
     if fact is None:
@@ -91,18 +89,19 @@ def find_fact(facts, fact=None) -> Fact:
     return ids[fact]
 
 
-def typed_fact(prompts: str, answer: str) -> Fact:
+def typed_fact(prompts, answer):
     """A fact from typed text, one prompt a line. ValueError: no prompt, or no answer."""
     lines = map(str.strip, prompts.splitlines())
+    answer = answer.strip()
     distinct = tuple(dict.fromkeys(filter(None, lines)))
     if not distinct:
         raise ValueError("type at least one prompt, one a line: what leads up to the answer")
-    if not answer.strip():
+    if not answer:
         raise ValueError("type the answer that should follow the prompts")
-    return Fact(TYPED, "your prompts", answer.strip(), distinct)
+    return Fact(TYPED, "your prompts", answer, distinct)
 
 
-def _study(model, method, data, output) -> Study:
+def _study(model, method, data, output):
     return Study(
         "explore_fact",
         model=model,
@@ -112,36 +111,30 @@ def _study(model, method, data, output) -> Study:
     )
 
 
-def saved_spec(model: str, method: str, data="demo", output="default") -> dict:
+def saved_spec(model, method, data="demo", output="default"):
     """The fields of `qlutils.Spec` with which notebook 01 localised what it saved in run `output`;
     {} where nothing is saved."""
     return _study(model, method, data, output).localisation()
 
 
-def saved_queries(
-    model: str, method: str, data="demo", output="default", **spec
-) -> pd.DataFrame | None:
+def saved_queries(model, method, data="demo", output="default", **spec):
     """What notebook 01 saved in run `output` for this very model, method and `qlutils.Spec`, or
     None. `spec`: what is saved may be by another rule than the default, see `saved_spec`."""
     path = _study(model, method, data, output).results / "queries.parquet"
-    if not path.exists():
+    table, made = read_parquet(path) if path.exists() else (None, "")
+    if table is None:  # or damaged
         return None
-    table, made = read_parquet(path)
-    if table is None:  # damaged
-        return None
-    inputs = made["inputs"]
     ours = {
         "content": model_content(model),
         "code": code_versions(),
         "dtype": None,
     }
-    wanted = asdict(Spec(method=method, **spec))
-    same = all(inputs.get(name) == value for name, value in ours.items())
-    same = same and wanted | made["localisation"] == wanted
-    return as_frame([table]) if same else None
+    other = differing(ours, made["inputs"])
+    other += differing(made["localisation"], asdict(Spec(method=method, **spec)))
+    return None if other else as_frame([table])
 
 
-def look(lm, fact: Fact, method="ig", saved: pd.DataFrame | None = None, **spec) -> View:
+def look(lm, fact, method="ig", saved=None, **spec):
     """The view of a fact: its scores from `saved` where it has the fact with these prompts, else
     computed now.
 
@@ -155,27 +148,30 @@ def look(lm, fact: Fact, method="ig", saved: pd.DataFrame | None = None, **spec)
         frame = localise_unit(lm, [asdict(fact)], method=method, **spec)
         for reason in frame["left_out"].dropna():
             raise ValueError(reason)
+    answered = predictions(lm, fact.prompts, fact.object)
+    attention = [attention_received(lm, prompt) for prompt in fact.prompts]
     tokens = [lm.encode_prompt(prompt) for prompt in fact.prompts]
+    active = np.stack(activations(lm, tokens))
     return View(
-        lm=lm,
-        fact=fact,
-        method=method,
-        frame=frame,
-        predictions=predictions(lm, fact.prompts, fact.object),
-        attention=[attention_received(lm, prompt) for prompt in fact.prompts],
-        activations=np.stack(activations(lm, tokens)),
-        source=source,
-        spec=spec,
+        lm,
+        fact,
+        method,
+        frame,
+        answered,
+        attention,
+        active,
+        source,
+        spec,
     )
 
 
-def _words(lm, tokens) -> list[str]:
+def _words(lm, tokens):
     """The text of each token."""
     return [lm.tokenizer.decode([int(token)]) for token in tokens]
 
 
 @torch.no_grad()
-def next_token(lm, prompt: str) -> torch.Tensor:
+def next_token(lm, prompt):
     """(V,) probabilities of the token after `prompt`."""
     ids = torch.tensor([lm.encode_prompt(prompt)], device=lm.device)
     with computing(lm):
@@ -184,34 +180,26 @@ def next_token(lm, prompt: str) -> torch.Tensor:
     return torch.softmax(last, -1).cpu()
 
 
-def predictions(lm, prompts, answer: str, top: int = 4) -> pd.DataFrame:
+def predictions(lm, prompts, answer):
     """A row a prompt: `probability` of the whole answer; `known`, whether greedy decoding gives it;
-    the answer's `first_token` and its `rank` (1: the likeliest next token); `runners_up`, the `top`
+    the answer's `first_token` and its `rank` (1: the likeliest next token); `runners_up`, the four
     likeliest others as (token, probability)."""
     encoded = [lm.encode(prompt, answer) for prompt in prompts]
     scores = score_queries(lm, encoded)
-    firsts = [target[0] for _, target in encoded]
-    table = pd.DataFrame(
-        {
-            "prompt": list(prompts),
-            "known": scores.exact,
-            "probability": np.exp(scores.log_probability),
-            "first_token": _words(lm, firsts),
-        }
-    )
-    ranks = []
-    runners_up = []
-    for prompt, first in zip(prompts, firsts):
+    rows = []
+    for prompt, (_, target) in zip(prompts, encoded):
+        first = target[0]
         p = next_token(lm, prompt)
-        ranks.append(int((p > p[first]).sum()) + 1)
+        rank = int((p > p[first]).sum()) + 1
         p[first] = -1  # the answer is no runner-up
-        best = p.topk(min(top, len(p) - 1))
-        words = _words(lm, best.indices)
-        runners_up.append(list(zip(words, best.values.tolist())))
-    return table.assign(rank=ranks, runners_up=runners_up)
+        best = p.topk(4)
+        word, *words = _words(lm, [first, *best.indices])
+        rows.append((word, rank, list(zip(words, best.values.tolist()))))
+    table = pd.DataFrame(rows, columns=["first_token", "rank", "runners_up"])
+    return table.assign(known=scores.exact, probability=np.exp(scores.log_probability))
 
 
-def attention_received(lm, prompt: str) -> tuple[list[str], np.ndarray | None]:
+def attention_received(lm, prompt):
     """The tokens of a prompt and each one's share of all attention, over layers, heads and
     attending tokens (sum 1); None instead of the shares where this model's attention cannot be
     read."""
@@ -227,22 +215,23 @@ def attention_received(lm, prompt: str) -> tuple[list[str], np.ndarray | None]:
 # --- neurons: tables ------------------------------------------------------------------------------
 
 
-def kn_table(view: View, t: float) -> pd.DataFrame:
+def kn_table(view, t):
     """The neurons that are KNs of a prompt, most shared first: layer, neuron, n (prompts), prompts,
     and `score`, the largest share of a prompt's largest score."""
-    rows = view.kns(t)
+    rows = view.kns(t).query("kn")
     rows["prompt"] = "q" + rows["prompt"].astype(str)
-    table = rows[rows["kn"]].groupby(["layer", "neuron"], as_index=False)
-    table = table.agg(
+    table = rows.groupby(["layer", "neuron"], as_index=False)
+    measures = dict(
         n=("prompt", "size"),
         prompts=("prompt", " ".join),
         score=("share", "max"),
     )
+    table = table.agg(**measures)
     most_shared = ["n", "score"]  # of neurons in order
     return table.sort_values(most_shared, ascending=False, kind="stable", ignore_index=True)
 
 
-def agreement(view: View, t: float) -> dict:
+def agreement(view, t):
     """CS1, CS2, mean Jaccard (NaN with one prompt), size of the union and the number of KNs of each
     prompt."""
     sets = view.sets(t)
@@ -253,13 +242,7 @@ def agreement(view: View, t: float) -> dict:
     return found | {"union": len(set().union(*sets)), "sizes": sizes}
 
 
-def choose_neurons(
-    view: View,
-    t: float,
-    which: str,
-    prompt: int = 0,
-    picked: str = "",
-) -> set:
+def choose_neurons(view, t, which, prompt=0, picked=""):
     """The neurons to change, by name: "self", "union", "intersection", "refine" (Eq. 3, of prompt
     `prompt`), "cas" (Eq. 7), or "picked", read from text such as "3:17, 4:2"."""
     if which == "picked":
@@ -270,7 +253,7 @@ def choose_neurons(
     return sets[prompt] if which == "self" else neighbour_sets(sets, prompt)[which]
 
 
-def parse_neurons(lm, text: str) -> set:
+def parse_neurons(lm, text):
     """{(layer, neuron)} of text such as "3:17, 4:2"; ValueError for anything else or a neuron
     outside the model."""
     parts = text.replace(",", " ").split()
@@ -281,9 +264,9 @@ def parse_neurons(lm, text: str) -> set:
 
 
 @torch.no_grad()
-def neuron_tokens(lm, neuron, top: int = 8) -> pd.DataFrame:
-    """What a neuron writes towards the output: `top` tokens its value vector promotes and
-    suppresses most.
+def neuron_tokens(lm, neuron):
+    """What a neuron writes towards the output: the eight tokens its value vector promotes
+    and suppresses most.
 
     The score is the plain dot product of the value vector with each token's unembedding vector,
     without the final normalisation, so only its order and sign mean something; a neuron whose
@@ -296,49 +279,39 @@ def neuron_tokens(lm, neuron, top: int = 8) -> pd.DataFrame:
             f"{lm.name} projects its residual stream before the unembedding: value vectors have "
             f"no tokens"
         )
-    score = weight.to(lm.score_dtype) @ value.to(lm.score_dtype)
-    score = score.cpu()  # (V,)
+    score = (weight.to(lm.score_dtype) @ value.to(lm.score_dtype)).cpu()  # (V,)
     shown = {}
-    for name, largest in (("promotes", True), ("suppresses", False)):
-        best = score.topk(top, largest=largest)
+    for name in ("promotes", "suppresses"):
+        best = score.topk(8, largest=name == "promotes")
         shown[name] = _words(lm, best.indices)
         shown[f"{name}_score"] = best.values.numpy()
     return pd.DataFrame(shown)
 
 
-def neuron_activations(view: View, neuron, t: float) -> pd.DataFrame:
+def neuron_activations(view, neuron, t):
     """A row a prompt: a neuron's activation at the last token, its score as a share of the prompt's
     largest (0 where it is below what is kept), and whether it is a KN."""
     [(layer, index)] = view.lm.check_neurons([neuron])
-    rows = view.kns(t)
-    here = (rows["layer"] == layer) & (rows["neuron"] == index)
-    rows = rows[here].set_index("prompt")
-    prompts = range(len(view.fact.prompts))
-    return pd.DataFrame(
-        {
-            "prompt": [f"q{i} {view.fact.prompts[i]}" for i in prompts],
-            "activation": view.activations[:, layer, index].astype(float),
-            "share": rows["share"].reindex(prompts, fill_value=0.0),
-            "kn": rows["kn"].reindex(prompts, fill_value=False),
-        }
-    )
+    rows = view.kns(t).query("layer == @layer and neuron == @index").set_index("prompt")
+    prompts = [f"q{i} {text}" for i, text in enumerate(view.fact.prompts)]
+    table = rows[["share", "kn"]].astype(float).reindex(range(len(prompts)), fill_value=0)
+    active = view.activations[:, layer, index].astype(float)
+    return table.astype({"kn": bool}).assign(prompt=prompts, activation=active)
 
 
-def facts_using(saved: pd.DataFrame, neuron, t: float, but: str = "") -> pd.DataFrame:
+def facts_using(saved, neuron, t, but=""):
     """Facts of a saved run with the neuron among their KNs, by the number of prompts that have it;
     not fact `but`."""
-    sets = kn_sets(saved, t)
-    kns = pd.Series([tuple(neuron) in one for one in sets], saved.index)
-    by_fact = kns.groupby(saved["fact"])
-    table = by_fact.agg(n="sum", of="size").drop(but, errors="ignore").reset_index()
-    table = table[table["n"] > 0]
+    kn = [tuple(neuron) in one for one in kn_sets(saved, t)]
+    table = saved.assign(kn=kn).groupby("fact", as_index=False)
+    table = table.agg(n=("kn", "sum"), of=("kn", "size")).query("n > 0 and fact != @but")
     return table.sort_values("n", ascending=False, kind="stable", ignore_index=True)
 
 
 # --- neurons: figures -----------------------------------------------------------------------------
 
 
-def kn_map(view: View, t: float, neuron=None) -> Figure:
+def kn_map(view, t, neuron=None):
     """Layer by neuron: a dot for each KN, larger for a larger share of the top score, coloured by
     how many prompts have it; `neuron` is ringed."""
     table = kn_table(view, t).iloc[::-1]
@@ -359,36 +332,27 @@ def kn_map(view: View, t: float, neuron=None) -> Figure:
     )
     if neuron is not None:
         layer, index = neuron
-        ring = dict(markersize=10, fillstyle="none", color="#D55E00")
-        ax.plot(index, layer, "o", **ring)
+        ax.plot(index, layer, "o", markersize=10, fillstyle="none", color="#D55E00")
     ax.set(xlabel="neuron", xlim=(-0.01 * neurons, 1.01 * neurons))
     ax.set(ylabel="layer", ylim=(-0.5, layers - 0.5))
     ax.set_title(f"{len(table)} knowledge neurons of {prompts} prompts, t = {t:.2f}", loc="left")
-    bar = fig.colorbar(
-        dots,
-        ax=ax,
-        label="prompts that share it",
-        pad=0.01,
-    )
-    for axis in (ax.yaxis, bar.ax.yaxis):
-        axis.get_major_locator().set_params(integer=True)
+    bar = fig.colorbar(dots, label="prompts that share it", pad=0.01)
+    for one in (ax, bar.ax):
+        one.yaxis.get_major_locator().set_params(integer=True)
     return fig
 
 
-def overlap_figure(view: View, t: float, most: int = 14) -> Figure:
+def overlap_figure(view, t, most=14):
     """How many neurons exactly these prompts share: a bar for each combination, largest first (an
     UpSet plot)."""
     sizes = agreement(view, t)["sizes"]
     counts = kn_table(view, t)["prompts"].value_counts()
     fig = Figure(figsize=(WIDE, 1.5 + 0.14 * len(sizes)))
     bars, dots = fig.subplots(2, 1, sharex=True, height_ratios=[7, 1.2 * len(sizes)])
+    colors = {len(sizes): "#D55E00", 1: "0.65"}  # by how many prompts share them
     for x, (names, count) in enumerate(counts.head(most).items()):
         prompts = [int(name[1:]) for name in names.split()]
-        color = "#0072B2"
-        if len(prompts) == 1:
-            color = "0.65"
-        elif len(prompts) == len(sizes):
-            color = "#D55E00"
+        color = colors.get(len(prompts), "#0072B2")
         bar = bars.bar(x, count, color=color, width=0.7)
         bars.bar_label(bar, fontsize=6.5, padding=1)
         dots.plot([x] * len(sizes), range(len(sizes)), "o", color="0.88", markersize=3.5)
@@ -407,8 +371,7 @@ def overlap_figure(view: View, t: float, most: int = 14) -> Figure:
     bars.yaxis.get_major_locator().set_params(integer=True)
     shown = max(1, min(most, len(counts)))
     bars.set(ylabel="neurons", xlim=(-0.6, shown - 0.4))
-    labels = [f"q{i}: {size} KNs" for i, size in enumerate(sizes)]
-    dots.set_yticks(range(len(sizes)), labels)
+    dots.set_yticks(range(len(sizes)), [f"q{i}: {size} KNs" for i, size in enumerate(sizes)])
     dots.set(ylim=(len(sizes) - 0.5, -0.5), xticks=[])
     dots.tick_params(axis="y", length=0)
     dots.spines[["left", "bottom"]].set_visible(False)
@@ -418,20 +381,19 @@ def overlap_figure(view: View, t: float, most: int = 14) -> Figure:
 # --- changes --------------------------------------------------------------------------------------
 
 
-def control_facts(lm, facts, fact: Fact) -> list[tuple[str, Fact]]:
+def control_facts(lm, facts, fact):
     """Facts to watch beside `fact`: one of the same relation, where there is one, and one of
     another, of other subject and object. Of a seeded sample, the first whose first prompt the model
     answers, else the first readable."""
     found = []
     rng = np.random.default_rng(0)
-    others = []
+    pools = {"same relation": [], "other relation": []}
     for one in facts:
         same_object = one.object.casefold() == fact.object.casefold()
         if one.subject != fact.subject and not same_object:
-            others.append(one)
-    for name in ("same relation", "other relation"):
-        same = name == "same relation"
-        pool = [one for one in others if (one.relation == fact.relation) == same]
+            same = "same" if one.relation == fact.relation else "other"
+            pools[f"{same} relation"].append(one)
+    for name, pool in pools.items():
         readable = []
         encoded = []
         for i in rng.permutation(len(pool))[:12]:
@@ -445,15 +407,15 @@ def control_facts(lm, facts, fact: Fact) -> list[tuple[str, Fact]]:
 
 
 def change(
-    view: View,
+    view,
     neurons,
-    action: str,
+    action,
     controls=(),
     *,
-    new: str = "",
-    synapses: float = 1.0,
-    prompt: int = 0,
-) -> pd.DataFrame:
+    new="",
+    synapses=1.0,
+    prompt=0,
+):
     """What a change does to every prompt of the fact and to the first prompt of each control fact;
     the model is as before afterwards.
 
@@ -462,31 +424,31 @@ def change(
     Columns: role, prompt, answer, `before`, `after` (probability of the answer), `change`
     (relative; NaN where before is 0), `top_before`, `top_after` (likeliest next token) and, for an
     update, `new_before`, `new_after`."""
-    if action not in ACTIONS:
-        raise ValueError(f"action {action!r} is unknown; use one of {', '.join(ACTIONS)}")
+    one_of("action", action, ACTIONS)
     if action == "update" and not new.strip():
         raise ValueError("an update needs a new answer; type the one the model should give instead")
     lm = view.lm
     frame = _watched(view.fact, controls)
-    prompts = frame["prompt"].tolist()
-    answers = {"": frame["answer"].tolist()}
-    if action == "update":
-        answers["new_"] = [new] * len(prompts)
 
     def measure(when):
-        for name, texts in answers.items():
-            frame[f"{name}{when}"] = answer_probability(lm, prompts, texts).double().numpy()
+        prompts = frame["prompt"]
+        frame[when] = answer_probability(lm, prompts, frame["answer"]).double().numpy()
+        if action == "update":
+            news = answer_probability(lm, prompts, [new] * len(prompts))
+            frame[f"new_{when}"] = news.double().numpy()
         top = [next_token(lm, prompt).argmax() for prompt in prompts]
         frame[f"top_{when}"] = _words(lm, top)
 
     measure("before")
-    with _changed(view, neurons, action, new, synapses, prompt):
+    with ExitStack() as changed:
+        for one in _changes(view, neurons, action, new, synapses, prompt):
+            changed.enter_context(one)
         measure("after")
     before = frame["before"].where(frame["before"] > 0)
     return frame.assign(change=(frame["after"] - before) / before)
 
 
-def losses(effects, prompt=0) -> pd.DataFrame:
+def losses(effects, prompt=0):
     """The relative loss of the answer's probability in a table of `change`: mean, least, most (a
     gain is a negative loss), and n, the prompts for which it is defined: of prompt `prompt`, the
     fact's other prompts, the controls."""
@@ -498,38 +460,26 @@ def losses(effects, prompt=0) -> pd.DataFrame:
     return loss.groupby(of, sort=False).agg(**measures).reset_index()
 
 
-def _watched(fact, controls) -> pd.DataFrame:
+def _watched(fact, controls):
     """The prompts that a change is measured on: role, prompt and answer of each."""
     rows = [(f"q{i}", text, fact.object) for i, text in enumerate(fact.prompts)]
     rows += [(f"control: {name}", other.prompts[0], other.object) for name, other in controls]
     return pd.DataFrame(rows, columns=["role", "prompt", "answer"])
 
 
-@contextmanager
-def _changed(
-    view,
-    neurons,
-    action,
-    new,
-    synapses,
-    prompt,
-):
-    """The model under a change of neurons, of synapses, or of both."""
+def _changes(view, neurons, action, new, synapses, prompt):
+    """The changes of synapses and of neurons, to be entered."""
     lm = view.lm
     asked = view.fact.prompts[prompt]
-    with ExitStack() as stack:
-        if synapses != 1:
-            stack.enter_context(scale_synapses(lm, find_synapses(lm, asked), synapses))
-        if action in FACTORS:
-            stack.enter_context(scale_neurons(lm, neurons, FACTORS[action]))
-        elif action == "erase":
-            stack.enter_context(edit_weights(lm, neurons, "erase"))
-        elif action == "update":
-            _, old_answer = lm.encode(asked, view.fact.object)
-            _, new_answer = lm.encode(asked, new)
-            edit = edit_weights(lm, neurons, "update", old=old_answer, new=new_answer)
-            stack.enter_context(edit)
-        yield
+    if synapses != 1:
+        yield scale_synapses(lm, find_synapses(lm, asked), synapses)
+    if action in FACTORS:
+        yield scale_neurons(lm, neurons, FACTORS[action])
+    elif action == "erase":
+        yield edit_weights(lm, neurons, action)
+    elif action == "update":
+        answers = [lm.encode(asked, text)[1] for text in (view.fact.object, new)]
+        yield edit_weights(lm, neurons, action, old=answers[0], new=answers[1])
 
 
 # trim_blocks: a line that only holds a tag leaves no empty line
@@ -537,8 +487,8 @@ _SCRIPT = Template(Path(__file__).with_name("script.jinja").read_text("utf-8"), 
 
 
 def as_code(
-    view: View,
-    t: float,
+    view,
+    t,
     which="self",
     action="suppress",
     controls=(),
@@ -547,7 +497,7 @@ def as_code(
     new="",
     synapses=1.0,
     prompt=0,
-) -> str:
+):
     """A script over the package's public names that computes what the explorer shows: `sets`,
     `neurons`, `before` and `after`, the probabilities of `change`, in its order."""
     watched = _watched(view.fact, controls)

@@ -1,8 +1,6 @@
 """The explorer's page: pieces of HTML, and `Page`, stock ipywidgets around the functions of
 `explorer.fact`."""
 
-from __future__ import annotations
-
 import io
 import os
 from contextlib import contextmanager
@@ -27,17 +25,12 @@ _PIECES = template(Path(__file__).with_name("pieces.html")).module
 # --- HTML -----------------------------------------------------------------------------------------
 
 
-def prompts_html(view: ex.View) -> str:
+def prompts_html(view):
     """Every prompt: known or not, probability and rank of the answer, runners-up, attention."""
     return _PIECES.prompts(view)
 
 
-def agreement_html(view: ex.View, t: float) -> str:
-    """CS1, CS2 and sizes at threshold t."""
-    return _PIECES.agreement(ex.agreement(view, t))
-
-
-def kn_html(view: ex.View, t: float) -> str:
+def kn_html(view, t):
     """The most shared knowledge neurons."""
     table = ex.kn_table(view, t)
     top = display_table(table.head(12))
@@ -45,23 +38,25 @@ def kn_html(view: ex.View, t: float) -> str:
     return _PIECES.kns(shown, len(top), len(table))
 
 
-def neuron_html(view: ex.View, neuron, t: float, saved=None) -> str:
+def neuron_html(view, neuron, t, saved=None):
     """A neuron's page: activation on each prompt, tokens promoted and suppressed, other facts that
     use it."""
     used = None
     if saved is not None:
         used = ex.facts_using(saved, neuron, t, but=view.fact.id)
+    active = ex.neuron_activations(view, neuron, t)
+    words = ex.neuron_tokens(view.lm, neuron)
     return _PIECES.neuron(
         neuron,
-        active=ex.neuron_activations(view, neuron, t),
-        words=ex.neuron_tokens(view.lm, neuron),
-        used=used,
-        t=t,
-        least=STORE_THRESHOLD,
+        active,
+        words,
+        used,
+        t,
+        STORE_THRESHOLD,
     )
 
 
-def effects_html(frame, title: str = "") -> str:
+def effects_html(frame, title=""):
     """Before and after of `explorer.fact.change`: grey is before, colour after; controls stand
     below the fact's prompts."""
     return _PIECES.effects(frame.to_dict("records"), title)
@@ -77,12 +72,12 @@ def png(figure):
 # --- the page -------------------------------------------------------------------------------------
 
 _SETS = {
-    "self": "Self: this prompt's KNs",
-    "union": "Union: of the other prompts",
-    "intersection": "Intersection: in all others",
-    "refine": "Refine: in several others",
-    "cas": "CAS: consistency-aware",
-    "picked": "hand-picked",
+    "Self: this prompt's KNs": "self",
+    "Union: of the other prompts": "union",
+    "Intersection: in all others": "intersection",
+    "Refine: in several others": "refine",
+    "CAS: consistency-aware": "cas",
+    "hand-picked": "picked",
 }
 _SYNAPSES = {
     "left alone": 1.0,
@@ -106,9 +101,9 @@ def _row(*widgets):
     return w.HBox(widgets, layout=w.Layout(flex_flow="row wrap", align_items="center"))
 
 
-def _options(names):
-    """{name: text} as a Dropdown takes it."""
-    return [(text, name) for name, text in names.items()]
+def _text(description, placeholder):
+    """A line that counts once it is complete."""
+    return w.Text(description=description, placeholder=placeholder, continuous_update=False)
 
 
 def _picture():
@@ -160,53 +155,32 @@ class Page(w.VBox):
             options=list(BUNDLED),
             placeholder="bundled name, Hugging Face id, or folder",
         )
-        self.method = w.Dropdown(description="Method", options=list(METHODS), value=method)
-        self.source = w.ToggleButtons(
-            options=[("a fact of the data", "data"), ("my own prompts", ex.TYPED)]
-        )
+        self.method = w.Dropdown(description="Method", options=METHODS, value=method)
+        sources = {"a fact of the data": "data", "my own prompts": ex.TYPED}
+        self.source = w.ToggleButtons(options=sources)
         self.relation = w.Dropdown(description="Relation")
         self.fact = w.Dropdown(description="Fact")
         self.prompts = w.Textarea(description="Prompts", placeholder="one a line", rows=4)
         self.answer = w.Text(description="Answer")
         self.run = w.Button(description="Run", button_style="primary", icon="play")
-        self.t = w.FloatSlider(
-            description="threshold t",
-            value=t,
-            min=STORE_THRESHOLD,
-            max=0.95,
-            step=0.05,
-        )
-        self.status = w.HTML()
+        limits = dict(min=STORE_THRESHOLD, max=0.95, step=0.05)
+        self.t = w.FloatSlider(description="threshold t", value=t, **limits)
 
     def _make_answers(self):
-        self.page_prompts = w.HTML()
-        self.page_numbers = w.HTML()
-        self.page_table = w.HTML()
+        for name in "status page_prompts page_numbers page_table page_neuron".split():
+            setattr(self, name, w.HTML())
         self.map = _picture()
         self.overlap = _picture()
         self.neuron = w.Dropdown(description="neuron")
-        self.other = w.Text(
-            description="or another",
-            placeholder="layer:neuron",
-            continuous_update=False,
-        )
+        self.other = _text("or another", "layer:neuron")
         self.pick = w.Button(description="add to hand-picked", icon="plus")
-        self.page_neuron = w.HTML()
 
     def _make_changes(self):
-        self.which = w.Dropdown(description="neurons", options=_options(_SETS))
+        self.which = w.Dropdown(description="neurons", options=_SETS)
         self.prompt = w.Dropdown(description="prompt")
-        self.picked = w.Text(
-            description="hand-picked",
-            placeholder="3:17, 4:2",
-            continuous_update=False,
-        )
-        self.synapses = w.Dropdown(description="synapses", options=list(_SYNAPSES.items()))
-        self.new = w.Text(
-            description="new answer",
-            placeholder="for update",
-            continuous_update=False,
-        )
+        self.picked = _text("hand-picked", "3:17, 4:2")
+        self.synapses = w.Dropdown(description="synapses", options=_SYNAPSES)
+        self.new = _text("new answer", "for update")
         self.buttons = {}
         for action, name in _BUTTONS.items():
             style = "warning" if action in ex.FACTORS else ""
@@ -218,9 +192,7 @@ class Page(w.VBox):
     def _arrange(self):
         self.of_data = _row(self.relation, self.fact)
         self.of_user = _row(self.prompts, self.answer)
-        copy = (
-            "<i>Select all and copy. It does what the page says, and the button pressed last.</i>"
-        )
+        copy = "<i>Select all and copy. It does what the page says and the button pressed last.</i>"
         tabs = {
             "Prompts": [self.page_prompts],
             "Neurons": [self.page_numbers, self.map, self.overlap, self.page_table],
@@ -243,8 +215,8 @@ class Page(w.VBox):
         self._show_source()
 
     def _listen(self):
-        self.relation.observe(lambda _: self._list_facts(), "value")
-        self.source.observe(lambda _: self._show_source(), "value")
+        self.relation.observe(self._list_facts, "value")
+        self.source.observe(self._show_source, "value")
         choices = {
             self._refresh: [self.t],
             self._show_neuron: [self.neuron, self.other],
@@ -253,14 +225,14 @@ class Page(w.VBox):
         for act, widgets in choices.items():
             for widget in widgets:
                 widget.observe(partial(self._chosen_anew, act), "value")
-        self.run.on_click(lambda _: self._run())
-        self.pick.on_click(lambda _: self._add())
+        self.run.on_click(self._run)
+        self.pick.on_click(self._add)
         for action, button in self.buttons.items():
             button.on_click(partial(self._change, action))
 
     # -- what happens ------------------------------------------------------------------------------
     @contextmanager
-    def _in_place(self, doing: str = "…"):
+    def _in_place(self, doing="…"):
         """Say what is being done, and what went wrong, in the status line; buttons rest
         meanwhile."""
         buttons = [self.run, self.pick, *self.buttons.values()]
@@ -296,23 +268,23 @@ class Page(w.VBox):
         for one in self.facts:
             text = one.prompts[0].replace(one.subject, "…")
             examples.setdefault(one.relation, f"{one.relation}: {text[:48]}")
-        self.relation.options = _options(examples)
+        self.relation.options = [(text, name) for name, text in examples.items()]
         self.relation.value = first.relation
         self._list_facts()
         self.fact.value = first.id
         self.prompts.value = "\n".join(first.prompts[:3])
         self.answer.value = first.object
 
-    def _list_facts(self):
+    def _list_facts(self, *_):
         same = [one for one in self.facts if one.relation == self.relation.value]
         self.fact.options = [(f"{one.subject} → {one.object}", one.id) for one in same]
 
-    def _show_source(self):
+    def _show_source(self, *_):
         typed = self.source.value == ex.TYPED
         self.of_data.layout.display = "none" if typed else ""
         self.of_user.layout.display = "" if typed else "none"
 
-    def _run(self):
+    def _run(self, *_):
         with self._in_place("Working: model, answers, scores …"):
             if self.source.value == ex.TYPED:
                 fact = ex.typed_fact(self.prompts.value, self.answer.value)
@@ -344,17 +316,17 @@ class Page(w.VBox):
     def _refresh(self):
         """Everything that depends on t, from the scores at hand."""
         t = self.t.value
-        self.page_numbers.value = agreement_html(self.view, t)
+        self.page_numbers.value = _PIECES.agreement(ex.agreement(self.view, t))
         self.page_table.value = kn_html(self.view, t)
         self.overlap.value = png(ex.overlap_figure(self.view, t))
         names = {}
+        chosen = self.neuron.value
         for row in ex.kn_table(self.view, t).itertuples():
             text = f"layer {row.layer}, neuron {row.neuron}: KN of {row.n} prompts"
-            names[row.layer, row.neuron] = text
-        chosen = self.neuron.value
-        if chosen not in names:
-            chosen = next(iter(names), None)
-        self.neuron.options = _options(names)
+            names[text] = row.layer, row.neuron
+        if chosen not in names.values():
+            chosen = next(iter(names.values()), None)
+        self.neuron.options = list(names.items())
         self.neuron.value = chosen
         self._show_neuron()
         self._show_set()
@@ -373,12 +345,13 @@ class Page(w.VBox):
         if neuron:
             self.page_neuron.value = neuron_html(self.view, neuron, t, self.saved)
 
-    def _add(self):
+    def _add(self, *_):
         with self._in_place():
-            if not self.view or self._one() is None:
+            neuron = self.view and self._one()
+            if not neuron:
                 raise ValueError("there is no knowledge neuron to add; name one as layer:neuron")
-            layer, index = self._one()
-            self.picked.value = f"{self.picked.value.strip(' ,')}, {layer}:{index}".strip(" ,")
+            added = f"{self.picked.value.strip(' ,')}, {neuron[0]}:{neuron[1]}"
+            self.picked.value = added.strip(" ,")
             self.which.value = "picked"
             self._show_set()
 
@@ -388,25 +361,21 @@ class Page(w.VBox):
         )
 
     def _options_of_change(self):
-        return dict(
-            new=self.new.value,
-            synapses=self.synapses.value,
-            prompt=self.prompt.value,
-        )
+        return {name: getattr(self, name).value for name in ("new", "synapses", "prompt")}
 
     def _show_set(self):
         """The size of the chosen set, and the script that does what is chosen."""
         which = self.which.value
         picked = self.picked.value
-        size = "type neurons, or add them from “One neuron”"
+        t = self.t.value
         if which == "picked" and not picked.strip():
             which = "self"  # in the script
+            size = "type neurons, or add them from “One neuron”"
         else:
-            size = f"{len(self._neurons())} neurons at t = {self.t.value:.2f}"
+            size = f"{len(self._neurons())} neurons at t = {t:.2f}"
         self.set_size.value = f"&nbsp; {size}"
-        choice = which, self.action, self.controls
-        options = self._options_of_change()
-        self.code.value = ex.as_code(self.view, self.t.value, *choice, picked=picked, **options)
+        options = dict(picked=picked, **self._options_of_change())
+        self.code.value = ex.as_code(self.view, t, which, self.action, self.controls, **options)
 
     def _change(self, action, _):
         if not self.view:
@@ -415,7 +384,7 @@ class Page(w.VBox):
             neurons = set() if action == "none" else self._neurons()
             options = self._options_of_change()
             self.effects = ex.change(self.view, neurons, action, self.controls, **options)
-            which = _SETS[self.which.value].split(":")[0]
+            which = self.which.label.split(":")[0]
             title = _PIECES.done(action, len(neurons), which, self.t.value, **options)
             self.page_effects.value = effects_html(self.effects, title)
             self.action = action

@@ -45,12 +45,11 @@ def model_content(model):
     model. ValueError for a model that is not there."""
     if pretrained.is_gguf(model):
         return pretrained.content(model)
-    bundled = model.startswith("demo/")
-    folder = paths.DEMO / "models" / model[5:] if bundled else Path(os.path.expanduser(model))
+    folder = paths.model_folder(model)
     if os.path.isfile(folder / "config.json"):  # False, where `Path` raises: it cannot be a path
         return folder_hash(folder)
-    hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model, re.ASCII)
-    if bundled or os.path.isdir(folder) or not hub_id or len(model) > 96:
+    hub_id = re.fullmatch(r"(?!demo/)\w[\w.-]*(/\w[\w.-]*)?", model, re.ASCII)
+    if os.path.isdir(folder) or not hub_id or len(model) > 96:
         names = sorted(f"demo/{path.name}" for path in (paths.DEMO / "models").glob("*/"))
         raise ValueError(
             f"there is no model {model!r}; want a folder with config.json, a Hugging Face id, or a "

@@ -9,7 +9,9 @@ Models know different facts: tables that put models side by side rest on other f
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import chain, groupby, islice, zip_longest
 from math import ceil, inf
+from operator import attrgetter
 
 import pandas as pd
 
@@ -29,7 +31,9 @@ def count_known(lm, unit):
 
     A row a fact: fact, relation, queries (its prompts), answered (greedy decoding gives the whole
     answer). What cannot be read is not answered."""
-    facts, encoded, owners = [Fact(**record) for record in unit], [], []
+    facts = [Fact(**record) for record in unit]
+    encoded = []
+    owners = []
     for fact in facts:
         for prompt in fact.prompts:
             with suppress(ValueError):
@@ -37,9 +41,7 @@ def count_known(lm, unit):
                 owners.append(fact.id)
     exact = qlutils.score_queries(lm, encoded).exact if encoded else []
     answered = Counter(owner for owner, right in zip(owners, exact) if right)
-    rows = []
-    for fact in facts:
-        rows.append((fact.id, fact.relation, len(fact.prompts), answered[fact.id]))
+    rows = [(fact.id, fact.relation, len(fact.prompts), answered[fact.id]) for fact in facts]
     return pd.DataFrame(rows, columns=["fact", "relation", "queries", "answered"])
 
 
@@ -76,7 +78,8 @@ def known_facts(study):
                 save_frame(scanned, path, inputs)
     kept = set(scanned.loc[scanned["kept"], "fact"])
     if not kept:
-        answered, queries = scanned["answered"], scanned["queries"].sum()
+        answered = scanned["answered"]
+        queries = scanned["queries"].sum()
         raise ValueError(
             f"{study.model} answers at least known_prompts={study.known_prompts} prompts of none "
             f"of the {len(scanned)} facts of {study.data}; it answers {answered.sum()} of "
@@ -110,19 +113,18 @@ def scan(study, every):
     Relations that have not enough yet are asked a unit each at a time; all units where all known
     facts are wanted. With 2 facts wanted a round asks the next 32 of each relation that has found
     fewer than 2, for 2 * 32 / 32 = 2 rounds at most; kept are the first 2 known ones."""
-    wanted = inf if study.facts_per_relation is None else study.facts_per_relation
+    wanted = study.facts_per_relation
     askable = [fact for fact in every if len(fact.prompts) >= study.known_prompts]
-    units_of = _units(askable, study.seed)
-    longest = max(map(len, units_of.values()))
-    at_once, rounds = longest, 1
-    if wanted < inf:
-        at_once, rounds = 1, min(longest, ceil(wanted * SCAN_PER_FACT / SCAN_UNIT))
-    found, parts = Counter(), []
-    for first in range(0, rounds * at_once, at_once):
-        units = []
-        for relation, waiting in units_of.items():
-            if found[relation] < wanted:
-                units += waiting[first : first + at_once]
+    waiting = _units(askable, study.seed)
+    if wanted is None:
+        wanted = inf
+        rounds = [chain.from_iterable(waiting)]
+    else:
+        rounds = islice(zip_longest(*waiting), ceil(wanted * SCAN_PER_FACT / SCAN_UNIT))
+    found = Counter()
+    parts = []
+    for asked in rounds:
+        units = [unit for unit in asked if unit and found[unit[0]["relation"]] < wanted]
         if units:
             part = study.run(count_known, units, desc=f"{study.model} known facts")
             part["known"] = part["answered"] >= study.known_prompts
@@ -135,11 +137,10 @@ def scan(study, every):
 
 
 def _units(facts, seed):
-    """{relation: units of its facts, in seeded order}, however many are wanted."""
-    records, units = {}, {}
-    for fact in facts:
-        records.setdefault(fact.relation, []).append(asdict(fact))
-    for relation, some in records.items():
-        ordered = [some[place] for place in seeded_order(some, relation, seed)]
-        units[relation] = [ordered[i : i + SCAN_UNIT] for i in range(0, len(ordered), SCAN_UNIT)]
+    """The units of each relation's facts, in seeded order, however many are wanted."""
+    units = []
+    for relation, some in groupby(facts, attrgetter("relation")):
+        records = list(map(asdict, some))
+        ordered = [records[place] for place in seeded_order(records, relation, seed)]
+        units.append([ordered[i : i + SCAN_UNIT] for i in range(0, len(ordered), SCAN_UNIT)])
     return units

@@ -54,15 +54,19 @@ class Study:
 
     def __init__(self, notebook, **parameters):
         check_values(parameters)
-        self.notebook, self.parameters = notebook, {**DEFAULTS, **parameters}
+        self.notebook = notebook
+        self.parameters = {**DEFAULTS, **parameters}
         for name in DEFAULTS:
             setattr(self, name, self.parameters[name])
         self.methods = list(METHODS if self.methods is None else self.methods)
         self.root = paths.run_folder(self.output)
         self.results = self._folder(self.method)
-        self.may_scan, self.scan = True, None
+        self.may_scan = True
+        self.scan = None
         self.work = {}  # {kind of work: counts and seconds}, for the record
-        self._started, self._facts, self._identity = time.time(), None, {}
+        self._started = time.time()
+        self._facts = None
+        self._identity = {}
 
     @classmethod
     def open(cls, notebook, namespace):
@@ -99,7 +103,7 @@ class Study:
             self._facts = self.candidates(None if self.known_prompts else self.facts_per_relation)
         return self._facts
 
-    def candidates(self, facts_per_relation=None, warn=True):
+    def candidates(self, facts_per_relation=None):
         """The facts of the run's data and relations, or a seeded sample of each relation, whether
         the model knows them or not."""
         return load_facts(
@@ -107,7 +111,6 @@ class Study:
             relations=self.relations,
             seed=self.seed,
             facts_per_relation=facts_per_relation,
-            warn=warn,
             middle=self.parameters.get("middle", "cut"),
         )
 
@@ -115,9 +118,8 @@ class Study:
         """{model: {facts, scanned, known, kept, queries, answered}} of this run's models for which
         known facts were looked for; {} for a run of all facts."""
         found = {}
-        if not self.known_prompts:
-            return found
-        for name in [self.model] if self.model else self.parameters.get("models", ()):
+        models = [self.model] if self.model else self.parameters.get("models", ())
+        for name in models if self.known_prompts else ():
             one = self if self.model else self.beside(name)
             with suppress(ValueError):
                 one.facts()
@@ -150,8 +152,7 @@ class Study:
     @cached_property
     def objects(self):
         """All facts of the relations, less their prompts: edits draw new objects from them."""
-        facts = self.candidates(warn=False)
-        return [[fact.relation, fact.subject, fact.object] for fact in facts]
+        return [[fact.relation, fact.subject, fact.object] for fact in self.candidates()]
 
     def inputs(self, localised=True, method=None):
         """What this run's results are made from, apart from the method; `load` compares it.
@@ -179,7 +180,8 @@ class Study:
         """`run_units` with this run's model, device, dtype and folder; the record gets counts and
         seconds. The facts of a task that says what a fact costs are packed into units by
         `store.packed`."""
-        start, info = time.time(), {}
+        start = time.time()
+        info = {}
         if hasattr(task, "passes"):
             facts = [fact for unit in units for fact in unit]
             units = store.packed(task, self.lm(), facts, config or {})
@@ -197,7 +199,8 @@ class Study:
     def save(self, frame, name, **more):
         """Keep a DataFrame as `<results>/<name>.parquet` for other notebooks, with what it was made
         from (and `more`)."""
-        inputs, path = self.inputs(name != "queries"), self.results / f"{name}.parquet"
+        inputs = self.inputs(name != "queries")
+        path = self.results / f"{name}.parquet"
         save_frame(frame, path, inputs, parameters=self.parameters, **more)
 
     def load(self, name, method=None):

@@ -30,7 +30,8 @@ PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 
 def declared_parameters(notebook):
     """{name: default} of a notebook's cell tagged `parameters`; {} without one."""
-    source, found = "", {}
+    source = ""
+    found = {}
     for cell in json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]:
         if "parameters" in cell["metadata"].get("tags", ()):
             source = "".join(cell["source"])

@@ -48,7 +48,8 @@ def run_units(task, model, units, config=None, *, root, desc, device=None, dtype
 
     StoreError: the folder cannot be written, or another run is computing the same. Whatever `task`
     raises comes through, and finished units stay."""
-    client, asked = _client(os.environ.get("QLUTILS_SCHEDULER")), (model, device, dtype)
+    client = _client(os.environ.get("QLUTILS_SCHEDULER"))
+    asked = (model, device, dtype)
     loaded = client.submit(identity, *asked, pure=False).result() if client else identity(*asked)
     units, config = json.loads(canonical([list(units), config or {}]))
     # of the task its name, not its module's: code that moves within the package keeps its results
@@ -57,7 +58,8 @@ def run_units(task, model, units, config=None, *, root, desc, device=None, dtype
     folder = Path(root) / "units"
     files = [folder / f"{sha256({**same, 'unit': unit})}.parquet" for unit in units]
     work = dict(zip(files, units))
-    tables, todo = _read(work), {}
+    tables = _read(work)
+    todo = {}
     if len(tables) < len(work):
         with locked(folder / f".{sha256(same)[:16]}.lock"):
             tables |= _read(work.keys() - tables.keys())  # what another run has finished since
@@ -124,7 +126,8 @@ def packed(task, lm, facts, config):
     for layer in lm.layers:
         parameters += sum(weight.numel() for weight in layer.parameters())
     most = UNIT_FLOPS.get(lm.device.type, UNIT_FLOPS["cpu"]) / (2 * parameters)
-    units, room = [], 0
+    units = []
+    room = 0
     for fact in facts:
         passes = task.passes(lm, fact, config)
         if not units or len(units[-1]) == UNIT_FACTS or passes > room:

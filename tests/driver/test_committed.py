@@ -45,10 +45,11 @@ def test_cleaning_removes_what_papermill_and_widgets_leave():
         new("display_data", data={widget: {}, "text/plain": "bar"}),
         new("stream", name="stdout", text="1\n"),
     ]
-    cell = nbformat.v4.new_code_cell("print(1)", execution_count=7, outputs=outputs)
+    cell = nbformat.v4.new_code_cell("print(1)\n", outputs=outputs)
     cell.metadata["papermill"] = {"duration": 1}
     traces = {"papermill": {}, "widgets": {}}
     book = cleaned(nbformat.v4.new_notebook(cells=[cell], metadata=traces))
     assert [out.text for out in book.cells[0].outputs] == ["1\n"]
-    assert book.cells[0].execution_count == 1 and not book.cells[0].metadata
+    assert book.cells[0].source == "print(1)" and not book.cells[0].metadata
+    assert book.metadata["executed_source"] == cells_hash(book.cells)
     assert "papermill" not in book.metadata

@@ -25,6 +25,8 @@ from qlutils.paths import NOTEBOOKS
 from qlutils.study import store
 from qlutils.study.notebook import Study
 
+ROLES = ["q0", "q1", "q2", "control: same relation", "control: other relation"]
+NO_NEURONS = ("", "3", "3:x", "3:1:2", "-1:2", "3:999999")
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 
 
@@ -62,9 +64,9 @@ def page(runs, lm):
     return made
 
 
+@torch.no_grad()
 def logits(lm, ids):
-    with torch.no_grad():
-        return lm.model(input_ids=torch.tensor([ids])).logits[0].double()
+    return lm.model(input_ids=torch.tensor([ids])).logits[0].double()
 
 
 def weights(lm):
@@ -76,11 +78,9 @@ def same_weights(lm, before):
 
 
 # --- what a prompt shows --------------------------------------------------------------------------
-
-
 def test_answers_have_the_probability_rank_and_runners_up_of_a_plain_forward_pass(lm, fact):
     prompts = [*fact.prompts, "Lausanne has signed a town twinning agreement with"]
-    found = ex.predictions(lm, prompts, fact.object, top=3)
+    found = ex.predictions(lm, prompts, fact.object)
     for row, prompt in zip(found.itertuples(), prompts, strict=True):
         ids, target = lm.encode(prompt, fact.object)
         p = torch.softmax(logits(lm, ids + target), -1)[len(ids) - 1 : -1]
@@ -89,7 +89,7 @@ def test_answers_have_the_probability_rank_and_runners_up_of_a_plain_forward_pas
         assert row.probability == pytest.approx(expected, rel=1e-4)
         assert row.known == (p.argmax(-1).tolist() == target)
         assert row.rank == order.index(target[0]) + 1
-        others = [i for i in order if i != target[0]][:3]
+        others = [i for i in order if i != target[0]][:4]
         words, shares = zip(*row.runners_up)
         assert list(words) == [lm.tokenizer.decode([i]) for i in others]
         assert shares == pytest.approx(p[0, others].tolist(), rel=1e-4)
@@ -105,8 +105,6 @@ def test_attention_received_is_the_mean_column_of_the_models_own_attention(lm, f
 
 
 # --- neurons --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("t", [0.05, 0.2, 0.55])
 def test_sets_at_any_threshold_come_from_stored_scores_and_equal_those_of_the_dense_ones(view, t):
     scores = attribute(view.lm, view.fact.prompts, [view.fact.object] * 3).scores
@@ -146,8 +144,8 @@ def test_the_figures_show_every_knowledge_neuron_once(view):
 def test_a_neurons_tokens_are_ordered_by_the_product_of_its_value_vector_and_the_unembedding(lm):
     value = lm.model.transformer.h[3].mlp.c_proj.weight[41]  # Conv1D: a neuron is a row
     score = (lm.model.lm_head.weight @ value).detach()
-    shown, order = ex.neuron_tokens(lm, (3, 41), top=5), score.argsort(descending=True)
-    for name, best in (("promotes", order[:5]), ("suppresses", order.flip(0)[:5])):
+    shown, order = ex.neuron_tokens(lm, (3, 41)), score.argsort(descending=True)
+    for name, best in (("promotes", order[:8]), ("suppresses", order.flip(0)[:8])):
         assert shown[name].tolist() == [lm.tokenizer.decode([i]) for i in best]
         np.testing.assert_allclose(shown[f"{name}_score"], score[best], rtol=1e-4)
 
@@ -186,8 +184,6 @@ def test_a_fact_without_knowledge_neurons_is_drawn_empty(view):
 
 
 # --- cached results -------------------------------------------------------------------------------
-
-
 def a_run(**spec):
     """A run of one fact as notebook 01 makes it."""
     few = dict(relations=["P36"], facts_per_relation=1)
@@ -233,8 +229,6 @@ def test_what_is_computed_beside_a_saved_run_is_computed_by_the_runs_own_rule(ru
 
 
 # --- changes --------------------------------------------------------------------------------------
-
-
 def test_controls_share_neither_subject_nor_object_and_one_is_of_the_same_relation(
     lm, facts, fact, controls
 ):
@@ -265,8 +259,7 @@ def test_suppression_is_a_hook_that_zeroes_the_neurons_at_the_last_prompt_token(
             assert row.top_after == view.lm.tokenizer.decode([int(p.argmax())])
     for handle in handles:
         handle.remove()
-    roles = ["q0", "q1", "q2", "control: same relation", "control: other relation"]
-    assert result["role"].tolist() == roles and result["after"][0] < result["before"][0]
+    assert result["role"].tolist() == ROLES and result["after"][0] < result["before"][0]
     assert ex.change(view, set(), "suppress")["change"].tolist() == [0, 0, 0]
 
 
@@ -284,14 +277,15 @@ def test_synapses_of_one_prompt_are_scaled_in_all_and_combine_with_neurons(view)
 
 
 def test_losses_are_means_of_what_is_defined_of_the_prompt_the_others_and_the_controls():
-    roles = ["q0", "q1", "q2", "control: same relation", "control: other relation"]
-    effects = pd.DataFrame({"role": roles, "change": [-0.9, -0.4, -0.2, 0.1, np.nan]})
-    shown = ex.losses(effects, prompt=1)
-    assert shown["of"].tolist() == ["other wordings", "q1", "controls"]
-    assert shown["loss"].tolist() == pytest.approx([0.55, 0.4, -0.1])
-    assert shown["least"].tolist() == pytest.approx([0.2, 0.4, -0.1])
-    assert shown["most"].tolist() == pytest.approx([0.9, 0.4, -0.1])
-    assert shown["n"].tolist() == [2, 1, 1]
+    effects = pd.DataFrame({"role": ROLES, "change": [-0.9, -0.4, -0.2, 0.1, np.nan]})
+    shown = ex.losses(effects, prompt=1).set_index("of")
+    wanted = {
+        "other wordings": [0.55, 0.2, 0.9, 2],
+        "q1": [0.4] * 3 + [1],
+        "controls": [-0.1] * 3 + [1],
+    }
+    wanted = pd.DataFrame(wanted, ["loss", "least", "most", "n"]).T.rename_axis("of")
+    pd.testing.assert_frame_equal(shown, wanted, check_dtype=False)
 
 
 @pytest.mark.parametrize("action", ex.ACTIONS)
@@ -318,22 +312,19 @@ def test_weights_are_bit_identical_after_every_change_and_after_one_that_fails(
 
 
 @pytest.mark.parametrize(
-    "call, message",
+    "call, given, message",
     [
-        (lambda view: ex.change(view, set(), "burn"), "action 'burn'"),
-        (lambda view: ex.change(view, set(), "update"), "needs a new answer"),
-        (lambda view: ex.change(view, {(99, 0)}, "suppress"), "outside demo/gpt2"),
-        (lambda view: ex.typed_fact(" \n", "Paris"), "at least one prompt"),
-        (lambda view: ex.typed_fact("France chose", " "), "type the answer"),
-        *[
-            (lambda view, text=text: ex.parse_neurons(view.lm, text), "neuron")
-            for text in ("", "3", "3:x", "3:1:2", "-1:2", "3:999999")
-        ],
+        (ex.change, (set(), "burn"), "action 'burn'"),
+        (ex.change, (set(), "update"), "needs a new answer"),
+        (ex.change, ({(99, 0)}, "suppress"), "outside demo/gpt2"),
+        (lambda view, *given: ex.typed_fact(*given), (" \n", "Paris"), "at least one prompt"),
+        (lambda view, *given: ex.typed_fact(*given), ("France chose", " "), "type the answer"),
+        *((ex.choose_neurons, (0.2, "picked", 0, one), "neuron") for one in NO_NEURONS),
     ],
 )
-def test_what_cannot_be_used_is_named(view, call, message):
+def test_what_cannot_be_used_is_named(view, call, given, message):
     with pytest.raises(ValueError, match=message):
-        call(view)
+        call(view, *given)
 
 
 def test_typed_prompts_make_a_fact_and_a_single_one_has_no_agreement(lm):
@@ -347,8 +338,6 @@ def test_typed_prompts_make_a_fact_and_a_single_one_has_no_agreement(lm):
 
 
 # --- copy as code ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -369,10 +358,11 @@ def test_the_copied_code_computes_the_numbers_shown(view, controls, options, mon
     neurons = ex.choose_neurons(view, 0.15, which, options["prompt"], picked)
     shown = ex.change(view, neurons, action, controls, **options)
     assert run["neurons"] == neurons and run["sets"] == view.sets(0.15)
-    np.testing.assert_allclose(run["before"], shown["before"], rtol=1e-5)
-    np.testing.assert_allclose(run["after"], shown["after"], rtol=1e-5)
+    names = {"before": "before", "after": "after"}
     if action == "update":
-        np.testing.assert_allclose(run["after_new"], shown["new_after"], rtol=1e-5)
+        names |= {"before_new": "new_before", "after_new": "new_after"}
+    for name, column in names.items():
+        np.testing.assert_allclose(run[name], shown[column], rtol=1e-5)
 
 
 def test_text_cannot_break_out_of_the_copied_code_nor_become_markup(lm, view):
@@ -399,8 +389,6 @@ def test_text_cannot_break_out_of_the_copied_code_nor_become_markup(lm, view):
 
 
 # --- the page -------------------------------------------------------------------------------------
-
-
 def test_sliding_selects_among_scores_without_computing_any(page, monkeypatch):
     for name in ("localise_unit", "look", "predictions", "activations", "attention_received"):
         monkeypatch.setattr(ex, name, lambda *_, **__: pytest.fail("computed while sliding"))

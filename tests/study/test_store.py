@@ -1,7 +1,6 @@
 """Units of work: named by what determines them, whole or absent, verified when read, resumable."""
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -14,7 +13,17 @@ import pandas as pd
 import pytest
 import torch
 import units
-from units import UNITS, breaks_at_two, fake_model, lock_of, numbers, run, signed, unit_files
+from units import (
+    UNITS,
+    breaks_at_two,
+    damaged,
+    fake_model,
+    lock_of,
+    numbers,
+    run,
+    signed,
+    unit_files,
+)
 
 from qlutils import files
 from qlutils.study import store
@@ -116,11 +125,7 @@ def test_no_flipped_bit_and_no_truncation_goes_unnoticed(tmp_path):
     files.write_parquet(numbers(None, UNITS[1]), path, "key")
     data = path.read_bytes()
     assert files.read_parquet(path, "key")[0].num_rows == 2
-    rng, damaged = random.Random(0), [data + b"x"]
-    for at in range(0, len(data), 5):
-        damaged.append(data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :])
-    damaged += [data[:size] for size in (0, 3, 100, len(data) // 2, len(data) - 1)]
-    for bad in damaged:
+    for bad in damaged(data, 5):
         path.write_bytes(bad)
         with pytest.warns(UserWarning, match="x.parquet"):
             assert files.read_parquet(path, "key")[0] is None
@@ -156,9 +161,7 @@ def test_the_lock_of_a_dead_process_is_free_and_what_writers_left_is_removed(tmp
     env = {**os.environ, "PYTHONPATH": units.IMPORT_PATH}
     assert subprocess.run([sys.executable, "-c", code, lock], env=env).returncode == -9
     assert "held" not in lock.read_text() and "process" in lock.read_text()
-    left = [
-        tmp_path / "units" / name for name in (".x.parquet.host.7.tmp", ".y.parquet.host.8.tmp")
-    ]
+    left = [tmp_path / "units" / f".{name}.parquet.host.7.tmp" for name in "xy"]
     for file in left:
         file.write_text("half")
     os.utime(left[0], (0, 0))
