@@ -25,14 +25,7 @@ PERPLEXITY_NOTE = (
 
 
 def measures_table(
-    frame,
-    classes,
-    model,
-    *,
-    table=2,
-    sets=("local", "global"),
-    controls=("random",),
-    seed=0,
+    frame, classes, model, *, table=2, sets=("local", "global"), controls=("random",), seed=0
 ):
     """Table 2 or 3: a row a split of the facts, operation and neuron set; its controls right below
     it.
@@ -69,24 +62,14 @@ def _printed(table, model, keys):
     """The paper's values of a row, which are by the static threshold; it counts no broken texts."""
     if keys["threshold"] != "static":
         return {}
-    which = {
-        "operation": PAPER_OP[keys["op"]],
-        "neurons": keys["neurons"],
-        "class_": keys["class"],
-    }
-    row = {}
-    for name in METRICS[:-1]:
-        row[f"{name}_paper"] = paper_value(table, model, name, **which)
-    return row
+    which = {"operation": PAPER_OP[keys["op"]], "neurons": keys["neurons"], "class": keys["class"]}
+    return {f"{name}_paper": paper_value(table, model, name, **which) for name in METRICS[:-1]}
 
 
 def _measures(part, seed):
     """The measures of some edits, as columns of a row."""
-    row = {
-        "n": len(part),
-        "n_empty": (part["n_neurons"] == 0).sum(),
-        "neurons_edited": part["n_neurons"].mean(),
-    }
+    counts = {"n": len(part), "n_empty": (part["n_neurons"] == 0).sum()}
+    row = counts | {"neurons_edited": part["n_neurons"].mean()}
     for metric in METRICS:
         estimate = bootstrap_mean(part, metric, seed=seed, share=True)
         row |= estimate.row("median" if metric in MEDIANS else "mean", metric)
@@ -94,8 +77,7 @@ def _measures(part, seed):
             row[f"n_{metric}"] = estimate.n
     broken = part["broken"].fillna(0).any()
     row["dppl_mean"] = np.nan if broken else part["dppl"].mean()
-    row["n"] = len(part)
-    return row
+    return row | counts
 
 
 def locality_table(frame, seed=0):
@@ -115,14 +97,7 @@ def locality_table(frame, seed=0):
 # --- differences ----------------------------------------------------------------------------------
 
 
-def contrasts(
-    frame,
-    by,
-    levels,
-    metrics=METRICS,
-    within=("op", "neurons"),
-    seed=0,
-):
+def contrasts(frame, by, levels, metrics=METRICS, within=("op", "neurons"), seed=0):
     """Mean (of dPPL: median) where `by` is levels[0] less that where it is levels[1], for every
     metric within every group: columns of `within`, metric, difference with its 95 % interval, n
     facts of the first and n_other of the second."""
@@ -186,6 +161,5 @@ def class_contrasts(frame, classes, seed=0):
     parts = [pd.DataFrame()]
     for threshold in dividing_thresholds(classes):
         part = contrasts(frame, f"class_{threshold}", CLASSES, seed=seed)
-        part.insert(0, "threshold", threshold)
-        parts.append(part)
+        parts.append(part.assign(threshold=threshold))
     return pd.concat(parts, ignore_index=True)
