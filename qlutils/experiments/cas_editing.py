@@ -5,7 +5,7 @@ from itertools import product
 import pandas as pd
 
 from qlutils.experiments.edit_tables import RATES, by_class, contrasts, measures_table
-from qlutils.experiments.kn_modification import run_edits, sample_of_facts
+from qlutils.experiments.kn_modification import run_edits, sample_of_facts, with_more_controls
 from qlutils.neurons.cas import cas_neurons, kept_neurons
 from qlutils.neurons.sets import kn_sets
 
@@ -49,11 +49,10 @@ def cas_contrasts(edits, classes, seed=0):
 def size_contrasts(study, queries, edits, classes):
     """CAS less as many neurons of the largest mean attribution, of all facts and of each class;
     `edits`: those of CAS."""
-    sets, options = {"cas": cas_spec(study.parameters)}, dict(own=False, ppl_entries=0)
-    strongest, _ = run_edits(study, queries, sets, controls=["strongest"], **options)
+    sets, controls = {"cas": cas_spec(study.parameters)}, ("none", "strongest")
+    edits = with_more_controls(study, queries, edits, controls[1:], sets=sets)
     parts = {}
-    for name, part in by_class(pd.concat([edits, strongest]), classes).items():
-        controls = ("none", "strongest")
+    for name, part in by_class(edits, classes).items():
         parts[name] = contrasts(part, "control", controls, RATES, ["op"], study.seed)
     return pd.concat(parts, names=["facts"]).reset_index("facts")
 

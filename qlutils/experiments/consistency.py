@@ -224,14 +224,12 @@ def otsu_null(facts, draws=200, seed=0):
     A draw is as many values as the facts have CS2 (n), from a normal distribution of the same mean
     and deviation. NaN for fewer than `LEAST` facts or equal CS2."""
     cs2 = facts["cs2"].dropna().to_numpy()
-    found = pd.DataFrame(columns=["R_II", "t"], dtype=float)
-    if len(cs2) >= LEAST and np.ptp(cs2) > 0:
-        for draw in range(draws):
-            rng = np.random.default_rng(seed + draw)
-            noise = rng.normal(cs2.mean(), cs2.std(), cs2.size)
-            second = noise <= otsu_threshold(noise)
-            test = welch(noise[~second], noise[second])
-            found.loc[draw] = second.mean(), test["t"]
+    found = []
+    for draw in range(draws if len(cs2) >= LEAST and np.ptp(cs2) > 0 else 0):
+        noise = np.random.default_rng(seed + draw).normal(cs2.mean(), cs2.std(), cs2.size)
+        second = noise <= otsu_threshold(noise)
+        found.append((second.mean(), welch(noise[~second], noise[second])["t"]))
+    found = pd.DataFrame(found, columns=["R_II", "t"], dtype=float)
     row = {}
     for name, values in found.items():
         row[name] = values.mean()  # a t of fewer than `LEAST` values on a side is NaN and left out
@@ -266,22 +264,19 @@ def rules_compared(queries, other, rule, t, static, seed=0):
     queries whose sum settled (NaN for a rule that cannot tell); evaluations: gradients a layer; n
     facts and n_queries."""
     pairs = ["fact", "prompt_index"]
-    other_rule = other["rule"].iloc[0]
-    queries = queries.merge(other[pairs], on=pairs)
-    frames = {rule: queries, other_rule: other}
+    frames = {rule: queries.merge(other[pairs]), other["rule"].iloc[0]: other}
     sets = {}
     for name, frame in frames.items():
-        frame = frame.assign(kn=kn_sets(frame, t))
-        sets[name] = frame.set_index(pairs)["kn"]
-    both = pd.DataFrame(sets).dropna()
-    agreement = list(map(jaccard, both[rule], both[other_rule]))
+        sets[name] = frame[pairs].assign(kn=kn_sets(frame, t)).set_index(pairs)["kn"]
+    both = pd.DataFrame(sets).dropna().to_numpy()
+    agreement = np.mean([jaccard(*two) for two in both])
     rows = []
     for name, frame in frames.items():
         facts = classified_facts(frame, t, static)
         row = {"rule": name} | bootstrap_mean(facts, "cs2", seed=seed).row("mean", "cs2")
         row |= share_of_class(facts, "static", seed=seed).row("mean", "R_II")
         row |= {
-            "jaccard": np.mean(agreement),
+            "jaccard": agreement,
             "mean_size": sets[name].map(len).mean(),
             "converged": frame["converged"].astype(float).mean(),
             "evaluations": frame["evaluations"].mean(),

@@ -102,7 +102,7 @@ def null_consistency(queries, num_neurons=None, t=0.2, seed=0):
     allows beside those already in it; there may be fewer than 3. "own": the fact's queries.
     num_neurons: of a layer of the model; None: as many as the largest index among the KNs says."""
     if num_neurons is None:
-        num_neurons = 1 + max(int(np.max(one, initial=0)) for one in queries["neuron"])
+        num_neurons = 1 + int(np.concatenate([*queries["neuron"]]).max(initial=0))
     queries = queries.reset_index(drop=True)
     patterns = []
     for row in queries.itertuples():
@@ -162,7 +162,7 @@ def halves(queries, seed=0):
 class Split(NamedTuple):
     """Facts with their class from one half of their queries and an outcome from the other.
 
-    at: the value of the threshold; frame: fact, relation, label ("I" or "II") and value."""
+    at: the value of the threshold; frame: fact, relation, label ("I", "II" or None) and value."""
 
     threshold: str
     at: float
@@ -188,13 +188,11 @@ def split_frames(
     first, second = (fact_table(split[split["half"] == half], t) for half in "AB")
     values = {"CS2": second.rename(columns={"cs2": "value"})}
     for name, frame in dict(outcomes).items():
-        values[name] = frame.merge(inside, on=["fact", "prompt_index"])
-        if "edited" in frame:
-            both = inside.rename(columns={"prompt_index": "edited"})
-            values[name] = values[name].merge(both, on=["fact", "edited"])
+        for query in frame.columns.intersection(["prompt_index", "edited"]):
+            frame = frame.merge(inside.rename(columns={"prompt_index": query}))
+        values[name] = frame
     for threshold, at in zip(THRESHOLDS, (static, otsu_threshold(first["cs2"]))):
         labels = first[["fact", "relation"]].assign(label=classify(first["cs2"], at))
-        labels = labels.dropna(subset="label")
         for name, frame in values.items():
             yield Split(threshold, at, name, frame[["fact", "value"]].merge(labels, on="fact"))
 

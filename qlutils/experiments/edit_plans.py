@@ -141,20 +141,14 @@ def _as_lists(neurons):
 def _locality(queries, fact, count, rng):
     """Queries of facts that share neither subject nor object with `fact`. Half are of the same
     relation (more from one side where the other has too few), and known queries come first."""
-    free = queries["subject"] != fact["subject"]
-    free &= queries["object"] != fact["object"]
-    same = queries["relation"] == fact["relation"]
-    outside = np.flatnonzero(free & ~same)
-    inside = np.flatnonzero(free & same)
-    half = max(count // 2, count - len(outside))
-    half = min(half, len(inside))
-    chosen = []
-    for places, size in ((inside, half), (outside, count - half)):
-        known = queries["known"].to_numpy()[places]
-        for part in (places[known], places[~known]):
-            drawn = rng.choice(part, min(size, len(part)), replace=False)
-            size -= len(drawn)
-            chosen += drawn.tolist()
-    found = queries.assign(same=same).iloc[chosen]
-    found = found[["prompt", "object", "known", "same"]]
-    return found.to_dict("records")
+    free = (queries["subject"] != fact["subject"]) & (queries["object"] != fact["object"])
+    queries = queries.assign(same=queries["relation"] == fact["relation"])[free]
+    outside, inside = (queries[queries["same"] == same] for same in (False, True))
+    half = min(max(count // 2, count - len(outside)), len(inside))
+    drawn = []
+    for side, size in ((inside, half), (outside, count - half)):
+        for known in (True, False):
+            part = side[side["known"] == known]
+            drawn.append(part.sample(min(size, len(part)), random_state=rng))
+            size -= len(drawn[-1])
+    return pd.concat(drawn)[["prompt", "object", "known", "same"]].to_dict("records")

@@ -121,9 +121,8 @@ def with_verdicts(contrasts):
 
 def verdict_counts(contrasts, what):
     """How many of some differences lie on which side of 0; `what` says which differences."""
-    verdicts = [said.split(" (")[0] for said in _verdicts(contrasts)]
-    counts = Counter(verdicts).items()
-    said = [f"{one} in {count} of {len(verdicts)}" for one, count in counts]
+    counts = Counter(said.split(" (")[0] for said in _verdicts(contrasts))
+    said = [f"{one} in {count} of {counts.total()}" for one, count in counts.items()]
     return f"{what}: {', '.join(said) or 'nothing to compare'}"
 
 
@@ -161,5 +160,6 @@ def class_contrasts(frame, classes, seed=0):
     parts = [pd.DataFrame()]
     for threshold in dividing_thresholds(classes):
         part = contrasts(frame, f"class_{threshold}", CLASSES, seed=seed)
-        parts.append(part.assign(threshold=threshold))
+        part.insert(0, "threshold", threshold)
+        parts.append(part)
     return pd.concat(parts, ignore_index=True)

@@ -10,14 +10,13 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
-import torch
 
 from qlutils.change.editing import MIN_TOKENS, encode_entries, usable_texts, virtual_edits
 from qlutils.change.rows import score_rows
 from qlutils.change.scaling import greedy_answers
 from qlutils.experiments.edit_plans import plan_edits
+from qlutils.experiments.localize import activations
 from qlutils.facts import perplexity_texts, prompt_tokens
-from qlutils.model.passes import neuron_vectors
 from qlutils.neurons.others import active_neurons
 
 # A text is broken where an edit multiplies its perplexity by more than this: each of its tokens is
@@ -169,12 +168,9 @@ def matched_neurons(lm, plan, neurons):
     """For each of a fact's `neurons` one of its layer that is about as active at the end of q_i and
     a KN of none of the fact's queries."""
     prompt = lm.encode_prompt(plan["prompts"][plan["query"]])
-    ids = torch.tensor([prompt], device=lm.device)
-    active = neuron_vectors(lm, ids)[0]  # (L, N)
-    own = set(map(tuple, neurons))
-    kns = set(map(tuple, plan["kns"]))
-    found = active_neurons(own, active.cpu().double(), kns)
-    return sorted(map(list, found))
+    [active] = activations(lm, [prompt])  # (L, N)
+    own, kns = (set(map(tuple, one)) for one in (neurons, plan["kns"]))
+    return sorted(map(list, active_neurons(own, active, kns)))
 
 
 def _scored(lm, changes, rows):
@@ -205,17 +201,14 @@ def _measures(rows):
         p_before=np.exp(rows["log_probability_before"]),
         p_after=np.exp(rows["log_probability"]),
     )
-    judged = rows.query("kind == 'q_i' & known")["edit"]
-    rows["judged"] = rows["edit"].isin(judged)
+    rows["judged"] = rows["edit"].isin(rows.query("kind == 'q_i' & known")["edit"])
     found = {}
     for name, (value, counted) in MEANS.items():
-        part = rows.query(counted)
-        found[name] = part.groupby("edit")[value].mean()
+        found[name] = rows.query(counted).groupby("edit")[value].mean()
     own = rows.query("kind == 'q_i' | kind == 'neighbour'")
     found["reached"] = own.groupby("edit")["reached"].agg(list)
     for name, counted in COUNTS.items():
-        inside = rows.eval(counted)
-        found[name] = inside.groupby(rows["edit"]).sum()
+        found[name] = rows.eval(counted).groupby(rows["edit"]).sum()
     found = pd.DataFrame(found)
     for ending in ("", "_all"):
         parts = found[[f"rel{ending}", f"gen{ending}", f"loc{ending}"]]
@@ -246,17 +239,11 @@ def _perplexities(rows):
     rise = texts["log_probability_before"] - texts["log_probability"]
     broken = rise / tokens > np.log(BROKEN)
     edits = texts.assign(tokens=tokens, broken=broken).groupby("edit")
-    tokens = edits["tokens"].sum()
-    before = np.exp(-edits["log_probability_before"].sum() / tokens)
-    after = np.exp(-edits["log_probability"].sum() / tokens)
-    return pd.DataFrame(
-        {
-            "ppl_before": before,
-            "ppl_after": after,
-            "dppl": (after - before) / before,
-            "broken": edits["broken"].mean(),
-        }
-    )
+    found = pd.DataFrame()
+    for name, total in (("ppl_before", "log_probability_before"), ("ppl_after", "log_probability")):
+        found[name] = np.exp(-edits[total].sum() / edits["tokens"].sum())
+    found["dppl"] = (found["ppl_after"] - found["ppl_before"]) / found["ppl_before"]
+    return found.assign(broken=edits["broken"].mean())
 
 
 # --- in a notebook --------------------------------------------------------------------------------
@@ -281,14 +268,7 @@ def study_plans(study, queries, sets, **changes):
     )
 
 
-def run_edits(
-    study,
-    queries,
-    sets,
-    *,
-    facts=None,
-    **changes,
-):
+def run_edits(study, queries, sets, *, facts=None, **changes):
     """(frame of `edit_facts`, omissions) of the facts of `study_plans`; `facts`: ids to keep."""
     plans, omissions = study_plans(study, queries, sets, **changes)
     if facts is not None:
@@ -298,29 +278,20 @@ def run_edits(
     config["ops"] = ["erase", "update"]
     what = ", ".join(sets) if len(sets) < 4 else f"{len(sets)} sets"
     desc = f"{study.model} {study.method} edits, {what}"
-    edits = study.run(edit_facts, [plans], config, desc=desc)
-    return edits, omissions
+    return study.run(edit_facts, [plans], config, desc=desc), omissions
 
 
-def sample_of_facts(frame, size, seed=0):
-    """The ids of a seeded sample of the facts of a frame."""
+def sample_of_facts(frame, size, seed):
+    """The ids of a seeded sample of the facts of a frame; size None: of all."""
     names = sorted(frame["fact"].unique())
     shuffled = np.random.default_rng(seed).permutation(names)
     return sorted(shuffled[:size])
 
 
-def with_more_controls(study, queries, edits, controls, size):
+def with_more_controls(study, queries, edits, controls, size=None, sets=("local", "global")):
     """The `edits` of a sample of `size` facts, and beside them those of other `controls`, without
     perplexity."""
     some = sample_of_facts(edits, size, study.seed)
-    more, _ = run_edits(
-        study,
-        queries,
-        ["local", "global"],
-        facts=some,
-        controls=controls,
-        own=False,
-        ppl_entries=0,
-    )
-    edits = edits[edits["fact"].isin(some)]
-    return pd.concat([edits, more])
+    options = dict(own=False, ppl_entries=0)
+    more, _ = run_edits(study, queries, sets, facts=some, controls=controls, **options)
+    return pd.concat([edits[edits["fact"].isin(some)], more])

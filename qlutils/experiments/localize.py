@@ -52,12 +52,9 @@ def localise_unit(lm, unit, **spec):
     encoded = []
     for record in unit:
         fact = Fact(**record)
-        for index, prompt in enumerate(fact.prompts):
-            row = {
-                "fact": fact.id,
-                "relation": fact.relation,
-                "subject": fact.subject,
-                "object": fact.object,
+        about = {"fact": fact.id} | record
+        for index, prompt in enumerate(about.pop("prompts")):
+            row = about | {
                 "prompt_index": index,
                 "prompt": prompt,
                 "left_out": None,
@@ -121,7 +118,7 @@ def _add_cas(rows, scores):
     facts = pd.DataFrame(rows).groupby("fact")
     for places in facts.indices.values():
         first = rows[places[0]]
-        for name, values in cas_candidates(scores[places.tolist()]).items():
+        for name, values in cas_candidates(scores[places]).items():
             like = first.get(name, first["score"])  # as precise as what is kept of a query
             first[f"cas_{name}"] = values.astype(like.dtype)
 
@@ -140,8 +137,7 @@ def localise(study, **spec):
     facts = list(map(asdict, study.facts()))
     frame = study.run(localise_unit, [facts], config, desc=f"{study.model} {study.method}")
     usable = frame["left_out"].isna()
-    alone = usable.groupby(frame["fact"]).transform("sum") < 2
-    alone &= usable
+    alone = usable & (usable.groupby(frame["fact"]).transform("sum") < 2)
     frame.loc[alone, "left_out"] = "the only usable query of its fact; consistency needs two"
     lost = frame.loc[frame["left_out"].notna(), ["fact", "prompt", "left_out"]]
     queries = _usable(frame)
@@ -165,27 +161,21 @@ def _usable(frame):
 def localise_again(study, facts, what, **spec):
     """The `queries` frame of some facts or wordings, to compare with the run's own; not saved.
 
-    facts: dicts with the fields of `Fact`; what: names the work in the run's record."""
+    facts: a frame with the fields of `Fact`; what: names the work in the run's record."""
     config = {"method": study.method, **spec}
+    facts = facts[["relation", "subject", "object", "prompts"]].to_dict("records")
     desc = f"{study.model} {study.method} {what}"
-    frame = study.run(localise_unit, [facts], config, desc=desc)
-    return _usable(frame)
+    return _usable(study.run(localise_unit, [facts], config, desc=desc))
 
 
-def localise_by_other_rule(
-    study,
-    queries,
-    *,
-    seed=0,
-    **spec,
-):
+def localise_by_other_rule(study, queries, *, seed=0, **spec):
     """A seeded sample of a run's facts by another rule of the integral: by "converged", or by the
     paper's where the run itself used that. A `queries` frame with the column `rule`, saved as
     "other_rule" for notebook 02."""
     other = "right" if spec.get("rule") == "converged" else "converged"
     chosen = np.random.default_rng(seed).permutation(queries["fact"].unique())
     chosen = chosen[:OTHER_RULE_FACTS]
-    sample = [asdict(fact) for fact in study.facts() if fact.id in chosen]
+    sample = pd.DataFrame([fact for fact in study.facts() if fact.id in chosen])
     spec |= {"rule": other, "steps": Spec.steps}
     frame = localise_again(study, sample, other, **spec).assign(rule=other)
     study.save(frame, "other_rule")

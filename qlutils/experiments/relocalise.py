@@ -16,10 +16,12 @@ ARTICLE = r"\b(?:the|a|an) "
 
 
 def sample_queries(queries, n, seed):
-    """At most `n` queries, one a fact, known ones first; the same for every method."""
+    """At most `n` queries, one a fact, known ones first; the same for every method. `prompts`: a
+    list of its prompt."""
     order = np.random.default_rng(seed).permutation(len(queries))
     shuffled = queries.iloc[order].sort_values("known", ascending=False, kind="stable")
-    return shuffled.drop_duplicates("fact").head(n).sort_values(["fact", "prompt_index"])
+    rows = shuffled.drop_duplicates("fact").head(n).sort_values(["fact", "prompt_index"])
+    return rows.assign(prompts=[[prompt] for prompt in rows["prompt"]])
 
 
 def variants(prompt, subject):
@@ -57,15 +59,16 @@ def noise(
     wordings = pd.Series(map(variants, queries["prompt"], queries["subject"]), queries.index)
     near = queries[wordings.map(len) == GROUP - 1]
     rows = sample_queries(near if len(near) else queries, n, seed)
-    own = spec.get("rule") if spec.get("steps") == STEPS else None
     by_rule = []
     for rule in RULES:
         again = spec | {"rule": rule, "steps": STEPS}
-        found = rows if rule == own else _again(study, rows, f"noise {rule}", again)
+        other = again != spec  # than the run's own
+        found = localise_again(study, rows, f"noise {rule}", **again) if other else rows
         by_rule.append(found)
     kinds = {"quadrature": pd.concat(by_rule)}
     if len(near):
-        others = _again(study, rows, "noise wording", spec, wordings)
+        worded = rows.assign(prompts=wordings)
+        others = localise_again(study, worded, "noise wording", **spec)
         kinds["variants"] = pd.concat([rows, others])
     kinds["neighbours"] = queries[queries["fact"].isin(rows["fact"])]
     every = pd.concat(kinds, names=["kind"])
@@ -93,19 +96,10 @@ def precision(
         frame = rows
         if f"torch.{dtype}" != str(study.lm().dtype):
             other = study.beside(study.model, dtype=dtype)
-            frame = _again(other, rows, dtype, spec)
+            frame = localise_again(other, rows, dtype, **spec)
         found.append(frame.assign(kn=kn_sets(frame, t))[[*keys, "kn", "probability"]])
     both = found[0].merge(found[1], on=keys, suffixes=("", "_other"))
     both["pair"] = " and ".join(DTYPES)
     both["jaccard"] = [jaccard(*sets, empty=np.nan) for sets in zip(both["kn"], both["kn_other"])]
     both["change"] = (both["probability_other"] - both["probability"]).abs()
     return both[[*keys, "pair", "jaccard", "change"]]
-
-
-def _again(study, rows, what, spec, prompts=None):
-    """Sampled queries localised again, or other `prompts` (lists, by row) in their place."""
-    facts = rows[["relation", "subject", "object"]]
-    if prompts is None:
-        prompts = rows["prompt"].map(lambda prompt: [prompt])
-    facts = facts.assign(prompts=prompts).to_dict("records")
-    return localise_again(study, facts, what, **spec)
