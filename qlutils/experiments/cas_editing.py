@@ -4,13 +4,25 @@ from itertools import product
 
 import pandas as pd
 
-from qlutils.experiments.edit_tables import RATES, by_class, contrasts, measures_table
-from qlutils.experiments.kn_modification import run_edits, sample_of_facts, with_more_controls
+from qlutils.experiments.edit_tables import (
+    RATES,
+    by_class,
+    contrasts,
+    measures_table,
+)
+from qlutils.experiments.kn_modification import (
+    run_edits,
+    sample_of_facts,
+    with_more_controls,
+)
 from qlutils.neurons.cas import cas_neurons, kept_neurons
 from qlutils.neurons.sets import kn_sets
 
 # What the paper claims of CAS: to gain Gen against Local, and Loc and dPPL against Global.
-COMPARED = {"local": ("rel", "gen", "avg"), "global": ("loc", "dppl", "broken", "avg")}
+COMPARED = {
+    "local": ("rel", "gen", "avg"),
+    "global": ("loc", "dppl", "broken", "avg"),
+}
 
 
 def cas_spec(parameters):
@@ -41,7 +53,14 @@ def cas_contrasts(edits, classes, seed=0):
     all facts and of each class."""
     own, parts = edits[edits["control"] == "none"], {}
     for (name, part), other in product(by_class(own, classes).items(), COMPARED):
-        found = contrasts(part, "neurons", ("cas", other), COMPARED[other], ["op"], seed)
+        found = contrasts(
+            part,
+            "neurons",
+            ("cas", other),
+            COMPARED[other],
+            ["op"],
+            seed,
+        )
         parts[name, other] = found
     return pd.concat(parts, names=["facts", "against"]).reset_index(["facts", "against"])
 
@@ -49,10 +68,17 @@ def cas_contrasts(edits, classes, seed=0):
 def size_contrasts(study, queries, edits, classes):
     """CAS less as many neurons of the largest mean attribution, of all facts and of each class;
     `edits`: those of CAS."""
-    sets, controls = {"cas": cas_spec(study.parameters)}, ("none", "strongest")
-    edits = with_more_controls(study, queries, edits, controls[1:], sets=sets)
+    sets = {"cas": cas_spec(study.parameters)}
+    edits = with_more_controls(
+        study,
+        queries,
+        edits,
+        ["strongest"],
+        sets=sets,
+    )
     parts = {}
     for name, part in by_class(edits, classes).items():
+        controls = ("none", "strongest")
         parts[name] = contrasts(part, "control", controls, RATES, ["op"], study.seed)
     return pd.concat(parts, names=["facts"]).reset_index("facts")
 
@@ -94,4 +120,5 @@ def extremes_of_avg(table):
     """The settings of a `sweep_table` with the lowest and the highest Avg, for each that varies."""
     groups = table.dropna(subset="avg").groupby(["varied", "op"])["avg"]
     rows = pd.concat([groups.idxmin(), groups.idxmax()]).sort_values().unique()
-    return table.loc[rows, ["varied", "op", "neurons", "neurons_edited", "avg", "n_avg"]]
+    columns = ["varied", "op", "neurons", "neurons_edited", "avg", "n_avg"]
+    return table.loc[rows, columns]

@@ -11,9 +11,24 @@ import pandas as pd
 from skimage.filters import threshold_otsu
 
 from qlutils.checks import METHODS
-from qlutils.neurons.sets import classify, fact_table, jaccard, kn_sets, otsu_threshold
-from qlutils.show.stats import LEAST, bootstrap_mean, bootstrap_statistic, mean_columns, welch
-from qlutils.show.tables import paper_value, without_empty_paper_columns
+from qlutils.neurons.sets import (
+    classify,
+    fact_table,
+    jaccard,
+    kn_sets,
+    otsu_threshold,
+)
+from qlutils.show.stats import (
+    LEAST,
+    bootstrap_mean,
+    bootstrap_statistic,
+    mean_columns,
+    welch,
+)
+from qlutils.show.tables import (
+    paper_value,
+    without_empty_paper_columns,
+)
 
 CLASSES, THRESHOLDS = ("I", "II"), ("static", "otsu")
 # Wikidata's names of the properties in ParaRel.
@@ -55,7 +70,8 @@ def cells(frame, levels):
     for values in product(*levels.values()):
         keys = dict(zip(levels, values))
         columns = dict(keys)
-        threshold, name = columns.pop("threshold"), columns.pop("class")
+        threshold = columns.pop("threshold")
+        name = columns.pop("class")
         if (threshold == "all") != (name == "all"):
             continue
         if name != "all":
@@ -145,7 +161,12 @@ def table_1(facts, model, seed=0):
     for threshold, (method, frame) in product(THRESHOLDS, facts.items()):
         paper = partial(paper_value, 1, model, threshold=threshold, method=method)
         at = frame[f"threshold_{threshold}"].iloc[0]
-        row = {"threshold": threshold, "method": method, "at": at, "n": 0}
+        row = {
+            "threshold": threshold,
+            "method": method,
+            "at": at,
+            "n": 0,
+        }
         cs2 = []
         for name in CLASSES:
             part = frame[frame[f"class_{threshold}"] == name]
@@ -157,7 +178,11 @@ def table_1(facts, model, seed=0):
             row[f"S_{name}_paper"] = paper(f"cs_{name}")
             cs2.append(part["cs2"])
         test = welch(*cs2)
-        row |= {"n": sum(map(len, cs2)), "t": test["t"], "t_paper": paper("t")} | test
+        row |= {
+            "n": sum(map(len, cs2)),
+            "t": test["t"],
+            "t_paper": paper("t"),
+        } | test
         row["cap_II"] = common_class_two(facts, threshold)
         row["cap_II_paper"] = paper("cap_II")
         rows.append(row)
@@ -204,7 +229,15 @@ def consistency_summary(facts, seed=0):
     CS1, CS2, mean pairwise Jaccard, CS2 of three prompts (cs2_3), KNs of a query (mean_size) and of
     all of a fact's queries (union_size), mean layer. Facts of two prompts are counted
     (n_two_prompts), as are those without a KN (n_undefined), and are in no mean."""
-    columns = ("cs1", "cs2", "jaccard", "cs2_3", "mean_size", "union_size", "mean_layer")
+    columns = (
+        "cs1",
+        "cs2",
+        "jaccard",
+        "cs2_3",
+        "mean_size",
+        "union_size",
+        "mean_layer",
+    )
     rows = []
     for method, frame in facts.items():
         counts = {
@@ -228,7 +261,8 @@ def otsu_null(facts, draws=200, seed=0):
     for draw in range(draws if len(cs2) >= LEAST and np.ptp(cs2) > 0 else 0):
         noise = np.random.default_rng(seed + draw).normal(cs2.mean(), cs2.std(), cs2.size)
         second = noise <= otsu_threshold(noise)
-        found.append((second.mean(), welch(noise[~second], noise[second])["t"]))
+        test = welch(noise[~second], noise[second])
+        found.append((second.mean(), test["t"]))
     found = pd.DataFrame(found, columns=["R_II", "t"], dtype=float)
     row = {}
     for name, values in found.items():
@@ -264,7 +298,10 @@ def rules_compared(queries, other, rule, t, static, seed=0):
     queries whose sum settled (NaN for a rule that cannot tell); evaluations: gradients a layer; n
     facts and n_queries."""
     pairs = ["fact", "prompt_index"]
-    frames = {rule: queries.merge(other[pairs]), other["rule"].iloc[0]: other}
+    frames = {
+        rule: queries.merge(other[pairs]),
+        other["rule"].iloc[0]: other,
+    }
     sets = {}
     for name, frame in frames.items():
         sets[name] = frame[pairs].assign(kn=kn_sets(frame, t)).set_index(pairs)["kn"]

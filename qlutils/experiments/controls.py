@@ -24,7 +24,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from qlutils.experiments.consistency import CLASSES, THRESHOLDS, classified_facts, share_of_class
+from qlutils.experiments.consistency import (
+    CLASSES,
+    THRESHOLDS,
+    classified_facts,
+    share_of_class,
+)
 from qlutils.facts import seeded
 from qlutils.neurons.others import random_neurons
 from qlutils.neurons.sets import (
@@ -56,11 +61,21 @@ NULLS = {
     },
     "other objects": {
         "what": "different patterns and objects, one relation",
-        "alike": {"relation": True, "fact": False, "object": False, "pattern": False},
+        "alike": {
+            "relation": True,
+            "fact": False,
+            "object": False,
+            "pattern": False,
+        },
     },
     "other relations": {
         "what": "different patterns and objects, different relations",
-        "alike": {"relation": False, "fact": False, "object": False, "pattern": False},
+        "alike": {
+            "relation": False,
+            "fact": False,
+            "object": False,
+            "pattern": False,
+        },
     },
     "same object": {
         "what": "different facts and patterns, one object",
@@ -88,7 +103,10 @@ def summarise(
 def agreement(sets, seed=0):
     """cs2, of groups of 3 of the KN sets, and jaccard, of their pairs; NaN for fewer than 3."""
     pairs = consistency(sets).jaccard if len(sets) >= GROUP else np.nan
-    return {"cs2": cs2_subsampled(sets, GROUP, seed), "jaccard": pairs}
+    return {
+        "cs2": cs2_subsampled(sets, GROUP, seed),
+        "jaccard": pairs,
+    }
 
 
 # --- 1: groups of queries that are no fact's ------------------------------------------------------
@@ -194,7 +212,12 @@ def split_frames(
     for threshold, at in zip(THRESHOLDS, (static, otsu_threshold(first["cs2"]))):
         labels = first[["fact", "relation"]].assign(label=classify(first["cs2"], at))
         for name, frame in values.items():
-            yield Split(threshold, at, name, frame[["fact", "value"]].merge(labels, on="fact"))
+            yield Split(
+                threshold,
+                at,
+                name,
+                frame[["fact", "value"]].merge(labels, on="fact"),
+            )
 
 
 def split_half(
@@ -244,10 +267,11 @@ def knowledge(queries, *, t=0.2, static=0.1, seed=0):
         "correlation of CS2 and P(answer)": bootstrap_statistic([ranks], _correlation, seed=seed),
         "the same, within relations": bootstrap_statistic([inside], _correlation, seed=seed),
     }
-    for name, frame, by in (
-        ("CS2 of known facts minus CS2 of others", facts, "all_known"),
-        ("CS2 of 3 answered wordings minus 3 others", thirds, "known"),
-    ):
+    gaps = {
+        "CS2 of known facts minus CS2 of others": (facts, "all_known"),
+        "CS2 of 3 answered wordings minus 3 others": (thirds, "known"),
+    }
+    for name, (frame, by) in gaps.items():
         found[name] = bootstrap_difference(frame, "cs2", by, (True, False), seed=seed)
     groups = {"all facts": None, "known facts": "all_known"}
     for threshold, (which, among) in product(THRESHOLDS, groups.items()):
@@ -266,7 +290,11 @@ def answered_and_not(queries, t=0.2, seed=0):
         if min(group["known"].sum(), (~group["known"]).sum()) < GROUP:
             continue
         for known, part in group.groupby("known"):
-            about = {"fact": fact, "relation": relation, "known": known}
+            about = {
+                "fact": fact,
+                "relation": relation,
+                "known": known,
+            }
             rows.append(about | agreement([*part["sets"]], seed))
     return pd.DataFrame(rows, columns=["fact", "relation", "known", "cs2", "jaccard"])
 

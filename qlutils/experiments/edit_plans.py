@@ -15,7 +15,13 @@ from qlutils.neurons.sets import kn_sets
 # Other neurons, edited in place of a set: as many in each layer, drawn at random, as active at q_i
 # but no KNs of the fact, KNs of one other fact of the same relation or of another; and as many in
 # all, of the largest mean score over the fact's queries, perhaps in the set.
-CONTROLS = ("random", "matched", "same_relation", "other_relation", "strongest")
+CONTROLS = (
+    "random",
+    "matched",
+    "same_relation",
+    "other_relation",
+    "strongest",
+)
 
 
 def plan_edits(
@@ -41,31 +47,42 @@ def plan_edits(
     `ppl_entries`. Each fact draws, with its own seed: q_i among its known queries (among all
     where none is known), o' among the relation's other objects, `n_locality` queries of other
     facts (`_locality`), and `ppl_entries` texts, the same for all of the fact's edits."""
-    if len(texts) < ppl_entries:
-        raise ValueError(
-            f"perplexity needs {ppl_entries} entries an edit and the corpus has {len(texts)} "
-            "that are long enough; lower ppl_entries or give another corpus"
-        )
-    for control in controls:
-        one_of("control", control, CONTROLS)
-    controls = ("none", *controls) if own else controls
-    specs = sets if isinstance(sets, dict) else dict.fromkeys(sets)
+    edited = _edited(sets, controls, own)
+    _check(texts, ppl_entries)
     queries = queries.reset_index(drop=True)
     queries["kns"] = kn_sets(queries, t)
     others = OtherFacts(queries, queries["kns"])
     objects = pd.DataFrame(facts).groupby("relation")
-    plans = []
-    omissions = []
+    plans, omissions = [], []
     for fact, group in queries.groupby("fact", sort=False):
         draw = partial(_generator, seed, fact)
         plan = _plan(group, objects, draw)
-        plan["edits"] = _edits(group, plan["query"], specs, controls, num_neurons, others, draw)
+        plan["edits"] = _edits(group, plan["query"], edited, num_neurons, others, draw)
         plan["locality"] = _locality(queries, plan, n_locality, draw("locality"))
         order = draw("texts").permutation(len(texts))
         plan["texts"] = [texts[place] for place in order[:ppl_entries]]
         plans.append(plan)
         omissions += [(fact, what, reason) for what, reason in _unmeasured(plan)]
     return plans, pd.DataFrame(omissions, columns=["fact", "what", "reason"])
+
+
+def _check(texts, ppl_entries):
+    if len(texts) < ppl_entries:
+        raise ValueError(
+            f"perplexity needs {ppl_entries} entries an edit and the corpus has {len(texts)} "
+            "that are long enough; lower ppl_entries or give another corpus"
+        )
+
+
+def _edited(sets, controls, own):
+    """Pairs of a set (name, spec) and a control: the sets themselves ("none"), then their
+    controls."""
+    for control in controls:
+        one_of("control", control, CONTROLS)
+    sets = sets if isinstance(sets, dict) else dict.fromkeys(sets)
+    controls = ("none", *controls) if own else controls
+    edited = product(sets.items(), controls)
+    return sorted(edited, key=lambda pair: pair[1] != "none")
 
 
 def _generator(seed, fact, what):
@@ -101,24 +118,32 @@ def _new_object(first, objects, rng):
 def _unmeasured(plan):
     """(what, reason) of all that a fact cannot be measured on."""
     if not any(plan["known"]):
-        yield "rel, gen", "no known query: only in the columns over all queries"
+        yield (
+            "rel, gen",
+            "no known query: only in the columns over all queries",
+        )
     elif sum(plan["known"]) == 1:
         yield "gen", "no known neighbour of q_i: Gen is undefined"
     if plan["new_object"] is None:
-        yield "update", f"relation {plan['relation']} has no other object to update to"
+        yield (
+            "update",
+            f"relation {plan['relation']} has no other object to update to",
+        )
     for edit in plan["edits"]:
         if edit["control"] == "none" and not edit["set"]:
             yield edit["neurons"], "no neurons: nothing is edited"
 
 
-def _edits(group, query, specs, controls, num_neurons, others, draw):
-    """Every edit of a fact whose q_i is `query`, dicts of neurons, control and set: the sets
-    themselves ("none"), then their controls."""
+def _edits(group, query, edited, num_neurons, others, draw):
+    """Every edit of a fact whose q_i is `query`, dicts of neurons, control and set; see
+    `_edited`."""
     first = group.iloc[0]
-    sets = {"local": group["kns"].iloc[query], "global": set().union(*group["kns"])}
+    sets = {
+        "local": group["kns"].iloc[query],
+        "global": set().union(*group["kns"]),
+    }
     edits = []
-    for name, control in sorted(product(specs, controls), key=lambda pair: pair[1] != "none"):
-        spec = specs[name]
+    for (name, spec), control in edited:
         neurons = sets[name] if spec is None else cas_neurons(first, **spec)
         rng = draw(f"{control} {name}")
         if control == "random":
@@ -130,7 +155,13 @@ def _edits(group, query, specs, controls, num_neurons, others, draw):
             same = control == "same_relation"
             neurons = others.draw(neurons, first["fact"], rng, same_relation=same)
         # those of "matched" are found by `edit_facts`, as it takes the model
-        edits.append({"neurons": name, "control": control, "set": _as_lists(neurons)})
+        edits.append(
+            {
+                "neurons": name,
+                "control": control,
+                "set": _as_lists(neurons),
+            }
+        )
     return edits
 
 

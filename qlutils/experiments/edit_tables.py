@@ -5,9 +5,17 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 
-from qlutils.experiments.consistency import CLASSES, THRESHOLDS, cells
+from qlutils.experiments.consistency import (
+    CLASSES,
+    THRESHOLDS,
+    cells,
+)
 from qlutils.show.stats import bootstrap_difference, bootstrap_mean
-from qlutils.show.tables import paper_value, verdict, without_empty_paper_columns
+from qlutils.show.tables import (
+    paper_value,
+    verdict,
+    without_empty_paper_columns,
+)
 
 PAPER_OP = {"erase": "erasure", "update": "update"}
 RATES = ("rel", "gen", "loc", "avg")
@@ -25,7 +33,14 @@ PERPLEXITY_NOTE = (
 
 
 def measures_table(
-    frame, classes, model, *, table=2, sets=("local", "global"), controls=("random",), seed=0
+    frame,
+    classes,
+    model,
+    *,
+    table=2,
+    sets=("local", "global"),
+    controls=("random",),
+    seed=0,
 ):
     """Table 2 or 3: a row a split of the facts, operation and neuron set; its controls right below
     it.
@@ -62,13 +77,20 @@ def _printed(table, model, keys):
     """The paper's values of a row, which are by the static threshold; it counts no broken texts."""
     if keys["threshold"] != "static":
         return {}
-    which = {"operation": PAPER_OP[keys["op"]], "neurons": keys["neurons"], "class": keys["class"]}
+    which = {
+        "operation": PAPER_OP[keys["op"]],
+        "neurons": keys["neurons"],
+        "class": keys["class"],
+    }
     return {f"{name}_paper": paper_value(table, model, name, **which) for name in METRICS[:-1]}
 
 
 def _measures(part, seed):
     """The measures of some edits, as columns of a row."""
-    counts = {"n": len(part), "n_empty": (part["n_neurons"] == 0).sum()}
+    counts = {
+        "n": len(part),
+        "n_empty": (part["n_neurons"] == 0).sum(),
+    }
     row = counts | {"neurons_edited": part["n_neurons"].mean()}
     for metric in METRICS:
         estimate = bootstrap_mean(part, metric, seed=seed, share=True)
@@ -97,7 +119,14 @@ def locality_table(frame, seed=0):
 # --- differences ----------------------------------------------------------------------------------
 
 
-def contrasts(frame, by, levels, metrics=METRICS, within=("op", "neurons"), seed=0):
+def contrasts(
+    frame,
+    by,
+    levels,
+    metrics=METRICS,
+    within=("op", "neurons"),
+    seed=0,
+):
     """Mean (of dPPL: median) where `by` is levels[0] less that where it is levels[1], for every
     metric within every group: columns of `within`, metric, difference with its 95 % interval, n
     facts of the first and n_other of the second."""
@@ -107,8 +136,14 @@ def contrasts(frame, by, levels, metrics=METRICS, within=("op", "neurons"), seed
         for metric in metrics:
             gap = bootstrap_difference(part, metric, by, levels, seed=seed, share=True)
             row = dict(zip(within, keys), metric=metric)
-            row |= gap.row("median" if metric in MEDIANS else "mean", "difference")
-            row |= {"n": gap.n_clusters, "n_other": gap.n_clusters_other}
+            row |= gap.row(
+                "median" if metric in MEDIANS else "mean",
+                "difference",
+            )
+            row |= {
+                "n": gap.n_clusters,
+                "n_other": gap.n_clusters_other,
+            }
             rows.append(row)
     return pd.DataFrame(rows)
 

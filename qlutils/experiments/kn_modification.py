@@ -11,7 +11,12 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
-from qlutils.change.editing import MIN_TOKENS, encode_entries, usable_texts, virtual_edits
+from qlutils.change.editing import (
+    MIN_TOKENS,
+    encode_entries,
+    usable_texts,
+    virtual_edits,
+)
 from qlutils.change.rows import score_rows
 from qlutils.change.scaling import greedy_answers
 from qlutils.experiments.edit_plans import plan_edits
@@ -23,7 +28,10 @@ from qlutils.neurons.others import active_neurons
 # then, on average, less than a tenth as likely as before. The paper's largest mean dPPL, 2.02, is
 # a factor of 3; a few texts beyond 10 (factors of 1e10 occur) would decide a mean alone.
 BROKEN = 10.0
-GOALS = {"erase": "object", "update": "new_object"}  # what an operation is about
+GOALS = {
+    "erase": "object",
+    "update": "new_object",
+}  # what an operation is about
 # What is averaged over which of an edit's queries. Rel and Gen are those of edits on a known query.
 MEANS = {
     "rel": ("reached", "kind == 'q_i' & judged"),
@@ -41,7 +49,10 @@ MEANS = {
     "gen_p_before": ("p_before", "kind == 'neighbour'"),
     "gen_p_after": ("p_after", "kind == 'neighbour'"),
 }
-COUNTS = {"n_gen": "kind == 'neighbour' & known", "n_loc": "kind == 'unrelated' & known"}
+COUNTS = {
+    "n_gen": "kind == 'neighbour' & known",
+    "n_loc": "kind == 'unrelated' & known",
+}
 
 
 # --- the task -------------------------------------------------------------------------------------
@@ -124,10 +135,19 @@ def _asked(lm, plan, goal):
     """The queries of a fact whose answer is `goal`, and the unrelated ones."""
     if goal is None:
         raise ValueError(f"relation {plan['relation']} has no other object")
-    own = pd.DataFrame({"prompt": plan["prompts"], "known": plan["known"], "object": goal})
+    own = pd.DataFrame(
+        {
+            "prompt": plan["prompts"],
+            "known": plan["known"],
+            "object": goal,
+        }
+    )
     own["kind"] = "neighbour"
     own.loc[plan["query"], "kind"] = "q_i"
-    unrelated = pd.DataFrame(plan["locality"], columns=["prompt", "object", "known", "same"])
+    unrelated = pd.DataFrame(
+        plan["locality"],
+        columns=["prompt", "object", "known", "same"],
+    )
     rows = pd.concat([own, unrelated.assign(kind="unrelated")])
     return rows.assign(query=list(map(lm.encode, rows["prompt"], rows["object"])))
 
@@ -138,7 +158,16 @@ def _edits(lm, plan, op, notes, options):
     edits = pd.DataFrame(plan["edits"])
     for edit in edits.index[edits["control"] == "matched"]:
         edits.at[edit, "set"] = matched_neurons(lm, plan, edits.at[edit, "set"])
-    about = {name: plan[name] for name in ("fact", "relation", "subject", "object", "new_object")}
+    about = {
+        name: plan[name]
+        for name in (
+            "fact",
+            "relation",
+            "subject",
+            "object",
+            "new_object",
+        )
+    }
     note = notes.get((plan["fact"], op))
     neurons = edits.pop("set")
     names = neurons.map(str)
@@ -240,7 +269,10 @@ def _perplexities(rows):
     broken = rise / tokens > np.log(BROKEN)
     edits = texts.assign(tokens=tokens, broken=broken).groupby("edit")
     found = pd.DataFrame()
-    for name, total in (("ppl_before", "log_probability_before"), ("ppl_after", "log_probability")):
+    for name, total in (
+        ("ppl_before", "log_probability_before"),
+        ("ppl_after", "log_probability"),
+    ):
         found[name] = np.exp(-edits[total].sum() / edits["tokens"].sum())
     found["dppl"] = (found["ppl_after"] - found["ppl_before"]) / found["ppl_before"]
     return found.assign(broken=edits["broken"].mean())
@@ -257,7 +289,14 @@ def study_plans(study, queries, sets, **changes):
     if parameters["ppl_entries"]:
         shortest = min(MIN_TOKENS, parameters["ppl_max_tokens"])
         texts = usable_texts(lm, perplexity_texts(parameters["corpus"]), shortest)
-    names = ("controls", "own", "t", "n_locality", "ppl_entries", "seed")
+    names = (
+        "controls",
+        "own",
+        "t",
+        "n_locality",
+        "ppl_entries",
+        "seed",
+    )
     return plan_edits(
         queries,
         study.candidates(warn=False),
@@ -288,10 +327,24 @@ def sample_of_facts(frame, size, seed):
     return sorted(shuffled[:size])
 
 
-def with_more_controls(study, queries, edits, controls, size=None, sets=("local", "global")):
+def with_more_controls(
+    study,
+    queries,
+    edits,
+    controls,
+    size=None,
+    sets=("local", "global"),
+):
     """The `edits` of a sample of `size` facts, and beside them those of other `controls`, without
     perplexity."""
     some = sample_of_facts(edits, size, study.seed)
     options = dict(own=False, ppl_entries=0)
-    more, _ = run_edits(study, queries, sets, facts=some, controls=controls, **options)
+    more, _ = run_edits(
+        study,
+        queries,
+        sets,
+        facts=some,
+        controls=controls,
+        **options,
+    )
     return pd.concat([edits[edits["fact"].isin(some)], more])

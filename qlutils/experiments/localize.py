@@ -16,7 +16,12 @@ from qlutils.change.rows import in_batches
 from qlutils.facts import Fact, prompt_tokens
 from qlutils.model.passes import neuron_vectors
 from qlutils.neurons.cas import cas_candidates
-from qlutils.neurons.sets import STORE_THRESHOLD, fact_table, jaccard, knowledge_neurons
+from qlutils.neurons.sets import (
+    STORE_THRESHOLD,
+    fact_table,
+    jaccard,
+    knowledge_neurons,
+)
 
 # What `compare_rules` compares; the last one stands for the exact integral.
 COMPARED = (
@@ -135,7 +140,12 @@ def localise(study, **spec):
     """
     config = {"method": study.method, **spec}
     facts = list(map(asdict, study.facts()))
-    frame = study.run(localise_unit, [facts], config, desc=f"{study.model} {study.method}")
+    frame = study.run(
+        localise_unit,
+        [facts],
+        config,
+        desc=f"{study.model} {study.method}",
+    )
     usable = frame["left_out"].isna()
     alone = usable & (usable.groupby(frame["fact"]).transform("sum") < 2)
     frame.loc[alone, "left_out"] = "the only usable query of its fact; consistency needs two"
@@ -229,7 +239,10 @@ def example_facts(queries, t=0.2):
     if set(PAPER_EXAMPLES) <= set(about.index):
         return about[PAPER_EXAMPLES].tolist()
     facts = facts.dropna(subset="cs2")
-    for wanted in ("n_queries > 2", "known == 1"):  # CS2 of two prompts is CS1
+    for wanted in (
+        "n_queries > 2",
+        "known == 1",
+    ):  # CS2 of two prompts is CS1
         fewer = facts.query(wanted)
         facts = fewer if len(fewer) > 1 else facts
     names = facts.sort_values("cs2", kind="stable")["fact"]

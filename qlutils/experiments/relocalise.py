@@ -56,7 +56,10 @@ def noise(
     "quadrature": the query by three rules of the integral; "variants": the query and two
     near-identical wordings; "neighbours": the same facts' queries, to compare. Sampled are queries
     of which two such wordings can be made; where there are none, others, without that kind."""
-    wordings = pd.Series(map(variants, queries["prompt"], queries["subject"]), queries.index)
+    wordings = pd.Series(
+        map(variants, queries["prompt"], queries["subject"]),
+        queries.index,
+    )
     near = queries[wordings.map(len) == GROUP - 1]
     rows = sample_queries(near if len(near) else queries, n, seed)
     by_rule = []

@@ -38,15 +38,21 @@ def worked_example(lm, plan, **options):
         objects = objects_of(lm, plan, op)
         before, text = _replies(lm, rows)
         if not texts:
-            texts.append(dict(op="none", neurons="", text=text))
+            unedited = {"op": "none", "neurons": "", "text": text}
+            texts.append(unedited)
         for edit in plan["edits"]:
             with edit_weights(lm, edit["set"], op, **objects, **options):
                 after, text = _replies(lm, rows)
-            keys = dict(op=PAPER_OP[op], neurons=edit["neurons"])
+            keys = {
+                "op": PAPER_OP[op],
+                "neurons": edit["neurons"],
+            }
             texts.append(keys | {"text": text})
-            part = rows[["prompt", "asked"]].assign(**keys, n_neurons=len(edit["set"]))
+            part = rows[["prompt", "asked"]].assign(**keys)
+            part["n_neurons"] = len(edit["set"])
             part["object"] = rows["object"].mask(rows["kind"] == "unrelated")
-            answers.append(part.join(before.add_suffix("_before")).join(after.add_suffix("_after")))
+            part = part.join(before.add_suffix("_before"))
+            answers.append(part.join(after.add_suffix("_after")))
     answers = pd.concat(answers, ignore_index=True)
     answers["changed"] = answers["answer_before"] != answers["answer_after"]
     return WorkedExample(answers, pd.DataFrame(texts))
@@ -55,14 +61,20 @@ def worked_example(lm, plan, **options):
 def _replies(lm, rows):
     """Of the queries in `rows` the probability p of the answer and as many greedy tokens, as text;
     and TOKENS tokens after q_i."""
-    p = np.exp(score_queries(lm, rows["query"].tolist()).log_probability)
-    [begin] = rows.loc[rows["kind"] == "q_i", "query"].str[0]
-    prompts = [*rows["query"].str[0], begin]
-    lengths = [*rows["query"].str[1].str.len(), TOKENS]
+    queries = rows["query"]
+    scores = score_queries(lm, queries.tolist())
+    [begin] = queries[rows["kind"] == "q_i"].str[0]
+    prompts = [*queries.str[0], begin]
+    lengths = [*queries.str[1].str.len(), TOKENS]
     said = []
     for ids in greedy_answers(lm, prompts, lengths):
-        said.append(lm.tokenizer.decode(ids, skip_special_tokens=True).strip())
-    return pd.DataFrame({"p": p, "answer": said[:-1]}, rows.index), said[-1]
+        text = lm.tokenizer.decode(ids, skip_special_tokens=True)
+        said.append(text.strip())
+    replies = {
+        "p": np.exp(scores.log_probability),
+        "answer": said[:-1],
+    }
+    return pd.DataFrame(replies, rows.index), said[-1]
 
 
 def example_table(example):
