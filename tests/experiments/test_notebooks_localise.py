@@ -146,17 +146,9 @@ def test_02_localises_by_its_first_method_where_nothing_was_localised(run, folde
     assert pd.read_csv(where / "all" / "table1.csv")["method"].unique().tolist() == ["amig"]
 
 
-@pytest.mark.parametrize(
-    "notebook, wrong, said",
-    [
-        ("01_localize", dict(stepz=3), "unknown parameter 'stepz'"),
-        ("02_consistency", dict(method="ig"), "unknown parameter 'method'"),
-        ("01_localize", dict(facts_per_relation="many"), "facts_per_relation 'many': want .*"),
-    ],
-)
-def test_a_mistake_ends_a_notebook_at_its_first_cells_and_is_named(run, notebook, wrong, said):
-    problem, book = run(notebook, "wrong", COMMON | wrong)
-    assert re.search(said, problem), problem
+def test_a_mistake_ends_a_notebook_at_its_first_cells_and_is_named(run):
+    problem, book = run("02_consistency", "wrong", COMMON | dict(method="ig"))
+    assert "unknown parameter 'method'" in problem
     counts = [cell["execution_count"] for cell in book["cells"] if cell["cell_type"] == "code"]
     assert counts[3:].count(None) == len(counts) - 3  # parameters, papermill's, that which fails
 
