@@ -1,27 +1,38 @@
 """Notebook 07: edits of the neurons that a fact's queries use alike (CAS, Eq. 7)."""
 
-from __future__ import annotations
+from itertools import product
 
 import pandas as pd
 
-from qlutils.experiments.edit_tables import RATES, by_class, contrasts, measures_table
-from qlutils.experiments.kn_modification import run_edits, sample_of_facts
+from qlutils.experiments.edit_tables import (
+    RATES,
+    by_class,
+    contrasts,
+    measures_table,
+)
+from qlutils.experiments.kn_modification import (
+    run_edits,
+    sample_of_facts,
+    with_more_controls,
+)
 from qlutils.neurons.cas import cas_neurons, kept_neurons
 from qlutils.neurons.sets import kn_sets
 
 # What the paper claims of CAS: to gain Gen against Local, and Loc and dPPL against Global.
-COMPARED = {"local": ("rel", "gen", "avg"), "global": ("loc", "dppl", "broken", "avg")}
+COMPARED = {
+    "local": ("rel", "gen", "avg"),
+    "global": ("loc", "dppl", "broken", "avg"),
+}
 
 
-def cas_spec(parameters) -> dict:
+def cas_spec(parameters):
     """`cas_neurons` keywords from a notebook's parameters."""
-    names = dict(
-        b1="beta1",
-        b2="beta2",
-        threshold="cas_threshold",
-        score="cas_score",
-    )
-    return {keyword: parameters[name] for keyword, name in names.items()}
+    return {
+        "b1": parameters["beta1"],
+        "b2": parameters["beta2"],
+        "threshold": parameters["cas_threshold"],
+        "score": parameters["cas_score"],
+    }
 
 
 def cas_of_fact(queries, fact, t, spec):
@@ -41,10 +52,16 @@ def cas_contrasts(edits, classes, seed=0):
     """CAS less Local and less Global (`against`) in the measures of COMPARED, on the same facts: of
     all facts and of each class."""
     own, parts = edits[edits["control"] == "none"], {}
-    for name, part in by_class(own, classes).items():
-        for other, metrics in COMPARED.items():
-            sets = ("cas", other)
-            parts[name, other] = contrasts(part, "neurons", sets, metrics, ["op"], seed)
+    for (name, part), other in product(by_class(own, classes).items(), COMPARED):
+        found = contrasts(
+            part,
+            "neurons",
+            ("cas", other),
+            COMPARED[other],
+            ["op"],
+            seed,
+        )
+        parts[name, other] = found
     return pd.concat(parts, names=["facts", "against"]).reset_index(["facts", "against"])
 
 
@@ -52,15 +69,13 @@ def size_contrasts(study, queries, edits, classes):
     """CAS less as many neurons of the largest mean attribution, of all facts and of each class;
     `edits`: those of CAS."""
     sets = {"cas": cas_spec(study.parameters)}
-    strongest, _ = run_edits(
+    edits = with_more_controls(
         study,
         queries,
-        sets,
-        controls=["strongest"],
-        own=False,
-        ppl_entries=0,
+        edits,
+        ["strongest"],
+        sets=sets,
     )
-    edits = pd.concat([edits, strongest])
     parts = {}
     for name, part in by_class(edits, classes).items():
         controls = ("none", "strongest")
@@ -75,14 +90,14 @@ def cas_sweep(parameters, betas, thresholds):
     """The CAS settings of the sensitivity section, one of the two varied at a time: varied, name,
     spec."""
     base = cas_spec(parameters)
-    settings = [("beta", dict(b1=b1, b2=round(1 - b1, 9))) for b1 in betas]
-    settings += [("threshold", dict(threshold=threshold)) for threshold in thresholds]
+    settings = [("beta", {"b1": b1, "b2": round(1 - b1, 9)}) for b1 in betas]
+    settings += [("threshold", {"threshold": threshold}) for threshold in thresholds]
     rows = []
     for varied, changed in settings:
-        spec = {**base, **changed}
+        spec = base | changed
         name = "b1={b1:g} b2={b2:g} threshold={threshold:g}".format(**spec)
-        rows.append(dict(varied=varied, name=name, spec=spec))
-    return pd.DataFrame(rows)
+        rows.append((varied, name, spec))
+    return pd.DataFrame(rows, columns=["varied", "name", "spec"])
 
 
 def sweep_table(study, queries, classes, betas, thresholds, size):
@@ -91,32 +106,19 @@ def sweep_table(study, queries, classes, betas, thresholds, size):
     sweep = cas_sweep(study.parameters, betas, thresholds)
     some = sample_of_facts(classes, size, study.seed)
     sets = dict(zip(sweep["name"], sweep["spec"]))
-    edits, _ = run_edits(
-        study,
-        queries,
-        sets,
-        controls=[],
-        facts=some,
-        ppl_entries=0,
-    )
-    parts = []
+    edits, _ = run_edits(study, queries, sets, controls=[], facts=some, ppl_entries=0)
+    parts = {}
     for varied, part in sweep.groupby("varied", sort=False):
-        rows = measures_table(
-            edits,
-            classes,
-            "",
-            sets=part["name"],
-            controls=(),
-            seed=study.seed,
-        )
-        rows = rows[rows["threshold"] == "all"]
-        rows.insert(0, "varied", varied)
-        parts.append(rows)
-    return pd.concat(parts, ignore_index=True).filter(regex="^(varied|op|n|rel|gen|loc|avg)")
+        options = dict(sets=part["name"], controls=(), seed=study.seed)
+        rows = measures_table(edits, classes, "", **options)
+        parts[varied] = rows[rows["threshold"] == "all"]
+    table = pd.concat(parts, names=["varied", None]).reset_index("varied").reset_index(drop=True)
+    return table.filter(regex="^(varied|op|n|rel|gen|loc|avg)")
 
 
 def extremes_of_avg(table):
     """The settings of a `sweep_table` with the lowest and the highest Avg, for each that varies."""
     groups = table.dropna(subset="avg").groupby(["varied", "op"])["avg"]
     rows = pd.concat([groups.idxmin(), groups.idxmax()]).sort_values().unique()
-    return table.loc[rows, ["varied", "op", "neurons", "neurons_edited", "avg", "n_avg"]]
+    columns = ["varied", "op", "neurons", "neurons_edited", "avg", "n_avg"]
+    return table.loc[rows, columns]

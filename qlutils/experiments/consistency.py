@@ -11,7 +11,13 @@ import pandas as pd
 from skimage.filters import threshold_otsu
 
 from qlutils.checks import METHODS
-from qlutils.neurons.sets import classify, fact_table, jaccard, kn_sets, otsu_threshold
+from qlutils.neurons.sets import (
+    classify,
+    fact_table,
+    jaccard,
+    kn_sets,
+    otsu_threshold,
+)
 from qlutils.show.stats import (
     LEAST,
     bootstrap_mean,
@@ -19,12 +25,14 @@ from qlutils.show.stats import (
     mean_columns,
     welch,
 )
-from qlutils.show.tables import paper_value, without_empty_paper_columns
+from qlutils.show.tables import (
+    paper_value,
+    without_empty_paper_columns,
+)
 
 CLASSES, THRESHOLDS = ("I", "II"), ("static", "otsu")
 # Wikidata's names of the properties in ParaRel.
-_NAMES = Path(__file__).with_name("relations.json")
-RELATIONS = json.loads(_NAMES.read_text("utf-8"))
+RELATIONS = json.loads(Path(__file__).with_name("relations.json").read_text("utf-8"))
 
 
 # --- classes --------------------------------------------------------------------------------------
@@ -59,17 +67,18 @@ def cells(frame, levels):
 
     Two of the columns are not looked up by name: "class" is the class by "threshold". The
     threshold "all" has the one class "all", which holds all rows."""
-    columns = [name for name in levels if name not in ("threshold", "class")]
     for values in product(*levels.values()):
         keys = dict(zip(levels, values))
-        threshold, name = keys["threshold"], keys["class"]
+        columns = dict(keys)
+        threshold = columns.pop("threshold")
+        name = columns.pop("class")
         if (threshold == "all") != (name == "all"):
             continue
-        rows = frame
-        for column in columns:
-            rows = rows[rows[column] == keys[column]]
         if name != "all":
-            rows = rows[rows[f"class_{threshold}"] == name]
+            columns[f"class_{threshold}"] = name
+        rows = frame
+        for column, value in columns.items():
+            rows = rows[rows[column] == value]
         yield keys, rows
 
 
@@ -85,14 +94,13 @@ def share_of_class(
 
     Otsu's threshold, which is that of all facts, is computed anew in each draw of the bootstrap:
     held fixed, it would make the interval half as wide as it is."""
-    classified = facts.dropna(subset="cs2")
-    part = classified[classified[among]] if among else classified
+    facts = facts.dropna(subset="cs2")
+    part = facts[facts[among]] if among else facts
     if threshold == "static":
-        inside = (part["class_static"] == name).astype(float)
-        part = part.assign(inside=inside)
+        part = part.assign(inside=part["class_static"] == name)
         return bootstrap_mean(part, "inside", seed=seed, share=True)
     share = partial(otsu_share, name=name, among=among)
-    found = bootstrap_statistic([classified], share, seed=seed)
+    found = bootstrap_statistic([facts], share, seed=seed)
     if len(part) < LEAST:  # however many facts the threshold comes from
         found = replace(found, mean_low=np.nan, mean_high=np.nan)
     return replace(found, n=len(part), n_clusters=len(part))
@@ -101,9 +109,8 @@ def share_of_class(
 def difference_of_shares(facts, other, seed=0):
     """Share of K_II by Otsu's threshold among `facts` less that among `other` facts, such as
     another model's, as an `Estimate`."""
-    facts = facts.dropna(subset="cs2")
-    other = other.dropna(subset="cs2")
-    return bootstrap_statistic([facts, other], otsu_share, seed=seed)
+    sides = [side.dropna(subset="cs2") for side in (facts, other)]
+    return bootstrap_statistic(sides, otsu_share, seed=seed)
 
 
 def weighted_otsu(facts, weights):
@@ -112,8 +119,7 @@ def weighted_otsu(facts, weights):
     cs2 = facts["cs2"].to_numpy()  # (F,)
     if np.unique(cs2[weights > 0]).size < 2:
         return np.nan
-    weights = weights.astype(float)
-    counts, edges = np.histogram(cs2, 256, weights=weights)
+    counts, edges = np.histogram(cs2, 256, weights=weights.astype(float))
     middles = (edges[1:] + edges[:-1]) / 2
     return float(threshold_otsu(hist=(counts, middles)))
 
@@ -122,13 +128,11 @@ def otsu_share(facts, weights, name="II", among=None):
     """Share of the weighted facts (`among`: of those for which this column is True) that
     `weighted_otsu` of all of them puts into class `name`."""
     threshold = weighted_otsu(facts, weights)
-    counted = weights.astype(float)
-    if among:
-        counted = counted * facts[among].to_numpy(bool)
+    counted = weights * facts[among].to_numpy() if among else weights
     if np.isnan(threshold) or not counted.any():
         return np.nan
     inside = classify(facts["cs2"], threshold) == name
-    return np.average(inside, weights=counted)
+    return np.average(inside, weights=counted.astype(float))
 
 
 def common_class_two(facts, threshold):
@@ -156,28 +160,29 @@ def table_1(facts, model, seed=0):
     rows = []
     for threshold, (method, frame) in product(THRESHOLDS, facts.items()):
         paper = partial(paper_value, 1, model, threshold=threshold, method=method)
+        at = frame[f"threshold_{threshold}"].iloc[0]
         row = {
             "threshold": threshold,
             "method": method,
-            "at": frame[f"threshold_{threshold}"].iloc[0],
+            "at": at,
             "n": 0,
         }
         cs2 = []
         for name in CLASSES:
             part = frame[frame[f"class_{threshold}"] == name]
             share = share_of_class(frame, threshold, name, seed)
-            mean = bootstrap_mean(part, "cs2", seed=seed)
             row |= share.row("mean", f"R_{name}")
             row[f"R_{name}_paper"] = paper(f"ratio_{name}")
             row[f"n_{name}"] = len(part)
-            row |= mean.row("mean", f"S_{name}")
+            row |= bootstrap_mean(part, "cs2", seed=seed).row("mean", f"S_{name}")
             row[f"S_{name}_paper"] = paper(f"cs_{name}")
             cs2.append(part["cs2"])
-        row["n"] = row["n_I"] + row["n_II"]
         test = welch(*cs2)
-        row["t"] = test["t"]
-        row["t_paper"] = paper("t")
-        row |= test
+        row |= {
+            "n": sum(map(len, cs2)),
+            "t": test["t"],
+            "t_paper": paper("t"),
+        } | test
         row["cap_II"] = common_class_two(facts, threshold)
         row["cap_II_paper"] = paper("cap_II")
         rows.append(row)
@@ -190,19 +195,18 @@ def table_4(facts, model, seed=0):
     rows = []
     for threshold, (method, frame) in product(THRESHOLDS, facts.items()):
         keys = {"threshold": threshold, "method": method}
-        row = {
-            **keys,
-            "value": frame[f"threshold_{threshold}"].iloc[0],
-            "at least": np.nan,
-            "at most": np.nan,
-            "value_paper": paper_value(4, model, "threshold_value", **keys),
-        }
+        low, high = np.nan, np.nan
         if threshold == "otsu":
             classified = frame.dropna(subset="cs2")
             found = bootstrap_statistic([classified], weighted_otsu, seed=seed)
-            row["at least"] = found.mean_low
-            row["at most"] = found.mean_high
-        rows.append(row)
+            low, high = found.mean_low, found.mean_high
+        row = {
+            "value": frame[f"threshold_{threshold}"].iloc[0],
+            "at least": low,
+            "at most": high,
+            "value_paper": paper_value(4, model, "threshold_value", **keys),
+        }
+        rows.append(keys | row)
     return without_empty_paper_columns(pd.DataFrame(rows))
 
 
@@ -225,7 +229,15 @@ def consistency_summary(facts, seed=0):
     CS1, CS2, mean pairwise Jaccard, CS2 of three prompts (cs2_3), KNs of a query (mean_size) and of
     all of a fact's queries (union_size), mean layer. Facts of two prompts are counted
     (n_two_prompts), as are those without a KN (n_undefined), and are in no mean."""
-    columns = ("cs1", "cs2", "jaccard", "cs2_3", "mean_size", "union_size", "mean_layer")
+    columns = (
+        "cs1",
+        "cs2",
+        "jaccard",
+        "cs2_3",
+        "mean_size",
+        "union_size",
+        "mean_layer",
+    )
     rows = []
     for method, frame in facts.items():
         counts = {
@@ -245,19 +257,17 @@ def otsu_null(facts, draws=200, seed=0):
     A draw is as many values as the facts have CS2 (n), from a normal distribution of the same mean
     and deviation. NaN for fewer than `LEAST` facts or equal CS2."""
     cs2 = facts["cs2"].dropna().to_numpy()
-    found = pd.DataFrame(columns=["R_II", "t"], dtype=float)
-    if len(cs2) >= LEAST and np.ptp(cs2) > 0:
-        for draw in range(draws):
-            rng = np.random.default_rng(seed + draw)
-            noise = rng.normal(cs2.mean(), cs2.std(), cs2.size)
-            second = noise <= otsu_threshold(noise)
-            test = welch(noise[~second], noise[second])
-            found.loc[draw] = second.mean(), test["t"]
+    found = []
+    for draw in range(draws if len(cs2) >= LEAST and np.ptp(cs2) > 0 else 0):
+        noise = np.random.default_rng(seed + draw).normal(cs2.mean(), cs2.std(), cs2.size)
+        second = noise <= otsu_threshold(noise)
+        test = welch(noise[~second], noise[second])
+        found.append((second.mean(), test["t"]))
+    found = pd.DataFrame(found, columns=["R_II", "t"], dtype=float)
     row = {}
     for name, values in found.items():
         row[name] = values.mean()  # a t of fewer than `LEAST` values on a side is NaN and left out
-        row[f"{name}_low"] = values.quantile(0.025)
-        row[f"{name}_high"] = values.quantile(0.975)
+        row[f"{name}_low"], row[f"{name}_high"] = values.quantile([0.025, 0.975])
     return row | {"n": len(cs2)}
 
 
@@ -288,30 +298,26 @@ def rules_compared(queries, other, rule, t, static, seed=0):
     queries whose sum settled (NaN for a rule that cannot tell); evaluations: gradients a layer; n
     facts and n_queries."""
     pairs = ["fact", "prompt_index"]
-    other_rule = other["rule"].iloc[0]
-    queries = queries.merge(other[pairs], on=pairs)
-    frames = {rule: queries, other_rule: other}
+    frames = {
+        rule: queries.merge(other[pairs]),
+        other["rule"].iloc[0]: other,
+    }
     sets = {}
     for name, frame in frames.items():
-        frame = frame.assign(kn=kn_sets(frame, t))
-        sets[name] = frame.set_index(pairs)["kn"]
-    both = pd.DataFrame(sets).dropna()
-    agreement = list(map(jaccard, both[rule], both[other_rule]))
+        sets[name] = frame[pairs].assign(kn=kn_sets(frame, t)).set_index(pairs)["kn"]
+    both = pd.DataFrame(sets).dropna().to_numpy()
+    agreement = np.mean([jaccard(*two) for two in both])
     rows = []
     for name, frame in frames.items():
         facts = classified_facts(frame, t, static)
-        mean = bootstrap_mean(facts, "cs2", seed=seed)
-        share = share_of_class(facts, "static", seed=seed)
-        row = {"rule": name}
-        row |= mean.row("mean", "cs2")
-        row |= share.row("mean", "R_II")
-        n = row.pop("n")
+        row = {"rule": name} | bootstrap_mean(facts, "cs2", seed=seed).row("mean", "cs2")
+        row |= share_of_class(facts, "static", seed=seed).row("mean", "R_II")
         row |= {
-            "jaccard": np.mean(agreement),
+            "jaccard": agreement,
             "mean_size": sets[name].map(len).mean(),
             "converged": frame["converged"].astype(float).mean(),
             "evaluations": frame["evaluations"].mean(),
-            "n": n,
+            "n": row.pop("n"),
             "n_queries": len(frame),
         }
         rows.append(row)

@@ -18,14 +18,18 @@ a KN set.
 """
 
 import re
-from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from qlutils.experiments.consistency import CLASSES, THRESHOLDS, classified_facts, share_of_class
+from qlutils.experiments.consistency import (
+    CLASSES,
+    THRESHOLDS,
+    classified_facts,
+    share_of_class,
+)
 from qlutils.facts import seeded
 from qlutils.neurons.others import random_neurons
 from qlutils.neurons.sets import (
@@ -37,40 +41,45 @@ from qlutils.neurons.sets import (
     otsu_threshold,
 )
 from qlutils.show.stats import (
-    LEAST,
-    TAILS,
     bootstrap_difference,
+    bootstrap_statistic,
     mean_columns,
     permutation_test,
-    resampling_weights,
 )
 
+PAIR = ["cs2", "probability"]
 GROUP = 3  # queries a group: CS2 grows with their number, so every control has as many
 
 
-# Kinds of groups, and what the queries of a group have in common: the columns where they are equal,
-# and those where any two next to each other differ.
+# Kinds of groups: what the queries of a group have in common, and `alike`: whether any two next to
+# each other are equal in a column (True) or differ in it (False).
 NULLS = {
     "own": {"what": "the fact's own queries"},
     "same pattern": {
         "what": "one pattern, different objects",
-        "equal": ["pattern"],
-        "differ": ["fact", "object"],
+        "alike": {"pattern": True, "fact": False, "object": False},
     },
     "other objects": {
         "what": "different patterns and objects, one relation",
-        "equal": ["relation"],
-        "differ": ["fact", "object", "pattern"],
+        "alike": {
+            "relation": True,
+            "fact": False,
+            "object": False,
+            "pattern": False,
+        },
     },
     "other relations": {
         "what": "different patterns and objects, different relations",
-        "equal": [],
-        "differ": ["fact", "object", "pattern", "relation"],
+        "alike": {
+            "relation": False,
+            "fact": False,
+            "object": False,
+            "pattern": False,
+        },
     },
     "same object": {
         "what": "different facts and patterns, one object",
-        "equal": ["object"],
-        "differ": ["fact", "pattern"],
+        "alike": {"object": True, "fact": False, "pattern": False},
     },
     "random": {"what": "random neurons, as many in each layer"},
 }
@@ -91,10 +100,13 @@ def summarise(
     return pd.DataFrame(rows)
 
 
-def agreement(sets: list[set], seed=0) -> dict:
+def agreement(sets, seed=0):
     """cs2, of groups of 3 of the KN sets, and jaccard, of their pairs; NaN for fewer than 3."""
     pairs = consistency(sets).jaccard if len(sets) >= GROUP else np.nan
-    return {"cs2": cs2_subsampled(sets, GROUP, seed), "jaccard": pairs}
+    return {
+        "cs2": cs2_subsampled(sets, GROUP, seed),
+        "jaccard": pairs,
+    }
 
 
 # --- 1: groups of queries that are no fact's ------------------------------------------------------
@@ -108,52 +120,43 @@ def null_consistency(queries, num_neurons=None, t=0.2, seed=0):
     allows beside those already in it; there may be fewer than 3. "own": the fact's queries.
     num_neurons: of a layer of the model; None: as many as the largest index among the KNs says."""
     if num_neurons is None:
-        num_neurons = 1 + max(int(np.max(one, initial=0)) for one in queries["neuron"])
+        num_neurons = 1 + int(np.concatenate([*queries["neuron"]]).max(initial=0))
     queries = queries.reset_index(drop=True)
     patterns = []
     for row in queries.itertuples():
         wording = subject_in(row.subject).sub("[X]", row.prompt)
         patterns.append(f"{row.relation} {wording}")
-    queries["pattern"] = patterns
-    columns = ("fact", "relation", "object", "pattern")
-    codes = {name: pd.factorize(queries[name])[0] for name in columns}
+    about = queries[["fact", "relation", "object"]].assign(pattern=patterns)
+    codes = {name: pd.factorize(about[name])[0] for name in about}
     sets, rows = kn_sets(queries, t), []
-    for fact, group in queries.groupby("fact", sort=False):
-        own = [sets[row] for row in group.index]
-        for kind in NULLS:
+    for (fact, relation), group in queries.groupby(["fact", "relation"], sort=False):
+        for kind, chosen in NULLS.items():
             rng = seeded(seed, fact, kind)
             start = int(rng.choice(group.index))
-            if kind == "own":
-                chosen = own
-            elif kind == "random":
-                some = own[:GROUP]
-                chosen = [random_neurons(one, num_neurons, rng, outside=False) for one in some]
-            else:
-                chosen = [sets[row] for row in _draw(codes, start, NULLS[kind], rng)]
-            row = {
-                "fact": fact,
-                "relation": group["relation"].iloc[0],
-                "kind": kind,
-            }
-            row["n_queries"] = min(GROUP, len(chosen))
-            rows.append(row | agreement(chosen, seed))
+            members = (
+                _draw(codes, start, chosen["alike"], rng) if "alike" in chosen else group.index
+            )
+            found = [sets[row] for row in members]
+            if kind == "random":
+                some = found[:GROUP]
+                found = [random_neurons(one, num_neurons, rng, outside=False) for one in some]
+            row = {"fact": fact, "relation": relation, "kind": kind}
+            row["n_queries"] = min(GROUP, len(found))
+            rows.append(row | agreement(found, seed))
     return pd.DataFrame(rows)
 
 
-def subject_in(subject: str) -> re.Pattern:
+def subject_in(subject):
     """Finds the subject in a prompt where it is not a part of another word."""
     return re.compile(rf"(?<!\w){re.escape(subject)}(?!\w)")
 
 
-def _draw(codes, start, kind: dict, rng) -> list[int]:
+def _draw(codes, start, alike, rng):
     """Rows of a group of GROUP queries, or fewer where the data has no more that fit."""
-    members, allowed = [start], np.ones(len(codes["fact"]), bool)
+    members, allowed = [start], True
     while len(members) < GROUP:
-        last = members[-1]
-        for name in kind["equal"]:
-            allowed &= codes[name] == codes[name][last]
-        for name in kind["differ"]:
-            allowed &= codes[name] != codes[name][last]
+        for name, same in alike.items():
+            allowed &= (codes[name] == codes[name][members[-1]]) == same
         if not allowed.any():
             break
         members.append(int(rng.choice(np.flatnonzero(allowed))))
@@ -177,7 +180,7 @@ def halves(queries, seed=0):
 class Split(NamedTuple):
     """Facts with their class from one half of their queries and an outcome from the other.
 
-    at: the value of the threshold; frame: fact, relation, label ("I" or "II") and value."""
+    at: the value of the threshold; frame: fact, relation, label ("I", "II" or None) and value."""
 
     threshold: str
     at: float
@@ -192,9 +195,9 @@ def split_frames(
     t=0.2,
     static=0.1,
     seed=0,
-) -> Iterator[Split]:
-    """A `Split` for each threshold and outcome: labels by the CS2 of half A of each fact's queries,
-    values from half B: its "CS2", and `outcomes`.
+):
+    """Yield a `Split` for each threshold and outcome: labels by the CS2 of half A of each fact's
+    queries, values from half B: its "CS2", and `outcomes`.
 
     outcomes: {name: frame with fact, prompt_index and value, of a query, and maybe `edited`, the
     prompt_index of another query, also of half B, on which the value hangs}."""
@@ -203,13 +206,11 @@ def split_frames(
     first, second = (fact_table(split[split["half"] == half], t) for half in "AB")
     values = {"CS2": second.rename(columns={"cs2": "value"})}
     for name, frame in dict(outcomes).items():
-        values[name] = frame.merge(inside, on=["fact", "prompt_index"])
-        if "edited" in frame:
-            both = inside.rename(columns={"prompt_index": "edited"})
-            values[name] = values[name].merge(both, on=["fact", "edited"])
+        for query in frame.columns.intersection(["prompt_index", "edited"]):
+            frame = frame.merge(inside.rename(columns={"prompt_index": query}))
+        values[name] = frame
     for threshold, at in zip(THRESHOLDS, (static, otsu_threshold(first["cs2"]))):
         labels = first[["fact", "relation"]].assign(label=classify(first["cs2"], at))
-        labels = labels.dropna(subset="label")
         for name, frame in values.items():
             yield Split(
                 threshold,
@@ -233,14 +234,10 @@ def split_half(
     rows = []
     for split in split_frames(queries, outcomes, seed=seed, **thresholds):
         estimate = bootstrap_difference(split.frame, "value", "label", CLASSES, seed=seed)
-        row = {
-            "threshold": split.threshold,
-            "at": split.at,
-            "outcome": split.outcome,
-        }
-        row |= estimate.row("mean", "I - II")
+        row = split._asdict() | estimate.row("mean", "I - II")
         rows.append(row | permutation_test(split.frame, "value", "label", seed=seed))
-    table = pd.DataFrame(rows).drop(columns=["n", "n_other"])  # values, several of a fact
+    table = pd.DataFrame(rows)
+    table = table.drop(columns=["frame", "n", "n_other"])  # n: values, several of a fact
     return table.rename(columns={"n1": "n_I", "n2": "n_II"})
 
 
@@ -258,35 +255,31 @@ def knowledge(queries, *, t=0.2, static=0.1, seed=0):
     the ranks of the whole sample."""
     facts = classified_facts(queries, t, static).dropna(subset="cs2")
     facts["all_known"] = facts["known"] == 1
-    ranks = facts[["cs2", "probability"]].rank()
-    inside = ranks - ranks.groupby(facts["relation"]).transform("mean")
-    relation, names = pd.factorize(facts["relation"], sort=True)
-    difference = bootstrap_difference(
-        facts,
-        "cs2",
-        "all_known",
-        (True, False),
-        seed=seed,
-    )
+    # drawn in the order of the frame
+    ranks = facts.assign(fact=[f"{place:09}" for place in range(len(facts))])
+    ranks[PAIR] = facts[PAIR].rank()
     # Ranks less their relation's mean hang together within it (of two facts, one is the other's
     # negative), so the relation is what is resampled.
-    one_stratum = np.zeros(len(names), int)
+    inside = facts.assign(fact=facts["relation"], relation="all")
+    inside[PAIR] = ranks[PAIR] - ranks.groupby("relation")[PAIR].transform("mean")
     thirds = answered_and_not(queries, t, seed)
-    answered = bootstrap_difference(thirds, "cs2", "known", (True, False), seed=seed)
     found = {
-        "correlation of CS2 and P(answer)": _correlation(
-            ranks, np.arange(len(facts)), relation, seed
-        ),
-        "the same, within relations": _correlation(inside, relation, one_stratum, seed),
-        "CS2 of known facts minus CS2 of others": difference.row("mean", "value"),
-        "CS2 of 3 answered wordings minus 3 others": answered.row("mean", "value"),
+        "correlation of CS2 and P(answer)": bootstrap_statistic([ranks], _correlation, seed=seed),
+        "the same, within relations": bootstrap_statistic([inside], _correlation, seed=seed),
     }
+    gaps = {
+        "CS2 of known facts minus CS2 of others": (facts, "all_known"),
+        "CS2 of 3 answered wordings minus 3 others": (thirds, "known"),
+    }
+    for name, (frame, by) in gaps.items():
+        found[name] = bootstrap_difference(frame, "cs2", by, (True, False), seed=seed)
     groups = {"all facts": None, "known facts": "all_known"}
     for threshold, (which, among) in product(THRESHOLDS, groups.items()):
-        share = share_of_class(facts, threshold, seed=seed, among=among)
         name = f"share of K_II, {threshold} threshold, {which}"
-        found[name] = share.row("mean", "value")
-    return pd.DataFrame([{"statistic": name} | row for name, row in found.items()])
+        found[name] = share_of_class(facts, threshold, seed=seed, among=among)
+    return pd.DataFrame(
+        [{"statistic": name} | one.row("mean", "value") for name, one in found.items()]
+    )
 
 
 def answered_and_not(queries, t=0.2, seed=0):
@@ -297,35 +290,16 @@ def answered_and_not(queries, t=0.2, seed=0):
         if min(group["known"].sum(), (~group["known"]).sum()) < GROUP:
             continue
         for known, part in group.groupby("known"):
-            about = {"fact": fact, "relation": relation, "known": known}
+            about = {
+                "fact": fact,
+                "relation": relation,
+                "known": known,
+            }
             rows.append(about | agreement([*part["sets"]], seed))
     return pd.DataFrame(rows, columns=["fact", "relation", "known", "cs2", "jaccard"])
 
 
-def _correlation(pairs, cluster, strata, seed) -> dict:
-    """Pearson's correlation of two columns as `value`, with an interval over resampled clusters.
-
-    cluster: that of each row; strata: that of each cluster. NaN where a column is constant; the
-    interval also with fewer than `LEAST` clusters. n: rows."""
-    value, low, high = np.full(3, np.nan)
-
-    def correlation(weights):  # (rows,)
-        (xx, xy), (_, yy) = np.cov(
-            pairs.to_numpy().T,
-            aweights=weights,
-            ddof=0,
-        )
-        return xy / np.sqrt(xx * yy) if min(xx, yy) > 1e-9 else np.nan
-
-    if len(pairs):
-        value = correlation(np.ones(len(pairs)))
-    if len(strata) >= LEAST and not np.isnan(value):
-        draws = resampling_weights(strata, 1000, seed).astype(float)
-        sample = [correlation(weights[cluster]) for weights in draws]
-        low, high = np.nanpercentile(sample, TAILS)
-    return {
-        "value": value,
-        "value_low": low,
-        "value_high": high,
-        "n": len(pairs),
-    }
+def _correlation(facts, weights):
+    """Pearson's correlation of the columns PAIR; NaN where one is constant."""
+    (xx, xy), (_, yy) = np.cov(facts[PAIR].T, aweights=weights, ddof=0)
+    return xy / np.sqrt(xx * yy) if min(xx, yy) > 1e-9 else np.nan

@@ -5,9 +5,17 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 
-from qlutils.experiments.consistency import CLASSES, THRESHOLDS, cells
+from qlutils.experiments.consistency import (
+    CLASSES,
+    THRESHOLDS,
+    cells,
+)
 from qlutils.show.stats import bootstrap_difference, bootstrap_mean
-from qlutils.show.tables import paper_value, verdict, without_empty_paper_columns
+from qlutils.show.tables import (
+    paper_value,
+    verdict,
+    without_empty_paper_columns,
+)
 
 PAPER_OP = {"erase": "erasure", "update": "update"}
 RATES = ("rel", "gen", "loc", "avg")
@@ -72,21 +80,18 @@ def _printed(table, model, keys):
     which = {
         "operation": PAPER_OP[keys["op"]],
         "neurons": keys["neurons"],
-        "class_": keys["class"],
+        "class": keys["class"],
     }
-    row = {}
-    for name in METRICS[:-1]:
-        row[f"{name}_paper"] = paper_value(table, model, name, **which)
-    return row
+    return {f"{name}_paper": paper_value(table, model, name, **which) for name in METRICS[:-1]}
 
 
 def _measures(part, seed):
     """The measures of some edits, as columns of a row."""
-    row = {
+    counts = {
         "n": len(part),
         "n_empty": (part["n_neurons"] == 0).sum(),
-        "neurons_edited": part["n_neurons"].mean(),
     }
+    row = counts | {"neurons_edited": part["n_neurons"].mean()}
     for metric in METRICS:
         estimate = bootstrap_mean(part, metric, seed=seed, share=True)
         row |= estimate.row("median" if metric in MEDIANS else "mean", metric)
@@ -94,8 +99,7 @@ def _measures(part, seed):
             row[f"n_{metric}"] = estimate.n
     broken = part["broken"].fillna(0).any()
     row["dppl_mean"] = np.nan if broken else part["dppl"].mean()
-    row["n"] = len(part)
-    return row
+    return row | counts
 
 
 def locality_table(frame, seed=0):
@@ -132,8 +136,14 @@ def contrasts(
         for metric in metrics:
             gap = bootstrap_difference(part, metric, by, levels, seed=seed, share=True)
             row = dict(zip(within, keys), metric=metric)
-            row |= gap.row("median" if metric in MEDIANS else "mean", "difference")
-            row |= {"n": gap.n_clusters, "n_other": gap.n_clusters_other}
+            row |= gap.row(
+                "median" if metric in MEDIANS else "mean",
+                "difference",
+            )
+            row |= {
+                "n": gap.n_clusters,
+                "n_other": gap.n_clusters_other,
+            }
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -146,9 +156,8 @@ def with_verdicts(contrasts):
 
 def verdict_counts(contrasts, what):
     """How many of some differences lie on which side of 0; `what` says which differences."""
-    verdicts = [said.split(" (")[0] for said in _verdicts(contrasts)]
-    counts = Counter(verdicts).items()
-    said = [f"{one} in {count} of {len(verdicts)}" for one, count in counts]
+    counts = Counter(said.split(" (")[0] for said in _verdicts(contrasts))
+    said = [f"{one} in {count} of {counts.total()}" for one, count in counts.items()]
     return f"{what}: {', '.join(said) or 'nothing to compare'}"
 
 

@@ -6,47 +6,53 @@ other facts. All edits of a unit of facts go through the model as virtual edits 
 (see `change.rows.score_rows`). What is drawn for them: `edit_plans`; their tables: `edit_tables`.
 """
 
+from itertools import product
+
 import numpy as np
 import pandas as pd
-import torch
 
-from qlutils.change.editing import MIN_TOKENS, encode_entries, usable_texts, virtual_edits
+from qlutils.change.editing import (
+    MIN_TOKENS,
+    encode_entries,
+    usable_texts,
+    virtual_edits,
+)
 from qlutils.change.rows import score_rows
 from qlutils.change.scaling import greedy_answers
 from qlutils.experiments.edit_plans import plan_edits
+from qlutils.experiments.localize import activations
 from qlutils.facts import perplexity_texts, prompt_tokens
-from qlutils.model.passes import neuron_vectors
 from qlutils.neurons.others import active_neurons
 
 # A text is broken where an edit multiplies its perplexity by more than this: each of its tokens is
 # then, on average, less than a tenth as likely as before. The paper's largest mean dPPL, 2.02, is
 # a factor of 3; a few texts beyond 10 (factors of 1e10 occur) would decide a mean alone.
 BROKEN = 10.0
+GOALS = {
+    "erase": "object",
+    "update": "new_object",
+}  # what an operation is about
 # What is averaged over which of an edit's queries. Rel and Gen are those of edits on a known query.
 MEANS = {
-    "rel": ("reached", "q_i & judged"),
-    "gen": ("reached", "neighbour & known & judged"),
-    "loc": ("kept", "unrelated & known"),
-    "loc_same": ("kept", "unrelated & known & same"),
-    "loc_other": ("kept", "unrelated & known & ~same"),
-    "rel_all": ("reached", "q_i"),
-    "gen_all": ("reached", "neighbour"),
-    "loc_all": ("kept", "unrelated"),
-    "rel_match": ("matched", "q_i & judged"),
-    "gen_match": ("matched", "neighbour & known & judged"),
-    "p_before": ("p_before", "q_i"),
-    "p_after": ("p_after", "q_i"),
-    "gen_p_before": ("p_before", "neighbour"),
-    "gen_p_after": ("p_after", "neighbour"),
+    "rel": ("reached", "kind == 'q_i' & judged"),
+    "gen": ("reached", "kind == 'neighbour' & known & judged"),
+    "loc": ("kept", "kind == 'unrelated' & known"),
+    "loc_same": ("kept", "kind == 'unrelated' & known & same"),
+    "loc_other": ("kept", "kind == 'unrelated' & known & ~same"),
+    "rel_all": ("reached", "kind == 'q_i'"),
+    "gen_all": ("reached", "kind == 'neighbour'"),
+    "loc_all": ("kept", "kind == 'unrelated'"),
+    "rel_match": ("matched", "kind == 'q_i' & judged"),
+    "gen_match": ("matched", "kind == 'neighbour' & known & judged"),
+    "p_before": ("p_before", "kind == 'q_i'"),
+    "p_after": ("p_after", "kind == 'q_i'"),
+    "gen_p_before": ("p_before", "kind == 'neighbour'"),
+    "gen_p_after": ("p_after", "kind == 'neighbour'"),
 }
-ABOUT = (
-    "fact",
-    "relation",
-    "subject",
-    "object",
-    "new_object",
-)
-COUNTS = {"n_gen": "neighbour & known", "n_loc": "unrelated & known"}
+COUNTS = {
+    "n_gen": "kind == 'neighbour' & known",
+    "n_loc": "kind == 'unrelated' & known",
+}
 
 
 # --- the task -------------------------------------------------------------------------------------
@@ -67,20 +73,12 @@ def edit_facts(
     n_neurons; note, why an update cannot be made (its object cannot follow every prompt), and then
     no numbers; those of `_measures`; loc_new, the share of the known unrelated queries of another
     object whose answer an update makes the new one; those of `_perplexities`. NaN: undefined."""
-    edits = []
-    for fact in tokenised_facts(lm, unit, ops):
-        asked = {}
-        for op in fact.targets:
-            asked[op] = _asked(lm, fact, op, ppl_max_tokens)
-        for edit in _edits(lm, fact, ops, options):
-            edit["asked"] = asked.get(edit["op"])
-            edits.append(edit)
-    edits.sort(key=lambda edit: edit["change"] is None)  # what cannot be made comes last
-    edits = pd.DataFrame(edits).astype({"note": object})
+    asked, notes = asked_of(lm, unit, ops, ppl_max_tokens)
+    edits = [_edits(lm, plan, op, notes, options) for plan, op in product(unit, ops)]
+    edits = pd.concat(edits, ignore_index=True).astype({"note": object})
     changes = edits.pop("change")
-    asked = dict(edits.pop("asked"))
-    rows = pd.concat(asked, names=["edit", "place"])
-    rows = _scored(lm, changes, rows.reset_index())
+    rows = edits.reset_index(names="edit")[["edit", "fact", "op", "new_object"]]
+    rows = _scored(lm, changes, rows.merge(asked))
     measures = _measures(rows)
     measures["loc_new"] = _shares_of_new_object(lm, changes, rows)
     return edits.join(measures).join(_perplexities(rows))
@@ -88,9 +86,8 @@ def edit_facts(
 
 def _passes(lm, plan, config):
     """An edit's rows leave the clean pass at the edited layer, on average in the middle."""
-    tokens = sum(map(prompt_tokens, plan["prompts"]))
-    for query in plan["locality"]:
-        tokens += prompt_tokens(query["prompt"])
+    prompts = plan["prompts"] + [query["prompt"] for query in plan["locality"]]
+    tokens = sum(map(prompt_tokens, prompts))
     for text in plan["texts"]:
         tokens += min(prompt_tokens(text), config["ppl_max_tokens"])
     return len(plan["edits"]) * len(config["ops"]) * tokens / 2
@@ -103,134 +100,106 @@ edit_facts.passes = _passes
 # --- edits and what they are asked ----------------------------------------------------------------
 
 
-class TokenisedFact:
-    """A planned fact as token ids. targets: {op: a query a prompt, of the object that op is about},
-    of updates where `ops` has them and they can be made; else `note` says why not. locality: the
-    unrelated queries, see `tokenised_facts`."""
+def asked_of(lm, plans, ops=tuple(GOALS), max_tokens=256):
+    """What the edits of planned facts are judged on, a row a fact, op and query: kind ("q_i",
+    "neighbour", "unrelated" or "text"), prompt, object, known, same (of the fact's relation or
+    not), query (ids of prompt and answer), goal (ids of the object that op is about, as it follows
+    q_i). {(fact, op): why it cannot be made}; such have no rows.
 
-    def __init__(self, lm, plan, ops):
-        self.plan = plan
-        self.note = None
-        self.targets = {"erase": _queries(lm, plan, plan["object"])}
-        if plan["new_object"] is None:
-            self.note = f"relation {plan['relation']} has no other object"
-        elif "update" in ops:
-            try:
-                self.targets["update"] = _queries(lm, plan, plan["new_object"])
-            except ValueError as error:
-                self.note = str(error)
-        self.locality = []
-        for query in plan["locality"]:
-            encoded = lm.encode(query["prompt"], query["object"])
-            self.locality.append(_hashable(encoded))
-
-    def answer(self, op):
-        """The object that `op` is about, as it follows q_i; None of an update not to be made."""
-        if op not in self.targets:
-            return None
-        _, answer = self.targets[op][self.plan["query"]]
-        return answer
-
-
-def tokenised_facts(lm, plans, ops):
-    """The `TokenisedFact` of each plan. Unrelated queries get the unedited model's answers: of a
-    known one that is its object, of another as many greedy tokens, asked for once."""
-    facts = [TokenisedFact(lm, plan, ops) for plan in plans]
-    unknown = {}  # {query: the answer the model gives}
-    for fact in facts:
-        for query, about in zip(fact.locality, fact.plan["locality"]):
-            if not about["known"]:
-                unknown[query] = ()
-    prompts = [prompt for prompt, _ in unknown]
-    lengths = [len(answer) for _, answer in unknown]
-    said = map(tuple, greedy_answers(lm, prompts, lengths))
-    unknown = dict(zip(unknown, said))
-    for fact in facts:
-        locality = []
-        for prompt, answer in fact.locality:
-            locality.append((prompt, unknown.get((prompt, answer), answer)))
-        fact.locality = locality
-    return facts
+    An unrelated query's answer is the unedited model's: of a known one that is its object, of
+    another as many greedy tokens, asked for once."""
+    parts = []
+    notes = {}
+    for plan, op in product(plans, ops):
+        try:
+            part = _asked(lm, plan, plan[GOALS[op]])
+        except ValueError as error:
+            notes[plan["fact"], op] = str(error)
+            continue
+        _, goal = part["query"].iloc[plan["query"]]
+        texts = plan["texts"] and encode_entries(lm, plan["texts"], max_tokens)
+        part = pd.concat([part, pd.DataFrame({"query": texts, "kind": "text"})])
+        parts.append(part.assign(fact=plan["fact"], op=op, goal=[goal] * len(part)))
+    asked = pd.concat(parts, ignore_index=True).astype({"known": bool, "same": bool})
+    asked["query"] = [(tuple(prompt), tuple(answer)) for prompt, answer in asked["query"]]
+    unknown = asked.loc[(asked["kind"] == "unrelated") & ~asked["known"], "query"]
+    different = unknown.unique()
+    prompts = [prompt for prompt, _ in different]
+    said = greedy_answers(lm, prompts, [len(answer) for _, answer in different])
+    said = dict(zip(different, zip(prompts, map(tuple, said))))
+    asked.loc[unknown.index, "query"] = unknown.map(said.get)
+    return asked, notes
 
 
-def _queries(lm, plan, answer):
-    """A query a prompt of the fact."""
-    encoded = [lm.encode(prompt, answer) for prompt in plan["prompts"]]
-    return list(map(_hashable, encoded))
-
-
-def _hashable(query):
-    """(ids of a prompt, ids of an answer) as tuples."""
-    return tuple(map(tuple, query))
-
-
-def _asked(lm, fact, op, max_tokens):
-    """What an edit is judged on, a row a query: kind, query, known, and of unrelated ones object,
-    `same`, whether of the fact's relation, and as_new, the query for an update's new object."""
-    plan = fact.plan
-    own = pd.DataFrame({"query": fact.targets[op]})
-    own["known"] = plan["known"]
+def _asked(lm, plan, goal):
+    """The queries of a fact whose answer is `goal`, and the unrelated ones."""
+    if goal is None:
+        raise ValueError(f"relation {plan['relation']} has no other object")
+    own = pd.DataFrame(
+        {
+            "prompt": plan["prompts"],
+            "known": plan["known"],
+            "object": goal,
+        }
+    )
     own["kind"] = "neighbour"
     own.loc[plan["query"], "kind"] = "q_i"
-    unrelated = pd.DataFrame(plan["locality"], columns=["object", "known", "same"])
-    unrelated["kind"] = "unrelated"
-    unrelated["query"] = fact.locality
-    new = fact.answer("update")
-    unrelated["as_new"] = [(prompt, new) for prompt, _ in fact.locality]
-    texts = []
-    if plan["texts"]:
-        texts = encode_entries(lm, plan["texts"], max_tokens)
-    texts = pd.DataFrame({"query": map(_hashable, texts)})
-    texts["kind"] = "text"
-    rows = pd.concat([own, unrelated, texts])
-    rows = rows.astype({"known": bool, "same": bool})
-    return rows.assign(op=op, new_object=plan["new_object"])
+    unrelated = pd.DataFrame(
+        plan["locality"],
+        columns=["prompt", "object", "known", "same"],
+    )
+    rows = pd.concat([own, unrelated.assign(kind="unrelated")])
+    return rows.assign(query=list(map(lm.encode, rows["prompt"], rows["object"])))
 
 
-def _edits(lm, fact, ops, options):
-    """A dict an edit of a fact: the columns that say which, and the change, None where it cannot be
-    made. Equal edits share their `Change`, so that they are computed once."""
-    plan = fact.plan
-    about = {name: plan[name] for name in ABOUT}
-    about["prompt"] = plan["prompts"][plan["query"]]
-    options = options | {
-        "old": fact.answer("erase"),
-        "new": fact.answer("update"),
+def _edits(lm, plan, op, notes, options):
+    """A row an edit of a fact by `op`: which it is, and the `Change`, None where it cannot be made.
+    Equal edits share theirs, so that they are computed once."""
+    edits = pd.DataFrame(plan["edits"])
+    for edit in edits.index[edits["control"] == "matched"]:
+        edits.at[edit, "set"] = matched_neurons(lm, plan, edits.at[edit, "set"])
+    about = {
+        name: plan[name]
+        for name in (
+            "fact",
+            "relation",
+            "subject",
+            "object",
+            "new_object",
+        )
     }
-    sets = {}
-    for edit in plan["edits"]:
-        neurons = edit["set"]
-        if edit["control"] == "matched":
-            neurons = matched_neurons(lm, plan, neurons)
-        sets[edit["neurons"], edit["control"]] = neurons
-    different = {str(neurons): neurons for neurons in sets.values()}
-    for op in ops:
-        changes = {}
-        if op in fact.targets:
-            made = virtual_edits(lm, different.values(), op, **options)
-            changes = dict(zip(different, made))
-        for (name, control), neurons in sets.items():
-            which = {
-                "op": op,
-                "neurons": name,
-                "control": control,
-                "n_neurons": len(neurons),
-                "note": None if op in fact.targets else fact.note,
-                "change": changes.get(str(neurons)),
-            }
-            yield about | which
+    note = notes.get((plan["fact"], op))
+    neurons = edits.pop("set")
+    names = neurons.map(str)
+    changes = {}
+    if note is None:
+        options = options | objects_of(lm, plan, op)
+        made = virtual_edits(lm, neurons[~names.duplicated()], op, **options)
+        changes = dict(zip(names.unique(), made))
+    return edits.assign(
+        **about,
+        prompt=plan["prompts"][plan["query"]],
+        op=op,
+        n_neurons=neurons.map(len),
+        note=note,
+        change=names.map(changes),
+    )
+
+
+def objects_of(lm, plan, op):
+    """old and new of an update, see `edit_weights`: token ids as they follow q_i."""
+    prompt = plan["prompts"][plan["query"]]
+    names = {"old": "object", "new": "new_object"} if op == "update" else {}
+    return {name: lm.encode(prompt, plan[goal])[1] for name, goal in names.items()}
 
 
 def matched_neurons(lm, plan, neurons):
     """For each of a fact's `neurons` one of its layer that is about as active at the end of q_i and
     a KN of none of the fact's queries."""
     prompt = lm.encode_prompt(plan["prompts"][plan["query"]])
-    ids = torch.tensor([prompt], device=lm.device)
-    active = neuron_vectors(lm, ids)[0]  # (L, N)
-    own = set(map(tuple, neurons))
-    kns = set(map(tuple, plan["kns"]))
-    found = active_neurons(own, active.cpu().double(), kns)
-    return sorted(map(list, found))
+    [active] = activations(lm, [prompt])  # (L, N)
+    own, kns = (set(map(tuple, one)) for one in (neurons, plan["kns"]))
+    return sorted(map(list, active_neurons(own, active, kns)))
 
 
 def _scored(lm, changes, rows):
@@ -261,19 +230,14 @@ def _measures(rows):
         p_before=np.exp(rows["log_probability_before"]),
         p_after=np.exp(rows["log_probability"]),
     )
-    for kind in ("q_i", "neighbour", "unrelated"):
-        rows[kind] = rows["kind"] == kind
-    judged = rows.query("q_i & known")["edit"]
-    rows["judged"] = rows["edit"].isin(judged)
+    rows["judged"] = rows["edit"].isin(rows.query("kind == 'q_i' & known")["edit"])
     found = {}
     for name, (value, counted) in MEANS.items():
-        part = rows.query(counted)
-        found[name] = part.groupby("edit")[value].mean()
-    own = rows.query("q_i | neighbour")
+        found[name] = rows.query(counted).groupby("edit")[value].mean()
+    own = rows.query("kind == 'q_i' | kind == 'neighbour'")
     found["reached"] = own.groupby("edit")["reached"].agg(list)
     for name, counted in COUNTS.items():
-        inside = rows.eval(counted)
-        found[name] = inside.groupby(rows["edit"]).sum()
+        found[name] = rows.eval(counted).groupby(rows["edit"]).sum()
     found = pd.DataFrame(found)
     for ending in ("", "_all"):
         parts = found[[f"rel{ending}", f"gen{ending}", f"loc{ending}"]]
@@ -289,10 +253,9 @@ def _shares_of_new_object(lm, changes, rows):
     Of an update to "New York" a query whose edited answer begins with "New" is scored with the
     answer "New York"; one that begins with "The" is not, and counts as no."""
     rows = rows.query("op == 'update' & kind == 'unrelated' & known & object != new_object")
-    new = [answer[0] for _, answer in rows["as_new"]]
-    begun = rows[rows["greedy"].str[0] == new]
-    again = begun[["edit"]].assign(query=begun["as_new"])
-    said = _scored(lm, changes, again)["exact"]
+    begun = rows[rows["greedy"].str[0] == rows["goal"].str[0]]
+    again = [(prompt, tuple(goal)) for (prompt, _), goal in zip(begun["query"], begun["goal"])]
+    said = _scored(lm, changes, begun[["edit"]].assign(query=again))["exact"]
     said = said.reindex(rows.index, fill_value=False)
     return said.groupby(rows["edit"]).mean()
 
@@ -305,17 +268,14 @@ def _perplexities(rows):
     rise = texts["log_probability_before"] - texts["log_probability"]
     broken = rise / tokens > np.log(BROKEN)
     edits = texts.assign(tokens=tokens, broken=broken).groupby("edit")
-    tokens = edits["tokens"].sum()
-    before = np.exp(-edits["log_probability_before"].sum() / tokens)
-    after = np.exp(-edits["log_probability"].sum() / tokens)
-    return pd.DataFrame(
-        {
-            "ppl_before": before,
-            "ppl_after": after,
-            "dppl": (after - before) / before,
-            "broken": edits["broken"].mean(),
-        }
-    )
+    found = pd.DataFrame()
+    for name, total in (
+        ("ppl_before", "log_probability_before"),
+        ("ppl_after", "log_probability"),
+    ):
+        found[name] = np.exp(-edits[total].sum() / edits["tokens"].sum())
+    found["dppl"] = (found["ppl_after"] - found["ppl_before"]) / found["ppl_before"]
+    return found.assign(broken=edits["broken"].mean())
 
 
 # --- in a notebook --------------------------------------------------------------------------------
@@ -329,7 +289,14 @@ def study_plans(study, queries, sets, **changes):
     if parameters["ppl_entries"]:
         shortest = min(MIN_TOKENS, parameters["ppl_max_tokens"])
         texts = usable_texts(lm, perplexity_texts(parameters["corpus"]), shortest)
-    names = ("controls", "own", "t", "n_locality", "ppl_entries", "seed")
+    names = (
+        "controls",
+        "own",
+        "t",
+        "n_locality",
+        "ppl_entries",
+        "seed",
+    )
     return plan_edits(
         queries,
         study.candidates(),
@@ -340,14 +307,7 @@ def study_plans(study, queries, sets, **changes):
     )
 
 
-def run_edits(
-    study,
-    queries,
-    sets,
-    *,
-    facts=None,
-    **changes,
-):
+def run_edits(study, queries, sets, *, facts=None, **changes):
     """(frame of `edit_facts`, omissions) of the facts of `study_plans`; `facts`: ids to keep."""
     plans, omissions = study_plans(study, queries, sets, **changes)
     if facts is not None:
@@ -357,29 +317,34 @@ def run_edits(
     config["ops"] = ["erase", "update"]
     what = ", ".join(sets) if len(sets) < 4 else f"{len(sets)} sets"
     desc = f"{study.model} {study.method} edits, {what}"
-    edits = study.run(edit_facts, [plans], config, desc=desc)
-    return edits, omissions
+    return study.run(edit_facts, [plans], config, desc=desc), omissions
 
 
-def sample_of_facts(frame, size, seed=0):
-    """The ids of a seeded sample of the facts of a frame."""
+def sample_of_facts(frame, size, seed):
+    """The ids of a seeded sample of the facts of a frame; size None: of all."""
     names = sorted(frame["fact"].unique())
     shuffled = np.random.default_rng(seed).permutation(names)
     return sorted(shuffled[:size])
 
 
-def with_more_controls(study, queries, edits, controls, size):
+def with_more_controls(
+    study,
+    queries,
+    edits,
+    controls,
+    size=None,
+    sets=("local", "global"),
+):
     """The `edits` of a sample of `size` facts, and beside them those of other `controls`, without
     perplexity."""
     some = sample_of_facts(edits, size, study.seed)
+    options = dict(own=False, ppl_entries=0)
     more, _ = run_edits(
         study,
         queries,
-        ["local", "global"],
+        sets,
         facts=some,
         controls=controls,
-        own=False,
-        ppl_entries=0,
+        **options,
     )
-    edits = edits[edits["fact"].isin(some)]
-    return pd.concat([edits, more])
+    return pd.concat([edits[edits["fact"].isin(some)], more])

@@ -38,7 +38,6 @@ PAPER_EXAMPLES = [
     ("P39", "Suleiman I", "Shah"),
     ("P39", "Christoph Ahlhaus", "mayor"),
 ]
-ONE_QUERY = "the only usable query of its fact; consistency needs two"
 
 
 # --- the task -------------------------------------------------------------------------------------
@@ -58,12 +57,9 @@ def localise_unit(lm, unit, **spec):
     encoded = []
     for record in unit:
         fact = Fact(**record)
-        for index, prompt in enumerate(fact.prompts):
-            row = {
-                "fact": fact.id,
-                "relation": fact.relation,
-                "subject": fact.subject,
-                "object": fact.object,
+        about = {"fact": fact.id} | record
+        for index, prompt in enumerate(about.pop("prompts")):
+            row = about | {
                 "prompt_index": index,
                 "prompt": prompt,
                 "left_out": None,
@@ -99,29 +95,25 @@ localise_unit.passes = _passes
 
 def _add_numbers(rows, encoded, result):
     """Fill in what the `Attribution` of the queries that could be read says, all in one order."""
-    settled = [None] * len(rows)
-    if result.converged is not None:
-        settled = result.converged.tolist()
-    probability = result.probability.tolist()  # of all queries at once, as a GPU is waited for
-    known = result.known.tolist()
-    evaluations = result.evaluations.tolist()
-    gaps = result.completeness_gap.cpu().numpy()
-    for i, row in enumerate(rows):
-        prompt, answer = encoded[i]
-        scores = result.scores[i]  # (L, N), selected where it is: of a large model half a million
-        kept = scores > STORE_THRESHOLD * scores.max().clamp_min(0)
+    numbers = {
+        "prompt_tokens": [len(prompt) for prompt, _ in encoded],
+        "answer_tokens": [len(answer) for _, answer in encoded],
+        "probability": result.probability.tolist(),
+        "known": result.known.tolist(),
+        "row_budget": result.row_budget,
+        "converged": None if result.converged is None else result.converged.tolist(),
+        "evaluations": result.evaluations.tolist(),
+        "gap": list(result.completeness_gap.cpu().numpy()),
+    }
+    numbers = pd.DataFrame(numbers).to_dict("records")
+    for row, own, scores in zip(rows, numbers, result.scores):
+        kept = scores > STORE_THRESHOLD * scores.max().clamp_min(0)  # (L, N)
         layer, neuron = kept.nonzero(as_tuple=True)
+        row |= own
         row |= {
-            "prompt_tokens": len(prompt),
-            "answer_tokens": len(answer),
-            "probability": probability[i],
-            "known": known[i],
-            "row_budget": result.row_budget,
-            "converged": settled[i],
-            "evaluations": evaluations[i],
-            "gap": gaps[i],
             "layer": layer.int().cpu().numpy(),
             "neuron": neuron.int().cpu().numpy(),
+            # selected where it is: of a large model all are half a million
             "score": scores[kept].cpu().numpy(),
         }
 
@@ -131,7 +123,7 @@ def _add_cas(rows, scores):
     facts = pd.DataFrame(rows).groupby("fact")
     for places in facts.indices.values():
         first = rows[places[0]]
-        for name, values in cas_candidates(scores[places.tolist()]).items():
+        for name, values in cas_candidates(scores[places]).items():
             like = first.get(name, first["score"])  # as precise as what is kept of a query
             first[f"cas_{name}"] = values.astype(like.dtype)
 
@@ -148,28 +140,27 @@ def localise(study, **spec):
     """
     config = {"method": study.method, **spec}
     facts = list(map(asdict, study.facts()))
-    frame = study.run(localise_unit, [facts], config, desc=f"{study.model} {study.method}")
+    frame = study.run(
+        localise_unit,
+        [facts],
+        config,
+        desc=f"{study.model} {study.method}",
+    )
     usable = frame["left_out"].isna()
-    alone = usable.groupby(frame["fact"]).transform("sum") < 2
-    frame.loc[usable & alone, "left_out"] = ONE_QUERY
-    lost = frame[frame["left_out"].notna()]
+    alone = usable & (usable.groupby(frame["fact"]).transform("sum") < 2)
+    frame.loc[alone, "left_out"] = "the only usable query of its fact; consistency needs two"
+    lost = frame.loc[frame["left_out"].notna(), ["fact", "prompt", "left_out"]]
     queries = _usable(frame)
     if queries.empty:
         raise ValueError(
             f"no fact of this run has two usable queries for {study.model}; first reason: "
             f"{lost['left_out'].iloc[0]}"
         )
-    study.save(queries, "queries", localisation=_settings(**config))
-    lost = lost[["fact", "prompt", "left_out"]]
+    settings = asdict(Spec(**config))  # those on which scores depend, beside the method
+    del settings["method"], settings["row_budget"]
+    study.save(queries, "queries", localisation=settings)
     study.save(lost.reset_index(drop=True), "left_out")
     return queries
-
-
-def _settings(**config):
-    """The fields of `Spec` on which scores depend, beside the method."""
-    settings = asdict(Spec(**config))
-    del settings["method"], settings["row_budget"]
-    return settings
 
 
 def _usable(frame):
@@ -180,31 +171,23 @@ def _usable(frame):
 def localise_again(study, facts, what, **spec):
     """The `queries` frame of some facts or wordings, to compare with the run's own; not saved.
 
-    facts: dicts with the fields of `Fact`; what: names the work in the run's record."""
+    facts: a frame with the fields of `Fact`; what: names the work in the run's record."""
     config = {"method": study.method, **spec}
+    facts = facts[["relation", "subject", "object", "prompts"]].to_dict("records")
     desc = f"{study.model} {study.method} {what}"
-    frame = study.run(localise_unit, [facts], config, desc=desc)
-    return _usable(frame)
+    return _usable(study.run(localise_unit, [facts], config, desc=desc))
 
 
-def localise_by_other_rule(
-    study,
-    queries,
-    *,
-    seed=0,
-    **spec,
-):
+def localise_by_other_rule(study, queries, *, seed=0, **spec):
     """A seeded sample of a run's facts by another rule of the integral: by "converged", or by the
     paper's where the run itself used that. A `queries` frame with the column `rule`, saved as
     "other_rule" for notebook 02."""
     other = "right" if spec.get("rule") == "converged" else "converged"
-    names = queries["fact"].unique()
-    shuffled = np.random.default_rng(seed).permutation(names)
-    chosen = shuffled[:OTHER_RULE_FACTS]
-    sample = [asdict(fact) for fact in study.facts() if fact.id in chosen]
+    chosen = np.random.default_rng(seed).permutation(queries["fact"].unique())
+    chosen = chosen[:OTHER_RULE_FACTS]
+    sample = pd.DataFrame([fact for fact in study.facts() if fact.id in chosen])
     spec |= {"rule": other, "steps": Spec.steps}
-    frame = localise_again(study, sample, other, **spec)
-    frame["rule"] = other
+    frame = localise_again(study, sample, other, **spec).assign(rule=other)
     study.save(frame, "other_rule")
     return frame
 
@@ -231,8 +214,7 @@ def localisation_summary(queries, sets):
     mean completeness gap: over layers and queries; largest gap of a layer: of the layers' means
     over queries; both in units of probability."""
     sizes = pd.Series(map(len, sets))
-    layers = [layer for one in sets for layer, _ in one]
-    layers = pd.Series(layers, dtype=float)
+    layers = pd.Series([layer for one in sets for layer, _ in one], dtype=float)
     gaps = np.stack(queries["gap"])  # (Q, L)
     row = {
         "n_queries": len(queries),
@@ -257,7 +239,10 @@ def example_facts(queries, t=0.2):
     if set(PAPER_EXAMPLES) <= set(about.index):
         return about[PAPER_EXAMPLES].tolist()
     facts = facts.dropna(subset="cs2")
-    for wanted in ("n_queries > 2", "known == 1"):  # CS2 of two prompts is CS1
+    for wanted in (
+        "n_queries > 2",
+        "known == 1",
+    ):  # CS2 of two prompts is CS1
         fewer = facts.query(wanted)
         facts = fewer if len(fewer) > 1 else facts
     names = facts.sort_values("cs2", kind="stable")["fact"]
@@ -275,11 +260,9 @@ def example_maps(lm, queries, facts, **spec):
         group = known if len(known) > 1 else group
         chosen.append(group.iloc[[0, -1]])
     maps = pd.concat(chosen)[["fact", "prompt", "object"]]
-    maps = maps.rename(columns={"object": "answer"}).to_dict("records")
-    prompts = [one["prompt"] for one in maps]
-    answers = [one["answer"] for one in maps]
-    found = dense_maps(lm, prompts, answers, **spec)
-    return [one | dense for one, dense in zip(maps, found)]
+    maps = maps.rename(columns={"object": "answer"})
+    found = dense_maps(lm, maps["prompt"].tolist(), maps["answer"].tolist(), **spec)
+    return [one | dense for one, dense in zip(maps.to_dict("records"), found)]
 
 
 def dense_maps(lm, prompts, answers, **spec):
@@ -304,15 +287,7 @@ def activations(lm, prompts):
     return in_batches(lm, map(tuple, prompts), lambda prompt: (len(prompt),), compute)
 
 
-def compare_rules(
-    lm,
-    queries,
-    spec,
-    *,
-    t=0.2,
-    sample=20,
-    seed=0,
-):
+def compare_rules(lm, queries, spec, *, t=0.2, sample=20, seed=0):
     """The rules `COMPARED` against the exact integral, on a seeded sample of a run's queries.
 
     A row a rule, the last being the exact one's own: gradient evaluations a layer (and baseline);
@@ -327,14 +302,10 @@ def compare_rules(
     results = []
     for rule, setting, value in COMPARED:
         by_rule = replace(spec, rule=rule, **{setting: value})
-        found = attribute_encoded(lm, encoded, by_rule, prompts)
-        results.append(found)
-    exact = found.scores
-    rows = []
-    for (rule, _, value), found in zip(COMPARED, results):
-        row = {"rule": rule, "steps or tolerance": value}
-        rows.append(row | _against(found, exact, t))
-    table = pd.DataFrame(rows)
+        results.append(attribute_encoded(lm, encoded, by_rule, prompts))
+    table = pd.DataFrame(_against(found, results[-1].scores, t) for found in results)
+    table.insert(0, "rule", [rule for rule, _, _ in COMPARED])
+    table.insert(1, "steps or tolerance", [value for _, _, value in COMPARED])
     return table if spec.method == "ig" else table.assign(gap=np.nan)
 
 
@@ -344,18 +315,15 @@ def _against(found, exact, t):
     agreement = list(map(jaccard, ours, knowledge_neurons(exact, t)))
     top = exact.abs().amax((1, 2))  # (Q,)
     top = top.clamp_min(1e-30)
-    off = (found.scores - exact).abs()
-    error = off.amax((1, 2)) / top
+    error = (found.scores - exact).abs().amax((1, 2)) / top
     gap = found.completeness_gap.amax(1) / top
-    settled = np.nan
-    if found.converged is not None:
-        settled = found.converged.float().mean().item()
+    settled = found.converged
     return {
         "evaluations": found.evaluations.mean().item(),
         "jaccard": np.mean(agreement),
         "jaccard_p5": np.percentile(agreement, 5),
         "error": error.mean().item(),
         "gap": gap.mean().item(),
-        "converged": settled,
+        "converged": np.nan if settled is None else settled.float().mean().item(),
         "n": len(agreement),
     }

@@ -16,17 +16,15 @@ ARTICLE = r"\b(?:the|a|an) "
 
 
 def sample_queries(queries, n, seed):
-    """At most `n` queries, one a fact, known ones first; the same for every method."""
+    """At most `n` queries, one a fact, known ones first; the same for every method. `prompts`: a
+    list of its prompt."""
     order = np.random.default_rng(seed).permutation(len(queries))
-    shuffled = queries.iloc[order].sort_values(
-        "known",
-        ascending=False,
-        kind="stable",
-    )
-    return shuffled.drop_duplicates("fact").head(n).sort_values(["fact", "prompt_index"])
+    shuffled = queries.iloc[order].sort_values("known", ascending=False, kind="stable")
+    rows = shuffled.drop_duplicates("fact").head(n).sort_values(["fact", "prompt_index"])
+    return rows.assign(prompts=[[prompt] for prompt in rows["prompt"]])
 
 
-def variants(prompt: str, subject: str) -> list[str]:
+def variants(prompt, subject):
     """At most two wordings as close to the prompt as can be: an article dropped, or one added
     before the subject. The last word, at which attribution is read, stays."""
     place = subject_in(subject).search(prompt)
@@ -58,28 +56,29 @@ def noise(
     "quadrature": the query by three rules of the integral; "variants": the query and two
     near-identical wordings; "neighbours": the same facts' queries, to compare. Sampled are queries
     of which two such wordings can be made; where there are none, others, without that kind."""
-    wordings = pd.Series(map(variants, queries["prompt"], queries["subject"]), queries.index)
+    wordings = pd.Series(
+        map(variants, queries["prompt"], queries["subject"]),
+        queries.index,
+    )
     near = queries[wordings.map(len) == GROUP - 1]
     rows = sample_queries(near if len(near) else queries, n, seed)
-    own = spec.get("rule") if spec.get("steps") == STEPS else None
     by_rule = []
     for rule in RULES:
-        if rule == own:
-            by_rule.append(rows)
-        else:
-            again = spec | {"rule": rule, "steps": STEPS}
-            by_rule.append(localise_again(study, _facts(rows), f"noise {rule}", **again))
+        again = spec | {"rule": rule, "steps": STEPS}
+        other = again != spec  # than the run's own
+        found = localise_again(study, rows, f"noise {rule}", **again) if other else rows
+        by_rule.append(found)
     kinds = {"quadrature": pd.concat(by_rule)}
     if len(near):
         worded = rows.assign(prompts=wordings)
-        others = localise_again(study, _facts(worded), "noise wording", **spec)
+        others = localise_again(study, worded, "noise wording", **spec)
         kinds["variants"] = pd.concat([rows, others])
     kinds["neighbours"] = queries[queries["fact"].isin(rows["fact"])]
+    every = pd.concat(kinds, names=["kind"])
     found = []
-    for kind, frame in kinds.items():
-        for (fact, relation), group in frame.groupby(["fact", "relation"], sort=False):
-            row = {"fact": fact, "relation": relation, "kind": kind}
-            found.append(row | agreement(kn_sets(group, t), seed))
+    for keys, group in every.groupby(["fact", "relation", "kind"], sort=False):
+        row = dict(zip(("fact", "relation", "kind"), keys))
+        found.append(row | agreement(kn_sets(group, t), seed))
     return pd.DataFrame(found)
 
 
@@ -95,27 +94,15 @@ def precision(
     """Jaccard of the KN sets of sampled queries in two precisions of the model, a row a query; and
     by how much P(answer) differs; in the run's own they are known."""
     rows = sample_queries(queries, n, seed)
-    own = str(study.lm().dtype).removeprefix("torch.")
     keys, found = ["fact", "relation", "prompt"], []
     for dtype in DTYPES:
         frame = rows
-        if dtype != own:
+        if f"torch.{dtype}" != str(study.lm().dtype):
             other = study.beside(study.model, dtype=dtype)
-            frame = localise_again(other, _facts(rows), dtype, **spec)
+            frame = localise_again(other, rows, dtype, **spec)
         found.append(frame.assign(kn=kn_sets(frame, t))[[*keys, "kn", "probability"]])
-    both = found[0].merge(
-        found[1],
-        on=keys,
-        suffixes=("", "_other"),
-    )
+    both = found[0].merge(found[1], on=keys, suffixes=("", "_other"))
     both["pair"] = " and ".join(DTYPES)
     both["jaccard"] = [jaccard(*sets, empty=np.nan) for sets in zip(both["kn"], both["kn_other"])]
     both["change"] = (both["probability_other"] - both["probability"]).abs()
     return both[[*keys, "pair", "jaccard", "change"]]
-
-
-def _facts(rows) -> list[dict]:
-    """Sampled queries as facts of one prompt each, or of those in their column `prompts`."""
-    if "prompts" not in rows:
-        rows = rows.assign(prompts=[[prompt] for prompt in rows["prompt"]])
-    return rows[["relation", "subject", "object", "prompts"]].to_dict("records")

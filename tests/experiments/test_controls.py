@@ -14,11 +14,8 @@ from qlutils.experiments.consistency import classified_facts
 from qlutils.neurons.others import random_neurons
 from qlutils.show.stats import LEAST, welch
 
-PATTERNS = (
-    "{} lies in the land of",
-    "The capital {} belongs to",
-    "You will find {} in",
-    "It is {}",
+PATTERNS = "{} lies in the land of|The capital {} belongs to|You will find {} in|It is {}".split(
+    "|"
 )
 
 
@@ -46,28 +43,24 @@ def test_null_groups_share_what_their_kind_says(pattern_and_object):
     # {p1, o}, {p2, o}, {p3, o}: one of four neurons is repeated
     assert mean["own"] == mean["same object"] == pytest.approx(1 / 4)
     assert mean["other objects"] == 0 and mean["random"] < 0.01
-    # of one pattern's facts, the pattern's neuron is repeated, and an object's where two facts
-    # happen to share it
+    # the pattern's neuron is repeated, and an object's where two facts happen to share it
     assert found.loc[found["kind"] == "same pattern", "cs2"].between(1 / 4, 1).all()
     assert set(found["kind"]) == set(controls.NULLS) and len(found) == 12 * len(controls.NULLS)
 
 
 def test_a_null_group_that_cannot_be_made_is_counted_not_invented(pattern_and_object):
     found = controls.summarise(controls.null_consistency(pattern_and_object.head(4), 100))
-    found = found.set_index("kind")
-    n = {"own": 1, "random": 1}
-    assert found["n"].to_dict() == dict.fromkeys(controls.NULLS, 0) | n
-    assert found.loc["same pattern", "n_missing"] == 1
-    assert np.isnan(found.loc["same pattern", "cs2"])
+    n = dict.fromkeys(controls.NULLS, 0) | {"own": 1, "random": 1}
+    assert dict(zip(found["kind"], found["n"])) == n
+    assert (found["n_missing"] == 1 - found["n"]).all()
+    assert (found["cs2"].isna() == (found["n"] == 0)).all()
 
 
 def test_random_sets_keep_the_number_in_each_layer():
-    def drawn(seed):
-        rng = np.random.default_rng(seed)
-        return random_neurons({(0, 1), (0, 2), (3, 7)}, 4, rng, outside=False)
-
-    assert all(sorted(layer for layer, _ in drawn(seed)) == [0, 0, 3] for seed in range(20))
-    assert set().union(*map(drawn, range(20))) == set(product((0, 3), range(4)))  # its own, too
+    rngs, neurons = map(np.random.default_rng, range(20)), {(0, 1), (0, 2), (3, 7)}
+    drawn = [random_neurons(neurons, 4, rng, outside=False) for rng in rngs]
+    assert all(sorted(layer for layer, _ in one) == [0, 0, 3] for one in drawn)
+    assert set().union(*drawn) == set(product((0, 3), range(4)))  # its own, too
 
 
 @pytest.mark.parametrize(
@@ -119,47 +112,40 @@ class Stub:
         return pd.DataFrame(rows)
 
 
-def test_noise_compares_three_rules_and_three_wordings_of_one_query(pattern_and_object):
-    study = Stub()
-    found = relocalise.noise(study, pattern_and_object, n=4, t=0.2, seed=0, steps=20)
-    found = controls.summarise(found).set_index("kind")
-    assert study.asked == ["right", "midpoint", "gauss", None] and found["n"].eq(4).all()
-    # neuron 100 thrice, one of its own each
-    assert found.loc["quadrature", ["cs2", "jaccard"]].tolist() == pytest.approx([1 / 4, 1 / 3])
-    # the run's own two neurons, and twice the same two others
-    assert found.loc[["variants", "neighbours"], "cs2"].tolist() == pytest.approx([1 / 2, 1 / 4])
-
-
-@pytest.mark.parametrize("steps, asked", [(20, ["midpoint", "gauss"]), (10, relocalise.RULES)])
-def test_noise_takes_what_the_run_has_where_its_rule_is_one_of_the_three(
-    pattern_and_object, steps, asked
+@pytest.mark.parametrize(
+    "own, asked, shared",
+    [
+        # neuron 100 by two rules and two others by the run's own, which is not asked again
+        (dict(rule="right", steps=20), ["midpoint", "gauss", "right"], (1 / 5, 1 / 9)),
+        (dict(rule="right", steps=10), [*relocalise.RULES, "right"], (1 / 4, 1 / 3)),
+        (dict(steps=20), [*relocalise.RULES, None], (1 / 4, 1 / 3)),  # 100 thrice, an own one each
+    ],
+)
+def test_noise_compares_three_rules_and_three_wordings_of_one_query(
+    pattern_and_object, own, asked, shared
 ):
     study = Stub()
-    options = dict(n=4, t=0.2, seed=0, rule="right", steps=steps)
-    found = relocalise.noise(study, pattern_and_object, **options)
+    found = relocalise.noise(study, pattern_and_object, n=4, t=0.2, seed=0, **own)
     found = controls.summarise(found).set_index("kind")
-    assert study.asked == [*asked, "right"]
-    # neuron 100 by two rules, two others by the run's own: one of five; else as above
-    assert found.loc["quadrature", "cs2"] == pytest.approx(1 / 5 if steps == 20 else 1 / 4)
+    assert study.asked == asked and found["n"].eq(4).all()
+    assert found.loc["quadrature", ["cs2", "jaccard"]].tolist() == pytest.approx(shared)
+    # the run's own two neurons, and twice the same two others
+    assert found.loc[["variants", "neighbours"], "cs2"].tolist() == pytest.approx([1 / 2, 1 / 4])
 
 
 @pytest.mark.parametrize(
     "own, asked", [("float32", ["bfloat16"]), ("float64", ["float32", "bfloat16"])]
 )
 def test_precision_compares_the_sets_of_two_dtypes_query_by_query(pattern_and_object, own, asked):
-    count = len(pattern_and_object)
+    count, study = len(pattern_and_object), Stub(own)
     kns = dict(layer=[[0, 0]] * count, neuron=[[100, 0]] * count)  # as the stub's in float32
-    study, queries = Stub(own), pattern_and_object.assign(**kns)
+    queries = pattern_and_object.assign(**kns, known=pattern_and_object["prompt_index"] == 2)
     found = relocalise.precision(study, queries, n=5, t=0.2, seed=0)
     assert study.asked == asked
     assert found["jaccard"].tolist() == pytest.approx([1 / 3] * 5)
     assert found["change"].tolist() == pytest.approx([0.1] * 5)
-
-
-def test_the_sample_takes_one_query_a_fact_and_known_ones_first(pattern_and_object):
-    queries = pattern_and_object.assign(known=pattern_and_object["prompt_index"] == 2)
-    sample = relocalise.sample_queries(queries, 5, 0)
-    assert len(sample) == 5 and sample["fact"].is_unique and sample["known"].all()
+    # one query a fact, known ones first
+    assert found["fact"].is_unique and set(found["prompt"].str.split().str[0]) == {"You"}
 
 
 # --- split half -----------------------------------------------------------------------------------
@@ -204,7 +190,9 @@ def test_classes_cut_from_noise_do_not_carry_over_though_the_circular_test_is_si
 
 
 def test_the_halves_share_no_query_and_outcomes_come_from_the_second_only():
+    few = facts_with(halved, k=3).assign(fact=lambda rows: rows["fact"] + " of three")
     queries = facts_with(halved)
+    assert len(controls.halves(pd.concat([queries, few]))) == len(queries)
     split = controls.halves(queries)
     assert split.groupby("fact")["half"].value_counts().eq(3).all() and len(split) == len(queries)
     first, second = (split[split["half"] == half] for half in "AB")
@@ -218,11 +206,6 @@ def test_the_halves_share_no_query_and_outcomes_come_from_the_second_only():
         edited = second.assign(edited=second["fact"].map(place))
         row = carried_over(queries, {"planted": edited}, "planted")
         assert (row["n_I"] + row["n_II"] > 0) == some
-
-
-def test_facts_with_fewer_than_four_queries_take_no_part():
-    row = controls.split_half(facts_with(lambda f: 0.5, k=3)).iloc[0]
-    assert row["n_I"] + row["n_II"] == 0 and np.isnan(row["I - II"]) and np.isnan(row["p"])
 
 
 def test_a_small_class_has_no_interval_and_shows_its_number():

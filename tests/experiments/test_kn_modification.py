@@ -2,16 +2,15 @@
 time."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import papermill
 import pytest
 import torch
-from tiny import WORDS, save_checkpoint, save_dataset, tiny_lm, word_tokenizer
+from tiny import tiny_lm
 
-from qlutils import Fact, edit_weights, load_facts, load_model, paths, perplexity
+from qlutils import Fact, edit_weights, paths, perplexity
 from qlutils.experiments import kn_modification
 from qlutils.experiments.cas_editing import cas_spec, cas_sweep
 from qlutils.experiments.edit_tables import (
@@ -27,6 +26,7 @@ from qlutils.neurons.sets import kn_sets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEY = ["neurons", "control"]
+CONTROLS = ["random", "matched", "same_relation", "other_relation"]
 
 
 def ids(text):
@@ -54,25 +54,16 @@ def invented_queries(lm, facts_per_relation=4, prompts=4, seed=0):
 
 def by_generation(lm, prompt, length):
     prompt = torch.tensor([ids(prompt)])
-    options = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
-    out = lm.model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=length,
-        min_new_tokens=length,
-        **options,
-    )
+    tokens = dict(max_new_tokens=length, min_new_tokens=length, pad_token_id=0, eos_token_id=None)
+    mask = torch.ones_like(prompt)
+    out = lm.model.generate(input_ids=prompt, attention_mask=mask, do_sample=False, **tokens)
     return " ".join(map(str, out[0, prompt.shape[1] :].tolist()))
 
 
-def facts_of(queries):
-    named = queries[["relation", "subject", "object"]].drop_duplicates()
-    return [Fact(*names, ("a", "b")) for names in named.itertuples(index=False)]
-
-
 def planned_of(queries, lm, **options):
-    options = dict(num_neurons=lm.num_neurons, ppl_entries=0) | options
-    return plan_edits(queries, facts_of(queries), **options)
+    named = queries[["relation", "subject", "object"]].drop_duplicates()
+    facts = [Fact(*names, ("a", "b")) for names in named.itertuples(index=False)]
+    return plan_edits(queries, facts, **dict(num_neurons=lm.num_neurons, ppl_entries=0) | options)
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +71,7 @@ def planned():
     lm = tiny_lm("llama3")
     queries = invented_queries(lm)
     texts = [" ".join(str(4 + (7 * i + j * j) % 93) for j in range(8 + i)) for i in range(4)]
-    controls = ["random", "matched", "same_relation", "other_relation"]
-    options = dict(controls=controls, n_locality=6, texts=texts, ppl_entries=2)
+    options = dict(controls=CONTROLS, n_locality=6, texts=texts, ppl_entries=2)
     plans, _ = planned_of(queries, lm, **options)
     return lm, queries, json.loads(json.dumps(plans))
 
@@ -95,7 +85,7 @@ def layers(neurons):
 
 
 def test_what_is_drawn_is_what_the_study_asks_for(planned):
-    _, queries, plans = planned
+    lm, queries, plans = planned
     queries = queries.assign(kns=kn_sets(queries))
     every = {fact: set().union(*kns) for fact, kns in queries.groupby("fact")["kns"]}
     relation = dict(zip(queries["fact"], queries["relation"]))
@@ -110,6 +100,9 @@ def test_what_is_drawn_is_what_the_study_asks_for(planned):
         for name in ("local", "global"):
             own, random = sets[name, "none"], sets[name, "random"]
             assert not random & own and (layers(random) == layers(own)).all()
+            matched = matched_neurons(lm, plan, own)
+            assert not set(map(tuple, matched)) & every[plan["fact"]]
+            assert (layers(own) == layers(matched)).all()
             for control in ("same_relation", "other_relation"):
                 found, same = sets[name, control], control == "same_relation"
                 of = [fact for fact, kns in every.items() if found <= kns]
@@ -145,40 +138,33 @@ def mean(values):
     return np.mean(values) if len(values) else np.nan
 
 
+def perplexities(lm, texts):
+    return np.array([perplexity(lm, some, 7) for some in (texts, *([text] for text in texts))])
+
+
 def by_hand(lm, plan, edit, op, clean):
     """An edit's measures, by editing the weights and generating one query at a time."""
     goal = plan["object"] if op == "erase" else plan["new_object"]
     elsewhere = [q for q in plan["locality"] if q["known"] and q["object"] != plan["new_object"]]
     own = [dict(prompt=prompt) for prompt in plan["prompts"]]
-    before = perplexity(lm, plan["texts"], 7)
-    alone = [perplexity(lm, [text], 7) for text in plan["texts"]]
+    before = perplexities(lm, plan["texts"])
     objects = dict(old=ids(plan["object"]), new=ids(plan["new_object"]))
     with edit_weights(lm, edit["set"], op, **objects):
         done = [float((said == goal) == (op == "update")) for said in answers(lm, own, goal)]
         kept = [said == was for said, was in zip(answers(lm, plan["locality"]), clean)]
         new = [said == plan["new_object"] for said in answers(lm, elsewhere, plan["new_object"])]
-        after = perplexity(lm, plan["texts"], 7)
-        each = [perplexity(lm, [text], 7) for text in plan["texts"]]
+        after = perplexities(lm, plan["texts"])
     at, known = plan["query"], plan["known"]
     near = [k for k in range(len(done)) if k != at]
-    sure = [one for one, q in zip(kept, plan["locality"]) if q["known"]]
-    found = dict(
-        rel=done[at] if known[at] else np.nan,
-        gen=mean([done[k] for k in near if known[k]]) if known[at] else np.nan,
-        loc=mean(sure),
-        rel_all=done[at],
-        gen_all=mean([done[k] for k in near]),
-        loc_all=mean(kept),
-        loc_new=mean(new) if op == "update" else np.nan,
-        ppl_before=before,
-        ppl_after=after,
-        dppl=(after - before) / before,
-        broken=mean([now > 1.1 * then for now, then in zip(each, alone)]),
-        n_neurons=len(edit["set"]),
-    )
+    found = dict(rel_all=done[at], gen_all=mean([done[k] for k in near]), loc_all=mean(kept))
+    found["rel"] = done[at] if known[at] else np.nan
+    found["gen"] = mean([done[k] for k in near if known[k]]) if known[at] else np.nan
+    found["loc"] = mean([one for one, q in zip(kept, plan["locality"]) if q["known"]])
     for end in ("", "_all"):
         found[f"avg{end}"] = np.mean([found[f"{name}{end}"] for name in ("rel", "gen", "loc")])
-    return found, done
+    found |= dict(ppl_before=before[0], ppl_after=after[0], dppl=(after[0] / before[0] - 1))
+    found |= dict(loc_new=mean(new) if op == "update" else np.nan, n_neurons=len(edit["set"]))
+    return found | dict(broken=mean(after[1:] > 1.1 * before[1:])), done
 
 
 def test_the_metrics_equal_editing_the_weights_and_generating_one_query_at_a_time(
@@ -202,34 +188,19 @@ def test_the_metrics_equal_editing_the_weights_and_generating_one_query_at_a_tim
     assert frame["loc_new"].nunique() > 1 and frame["broken"].nunique() > 1
 
 
-def test_every_fact_alone_gives_the_numbers_it_has_in_a_unit(planned):
-    lm, _, plans = planned
+def test_edits_give_the_same_numbers_whatever_shares_their_batch(planned):
+    lm, queries, plans = planned
     together = edit_facts(lm, plans, ppl_max_tokens=7)
     parts = [edit_facts(lm, [plan], ppl_max_tokens=7) for plan in plans[:3]]
     alone = pd.concat(parts, ignore_index=True)
     pd.testing.assert_frame_equal(together.iloc[: len(alone)], alone, rtol=1e-9)
-
-
-def test_controls_alone_are_edited_as_beside_the_sets_themselves(planned):
-    lm, queries, plans = planned
-    controls = ["random", "matched", "same_relation", "other_relation"]
-    only, _ = planned_of(queries, lm, controls=controls, own=False, n_locality=6)
-    alone = edit_facts(lm, only).set_index(["fact", *KEY, "op"])
-    beside = edit_facts(lm, [plan | {"texts": []} for plan in plans])
-    beside = beside[beside["control"] != "none"].set_index(["fact", *KEY, "op"])
-    assert set(alone.index) == set(beside.index) and "matched" in alone.index.levels[2]
-    pd.testing.assert_frame_equal(alone.loc[beside.index], beside, rtol=1e-9)
-
-
-def test_matched_neurons_are_of_the_same_layers_and_no_kns_of_the_fact(planned):
-    lm, _, plans = planned
-    frame = edit_facts(lm, plans, ops=["erase"]).set_index(["fact", *KEY])
-    for plan in plans:
-        own = sets_of(plan)["local", "none"]
-        matched = matched_neurons(lm, plan, own)
-        assert (layers(own) == layers(matched)).all()
-        assert not [neuron for neuron in matched if neuron in plan["kns"]]
-        assert frame.loc[(plan["fact"], "local", "matched"), "n_neurons"] == len(matched)
+    only, _ = planned_of(queries, lm, controls=CONTROLS, own=False, n_locality=6)
+    controls = edit_facts(lm, only).set_index(["fact", *KEY, "op"])
+    beside = together[together["control"] != "none"].set_index(["fact", *KEY, "op"])
+    assert set(controls.index) == set(beside.index) and "matched" in controls.index.levels[2]
+    texts = ["ppl_before", "ppl_after", "dppl", "broken"]  # which these controls have none of
+    beside, controls = beside.drop(columns=texts), controls.loc[beside.index].drop(columns=texts)
+    pd.testing.assert_frame_equal(controls, beside, rtol=1e-9)
 
 
 def test_what_cannot_be_measured_is_named_and_counted():
@@ -239,12 +210,9 @@ def test_what_cannot_be_measured_is_named_and_counted():
     queries["score"] = [np.zeros(5) if r == "R2" else np.ones(5) for r in queries["relation"]]
     plans, omissions = planned_of(queries, lm, n_locality=4)
     reasons = omissions["reason"].str.split(":").str[0]
-    assert {
-        ("R1", "rel, gen", "no known query"),
-        ("R1", "update", "relation R1 has no other object to update to"),
-        ("R2", "local", "no neurons"),
-        ("R2", "global", "no neurons"),
-    } <= set(zip(omissions["fact"].str[:2], omissions["what"], reasons))
+    update = ("R1", "update", "relation R1 has no other object to update to")
+    named = {("R1", "rel, gen", "no known query"), update, ("R2", "global", "no neurons")}
+    assert named <= set(zip(omissions["fact"].str[:2], omissions["what"], reasons))
     frame = edit_facts(lm, plans)
     update = frame[frame["op"] == "update"]
     assert len(update) == 8 and update["note"].notna().all() and update["rel_all"].isna().all()
@@ -279,15 +247,14 @@ def test_the_paper_s_values_stand_beside_ours_for_its_models_only(planned):
     frame = edit_facts(lm, plans, ops=["erase"])
     classes = dict(class_static=["I", "II"] * 4, class_otsu=["II", "I"] * 4)
     classes = pd.DataFrame(dict(fact=[p["fact"] for p in plans], **classes))
-    own = measures_table(frame, classes, "demo/gpt2")
-    assert not any(name.endswith("_paper") for name in own)
+    assert not any(measures_table(frame, classes, "demo/gpt2").columns.str.endswith("_paper"))
     paper = measures_table(frame, classes, "gpt2").set_index(["threshold", "class", "neurons"])
     row = paper.loc[("static", "II", "global")].iloc[0]
-    printed = [row[f"{name}_paper"] for name in ("rel", "gen", "loc", "avg", "dppl")]
-    assert printed == [0.65, 0.6, 0.7, 0.65, 2.02]
+    printed = row[[f"{name}_paper" for name in ("rel", "gen", "loc", "avg", "dppl")]]
+    assert printed.tolist() == [0.65, 0.6, 0.7, 0.65, 2.02]
     edits = frame[frame["control"] == "none"]
     mine = edits[(edits["neurons"] == "global") & edits["fact"].isin(classes["fact"][1::2])]
-    assert row["n"] == 4 and np.isnan([row["rel_low"], row["rel_high"]]).all()
+    assert row["n"] == 4 and row[["rel_low", "rel_high"]].isna().all()
     assert row["rel"] == pytest.approx(mine["rel"].mean())
     assert row["dppl"] == pytest.approx(mine["dppl"].median())
     gap = contrasts(edits, "neurons", ("global", "local"), ["loc_all"], ["op"]).iloc[0]
@@ -312,20 +279,18 @@ def table_of(frame):
 
 def test_a_perplexity_that_explodes_is_told_by_its_median_and_its_share_of_broken_texts():
     calm = table_of(edited(20))
-    assert calm["dppl"] == pytest.approx(0.1 * 9.5 / 20)
-    assert calm["broken"] == 0 and calm["dppl_mean"] == pytest.approx(0.1 * 9.5 / 20)
+    assert calm[["dppl", "dppl_mean"]].tolist() == pytest.approx([0.1 * 9.5 / 20] * 2)
     last = np.arange(20) == 19
     row = table_of(edited(20, dppl=np.where(last, 4e10, 0.1), broken=np.where(last, 0.6, 0.0)))
     assert row["dppl"] == row["dppl_high"] == 0.1 and row["broken"] == pytest.approx(0.03)
-    assert np.isnan(row["dppl_mean"])  # 2e9, of one edit
+    assert calm["broken"] == 0 and np.isnan(row["dppl_mean"])  # else 2e9, of one edit
     both = [edited(20, neurons="global", dppl=np.where(last, 4e10, 0.3)), edited(20, dppl=0.1)]
     gap = contrasts(pd.concat(both), "neurons", ("global", "local"), ["dppl"], ["op"]).iloc[0]
     assert gap["difference"] == pytest.approx(0.2) and gap["difference_high"] < 1
 
 
 def test_avg_says_of_how_many_edits_it_is_where_its_parts_are_of_more():
-    """A third of the facts have no known neighbour, so no Gen and no Avg; those have a Rel of 0."""
-    none = np.arange(30) % 3 == 0
+    none = np.arange(30) % 3 == 0  # of a known neighbour: so no Gen, no Avg, and here a Rel of 0
     gen, avg = (np.where(none, np.nan, value) for value in (0.5, 0.8))
     row = table_of(edited(30, rel=np.where(none, 0.0, 1.0), gen=gen, avg=avg))
     assert row["n":"n_empty"].tolist() == [30, 0] and row["avg"] == pytest.approx(0.8)
@@ -353,25 +318,6 @@ def test_the_cas_sweep_varies_one_setting_at_a_time():
 
 
 # --- the notebooks --------------------------------------------------------------------------------
-def teach(folder, facts, steps=60):
-    """Train the checkpoint in `folder` until it answers the facts' prompts."""
-    lm = load_model(folder, device="cpu")
-    optimizer = torch.optim.Adam(lm.model.requires_grad_(True).parameters(), 3e-3)
-    encoded = [lm.encode(prompt, fact.object) for fact in facts for prompt in fact.prompts]
-    longest = max(len(p) + len(a) for p, a in encoded)
-    tokens = torch.zeros(len(encoded), longest, dtype=torch.long)
-    labels = torch.full_like(tokens, -100)
-    for row, (prompt, answer) in enumerate(encoded):
-        here = slice(len(prompt), len(prompt) + len(answer))
-        tokens[row, : here.stop] = torch.tensor(prompt + answer)
-        labels[row, here] = tokens[row, here]
-    for _ in range(steps):
-        optimizer.zero_grad()
-        lm.model(input_ids=tokens, labels=labels).loss.backward()
-        optimizer.step()
-    lm.model.save_pretrained(folder)
-
-
 def check_table(table, edits, sets):
     assert len(table) == 5 * 2 * sets * 2
     every = table[table["threshold"] == "all"].set_index(["op", "neurons"])
@@ -388,23 +334,13 @@ def check_table(table, edits, sets):
 
 def test_notebooks_03_and_07_make_tables_2_and_3_from_their_own_edits(tmp_path, runs, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    words = ["lives", "rome", "oslo", "latin", "norse", "new", "york"]
-    data = save_dataset(tmp_path / "data")
-    model = save_checkpoint(tmp_path / "model", "gpt2", word_tokenizer(WORDS))
-    teach(model, load_facts(data))
-    corpus = tmp_path / "text.txt"
-    texts = [" ".join(words[(i + j) % 7] for j in range(6 + i)) for i in range(5)]
-    corpus.write_text("\n".join(texts) + "\n")
-    shared = dict(model=model, data=data, device="cpu", output="small", corpus=str(corpus))
-    shared |= dict(facts_per_relation=None, ppl_entries=2, ppl_max_tokens=7, n_locality=4)
-    notebooks = {
-        "03_kn_modification": dict(more_controls_facts=2),
-        "07_cas_editing": dict(sweep_facts=2),
-    }
-    for name, others in notebooks.items():
-        source, output = paths.ROOT / "notebooks" / f"{name}.ipynb", tmp_path / f"{name}.ipynb"
-        papermill.execute_notebook(source, output, shared | others, progress_bar=False)
-    results = next(Path(runs / "small" / "results").glob("*/ig"))
+    shared = dict(relations=["P36", "P103"], facts_per_relation=2, device="cpu", output="small")
+    shared |= dict(static_threshold=0.53, ppl_entries=2, ppl_max_tokens=7, n_locality=4)
+    few = {"03_kn_modification": "more_controls_facts", "07_cas_editing": "sweep_facts"}
+    for name, size in few.items():
+        source, output = paths.NOTEBOOKS / f"{name}.ipynb", tmp_path / f"{name}.ipynb"
+        papermill.execute_notebook(source, output, shared | {size: 2}, progress_bar=False)
+    results = runs / "small" / "results" / "demo--gpt2" / "ig"
     for stem, saved, sets in (("table2", "edits", 2), ("table3", "cas_edits", 3)):
         assert all((results / f"{stem}.{kind}").is_file() for kind in ("md", "tex"))
         table = pd.read_csv(results / f"{stem}.csv")

@@ -34,9 +34,8 @@ def results(tmp_path_factory):
     for name in ("04_query_kn_mapping", "05_attention_predominance", "06_knowledge_synapses"):
         book, target, log = NOTEBOOKS / f"{name}.ipynb", folder / f"{name}.ipynb", folder / name
         assert execute(book, target, COMMON | CPU | dict(output="nb"), env, log) == ""
-        outputs = sum(
-            (cell.get("outputs", []) for cell in json.loads(target.read_text())["cells"]), []
-        )
+        cells = json.loads(target.read_text())["cells"]
+        outputs = [output for cell in cells for output in cell.get("outputs", ())]
         text = "".join("".join(output.get("text", "")) for output in outputs)
         assert len(text) > 200 and not re.search(r"\bnan\b", text)
     return folder / "runs" / "nb" / "results" / "demo--gpt2" / "ig"
@@ -64,8 +63,8 @@ def known_of_class(queries, threshold, name):
 
 def test_every_figure_is_written_in_three_formats(results):
     for stem, kind in product(FIGURES, ("png", "pdf", "csv")):
-        assert 200 < (results / f"{stem}.{kind}").stat().st_size
-        assert (results / f"{stem}.png").stat().st_size < 200_000
+        size = (results / f"{stem}.{kind}").stat().st_size
+        assert 200 < size and (kind != "png" or size < 200_000)
 
 
 def test_figure_4_is_the_mean_over_queries_changed_one_by_one(results, queries, lm):
