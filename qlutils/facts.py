@@ -37,7 +37,8 @@ import pooch
 from qlutils import paths
 from qlutils.checks import check, one_of
 
-PATTERNS, FACTS = "pattern_data/graphs_json", "trex_lms_vocab"
+PATTERNS = "pattern_data/graphs_json"
+FACTS = "trex_lms_vocab"
 ANSWER = "[Y]"  # the answer's place in a pattern, and at the end of a prompt that no space follows
 NO_RELATION = "facts"  # of a fact in a file of one's own that names none
 PARAREL_COMMIT = "cb5554678457beb5ac163d888f1ce8cf174b3f0b"
@@ -324,7 +325,8 @@ def _read_facts_file(path):
     of_relation = {}
     for where, fact in _read_jsonl(path, _own_fact):
         if fact.id not in facts:
-            facts[fact.id], lines[fact.id] = fact, where
+            facts[fact.id] = fact
+            lines[fact.id] = where
             of_relation.setdefault(fact.relation, []).append(fact)
         elif fact != facts[fact.id]:
             raise ValueError(

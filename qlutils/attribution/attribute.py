@@ -208,7 +208,8 @@ def _attribute(lm, queries, spec, names):
 
 def _add_batch(lm, batch, spec, found):
     """Add to `found` the mean over an answer's tokens of what those in `batch` give."""
-    passes, starts = [], []
+    passes = []
+    starts = []
     for _, piece in groupby(batch, lambda token: len(token.ids)):
         piece = list(piece)
         ids = on_device([token.ids for token in piece], lm.device)
@@ -237,7 +238,8 @@ def _baselines(lm, ids, prompt_lengths, spec):
     tokens before the one that is attributed stay."""
     if spec.method == "ig":
         return None
-    first, tokenizer = lm.bos_offset, lm.tokenizer
+    first = lm.bos_offset
+    tokenizer = lm.tokenizer
     place = torch.arange(ids.shape[1])
     if spec.method == "amig":
         special = [tokenizer.eos_token_id]

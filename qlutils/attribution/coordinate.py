@@ -31,7 +31,8 @@ class Coordinate:
     def of(cls, begin, end, epsilons):
         """Of layers whose down-projections' outputs go from `begin` L x (Q, B, d) to `end` L x
         (Q, 1, d), each through a norm with an epsilon (infinity: through none)."""
-        centers, floors = [], []
+        centers = []
+        floors = []
         for start, stop, epsilon in zip(begin, end, epsilons):
             start = start.double()
             change = stop.double() - start
@@ -46,7 +47,8 @@ class Coordinate:
 
     def _ends(self, path):
         place = tuple(path.T)
-        center, floor = self.center[place], self.floor[place]
+        center = self.center[place]
+        floor = self.floor[place]
         return center, floor, torch.asinh(-center / floor), torch.asinh((1 - center) / floor)
 
     def alpha(self, path, u):

@@ -68,7 +68,8 @@ class Replay:
     def pick(self, queries):
         """Some of the queries."""
         queries = on_device(queries, self.target.device)
-        clean, paths = self.clean.pick(queries), self.paths.pick(queries)
+        clean = self.clean.pick(queries)
+        paths = self.paths.pick(queries)
         return Replay(self.lm, clean, self.target[queries], paths)
 
     def gradients(self, leaves, rows=None):
@@ -92,7 +93,9 @@ class Replay:
         With 2 points a layer the batch has 0, 2, 4, ... rows a query when it enters layers 0, 1,
         2, ...: a layer runs the rows that are there, then those of its own leaf begin at its
         output."""
-        lm, clean, paths = self.lm, self.clean, self.paths
+        lm = self.lm
+        clean = self.clean
+        paths = self.paths
         points = []
         hidden = clean.inputs[0][:, :0]  # no row yet
         with replaying(lm):
@@ -109,7 +112,8 @@ class Replay:
     def gradients_at_end(self):
         """(Q, L, W) gradients at the paths' ends: the clean pass, whatever the baseline, so that
         one row serves all layers."""
-        lm, points = self.lm, []
+        lm = self.lm
+        points = []
 
         def watch(_, __, output):
             points.append(output)
@@ -130,8 +134,10 @@ class Replay:
     def gradients_at(self, path, alpha, row_budget):
         """(K, W) gradients and (K,) probabilities at `alpha` (K,) of the paths `path` (K, 3: query,
         baseline, layer), in batches of at most `row_budget` rows."""
-        path, alpha = path.numpy(), alpha.numpy()
-        parts, found = [], []
+        path = path.numpy()
+        alpha = alpha.numpy()
+        parts = []
+        found = []
         for chosen in even_batches(path[:, 0], row_budget):
             chosen = chosen[path[chosen, 2].argsort(kind="stable")]
             parts.append(chosen)
@@ -149,7 +155,8 @@ class Replay:
         many columns; row 0 takes the padding. Points of (layer, query) (0, a), (0, a), (0, b),
         (1, b) get rows 1, 2, 1, 2, as b's point of layer 1 comes after its own of layer 0, and the
         leaves 2 columns and 1."""
-        layers, device = self.lm.num_layers, self.target.device
+        layers = self.lm.num_layers
+        device = self.target.device
         query, baseline, layer = path.T
         queries, query = np.unique(query, return_inverse=True)
         row = 1 + _rank(query)
@@ -190,7 +197,8 @@ def even_batches(query, row_budget):
     96 rows of padding, more than `PASS_ROWS`, and gets a batch of its own."""
     queries, count = np.unique(query, return_counts=True)
     order = np.argsort(-count, kind="stable")
-    queries, count = queries[order], count[order]
+    queries = queries[order]
+    count = count[order]
     start = 0
     while start < len(queries):
         most = count[start]

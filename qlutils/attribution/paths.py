@@ -33,7 +33,8 @@ class Paths:
         """From the baselines `starts` (Q, B, L, N), None standing for zero."""
         w = torch.cat(clean.neurons, 1)[:, None]  # (Q, 1, L, N)
         starts = torch.zeros_like(w) if starts is None else starts
-        begin, end = starts.unbind(2), clean.neurons
+        begin = starts.unbind(2)
+        end = clean.neurons
         if spec.site == "down_input":
             end = clean.written
             with torch.no_grad():
@@ -52,7 +53,8 @@ class Paths:
         begin = self.begin[layer]
         query = torch.arange(len(begin), device=begin.device)[:, None]
         dtype = self.factor.dtype  # bfloat16 would round the nodes, too
-        start, end = begin[query, index].to(dtype), self.end[layer].to(dtype)
+        start = begin[query, index].to(dtype)
+        end = self.end[layer].to(dtype)
         return torch.lerp(start, end, node[..., None].to(start)).to(begin.dtype)
 
     def neuron_gradients(self, layer, gradient):

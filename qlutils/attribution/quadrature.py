@@ -52,7 +52,8 @@ def fixed_plan(rule, steps, baselines):
     nodes, weights = quadrature(rule, steps)
     at_end = weights[-1] if nodes[-1] == 1 else 0.0
     if at_end:
-        nodes, weights = nodes[:-1], weights[:-1]
+        nodes = nodes[:-1]
+        weights = weights[:-1]
     if nodes[0] != 0:
         nodes = np.insert(nodes, 0, 0.0)
         weights = np.insert(weights, 0, 0.0)

@@ -71,7 +71,8 @@ def _score(lm, queries, rows, everywhere):
 
     def kind(row):
         prompt, target = queries[row[0]]
-        last, prefix = len(prompt) - 1, prefix_of(row[0])
+        last = len(prompt) - 1
+        prefix = prefix_of(row[0])
         padded = LENGTH_STEP * ceil((last + len(target)) / LENGTH_STEP) - prefix
         scaled = last if lm.scales else 0  # where `scale_neurons` begins, in all rows alike
         return padded, prefix, scaled
@@ -233,7 +234,8 @@ def _check(lm):
     """`UnsupportedModel` for one whose layers cannot be run on rows of our own."""
     ids = sample_ids(lm, 4)
     queries = [(prompt, [token]) for *prompt, token in ids.tolist()]
-    one, other = Change(lm, [(0, 0)]), Change(lm, [(0, 0)])
+    one = Change(lm, [(0, 0)])
+    other = Change(lm, [(0, 0)])
     rows = [(1, one), (0, one), (1, other)]  # not as many as queries, nor in their order
     with sharply(lm) as tolerance:
         logits = lm.model(input_ids=ids[:, :-1], use_cache=False).logits

@@ -47,10 +47,9 @@ def scaled_answer_probabilities(lm, rows, *, answer="all"):
     return np.exp(scores.log_probability)
 
 
-def greedy_answers(lm, prompts, lengths, begun=None):
-    """Greedy decoding of `lengths[i]` tokens after the prompt ids `prompts[i]`; `begun`: the first
-    ones of each, where they are known."""
-    found = [list(one) for one in begun or [()] * len(prompts)]
+def greedy_answers(lm, prompts, lengths):
+    """Greedy decoding of `lengths[i]` tokens after the prompt ids `prompts[i]`."""
+    found = [[] for _ in prompts]
     while going := [i for i, length in enumerate(lengths) if length > len(found[i])]:
         queries = [(prompts[i], [*found[i], 0]) for i in going]  # the last token is not fed
         for i, greedy in zip(going, score_queries(lm, queries).greedy):
@@ -94,7 +93,8 @@ def _hooks(lm, scaling):
 def _generating(model, scaling):
     """Inside, `model.generate` says how long its prompt is: without a cache each of its passes is
     fed the whole text so far."""
-    generate, own = model.generate, model.__dict__.get("generate")
+    generate = model.generate
+    own = model.__dict__.get("generate")
 
     def run(inputs=None, *args, **kwargs):
         names = "input_ids", "inputs_embeds"

@@ -49,7 +49,8 @@ def check_replaceable(lm):
     model's own logits come out; tried once a model."""
     if "attention" in lm.checked:
         return
-    ids, seen = sample_ids(lm, 6), set()
+    ids = sample_ids(lm, 6)
+    seen = set()
     watch = AttentionChange(observe=lambda layer, *_: seen.add(layer))
     trying = refusing("a pass with it replaced")
     try:

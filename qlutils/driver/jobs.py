@@ -17,7 +17,8 @@ from qlutils.study.notebook import Study
 from qlutils.study.parameters import check_given, declared_parameters
 
 # 01 runs per model and method, 02 per model; the others per model and downstream method
-FIRST, LAST = "01", "report"
+FIRST = "01"
+LAST = "report"
 
 
 @dataclass

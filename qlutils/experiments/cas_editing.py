@@ -39,7 +39,8 @@ def cas_of_fact(queries, fact, t, spec):
     """The kept neurons of one fact, the largest CAS first: layer, neuron, mean, std, CAS, in how
     many of the fact's queries each is a KN at `t`, and whether it is `chosen` by `spec`."""
     rows = queries[queries["fact"] == fact]
-    chosen, kns = cas_neurons(rows.iloc[0], **spec), kn_sets(rows, t)
+    chosen = cas_neurons(rows.iloc[0], **spec)
+    kns = kn_sets(rows, t)
     found = kept_neurons(rows.iloc[0], spec["score"])
     found["CAS"] = spec["b1"] * found["mean"] - spec["b2"] * found["std"]
     pairs = list(zip(found["layer"], found["neuron"]))
@@ -51,7 +52,8 @@ def cas_of_fact(queries, fact, t, spec):
 def cas_contrasts(edits, classes, seed=0):
     """CAS less Local and less Global (`against`) in the measures of COMPARED, on the same facts: of
     all facts and of each class."""
-    own, parts = edits[edits["control"] == "none"], {}
+    own = edits[edits["control"] == "none"]
+    parts = {}
     for (name, part), other in product(by_class(own, classes).items(), COMPARED):
         found = contrasts(
             part,

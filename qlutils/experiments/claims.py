@@ -39,9 +39,14 @@ from qlutils.show.stats import LEAST, bootstrap_difference, bootstrap_mean
 from qlutils.show.tables import counted, format_value, too_few
 from qlutils.study.results import Missing
 
-HOLDS, PARTLY, MIXED = "holds", "holds in part", "mixed"
-FAILS, OPPOSITE = "does not hold", "the opposite holds"
-UNTOLD, OPEN, NOT_RUN = "cannot be told", "not testable here", "not run"
+HOLDS = "holds"
+PARTLY = "holds in part"
+MIXED = "mixed"
+FAILS = "does not hold"
+OPPOSITE = "the opposite holds"
+UNTOLD = "cannot be told"
+OPEN = "not testable here"
+NOT_RUN = "not run"
 MARKS = {
     HOLDS: "✓",
     PARTLY: "◐",
@@ -161,7 +166,8 @@ class Case:
         facts = self.facts()
         noise = otsu_null(facts, seed=self.seed)
         for threshold in THRESHOLDS:
-            found, why = share_of_class(facts, threshold, seed=self.seed), ""
+            found = share_of_class(facts, threshold, seed=self.seed)
+            why = ""
             if threshold == "otsu" and found.mean_low <= noise["R_II_high"]:
                 made = "{R_II_low:.0%} to {R_II_high:.0%}".format(**noise)
                 why = f"Otsu's threshold makes {made} of normal noise K_II"
@@ -188,7 +194,8 @@ class Case:
         centred = both["value"] - both.groupby("relation")["value"].transform("mean")
         resampled = both.assign(value=centred, fact=both["relation"], relation="all")
         found = self.apart(resampled, "value", "label", CLASSES)
-        relations, why = both["relation"].nunique(), ""
+        relations = both["relation"].nunique()
+        why = ""
         if relations < LEAST:
             why = f"{relations} relations have facts of both classes; an interval over relations"
             why += f" needs {LEAST}"
@@ -206,7 +213,8 @@ class Case:
         """This model and the next smaller one."""
         if self.before is None:
             raise Missing("it needs a smaller model, earlier in the list, to compare with")
-        facts, smaller = self.facts(), replace(self, model=self.before).facts()
+        facts = self.facts()
+        smaller = replace(self, model=self.before).facts()
         both = pd.concat({"larger": facts, "smaller": smaller}, names=["side"]).reset_index("side")
         both["second"] = second_class(both, "static")
         static = self.apart(
@@ -225,7 +233,8 @@ class Case:
 
     def predominance(self):
         """Whether a fact's wordings attend to one token."""
-        facts, why = self.frame("attention_predominance"), ""
+        facts = self.frame("attention_predominance")
+        why = ""
         if (facts["first"] == 1).all():
             why = "the first token always wins, so it tells how many wordings begin alike"
         every, rest = (self.mean(facts, name) for name in ("predominance", "predominance_rest"))
@@ -258,7 +267,8 @@ class Case:
                 share=True,
             )
             what, one, other = (_LISTED["names"][word] for word in (measure, *levels))
-            told, name = f"{what} of {one} - of {other}", f"{PAPER_OP[op]}, {what}"
+            told = f"{what} of {one} - of {other}"
+            name = f"{PAPER_OP[op]}, {what}"
             statistic = "median" if measure in MEDIANS else "mean"
             yield part(
                 found,
@@ -352,7 +362,8 @@ def overall(board):
     """A row a claim, method and model: `mark`, one word of MARKS; `verdict`, the same with how many
     of its parts that could be tested hold; `known`: that of the parts over known queries, which
     decide nothing; "" where a claim has none."""
-    rows, names = [], ["claim", "text", "method", "model"]
+    rows = []
+    names = ["claim", "text", "method", "model"]
     for keys, parts in board.groupby(names, sort=False):
         first = deciding(parts)
         beside = parts.drop(first.index)
@@ -375,7 +386,8 @@ def _mark(parts):
 
 def _together(parts):
     """That word, and how many parts it rests on: "holds in part (2 of 4, 2 undecided)"."""
-    counts, word = parts["verdict"].value_counts(), _mark(parts)
+    counts = parts["verdict"].value_counts()
+    word = _mark(parts)
     tested = len(parts) - counts.get(OPEN, 0)
     if not tested:
         return f"{OPEN}: {parts['why'].iloc[0]}"

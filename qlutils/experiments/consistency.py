@@ -30,7 +30,8 @@ from qlutils.show.tables import (
     without_empty_paper_columns,
 )
 
-CLASSES, THRESHOLDS = ("I", "II"), ("static", "otsu")
+CLASSES = ("I", "II")
+THRESHOLDS = ("static", "otsu")
 # Wikidata's names of the properties in ParaRel.
 RELATIONS = json.loads(Path(__file__).with_name("relations.json").read_text("utf-8"))
 
@@ -195,11 +196,13 @@ def table_4(facts, model, seed=0):
     rows = []
     for threshold, (method, frame) in product(THRESHOLDS, facts.items()):
         keys = {"threshold": threshold, "method": method}
-        low, high = np.nan, np.nan
+        low = np.nan
+        high = np.nan
         if threshold == "otsu":
             classified = frame.dropna(subset="cs2")
             found = bootstrap_statistic([classified], weighted_otsu, seed=seed)
-            low, high = found.mean_low, found.mean_high
+            low = found.mean_low
+            high = found.mean_high
         row = {
             "value": frame[f"threshold_{threshold}"].iloc[0],
             "at least": low,

@@ -128,7 +128,8 @@ def null_consistency(queries, num_neurons=None, t=0.2, seed=0):
         patterns.append(f"{row.relation} {wording}")
     about = queries[["fact", "relation", "object"]].assign(pattern=patterns)
     codes = {name: pd.factorize(about[name])[0] for name in about}
-    sets, rows = kn_sets(queries, t), []
+    sets = kn_sets(queries, t)
+    rows = []
     for (fact, relation), group in queries.groupby(["fact", "relation"], sort=False):
         for kind, chosen in NULLS.items():
             rng = seeded(seed, fact, kind)
@@ -153,7 +154,8 @@ def subject_in(subject):
 
 def _draw(codes, start, alike, rng):
     """Rows of a group of GROUP queries, or fewer where the data has no more that fit."""
-    members, allowed = [start], True
+    members = [start]
+    allowed = True
     while len(members) < GROUP:
         for name, same in alike.items():
             allowed &= (codes[name] == codes[name][members[-1]]) == same
@@ -285,7 +287,8 @@ def knowledge(queries, *, t=0.2, static=0.1, seed=0):
 def answered_and_not(queries, t=0.2, seed=0):
     """`agreement` of a fact's answered wordings and of its others, a row each, of the facts with at
     least 3 of both: fact, relation, known, cs2, jaccard."""
-    queries, rows = queries.assign(sets=kn_sets(queries, t)), []
+    queries = queries.assign(sets=kn_sets(queries, t))
+    rows = []
     for (fact, relation), group in queries.groupby(["fact", "relation"], sort=False):
         if min(group["known"].sum(), (~group["known"]).sum()) < GROUP:
             continue

@@ -49,11 +49,11 @@ def plan_edits(
     facts (`_locality`), and `ppl_entries` texts, the same for all of the fact's edits."""
     edited = _edited(sets, controls, own)
     _check(texts, ppl_entries)
-    queries = queries.reset_index(drop=True)
-    queries["kns"] = kn_sets(queries, t)
+    queries = queries.reset_index(drop=True).assign(kns=lambda frame: kn_sets(frame, t))
     others = OtherFacts(queries, queries["kns"])
     objects = pd.DataFrame(facts).groupby("relation")
-    plans, omissions = [], []
+    plans = []
+    omissions = []
     for fact, group in queries.groupby("fact", sort=False):
         draw = partial(_generator, seed, fact)
         plan = _plan(group, objects, draw)

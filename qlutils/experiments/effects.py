@@ -94,7 +94,8 @@ def _irrelevant(queries, row, seed):
 
 def _other_facts_neurons(queries, sets, kind, seed):
     """For each query sorted neurons of one other fact, of its relation or of another."""
-    others, drawn = OtherFacts(queries, sets), []
+    others = OtherFacts(queries, sets)
+    drawn = []
     for fact, index, neurons in zip(queries["fact"], queries["prompt_index"], sets):
         rng = seeded(seed, fact, index, kind)
         found = others.draw(
@@ -209,7 +210,8 @@ def contrast(frame, first, second, seed=0):
     """Statistics of `query_gaps` by threshold, queries counted and class, and of the difference of
     the classes, "II - I" (n queries and n_facts of II, n_other and n_facts_other of I). Queries
     where a rate is undefined are left out."""
-    gaps, rows = query_gaps(frame, first, second), []
+    gaps = query_gaps(frame, first, second)
+    rows = []
     for threshold, queries, which in product(THRESHOLDS, COUNTED, (*CLASSES, "II - I")):
         found = class_gap(POPULATIONS[queries](gaps), which, threshold, seed)
         keys = {"threshold": threshold, "queries": queries, "class": which}

@@ -57,9 +57,12 @@ class Reading(Case):
     # -- statistics in words -----------------------------------------------------------------------
     def told(self, row, words):
         """`words` of a value and its interval, with n facts where they are not all of the run."""
-        value, low, high = row["value"], row["value_low"], row["value_high"]
+        value = row["value"]
+        low = row["value_low"]
+        high = row["value_high"]
         text = UNTOLD if np.isnan(low) else words(value, low, high)
-        n, every = counted(row, "n_facts"), self.frame("queries")["fact"].nunique()
+        n = counted(row, "n_facts")
+        every = self.frame("queries")["fact"].nunique()
         return text if n in (f"{every}", f"{every} and {every}") else f"{text} (n = {n})"
 
     def say(self, found, words, measure="mean"):
@@ -156,7 +159,9 @@ class Reading(Case):
 
     def more_facts(self) -> tuple[dict, list]:
         """Claims of which nothing can be told: {claim: facts that would tell}, and others."""
-        facts, needs, never = self.facts()["cs2"].count(), {}, []
+        facts = self.facts()["cs2"].count()
+        needs = {}
+        never = []
         for number in self.marks().get(UNTOLD, ()):
             parts = deciding(self.board[self.board["claim"] == number]).to_dict("records")
             times = min(times_the_facts(CLAIMS[number], row) for row in parts)
@@ -191,7 +196,9 @@ def times_the_facts(claim, row):
     """By how much the facts must be multiplied to tell a part of a claim, if its value stays: an
     interval narrows with the root of n, and each side needs `stats.LEAST` facts. Infinite where
     more facts would not do."""
-    value, low, high = row["value"], row["value_low"], row["value_high"]
+    value = row["value"]
+    low = row["value_low"]
+    high = row["value_high"]
     if row["verdict"] == UNTOLD:
         distance = min(abs(value - claim.low), abs(value - claim.high))
         return (max(value - low, high - value) / distance) ** 2 if distance else np.inf
@@ -219,7 +226,8 @@ TOPICS = dict(re.findall(r"(?ms)^## (.*?)\n(.*?)(?=^##|\Z)", _TEXT))
 def in_short(saved, board, **options):
     """topic, model, sentence: a row a sentence, ten topics of each model of which anything was
     run. options: t, static and seed of a `Case`."""
-    method, rows = (saved.downstream or saved.methods)[0], []
+    method = (saved.downstream or saved.methods)[0]
+    rows = []
     board = board[board["method"] == method]
     ran = set(board.loc[board["statistic"] != "", "model"])
     models = [model for model in saved.models if paths.label(model) in ran] or saved.models

@@ -167,7 +167,9 @@ def _where(own, other, first):
         "by_column": own.sum((0, 1)),
     }
     for name, start in (("", 0), ("_rest", first)):
-        mine, size, jaccard = own[..., start:], np.nan, np.nan
+        mine = own[..., start:]
+        size = np.nan
+        jaccard = np.nan
         if other is not None:
             theirs = other[..., start:]
             union = (mine | theirs).sum()

@@ -10,7 +10,8 @@ from qlutils.experiments.controls import GROUP, agreement, subject_in
 from qlutils.experiments.localize import localise_again
 from qlutils.neurons.sets import jaccard, kn_sets
 
-RULES, STEPS = ("right", "midpoint", "gauss"), 20
+RULES = ("right", "midpoint", "gauss")
+STEPS = 20
 DTYPES = ("float32", "bfloat16")
 ARTICLE = r"\b(?:the|a|an) "
 
@@ -94,7 +95,8 @@ def precision(
     """Jaccard of the KN sets of sampled queries in two precisions of the model, a row a query; and
     by how much P(answer) differs; in the run's own they are known."""
     rows = sample_queries(queries, n, seed)
-    keys, found = ["fact", "relation", "prompt"], []
+    keys = ["fact", "relation", "prompt"]
+    found = []
     for dtype in DTYPES:
         frame = rows
         if f"torch.{dtype}" != str(study.lm().dtype):

@@ -59,7 +59,9 @@ class SavedResults:
 
     def __init__(self, study, models, methods, downstream):
         self.study = study
-        self.models, self.methods, self.downstream = models, methods, downstream
+        self.models = models
+        self.methods = methods
+        self.downstream = downstream
         # each is read once
         self.of, self.entry, self.frame = cache(self.of), cache(self.entry), cache(self.frame)
 
@@ -110,7 +112,8 @@ class SavedResults:
     def read_all(self, number, read) -> tuple[dict, list[str]]:
         """{(model, method): read(model, method)} of all that notebook `number` runs for, and of
         which it is `Missing`, and why."""
-        found, missing = {}, []
+        found = {}
+        missing = []
         for model, method in product(self.models, self.methods_of(number)):
             try:
                 found[model, method] = read(model, method)
@@ -258,7 +261,8 @@ def other_neurons(saved, seed=0) -> tuple[pd.DataFrame, list[str]]:
     found, missing = saved.frames("query_kn_mapping")
     few = dict(directions=("average",), populations=("all",), seed=seed)
     for pair, frame in found.items():
-        table, parts = summary(frame, frame["set"].unique(), **few), []
+        table = summary(frame, frame["set"].unique(), **few)
+        parts = []
         for (threshold, name), part in table.groupby(["threshold", "class"], sort=False):
             label = f"K_{name}, {threshold}"
             names = {
@@ -345,7 +349,8 @@ def show_figure_6(saved, stem, threshold="static", seed=0):
     """ΔValue and ΔProb of scaling a query's own synapses S and, hollow, those of an irrelevant
     query, by direction, else as Figure 4."""
     found, missing = saved.frames("knowledge_synapses")
-    tables, sets = [], ("self", "irrelevant")
+    tables = []
+    sets = ("self", "irrelevant")
     for (pair, frame), quantity in product(found.items(), QUANTITIES.values()):
         rows = synapse_rates(frame, quantity)
         table = summary(

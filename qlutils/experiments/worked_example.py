@@ -33,7 +33,8 @@ def worked_example(lm, plan, **options):
     its locality queries before and after. options: those of `edit_weights`."""
     asked, _ = asked_of(lm, [plan])
     asked["asked"] = asked["kind"].replace("neighbour", "rephrasing")
-    answers, texts = [], []
+    answers = []
+    texts = []
     for op, rows in asked[asked["kind"] != "text"].groupby("op", sort=False):
         objects = objects_of(lm, plan, op)
         before, text = _replies(lm, rows)

@@ -28,7 +28,9 @@ def final_logits(lm, hidden):
 def token_scores(lm, hidden, target):
     """For the last layer's output `hidden` (K, d): log-probabilities (K,) of the tokens `target`
     (K,), and the most probable tokens (K,)."""
-    size, log_p, best = max(1, LOGITS // lm.arch.head.weight.shape[0]), [], []
+    size = max(1, LOGITS // lm.arch.head.weight.shape[0])
+    log_p = []
+    best = []
     for part, token in zip(hidden.split(size), target.split(size)):
         logits = final_logits(lm, part)
         log_p.append(logits.gather(1, token[:, None])[:, 0] - torch.logsumexp(logits, -1))
@@ -68,7 +70,8 @@ def _probability(lm, hidden, target, need_grad):
 
     Both sums over the vocabulary run in chunks with a running maximum, so no (R, V) matrix is kept.
     """
-    weight, dtype = lm.arch.head.weight, lm.score_dtype
+    weight = lm.arch.head.weight
+    dtype = lm.score_dtype
     top = hidden.new_full((len(hidden), 1), float("-inf"), dtype=dtype)
     total = torch.zeros_like(top)  # sum_v exp(logit_v - top)
     mean = torch.zeros_like(hidden, dtype=dtype)  # sum_v exp(logit_v - top) t'_v W_v

@@ -250,7 +250,8 @@ def use_fused_modules(model, norms):
 @torch.no_grad()
 def _fused(norm):
     """torch's RMSNorm if it computes what `norm` does, else `norm` itself."""
-    weight, epsilon = getattr(norm, "weight", None), _epsilon(norm)
+    weight = getattr(norm, "weight", None)
+    epsilon = _epsilon(norm)
     if weight is None or epsilon is None:
         return norm
     fused = nn.RMSNorm(weight.shape, eps=epsilon, device="meta").train(False)
@@ -293,7 +294,8 @@ def join_call_arguments(name, values, queries, length):
     tensors = [value for value in values if isinstance(value, Tensor)]
     if not tensors:
         return values[0]
-    sample, joined = tensors[0], []
+    sample = tensors[0]
+    joined = []
     are_masks = sample.dim() == 4
     for value, count in zip(values, queries):
         if are_masks and value is None:  # the prompt is shorter than the window
@@ -321,7 +323,8 @@ def value_vectors(down):
 def plain_weight(module):
     """The matrix that a projection or an embedding holds. `UnsupportedModel` where a forward pass
     may use another: what is written to this one would be lost, what is read from it be wrong."""
-    weight, reason = module._parameters.get("weight"), ""
+    weight = module._parameters.get("weight")
+    reason = ""
     if weight is None:
         reason = (
             "its weight is made from other tensors before each use (pruning, weight_norm, "

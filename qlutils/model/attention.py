@@ -22,7 +22,8 @@ from transformers.masking_utils import eager_mask
 
 from qlutils.model.trace import by_name, hooked
 
-EXACT, PREFIX = "qlutils_exact", "qlutils_prefix"
+EXACT = "qlutils_exact"
+PREFIX = "qlutils_prefix"
 ACTIVE = []  # every `AttentionChange` whose context is entered, outermost first
 SHARED = threading.local()  # `prefix`: keys and values that the layer now running attends to
 # What the interface's further arguments may be: `_weights` reads two of them, and the others change
@@ -45,7 +46,9 @@ def exact_attention(module, query, key, value, attention_mask, **options):
     weights (B, H, R, K), both after the changes active on `module`.
     """
     _check_options(module, options)
-    (batch, heads, rows, width), kv_heads, columns = query.shape, key.shape[1], key.shape[2]
+    (batch, heads, rows, width) = query.shape
+    kv_heads = key.shape[1]
+    columns = key.shape[2]
     grouped = query.reshape(batch, kv_heads, -1, width)
     scores = (grouped @ key.mT).view(batch, heads, rows, columns)
     if attention_mask is not None:
@@ -67,7 +70,8 @@ def prefix_attention(module, query, key, value, attention_mask, **options):
     """
     _check_options(module, options)
     prefix_key, prefix_value, padding = SHARED.prefix
-    (queries, heads, rows, width), kv_heads = query.shape, key.shape[1]
+    (queries, heads, rows, width) = query.shape
+    kv_heads = key.shape[1]
     grouped = query.reshape(queries, kv_heads, -1, rows, width)
     key, value = key[:, :, None], value[:, :, None]  # (Q, Hkv, 1, P, dh), one for all of a group
     own = (grouped * key).sum(-1).flatten(2)  # (Q, Hkv, H / Hkv * P)
@@ -237,7 +241,8 @@ class AttentionChange:
     def _by_position(self, factors, weights):
         """(B or 1, H, 1, K) factors of the attended positions, from those of the columns (B or 1,
         H, C)."""
-        attended, columns = weights.shape[-1], factors.shape[-1]
+        attended = weights.shape[-1]
+        columns = factors.shape[-1]
         column = torch.arange(attended, device=weights.device)[None]  # (B or 1, K)
         column = column + max(0, self.total - attended)  # what a window has dropped
         if self.padding is not None:

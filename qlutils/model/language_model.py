@@ -41,7 +41,9 @@ class LanguageModel:
                 "(DataParallel: its `module`; PeftModel: what `merge_and_unload()` returns; a "
                 "compiled one, which leaves out hooks: `_orig_mod`)"
             )
-        self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.name = name
         self.model.requires_grad_(False)
         self.in_use = RLock()  # held by the thread that computes, see `passes.computing`
         self.scales = []  # what contexts of `change.scaling` change now, outermost first
@@ -57,8 +59,10 @@ class LanguageModel:
     def _find_parts(self):
         architecture.use_fused_modules(self.model, norms=self.model.device.type == "cuda")
         self.arch = architecture.find_architecture(self.model)
-        self.layers, self.downs = self.arch.layers, self.arch.downs
-        self.num_layers, self.num_neurons = len(self.layers), self.arch.num_neurons
+        self.layers = self.arch.layers
+        self.downs = self.arch.downs
+        self.num_layers = len(self.layers)
+        self.num_neurons = self.arch.num_neurons
         embeddings = self.model.get_input_embeddings(), self.arch.head
         self.num_embeddings = min(module.weight.shape[0] for module in embeddings)  # tokens
         text = self.model.config.get_text_config()
@@ -279,7 +283,8 @@ class LanguageModel:
                     f"{name} must be a list of texts, one answer a prompt; got {kind}: "
                     f"{str(texts)[:60]!r}"
                 )
-        prompts, answers = list(prompts), list(answers)
+        prompts = list(prompts)
+        answers = list(answers)
         if len(prompts) != len(answers):
             raise ValueError(
                 f"{len(prompts)} prompts but {len(answers)} answers; give one answer a prompt"

@@ -24,7 +24,8 @@ from qlutils.model.language_model import LanguageModel
 
 # Of a repository, without the copies of the weights that some hold in other formats.
 MODEL_FILES = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
-ADAPTER, INDEX = "adapter_config.json", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+INDEX = "model.safetensors.index.json"
 BUNDLED = ("demo/gpt2", "demo/llama2", "demo/llama3")
 
 
@@ -43,7 +44,8 @@ def load_model(
     """
     if not isinstance(name_or_path, (str, Path)) or not str(name_or_path).strip():
         raise ValueError(f"model must be a name or a folder, got {name_or_path!r}")
-    name, device = str(name_or_path), find_device(device)
+    name = str(name_or_path)
+    device = find_device(device)
     if dtype is not None:
         one_of("dtype", dtype, DTYPES)
     if name in BUNDLED or pretrained.is_gguf(name):  # loaded at once: a bar would be litter
@@ -98,7 +100,8 @@ def find_device(device: str | None) -> torch.device:
     there."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kinds, reason = ("cpu", "mps", "cuda"), ""
+    kinds = ("cpu", "mps", "cuda")
+    reason = ""
     if isinstance(device, str) and device.split(":")[0] in kinds:
         try:
             return torch.empty(0, device=device).device

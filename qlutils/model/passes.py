@@ -120,7 +120,8 @@ class CleanPass:
 
     def arguments(self, layer, queries):
         """Those of the layer's call for rows of the queries `queries` (R,); None: as they are."""
-        call, batch = self.calls[layer], len(self.inputs[0])
+        call = self.calls[layer]
+        batch = len(self.inputs[0])
         if queries is None:
             return dict(call)
         return {name: pick_call_argument(name, call[name], batch, queries) for name in call}
@@ -140,7 +141,8 @@ class PrefixCache:
         if self.query_of_row is None:
             SHARED.prefix = old_key, old_value, self.clean.padding
             return key, value
-        old_key, old_value = old_key[self.query_of_row], old_value[self.query_of_row]
+        old_key = old_key[self.query_of_row]
+        old_value = old_value[self.query_of_row]
         return torch.cat([old_key, key], -2), torch.cat([old_value, value], -2)
 
     def get_seq_length(self, layer_idx=0):
@@ -179,14 +181,17 @@ def clean_pass(lm, ids, site=None, prefix=None):
     """Run the first `prefix` tokens (default: all but the last one) of `ids` (Q, T), then the
     others, and record how every layer is called for these, and the neurons at `site`, if any."""
     prefix = ids.shape[1] - 1 if prefix is None else prefix
-    body, cache, held = lm.model.base_model, None, None
+    body = lm.model.base_model
+    cache = None
+    held = None
     if prefix:
         cache = DynamicCache()
         body(input_ids=ids[:, :prefix], use_cache=True, cache=cache)
         held = [(layer.keys, layer.values) for layer in cache.layers]
     rest = ids[:, prefix:]
 
-    neurons, written = [], []
+    neurons = []
+    written = []
 
     def read(call):  # OPT flattens batch and sequence; Falcon adds to what is written in place
         neurons.append(_neurons(lm, site, call).reshape(*rest.shape, -1))

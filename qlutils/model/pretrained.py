@@ -301,9 +301,11 @@ def _check_settings(name, config, fields):
     def said(key):
         return fields[key].contents() if key in fields else None
 
-    architecture, wrong = said("general.architecture"), ""
+    architecture = said("general.architecture")
+    wrong = ""
     for key, attribute in SETTINGS.items():
-        value, found = said(f"{architecture}.{key}"), getattr(config, attribute, None)
+        value = said(f"{architecture}.{key}")
+        found = getattr(config, attribute, None)
         if value is None or (found is None and key == "attention.key_length"):
             continue  # heads of width / heads: of any other width, the weights would not fit
         if found is None or abs(found - value) > 1e-6 * abs(value):

@@ -40,7 +40,8 @@ def differ(found, wanted, size, tolerance):
 
 def sample_ids(lm, length):
     """(2, `length`) tokens to check a model on, drawn from its vocabulary."""
-    generator, shape = torch.Generator().manual_seed(0), (2, min(length, lm.context))
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, min(length, lm.context))
     ids = torch.randint(0, lm.num_embeddings, shape, generator=generator, device="cpu")
     return ids.to(lm.device)
 
@@ -113,7 +114,8 @@ def verify(lm):
         own = _causal_logits(lm, ids, tolerance)
     problem = None
     for layout, adds in product(("sequence", "batch"), (True, False)):  # faster ones first
-        lm.layout, lm.adds_mlp_output = layout, adds
+        lm.layout = layout
+        lm.adds_mlp_output = adds
         try:
             with refusing("A replay"):
                 _check_replay(lm, ids, own)

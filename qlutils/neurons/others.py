@@ -24,7 +24,8 @@ def active_neurons(neurons, active, but=()):
     """For each neuron another of its layer, neither in `neurons` nor in `but`, each used once,
     whose |activation| is nearest; the most active neurons choose first. active: (L, N)."""
     strength = np.abs(np.asarray(active, np.float64))
-    taken, found = set(neurons) | set(but), set()
+    taken = set(neurons) | set(but)
+    found = set()
     order = sorted(neurons, key=lambda pair: (-strength[pair], pair))
     for layer, neuron in order:
         gap = np.abs(strength[layer] - strength[layer, neuron])  # (N,)
@@ -53,7 +54,8 @@ class OtherFacts:
         """As many neurons in each layer as `neurons`, drawn among the KNs of one fact that `rng`
         chooses, less those of `fact`; fewer where it has fewer. It has another subject and object,
         and is of the same relation or of another. Empty where no fact is."""
-        own, others = self.facts.loc[fact], self.facts
+        own = self.facts.loc[fact]
+        others = self.facts
         if same_relation:
             others = others[others["relation"] == own["relation"]]
         for place in rng.permutation(len(others)):

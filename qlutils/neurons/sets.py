@@ -63,7 +63,8 @@ def kn_sets(queries, t=0.2):
             fact, prompt = queries.iloc[row][["fact", "prompt_index"]]
             raise ValueError(f"query {fact} prompt {prompt} has non-finite attribution scores")
         keep = above_share(score, t)
-        layer, neuron = list_cell(layer, int), list_cell(neuron, int)
+        layer = list_cell(layer, int)
+        neuron = list_cell(neuron, int)
         sets.append(as_set(layer[keep], neuron[keep]))
     return sets
 

@@ -353,7 +353,8 @@ def bars_with_intervals(frame, ax, *, x, hue, y="mean", base=0):
     n = groups[x].transform("size")
     width = 0.8 / n.max()
     middles = groups.ngroup() + width * (groups.cumcount() - (n - 1) / 2)
-    low, high = f"{y}_low", f"{y}_high"
+    low = f"{y}_low"
+    high = f"{y}_high"
     drawn = frame.dropna(subset=[y, low, high])
     for middle in middles.drop(drawn.index):
         ax.annotate("–", (middle, base), ha="center", va="bottom")
@@ -697,7 +698,8 @@ def save_figure(fig, stem, folder, data) -> dict[str, Path]:
 
 def _small_png(fig):
     for dpi in (200, 150, 100):
-        drawn, small = io.BytesIO(), io.BytesIO()
+        drawn = io.BytesIO()
+        small = io.BytesIO()
         fig.savefig(drawn, format="png", dpi=dpi)
         image = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
         image.save(

@@ -196,7 +196,8 @@ def bootstrap_statistic(frames, statistic, draws=1000, seed=0) -> Estimate:
 def mean_columns(frame, values, seed=0, share=False):
     """The means of several columns side by side, each with its interval, and n, as one row of a
     table. n is that of the last column; one with another n has its own, n_<column>."""
-    row, counts = {}, {}
+    row = {}
+    counts = {}
     for value in values:
         row |= bootstrap_mean(frame, value, seed=seed, share=share).row("mean", value)
         counts[f"n_{value}"] = row["n"]
@@ -371,7 +372,8 @@ def permutation_test(
         raise ValueError(f"fact {fact!r} has two labels")
     relations = facts.groupby("relation")
     first = (facts[label] == "I").to_numpy()
-    n1, n2 = first.sum(), (~first).sum()
+    n1 = first.sum()
+    n2 = (~first).sum()
     counts = dict(n1=n1, n2=n2)
     if not relations[label].nunique().max() > 1:
         return dict(within=np.nan, p=np.nan) | counts

@@ -125,7 +125,8 @@ def too_few(row):
 
 def verdict(row, name="mean"):
     """What the 95 % interval of a value says about 0, in words."""
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    low = row[f"{name}_low"]
+    high = row[f"{name}_high"]
     if pd.isna(low):
         return f"not testable here ({too_few(row)})"
     if low > 0:
