@@ -35,10 +35,9 @@ from qlutils.model.loading import BUNDLED
 from qlutils.study.parameters import declared_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
-README, LIST = (
-    (ROOT / "README.md").read_text("utf-8"),
-    (ROOT / "notebooks" / "README.md").read_text("utf-8"),
-)
+README = (ROOT / "README.md").read_text("utf-8")
+LIST = (ROOT / "notebooks/README.md").read_text("utf-8")
+MADE = (ROOT / "figures/README.md").read_text("utf-8")
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 PARAREL = ROOT.parent / "shared" / "data" / "pararel" / "data"
@@ -138,7 +137,7 @@ def room(tmp_path, runs, monkeypatch, capsys):
     return SimpleNamespace(folder=tmp_path, runs=runs, patch=monkeypatch, capsys=capsys)
 
 
-@pytest.mark.parametrize("command", commands(README))
+@pytest.mark.parametrize("command", commands(README + MADE))
 def test_every_command_does_what_the_readme_says(command, room):
     runner(command)(shlex.split(command), room)
 
@@ -249,13 +248,17 @@ def pretrained_run(words, room):
     use_pararel(room)
     jobs = jobs_of(words[1:])
     assert {job.model for job in jobs} - {None} <= set(pretrained.SOURCES)
-    localise = [job.parameters for job in jobs if job.notebook.stem == "01_localize"]
-    known = "--known-prompts" in words  # the runs of figures/known and figures/known-pararel
-    for parameters in localise:
-        assert (parameters["known_prompts"], parameters.get("rule") == "converged") == (
-            3 * known,
-            known,
-        )
+    assert len({job.model for job in jobs} - {None}) == sum("pretrained/" in word for word in words)
+    for job in jobs:
+        if job.notebook.stem == "01_localize":
+            known = 3 * ("--known-prompts" in words)
+            rule = "converged" if "converged" in words else None
+            assert (job.parameters["known_prompts"], job.parameters.get("rule")) == (known, rule)
+
+
+@runs_commands(r"\./run_all\.sh --output sample")
+def sample_run(words, room):
+    assert count(jobs_of(words[1:])) == count(jobs_of([]))
 
 
 @runs_commands(r"\./run_all\.sh --refresh")
@@ -527,7 +530,10 @@ def test_a_notebook_that_breaks_is_not_taken_for_one_that_asks(tmp_path, runs):
 # --- links, files, numbers ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["README.md", "notebooks/README.md", "qlutils/demo/MODEL_CARD.md"])
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "notebooks/README.md", "figures/README.md", "qlutils/demo/MODEL_CARD.md"],
+)
 def test_every_relative_link_leads_to_a_file(name):
     text, folder = (ROOT / name).read_text("utf-8"), (ROOT / name).parent
     links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if "://" not in link]
@@ -728,21 +734,19 @@ def test_what_the_paper_found_is_what_it_prints():
     assert {place: rows[place]["the paper"] for place in wanted} == wanted
 
 
+def marks(folder, model):
+    """A claim's mark by `ig` and, where it was run and differs, by `amig`."""
+    for row in committed(folder, "scoreboard", model=model, method="ig"):
+        claim = dict(model=model, claim=row["claim"])
+        other = {one["method"]: one["mark"] for one in committed(folder, "scoreboard", **claim)}
+        by_amig = other.get("amig", row["mark"])
+        yield row["mark"] + f" (`amig`: {by_amig})" * (by_amig != row["mark"])
+
+
 def test_the_marks_of_the_claims_are_the_committed_ones():
     rows = table(README, "### Which of the paper's claims hold")
-    for name, (folder, model) in COLUMNS.items():
-        board = committed(folder, "scoreboard", model=model, method="ig")
-        marks = [(row["claim"], row["mark"]) for row in board]
-        assert [(row["claim"].split()[0], row[name]) for row in rows] == marks
-    other = {}
-    for row in committed(KNOWN, "scoreboard", method="amig"):
-        other.setdefault(row["claim"], []).append(row["mark"])
-    by_ig = {row["claim"].split()[0]: [*row.values()][1:3] for row in rows}
-    assert all(other[claim] == by_ig[claim] for claim in ("1", "6", "7", "9", "10"))
-    assert (other["2"], other["3"][1]) == (["cannot be told"] * 2, "holds in part")
-    assert (
-        "By `amig` 1, 6, 7, 9 and 10 are marked alike, 2 cannot be told, 3 holds in part" in README
-    )
+    for name, where in COLUMNS.items():
+        assert [row[name] for row in rows] == [*marks(*where)]
 
 
 def told(name, pattern):
@@ -767,27 +771,31 @@ def sentences():
     yield f"in {' and '.join(inside)} of those kept the answer stands in the subject"
     answered = [told(name, r"against three others .*: (.*) more")[0] for name in (small, large)]
     yield f"{answered[0]} higher than of three others of the same facts in SmolLM2, {answered[1]} in"
-    known, cs2, of_ii = [], [], []
+    known = []
     for name in (small, large):
-        own = own_folder(ANY, COLUMNS[name][1])
-        [localised] = committed(own, "ig/localisation")
+        [localised] = committed(own_folder(ANY, COLUMNS[name][1]), "ig/localisation")
         known.append(localised["n_known"])
-        cs2.append(interval(committed(own, "all/consistency", method="ig")[0], "cs2"))
-        [static] = committed(own, "all/table1", threshold="static", method="ig")
-        of_ii.append(share(static, "R_II"))
-    yield f"the models answer {' and '.join(known)} of {int(localised['n_queries']):,} queries"
-    yield f"CS2 is {' and '.join(cs2)}, with {' and '.join(of_ii)} K_II"
-    of_amig, overlap, sizes = [], [], []
+    queries = f"{int(localised['n_queries']):,}"
+    yield f"answer few ({' and '.join(known)} of {queries} queries of *any fact*)"
+    [cs2] = committed(own_folder(*COLUMNS[varied]), "all/consistency", method="ig")
+    static = dict(threshold="static", method="ig")
+    [row] = committed(own_folder(*COLUMNS[varied]), "all/table1", **static)
+    yield f"share least ({float(cs2['cs2']):.2f}, {share(row, 'R_II')} K_II"
+    kept = []
     for name in (small, large):
         own = own_folder(*COLUMNS[name])
-        of_amig.append(interval(committed(own, "all/consistency", method="amig")[0], "cs2"))
-        [static] = committed(own, "all/table1", threshold="static", method="amig")
-        assert float(static["R_II"]) == 0
+        edits = dict(**ALL, op="erasure")
+        for neurons in ("local", "local (random)"):
+            [row] = committed(own, "amig/table3", **edits, neurons=neurons)
+            kept.append(share(row, "loc"))
+    yield f"{kept[0]} of other facts stay (random ones {kept[1]}); in Gemma {kept[2]}"
+    overlap = []
+    sizes = []
+    for name in (small, large):
         own = own_folder(ANY, COLUMNS[name][1])
         rules = committed(own, "all/by_rule", method="amig")
         overlap.append(f"{float(rules[0]['jaccard']):.2f}")
         sizes.append(" in place of ".join(f"{float(rule['mean_size']):.0f}" for rule in rules))
-    yield f"By `amig`, converged, the known facts have {' and '.join(of_amig)}, and no K_II either"
     yield f"it has a Jaccard index of {overlap[0]} with the converged ones in SmolLM2 ({sizes[0]} neurons)"
     yield f"of {overlap[1]} in Gemma ({sizes[1]}; {rules[0]['n']} facts each)"
     halves = [told(name, r"by Otsu's (.*?) more")[0] for name in (small, large)]
