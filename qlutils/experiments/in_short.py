@@ -106,10 +106,14 @@ class Reading(Case):
         folder = Path(path)
         return folder.parent.name if folder.name == "data" else folder.name
 
-    def ran(self, number):
-        """The methods for which a notebook was run with the model."""
+    def ran(self, number, **given):
+        """The methods for which a notebook was run with the model, and with `given` parameters."""
         entries, _ = self.saved.read_all(number, partial(self.saved.entry, number))
-        return [method for model, method in entries if model == self.model]
+        methods = []
+        for (model, method), entry in entries.items():
+            if model == self.model and given.items() <= entry["parameters"].items():
+                methods.append(method)
+        return methods
 
     def inside(self):
         """In which share of the facts the answer stands in the subject."""
