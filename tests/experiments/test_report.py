@@ -487,7 +487,7 @@ def test_a_mark_is_one_word_for_all_parts_of_a_claim(verdicts, mark):
 class Saved:
     """The saved results of models, given by hand: {model: {name: frame}}."""
 
-    methods, downstream = ["ig", "sig"], ["ig"]  # sig was not run
+    methods, downstream = ["ig", "sig", "amig"], ["ig"]  # sig was not run, amig by another rule
     methods_of, read_all = report.SavedResults.methods_of, report.SavedResults.read_all
 
     def __init__(self, frames):
@@ -504,7 +504,8 @@ class Saved:
         for name, notebook in report.FRAMES.items():
             if notebook == number:
                 self.frame(model, method, name)
-        given = dict(data="demo", rule="right", steps=20, known_prompts=3)
+        rule = "converged" if method == "amig" else "right"
+        given = dict(data="demo", rule=rule, steps=20, known_prompts=3)
         return dict(facts=24, parameters=given)
 
 
