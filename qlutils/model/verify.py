@@ -5,7 +5,7 @@ the model's own. In half precision a wrong replay hides in the rounding, so such
 float32 meanwhile, one layer at a time.
 
 Shapes: Q queries of equal length T, d the residual width, W the width of what a layer's site module
-gives (see `passes.site_module`), V the vocabulary.
+gives (see `passes.site_modules`), V the vocabulary.
 """
 
 from contextlib import ExitStack, contextmanager
