@@ -208,10 +208,10 @@ def _attribute(lm, queries, spec, names):
 
 def _add_batch(lm, batch, spec, found):
     """Add to `found` the mean over an answer's tokens of what those in `batch` give."""
+    pieces = [list(piece) for _, piece in groupby(batch, lambda token: len(token.ids))]
     passes = []
     starts = []
-    for _, piece in groupby(batch, lambda token: len(token.ids)):
-        piece = list(piece)
+    for piece in pieces:
         ids = on_device([token.ids for token in piece], lm.device)
         passes.append(clean_pass(lm, ids, spec.site))
         starts.append(_baselines(lm, ids, [token.prompt_length for token in piece], spec))
@@ -220,13 +220,23 @@ def _add_batch(lm, batch, spec, found):
     clean = join_passes(passes)
     del passes  # the memory of what was joined
     raw = integrate(lm, clean, target, starts, spec)
-    for place, token in enumerate(batch):  # of which some may be of one query
-        for name in ("scores", "completeness_gap", "evaluations"):
-            getattr(found, name)[token.query] += getattr(raw, name)[place] / token.used
-        found.probability[token.query] *= raw.probability[place]
-        found.known[token.query] &= raw.known[place]
+    # A piece's texts are equally long, so of different queries: it is added at once. Token by token
+    # takes a GPU of small models a quarter more operations.
+    stop = 0
+    for piece in pieces:
+        part = slice(stop, stop + len(piece))
+        stop = part.stop
+        places = [token.query for token in piece]
+        used = torch.tensor([token.used for token in piece])
+        found.evaluations[places] += raw.evaluations[part] / used
         if spec.rule == "converged":
-            found.converged[token.query] &= raw.converged[place]
+            found.converged[places] &= raw.converged[part]
+        query = on_device(places, lm.device)
+        used = on_device(used, lm.device)
+        found.scores[query] += raw.scores[part] / used[:, None, None]
+        found.completeness_gap[query] += raw.completeness_gap[part] / used[:, None]
+        found.probability[query] *= raw.probability[part]
+        found.known[query] &= raw.known[part]
 
 
 def _baselines(lm, ids, prompt_lengths, spec):
