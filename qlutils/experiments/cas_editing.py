@@ -19,10 +19,7 @@ from qlutils.neurons.cas import cas_neurons, kept_neurons
 from qlutils.neurons.sets import kn_sets
 
 # What the paper claims of CAS: to gain Gen against Local, and Loc and dPPL against Global.
-COMPARED = {
-    "local": ("rel", "gen", "avg"),
-    "global": ("loc", "dppl", "broken", "avg"),
-}
+COMPARED = {"local": ("rel", "gen", "avg"), "global": ("loc", "dppl", "broken", "avg")}
 
 
 def cas_spec(parameters):
@@ -71,13 +68,7 @@ def size_contrasts(study, queries, edits, classes):
     """CAS less as many neurons of the largest mean attribution, of all facts and of each class;
     `edits`: those of CAS."""
     sets = {"cas": cas_spec(study.parameters)}
-    edits = with_more_controls(
-        study,
-        queries,
-        edits,
-        ["strongest"],
-        sets=sets,
-    )
+    edits = with_more_controls(study, queries, edits, ["strongest"], sets=sets)
     parts = {}
     for name, part in by_class(edits, classes).items():
         controls = ("none", "strongest")

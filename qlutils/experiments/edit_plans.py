@@ -15,13 +15,7 @@ from qlutils.neurons.sets import kn_sets
 # Other neurons, edited in place of a set: as many in each layer, drawn at random, as active at q_i
 # but no KNs of the fact, KNs of one other fact of the same relation or of another; and as many in
 # all, of the largest mean score over the fact's queries, perhaps in the set.
-CONTROLS = (
-    "random",
-    "matched",
-    "same_relation",
-    "other_relation",
-    "strongest",
-)
+CONTROLS = ("random", "matched", "same_relation", "other_relation", "strongest")
 
 
 def plan_edits(
@@ -118,17 +112,11 @@ def _new_object(first, objects, rng):
 def _unmeasured(plan):
     """(what, reason) of all that a fact cannot be measured on."""
     if not any(plan["known"]):
-        yield (
-            "rel, gen",
-            "no known query: only in the columns over all queries",
-        )
+        yield "rel, gen", "no known query: only in the columns over all queries"
     elif sum(plan["known"]) == 1:
         yield "gen", "no known neighbour of q_i: Gen is undefined"
     if plan["new_object"] is None:
-        yield (
-            "update",
-            f"relation {plan['relation']} has no other object to update to",
-        )
+        yield "update", f"relation {plan['relation']} has no other object to update to"
     for edit in plan["edits"]:
         if edit["control"] == "none" and not edit["set"]:
             yield edit["neurons"], "no neurons: nothing is edited"

@@ -57,7 +57,7 @@ def each_query(unit):
             yield fact, i, about
 
 
-def units(queries, t=None, *, irrelevant=None, other=None) -> list[list[dict]]:
+def units(queries, t=None, *, irrelevant=None, other=None):
     """The facts of a `queries` frame as one unit for the tasks of notebooks 04-06.
 
     A fact is a dict: fact, relation, object, and lists over its queries: prompts, prompt_index.
@@ -98,12 +98,7 @@ def _other_facts_neurons(queries, sets, kind, seed):
     drawn = []
     for fact, index, neurons in zip(queries["fact"], queries["prompt_index"], sets):
         rng = seeded(seed, fact, index, kind)
-        found = others.draw(
-            neurons,
-            fact,
-            rng,
-            same_relation=kind == "same_relation",
-        )
+        found = others.draw(neurons, fact, rng, same_relation=kind == "same_relation")
         drawn.append(sorted(found))
     return drawn
 

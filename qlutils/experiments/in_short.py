@@ -138,7 +138,7 @@ class Reading(Case):
         cs2 = facts["cs2_3"]
         return facts.assign(three=(cs2 <= self.static).astype(float).where(cs2.notna()))
 
-    def split(self) -> list[str]:
+    def split(self):
         """The parts of the claim that the classes differ."""
         rows = self.board[self.board["claim"] == 2].to_dict("records")
         if not rows[0]["statistic"]:
@@ -161,7 +161,7 @@ class Reading(Case):
         claims = overall(self.board).groupby("mark")["claim"].agg(list)
         return {mark: claims[mark] for mark in MARKS if mark in claims}
 
-    def more_facts(self) -> tuple[dict, list]:
+    def more_facts(self):
         """Claims of which nothing can be told: {claim: facts that would tell}, and others."""
         facts = self.facts()["cs2"].count()
         needs = {}

@@ -28,10 +28,7 @@ from qlutils.neurons.others import active_neurons
 # then, on average, less than a tenth as likely as before. The paper's largest mean dPPL, 2.02, is
 # a factor of 3; a few texts beyond 10 (factors of 1e10 occur) would decide a mean alone.
 BROKEN = 10.0
-GOALS = {
-    "erase": "object",
-    "update": "new_object",
-}  # what an operation is about
+GOALS = {"erase": "object", "update": "new_object"}  # what an operation is about
 # What is averaged over which of an edit's queries. Rel and Gen are those of edits on a known query.
 MEANS = {
     "rel": ("reached", "kind == 'q_i' & judged"),
@@ -135,13 +132,7 @@ def _asked(lm, plan, goal):
     """The queries of a fact whose answer is `goal`, and the unrelated ones."""
     if goal is None:
         raise ValueError(f"relation {plan['relation']} has no other object")
-    own = pd.DataFrame(
-        {
-            "prompt": plan["prompts"],
-            "known": plan["known"],
-            "object": goal,
-        }
-    )
+    own = pd.DataFrame({"prompt": plan["prompts"], "known": plan["known"], "object": goal})
     own["kind"] = "neighbour"
     own.loc[plan["query"], "kind"] = "q_i"
     unrelated = pd.DataFrame(
@@ -158,16 +149,8 @@ def _edits(lm, plan, op, notes, options):
     edits = pd.DataFrame(plan["edits"])
     for edit in edits.index[edits["control"] == "matched"]:
         edits.at[edit, "set"] = matched_neurons(lm, plan, edits.at[edit, "set"])
-    about = {
-        name: plan[name]
-        for name in (
-            "fact",
-            "relation",
-            "subject",
-            "object",
-            "new_object",
-        )
-    }
+    keys = ("fact", "relation", "subject", "object", "new_object")
+    about = {name: plan[name] for name in keys}
     note = notes.get((plan["fact"], op))
     neurons = edits.pop("set")
     names = neurons.map(str)
@@ -198,7 +181,8 @@ def matched_neurons(lm, plan, neurons):
     a KN of none of the fact's queries."""
     prompt = lm.encode_prompt(plan["prompts"][plan["query"]])
     [active] = activations(lm, [prompt])  # (L, N)
-    own, kns = (set(map(tuple, one)) for one in (neurons, plan["kns"]))
+    own = set(map(tuple, neurons))
+    kns = set(map(tuple, plan["kns"]))
     return sorted(map(list, active_neurons(own, active, kns)))
 
 
@@ -289,14 +273,7 @@ def study_plans(study, queries, sets, **changes):
     if parameters["ppl_entries"]:
         shortest = min(MIN_TOKENS, parameters["ppl_max_tokens"])
         texts = usable_texts(lm, perplexity_texts(parameters["corpus"]), shortest)
-    names = (
-        "controls",
-        "own",
-        "t",
-        "n_locality",
-        "ppl_entries",
-        "seed",
-    )
+    names = ("controls", "own", "t", "n_locality", "ppl_entries", "seed")
     return plan_edits(
         queries,
         study.candidates(),

@@ -25,7 +25,6 @@ from qlutils.show.page import export_html, folded, missing_html, shown
 from qlutils.show.plots import figure_bars
 from qlutils.show.tables import paper, paper_notes
 from qlutils.study.identity import differing
-from qlutils.study.notebook import Study
 from qlutils.study.results import Missing, read_record
 
 NOTEBOOKS = {  # by number; `paths.NOTEBOOKS` is their folder
@@ -63,9 +62,11 @@ class SavedResults:
         self.methods = methods
         self.downstream = downstream
         # each is read once
-        self.of, self.entry, self.frame = cache(self.of), cache(self.entry), cache(self.frame)
+        self.of = cache(self.of)
+        self.entry = cache(self.entry)
+        self.frame = cache(self.frame)
 
-    def of(self, model, method=None) -> Study:
+    def of(self, model, method=None):
         """The study of a model and method, with the report's parameters; for what it saved and for
         new units."""
         return self.study.beside(model, method=method)
@@ -95,7 +96,7 @@ class SavedResults:
         except ValueError as error:
             raise Missing(str(error)) from None
 
-    def file(self, number, name, model, method=None) -> Path:
+    def file(self, number, name, model, method=None):
         """A table or figure that a notebook wrote."""
         self.entry(number, model, method)
         path = self.of(model, method).results / name
@@ -109,7 +110,7 @@ class SavedResults:
     def methods_of(self, number):
         return {"01": self.methods, paths.COMPARES: [None]}.get(number, self.downstream)
 
-    def read_all(self, number, read) -> tuple[dict, list[str]]:
+    def read_all(self, number, read):
         """{(model, method): read(model, method)} of all that notebook `number` runs for, and of
         which it is `Missing`, and why."""
         found = {}
@@ -121,13 +122,13 @@ class SavedResults:
                 missing.append(f"{_name(model, method)}: {error}")
         return found, missing
 
-    def table(self, number, stem) -> tuple[pd.DataFrame, list[str]]:
+    def table(self, number, stem):
         """A notebook's table of all models (and methods, if several) under one another, and what is
         missing."""
         found, missing = self.read_all(number, partial(self.read_table, number, stem))
         return together(found, len(self.methods_of(number)) > 1), missing
 
-    def frames(self, name) -> tuple[dict, list[str]]:
+    def frames(self, name):
         """{(model, method): a saved frame of FRAMES}, and what is missing."""
         return self.read_all(FRAMES[name], partial(self.frame, name=name))
 
@@ -226,7 +227,7 @@ def null_groups(saved, t=0.2, seed=0, load_models=True):
     return together(found).replace({"kind": names})
 
 
-def query_outcomes(saved, model, method) -> dict[str, pd.DataFrame]:
+def query_outcomes(saved, model, method):
     """{name: frame with fact, prompt_index, value}: what was measured a query beside CS2, as far as
     it was run. Gen has a row a known neighbour of the query that was `edited`."""
     found = {}
@@ -255,7 +256,7 @@ def _reached(edits, queries):
     return each[each["edited"] != each["prompt_index"]].astype({"value": float})
 
 
-def other_neurons(saved, seed=0) -> tuple[pd.DataFrame, list[str]]:
+def other_neurons(saved, seed=0):
     """Trimmed mean dProb (both directions averaged) of every set that notebook 04 scales, by
     class; all queries."""
     found, missing = saved.frames("query_kn_mapping")

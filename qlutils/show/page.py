@@ -108,12 +108,7 @@ def _page(body):
         return match[0]
 
     pictures = r'<strong>(?P<bold>.*?)</strong>|alt="No description[^"]*"'
-    body = re.sub(
-        pictures,
-        described,
-        body,
-        flags=re.S,
-    )
+    body = re.sub(pictures, described, body, flags=re.S)
     title, end, parts = body.partition("</h1>")
     return template(Path(__file__).with_name("page.html")).render(
         title=Markup(title + end),
