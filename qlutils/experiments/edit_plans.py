@@ -142,7 +142,8 @@ def _edits(group, query, edited, num_neurons, others, draw):
         elif control.endswith("_relation"):
             same = control == "same_relation"
             neurons = others.draw(neurons, first["fact"], rng, same_relation=same)
-        # those of "matched" are found by `edit_facts`, as it takes the model
+        else:  # those of "matched" are found by `edit_facts`, as it takes the model
+            assert control in ("none", "matched"), control
         edits.append(
             {
                 "neurons": name,

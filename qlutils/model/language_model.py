@@ -63,8 +63,6 @@ class LanguageModel:
         self.downs = self.arch.downs
         self.num_layers = len(self.layers)
         self.num_neurons = self.arch.num_neurons
-        embeddings = self.model.get_input_embeddings(), self.arch.head
-        self.num_embeddings = min(module.weight.shape[0] for module in embeddings)  # tokens
         text = self.model.config.get_text_config()
         self.num_heads = text.num_attention_heads
         self.rope_switches = architecture.rope_switches(text)
@@ -79,6 +77,12 @@ class LanguageModel:
     @property
     def dtype(self) -> torch.dtype:
         return self.arch.head.weight.dtype
+
+    @property
+    def num_embeddings(self) -> int:
+        """How many tokens the model both reads and writes."""
+        embeddings = self.model.get_input_embeddings(), self.arch.head
+        return min(len(module.weight) for module in embeddings)
 
     @property
     def score_dtype(self) -> torch.dtype:
