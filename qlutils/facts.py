@@ -419,9 +419,10 @@ def _lines_of(source):
 
 
 def _wikitext_lines():
-    pinned = {"repo_type": "dataset", "revision": WIKITEXT_COMMIT}
     try:
-        path = huggingface_hub.hf_hub_download(*WIKITEXT, **pinned)
+        path = huggingface_hub.hf_hub_download(
+            *WIKITEXT, repo_type="dataset", revision=WIKITEXT_COMMIT
+        )
     except Exception as error:  # the hub has a class for every way of being offline
         raise ValueError(
             f"WikiText-2 {WIKITEXT} is neither in the cache nor to be downloaded: go online once, "
