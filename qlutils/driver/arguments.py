@@ -37,9 +37,7 @@ OPTIONS = {
     },
     "--downstream-methods": {
         **METHOD_LIST,
-        "default": ["ig"],
-        "metavar": "METHOD",
-        "help": "whose neurons 03-07 use (default: ig, as in the paper)",
+        "help": "whose neurons 03-07 use (default: ig, as in the paper, or --methods without it)",
     },
     "--data": {
         "default": "demo",

@@ -103,7 +103,8 @@ def shared_parameters(args):
     for model in args.models:
         model_content(model)  # ValueError for a bundled model or a folder that is not there
     models = [_absolute(model) if paths.is_local(model) else model for model in args.models]
-    lists = dict(models=models, methods=args.methods, downstream_methods=args.downstream_methods)
+    downstream = args.downstream_methods or (["ig"] if "ig" in args.methods else args.methods)
+    lists = dict(models=models, methods=args.methods, downstream_methods=downstream)
     same = "relations known_prompts seed device dtype output".split()
     return {
         **{name: getattr(args, name) for name in same},

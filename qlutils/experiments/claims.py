@@ -411,13 +411,14 @@ def judge(study, notebook, methods=None, **thresholds):
             raise Missing(str(error)) from None
 
     methods = methods or [study.method]
-    options = dict(notebook=notebook, seed=study.seed, **thresholds)
     board = scoreboard(
         get,
         [study.model],
         methods,
         methods,
-        **options,
+        notebook=notebook,
+        seed=study.seed,
+        **thresholds,
     )
     verdicts = shown(overall(board).drop(columns=["model", "mark"]))
     parts = folded("Every part", board.drop(columns=["text", "model"]), digits=3)
