@@ -7,7 +7,6 @@ from scipy import stats as scipy_stats
 
 from qlutils.experiments import consistency
 from qlutils.neurons.sets import otsu_threshold
-from qlutils.show import stats
 from qlutils.show.stats import (
     LEAST,
     bootstrap_difference,
@@ -352,11 +351,3 @@ def test_intervals_of_the_least_number_of_facts_cover_what_they_promise(kind):
     for other, wanted in zip((0, 60), COVERED[kind]):
         found = coverage(kind, LEAST, other)
         assert (found >= np.array(wanted) - 3).all()  # 3: two errors of 200 samples
-
-
-def test_fewer_facts_than_the_least_would_cover_less(monkeypatch):
-    monkeypatch.setattr(stats, "LEAST", 4)
-    for kind in ("normal", "skewed"):
-        mean, _, trimmed = coverage(kind, 4)
-        promised = COVERED[kind][0]
-        assert mean < promised[0] - 3 and trimmed < promised[2] - 3
