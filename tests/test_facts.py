@@ -203,24 +203,14 @@ def test_perplexity_texts_leave_out_headings_and_empty_lines(tmp_path):
     file.write_text(text, "utf-8")
     assert perplexity_texts(file) == ["One = two .", "Another one ."]
     assert perplexity_texts(str(tmp_path)) == perplexity_texts(file)
-    file.write_text(" = Only a heading = \n")
-    with pytest.raises(ValueError, match="test.txt.*no paragraph"):
-        perplexity_texts(file)
 
 
-def test_wikitext_from_the_hub_reads_parquet_and_says_what_to_do_offline(tmp_path, monkeypatch):
+def test_wikitext_from_the_hub_reads_parquet(tmp_path, monkeypatch):
     texts = pd.DataFrame({"text": ["", " = Title = \n", " A paragraph . \n"]})
     texts.to_parquet(tmp_path / "t.parquet")
     download = "huggingface_hub.hf_hub_download"
     monkeypatch.setattr(download, lambda *_, **__: str(tmp_path / "t.parquet"))
     assert perplexity_texts("wikitext-2") == ["A paragraph ."]
-
-    def offline(*_, **__):
-        raise OSError("no route")
-
-    monkeypatch.setattr(download, offline)
-    with pytest.raises(ValueError, match="go online once.*no route"):
-        perplexity_texts("wikitext-2")
 
 
 @pytest.mark.skipif(not (SHARED / "wikitext-2").is_dir(), reason="no ../shared/data/wikitext-2")

@@ -11,7 +11,7 @@ import argparse
 import math
 import random
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -35,8 +35,7 @@ LEARNING_RATE = 2e-3
 SEED = 0
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):
     """What differs between the bundled models."""
 
     vocabulary: int
@@ -66,12 +65,9 @@ def build_tokenizer(recipe: Recipe, texts: list[str]) -> PreTrainedTokenizerFast
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     specials = [token for token in (recipe.bos, recipe.eos) if token]
-    trainer = trainers.BpeTrainer(
-        vocab_size=recipe.vocabulary,
-        special_tokens=specials,
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    options = dict(special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=recipe.vocabulary, **options)
     tokenizer.train_from_iterator(texts, trainer)
     if recipe.bos:
         bos_id = tokenizer.token_to_id(recipe.bos)

@@ -7,6 +7,7 @@ from scipy import stats as scipy_stats
 
 from qlutils.experiments import consistency
 from qlutils.neurons.sets import otsu_threshold
+from qlutils.show import stats
 from qlutils.show.stats import (
     LEAST,
     bootstrap_difference,
@@ -113,10 +114,9 @@ def test_missing_values_are_dropped_and_counted_and_undefined_estimates_are_nan(
     frame = frame_of([1.0, np.nan, 3.0])
     found = bootstrap_mean(frame, "value")
     assert (found.mean, found.n, found.n_missing) == (2, 2, 1)
-    empty, single = bootstrap_mean(frame[1:2], "value"), bootstrap_mean(frame[:1], "value")
+    empty = bootstrap_mean(frame[1:2], "value")
     assert np.isnan([empty.mean, empty.mean_low, empty.trimmed_high]).all()
     assert (empty.n, empty.n_missing) == (0, 1)
-    assert single.mean == 1 and np.isnan(bounds(single)).all()
     with pytest.raises(ValueError, match="'value' has infinite"):
         bootstrap_mean(frame.assign(value=np.inf), "value")
 
@@ -351,3 +351,11 @@ def test_intervals_of_the_least_number_of_facts_cover_what_they_promise(kind):
     for other, wanted in zip((0, 60), COVERED[kind]):
         found = coverage(kind, LEAST, other)
         assert (found >= np.array(wanted) - 3).all()  # 3: two errors of 200 samples
+
+
+def test_fewer_facts_than_the_least_would_cover_less(monkeypatch):
+    monkeypatch.setattr(stats, "LEAST", 4)
+    for kind in ("normal", "skewed"):
+        mean, _, trimmed = coverage(kind, 4)
+        promised = COVERED[kind][0]
+        assert mean < promised[0] - 3 and trimmed < promised[2] - 3
