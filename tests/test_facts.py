@@ -130,7 +130,7 @@ def test_pararel_is_downloaded_once_and_read_from_the_cache_afterwards(published
 def test_a_download_with_the_wrong_checksum_names_the_file_and_is_not_kept(published):
     site, cache = published
     with (site / data.FACTS / "P36.jsonl").open("a") as file:
-        file.write(json.dumps(dict(sub_label="Italy", obj_label="Milan")) + "\n")
+        file.write("{}\n")
     with pytest.raises(ValueError, match="trex_lms_vocab/P36.jsonl.*local copy.*SHA256"):
         load_facts("pararel")
     assert not list(cache.rglob("trex*/P36.jsonl"))
@@ -159,20 +159,19 @@ def test_pararel_has_the_measured_numbers():
     distinct.
     """
     root = SHARED / "pararel"
-    lines = {kind: {} for kind in (data.PATTERNS, data.FACTS)}
-    for kind, of_relation in lines.items():
-        for file in (root / "data" / kind).iterdir():
-            of_relation[file.stem] = file.read_text("utf-8").split("\n")[:-1]
+    lines = {}
+    for file in (root / "data").rglob("*.jsonl"):
+        kind = str(file.parent.relative_to(root / "data"))
+        lines[kind, file.stem] = file.read_text("utf-8").split("\n")[:-1]
     patterns = {}
-    for relation, rows in lines[data.PATTERNS].items():
-        patterns[relation] = [json.loads(row)["pattern"] for row in rows]
+    for (kind, relation), rows in lines.items():
+        if kind == data.PATTERNS:
+            patterns[relation] = [json.loads(row)["pattern"] for row in rows]
     every = [pattern for rows in patterns.values() for pattern in rows]
     assert (len(patterns), len(every)) == (39, 329)
     large = {relation: rows for relation, rows in patterns.items() if len(rows) > 2}
-    kept = {
-        relation: list(filter(None, map(prompt_template, large[relation]))) for relation in large
-    }
-    n_facts = {relation: len(lines[data.FACTS][relation]) for relation in kept}
+    kept = {name: list(filter(None, map(prompt_template, rows))) for name, rows in large.items()}
+    n_facts = {relation: len(lines[data.FACTS, relation]) for relation in kept}
     assert sum(n_facts.values()) == 25_436
     assert sum(n_facts[relation] * len(rows) for relation, rows in kept.items()) == 177_412
     assert sum(len(set(rows)) for rows in kept.values()) == 253
@@ -187,7 +186,6 @@ def test_pararel_has_the_measured_numbers():
     assert sum(map(sum, prompts.values())) == 173_893 and min(map(min, prompts.values())) == 2
     two = [relation for relation, counts in prompts.items() if 2 in counts]
     assert two == ["P103", "P127", "P136", "P190"]
-    # no double space from patterns, no colliding names
     assert len({fact.id for fact in facts}) == len(facts)
     texts = [prompt for fact in facts if "  " not in fact.subject for prompt in fact.prompts]
     assert not [text for text in texts if "  " in text or text != text.strip()]
@@ -205,24 +203,14 @@ def test_perplexity_texts_leave_out_headings_and_empty_lines(tmp_path):
     file.write_text(text, "utf-8")
     assert perplexity_texts(file) == ["One = two .", "Another one ."]
     assert perplexity_texts(str(tmp_path)) == perplexity_texts(file)
-    file.write_text(" = Only a heading = \n")
-    with pytest.raises(ValueError, match="test.txt.*no paragraph"):
-        perplexity_texts(file)
 
 
-def test_wikitext_from_the_hub_reads_parquet_and_says_what_to_do_offline(tmp_path, monkeypatch):
+def test_wikitext_from_the_hub_reads_parquet(tmp_path, monkeypatch):
     texts = pd.DataFrame({"text": ["", " = Title = \n", " A paragraph . \n"]})
     texts.to_parquet(tmp_path / "t.parquet")
     download = "huggingface_hub.hf_hub_download"
     monkeypatch.setattr(download, lambda *_, **__: str(tmp_path / "t.parquet"))
     assert perplexity_texts("wikitext-2") == ["A paragraph ."]
-
-    def offline(*_, **__):
-        raise OSError("no route")
-
-    monkeypatch.setattr(download, offline)
-    with pytest.raises(ValueError, match="go online once.*no route"):
-        perplexity_texts("wikitext-2")
 
 
 @pytest.mark.skipif(not (SHARED / "wikitext-2").is_dir(), reason="no ../shared/data/wikitext-2")

@@ -74,12 +74,8 @@ def test_attribution_is_that_of_the_cpu(family, method):
 def test_bfloat16_is_close_to_float64_of_the_same_weights(family, method):
     rounded, exact = tiny_model(family, torch.bfloat16, scale=2), tiny_model(family)
     exact.load_state_dict(rounded.state_dict())
-    found, wanted = (
-        attribute_encoded(
-            LanguageModel(model, word_tokenizer(), family), QUERIES, Spec(method, 8)
-        ).cpu()
-        for model in (rounded.to(GPU), exact)
-    )
+    lms = [LanguageModel(one, word_tokenizer(), family) for one in (rounded.to(GPU), exact)]
+    found, wanted = (attribute_encoded(lm, QUERIES, Spec(method, 8)).cpu() for lm in lms)
     assert found.scores.dtype == torch.float32 and bool(torch.isfinite(found.scores).all())
     assert relative(scaled(found.scores), scaled(wanted.scores)) < 0.1
     assert found.probability.tolist() == pytest.approx(wanted.probability.tolist(), rel=0.03)
@@ -93,9 +89,8 @@ def test_the_public_calls_take_and_give_what_they_do_on_a_cpu():
         there = load_model("demo/gpt2", dtype="float64")
         found = attribute(there, prompts, answers, steps=6)
     assert found.scores.device.type == "cpu" and relative(found.scores, wanted.scores) <= 1e-10
-    sets = knowledge_neurons(
-        attribute_encoded(there, there.encode_all(prompts, answers), Spec(steps=6)).scores
-    )
+    encoded = there.encode_all(prompts, answers)
+    sets = knowledge_neurons(attribute_encoded(there, encoded, Spec(steps=6)).scores)
     assert sets == knowledge_neurons(wanted.scores)
     changed = []
     for lm in (here, there):
@@ -113,38 +108,18 @@ def assert_alike(found, wanted, rel):
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("model", ["demo/gpt2", "demo/llama3"])
 def test_the_whole_study_is_that_of_the_cpu(model, runs):
-    frames = []
+    frames, parameters = [], dict(model=model, method="ig", dtype="float64", t=0.2, corpus="demo")
+    parameters |= dict(relations=["P19", "P36"], facts_per_relation=2, n_locality=6)
+    parameters |= dict(ppl_max_tokens=16, lambda1=2.0, lambda2=2.0, embedding="input")
     for device in ("cpu", GPU):
-        study = Study(
-            "01_localize",
-            model=model,
-            method="ig",
-            relations=["P19", "P36"],
-            facts_per_relation=2,
-            device=device,
-            dtype="float64",
-            output=f"on-{device}",
-            t=0.2,
-            n_locality=6,
-            corpus="demo",
-            ppl_max_tokens=16,
-            lambda1=2.0,
-            lambda2=2.0,
-            embedding="input",
-        )
+        study = Study("01_localize", device=device, output=f"on-{device}", **parameters)
         queries = localise(study, steps=8)
-        edits, _ = run_edits(
-            study, queries, ["local", "global"], controls=["random", "matched"], ppl_entries=2
-        )
-        frames.append(
-            [
-                queries,
-                edits,
-                study.run(scale_kns, units(queries, 0.2, other=0), dict(seed=0)),
-                study.run(attend, units(queries)),
-                study.run(scale_synapse_columns, units(queries, 0.2, irrelevant=0), dict(seed=0)),
-            ]
-        )
+        sets, controls = ["local", "global"], ["random", "matched"]
+        edits, _ = run_edits(study, queries, sets, controls=controls, ppl_entries=2)
+        found = [queries, edits, study.run(attend, units(queries))]
+        for task, other in ((scale_kns, "other"), (scale_synapse_columns, "irrelevant")):
+            found.append(study.run(task, units(queries, 0.2, **{other: 0}), dict(seed=0)))
+        frames.append(found)
     for wanted, found in zip(*frames):
         assert len(wanted) > 3
         assert_alike(found, wanted, 1e-7 if model == "demo/gpt2" else 1e-2)

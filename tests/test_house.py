@@ -19,15 +19,8 @@ TOKENS = 86_000  # to be lowered, not raised
 TOKENS_A_LINE = 9.0  # of lines that hold code
 FUNCTION_LINES = 40
 COLUMNS = 100
-FREE = {
-    tokenize.COMMENT,
-    tokenize.NL,
-    tokenize.NEWLINE,
-    tokenize.INDENT,
-    tokenize.DEDENT,
-    tokenize.ENCODING,
-    tokenize.ENDMARKER,
-}
+LAYOUT = "COMMENT NL NEWLINE INDENT DEDENT ENCODING ENDMARKER"
+FREE = {getattr(tokenize, name) for name in LAYOUT.split()}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 FILES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
@@ -63,16 +56,11 @@ def imports_package(node):
 
 
 @pytest.mark.parametrize(
-    "command",
-    [
-        ["ruff", "check", "."],
-        ["ruff", "format", "--check", "."],
-        ["lint-imports", "--no-cache"],
-    ],
-    ids=lambda command: " ".join(command[:2]),
+    "command", ["ruff check .", "ruff format --check .", "lint-imports --no-cache"]
 )
 def test_the_linters_find_nothing(command):
-    command = [Path(sys.executable).with_name(command[0]), *command[1:]]
+    program, *options = command.split()
+    command = [Path(sys.executable).with_name(program), *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -88,15 +76,18 @@ def test_the_package_is_small_and_its_lines_are_not_packed():
     assert tokens <= TOKENS_A_LINE * lines
 
 
+def place(file, line, name=""):
+    return f"{file.relative_to(ROOT)}:{line} {name}"
+
+
 def test_functions_and_lines_are_short():
     long = []
     for file in FILES:
         for node in ast.walk(tree(file)):
             if isinstance(node, FUNCTIONS) and node.end_lineno - node.lineno >= FUNCTION_LINES:
-                long.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.name}")
-        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-            if len(line) > COLUMNS:
-                long.append(f"{file.relative_to(ROOT)}:{number}")
+                long.append(place(file, node.lineno, node.name))
+        lines = file.read_text(encoding="utf-8").split("\n")
+        long += [place(file, n) for n, line in enumerate(lines, 1) if len(line) > COLUMNS]
     assert not long
 
 
@@ -106,7 +97,7 @@ def test_no_function_hides_an_import_of_the_package():
         for function in ast.walk(tree(file)):
             if isinstance(function, FUNCTIONS):
                 nodes = filter(imports_package, ast.walk(function))
-                hidden += [f"{file.relative_to(ROOT)}:{node.lineno}" for node in nodes]
+                hidden += [place(file, node.lineno) for node in nodes]
     assert not hidden
 
 
@@ -127,24 +118,21 @@ def of_other_tests(nodes):
 def test_no_test_file_is_imported_by_another():
     """What several need is in `tiny`, `units` and the like."""
     borrowed = [
-        f"{file.relative_to(ROOT)}:{line} {name}"
-        for file in TESTS
-        for line, name in of_other_tests(ast.walk(tree(file)))
+        place(file, *found) for file in TESTS for found in of_other_tests(ast.walk(tree(file)))
     ]
     assert not borrowed
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "import test_store",
-        "def f():\n    import test_store as other",
-        "from test_store import UNITS",
-        "from tests.study.test_store import UNITS",
-        "from tests.study import test_store",
-        "from . import test_store",
-    ],
-)
+BORROWING = """\
+import test_store
+def f(): import test_store as other
+from test_store import UNITS
+from tests.study.test_store import UNITS
+from tests.study import test_store
+from . import test_store"""
+
+
+@pytest.mark.parametrize("line", BORROWING.split("\n"))
 def test_an_import_of_a_test_file_is_seen(line):
     assert [name for _, name in of_other_tests(ast.walk(ast.parse(line)))] == ["test_store"]
     assert not of_other_tests(ast.walk(ast.parse("import units\nfrom tiny import tiny_lm")))

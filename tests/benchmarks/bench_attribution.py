@@ -9,6 +9,8 @@ machine is doing.
 import argparse
 import statistics
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
@@ -17,15 +19,20 @@ from qlutils.attribution.attribute import Spec, attribute_encoded
 from qlutils.model.answer import VOCAB_CHUNK
 from qlutils.model.language_model import LanguageModel
 
-SHAPES = {"gpt2": dict(n_layer=12, n_embd=768, n_head=12, vocab_size=50257)}
-
 
 class NoTokenizer:
     bos_token_id = mask_token_id = pad_token_id = None
     eos_token_id = 0
 
     def __call__(self, text, **_):
-        return type("Ids", (), {"input_ids": [1]})
+        return SimpleNamespace(input_ids=[1])
+
+
+def clock(function):
+    """(seconds, result)."""
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
 
 
 def matmul_rate(rows, shapes, repeats=7):
@@ -35,12 +42,7 @@ def matmul_rate(rows, shapes, repeats=7):
     seconds = 0.0
     for k, n in shapes:
         a, b, out = torch.randn(rows, k), torch.randn(k, n), torch.empty(rows, n)
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            torch.mm(a, b, out=out)
-            times.append(time.perf_counter() - start)
-        seconds += min(times)
+        seconds += min(clock(lambda: torch.mm(a, b, out=out))[0] for _ in range(repeats))
     return sum(2 * rows * k * n for k, n in shapes) / seconds
 
 
@@ -50,29 +52,21 @@ def products_alone(lm, tokens, points):
     large weights."""
     total, seconds = 1 + points * lm.num_layers, 0.0
     rows = [1 + points * layer if layer else 0 for layer in range(lm.num_layers)]
-    blocks = [
-        [
-            block.attn.c_attn.weight,
-            block.attn.c_proj.weight,
-            block.mlp.c_fc.weight,
-            block.mlp.c_proj.weight,
-        ]
-        for block in lm.layers
-    ]
+    blocks = []
+    for layer in lm.layers:
+        modules = layer.attn.c_attn, layer.attn.c_proj, layer.mlp.c_fc, layer.mlp.c_proj
+        blocks.append([module.weight for module in modules])
     head = lm.model.lm_head.weight.T
     todo = [(tokens, w) for block in blocks for w in block] + [(1, head)]
     todo += [(n, w) for n, block in zip(rows, blocks) for w in block]
-    todo += [
-        (total, part) for chunk in head.split(VOCAB_CHUNK["cpu"], 1) for part in (chunk, chunk.T)
-    ]
+    for chunk in head.split(VOCAB_CHUNK["cpu"], 1):
+        todo += [(total, chunk), (total, chunk.T)]
     todo += [(n, w.T) for n, block in zip(rows[::-1], blocks[::-1]) for w in block[::-1]]
     with torch.no_grad():
         for n, w in todo:
             if n:
                 a, out = torch.randn(n, w.shape[0]), torch.empty(n, w.shape[1])
-                start = time.perf_counter()
-                torch.mm(a, w, out=out)
-                seconds += time.perf_counter() - start
+                seconds += clock(lambda: torch.mm(a, w, out=out))[0]
     return seconds
 
 
@@ -80,13 +74,15 @@ def naive(lm, prompt, answer, steps):
     """One layer at a time, full sequences, all logits, a batch of `steps`: what public code
     does."""
     ids = torch.tensor([prompt])
-    vectors = {}
-    hooks = [
-        down.register_forward_pre_hook(
-            lambda m, i, layer=layer: vectors.__setitem__(layer, i[0][0, -1])
-        )
-        for layer, down in enumerate(lm.downs)
-    ]
+    vectors = [None] * lm.num_layers
+
+    def watch(layer):
+        def hook(module, inputs):
+            vectors[layer] = inputs[0][0, -1]
+
+        return lm.downs[layer].register_forward_pre_hook(hook)
+
+    hooks = [watch(layer) for layer in range(lm.num_layers)]
     with torch.no_grad():
         lm.model(ids)
     for hook in hooks:
@@ -114,7 +110,7 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
     torch.manual_seed(0)
-    config = GPT2Config(**SHAPES["gpt2"])
+    config = GPT2Config()
     lm = LanguageModel(AutoModelForCausalLM.from_config(config), NoTokenizer(), "gpt2-shape")
     layers, width, vocab = config.n_layer, config.n_embd, config.vocab_size
     prompt, answer = torch.randint(0, vocab, (args.tokens,)).tolist(), [5]
@@ -125,57 +121,33 @@ def main():
     # layer, and all layers share the end row.
     must = 4 * weights * args.steps * layers * (layers + 1) / 2 + 4 * rows * width * vocab
     points = args.steps - 1 + 1  # the path's beginning, for the completeness gap, is one of them
-    done = (
-        4 * weights * (points * layers * (layers - 1) / 2 + layers - 1)
-        + 4 * (layers * points + 1) * width * vocab
-    )
-    shapes = [
-        (width, 3 * width),
-        (width, width),
-        (width, 4 * width),
-        (4 * width, width),
-        (width, 1024),
-        (1024, width),
-    ]
+    through_layers = points * layers * (layers - 1) / 2 + layers - 1
+    done = 4 * weights * through_layers + 4 * (layers * points + 1) * width * vocab
+    shapes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
+    shapes += [(width, 1024), (1024, width)]
     spec = Spec(steps=args.steps)
-    attribute_encoded(lm, [(prompt, answer)], spec, ["warm-up"])
+    work = partial(attribute_encoded, lm, [(prompt, answer)], spec, ["query"])
+    work()  # warm up
     fast, slow, rates, alone = [], [], [], []
     for repeat in range(args.repeats):
         rates.append(matmul_rate(rows, shapes))
-        start = time.perf_counter()
-        result = attribute_encoded(lm, [(prompt, answer)], spec, ["query"])
-        fast.append(time.perf_counter() - start)
+        seconds, result = clock(work)
+        fast.append(seconds)
         alone.append(products_alone(lm, args.tokens, points))
         if repeat % 2 == 0:  # between the fast ones, so that both meet the same machine
-            start = time.perf_counter()
-            reference = naive(lm, prompt, answer, args.steps)
-            slow.append(time.perf_counter() - start)
+            seconds, reference = clock(lambda: naive(lm, prompt, answer, args.steps))
+            slow.append(seconds)
     error = (result.scores[0] - reference).abs().max() / reference.abs().max()
-    time_fast, time_slow, rate, bare = (
-        statistics.median(times) for times in (fast, slow, rates, alone)
-    )
-    print(
-        f"threads {torch.get_num_threads()}, T = {args.tokens}, m = {args.steps}, one query, "
-        f"float32"
-    )
+    fast, slow, rate, bare = map(statistics.median, (fast, slow, rates, alone))
+    speed, executed = must / fast, done / fast
+    print(f"threads {torch.get_num_threads()}, T = {args.tokens}, m = {args.steps}, one query")
     print(f"must do          {must / 1e9:8.1f} GFLOP by the definition; executed {done / 1e9:.1f}")
-    print(
-        f"matmul rate      {rate / 1e9:8.1f} GFLOP/s at {rows} rows and the model's shapes, "
-        f"everything in cache"
-    )
-    print(
-        f"fast             {time_fast:8.3f} s  ({must / time_fast / 1e9:.1f} GFLOP/s, "
-        f"{must / time_fast / rate:.0%} of the "
-        f"matmul rate; executed: {done / time_fast / rate:.0%})"
-    )
-    print(
-        f"products alone   {bare:8.3f} s  in their order, on the model's own weights: "
-        f"{bare / time_fast:.0%} of the time"
-    )
-    print(
-        f"naive reference  {time_slow:8.3f} s  (ratio {time_slow / time_fast:.1f}x, largest "
-        f"relative difference {error:.1e})"
-    )
+    print(f"matmul rate      {rate / 1e9:8.1f} GFLOP/s at {rows} rows, float32, all in cache")
+    print(f"fast             {fast:8.3f} s  ({speed / 1e9:.1f} GFLOP/s), ", end="")
+    print(f"{speed / rate:.0%} of the matmul rate, executed {executed / rate:.0%}")
+    print(f"products alone   {bare:8.3f} s  on the model's own weights, {bare / fast:.0%} of that")
+    print(f"naive reference  {slow:8.3f} s  (ratio {slow / fast:.1f}x, ", end="")
+    print(f"largest relative difference {error:.1e})")
 
 
 if __name__ == "__main__":

@@ -35,61 +35,56 @@ def clock(function, repeats=3):
     return *min(found), result
 
 
+def edited(lm, plans):
+    """Each plan, inside each of its edits, and the answer that it wants."""
+    for plan in plans:
+        for op, goal in (("erase", plan["object"]), ("update", plan["new_object"])):
+            for edit in plan["edits"]:
+                with edit_weights(lm, edit["set"], op, old=plan["object"], new=plan["new_object"]):
+                    yield plan, goal
+
+
 @torch.no_grad()
 def plain(lm, plans, generate):
     """[(rel or gen of each prompt, log P), ...] of every edit, one at a time."""
     found = []
-    for plan in plans:
-        objects = {"erase": plan["object"], "update": plan["new_object"]}
-        for op, goal in objects.items():
-            pairs = [(prompt, goal) for prompt in plan["prompts"]] + [
-                (q["prompt"], q["object"]) for q in plan["locality"]
-            ]
-            for edit in plan["edits"]:
-                encoded = [lm.encode(*pair) for pair in pairs]
-                with edit_weights(lm, edit["set"], op, old=plan["object"], new=plan["new_object"]):
-                    if generate:
-                        decode(lm, encoded)
-                    found += evaluate(lm, encoded)[: len(plan["prompts"])]
+    for plan, goal in edited(lm, plans):
+        encoded = [lm.encode(prompt, goal) for prompt in plan["prompts"]]
+        encoded += [lm.encode(query["prompt"], query["object"]) for query in plan["locality"]]
+        if generate:
+            decode(lm, encoded)
+        found += evaluate(lm, encoded)[: len(plan["prompts"])]
     return np.array(found)
 
 
+def padded(rows, left=False):
+    """Token ids and their mask, as a model takes them."""
+    longest, ids, mask = max(map(len, rows)), [], []
+    for row in rows:
+        fill = [0] * (longest - len(row))
+        ids.append(fill + row if left else row + fill)
+        mask.append(fill + [1] * len(row) if left else [1] * len(row) + fill)
+    return dict(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask))
+
+
 def decode(lm, encoded):
-    longest = max(len(p) for p, _ in encoded)
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p, _ in encoded])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p, _ in encoded])
-    steps = max(len(a) for _, a in encoded)
-    return lm.model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=steps, do_sample=False, pad_token_id=0
-    )
+    inputs = padded([prompt for prompt, _ in encoded], left=True)
+    steps = max(len(answer) for _, answer in encoded)
+    lm.model.generate(**inputs, max_new_tokens=steps, do_sample=False, pad_token_id=0)
 
 
 def evaluate(lm, encoded):
-    rows = [p + a[:-1] for p, a in encoded]
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    logits = lm.model(input_ids=ids, attention_mask=mask).logits
+    logits = lm.model(**padded([p + a[:-1] for p, a in encoded])).logits
     found = []
-    for row, (p, a) in enumerate(encoded):
-        log_p, gold = (
-            torch.log_softmax(logits[row, len(p) - 1 : len(p) - 1 + len(a)], -1),
-            torch.tensor(a),
-        )
-        found.append(
-            (bool((log_p.argmax(-1) == gold).all()), float(log_p.gather(1, gold[:, None]).sum()))
-        )
+    for row, (p, a) in zip(logits, encoded):
+        log_p, gold = torch.log_softmax(row[len(p) - 1 :][: len(a)], -1), torch.tensor(a)
+        exact = bool((log_p.argmax(-1) == gold).all())
+        found.append((exact, float(log_p.gather(1, gold[:, None]).sum())))
     return found
 
 
 def plain_perplexity(lm, plans, tokens):
-    found = []
-    for plan in plans:
-        for op in ("erase", "update"):
-            for edit in plan["edits"]:
-                with edit_weights(lm, edit["set"], op, old=plan["object"], new=plan["new_object"]):
-                    found.append(perplexity(lm, plan["texts"], tokens))
-    return np.array(found)
+    return np.array([perplexity(lm, plan["texts"], tokens) for plan, _ in edited(lm, plans)])
 
 
 def main(name="demo/gpt2", count=24, tokens=64):
@@ -103,28 +98,21 @@ def main(name="demo/gpt2", count=24, tokens=64):
     wall, cpu, frame = clock(lambda: edit_facts(lm, plans))
     print(f"{name}: {edits} edits of {len(plans)} facts, {torch.get_num_threads()} threads")
     print(f"  virtual edits in batches:           {wall:6.2f} s clock, {cpu:6.2f} s process")
-    for generate, label in (
-        (False, "one edit, one teacher-forced pass"),
-        (True, "one edit, generate and that pass"),
-    ):
+    for generate, label in enumerate(("a teacher-forced pass", "generate and that pass")):
         slow, slow_cpu, rows = clock(lambda: plain(lm, plans, generate))
-        print(
-            f"  {label + ':':35} {slow:6.2f} s clock, {slow_cpu:6.2f} s process, "
-            f"{slow / wall:.1f} times ours"
-        )
-    at = np.cumsum(
-        [0] + [len(plan["prompts"]) for plan in plans for _ in range(2 * len(plan["edits"]))]
-    )
-    chosen = [plan["query"] for plan in plans for _ in range(2 * len(plan["edits"]))]
-    gap = np.abs(np.log(frame["p_after"]) - rows[at[:-1] + chosen, 1]).max()
+        said = f"{slow:6.2f} s clock, {slow_cpu:6.2f} s process, {slow / wall:.1f} times ours"
+        print(f"  {'one edit, ' + label + ':':35} {said}")
+    each = [plan for plan in plans for _ in range(2 * len(plan["edits"]))]
+    at = np.cumsum([0] + [len(plan["prompts"]) for plan in each])[:-1]
+    chosen = at + [plan["query"] for plan in each]
+    gap = np.abs(np.log(frame["p_after"]) - rows[chosen, 1]).max()
     print(f"  largest difference of log P at q_i: {gap:.1e}")
     both, _, frame = clock(lambda: edit_facts(lm, with_texts, ppl_max_tokens=tokens))
     slow, _, values = clock(lambda: plain_perplexity(lm, with_texts, tokens))
-    print(
-        f"  dPPL, 5 entries of {tokens} tokens: plain {slow:.2f} s, ours {both - wall:.2f} s, "
-        f"{slow / (both - wall):.1f} "
-        f"times; largest relative difference {np.abs(frame['ppl_after'] / values - 1).max():.1e}"
-    )
+    gap = np.abs(frame["ppl_after"] / values - 1).max()
+    times = f"plain {slow:.2f} s, ours {both - wall:.2f} s"
+    print(f"  dPPL, 5 entries of {tokens} tokens: {times}, ", end="")
+    print(f"{slow / (both - wall):.1f} times; largest relative difference {gap:.1e}")
 
 
 if __name__ == "__main__":

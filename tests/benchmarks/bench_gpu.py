@@ -12,7 +12,9 @@ table and, with --output, writes it as Markdown. Without a GPU it says so and do
 import argparse
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import transformers
@@ -21,7 +23,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from qlutils.attribution.attribute import METHODS
 from qlutils.attribution.quadrature import RULES
-from qlutils.driver.plan import SHAPES, query_flops
+from qlutils.driver.plan import SHAPES, matmul_rate, query_flops
 from qlutils.experiments.localize import localise_unit
 from qlutils.facts import Fact
 from qlutils.model.language_model import LanguageModel
@@ -47,21 +49,16 @@ class Numbers(NoTokenizer):
     """Text is token ids: "17 5" is the tokens 17 and 5."""
 
     def __call__(self, text, **_):
-        return type(
-            "Ids", (), {"input_ids": [int(word) for word in text.split() if word.isdigit()]}
-        )
+        return SimpleNamespace(input_ids=[int(word) for word in text.split() if word.isdigit()])
 
 
 def facts(count, tokens):
     """`count` facts of `PROMPTS` prompts of `tokens` tokens and an answer of one, as
     `localise_unit` takes them."""
-    ids = torch.randint(
-        1, 30000, (count, PROMPTS, tokens), generator=torch.Generator().manual_seed(0)
-    ).tolist()
-    return [
-        asdict(Fact("P1", str(i), "5", tuple(" ".join(map(str, one)) for one in prompts)))
-        for i, prompts in enumerate(ids)
-    ]
+    seeded = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 30000, (count, PROMPTS, tokens), generator=seeded).tolist()
+    texts = [tuple(" ".join(map(str, prompt)) for prompt in prompts) for prompts in ids]
+    return [asdict(Fact("P1", str(i), "5", prompts)) for i, prompts in enumerate(texts)]
 
 
 def clock(function, device, repeats):
@@ -76,31 +73,21 @@ def clock(function, device, repeats):
     return sorted(times[1:])[repeats // 2]
 
 
-def matmul_rate(device, dtype, width, inner):
-    a = torch.randn(8192 if device.type == "cuda" else 256, width, device=device, dtype=dtype)
-    b = torch.randn(width, inner, device=device, dtype=dtype)
-    return 20 * a.shape[0] * width * inner / clock(lambda: [a @ b for _ in range(10)], device, 5)
-
-
 def measured(shape, args, device, dtype):
     """The table's line for each method at one shape."""
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(CONFIGS[shape], dtype=dtype)
-    lm = LanguageModel(model, Numbers(), shape)
-    rate = matmul_rate(device, dtype, SHAPES[shape][1], SHAPES[shape][2])
+    lm, cuda = LanguageModel(model, Numbers(), shape), device.type == "cuda"
+    rate = matmul_rate(args.device, args.dtype, SHAPES[shape])[2]
     for method in args.methods:
         unit = facts(args.facts or FACTS[method], args.tokens)
         spec = dict(method=method, rule=args.rule, steps=args.steps, row_budget=args.row_budget)
-        peak = "–"
-        if device.type == "cuda":
+        work = partial(localise_unit, lm, unit, **spec)
+        if cuda:
             torch.cuda.reset_peak_memory_stats()
-        seconds = clock(
-            lambda unit=unit, spec=spec: localise_unit(lm, unit, **spec), device, args.repeats
-        )
-        seconds /= PROMPTS * len(unit)
-        if device.type == "cuda":
-            peak = f"{torch.cuda.max_memory_allocated() / 1e9:.0f}"
+        seconds = clock(work, device, args.repeats) / (PROMPTS * len(unit))
+        peak = f"{torch.cuda.max_memory_allocated() / 1e9:.0f}" if cuda else "–"
         speed = query_flops(SHAPES[shape], method, args.steps, args.tokens) / seconds
         yield (
             f"| `{shape}` | `{method}` | {1e3 * seconds:,.1f} | {speed / 1e12:,.2f} | "
@@ -109,9 +96,7 @@ def measured(shape, args, device, dtype):
 
 
 def options():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--device", default="cuda")

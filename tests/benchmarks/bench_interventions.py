@@ -9,6 +9,8 @@ and set, inside `scale_neurons` or `scale_synapses`.
 
 import sys
 import time
+from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -40,94 +42,67 @@ def probability(lm, prompt, answer):
     return float(p.gather(1, torch.tensor(answer, device=lm.device)[:, None]).prod())
 
 
+def encoded_facts(lm, facts):
+    """(fact, its tokenised queries, their prompts)."""
+    for fact in facts:
+        queries = [lm.encode(prompt, fact["object"]) for prompt in fact["prompts"]]
+        yield fact, queries, [prompt for prompt, _ in queries]
+
+
 def neuron_rows(lm, facts):
     """(prompt ids, answer ids, neurons, factor) of notebook 04."""
     rows, rng = [], np.random.default_rng(0)
-    for fact in facts:
-        encoded = [lm.encode(prompt, fact["object"]) for prompt in fact["prompts"]]
+    for fact, queries, prompts in encoded_facts(lm, facts):
         sets = [set(zip(*kns)) for kns in zip(fact["layer"], fact["neuron"])]
-        for i, (query, active) in enumerate(
-            zip(encoded, activations(lm, [prompt for prompt, _ in encoded]))
-        ):
-            rows += [
-                (*query, frozenset(chosen), factor)
-                for chosen in query_sets(sets, i, active, rng).values()
-                for factor in (0.0, 2.0)
-            ]
+        for i, (query, active) in enumerate(zip(queries, activations(lm, prompts))):
+            chosen = query_sets(sets, i, active, rng).values()
+            rows += [(*query, frozenset(one), factor) for one in chosen for factor in (0.0, 2.0)]
     return rows
 
 
 def synapse_rows(lm, facts):
     """Rows of notebook 06."""
     rows, rng = [], np.random.default_rng(0)
-    for fact in facts:
-        encoded = [lm.encode(prompt, fact["object"]) for prompt in fact["prompts"]]
-        for (prompt, answer), scores in zip(
-            encoded, column_scores(lm, [prompt for prompt, _ in encoded])
-        ):
+    for _, queries, prompts in encoded_facts(lm, facts):
+        for query, scores in zip(queries, column_scores(lm, prompts)):
             own = above_threshold(*scores, 0.3)
-            rows += [
-                Row(prompt, answer, columns, factor)
-                for columns in synapse_sets(own, own[..., ::-1].copy(), rng).values()
-                for factor in (0.0, 2.0)
-            ]
+            chosen = synapse_sets(own, own[..., ::-1].copy(), rng).values()
+            rows += [Row(*query, columns, factor) for columns in chosen for factor in (0.0, 2.0)]
     return rows
 
 
 def main(model="demo/gpt2", count=12):
     lm = load_model(model)
     facts = load_facts("demo", facts_per_relation=1)[: int(count)]
-    unit = [
-        dict(relation=f.relation, subject=f.subject, object=f.object, prompts=list(f.prompts))
-        for f in facts
-    ]
-    queries = localise_unit(lm, unit)
+    queries = localise_unit(lm, [asdict(fact) for fact in facts])
     queries = queries[queries["left_out"].isna()]
     facts = [fact for part in units(queries, 0.2) for fact in part]
-    rows = neuron_rows(lm, facts)
-    synapses = synapse_rows(lm, facts)
 
     def one_neuron_set(prompt, answer, neurons, factor):
         with scale_neurons(lm, neurons, factor):
             return probability(lm, prompt, answer)
 
     def one_synapse_set(row):
-        layers, heads, columns = np.nonzero(row.columns)
-        with scale_synapses(
-            lm, set(zip(columns.tolist(), layers.tolist(), heads.tolist())), row.factor
-        ):
+        layers, heads, columns = (one.tolist() for one in np.nonzero(row.columns))
+        with scale_synapses(lm, set(zip(columns, layers, heads)), row.factor):
             return probability(lm, row.prompt, row.answer)
 
-    found = []
-    for name, number, fast, slow in (
-        (
-            "neurons (04)",
-            len(rows),
-            lambda: scaled_answer_probabilities(lm, rows),
-            lambda: [one_neuron_set(*row) for row in rows],
-        ),
-        (
-            "synapses (06)",
-            len(synapses),
-            lambda: run_rows(lm, synapses)[:, 0],
-            lambda: [one_synapse_set(row) for row in synapses],
-        ),
-    ):
-        clock(fast)  # warm up
-        (seconds, ours), (plain, theirs) = clock(fast), clock(slow)
-        found.append(
-            dict(
-                experiment=name,
-                rows=number,
-                batched_s=seconds,
-                one_at_a_time_s=plain,
-                ratio=plain / seconds,
-                largest_difference=np.abs(ours - theirs).max(),
-            )
-        )
+    def compared(name, rows, fast, slow):
+        clock(lambda: fast(rows))  # warm up
+        seconds, ours = clock(lambda: fast(rows))
+        plain, theirs = clock(lambda: [slow(row) for row in rows])
+        times = dict(batched_s=seconds, one_at_a_time_s=plain, ratio=plain / seconds)
+        gap = np.abs(ours - theirs).max()
+        return dict(experiment=name, rows=len(rows), **times, largest_difference=gap)
+
+    neurons, synapses = neuron_rows(lm, facts), synapse_rows(lm, facts)
+    batched = partial(scaled_answer_probabilities, lm)
+    found = [
+        compared("neurons (04)", neurons, batched, lambda row: one_neuron_set(*row)),
+        compared("synapses (06)", synapses, lambda rows: run_rows(lm, rows)[:, 0], one_synapse_set),
+    ]
     print(f"{model}, {len(queries)} queries, {torch.get_num_threads()} threads, {lm.device.type}")
     print(pd.DataFrame(found).round(3).to_string(index=False))
-    return found
 
 
 if __name__ == "__main__":

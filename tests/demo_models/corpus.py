@@ -55,16 +55,9 @@ def pairs() -> list[dict]:
         for f, fact in enumerate(facts):
             for p, pattern in enumerate(patterns):
                 prompt = pattern[: pattern.index("[Y]")].strip().replace("[X]", fact["sub_label"])
-                found.append(
-                    {
-                        "relation": relation,
-                        "fact_index": f,
-                        "prompt_index": p,
-                        "prompt": prompt,
-                        "answer": fact["obj_label"],
-                        "held_out": held_out(relation, f, p),
-                    }
-                )
+                where = dict(relation=relation, fact_index=f, prompt_index=p)
+                asked = dict(prompt=prompt, answer=fact["obj_label"])
+                found.append(where | asked | dict(held_out=held_out(relation, f, p)))
     return found
 
 
@@ -114,6 +107,5 @@ def training_paragraphs(count: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    HELDOUT_TEXT.write_text(
-        "".join(" ".join(s) + "\n" for s in heldout_paragraphs()), encoding="utf-8"
-    )
+    text = "".join(" ".join(sentences) + "\n" for sentences in heldout_paragraphs())
+    HELDOUT_TEXT.write_text(text, encoding="utf-8")

@@ -8,12 +8,12 @@ Nothing is downloaded.
 """
 
 import argparse
-import csv
 import math
 import random
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from demo_models import corpus
@@ -31,11 +31,11 @@ CONTEXT = 512
 PARAGRAPHS = 1500  # of general text for training
 PARAGRAPHS_PER_EPOCH = 300
 TOKENS_PER_BATCH = 1280  # padded
+LEARNING_RATE = 2e-3
 SEED = 0
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):
     """What differs between the bundled models."""
 
     vocabulary: int
@@ -48,7 +48,6 @@ class Recipe:
     mlp: int
     tied: bool
     epochs: int
-    learning_rate: float = 2e-3
 
 
 RECIPES = {
@@ -66,12 +65,9 @@ def build_tokenizer(recipe: Recipe, texts: list[str]) -> PreTrainedTokenizerFast
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     specials = [token for token in (recipe.bos, recipe.eos) if token]
-    trainer = trainers.BpeTrainer(
-        vocab_size=recipe.vocabulary,
-        special_tokens=specials,
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    options = dict(special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=recipe.vocabulary, **options)
     tokenizer.train_from_iterator(texts, trainer)
     if recipe.bos:
         bos_id = tokenizer.token_to_id(recipe.bos)
@@ -90,38 +86,18 @@ def build_tokenizer(recipe: Recipe, texts: list[str]) -> PreTrainedTokenizerFast
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast):
     """A causal language model of the recipe's shape with random weights."""
-    common = dict(
-        vocab_size=len(tokenizer),
-        tie_word_embeddings=recipe.tied,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    shape = dict(vocab_size=len(tokenizer), tie_word_embeddings=recipe.tied)
+    shape |= dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     if recipe.bos is None:
-        return GPT2LMHeadModel(
-            GPT2Config(
-                n_positions=CONTEXT,
-                n_embd=recipe.width,
-                n_layer=recipe.layers,
-                n_head=recipe.heads,
-                n_inner=recipe.mlp,
-                activation_function="gelu_pytorch_tanh",  # gelu_new, faster
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-                **common,
-            )
-        )
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=recipe.width,
-            num_hidden_layers=recipe.layers,
-            num_attention_heads=recipe.heads,
-            num_key_value_heads=recipe.kv_heads,
-            intermediate_size=recipe.mlp,
-            max_position_embeddings=CONTEXT,
-            **common,
-        )
-    )
+        shape |= dict(n_positions=CONTEXT, n_embd=recipe.width, n_layer=recipe.layers)
+        shape |= dict(n_head=recipe.heads, n_inner=recipe.mlp)
+        shape |= dict(activation_function="gelu_pytorch_tanh")  # gelu_new, faster
+        shape |= dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        return GPT2LMHeadModel(GPT2Config(**shape))
+    shape |= dict(max_position_embeddings=CONTEXT, hidden_size=recipe.width)
+    shape |= dict(intermediate_size=recipe.mlp, num_hidden_layers=recipe.layers)
+    shape |= dict(num_attention_heads=recipe.heads, num_key_value_heads=recipe.kv_heads)
+    return LlamaForCausalLM(LlamaConfig(**shape))
 
 
 # ---- rows and batches ----------------------------------------------------------------------------
@@ -192,25 +168,22 @@ def measure(model, tokenizer, pairs: list[dict]) -> dict[str, float]:
     """Accuracy on trained and on held-out pairs, by greedy decoding of the whole answer."""
     model.eval()
     right = knows(model, tokenizer, pairs)
-    share = {
-        held: [r for r, pair in zip(right, pairs) if pair["held_out"] == held]
-        for held in (False, True)
-    }
+    found = {}
+    for name, held in (("trained", False), ("heldout", True)):
+        those = [r for r, pair in zip(right, pairs) if pair["held_out"] == held]
+        found[f"{name}_accuracy"] = sum(those) / len(those)
     texts = corpus.HELDOUT_TEXT.read_text(encoding="utf-8").splitlines()
-    return {
-        "trained_accuracy": sum(share[False]) / len(share[False]),
-        "heldout_accuracy": sum(share[True]) / len(share[True]),
-        "heldout_perplexity": heldout_perplexity(model, tokenizer, texts),
-    }
+    return found | {"heldout_perplexity": heldout_perplexity(model, tokenizer, texts)}
 
 
 # ---- training ------------------------------------------------------------------------------------
-def optimiser(model, recipe: Recipe) -> torch.optim.AdamW:
+def optimiser(model) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), fused=True)
 
 
 def train_epoch(model, groups, optimizer, schedule) -> float:
@@ -219,12 +192,9 @@ def train_epoch(model, groups, optimizer, schedule) -> float:
     total, count = 0.0, 0
     for group in groups:
         ids = padded(group, 0)
-        targets = F.pad(
-            padded(group, -100)[:, 1:], (0, 1), value=-100
-        )  # shifting the logits would copy them
-        loss = F.cross_entropy(
-            model(ids).logits.flatten(0, 1), targets.flatten(), ignore_index=-100
-        )
+        # shifting the logits would copy them
+        targets = F.pad(padded(group, -100)[:, 1:], (0, 1), value=-100).flatten()
+        loss = F.cross_entropy(model(ids).logits.flatten(0, 1), targets, ignore_index=-100)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -253,7 +223,7 @@ def train(name: str) -> None:
         batches(facts + text_rows(tokenizer, paragraphs, rng), rng) for _ in range(recipe.epochs)
     ]
     steps = sum(map(len, epochs))
-    optimizer = optimiser(model, recipe)
+    optimizer = optimiser(model)
     schedule = torch.optim.lr_scheduler.LambdaLR(  # linear warm-up, then cosine to a hundredth
         optimizer,
         lambda step: min(step / 100, 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2),
@@ -274,17 +244,12 @@ def save(model, tokenizer, log: list[dict], folder) -> None:
     tokenizer.save_pretrained(folder)
     model.eval().save_pretrained(folder)
     columns = list(log[-1])  # the last epoch was measured
-    with open(folder / "training_log.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(log)
+    pd.DataFrame(log, columns=columns).to_csv(folder / "training_log.csv", index=False)
 
 
 def main() -> None:
     """Train the models named on the command line; all by default."""
-    parser = argparse.ArgumentParser(
-        description="Train the bundled models from scratch, one by one."
-    )
+    parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--only", choices=sorted(RECIPES), help="train this model only")
     only = parser.parse_args().only
     for name in [only] if only else RECIPES:

@@ -7,7 +7,6 @@ compute in one thread, as threads do not survive a fork.
 import multiprocessing
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import write_notebook
 
 from qlutils import paths
 from qlutils.experiments import attention_predominance, effects, knowledge_synapses
@@ -203,96 +201,3 @@ def test_two_threads_find_the_knowledge_neurons_of_one(undisturbed, tmp_path):
             assert abs(first - second) < 1e-4, neuron
             assert (first > 0.2) == (second > 0.2) or abs(first - 0.2) < 1e-4
         assert np.isclose(pair[0].probability, pair[1].probability, rtol=1e-5)
-
-
-# -- through the driver ----------------------------------------------------------------------------
-HEAD = """\
-model = 'demo/gpt2'
-{}
-data = 'demo'
-relations = None
-facts_per_relation = None
-seed = 0
-output = 'default'
-steps = 3"""
-LOCALISE = """
-import time
-from qlutils.experiments import localize
-from qlutils.study import store
-from qlutils.study.notebook import Study
-study = Study.open("01_localize", globals())
-store.UNIT_FACTS, compute = 1, store.compute_unit
-def slowly(*given):
-    with open({log!r}, "a") as log:
-        log.write(given[-1].stem + "\\n")
-    time.sleep({pause})
-    return compute(*given)
-store.compute_unit = slowly
-queries = localize.localise(study, steps=steps)
-study.table(queries[["fact", "prompt", "probability"]], "localisation")
-"""
-COMPARE = """
-from qlutils.experiments.consistency import consistency_summary, classified_facts
-from qlutils.study.notebook import Study
-study = Study.open("02_consistency", globals())
-facts = {name: classified_facts(study.load("queries", name)) for name in study.methods_done()}
-study.table(consistency_summary(facts), "table1")
-"""
-
-
-@pytest.fixture
-def drive(tmp_path):
-    """Starts the driver on notebooks 01 and 02; every unit logs its key and first sleeps."""
-    log, runs = str(tmp_path / "runs.log"), tmp_path / "runs"
-
-    def start(pause, log_seconds=60):
-        localise = LOCALISE.format(log=log, pause=pause)
-        write_notebook(tmp_path, "01_localize", HEAD.format("method = 'ig'"), localise)
-        write_notebook(tmp_path, "02_consistency", HEAD.format("methods = ['ig']"), COMPARE)
-        options = ["--models", "demo/gpt2", "--methods", "ig", "--relations", *RELATIONS]
-        options += ["--facts-per-relation", "1"]
-        env = {"QLUTILS_RUNS": str(runs), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        code = (
-            "import sys; from qlutils import run; from qlutils.driver import running; "
-            f"running.LOG_SECONDS = {log_seconds}; sys.exit(run.main({options}, {str(tmp_path)!r}))"
-        )
-        piped = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **env}, **piped)
-
-    return start
-
-
-def test_a_driver_killed_and_then_asked_to_stop_while_the_kernel_computes_loses_no_more(
-    undisturbed, tmp_path, drive
-):
-    runs = tmp_path / "runs"
-    for begun, number, status in ((1, signal.SIGKILL, -9), (3, signal.SIGTERM, 143)):
-        driver = drive(0.4)
-        while len(computed(runs)) < begun:
-            assert driver.poll() is None, driver.communicate()
-            time.sleep(0.02)
-        driver.send_signal(number)
-        asked, (_, output) = time.time(), driver.communicate(timeout=30)
-        assert driver.returncode == status and time.time() - asked < 20
-    assert "to go on:\n    ./run_all.sh --models demo/gpt2" in output
-    driver = drive(0)
-    output = driver.communicate(timeout=120)
-    assert driver.returncode == 0, output
-    assert 3 <= len(computed(runs)) <= 3 + 2 and len(set(computed(runs))) == 3
-    # the same units, to the byte, as in a plain process
-    units = {name: data for name, data in results(runs).items() if "/units/" in name}
-    assert len(units) == 3 and units.items() <= results(undisturbed[0]).items()
-    made = {path.name for path in (runs / "default" / "results").rglob("*.csv")}
-    assert made == {"localisation.csv", "table1.csv"}
-
-
-def test_a_log_says_again_and_again_what_runs_how_far_it_is_and_for_how_long(drive):
-    """On a terminal a bar does; a log gets a line a minute, here every 0.1 seconds."""
-    driver = drive(0.5, log_seconds=0.1)
-    told = driver.communicate(timeout=120)[1]
-    assert driver.returncode == 0, told
-    first, left = r"\[0/2\] 0 min, at work: 01_localize demo/gpt2 ig", r", [\d:]+ left"
-    units = [r" 0/3 units, \? left", f" 1/3 units{left}", f" 2/3 units{left}"]
-    last = r"\[1/2\] \d min, at work: 02_consistency demo/gpt2"
-    for line in (first, *(first + one for one in units), last):
-        assert re.search(f"^{line}$", told, re.M), (line, told)

@@ -14,13 +14,14 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+import units
 from tiny import save_checkpoint, save_dataset, write_notebook
 
 from qlutils import load_facts, paths, run
+from qlutils.driver import running
 from qlutils.driver.arguments import parser
 from qlutils.driver.jobs import Job, plan_jobs
 from qlutils.driver.plan import SHAPES, query_seconds
-from qlutils.driver.running import stages
 from qlutils.files import locked
 from qlutils.study import identity
 from qlutils.study.notebook import Study
@@ -239,7 +240,8 @@ def test_jobs_in_stages_and_lanes_each_with_its_parameters_and_what_it_reads(boo
     brief = {}
     for job in jobs:
         brief[job.name] = f"{job.notebook.stem[:2]} {Path(job.model or '').name} {job.method}"
-    found = [[[brief[job.name] for job in lane] for lane in lanes] for lanes in stages(jobs)]
+    stages = running.stages(jobs)
+    found = [[[brief[job.name] for job in lane] for lane in lanes] for lanes in stages]
     names = ("tiny model", "other")
     assert found == [
         [[f"01 {name} {method}"] for name in names for method in ("ig", "amig")],
@@ -268,39 +270,33 @@ def assert_ended(pids):
     assert not any(map(is_running, pids))
 
 
-def test_a_killed_kernel_and_a_killed_notebook_process_fail_alone(books, model, drive, tmp_path):
-    """As the system kills them when memory runs out."""
-    pids = tmp_path / "pids"
-    more = f"""
-import signal, time
-open({str(pids)!r}, 'a').write(f'{{os.getpid()}} ')
-os.kill({{'ig': os.getpid(), 'sig': os.getppid()}}[study.method], signal.SIGKILL)
-time.sleep(60)"""
-    write_localize(books, more)
-    (_, first), (_, second) = drive("--only", "01", status=1).values()
-    assert "DeadKernelError: Kernel died" in first
-    assert second == "its process was killed by signal 9 (out of memory?)"
-    assert_ended(pids.read_text().split())
-
-
-def test_a_model_that_changes_or_does_not_load_or_is_gone_ends_its_own_row_only(
-    books, model, drive
+def test_a_killed_kernel_or_notebook_or_a_model_that_fails_or_changes_ends_its_own_row_only(
+    books, model, drive, tmp_path
 ):
-    others = [save_checkpoint(Path(model).with_name(name)) for name in ("broken", "gone", "new")]
+    """The system kills a process when memory runs out."""
+    pids = tmp_path / "pids"
+    names = "broken", "gone", "changed", "kernel", "notebook"
+    others = [save_checkpoint(Path(model).with_name(name)) for name in names]
     more = f"""
-broken, gone, new = {others!r}
+import shutil, signal, time
+broken, gone, changed, kernel, notebook = {others!r}
 if study.model == broken:
-    import shutil
     shutil.rmtree(gone)
     open(broken + '/model.safetensors', 'w').close()
     study.lm()
-if study.model == new:
-    open(new + '/config.json', 'a').write(' ')"""
+if study.model == changed:
+    open(changed + '/config.json', 'a').write(' ')
+if study.model in (kernel, notebook):
+    open({str(pids)!r}, 'a').write(f'{{os.getpid()}} ')
+    os.kill(os.getpid() if study.model == kernel else os.getppid(), signal.SIGKILL)
+    time.sleep(60)"""
     write_localize(books, more)
     rows = drive("--models", *others, model, "--methods", "ig", "--only", "01", status=1)
-    assert statuses(rows) == ["failed", "failed", "failed", "done"]
-    problems = "could not load model", "gone", "changed while it ran"
+    assert statuses(rows) == 5 * ["failed"] + ["done"]
+    problems = ["could not load model", "gone", "changed while it ran"]
+    problems += ["DeadKernelError: Kernel died", "its process was killed by signal 9 (out of mem"]
     assert all(said in problem for said, (_, problem) in zip(problems, rows.values()))
+    assert_ended(pids.read_text().split())
 
 
 def unreachable(*_, **__):
@@ -341,28 +337,13 @@ study.table(table, 'shown', f'Table 1. Of {model}, {method}')
     write_localize(books, more)
     rows = drive("--models", model, *twins, "--methods", "ig", "--only", "01")
     labels = {model: "tiny model", twins[0]: "a/twin", twins[1]: "b/twin"}
-    assert set(rows) == {f"01_localize {label} ig" for label in labels.values()}
+    assert list(rows) == [f"01_localize {label} ig" for label in labels.values()]
     for folder, label in labels.items():
         results = runs / "default" / "results" / paths.slug(folder) / "ig"
         assert pd.read_csv(results / "shown.csv")["model"].tolist() == [label]
         assert (results / "legend.csv").read_text() == label
         texts = [(results / f"shown{suffix}").read_text() for suffix in (".md", ".tex")]
         assert all(label in text and str(tmp_path) not in text for text in texts)
-        record = read_record(results / "run.json")["01_localize"]
-        assert record["model"]["name"] == folder == record["parameters"]["model"]
-
-
-@pytest.mark.parametrize(
-    "model, among, label",
-    [
-        ("meta-llama/Llama-2-7b-hf", [], "meta-llama/Llama-2-7b-hf"),
-        ("/x/run/gpt2", ["gpt2"], "run/gpt2"),
-        ("/x/m.gguf", ["/y/n.gguf"], "m.gguf"),
-        ("/a/x/m", ["/b/x/m", "/c/m"], "a/x/m"),
-    ],
-)
-def test_a_label_is_as_short_as_the_other_models_allow(model, among, label):
-    assert paths.label(model, among) == label
 
 
 def test_notebooks_run_side_by_side_but_not_before_what_they_read_nor_into_one_folder(
@@ -400,8 +381,7 @@ def test_what_needs_a_failed_job_is_not_run_and_a_path_that_cannot_be_written_fa
     assert statuses(rows) == ["failed", "done", "failed", "not run"]
     problems = [problem for _, problem in rows.values()]
     assert "Is a directory" in problems[2] and problems[3].endswith("failed")
-    jobs = run_record(runs)["jobs"]
-    assert jobs[3]["problem"].startswith("01_localize--")
+    assert run_record(runs)["jobs"][3]["problem"].startswith("01_localize--")
 
 
 @pytest.mark.parametrize(
@@ -438,11 +418,28 @@ if study.method in {held} and not os.path.exists({asleep!r} + study.method):
     assert_ended([file.read_text() for file in files])
     if status > 0:
         assert "to go on:\n    ./run_all.sh --models" in said
-        jobs = run_record(runs)["jobs"]
         ended = ["stopped" if method in held else "done" for method in ("ig", "sig")]
-        assert [job["status"] for job in jobs] == [*ended, "not run"]
-        rows = drive("--only", "01")
-        assert statuses(rows) == ["done" if "ig" in held else "cached", "done"]
+        assert [job["status"] for job in run_record(runs)["jobs"]] == [*ended, "not run"]
+    assert statuses(drive("--only", "01")) == ["done" if "ig" in held else "cached", "done"]
+
+
+def test_a_log_says_again_and_again_what_runs_how_far_it_is_and_for_how_long(
+    books, model, drive, tmp_path, monkeypatch
+):
+    """On a terminal a bar does; a log gets a line a minute, here every 0.1 seconds."""
+    monkeypatch.setattr(running, "LOG_SECONDS", 0.1)
+    monkeypatch.setenv("PYTHONPATH", units.IMPORT_PATH)
+    work = f"""
+import units
+units.without_model()
+study.run(units.signed, units.UNITS, dict(log={str(tmp_path / "log")!r}, pause=0.4))"""
+    write_localize(books, work)
+    drive("--methods", "ig", "--only", "01", "02")
+    first = r"\[0/2\] 0 min, at work: 01_localize tiny model ig"
+    done = [f" {n}/4 units, {r'[?]' if n == 0 else '[0-9:]+'} left" for n in range(4)]
+    last = r"\[1/2\] \d min, at work: 02_consistency tiny model"
+    for line in (first, *(first + one for one in done), last):
+        assert re.search(f"^{line}$", drive.said.err, re.M), (line, drive.said.err)
 
 
 def test_two_drivers_on_one_output_are_refused(books, model, runs, capsys):
@@ -452,13 +449,19 @@ def test_two_drivers_on_one_output_are_refused(books, model, runs, capsys):
 
 
 # -- what a notebook checks by itself, without the driver ------------------------------------------
-def opened(monkeypatch, folder, declared, **given):
+@pytest.fixture
+def opened(tmp_path, monkeypatch):
     """What a notebook with these declared parameters has, opened with others given."""
-    write_notebook(folder, "01_localize", declared)
-    monkeypatch.chdir(folder)
-    namespace = {"In": [], "__name__": "__main__", "_dh": []}  # as a kernel has them
-    exec(declared, namespace)
-    return parameters_of("01_localize", {**namespace, **given})
+    monkeypatch.chdir(tmp_path)
+
+    def start(declared=PARAMETERS, run_first=True, **given):
+        write_notebook(tmp_path, "01_localize", declared)
+        namespace = {"In": [], "__name__": "__main__", "_dh": []}  # as a kernel has them
+        if run_first:
+            exec(declared, namespace)
+        return parameters_of("01_localize", {**namespace, **given})
+
+    return start
 
 
 @pytest.mark.parametrize(
@@ -471,28 +474,21 @@ def opened(monkeypatch, folder, declared, **given):
         ({"t": 0.01}, "parameter t 0.01: want a share of the largest score that results keep"),
         ({"seed": -1}, "parameter seed -1: want an integer, at least 0"),
         ({"method": "lrp"}, "method 'lrp' is unknown"),
+        ({"run_first": False}, "is not set: run the parameters cell"),
     ],
 )
-def test_a_notebook_refuses_parameters_it_does_not_know(tmp_path, monkeypatch, given, said):
+def test_a_notebook_refuses_parameters_it_does_not_know(opened, given, said):
     with pytest.raises(ValueError, match=said):
-        opened(monkeypatch, tmp_path, PARAMETERS, **given)
+        opened(**given)
 
 
-def test_given_values_win_none_means_all_and_a_notebook_can_be_opened_again(tmp_path, monkeypatch):
+def test_given_values_win_none_means_all_and_a_notebook_can_be_opened_again(opened):
     declared, given = f"{PARAMETERS}\nlambda1 = 2.0", dict(facts_per_relation=None, lambda1=1)
-    values = opened(monkeypatch, tmp_path, declared, **given)
+    values = opened(declared, **given)
     assert values["facts_per_relation"] is None and values["lambda1"] == 1
     assert values["model"] == "demo/gpt2" and "In" not in values
     # names that later cells set are no parameters
-    again = opened(monkeypatch, tmp_path, declared, **given, study=object(), present=5)
-    assert again == values
-
-
-def test_a_notebook_whose_parameters_cell_was_not_run_says_so(tmp_path, monkeypatch):
-    write_notebook(tmp_path, "01_localize", PARAMETERS)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="is not set: run the parameters cell"):
-        parameters_of("01_localize", {})
+    assert opened(declared, **given, study=object(), present=5) == values
 
 
 def test_a_plan_costs_what_the_options_ask_for_and_each_model_and_method_once(
@@ -555,7 +551,7 @@ def test_results_from_other_inputs_are_not_read(model, runs):
         study.load("queries")
 
 
-def test_the_folder_of_a_model_stays_in_the_run_and_has_a_short_name(tmp_path):
+def test_a_models_folder_stays_in_the_run_and_its_label_is_as_short_as_the_others_allow(tmp_path):
     """See also test_security.py."""
     named = {"demo/gpt2": "demo--gpt2", "../../none/x": "--..--none--x", "...": "_", "a\0b": "a_b"}
     assert {name: paths.slug(name) for name in named} == named
@@ -564,6 +560,10 @@ def test_the_folder_of_a_model_stays_in_the_run_and_has_a_short_name(tmp_path):
         folder.mkdir()
     one, other = (paths.slug(str(folder)) for folder in twins)
     assert one != other and one.startswith("mmm") and len(one) == len(other) < 60
+    assert paths.label("meta-llama/Llama-2-7b-hf", []) == "meta-llama/Llama-2-7b-hf"
+    assert paths.label("/x/run/gpt2", ["gpt2"]) == "run/gpt2"
+    assert paths.label("/x/m.gguf", ["/y/n.gguf"]) == "m.gguf"
+    assert paths.label("/a/x/m", ["/b/x/m", "/c/m"]) == "a/x/m"
 
 
 def test_a_results_notebook_opens_without_torch(runs):

@@ -116,15 +116,12 @@ def _address(server, folder, patience=40):
 
 
 @pytest.fixture
-def page(browser, lab, tmp_path, capsys):
-    """The notebook, open; what it looked like at last is kept as `last.png`."""
+def page(browser, lab):
+    """The notebook, open."""
     page = browser.new_page(viewport={"width": 1280, "height": 1050})
     page.set_default_timeout(45_000)
     page.goto(lab[1])
     yield page
-    page.screenshot(path=tmp_path / "last.png")
-    with capsys.disabled():
-        print(f"\nscreenshots: {', '.join(map(str, sorted(tmp_path.glob('*.png'))))}")
     page.close()
 
 
@@ -139,21 +136,8 @@ def press(page, name):
     return [row.split("\t")[0] for row in rows], before, after
 
 
-def dropdown(page, name):
-    label = page.get_by_text(name, exact=True)
-    return page.locator(".widget-dropdown", has=label).locator("select")
-
-
 @pytest.mark.browser
-def test_a_reader_runs_the_notebook_suppresses_neurons_picks_a_fact_and_moves_the_slider(
-    page, lab, tmp_path, capsys
-):
-    def keep(name):
-        cell = page.locator(".jp-Cell", has=page.locator(".widget-tab"))
-        cell.evaluate("e => e.scrollIntoView()")
-        page.screenshot(path=tmp_path / f"{name}.png")
-
-    # the newcomer's path: run the notebook, switch neurons off, see the answer change
+def test_a_reader_runs_the_notebook_and_changes_neurons_and_synapses(page, lab):
     page.locator(".jp-Notebook").wait_for()
     page.get_by_text("qlutils | Idle").wait_for()
     page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
@@ -161,48 +145,18 @@ def test_a_reader_runs_the_notebook_suppresses_neurons_picks_a_fact_and_moves_th
     status = page.locator(".widget-html-content", has_text="scores computed now")
     status.filter(has_text=FACT).wait_for(state="attached")  # hidden while out of sight
     status.evaluate("e => e.closest('.jp-Cell').scrollIntoView()")
-    keep("prompts")
     page.get_by_role("tab", name="Change it").click()
     roles, before, suppressed = press(page, "Suppress")
-    seconds = time.perf_counter() - lab[0]
-    with capsys.disabled():
-        print(f"\nfrom `jupyter lab` to the first changed answer: {seconds:.0f} s")
-    assert seconds < 180
+    assert time.perf_counter() - lab[0] < 180
     assert roles[-2:] == ["control: same relation", "control: other relation"]
     assert len(roles) > 4 and all(0 <= p <= 1 for p in (*before, *suppressed))
     assert "q0" in roles[0] and before[0] > suppressed[0]  # its own neurons are gone
-    keep("suppressed")
     _, again, enhanced = press(page, "Enhance")
-    dropdown(page, "synapses").select_option(index=1)
+    label = page.get_by_text("synapses", exact=True)
+    page.locator(".widget-dropdown", has=label).locator("select").select_option(index=1)
     _, off, without = press(page, "Synapses alone")
     assert before == again == off  # the model was as before
     assert len({tuple(one) for one in (before, suppressed, enhanced, without)}) == 4
-    keep("synapses")
     page.get_by_role("tab", name="Copy as code").click()
-    keep("code")
 
-    # another fact, another threshold
-    facts = dropdown(page, "Fact")
-    facts.select_option(index=(facts.evaluate("e => e.selectedIndex") + 1) % 3)
-    page.locator("button", has_text=re.compile("^ ?Run$")).click()
-    old = json.dumps(f"{FACT}: scores")
-    page.wait_for_function(f"() => !document.body.innerText.includes({old})")
-    status.wait_for()
-    page.get_by_role("tab", name="Prompts").click()
-    first_prompt = page.locator("table", has_text="runners-up").first.inner_text()
-    assert "known" in first_prompt and "France" not in first_prompt
-    page.get_by_role("tab", name="Neurons").click()
-    tiles = page.locator(".widget-html-content", has_text="in more than one").first
-    many = tiles.inner_text()
-    for _ in range(4):
-        page.locator(".widget-slider .noUi-handle").first.press("ArrowRight")
-    page.locator(".widget-readout", has_text="0.40").wait_for()
-    texts = "[...document.querySelectorAll('.widget-html-content')].map(e => e.innerText)"
-    page.wait_for_function(f"old => !{texts}.includes(old)", arg=many)
-    few, many = (int(re.search(r"neurons\n(\d+)", text)[1]) for text in (tiles.inner_text(), many))
-    assert 0 < few < many
-    status.wait_for()
-    keep("neurons")
-    page.get_by_role("tab", name="One neuron").click()
-    keep("one_neuron")
     assert not page.get_by_text("Traceback").count()

@@ -102,9 +102,8 @@ def test_the_first_facts_that_greedy_decoding_answers_are_kept_in_the_seeded_ord
         assert row.scanned == (min(12, 4 * (last // 4 + 1)) if enough else 12) and row.facts == 12
         assert row.kept == len(keep) and row.known == sum(right[: row.scanned])
         assert row.queries == 3 * row.scanned
-        assert row.answered == sum(
-            number_answered("demo/gpt2", fact) for fact in order[: row.scanned]
-        )
+        asked = order[: row.scanned]
+        assert row.answered == sum(number_answered("demo/gpt2", fact) for fact in asked)
     assert 0 < len(expected) < 24
     assert found == [fact for fact in load_facts(data) if fact in expected]
 
@@ -206,14 +205,14 @@ def test_a_query_that_cannot_be_read_is_not_answered():
 @pytest.mark.parametrize(
     "given, said",
     [
-        (-1, "known_prompts -1: want an integer"),
-        (True, "known_prompts True"),
-        (1.5, "known_prompts 1.5"),
-        (4, r"known_prompts 4: want a number of prompts \(0: all facts; no fact has more than 3"),
+        (-1, "want an integer"),
+        (True, "want an integer"),
+        (1.5, "want an integer"),
+        (4, r"want a number of prompts \(0: all facts; no fact has more than 3"),
     ],
 )
 def test_a_number_of_prompts_that_means_nothing_is_refused(study, given, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=f"known_prompts {given}: {said}"):
         study(known_prompts=given).facts()
 
 
@@ -221,10 +220,7 @@ def test_a_model_that_knows_none_of_the_facts_is_named_with_what_was_asked(study
     prompts = ["the capital of France is", "it lies in"]
     lines = [dict(subject=f"s{i}", object="zebra", prompts=prompts) for i in range(5)]
     (tmp_path / "none.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    said = (
-        r"demo/gpt2 answers at least known_prompts=1 prompts of none of the 5 facts of "
-        r".*none.jsonl; it answers 0 of 10 queries, at most 0 of one fact"
-    )
+    said = "known_prompts=1 prompts of none of the 5 facts of .*none.jsonl; it answers 0 of 10"
     for _ in range(2):  # found out, and read back
         with pytest.raises(ValueError, match=said):
             study(data=str(tmp_path / "none.jsonl"), known_prompts=1).facts()

@@ -34,8 +34,12 @@ def model(monkeypatch):
     monkeypatch.setattr(store, "cached_model", lambda *_: fake_model())
 
 
-def test_a_result_is_the_same_whether_it_was_computed_or_read(tmp_path, model):
+def test_a_result_is_the_same_computed_or_read_and_can_be_read_where_nothing_can_be_written(
+    tmp_path, model, monkeypatch
+):
     first, info, _ = run(tmp_path)
+    monkeypatch.setattr(files, "write_bytes", None)
+    monkeypatch.setattr(store, "locked", None)
     again, info_again, _ = run(tmp_path)
     assert (info["computed"], info_again["computed"], info["units"]) == (4, 0, 4)
     pd.testing.assert_frame_equal(first, again)
@@ -131,25 +135,18 @@ def test_no_flipped_bit_and_no_truncation_goes_unnoticed(tmp_path):
             assert files.read_parquet(path, "key")[0] is None
 
 
-@pytest.mark.parametrize("harm", ["truncate", "flip", "foreign"])
+@pytest.mark.parametrize("harm", ["cut short", "flipped bits", "another unit"])
 def test_a_damaged_unit_is_named_and_computed_again(tmp_path, model, harm):
     good = run(tmp_path)[0]
     before = unit_files(tmp_path)
     name, other = list(before)[:2]
     flipped = before[name][:99] + b"\xff" + before[name][100:]
-    bad = {"truncate": before[name][:-9], "flip": flipped, "foreign": before[other]}[harm]
-    (tmp_path / "units" / name).write_bytes(bad)
+    bad = {"cut short": before[name][:-9], "flipped bits": flipped, "another unit": before[other]}
+    (tmp_path / "units" / name).write_bytes(bad[harm])
     again, info, messages = run(tmp_path)
     assert info["computed"] == 1 and messages and all(name in said for said in messages)
     pd.testing.assert_frame_equal(again, good)
     assert unit_files(tmp_path) == before
-
-
-def test_finished_units_can_be_read_where_nothing_can_be_written(tmp_path, model, monkeypatch):
-    run(tmp_path)
-    monkeypatch.setattr(files, "write_bytes", None)
-    monkeypatch.setattr(store, "locked", None)
-    assert run(tmp_path)[1]["computed"] == 0
 
 
 def test_the_lock_of_a_dead_process_is_free_and_what_writers_left_is_removed(tmp_path, model):
@@ -181,24 +178,7 @@ def test_a_configuration_that_json_cannot_hold_is_refused(tmp_path, model, bad):
         run(tmp_path, config={"scale": bad})
 
 
-def test_workers_write_the_same_bytes_as_a_plain_loop(tmp_path, model, monkeypatch):
-    distributed = pytest.importorskip("distributed")
-    plain = run(tmp_path / "plain")[0]
-    local = dict(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None)
-    with (
-        distributed.LocalCluster(**local, silence_logs=50) as cluster,
-        distributed.Client(cluster, set_as_default=False) as client,  # as the notebooks' own
-    ):
-        monkeypatch.setattr("qlutils.study.store._client", lambda _: client)
-        frame, info, _ = run(tmp_path / "workers")
-        assert info["computed"] == 4 and run(tmp_path / "workers")[1]["computed"] == 0
-        with pytest.raises(FloatingPointError):
-            run(tmp_path / "broken", task=breaks_at_two)
-    pd.testing.assert_frame_equal(frame, plain)
-    assert unit_files(tmp_path / "workers") == unit_files(tmp_path / "plain")
-
-
-def test_a_worker_killed_while_it_computes_costs_its_unit_and_changes_no_byte(
+def test_workers_write_the_bytes_of_a_plain_loop_and_a_worker_killed_costs_its_unit_only(
     tmp_path, monkeypatch, model
 ):
     distributed = pytest.importorskip("distributed")
@@ -217,7 +197,7 @@ def test_a_worker_killed_while_it_computes_costs_its_unit_and_changes_no_byte(
             time.sleep(0.02)
         os.kill(int(log.read_text().split()[0]), signal.SIGKILL)
 
-    frame, _, _ = run(tmp_path / "plain", signed, config)
+    plain = run(tmp_path / "plain", signed, config)[0]
     log.unlink()
     killer = threading.Thread(target=kill, daemon=True)
     with scheduler(2, None) as address, distributed.Client(address) as client:
@@ -225,9 +205,11 @@ def test_a_worker_killed_while_it_computes_costs_its_unit_and_changes_no_byte(
         monkeypatch.setattr("qlutils.study.store._client", lambda _: client)
         client.register_plugin(WithoutModel())
         killer.start()
-        found, _, _ = run(tmp_path / "workers", signed, config)
+        found = run(tmp_path / "workers", signed, config)[0]
+        with pytest.raises(FloatingPointError):
+            run(tmp_path / "broken", breaks_at_two)
     killer.join(5)
     workers = log.read_text().split()
     assert len(set(workers)) >= 2 and len(workers) == 5, "four units, one of them begun twice"
-    pd.testing.assert_frame_equal(found, frame)
+    pd.testing.assert_frame_equal(found, plain)
     assert unit_files(tmp_path / "workers") == unit_files(tmp_path / "plain") and len(found) == 8
