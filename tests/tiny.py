@@ -262,9 +262,9 @@ def watched_rows(lm, limit=None):
         yield seen
 
 
-def readme_table(heading):
-    """The first table after a heading of README.md, as dicts."""
-    text = (ROOT / "README.md").read_text("utf-8").split(heading, 1)[1]
+def readme_table(heading, file="README.md"):
+    """The first table after a heading of README.md or another file, as dicts."""
+    text = (ROOT / file).read_text("utf-8").split(heading, 1)[1]
     rows = re.search(r"(^\|.*\n)+", text, re.M)[0].splitlines()
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
