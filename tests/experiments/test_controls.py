@@ -11,7 +11,6 @@ import torch
 
 from qlutils.experiments import controls, relocalise
 from qlutils.experiments.consistency import classified_facts
-from qlutils.neurons.others import random_neurons
 from qlutils.show.stats import LEAST, welch
 
 PATTERNS = "{} lies in the land of|The capital {} belongs to|You will find {} in|It is {}".split(
@@ -54,13 +53,6 @@ def test_a_null_group_that_cannot_be_made_is_counted_not_invented(pattern_and_ob
     assert dict(zip(found["kind"], found["n"])) == n
     assert (found["n_missing"] == 1 - found["n"]).all()
     assert (found["cs2"].isna() == (found["n"] == 0)).all()
-
-
-def test_random_sets_keep_the_number_in_each_layer():
-    rngs, neurons = map(np.random.default_rng, range(20)), {(0, 1), (0, 2), (3, 7)}
-    drawn = [random_neurons(neurons, 4, rng, outside=False) for rng in rngs]
-    assert all(sorted(layer for layer, _ in one) == [0, 0, 3] for one in drawn)
-    assert set().union(*drawn) == set(product((0, 3), range(4)))  # its own, too
 
 
 @pytest.mark.parametrize(
