@@ -230,6 +230,16 @@ def save_dataset(folder, patterns=None, facts=None):
     return str(folder)
 
 
+def query_row(fact, index, neurons, **more):
+    """A row of a `queries` frame: `fact` is "relation|subject|object", `neurons` are its KNs,
+    (layer, neuron), which all score 1; `more` replaces columns."""
+    relation, subject, obj = fact.split("|")
+    row = dict(fact=fact, relation=relation, subject=subject, object=obj, prompt_index=index)
+    row |= dict(prompt=f"{subject} {index}", prompt_tokens=3, probability=0.5, known=True)
+    row |= dict(layer=[layer for layer, _ in neurons], neuron=[neuron for _, neuron in neurons])
+    return row | dict(score=[1.0] * len(neurons)) | more
+
+
 def trusted(hook):
     """A hook of a test that only watches or fails, passed off as one of the package's own: others
     are refused."""

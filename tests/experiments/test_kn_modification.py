@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny import tiny_lm
+from tiny import query_row, tiny_lm
 
 from qlutils import Fact, edit_weights, perplexity
 from qlutils.experiments import kn_modification
@@ -41,13 +41,11 @@ def invented_queries(lm, facts_per_relation=4, prompts=4, seed=0):
         texts = [" ".join(map(str, rng.integers(4, 97, 3 + k % 2))) for k in range(prompts)]
         best = [by_generation(lm, text, 1) for text in texts]
         answer = best[f % prompts] + " 50" * (f == 1)  # one answer of two tokens
-        subject = f"sR{relation + 1}{f}"
-        fact = dict(relation=f"R{relation + 1}", subject=subject, object=answer, probability=0.5)
+        fact = f"R{relation + 1}|sR{relation + 1}{f}|{answer}"
         for k, text in enumerate(texts):
-            layer = rng.integers(0, lm.num_layers, 5)
-            kns = dict(layer=layer, neuron=rng.integers(0, lm.num_neurons, 5), score=np.ones(5))
-            query = dict(prompt_index=k, prompt=text, known=best[k] == answer)
-            rows.append({"fact": f"R{relation + 1}|{subject}|{answer}"} | fact | query | kns)
+            layer, neuron = (rng.integers(0, n, 5) for n in (lm.num_layers, lm.num_neurons))
+            kns = list(zip(layer.tolist(), neuron.tolist()))
+            rows.append(query_row(fact, k, kns, prompt=text, known=best[k] == answer))
     return pd.DataFrame(rows)
 
 

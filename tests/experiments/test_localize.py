@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy import stats as scipy_stats
-from tiny import WORDS, save_checkpoint, save_dataset, word_tokenizer
+from tiny import WORDS, query_row, save_checkpoint, save_dataset, word_tokenizer
 
 from qlutils import (
     attribute,
@@ -217,14 +217,11 @@ def test_units_are_not_computed_or_read_while_a_context_changes_the_model(tmp_pa
 
 # --- the examples of Figure 1 ---------------------------------------------------------------------
 def hand_made(*facts):
-    """A `queries` frame of (id, known of each query, KN sets): every KN scores 1."""
+    """A `queries` frame of (id, known of each query, KN sets, all of layer 0)."""
     rows = []
     for fact, known, sets in facts:
-        names = dict(zip(("fact", "relation", "subject", "object"), (fact, *fact.split("|"))))
         for index, (knows, one) in enumerate(zip(known, sets)):
-            kns = dict(layer=[0] * len(one), neuron=list(one), score=[1.0] * len(one))
-            about = dict(prompt_index=index, prompt=f"{names['subject']} {index}", known=knows)
-            rows.append(names | about | kns | {"probability": 0.5})
+            rows.append(query_row(fact, index, [(0, neuron) for neuron in one], known=knows))
     return pd.DataFrame(rows)
 
 

@@ -4,7 +4,7 @@ one-by-one evaluation."""
 import numpy as np
 import pandas as pd
 import pytest
-from tiny import tiny_lm
+from tiny import query_row, tiny_lm
 from units import EFFECTS_UNIT
 
 from qlutils.change.scaling import answer_probability, scale_neurons
@@ -13,27 +13,10 @@ from qlutils.experiments import query_kn_mapping as mapping
 from qlutils.neurons.others import active_neurons, random_neurons
 from qlutils.show import tables
 
-
-def query(fact, i, neurons, score, tokens=3, known=True):
-    """A row of a `queries` frame. fact: relation, subject, object; neurons: [(layer, neuron)]."""
-    relation, subject, obj = fact
-    names = dict(fact=f"{relation} {subject}", relation=relation, subject=subject, object=obj)
-    prompt = dict(prompt_index=i, prompt=f"{relation} {subject} {i}", prompt_tokens=tokens)
-    layer, neuron = map(list, zip(*neurons))
-    kns = dict(layer=layer, neuron=neuron, score=score)
-    return names | prompt | kns | dict(probability=0.5, known=known)
-
-
 QUERIES = pd.DataFrame(
-    [
-        query(fact, i, [(first, 1), (1 - first, 2)], [1.0, score], tokens, known=i != 2)
-        for fact, tokens, score in (
-            (("R1", "a", "x"), 3, 0.1),
-            (("R1", "b", "x"), 4, 0.9),
-            (("R2", "c", "x"), 3, 0.9),
-        )
-        for i, first in enumerate((0, 0, 1))
-    ]
+    query_row(fact, i, [(first, 1), (1 - first, 2)], score=[1.0, score], prompt_tokens=tokens)
+    for fact, tokens, score in (("R1|a|x", 3, 0.1), ("R1|b|x", 4, 0.9), ("R2|c|x", 3, 0.9))
+    for i, first in enumerate((0, 0, 1))
 )
 
 
@@ -100,38 +83,35 @@ def test_units_hold_the_neurons_above_the_threshold_and_an_irrelevant_prompt_of_
     assert a["layer"] == [[0], [0], [1]] and a["neuron"] == [[1], [1], [1]]
     assert sorted(zip(b["layer"][2], b["neuron"][2])) == [(0, 2), (1, 1)]
     assert b["prompt_index"] == [0, 1, 2]
-    assert all(prompt.startswith("R2 c") for prompt in a["irrelevant"] + b["irrelevant"])
+    assert all(prompt.startswith("c") for prompt in a["irrelevant"] + b["irrelevant"])
     # of R1 only fact a has prompts of 3 tokens
-    assert all(prompt.startswith("R1 a") for prompt in c["irrelevant"])
+    assert all(prompt.startswith("a") for prompt in c["irrelevant"])
     [[alone]] = effects.units(QUERIES[QUERIES["relation"] == "R2"], irrelevant=0)
     assert alone["irrelevant"] == [None] * 3 and "layer" not in alone
 
 
 def test_another_fact_s_neurons_are_of_one_fact_and_none_of_this_one():
     facts = {
-        ("R1", "a", "x"): [[(0, 1), (0, 2), (1, 5)], [(0, 3)]],
-        ("R1", "b", "y"): [[(0, 1), (0, 6)], [(1, 7), (2, 8)]],
-        ("R2", "c", "z"): [[(0, 3), (0, 4)], [(0, 5), (1, 6)]],
-        ("R2", "d", "z"): [[(0, 9)], [(1, 9)]],
-        ("R3", "a", "w"): [[(0, 10)], [(0, 10)]],
-        ("R3", "e", "x"): [[(0, 11)], [(0, 11)]],
+        "R1|a|x": [[(0, 1), (0, 2), (1, 5)], [(0, 3)]],
+        "R1|b|y": [[(0, 1), (0, 6)], [(1, 7), (2, 8)]],
+        "R2|c|z": [[(0, 3), (0, 4)], [(0, 5), (1, 6)]],
+        "R2|d|z": [[(0, 9)], [(1, 9)]],
+        "R3|a|w": [[(0, 10)], [(0, 10)]],
+        "R3|e|x": [[(0, 11)], [(0, 11)]],
     }
-    rows = []
-    for fact, sets in facts.items():
-        rows += [query(fact, i, kns, [1.0] * len(kns)) for i, kns in enumerate(sets)]
-    drawn = {}
+    rows = [query_row(fact, i, kns) for fact, sets in facts.items() for i, kns in enumerate(sets)]
+    queries, drawn = pd.DataFrame(rows), {}
     for seed in range(40):
-        for fact in effects.units(pd.DataFrame(rows), 0.2, other=seed)[0]:
+        for fact in effects.units(queries, 0.2, other=seed)[0]:
             for kind in ("same_relation", "other_relation"):
                 drawn.setdefault((fact["fact"], kind), set()).add(tuple(map(tuple, fact[kind])))
     # of b, less (0, 1), which both have; layer 0 has one neuron left for two, and the second query
     # has none in layer 1
-    assert drawn["R1 a", "same_relation"] == {(((0, 6), (1, 7)), ((0, 6),))}
-    # of c (less (0, 3)) or of d; "R3 a" has a's subject and "R3 e" its object. Never of both facts
-    # at once
-    first = {one for one, _ in drawn["R1 a", "other_relation"]}
+    assert drawn["R1|a|x", "same_relation"] == {(((0, 6), (1, 7)), ((0, 6),))}
+    # of c (less (0, 3)) or of d, never of both at once; those of R3 have a's subject or its object
+    first = {one for one, _ in drawn["R1|a|x", "other_relation"]}
     assert first == {((0, 4), (0, 5), (1, 6)), ((0, 9), (1, 9))}
-    assert drawn["R2 c", "same_relation"] == {((), ())}  # d has the same object
+    assert drawn["R2|c|z", "same_relation"] == {((), ())}  # d has the same object
 
 
 def changes(rows, classes=None, known=True):
@@ -149,12 +129,12 @@ def changes(rows, classes=None, known=True):
 def test_relative_changes_are_signed_by_direction_and_undefined_at_zero():
     rows = [(2, 0.5, 0.6, 0.1), (0, 0.0, 0.0, 0.0), (1, 0.5, 0.4, 0.5)]
     frame = changes([("f", "R", i, "self", *row) for i, row in enumerate(rows)])
-    rates = effects.rates(frame).set_index(["prompt_index", "direction"])["rate"]
-    assert rates[0, "enhance"] == pytest.approx(0.2) and rates[0, "suppress"] == pytest.approx(0.8)
-    assert rates[0, "average"] == pytest.approx(0.5) and rates[2, "average"] == pytest.approx(-0.1)
-    assert rates[1].isna().all() and len(rates) == 9
-    sizes = effects.rates(frame, size=True).set_index(["prompt_index", "direction"])["rate"]
-    assert sizes[2, "enhance"] == pytest.approx(0.2) and sizes[2, "average"] == pytest.approx(0.1)
+    rates, sizes = (effects.rates(frame, size=size) for size in (False, True))
+    for found, second in ((rates, (-0.2, 0.0, -0.1)), (sizes, (0.2, 0.0, 0.1))):
+        rate = found.set_index(["prompt_index", "direction"])["rate"]
+        assert rate[0][list(effects.DIRECTIONS)].tolist() == pytest.approx([0.2, 0.8, 0.5])
+        assert rate[2][list(effects.DIRECTIONS)].tolist() == pytest.approx(second)
+        assert rate[1].isna().all() and len(rate) == 9
 
 
 def test_summary_counts_empty_sets_undefined_values_and_classes_without_facts():

@@ -13,6 +13,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from tiny import query_row
 
 from qlutils import paths, run
 from qlutils.experiments import claims, controls, in_short, report
@@ -77,15 +78,14 @@ def test_the_report_has_no_formulas_that_only_a_network_would_show():
 def queries():
     """Facts of even number agree in their neurons, the others do not."""
     rng, rows = np.random.default_rng(0), []
+    saved = dict(prompt_tokens=5, answer_tokens=1, row_budget=1, gap=[0.0] * 2)
     for f, fact in enumerate(load_facts("demo", **SAMPLE)):
-        about = dict(fact=fact.id, relation=fact.relation, subject=fact.subject, object=fact.object)
         for p, prompt in enumerate(fact.prompts):
             common = rng.random() < (0.99 if f % 2 == 0 else 0.02)
             first = 0 if common else 10 + 10 * p
-            row = about | dict(prompt_index=p, prompt=prompt, prompt_tokens=5, answer_tokens=1)
-            row |= dict(probability=0.3 + 0.1 * rng.random(), known=True, row_budget=1)
-            row |= dict(gap=[0.0] * 2, layer=[f % 2] * 3, score=[1.0] * 3)
-            rows.append(row | dict(neuron=[first, first + 1, first + 2]))
+            kns = [(f % 2, first + place) for place in range(3)]
+            about = saved | dict(prompt=prompt, probability=0.3 + 0.1 * rng.random())
+            rows.append(query_row(fact.id, p, kns, **about))
     return pd.DataFrame(rows)
 
 
