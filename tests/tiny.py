@@ -255,6 +255,19 @@ def hooked(handle):
         handle.remove()
 
 
+def last_activations(lm, prompt):
+    """What a plain forward pass sends into each layer's down-projection at the last token,
+    (layers, neurons)."""
+    seen = []
+    watch = trusted(lambda _, inputs: seen.append(inputs[0][0, -1]))
+    handles = [down.register_forward_pre_hook(watch) for down in lm.downs]
+    with torch.no_grad():
+        lm.model(input_ids=torch.tensor([lm.encode_prompt(prompt)]))
+    for handle in handles:
+        handle.remove()
+    return torch.stack(seen).numpy()
+
+
 @contextmanager
 def watched_rows(lm, limit=None):
     """The largest number of rows (of one token) that enter the last decoder layer at once, and, in

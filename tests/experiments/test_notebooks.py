@@ -9,15 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tiny import last_activations
 
-from qlutils import (
-    answer_probability,
-    find_synapses,
-    load_model,
-    paths,
-    scale_neurons,
-    scale_synapses,
-)
+from qlutils import answer_probability, load_model, paths
+from qlutils.change import scaling, synapses
 from qlutils.driver.execute import execute, kernel_environment
 from qlutils.experiments.consistency import classified_facts, consistency_summary, table_1, table_4
 from qlutils.experiments.localize import localisation_summary, localise
@@ -214,7 +209,7 @@ def test_figure_4_is_the_mean_over_queries_changed_one_by_one(results, queries, 
             group = queries[queries["fact"] == row["fact"]].reset_index(drop=True)
             place = group.index[group["prompt_index"] == row["prompt_index"]][0]
             before = probability(lm, row)
-            with scale_neurons(lm, neighbour_sets(kn_sets(group), place)[name], 0.0):
+            with scaling.scale_neurons(lm, neighbour_sets(kn_sets(group), place)[name], 0.0):
                 rates.append((before - probability(lm, row)) / before)
         keys = dict(set=name, direction="suppress", threshold="otsu", class_=class_)
         cell = pick(drawn, queries="known", **keys)
@@ -242,10 +237,10 @@ def test_figure_6_is_the_mean_over_queries_changed_one_by_one(results, queries, 
     drawn = pd.read_csv(results / "ig/fig6.csv")
     rates, values = [], []
     for row in known_of_class(queries, "static", "I"):
-        neurons = kn_sets(pd.DataFrame([row]))[0]
-        with scale_synapses(lm, set(), 1):
+        [neurons], own = kn_sets(pd.DataFrame([row])), synapses.find_synapses(lm, row["prompt"])
+        with synapses.scale_synapses(lm, set(), 1):
             before, value = probability(lm, row), mean_activation(lm, row["prompt"], neurons)
-        with scale_synapses(lm, find_synapses(lm, row["prompt"]), 2.0):
+        with synapses.scale_synapses(lm, own, 2.0):
             rates.append((probability(lm, row) - before) / before)
             values.append((mean_activation(lm, row["prompt"], neurons) - value) / value)
     for panel, expected in (("ΔProb", rates), ("ΔValue", values)):
@@ -256,13 +251,5 @@ def test_figure_6_is_the_mean_over_queries_changed_one_by_one(results, queries, 
 
 
 def mean_activation(lm, prompt, neurons):
-    ids, kept = lm.encode_prompt(prompt), {}
-    handles = [
-        down.register_forward_pre_hook(lambda _, x, l=l: kept.__setitem__(l, x[0][0, -1]))
-        for l, down in enumerate(lm.downs)
-    ]
-    with torch.no_grad():
-        lm.model(input_ids=torch.tensor([ids]))
-    for handle in handles:
-        handle.remove()
-    return float(np.mean([abs(float(kept[l][n])) for l, n in neurons]))
+    active = last_activations(lm, prompt)
+    return float(np.mean([abs(active[place]) for place in neurons]))
