@@ -230,6 +230,16 @@ def save_dataset(folder, patterns=None, facts=None):
     return str(folder)
 
 
+def query_row(fact, index, neurons, **more):
+    """A row of a `queries` frame: `fact` is "relation|subject|object", `neurons` are its KNs,
+    (layer, neuron), which all score 1; `more` replaces columns."""
+    relation, subject, obj = fact.split("|")
+    row = dict(fact=fact, relation=relation, subject=subject, object=obj, prompt_index=index)
+    row |= dict(prompt=f"{subject} {index}", prompt_tokens=3, probability=0.5, known=True)
+    row |= dict(layer=[layer for layer, _ in neurons], neuron=[neuron for _, neuron in neurons])
+    return row | dict(score=[1.0] * len(neurons)) | more
+
+
 def trusted(hook):
     """A hook of a test that only watches or fails, passed off as one of the package's own: others
     are refused."""
@@ -243,6 +253,19 @@ def hooked(handle):
         yield
     finally:
         handle.remove()
+
+
+def last_activations(lm, prompt):
+    """What a plain forward pass sends into each layer's down-projection at the last token,
+    (layers, neurons)."""
+    seen = []
+    watch = trusted(lambda _, inputs: seen.append(inputs[0][0, -1]))
+    handles = [down.register_forward_pre_hook(watch) for down in lm.downs]
+    with torch.no_grad():
+        lm.model(input_ids=torch.tensor([lm.encode_prompt(prompt)]))
+    for handle in handles:
+        handle.remove()
+    return torch.stack(seen).numpy()
 
 
 @contextmanager
@@ -262,9 +285,9 @@ def watched_rows(lm, limit=None):
         yield seen
 
 
-def readme_table(heading):
-    """The first table after a heading of README.md, as dicts."""
-    text = (ROOT / "README.md").read_text("utf-8").split(heading, 1)[1]
+def readme_table(heading, file="README.md"):
+    """The first table after a heading of README.md or another file, as dicts."""
+    text = (ROOT / file).read_text("utf-8").split(heading, 1)[1]
     rows = re.search(r"(^\|.*\n)+", text, re.M)[0].splitlines()
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]

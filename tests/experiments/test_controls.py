@@ -8,23 +8,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tiny import query_row
 
 from qlutils.experiments import controls, relocalise
 from qlutils.experiments.consistency import classified_facts
-from qlutils.neurons.others import random_neurons
 from qlutils.show.stats import LEAST, welch
 
-PATTERNS = "{} lies in the land of|The capital {} belongs to|You will find {} in|It is {}".split(
-    "|"
+PATTERNS = (
+    "{} lies in the land of",
+    "The capital {} belongs to",
+    "You will find {} in",
+    "It is {}",
 )
 
 
-def query(relation, subject, obj, pattern, kns, probability=0.5, known=True):
-    row = dict(fact=f"{relation}|{subject}|{obj}", relation=relation, subject=subject, object=obj)
-    row |= dict(prompt_index=pattern, prompt=PATTERNS[pattern % 4].format(subject))
-    layer, neuron = [layer for layer, _ in kns], [neuron for _, neuron in kns]
-    row |= dict(probability=probability, known=known, layer=layer, neuron=neuron)
-    return row | dict(score=[1.0] * len(kns))
+def query(fact, pattern, kns, **more):
+    prompt = PATTERNS[pattern % 4].format(fact.split("|")[1])
+    return query_row(fact, pattern, kns, **dict(prompt=prompt) | more)
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def pattern_and_object():
     """Each query has one neuron of its pattern and one of its object; objects recur in both
     relations' facts."""
     return pd.DataFrame(
-        query(f"P{r}", f"s{f}", f"o{f % 3}", p, [(0, 4 * r + p), (1, f % 3)])
+        query(f"P{r}|s{f}|o{f % 3}", p, [(0, 4 * r + p), (1, f % 3)])
         for r, f, p in product((1, 2), range(6), range(4))
     )
 
@@ -56,13 +56,6 @@ def test_a_null_group_that_cannot_be_made_is_counted_not_invented(pattern_and_ob
     assert (found["cs2"].isna() == (found["n"] == 0)).all()
 
 
-def test_random_sets_keep_the_number_in_each_layer():
-    rngs, neurons = map(np.random.default_rng, range(20)), {(0, 1), (0, 2), (3, 7)}
-    drawn = [random_neurons(neurons, 4, rng, outside=False) for rng in rngs]
-    assert all(sorted(layer for layer, _ in one) == [0, 0, 3] for one in drawn)
-    assert set().union(*drawn) == set(product((0, 3), range(4)))  # its own, too
-
-
 @pytest.mark.parametrize(
     "prompt, subject, expected",
     [
@@ -80,8 +73,6 @@ def test_variants_change_an_article_but_not_the_last_word(prompt, subject, expec
 
 
 # --- localised again, by a study that answers from a rule -----------------------------------------
-
-
 class Stub:
     """Stands in for a study: its "localisation" gives every prompt neurons that depend on the rule
     and the dtype."""
@@ -105,10 +96,10 @@ class Stub:
         extra += 10 * (self.dtype == "bfloat16")
         rows = []
         for fact in units[0]:
-            about = fact["relation"], fact["subject"], fact["object"]
+            name = f"{fact['relation']}|{fact['subject']}|{fact['object']}"
+            found = dict(probability=0.5 + extra / 100, left_out=None)
             for i, prompt in enumerate(fact["prompts"]):
-                row = query(*about, i, [(0, 100), (0, extra)], 0.5 + extra / 100)
-                rows.append(row | dict(prompt=prompt, left_out=None))
+                rows.append(query(name, i, [(0, 100), (0, extra)], prompt=prompt, **found))
         return pd.DataFrame(rows)
 
 
@@ -149,8 +140,6 @@ def test_precision_compares_the_sets_of_two_dtypes_query_by_query(pattern_and_ob
 
 
 # --- split half -----------------------------------------------------------------------------------
-
-
 def facts_with(agreeing, n=24, k=6, seed=0):
     """n facts of 2 relations with k queries; `agreeing(f)` is the chance that a query uses its
     fact's common set."""
@@ -159,7 +148,7 @@ def facts_with(agreeing, n=24, k=6, seed=0):
         kns = [(1, 1000 * f + 10 * p + j) for j in range(4)]
         if rng.random() < agreeing(f):
             kns = [(0, 10 * f + j) for j in range(4)]
-        rows.append(query(f"P{f % 2}", f"s{f}", "o", p, kns))
+        rows.append(query(f"P{f % 2}|s{f}|o", p, kns))
     return pd.DataFrame(rows)
 
 
@@ -224,15 +213,13 @@ def test_a_small_class_has_no_interval_and_shows_its_number():
 
 
 # --- knowledge ------------------------------------------------------------------------------------
-
-
 def test_knowledge_finds_a_planted_correlation_and_counts_known_facts_only():
     rows = []
     for f, p in product(range(20), range(4)):
         # f of 20 queries' neurons agree, and so does the probability
         kns = [(0, 100 * f + j) for j in range(f)]
         kns += [(1, 1000 * f + 100 * p + j) for j in range(20 - f)]
-        rows.append(query(f"P{f % 2}", f"s{f}", "o", p, kns, f / 20, known=f >= 10))
+        rows.append(query(f"P{f % 2}|s{f}|o", p, kns, probability=f / 20, known=f >= 10))
     found = controls.knowledge(pd.DataFrame(rows), static=0.15).set_index("statistic")
     assert found.loc["correlation of CS2 and P(answer)", "value"] == pytest.approx(1)
     correlations = found.filter(like="P(answer)", axis=0)[["value_low", "value_high"]]

@@ -1,16 +1,15 @@
 """The experiment of notebooks 03 and 07 against plain code: one edit of the weights, one query at a
-time."""
+time; and the tables that are made of it."""
 
 import json
 
 import numpy as np
 import pandas as pd
-import papermill
 import pytest
 import torch
-from tiny import tiny_lm
+from tiny import query_row, tiny_lm
 
-from qlutils import Fact, edit_weights, paths, perplexity
+from qlutils import Fact, edit_weights, perplexity
 from qlutils.experiments import kn_modification
 from qlutils.experiments.cas_editing import cas_spec, cas_sweep
 from qlutils.experiments.edit_tables import (
@@ -42,13 +41,11 @@ def invented_queries(lm, facts_per_relation=4, prompts=4, seed=0):
         texts = [" ".join(map(str, rng.integers(4, 97, 3 + k % 2))) for k in range(prompts)]
         best = [by_generation(lm, text, 1) for text in texts]
         answer = best[f % prompts] + " 50" * (f == 1)  # one answer of two tokens
-        subject = f"sR{relation + 1}{f}"
-        fact = dict(relation=f"R{relation + 1}", subject=subject, object=answer, probability=0.5)
+        fact = f"R{relation + 1}|sR{relation + 1}{f}|{answer}"
         for k, text in enumerate(texts):
-            layer = rng.integers(0, lm.num_layers, 5)
-            kns = dict(layer=layer, neuron=rng.integers(0, lm.num_neurons, 5), score=np.ones(5))
-            query = dict(prompt_index=k, prompt=text, known=best[k] == answer)
-            rows.append({"fact": f"R{relation + 1}|{subject}|{answer}"} | fact | query | kns)
+            layer, neuron = (rng.integers(0, n, 5) for n in (lm.num_layers, lm.num_neurons))
+            kns = list(zip(layer.tolist(), neuron.tolist()))
+            rows.append(query_row(fact, k, kns, prompt=text, known=best[k] == answer))
     return pd.DataFrame(rows)
 
 
@@ -188,12 +185,9 @@ def test_the_metrics_equal_editing_the_weights_and_generating_one_query_at_a_tim
     assert frame["loc_new"].nunique() > 1 and frame["broken"].nunique() > 1
 
 
-def test_edits_give_the_same_numbers_whatever_shares_their_batch(planned):
+def test_controls_edited_alone_have_the_numbers_that_they_have_beside_the_sets(planned):
     lm, queries, plans = planned
-    together = edit_facts(lm, plans, ppl_max_tokens=7)
-    parts = [edit_facts(lm, [plan], ppl_max_tokens=7) for plan in plans[:3]]
-    alone = pd.concat(parts, ignore_index=True)
-    pd.testing.assert_frame_equal(together.iloc[: len(alone)], alone, rtol=1e-9)
+    together = edit_facts(lm, plans)
     only, _ = planned_of(queries, lm, controls=CONTROLS, own=False, n_locality=6)
     controls = edit_facts(lm, only).set_index(["fact", *KEY, "op"])
     beside = together[together["control"] != "none"].set_index(["fact", *KEY, "op"])
@@ -242,27 +236,6 @@ def test_a_wrong_choice_is_named(planned, options, said):
 
 
 # --- tables ---------------------------------------------------------------------------------------
-def test_the_paper_s_values_stand_beside_ours_for_its_models_only(planned):
-    lm, _, plans = planned
-    frame = edit_facts(lm, plans, ops=["erase"])
-    classes = dict(class_static=["I", "II"] * 4, class_otsu=["II", "I"] * 4)
-    classes = pd.DataFrame(dict(fact=[p["fact"] for p in plans], **classes))
-    assert not any(measures_table(frame, classes, "demo/gpt2").columns.str.endswith("_paper"))
-    paper = measures_table(frame, classes, "gpt2").set_index(["threshold", "class", "neurons"])
-    row = paper.loc[("static", "II", "global")].iloc[0]
-    printed = row[[f"{name}_paper" for name in ("rel", "gen", "loc", "avg", "dppl")]]
-    assert printed.tolist() == [0.65, 0.6, 0.7, 0.65, 2.02]
-    edits = frame[frame["control"] == "none"]
-    mine = edits[(edits["neurons"] == "global") & edits["fact"].isin(classes["fact"][1::2])]
-    assert row["n"] == 4 and row[["rel_low", "rel_high"]].isna().all()
-    assert row["rel"] == pytest.approx(mine["rel"].mean())
-    assert row["dppl"] == pytest.approx(mine["dppl"].median())
-    gap = contrasts(edits, "neurons", ("global", "local"), ["loc_all"], ["op"]).iloc[0]
-    means = edits.groupby("neurons")["loc_all"].mean()
-    assert gap["difference"] == pytest.approx(means["global"] - means["local"])
-    assert gap["n"] == gap["n_other"] == len(plans)
-
-
 def edited(n, **changed):
     """Rows as of `edit_facts`, one erasure of each of n facts of three relations, in one class."""
     frame = pd.DataFrame(dict(fact=[f"f{i}" for i in range(n)], dppl=np.arange(n) / n / 10))
@@ -275,6 +248,20 @@ def table_of(frame):
     classes = pd.DataFrame(dict(fact=frame["fact"], class_static="I", class_otsu="I"))
     table = measures_table(frame, classes, "demo/gpt2", sets=["local"], controls=[])
     return table[(table["threshold"] == "all") & (table["op"] == "erasure")].iloc[0]
+
+
+def test_a_class_has_the_means_of_its_facts_and_the_papers_values_stand_beside_for_its_models():
+    second = np.arange(8) % 2
+    frame = edited(8, neurons="global", rel=second)
+    classes = dict(fact=frame["fact"], class_static=["I", "II"] * 4, class_otsu=["II", "I"] * 4)
+    classes = pd.DataFrame(classes)
+    assert not any(measures_table(frame, classes, "demo/gpt2").columns.str.endswith("_paper"))
+    paper = measures_table(frame, classes, "gpt2").set_index(["threshold", "class", "neurons"])
+    row = paper.loc[("static", "II", "global")].iloc[0]
+    printed = row[[f"{name}_paper" for name in ("rel", "gen", "loc", "avg", "dppl")]]
+    assert printed.tolist() == [0.65, 0.6, 0.7, 0.65, 2.02]
+    assert (row["n"], row["rel"], row["dppl"]) == (4, 1, pytest.approx(0.05))
+    assert row[["rel_low", "rel_high"]].isna().all()  # of four facts
 
 
 def test_a_perplexity_that_explodes_is_told_by_its_median_and_its_share_of_broken_texts():
@@ -315,35 +302,3 @@ def test_the_cas_sweep_varies_one_setting_at_a_time():
     specs = cas_sweep(parameters, (1.0, 0.7), (0.1, 0.3))["spec"].tolist()
     assert specs[1] == specs[3] == cas_spec(parameters)
     assert specs[0] == dict(b1=1.0, b2=0.0, threshold=0.3, score="raw")
-
-
-# --- the notebooks --------------------------------------------------------------------------------
-def check_table(table, edits, sets):
-    assert len(table) == 5 * 2 * sets * 2
-    every = table[table["threshold"] == "all"].set_index(["op", "neurons"])
-    for (op, neurons, control), part in edits.groupby(["op", *KEY]):
-        name = neurons if control == "none" else f"{neurons} ({control})"
-        row = every.loc["erasure" if op == "erase" else op, name]
-        done = part[part["note"].isna()]
-        assert row["n"] == len(done) and row["n_avg"] == done["avg"].count()
-        for metric in ("rel", "gen", "loc", "avg", "broken"):
-            assert row[metric] == pytest.approx(done[metric].mean(), rel=1e-9, nan_ok=True)
-        assert row["dppl"] == pytest.approx(done["dppl"].median(), rel=1e-9, nan_ok=True)
-    assert 0 < edits[edits["control"] == "none"]["rel"].mean() < 1 and edits["loc"].notna().any()
-
-
-def test_notebooks_03_and_07_make_tables_2_and_3_from_their_own_edits(tmp_path, runs, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    shared = dict(relations=["P36", "P103"], facts_per_relation=2, device="cpu", output="small")
-    shared |= dict(static_threshold=0.53, ppl_entries=2, ppl_max_tokens=7, n_locality=4)
-    few = {"03_kn_modification": "more_controls_facts", "07_cas_editing": "sweep_facts"}
-    for name, size in few.items():
-        source, output = paths.NOTEBOOKS / f"{name}.ipynb", tmp_path / f"{name}.ipynb"
-        papermill.execute_notebook(source, output, shared | {size: 2}, progress_bar=False)
-    results = runs / "small" / "results" / "demo--gpt2" / "ig"
-    for stem, saved, sets in (("table2", "edits", 2), ("table3", "cas_edits", 3)):
-        assert all((results / f"{stem}.{kind}").is_file() for kind in ("md", "tex"))
-        table = pd.read_csv(results / f"{stem}.csv")
-        check_table(table, pd.read_parquet(results / f"{saved}.parquet"), sets)
-    record = json.loads((results / "run.json").read_text())
-    assert record["07_cas_editing"]["parameters"]["beta1"] == 0.7

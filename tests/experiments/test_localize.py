@@ -7,18 +7,12 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from scipy import stats as scipy_stats
-from tiny import WORDS, save_checkpoint, save_dataset, word_tokenizer
+from tiny import WORDS, last_activations, query_row, save_checkpoint, save_dataset, word_tokenizer
 
-from qlutils import (
-    attribute,
-    knowledge_neurons,
-    load_facts,
-    load_model,
-    scale_neurons,
-    scale_synapses,
-)
+from qlutils import attribute, knowledge_neurons, load_facts, load_model
+from qlutils.change.scaling import scale_neurons
+from qlutils.change.synapses import scale_synapses
 from qlutils.experiments import localize
 from qlutils.experiments.consistency import (
     classified_facts,
@@ -217,14 +211,11 @@ def test_units_are_not_computed_or_read_while_a_context_changes_the_model(tmp_pa
 
 # --- the examples of Figure 1 ---------------------------------------------------------------------
 def hand_made(*facts):
-    """A `queries` frame of (id, known of each query, KN sets): every KN scores 1."""
+    """A `queries` frame of (id, known of each query, KN sets, all of layer 0)."""
     rows = []
     for fact, known, sets in facts:
-        names = dict(zip(("fact", "relation", "subject", "object"), (fact, *fact.split("|"))))
         for index, (knows, one) in enumerate(zip(known, sets)):
-            kns = dict(layer=[0] * len(one), neuron=list(one), score=[1.0] * len(one))
-            about = dict(prompt_index=index, prompt=f"{names['subject']} {index}", known=knows)
-            rows.append(names | about | kns | {"probability": 0.5})
+            rows.append(query_row(fact, index, [(0, neuron) for neuron in one], known=knows))
     return pd.DataFrame(rows)
 
 
@@ -248,17 +239,9 @@ def test_example_maps_are_the_dense_attribution_and_the_activation(model, data, 
     fact, lm = study.facts()[0], study.lm()
     maps = example_maps(lm, queries, [fact.id], method="ig", steps=2)
     assert [one["prompt"] for one in maps] == [fact.prompts[0], fact.prompts[-1]]
-    seen = []
-    handles = [down.register_forward_pre_hook(lambda _, x: seen.append(x[0])) for down in lm.downs]
     for one in maps:
-        seen.clear()
-        with torch.no_grad():
-            lm.model(torch.tensor([lm.encode_prompt(one["prompt"])]))
-        active = torch.stack(seen)[:, 0, -1]
-        assert one["activation"] == pytest.approx(active.numpy(), rel=1e-5, abs=1e-6)
-    for handle in handles:
-        handle.remove()
-    for one in maps:
+        active = last_activations(lm, one["prompt"])
+        assert one["activation"] == pytest.approx(active, rel=1e-5, abs=1e-6)
         scores = attribute(lm, [one["prompt"]], [fact.object], steps=2).scores[0].numpy()
         assert one["attribution"] == pytest.approx(scores, abs=1e-12)
 

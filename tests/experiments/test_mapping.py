@@ -4,36 +4,19 @@ one-by-one evaluation."""
 import numpy as np
 import pandas as pd
 import pytest
-from tiny import tiny_lm, word_tokenizer
+from tiny import query_row, tiny_lm
 from units import EFFECTS_UNIT
 
 from qlutils.change.scaling import answer_probability, scale_neurons
-from qlutils.experiments import attention_predominance, effects
+from qlutils.experiments import effects
 from qlutils.experiments import query_kn_mapping as mapping
 from qlutils.neurons.others import active_neurons, random_neurons
 from qlutils.show import tables
 
-
-def query(fact, i, neurons, score, tokens=3, known=True):
-    """A row of a `queries` frame. fact: relation, subject, object; neurons: [(layer, neuron)]."""
-    relation, subject, obj = fact
-    names = dict(fact=f"{relation} {subject}", relation=relation, subject=subject, object=obj)
-    prompt = dict(prompt_index=i, prompt=f"{relation} {subject} {i}", prompt_tokens=tokens)
-    layer, neuron = map(list, zip(*neurons))
-    kns = dict(layer=layer, neuron=neuron, score=score)
-    return names | prompt | kns | dict(probability=0.5, known=known)
-
-
 QUERIES = pd.DataFrame(
-    [
-        query(fact, i, [(first, 1), (1 - first, 2)], [1.0, score], tokens, known=i != 2)
-        for fact, tokens, score in (
-            (("R1", "a", "x"), 3, 0.1),
-            (("R1", "b", "x"), 4, 0.9),
-            (("R2", "c", "x"), 3, 0.9),
-        )
-        for i, first in enumerate((0, 0, 1))
-    ]
+    query_row(fact, i, [(first, 1), (1 - first, 2)], score=[1.0, score], prompt_tokens=tokens)
+    for fact, tokens, score in (("R1|a|x", 3, 0.1), ("R1|b|x", 4, 0.9), ("R2|c|x", 3, 0.9))
+    for i, first in enumerate((0, 0, 1))
 )
 
 
@@ -60,10 +43,14 @@ def test_other_neurons_are_never_of_their_own_set_and_end_where_a_layer_is_used_
     everything = {(0, n) for n in range(4)}
     assert random_neurons(everything, 4, np.random.default_rng(0)) == set()
     assert active_neurons(everything - {(0, 3)}, np.zeros((1, 4))) == {(0, 3)}
-    among = {0: {1, 2, 3}, 1: set()}
-    for seed in range(20):
-        drawn = random_neurons({(0, 1), (1, 0)}, 10, np.random.default_rng(seed), among=among.get)
+    among, seen = {0: {1, 2, 3}, 1: set()}, set()
+    for rng in map(np.random.default_rng, range(20)):
+        drawn = random_neurons({(0, 1), (1, 0)}, 10, rng, among=among.get)
         assert drawn in ({(0, 2)}, {(0, 3)})  # layer 1 has none to give
+        anywhere = random_neurons({(0, 1), (0, 2), (3, 3)}, 4, rng, outside=False)
+        assert sorted(layer for layer, _ in anywhere) == [0, 0, 3]
+        seen |= anywhere
+    assert seen == {(layer, n) for layer in (0, 3) for n in range(4)}  # its own, too
     # the most active one is matched first
     active = np.array([[3.0, -5.0, 3.9, 2.0, 6.9]])  # 2 is nearest to both 0 and 1, and 1 takes it
     assert active_neurons({(0, 0), (0, 1)}, active) == {(0, 2), (0, 3)}
@@ -96,38 +83,35 @@ def test_units_hold_the_neurons_above_the_threshold_and_an_irrelevant_prompt_of_
     assert a["layer"] == [[0], [0], [1]] and a["neuron"] == [[1], [1], [1]]
     assert sorted(zip(b["layer"][2], b["neuron"][2])) == [(0, 2), (1, 1)]
     assert b["prompt_index"] == [0, 1, 2]
-    assert all(prompt.startswith("R2 c") for prompt in a["irrelevant"] + b["irrelevant"])
+    assert all(prompt.startswith("c") for prompt in a["irrelevant"] + b["irrelevant"])
     # of R1 only fact a has prompts of 3 tokens
-    assert all(prompt.startswith("R1 a") for prompt in c["irrelevant"])
+    assert all(prompt.startswith("a") for prompt in c["irrelevant"])
     [[alone]] = effects.units(QUERIES[QUERIES["relation"] == "R2"], irrelevant=0)
     assert alone["irrelevant"] == [None] * 3 and "layer" not in alone
 
 
 def test_another_fact_s_neurons_are_of_one_fact_and_none_of_this_one():
     facts = {
-        ("R1", "a", "x"): [[(0, 1), (0, 2), (1, 5)], [(0, 3)]],
-        ("R1", "b", "y"): [[(0, 1), (0, 6)], [(1, 7), (2, 8)]],
-        ("R2", "c", "z"): [[(0, 3), (0, 4)], [(0, 5), (1, 6)]],
-        ("R2", "d", "z"): [[(0, 9)], [(1, 9)]],
-        ("R3", "a", "w"): [[(0, 10)], [(0, 10)]],
-        ("R3", "e", "x"): [[(0, 11)], [(0, 11)]],
+        "R1|a|x": [[(0, 1), (0, 2), (1, 5)], [(0, 3)]],
+        "R1|b|y": [[(0, 1), (0, 6)], [(1, 7), (2, 8)]],
+        "R2|c|z": [[(0, 3), (0, 4)], [(0, 5), (1, 6)]],
+        "R2|d|z": [[(0, 9)], [(1, 9)]],
+        "R3|a|w": [[(0, 10)], [(0, 10)]],
+        "R3|e|x": [[(0, 11)], [(0, 11)]],
     }
-    rows = []
-    for fact, sets in facts.items():
-        rows += [query(fact, i, kns, [1.0] * len(kns)) for i, kns in enumerate(sets)]
-    drawn = {}
+    rows = [query_row(fact, i, kns) for fact, sets in facts.items() for i, kns in enumerate(sets)]
+    queries, drawn = pd.DataFrame(rows), {}
     for seed in range(40):
-        for fact in effects.units(pd.DataFrame(rows), 0.2, other=seed)[0]:
+        for fact in effects.units(queries, 0.2, other=seed)[0]:
             for kind in ("same_relation", "other_relation"):
                 drawn.setdefault((fact["fact"], kind), set()).add(tuple(map(tuple, fact[kind])))
     # of b, less (0, 1), which both have; layer 0 has one neuron left for two, and the second query
     # has none in layer 1
-    assert drawn["R1 a", "same_relation"] == {(((0, 6), (1, 7)), ((0, 6),))}
-    # of c (less (0, 3)) or of d; "R3 a" has a's subject and "R3 e" its object. Never of both facts
-    # at once
-    first = {one for one, _ in drawn["R1 a", "other_relation"]}
+    assert drawn["R1|a|x", "same_relation"] == {(((0, 6), (1, 7)), ((0, 6),))}
+    # of c (less (0, 3)) or of d, never of both at once; those of R3 have a's subject or its object
+    first = {one for one, _ in drawn["R1|a|x", "other_relation"]}
     assert first == {((0, 4), (0, 5), (1, 6)), ((0, 9), (1, 9))}
-    assert drawn["R2 c", "same_relation"] == {((), ())}  # d has the same object
+    assert drawn["R2|c|z", "same_relation"] == {((), ())}  # d has the same object
 
 
 def changes(rows, classes=None, known=True):
@@ -145,12 +129,12 @@ def changes(rows, classes=None, known=True):
 def test_relative_changes_are_signed_by_direction_and_undefined_at_zero():
     rows = [(2, 0.5, 0.6, 0.1), (0, 0.0, 0.0, 0.0), (1, 0.5, 0.4, 0.5)]
     frame = changes([("f", "R", i, "self", *row) for i, row in enumerate(rows)])
-    rates = effects.rates(frame).set_index(["prompt_index", "direction"])["rate"]
-    assert rates[0, "enhance"] == pytest.approx(0.2) and rates[0, "suppress"] == pytest.approx(0.8)
-    assert rates[0, "average"] == pytest.approx(0.5) and rates[2, "average"] == pytest.approx(-0.1)
-    assert rates[1].isna().all() and len(rates) == 9
-    sizes = effects.rates(frame, size=True).set_index(["prompt_index", "direction"])["rate"]
-    assert sizes[2, "enhance"] == pytest.approx(0.2) and sizes[2, "average"] == pytest.approx(0.1)
+    rates, sizes = (effects.rates(frame, size=size) for size in (False, True))
+    for found, second in ((rates, (-0.2, 0.0, -0.1)), (sizes, (0.2, 0.0, 0.1))):
+        rate = found.set_index(["prompt_index", "direction"])["rate"]
+        assert rate[0][list(effects.DIRECTIONS)].tolist() == pytest.approx([0.2, 0.8, 0.5])
+        assert rate[2][list(effects.DIRECTIONS)].tolist() == pytest.approx(second)
+        assert rate[1].isna().all() and len(rate) == 9
 
 
 def test_summary_counts_empty_sets_undefined_values_and_classes_without_facts():
@@ -159,23 +143,19 @@ def test_summary_counts_empty_sets_undefined_values_and_classes_without_facts():
         for k, (size, before) in enumerate([(2, 0.5), (0, 0.5), (3, 0.0)])
     ]
     frame = effects.rates(changes(rows, dict.fromkeys(["f0", "f1", "f2"], "I")))
-    populations = ("known", "known, not empty")
-    table = effects.summary(frame, ["self"], directions=("average",), populations=populations)
+    static = dict(threshold="static", class_="I", direction="average")
+    table = effects.summary(frame, ["self"], populations=("known", "known, not empty"))
     assert np.isnan(table[["mean_low", "median_high", "trimmed_low"]]).all(axis=None)  # three facts
-    one, more = (
-        tables.pick(table, threshold="static", queries=queries, class_="I")
-        for queries in populations
-    )
-    assert one["n"] == 2 and one["undefined"] == 1 and one["empty"] == pytest.approx(1 / 3)
-    assert one["mean"] == pytest.approx(0.1) and more["mean"] == pytest.approx(0)
+    every = tables.pick(table, **static, queries="known")
+    assert (every["n"], every["undefined"], every["mean"]) == (2, 1, pytest.approx(0.1))
+    assert every["empty"] == pytest.approx(1 / 3)
+    assert tables.pick(table, **static, queries="known, not empty")["mean"] == pytest.approx(0)
     table = effects.summary(frame.assign(known=frame["fact"] == "f1"), ["self"])
-    averages = table[table["direction"] == "average"]
     assert list(dict.fromkeys(table["queries"])) == ["all", "known"]
-    which = dict(threshold="static", class_="I")
-    every, known = (tables.pick(averages, **which, queries=name) for name in ("all", "known"))
+    every, known = (tables.pick(table, **static, queries=name) for name in ("all", "known"))
     assert (every["n"], known["n"]) == (2, 1) and known["trimmed"] == pytest.approx(0.2)
     for name in ("I", "II"):
-        none = tables.pick(averages, threshold="otsu", queries="known", class_=name)
+        none = tables.pick(table, **static | dict(threshold="otsu", class_=name), queries="known")
         assert none["n"] == 0 and np.isnan(none["mean"])
     assert tables.with_interval(none) == "undefined (n = 0)"
     assert tables.verdict(none) == "not testable here (0 facts; an interval needs 10)"
@@ -189,57 +169,34 @@ def test_contrast_pairs_queries_and_leaves_out_those_without_both():
     classes = {f"f{k}": "I" if k < 3 else "II" for k in range(6)}
     frame = effects.rates(changes(rows[:-1], classes))  # f5 has no refine
     table = effects.contrast(frame, "self", ["union", "refine"])
-    drop = lambda after: (0.5 - after) / 0.5 / 2  # the mean of both directions  # noqa: E731
-    gap = [drop(0.1 + 0.05 * k) - (drop(0.3) + drop(0.5)) / 2 for k in range(5)]
+    # rates are means of both directions: what is lost of 0.5, halved, is 0.5 less what is left
+    gap = [(0.3 + 0.5) / 2 - (0.1 + 0.05 * k) for k in range(5)]
     which = dict(threshold="static", queries="all")
     one, two, apart = (tables.pick(table, **which, class_=name) for name in ("I", "II", "II - I"))
-    assert one["mean"] == pytest.approx(np.mean(gap[:3]))
-    assert one["median"] == pytest.approx(np.median(gap[:3]))
+    assert (one["mean"], one["median"]) == pytest.approx((np.mean(gap[:3]), gap[1]))
     assert two["mean"] == pytest.approx(np.mean(gap[3:])) and two["n"] == 2
     assert apart["mean"] == pytest.approx(np.mean(gap[3:]) - np.mean(gap[:3]))
     assert tables.with_interval(apart).endswith("[–, –] (n = 2 and 3)")
     why = "not testable here (2 and 3 facts; an interval needs 10 on each side)"
     assert tables.verdict(apart) == why
-    for low, said in (
-        (0.1, "lies above 0"),
-        (-0.4, "lies below 0"),
-        (-0.1, "cannot be told from 0"),
-    ):
+    words = {0.1: "lies above 0", -0.4: "lies below 0", -0.1: "cannot be told from 0"}
+    for low, said in words.items():
         assert tables.verdict(dict(mean=low, mean_low=low, mean_high=low + 0.3)) == said
 
 
-def test_predominance_of_hand_made_attention_matrices(monkeypatch):
-    """Three queries of three tokens; the columns that collect most are tokens 7, 7 and 9, without
-    the first 5, 7, 9."""
-    matrices = {
-        (7, 5, 6): [[1, 0, 0], [0.7, 0.3, 0], [0.5, 0.3, 0.2]],
-        (4, 7, 6): [[1, 0, 0], [0.1, 0.9, 0], [0, 1, 0]],
-        (8, 6, 9): [[0, 0, 1], [0, 0.2, 0.8], [0, 0, 1]],
-    }
-
-    def column_scores(lm, prompts):
-        sums = [np.sum(matrices[tuple(ids)], axis=0) for ids in prompts]
-        return [(np.broadcast_to(one, (2, 4, 3)), None) for one in sums]
-
-    class Model:
-        tokenizer, bos_offset = word_tokenizer(), 0
-
-        def encode_prompt(self, prompt):
-            return [int(word) for word in prompt.split()]
-
-    monkeypatch.setattr(attention_predominance, "column_scores", column_scores)
-    unit = dict(fact="f", relation="R", prompts=["7 5 6", "4 7 6", "8 6 9"], prompt_index=[0, 1, 2])
-    winners = attention_predominance.attend(Model(), [unit])
-    assert winners["token_id"].tolist() == [7, 7, 9]
-    assert winners["token_id_rest"].tolist() == [5, 7, 9]
-    assert winners.loc[0, ["share", "first_share"]].tolist() == pytest.approx([2.2 / 3] * 2)
+def test_predominance_and_the_most_attended_tokens_by_hand():
+    """Three queries, as `attend` tells of them (its own test is change/test_synapses.py)."""
+    winners = dict(fact="f", relation="R", column=[0, 1, 2], first_share=0.5, share=[0.6, 0.4, 0.2])
+    winners |= dict(token_id=[7, 7, 9], token=["7", "7", "9"], token_id_first=[7, 4, 8])
+    winners |= dict(token_id_rest=[5, 7, 9], token_rest=["5", "7", "9"], share_rest=0.1)
+    winners = pd.DataFrame(winners)
     [fact] = effects.predominance(winners).to_dict("records")
-    assert fact["predominance"] == pytest.approx(2 / 3) and fact["modal"] == "7"
+    assert (fact["predominance"], fact["modal"]) == (pytest.approx(2 / 3), "7")
     for name in ("predominance_rest", "first", "same_first"):
         assert fact[name] == pytest.approx(1 / 3)
-    assert fact["n_queries"] == 3
+    assert (fact["first_share"], fact["n_queries"]) == (0.5, 3)
     top = effects.top_tokens(winners).set_index(["counted", "token"])
-    assert top.loc[("all tokens", "'7'"), "queries"] == 2
+    assert top.loc[("all tokens", "'7'"), ["queries", "attention"]].tolist() == [2, 0.5]
 
 
 def test_a_synapse_reaches_the_neurons_of_its_layer_and_of_later_ones():

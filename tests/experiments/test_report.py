@@ -13,6 +13,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from tiny import query_row
 
 from qlutils import paths, run
 from qlutils.experiments import claims, controls, in_short, report
@@ -72,19 +73,19 @@ def test_the_report_has_no_formulas_that_only_a_network_would_show():
     assert len(texts) > 20 and not [text for text in texts if "$" in text]
 
 
+# --- what a run saved -----------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def queries():
     """Facts of even number agree in their neurons, the others do not."""
     rng, rows = np.random.default_rng(0), []
+    saved = dict(prompt_tokens=5, answer_tokens=1, row_budget=1, gap=[0.0] * 2)
     for f, fact in enumerate(load_facts("demo", **SAMPLE)):
-        about = dict(fact=fact.id, relation=fact.relation, subject=fact.subject, object=fact.object)
         for p, prompt in enumerate(fact.prompts):
             common = rng.random() < (0.99 if f % 2 == 0 else 0.02)
             first = 0 if common else 10 + 10 * p
-            row = about | dict(prompt_index=p, prompt=prompt, prompt_tokens=5, answer_tokens=1)
-            row |= dict(probability=0.3 + 0.1 * rng.random(), known=True, row_budget=1)
-            row |= dict(gap=[0.0] * 2, layer=[f % 2] * 3, score=[1.0] * 3)
-            rows.append(row | dict(neuron=[first, first + 1, first + 2]))
+            kns = [(f % 2, first + place) for place in range(3)]
+            about = saved | dict(prompt=prompt, probability=0.3 + 0.1 * rng.random())
+            rows.append(query_row(fact.id, p, kns, **about))
     return pd.DataFrame(rows)
 
 
@@ -125,47 +126,45 @@ def test_the_inventory_has_13_settings_a_model_and_says_what_is_missing(runs):
     assert found.groupby("model").size().tolist() == [13, 13, 13]
     present = found[found["status"] == "present"]
     assert present["method"].tolist() == ["ig", "sig"] and set(present["model"]) == {"demo/gpt2"}
+    assert (paths.RUNS / "made" / "results" / present["file"].iloc[0]).is_file()
     third = found[(found["model"] == "demo/gpt2") & (found["setting"] == 3)]
     assert third["status"].item() == "missing: table1 has no amig"
-    assert (paths.RUNS / "made" / "results" / present["file"].iloc[0]).is_file()
 
 
 def test_named_runs_leave_their_tables_and_figures_and_only_those(runs, tmp_path):
     results = paths.run_folder("made") / "results" / "demo--gpt2" / "ig"
     folder = paths.figures_folder("made")
-    kept = ["table2.csv", "table2.tex", "fig4.png"]
-    for path in (
-        *(results / name for name in (*kept, "queries.parquet", "run.json")),
-        folder / "old" / "mine.csv",  # not of a run: left alone
-        folder / "demo--gpt2" / "gone.csv",
-        folder.parent / "outside.csv",
-    ):
+    kept = ["fig4.png", "table2.csv", "table2.tex"]
+    old = ["old/mine.csv", "demo--gpt2/gone.csv", "../outside.csv"]  # the first is not of a run
+    files = [results / name for name in (*kept, "queries.parquet", "run.json")]
+    for path in (*files, *(folder / name for name in old)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
-    (folder / "published.txt").write_text("demo--gpt2/gone.csv\nnever/there.csv\n../outside.csv\n")
+    listed = folder / "published.txt"
+    listed.write_text("\n".join([*old[1:], "never/there.csv"]))
     book = executed(tmp_path / "r.ipynb", "# T")
     assert report.publish(book, "made") == [paths.run_folder("made") / "report.html"]
-    made = sorted(f"demo--gpt2/ig/{name}" for name in kept)
+    made = [f"demo--gpt2/ig/{name}" for name in kept]
     left = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     assert sorted(left) == [*made, "old/mine.csv", "published.txt"]
     assert (folder.parent / "outside.csv").exists()
-    assert (folder / "published.txt").read_text().splitlines() == made
+    assert listed.read_text().splitlines() == made
     shutil.rmtree(folder.parent)
     report.publish(book, "default")
     assert not folder.parent.exists() and folder.is_relative_to(tmp_path)
 
 
+# --- claims, on results in which they hold, or their opposites ------------------------------------
 def edits_frame(queries, lift):
     """Edits in which every measure of class I (even facts) and of CAS lies `lift` above the
     others'."""
     rng, rows = np.random.default_rng(0), []
     for f, (fact, group) in enumerate(queries.groupby("fact", sort=False)):
-        first = group.iloc[0]
+        about = dict(fact=fact, relation=group["relation"].iloc[0], prompt=group["prompt"].iloc[0])
         for op, neurons in product(("erase", "update"), ("local", "global", "cas")):
             one, cas = f % 2 == 0, neurons == "cas"
             good = 0.4 + lift * one + 2 * lift * cas + 0.01 * rng.random()
-            row = dict(fact=fact, relation=first["relation"], prompt=first["prompt"], op=op)
-            row |= dict(neurons=neurons, control="none", note=None, n_neurons=3)
+            row = about | dict(op=op, neurons=neurons, control="none", note=None, n_neurons=3)
             row |= dict.fromkeys(("rel", "gen", "loc", "avg"), good)
             row |= dict(reached=[good] * len(group), dppl=np.exp(1 - good) - 1)
             row |= dict(loc_new=good / 2 if op == "update" else np.nan)
@@ -205,10 +204,8 @@ def frames_where_all_holds(queries, sign=1.0):
         "self": lambda second: 0.5 + sign * (0.1 if second else 0.0),
         "irrelevant": lambda second: 0.5 - 0.3 * sign,
     }
-    high = queries.drop_duplicates("fact")[["fact", "relation"]].assign(
-        **dict(predominance=0.5 + 0.2 * sign, predominance_rest=0.5 + 0.1 * sign),
-        **dict(first=0.4, same_first=0.6, n_queries=4),
-    )
+    attended = dict(predominance=0.5 + 0.2 * sign, predominance_rest=0.5 + 0.1 * sign)
+    attended |= dict(first=0.4, same_first=0.6, n_queries=4)
     cas = edits_frame(queries, 0.1 * sign)
     if sign > 0:  # claim 13: the same for class I
         even = cas["fact"].isin(list(dict.fromkeys(queries["fact"]))[::2])
@@ -218,7 +215,7 @@ def frames_where_all_holds(queries, sign=1.0):
         "edits": edits_frame(queries, 0.1 * sign),
         "cas_edits": cas,
         "query_kn_mapping": changes_frame(queries, neurons),
-        "attention_predominance": high,
+        "attention_predominance": queries.drop_duplicates("fact").assign(**attended),
         "knowledge_synapses": changes_frame(queries, synapses, ("value", "probability")),
     }
 
@@ -228,13 +225,14 @@ def frames(queries):
     return frames_where_all_holds(queries)
 
 
-def board_of(frames, notebook=None):
-    """The scoreboard of these frames, or of the claims that one notebook's results decide."""
+def board_of(frames, *notebooks):
+    """The scoreboard of these frames, or of the claims that some notebooks' results decide."""
 
     def get(model, method, name):
         return frames[name]
 
-    return claims.scoreboard(get, ["a"], ["ig"], ["ig"], static=0.2, notebook=notebook)
+    options = [dict(static=0.2, notebook=notebook) for notebook in notebooks or [None]]
+    return pd.concat(claims.scoreboard(get, ["a"], ["ig"], ["ig"], **one) for one in options)
 
 
 def parts_of(board, number, **keys):
@@ -292,23 +290,23 @@ def test_sizes_of_changes_that_cancel_do_not(queries, frames):
     sets = {"self": lambda second: (0.5, -0.5), "irrelevant": lambda second: (0.1, 0.1)}
     frames["knowledge_synapses"] = changes_frame(queries, sets, ("value", "probability"))
     board = board_of(frames, "06")
-    verdicts = parts_of(board, 10, queries="all").set_index("part")["verdict"].to_dict()
-    wanted = {}
-    for name, way in product(("dValue", "dProb", "|dValue|", "|dProb|"), ("enhance", "suppress")):
-        cancels = name.startswith("d") and way == "suppress"
-        wanted[f"{name}, {way}"] = "the opposite holds" if cancels else "holds"
-    assert verdicts == wanted
+    found = parts_of(board, 10, queries="all").set_index("part")["verdict"].to_dict()
+    signed = {"enhance": "holds", "suppress": "the opposite holds"}
+    for name, (way, verdict) in product(("dValue", "dProb"), signed.items()):
+        assert found.pop(f"{name}, {way}") == verdict
+        assert found.pop(f"|{name}|, {way}") == "holds"
+    assert not found
     assert overall_of(board, 10)["verdict"] == "mixed (6 of 8, 2 the opposite)"
 
 
 def test_all_queries_decide_as_in_the_paper_and_the_known_ones_stand_beside(queries, frames):
-    """The known queries, a third of them, say the opposite of all; then none is known."""
+    """The known queries, a third of them, say the opposite of all."""
     other = frames_where_all_holds(queries, -1.0)
     for name in ("query_kn_mapping", "knowledge_synapses"):
         known = frames[name]["prompt_index"] < 2
         own = frames[name].assign(known=known)
         frames[name] = own.where(~known, other[name].assign(known=True))
-    board = pd.concat([board_of(frames, name) for name in ("03", "04", "06")])
+    board = board_of(frames, "03", "04", "06")
     for number in (6, 7, 8, 10, 11):
         part = parts_of(board, number)
         assert set(part.loc[part["queries"] == "all", "verdict"]) == {"holds"}
@@ -326,11 +324,10 @@ def test_a_class_of_one_fact_decides_nothing_and_its_n_is_shown(queries, frames)
     few = [*names[:8:2], names[1]]  # of even number: class I
     for name in ("query_kn_mapping", "edits"):
         frames[name] = frames[name][frames[name]["fact"].isin(few)]
-    board = pd.concat([board_of(frames, name) for name in ("03", "04")])
-    for number in (4, 5, 8):
-        part = parts_of(board, number)
-        assert set(part["verdict"]) == {"not testable here"} and part["value"].notna().any()
-        assert part[["value_low", "value_high"]].isna().all(axis=None)
+    board = board_of(frames, "03", "04")
+    part = board[board["claim"].isin([4, 5, 8])]
+    assert set(part["verdict"]) == {"not testable here"} and part["value"].notna().any()
+    assert part[["value_low", "value_high"]].isna().all(axis=None)
     eight, why = parts_of(board, 8), "1 and 4 facts; an interval needs 10 on each side"
     assert set(eight["why"]) == {why} and set(eight["n_facts"]) == {1}
     assert overall_of(board, 8)["verdict"] == f"not testable here: {why}"
@@ -341,13 +338,12 @@ def test_a_perplexity_that_explodes_is_judged_by_its_median_and_by_broken_texts(
     not follow it."""
     edits = frames["edits"]
     first = (edits["fact"] == queries["fact"].iloc[0]) & (edits["neurons"] == "global")
-    edits = edits.assign(dppl=edits["dppl"].mask(first, 4e10))
-    edits["broken"] = edits["broken"].mask(first, 1.0)
-    five = parts_of(board_of(frames | {"edits": edits}, "03"), 5)
+    edits.loc[first, ["dppl", "broken"]] = (4e10, 1.0)
+    five = parts_of(board_of(frames, "03"), 5)
     assert set(five["verdict"]) == {"holds"} and five["value"].between(0, 1).all()
     names = product(("erasure", "update"), ("median dPPL", "share of broken texts"))
     assert set(five["part"]) == {", ".join(name) for name in names}
-    five = parts_of(board_of(frames | {"edits": edits.assign(broken=0.0)}, "03"), 5)
+    five = parts_of(board_of({**frames, "edits": edits.assign(broken=0.0)}, "03"), 5)
     assert set(five.loc[five["part"].str.contains("broken"), "why"]) == {"no edit breaks a text"}
 
 
@@ -356,11 +352,11 @@ def test_what_is_so_by_construction_or_without_effect_is_not_tested(frames):
     frames["attention_predominance"] = facts.assign(first=1.0, same_first=1.0)
     for name in ("edits", "cas_edits"):
         frames[name].loc[frames[name]["op"] == "update", "rel"] = 0.0
-    board = board_of(frames)
+    board = board_of(frames, "03", "05", "07")
     nine = parts_of(board, 9).set_index("part")
     assert nine["verdict"].tolist() == ["not testable here", "holds"]
     assert "always wins" in nine.loc["all tokens", "why"]
-    edits = board[board["claim"].isin([4, 5, 12, 13])]
+    edits = board[board["claim"] != 9]
     idle = edits["part"].str.startswith("update")
     assert set(edits[idle]["verdict"]) == {"not testable here"}
     assert set(edits[~idle]["verdict"]) == {"holds"}
@@ -370,14 +366,12 @@ def test_what_is_so_by_construction_or_without_effect_is_not_tested(frames):
 def test_classes_of_noise_do_not_differ_within_relations_of_two_facts():
     """Less its relation's mean, one of two facts is the other's negative: facts resampled alone
     would find a difference in half of the cases."""
-    found = []
-    for seed in range(40):
-        rng = np.random.default_rng(seed)
-        numbers = pd.Series(range(72))
-        frame = pd.DataFrame({"fact": numbers.map(str), "relation": (numbers // 2).map(str)})
+    found, case = [], claims.Case(None, "a", "ig")
+    for rng in map(np.random.default_rng, range(40)):
+        names = [(str(number), str(number // 2)) for number in range(72)]
+        frame = pd.DataFrame(names, columns=["fact", "relation"])
         frame["label"] = np.where(rng.random(72) < 0.4, "II", "I")
-        frame["value"] = rng.normal(size=72)
-        part = claims.Case(None, "a", "ig", None, 0.2, 0.1, 0).within_relations(frame, "static")
+        part = case.within_relations(frame.assign(value=rng.normal(size=72)), "static")
         found.append(not part["value_low"] <= 0 <= part["value_high"])
     assert np.mean(found) <= 0.2
 
@@ -396,30 +390,29 @@ def test_classes_that_differ_between_relations_only_do_not_differ_within(queries
         monkeypatch.setattr(claims, "split_frames", lambda *_, split=split, **__: split)
         two = parts_of(board_of({"queries": queries}, "02"), 2).set_index("part")
         assert two["verdict"].to_dict() == {"all facts": "holds", "within relations": within}
-    centred = []
-    for _, one in shifted.groupby("relation"):
-        centred.append(one.assign(value=one["value"] - one["value"].mean()))
-    mean = pd.concat(centred).groupby("label")["value"].mean()
+    centred = shifted["value"] - shifted.groupby("relation")["value"].transform("mean")
+    mean = centred.groupby(shifted["label"]).mean()
     assert two.loc["within relations", "value"] == pytest.approx(mean["I"] - mean["II"])
 
 
-def test_claim_3_compares_neighbouring_models_in_the_given_order(queries):
+@pytest.mark.parametrize(
+    "models, verdict",
+    [(["small", "large"], "holds"), (["large", "small"], "the opposite holds")],
+)
+def test_claim_3_compares_neighbouring_models_in_the_given_order(queries, models, verdict):
     apart = [[10 * p, 10 * p + 1, 10 * p + 2] for p in range(len(queries))]  # no two agree
     frames = {"small": queries, "large": queries.assign(neuron=apart)}
-    for models, verdict in (
-        (["small", "large"], "holds"),
-        (["large", "small"], "the opposite holds"),
-    ):
-        board = claims.scoreboard(lambda model, *_: frames[model], models, ["ig"], [], static=0.5)
-        part = parts_of(board, 3, model=models[1], part="lower CS")
-        assert part["verdict"].item() == verdict
-        first = parts_of(board, 3, model=models[0])
-        assert first["verdict"].item() == "not testable here" and "smaller" in first["why"].item()
+    board = claims.scoreboard(lambda model, *_: frames[model], models, ["ig"], [], static=0.5)
+    assert parts_of(board, 3, model=models[1], part="lower CS")["verdict"].item() == verdict
+    [first] = parts_of(board, 3, model=models[0]).to_dict("records")
+    assert first["verdict"] == "not testable here" and "smaller" in first["why"]
 
 
-def only_queries(queries, of="a<b"):
+def only_queries(queries):
+    """A reader of saved results that finds the queries of model "a<b" alone."""
+
     def get(model, method, name):
-        if (model, name) != (of, "queries"):
+        if (model, name) != ("a<b", "queries"):
             raise Missing("notebook 03 was not run")
         return queries
 
@@ -427,17 +420,16 @@ def only_queries(queries, of="a<b"):
 
 
 def test_what_cannot_be_tested_says_why_in_the_report_and_in_a_notebook(queries):
-    get = only_queries(queries, "a")
-    board = claims.scoreboard(get, ["a"], ["ig"], ["ig"], static=-0.1)  # no fact is K_II
-    assert sorted(set(board["claim"])) == list(range(1, 14))
+    get = only_queries(queries)
+    board = claims.scoreboard(get, ["a<b"], ["ig"], ["ig"], static=-0.1)  # no fact is K_II
+    assert sorted(set(board["claim"])) == list(range(1, 14)) and len(claims.overall(board)) == 13
     assert set(board[board["claim"] > 3]["why"]) == {"notebook 03 was not run"}
+    assert overall_of(board, 4)["verdict"] == "not testable here: notebook 03 was not run"
     two = parts_of(board, 2, threshold="static")
     assert two["value"].isna().all() and set(two["verdict"]) == {"not testable here"}
     assert two["why"].str.contains("empty by the static threshold").all()
-    assert len(claims.overall(board)) == 13
-    assert overall_of(board, 4)["verdict"] == "not testable here: notebook 03 was not run"
-    study = SimpleNamespace(model="a", method="ig", seed=0)
-    study.load = lambda name, method: get("a", method, name)
+    study = SimpleNamespace(model="a<b", method="ig", seed=0)
+    study.load = lambda name, method: get("a<b", method, name)
     text = html.unescape(claims.judge(study, "02", static=0.5).data)
     assert claims.CLAIMS[1].text in text and claims.CLAIMS[4].text not in text
     assert "holds (1 of 1, 1 untestable)" in text and "<summary>Every part</summary>" in text
@@ -446,9 +438,8 @@ def test_what_cannot_be_tested_says_why_in_the_report_and_in_a_notebook(queries)
 
 
 def test_the_matrix_has_a_row_a_claim_and_a_column_a_model_and_method(queries):
-    board = claims.scoreboard(
-        only_queries(queries), ["a<b", "c"], ["ig", "sig"], ["ig"], static=0.5
-    )
+    get = only_queries(queries)
+    board = claims.scoreboard(get, ["a<b", "c"], ["ig", "sig"], ["ig"], static=0.5)
     text = claims.show_matrix(board).data.split("</table>")[0]
     rows = re.findall(r"<tr>(.*?)</tr>", text, re.S)
     hovers = [re.findall(r'title="(.*?)"', row, re.S) for row in rows]
@@ -484,6 +475,7 @@ def test_a_mark_is_one_word_for_all_parts_of_a_claim(verdicts, mark):
     assert claims.overall(missing)["mark"].item() == "not run"
 
 
+# --- In short -------------------------------------------------------------------------------------
 class Saved:
     """The saved results of models, given by hand: {model: {name: frame}}."""
 
@@ -521,16 +513,14 @@ def sentences(table, topic, model="a"):
     return table.loc[about, "sentence"].tolist()
 
 
-def numbers_in(text):
-    return [float(number) for number in re.findall(r"-?\d+\.\d+(?= \[)", text)]
-
-
-def percents_in(text):
-    return [float(number) / 100 for number in re.findall(r"-?\d+(?:\.\d+)?(?= % \[)", text)]
+def values_in(text):
+    """Every value of a sentence that has an interval; percents as shares."""
+    found = re.findall(r"(-?\d+(?:\.\d+)?)( %)?(?= \[)", text)
+    return [float(number) / (100 if percent else 1) for number, percent in found]
 
 
 def near(values):
-    return pytest.approx(values, abs=0.006)
+    return pytest.approx(list(values), abs=0.006)
 
 
 @pytest.fixture(scope="module")
@@ -571,23 +561,22 @@ def test_sentences_on_consistency_are_those_of_the_facts_and_the_first_control(s
     table, frames = spoken
     whole, relations, three = sentences(table, "share their neurons")
     facts = classified_facts(queries, 0.2, 0.2)
-    assert numbers_in(whole) == near([facts["cs2"].mean(), facts["jaccard"].mean()])
+    assert values_in(whole) == near([facts["cs2"].mean(), facts["jaccard"].mean()])
     assert "CS2 is cannot be told (n = " in relations  # fewer than ten relations
     means = controls.null_consistency(queries, t=0.2, seed=0).groupby("kind")["cs2"].mean()
-    wanted = means[["own", "same pattern", "other relations", "random"]].dropna().tolist()
-    assert numbers_in(three) == near(wanted)
+    wanted = means[["own", "same pattern", "other relations", "random"]].dropna()
+    assert values_in(three) == near(wanted)
     first, others = sentences(table, "How many facts are K_II")
     shares = [(facts[f"class_{name}"] == "II").mean() for name in ("static", "otsu")]
-    assert percents_in(first) == near(shares)
+    assert values_in(first) == near(shares)
     noise = otsu_null(facts, seed=0)
     assert f"{100 * noise['R_II_low']:.0f} % to {100 * noise['R_II_high']:.0f} % K_II" in first
-    shares = [(facts["cs2_3"] <= 0.2).mean()]
-    for t in (0.5, 0.1):
-        shares.insert(0, (classified_facts(queries, t, 0.2)["class_static"] == "II").mean())
-    assert percents_in(others) == near(shares) and "(n =" not in first + others  # all facts
+    cut = [classified_facts(queries, t, 0.2)["class_static"] for t in (0.1, 0.5)]
+    shares = [*((classes == "II").mean() for classes in cut), (facts["cs2_3"] <= 0.2).mean()]
+    assert values_in(others) == near(shares) and "(n =" not in first + others  # all facts
     [text] = sentences(table, "classes more than a cut")
     rows = parts_of(board_of(frames, "02"), 2, part="all facts")
-    assert numbers_in(text) == near(rows["value"].tolist())
+    assert values_in(text) == near(rows["value"])
     assert re.search(r"by the static threshold 0\.\d+ .* more \(n = 1\d and 1\d\), ", text)
     assert text.count("within relations cannot be told") == 2
 
@@ -597,31 +586,31 @@ def test_sentences_on_edits_and_cas_are_means_over_all_facts(spoken):
     edits, texts = frames["edits"], sentences(table, "an edit")
     part = edits[(edits["op"] == "update") & (edits["neurons"] == "global")]
     [last] = [text for text in texts if text.startswith("Update of all")]
-    values = [part["rel"].mean(), part["gen"].mean(), 1 - part["loc"].mean()]
-    values += [part["broken"].mean(), part["dppl"].median(), part["loc_new"].mean()]
-    assert percents_in(last) == near(values)
+    wanted = [part["rel"].mean(), part["gen"].mean(), 1 - part["loc"].mean()]
+    wanted += [part["broken"].mean(), part["dppl"].median(), part["loc_new"].mean()]
+    assert values_in(last) == near(wanted)
     assert not any("new object" in text for text in texts if text.startswith("Erasure"))
     [random, _] = [text for text in texts if "random" in text]
     assert "this wording 25 % [" in random
     cas = frames["cas_edits"]
     means = cas[cas["op"] == "erase"].groupby("neurons")["gen"].mean()
     text = sentences(table, "CAS")[0]
-    assert numbers_in(text)[0] == near(means["cas"] - means["local"])
+    assert values_in(text)[:1] == near([means["cas"] - means["local"]])
     assert re.search(r"\(Gen\) .* more; against all", text)
 
 
 def test_sentences_on_neurons_and_attention_tell_changes_of_the_answer(spoken):
     table, _ = spoken
     own, off, others = sentences(table, "Whose neurons")
-    down, up = percents_in(own)
+    down, up = values_in(own)
     assert down < 0 < up
-    [random] = percents_in(off)  # the other sets were not scaled
+    [random] = values_in(off)  # the other sets were not scaled
     assert -0.7 < random < -0.5 and off.count("cannot be told (n = 0)") == 3
     assert re.search(r"all other wordings' KNs together \(\S+ against \S+\): 0\.3\d? \[", others)
     assert "of the relation: cannot be told (n = 0)" in others
     assert re.search(r"random ones: 0\.1\d? \[0\.\d+, 0\.\d+\] more", others)
     first, suppressed, enhanced, rest = sentences(table, "Does attention")
-    assert percents_in(first)[1:3] == [0.70, 0.60]
+    assert values_in(first)[1:3] == [0.70, 0.60]
     assert "(at least 25 % by construction)" in first
     assert suppressed.startswith("Suppressed, a query's own synapses") and "by -" in suppressed
     assert enhanced.startswith("Enhanced")
@@ -636,7 +625,7 @@ def test_of_one_fact_and_without_notebooks_nothing_can_be_told_but_why(spoken):
         text = " ".join(sentences(table, topic, "b"))
         if not topic.startswith("What was"):
             assert topic.startswith("What holds") or "annot be told" in text
-            assert not numbers_in(text) and not percents_in(text), text
+            assert not values_in(text), text
     assert "notebook 04 was not run" in sentences(table, "Whose neurons", "b")[0]
     missing = [f"Cannot be told: notebook 0{number} was not run." for number in (5, 6)]
     assert sentences(table, "Does attention", "b") == missing
@@ -644,23 +633,26 @@ def test_of_one_fact_and_without_notebooks_nothing_can_be_told_but_why(spoken):
 
 
 @pytest.mark.parametrize(
-    "row, number, times",
+    "number, row, times",
     [
-        (dict(value=0.1, value_low=-0.1, value_high=0.3, verdict="cannot be told"), 4, 4),
-        (dict(value=0.5, value_low=0.2, value_high=0.8, verdict="cannot be told"), 1, 1.44),
-        (dict(value=0.05, value_low=-0.1, value_high=0.2, verdict="cannot be told"), 13, 9),
-        (dict(n_facts=40, n_facts_other=4, verdict="not testable here"), 4, 2.5),
-        (dict(n_facts=40, n_facts_other=0, verdict="not testable here"), 4, np.inf),
-        (dict(value=0.0, value_low=-0.1, value_high=0.1, verdict="cannot be told"), 4, np.inf),
+        (4, dict(value=0.1, value_low=-0.1, value_high=0.3), 4),
+        (1, dict(value=0.5, value_low=0.2, value_high=0.8), 1.44),
+        (13, dict(value=0.05, value_low=-0.1, value_high=0.2), 9),
+        (4, dict(value=0.0, value_low=-0.1, value_high=0.1), np.inf),
+        (4, dict(n_facts_other=4), 2.5),
+        (4, dict(n_facts_other=0), np.inf),
     ],
 )
-def test_how_many_times_the_facts_it_would_take(row, number, times):
+def test_how_many_times_the_facts_it_would_take(number, row, times):
     """The half-width of the interval must fall to the distance from the bound, as its root of n."""
-    unknown = dict(value=np.nan, value_low=np.nan, value_high=np.nan, n_facts=40, n_facts_other=40)
+    verdict = "cannot be told" if "value" in row else "not testable here"
+    unknown = dict.fromkeys(("value", "value_low", "value_high"), np.nan)
+    unknown |= dict(n_facts=40, n_facts_other=40, verdict=verdict)
     found = in_short.times_the_facts(claims.CLAIMS[number], unknown | row)
     assert found == pytest.approx(times)
 
 
+# --- the whole report -----------------------------------------------------------------------------
 def test_an_edit_is_said_to_reach_the_known_neighbours_in_their_order(queries):
     """The edited query is left out, one that is not known has no Gen, and so has an edit that was
     not made."""
