@@ -48,7 +48,7 @@ class Scaling:
         if self.prompt is not None:
             first = max(0, self.prompt - 1 - past)
         else:
-            _check_ends(mask)
+            check_ends(mask)
             first = 0 if past else tokens - 1
         self.at(tokens, first)
 
@@ -77,7 +77,7 @@ class Scaling:
         return scale
 
 
-def _check_ends(mask):
+def check_ends(mask):
     """ValueError unless by its attention mask (1: a token, 0: padding) every row ends with a
     token."""
     if mask is None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlutils.change.changes import Change, Scaling, prompt_of
+from qlutils.change.changes import Change, Scaling, check_ends, prompt_of
 from qlutils.change.rows import score_queries, score_rows
 from qlutils.checks import one_of
 from qlutils.model.attention import forward_passes
@@ -100,6 +100,7 @@ def _generating(model, scaling):
         names = "input_ids", "inputs_embeds"
         given = [inputs, *map(kwargs.get, names)]
         lengths = [one.shape[1] for one in given if one is not None]
+        check_ends(kwargs.get("attention_mask"))
         with prompt_of([scaling], max(lengths, default=1)):
             return generate(inputs, *args, **kwargs)
 

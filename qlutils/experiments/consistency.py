@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from skimage.filters import threshold_otsu
 
 from qlutils.checks import METHODS
 from qlutils.neurons.sets import (
@@ -115,14 +114,8 @@ def difference_of_shares(facts, other, seed=0):
 
 
 def weighted_otsu(facts, weights):
-    """Otsu's threshold on CS2 where fact i counts `weights[i]` times; NaN unless two values that
-    count differ."""
-    cs2 = facts["cs2"].to_numpy()  # (F,)
-    if np.unique(cs2[weights > 0]).size < 2:
-        return np.nan
-    counts, edges = np.histogram(cs2, 256, weights=weights.astype(float))
-    middles = (edges[1:] + edges[:-1]) / 2
-    return float(threshold_otsu(hist=(counts, middles)))
+    """`otsu_threshold` of the CS2 of weighted facts."""
+    return otsu_threshold(facts["cs2"], weights)
 
 
 def otsu_share(facts, weights, name="II", among=None):

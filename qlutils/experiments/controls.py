@@ -100,11 +100,11 @@ def summarise(
     return pd.DataFrame(rows)
 
 
-def agreement(sets, seed=0):
+def agreement(sets):
     """cs2, of groups of 3 of the KN sets, and jaccard, of their pairs; NaN for fewer than 3."""
     pairs = consistency(sets).jaccard if len(sets) >= GROUP else np.nan
     return {
-        "cs2": cs2_subsampled(sets, GROUP, seed),
+        "cs2": cs2_subsampled(sets, GROUP),
         "jaccard": pairs,
     }
 
@@ -143,7 +143,7 @@ def null_consistency(queries, num_neurons=None, t=0.2, seed=0):
                 found = [random_neurons(one, num_neurons, rng, outside=False) for one in some]
             row = {"fact": fact, "relation": relation, "kind": kind}
             row["n_queries"] = min(GROUP, len(found))
-            rows.append(row | agreement(found, seed))
+            rows.append(row | agreement(found))
     return pd.DataFrame(rows)
 
 
@@ -264,7 +264,7 @@ def knowledge(queries, *, t=0.2, static=0.1, seed=0):
     # negative), so the relation is what is resampled.
     inside = facts.assign(fact=facts["relation"], relation="all")
     inside[PAIR] = ranks[PAIR] - ranks.groupby("relation")[PAIR].transform("mean")
-    thirds = answered_and_not(queries, t, seed)
+    thirds = answered_and_not(queries, t)
     found = {
         "correlation of CS2 and P(answer)": bootstrap_statistic([ranks], _correlation, seed=seed),
         "the same, within relations": bootstrap_statistic([inside], _correlation, seed=seed),
@@ -284,7 +284,7 @@ def knowledge(queries, *, t=0.2, static=0.1, seed=0):
     )
 
 
-def answered_and_not(queries, t=0.2, seed=0):
+def answered_and_not(queries, t=0.2):
     """`agreement` of a fact's answered wordings and of its others, a row each, of the facts with at
     least 3 of both: fact, relation, known, cs2, jaccard."""
     queries = queries.assign(sets=kn_sets(queries, t))
@@ -298,7 +298,7 @@ def answered_and_not(queries, t=0.2, seed=0):
                 "relation": relation,
                 "known": known,
             }
-            rows.append(about | agreement([*part["sets"]], seed))
+            rows.append(about | agreement([*part["sets"]]))
     return pd.DataFrame(rows, columns=["fact", "relation", "known", "cs2", "jaccard"])
 
 

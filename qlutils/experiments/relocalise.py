@@ -79,7 +79,7 @@ def noise(
     found = []
     for keys, group in every.groupby(["fact", "relation", "kind"], sort=False):
         row = dict(zip(("fact", "relation", "kind"), keys))
-        found.append(row | agreement(kn_sets(group, t), seed))
+        found.append(row | agreement(kn_sets(group, t)))
     return pd.DataFrame(found)
 
 

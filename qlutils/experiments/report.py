@@ -212,6 +212,21 @@ def work(saved):
     return pd.DataFrame(rows)
 
 
+def unlike_html(saved):
+    """A sentence on the parameters with which a notebook was not run for all models and methods
+    alike, as its rows are then no fair comparison; nothing where all is."""
+    told = []
+    for number in NOTEBOOKS:
+        entries, _ = saved.read_all(number, partial(saved.entry, number))
+        given = {_name(*pair): entry["parameters"] for pair, entry in entries.items()}
+        given = pd.DataFrame(given).astype(str).drop(["model", "method", "models"], errors="ignore")
+        for name, values in given[given.nunique(axis=1) > 1].iterrows():
+            groups = values.index.groupby(values)
+            each = [f"{value} ({', '.join(who)})" for value, who in groups.items()]
+            told.append(f"notebook {number} with {name} {' and '.join(each)}")
+    return f"<p>Run with unlike settings: {html.escape('; '.join(told))}.</p>" if told else ""
+
+
 # --- controls -------------------------------------------------------------------------------------
 
 

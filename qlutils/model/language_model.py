@@ -17,12 +17,14 @@ from transformers import PreTrainedModel
 from qlutils.facts import check_text, continuation
 from qlutils.model import architecture
 from qlutils.model.architecture import UnsupportedModel
-from qlutils.model.attention import is_controlled
+from qlutils.model.attention import EXACT, is_controlled
 from qlutils.model.passes import full_precision
 from qlutils.model.verify import verify
 
 # Packages whose hooks are known: they move tensors between devices, or are removed with the call.
 KNOWN_HOOKS = {"qlutils", "transformers", "accelerate", "torch"}
+KNOWN_ATTENTION = ("sdpa", "eager", EXACT)
+_NO_SETTING = {"transformers_version"}  # of the configuration
 
 
 class LanguageModel:
@@ -52,6 +54,7 @@ class LanguageModel:
             with architecture.refusing("finding its parts"):
                 self._find_parts()
             with full_precision(self.device):
+                self.check_ready()
                 verify(self)  # which sets `layout` and `adds_mlp_output`
         except UnsupportedModel as error:
             raise UnsupportedModel(f"{name}: {error}") from error
@@ -106,30 +109,30 @@ class LanguageModel:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the weights' content, the configuration and the tokenizer: what a result
-        depends on. Computed anew when a weight was changed in place."""
-        tensors = self.model.state_dict().values()
-        state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
-        if self._fingerprint[0] != state:
-            self._fingerprint = state, self._digest()
-        return self._fingerprint[1]
-
-    def _digest(self):
-        digest = hashlib.sha256()
-        for key, value in sorted(self.model.state_dict().items()):
-            digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-            content = value.detach().cpu().contiguous().flatten()
-            digest.update(content.view(torch.uint8).numpy().data)
-        config = {
-            key: value
-            for key, value in self.model.config.to_diff_dict().items()
-            if not key.startswith("_") and key != "transformers_version"
-        }
-        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        digest.update((repr(self.tokenizer) if backend is None else backend.to_str()).encode())
+        depends on. Computed anew when one was changed, be it through a weight's `.data`."""
+        weights = self.model.state_dict()
+        config = self.model.config.to_diff_dict()
+        config = {key: config[key] for key in config.keys() - _NO_SETTING if key[0] != "_"}
         # which tokens are EOS, pad and mask: baselines
         special = getattr(self.tokenizer, "special_tokens_map", {})
-        digest.update(json.dumps(special, sort_keys=True, default=str).encode())
+        settings = [json.dumps(one, sort_keys=True, default=str) for one in (config, special)]
+        state = settings, len(self.tokenizer), list(map(_state_of, weights.values()))
+        if self._fingerprint[0] != state:
+            self._fingerprint = state, self._digest(weights, *settings)
+        return self._fingerprint[1]
+
+    def _digest(self, weights, config, special):
+        digest = hashlib.sha256()
+        for key, value in sorted(weights.items()):
+            digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(_bytes_of(value).cpu().numpy().data)
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        for text in (
+            config,
+            repr(self.tokenizer) if backend is None else backend.to_str(),
+            special,
+        ):
+            digest.update(text.encode())
         return digest.hexdigest()
 
     def check_ready(self):
@@ -140,6 +143,13 @@ class LanguageModel:
                 f"{self.name}: modules were added or exchanged after it was loaded, or a forward "
                 "method was replaced (an adapter, weight_norm, quantisation?), or it was compiled, "
                 "with which numbers would be wrong without a word; make a LanguageModel of it anew"
+            )
+        chosen = self.model.config.get_text_config()._attn_implementation
+        if chosen not in KNOWN_ATTENTION:
+            raise ValueError(
+                f"{self.name} runs with attn_implementation={chosen!r}, whose masks (of sliding "
+                'windows) single tokens cannot be given; use "sdpa" or "eager", or call '
+                'lm.model.set_attn_implementation("sdpa")'
             )
         if any(module.training for module in self.model.modules()):
             raise ValueError(
@@ -294,6 +304,22 @@ class LanguageModel:
                 f"{len(prompts)} prompts but {len(answers)} answers; give one answer a prompt"
             )
         return [self.encode(prompt, answer) for prompt, answer in zip(prompts, answers)]
+
+
+def _bytes_of(tensor):
+    """A tensor's content, as bytes."""
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+def _state_of(tensor):
+    """What nearly every change of a tensor changes: its place, how often it was written to, and the
+    sum of its bytes, eight at a time, as a write through `.data` is not counted."""
+    content = _bytes_of(tensor)
+    whole = len(content) // 8 * 8
+    if content.storage_offset() % 8:
+        content = content.clone()
+    total = content[:whole].view(torch.int64).sum() + content[whole:].sum()
+    return tensor.data_ptr(), tensor._version, int(total)
 
 
 def is_sequence(value) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 STORE_THRESHOLD = 0.05  # results keep the neurons above this share of their query's largest score
-MAX_SUBSETS = 20
+MAX_SUBSETS = 10_000
 
 
 # --- knowledge neurons of a query (Eq. 19) --------------------------------------------------------
@@ -157,29 +157,25 @@ def jaccard(one, other, empty=1.0):
     return len(one & other) / len(one | other) if one or other else empty
 
 
-def cs2_subsampled(kn_sets, k=3, seed=0):
+def cs2_subsampled(kn_sets, k=3):
     """Mean CS2 of `k` of the fact's sets, since CS2 grows with their number.
 
-    All subsets of size k are used, or 20 different seeded ones where there are more. NaN with fewer
-    than k sets.
+    All subsets of size k are used, or 10,000 seeded ones where there are more (of more than 40 sets
+    for k = 3). NaN with fewer than k sets.
     """
     sets = list(kn_sets)
     if k < 2:
         raise ValueError(f"k must be at least 2, not {k}")
+    if len(sets) < k:
+        return np.nan
     if comb(len(sets), k) <= MAX_SUBSETS:
         subsets = list(combinations(range(len(sets)), k))
     else:
-        rng = np.random.default_rng(seed)
-        subsets = {}  # a dict, not a set: in the same order each time
-        while len(subsets) < MAX_SUBSETS:
-            drawn = rng.choice(len(sets), k, replace=False)
-            subsets[tuple(sorted(drawn.tolist()))] = None
-    found = []
-    for subset in subsets:
-        counts = _counts(sets[i] for i in subset)
-        if counts:
-            found.append(_mean([count > 1 for count in counts.values()]))
-    return _mean(found)
+        rng = np.random.default_rng(0)
+        subsets = [rng.choice(len(sets), k, replace=False) for _ in range(MAX_SUBSETS)]
+    has = np.array([[one in neurons for one in set().union(*sets)] for neurons in sets])
+    found = [has[list(subset)].sum(0) for subset in subsets]  # in how many each neuron is
+    return _mean([_mean(counts[counts > 0] > 1) for counts in found if counts.any()])
 
 
 def _counts(sets):
@@ -222,16 +218,22 @@ def classify(cs2, threshold):
     return np.select([cs2 > threshold, cs2 <= threshold], ["I", "II"], default=None)
 
 
-def otsu_threshold(values):
-    """Otsu's threshold (scikit-image, 256 bins) of the values less NaNs; NaN unless two of them
-    differ."""
+def otsu_threshold(values, weights=None):
+    """Otsu's threshold (scikit-image, 256 bins) of the values less NaNs, where value i counts
+    `weights[i]` times; NaN unless two that count differ."""
     from skimage.filters import threshold_otsu  # slow to import, and seldom needed
 
     values = np.asarray(values, dtype=np.float64)
-    values = values[~np.isnan(values)]
+    weights = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
+    there = ~np.isnan(values)
+    values, weights = values[there], weights[there]
     if not np.isfinite(values).all():
         raise ValueError("Otsu's threshold needs finite values")
-    return float(threshold_otsu(values)) if np.unique(values).size > 1 else np.nan
+    if np.unique(values[weights > 0]).size < 2:
+        return np.nan
+    counts, edges = np.histogram(values, 256, weights=weights)
+    middles = (edges[1:] + edges[:-1]) / 2
+    return float(threshold_otsu(hist=(counts, middles)))
 
 
 FACT_COLUMNS = """
