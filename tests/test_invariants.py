@@ -115,19 +115,21 @@ def halved(lm):
     return controlled(lm, {0: half, 2: half})
 
 
+def updated(lm):
+    return edit_weights(lm, OTHERS, "update", old="20", new=[30, 31])
+
+
+def divided(lm):
+    return scale_synapses(lm, {(0, 0, 1), (1, 1, 2)}, 3.0, renormalise=True)
+
+
 # name -> (families, context on a model). Those of `PUBLIC` are in the package's interface.
 CONTEXTS = {
     "scale_neurons": (FAMILIES, lambda lm: scale_neurons(lm, NEURONS, 0.0)),
     "scale_neurons, others": (FAMILIES, lambda lm: scale_neurons(lm, OTHERS, 2.0)),
     "edit_weights, erase": (FAMILIES, lambda lm: edit_weights(lm, NEURONS, "erase")),
-    "edit_weights, update": (
-        FAMILIES,
-        lambda lm: edit_weights(lm, OTHERS, "update", old="20", new=[30, 31]),
-    ),
-    "scale_synapses": (
-        ATTENTION,
-        lambda lm: scale_synapses(lm, {(0, 0, 1), (1, 1, 2)}, 3.0, renormalise=True),
-    ),
+    "edit_weights, update": (FAMILIES, updated),
+    "scale_synapses": (ATTENTION, divided),
     "scale_synapses, by one": (ATTENTION, lambda lm: scale_synapses(lm, {(0, 0, 1)}, 1.0)),
     "controlled, watching": (ATTENTION, lambda lm: controlled(lm, observe=lambda *_: None)),
     "controlled, changing": (ATTENTION, halved),
@@ -144,11 +146,6 @@ def context(name, family):
 @torch.no_grad()
 def forward(lm):
     return lm.model(input_ids=IDS, use_cache=False).logits
-
-
-def leave_after_use(lm, enter):
-    with enter():
-        forward(lm)
 
 
 def leave_by_an_error(lm, enter):
@@ -178,7 +175,6 @@ def leave_by_forgetting_a_generator(lm, enter):
 
 
 LEAVING = (
-    leave_after_use,
     leave_by_an_error,
     leave_through_a_failing_forward_pass,
     leave_by_forgetting_a_generator,
@@ -187,6 +183,7 @@ LEAVING = (
 
 @pytest.mark.parametrize("name, family", CASES)
 def test_the_model_is_as_before_however_a_context_is_left(name, family):
+    """How one is left at its end is in the tests of nested ones."""
     lm = model(family)
     for leave in LEAVING:
         with unchanged(lm):
@@ -248,18 +245,6 @@ def test_a_context_changes_the_model_while_it_lasts(name):
         before = forward(lm)
         with context(name, family):
             assert torch.equal(forward(lm), before) == name.endswith("by one"), family
-
-
-def test_generation_is_the_class_s_own_again():
-    lm = model("gpt2")
-    options = dict(attention_mask=torch.ones_like(IDS), max_new_tokens=2, pad_token_id=0)
-    with unchanged(lm):
-        with scale_neurons(lm, {(0, 0)}, 2.0):
-            with scale_neurons(lm, {(0, 1)}, 2.0):
-                lm.model.generate(IDS, **options, do_sample=False)
-            lm.model.generate(IDS, **options, do_sample=False)
-            assert "generate" in vars(lm.model)
-    assert "generate" not in vars(lm.model)
 
 
 # --- calls ----------------------------------------------------------------------------------------
