@@ -146,6 +146,8 @@ SCALE |= dict.fromkeys(["exaone4", "persimmon", "qwen3"], 1.0)
 # Whose attention, in transformers' own code, rounds to float32 whatever the model's dtype, and then
 # not always the same sums.
 ROUNDED = ("gptj", "codegen", "gpt-neo", "bloom", "granite-swa", "gemma4", "gemma2")
+# around whose text model are parts that hand it other masks than the caller's
+TOWERS = ("gemma3 with a vision tower", "gemma4 with a vision tower")
 NOT_IN_FLOAT64 = ("xglm",)  # its softmax does not run in it
 
 

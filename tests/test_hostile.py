@@ -11,8 +11,7 @@ import re
 import runpy
 import sys
 import unicodedata
-import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
@@ -256,21 +255,16 @@ def test_odd_texts_do_not_break_a_table_apart(tmp_path):
         assert end == rf"{number} \\" and not re.search(r"(?<!\\)[&%#_^~]|\\\\|^\[", text)
 
 
-# --- facts that are easily mixed up ---------------------------------------------------------------
-TWINS = {
-    "answers that are prefixes": [("ann", "New"), ("ann", "New York"), ("ann", "New York City")],
-    "an answer inside its subject": [("Paris Hilton", "Paris"), ("Paris", "Paris")],
-    "names that differ in case only": [("Ann", "Oslo"), ("ann", "Oslo"), ("ANN", "oslo")],
-    "invisible differences": [("ann", "Oslo"), ("a\u200bnn", "Oslo"), ("ann\u2060", "Oslo")],
-    "names that look alike": [("Аnn", "Oslo"), ("Ann", "Oslo")],
-    "parts that join to one text": [("a|b", "c"), ("a", "b|c"), ("a\\", "|b|c"), ("a\\|", "b|c")],
-}
+# Facts that are easily mixed up: answers that are prefixes, case, what is invisible, what looks
+# alike, parts that join to one text.
+TWINS = [("ann", "New"), ("ann", "New York"), ("Paris Hilton", "Paris"), ("Paris", "Paris")]
+TWINS += [("Ann", "Oslo"), ("ann", "Oslo"), ("a\u200bnn", "Oslo"), ("\u0410nn", "Oslo")]
+TWINS += [("a|b", "c"), ("a", "b|c"), ("a\\", "|b|c"), ("a\\|", "b|c")]
 
 
-@pytest.mark.parametrize("kind", TWINS)
-def test_facts_that_look_alike_stay_apart(kind, tmp_path):
-    facts = load_facts(write(tmp_path, PATTERNS, TWINS[kind]))
-    assert [(fact.subject, fact.object) for fact in facts] == TWINS[kind]
+def test_facts_that_look_alike_stay_apart(tmp_path):
+    facts = load_facts(write(tmp_path, PATTERNS, TWINS))
+    assert [(fact.subject, fact.object) for fact in facts] == TWINS
     assert len({fact.id for fact in facts}) == len(facts)
     unit = localise_unit(gpt2(), [asdict(fact) for fact in facts], steps=2)
     assert unit.groupby("fact", sort=False).size().tolist() == [3] * len(facts)
@@ -534,7 +528,6 @@ CALLS = [
     ("prompt", lambda v: ask([v]), "prompt 'word word.*reads at most 512", [LONG]),
     ("prompt", lambda v: ask([v]), r"ann \\ud800 is in.*surrogate", ["ann \ud800 is in"]),
     ("prompt", lambda v: ask([v]), "prompt must be text, got (bytes|int)", [IS.encode(), 3]),
-    ("prompt", found("prompt"), "prompt must be text, got list", [["5 6 7"]]),
     ("answer", lambda v: ask([IS], [v]), "answer to 'ann is in'", [*NO_TEXT, None]),
     ("answer", lambda v: ask([IS], [v]), "'ann is in'.*reads 512", [LONG]),
     ("answer", lambda v: ask([IS], [v]), r"\\udfff.*surrogate", ["\udfff"]),
@@ -543,7 +536,6 @@ CALLS = [
     ("prompts", ask, "2 prompts but 1 answers", [["a b", "c d"]]),
     ("answers", lambda v: ask([IS], v), "answers must be a list.*3", [3]),
     ("kind", lambda v: ask([IS], answer=v), "answer .* is unknown", ["last", ["all"]]),
-    ("prompts", attributed("prompts"), "prompts", [IS]),
     ("steps", attributed("steps"), "steps is", [*NO_COUNT, 1, 2.0, np.float64(3), [20]]),
     ("steps", attributed("steps"), RIGHT, [np.int64(3)]),
     ("rule", attributed("rule"), "rule .* use one of right", ["simpson", None, 3, ["right"]]),
@@ -732,18 +724,15 @@ def test_products_of_another_precision_than_their_dtype_are_refused():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="about GNU's OpenMP")
-@pytest.mark.parametrize("threads, set_by", [(2, ""), (1, ""), (2, "GOMP_SPINCOUNT")])
+@pytest.mark.parametrize("threads, set_by", [(2, "OTHER"), (1, "OTHER"), (2, "GOMP_SPINCOUNT")])
 def test_torch_loaded_first_is_said_where_threads_will_spin(threads, set_by, monkeypatch):
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
-    if set_by:
-        monkeypatch.setenv(set_by, "1000")
+    monkeypatch.setenv(set_by, "1000")
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    said = threads > 1 and set_by == "OTHER"
+    with pytest.warns(match="torch was imported before qlutils") if said else nullcontext():
         runpy.run_path(str(paths.PACKAGE / "__init__.py"))
-    said = ["torch was imported before qlutils" in str(one.message) for one in caught]
-    assert said == [True] * (threads > 1 and not set_by)
 
 
 def test_a_model_in_a_linked_or_oddly_named_folder_is_the_model(tmp_path):

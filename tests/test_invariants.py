@@ -30,7 +30,6 @@ from qlutils.change.changes import Change
 from qlutils.change.rows import score_rows
 from qlutils.change.scaling import greedy_answers, scaled_answer_probabilities
 from qlutils.change.synapses import controlled
-from qlutils.model import answer
 from qlutils.model.attention import is_controlled
 
 FAMILIES = ("gpt2", "llama3", "opt", "gptj", "neox", "gemma2", "bloom")
@@ -304,18 +303,3 @@ def test_the_model_is_as_before_after_every_call_also_one_that_fails_in_the_midd
                 with pytest.raises(KeyboardInterrupt, match="on purpose"):
                     call(lm, tmp_path / str(stop))
                 stop_at = None
-
-
-@pytest.mark.parametrize("name", ["grad", "token_probabilities"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_attribution_that_fails_while_gradients_flow_back_leaves_the_model_as_it_was(
-    family, name, monkeypatch
-):
-    def fail(*_, **__):
-        raise KeyboardInterrupt("on purpose")
-
-    lm = model(family)
-    with unchanged(lm), monkeypatch.context() as patch:
-        patch.setattr(torch.autograd if name == "grad" else answer, name, fail)
-        with pytest.raises(KeyboardInterrupt, match="on purpose"):
-            attribute(lm, PROMPTS, ANSWERS, steps=3)

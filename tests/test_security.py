@@ -96,25 +96,17 @@ def test_no_source_unpickles_evaluates_starts_a_shell_or_trusts_remote_code():
 
 
 HARMFUL = """\
-import pickle
 from joblib import load
-import shelve as s
 eval('1')
-torch.load(path)
-np.load(path, allow_pickle=True)
 np.load(path, allow_pickle=flag)
 subprocess.run('ls', shell=True)
 frames[0].to_pickle(path)
-importlib.import_module(name)
 AutoModel.from_pretrained(name, use_safetensors=True)
 AutoModel.from_pretrained(name, trust_remote_code=False)
-AutoTokenizer.from_pretrained(name, trust_remote_code=True)
-AutoConfig.from_pretrained(n, trust_remote_code=yes)"""
+AutoTokenizer.from_pretrained(name, trust_remote_code=True)"""
 HARMLESS = """\
 load(name).eval()
 ast.literal_eval(text)
-re.compile('a')
-np.load(p)
 AutoModel.from_pretrained(n, use_safetensors=True, trust_remote_code=False)
 subprocess.run(['ls'], shell=False)"""
 

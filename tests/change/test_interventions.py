@@ -5,7 +5,7 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
-from families import SUPPORTED, lm_of, precise
+from families import SUPPORTED, TOWERS, lm_of, precise
 from naive import plain_score, scaled_by_hand
 from tiny import tiny_lm
 
@@ -57,9 +57,8 @@ def test_rows_of_a_batch_equal_forward_passes_changed_by_hand(family, everywhere
         moved += abs(expected - own[0]) > 10 * tolerance * abs(expected)
         if not everywhere and q == 0:
             with scale_neurons(lm, change.neurons, change.factor):
-                assert plain_score(lm, prompt, target[:1])[0] == pytest.approx(
-                    expected, rel=tolerance
-                )
+                inside, _ = plain_score(lm, prompt, target)
+            assert inside == pytest.approx(expected, rel=tolerance)
     assert moved >= len(plan) / 3  # the changes are large enough to be missed
 
 
@@ -121,10 +120,10 @@ def test_greedy_answers_are_what_generate_gives_and_known_queries_match_them():
 
 
 # --- scale_neurons --------------------------------------------------------------------------------
-@pytest.mark.parametrize("family", ["gpt2", "llama3", "neox", "opt", "mistral", "gemma3"])
+@pytest.mark.parametrize("family", ["gpt2", "llama3", "neox", "opt", "mistral", "gemma3", *TOWERS])
 @torch.no_grad()
 def test_a_bare_forward_is_scaled_at_each_row_s_last_token(family):
-    lm = tiny_lm(family)
+    lm = lm_of(family, torch.float64)
     prompts = [[10, 11, 12, 13, 14], [20, 21, 22], [30, 31, 32, 33]]
     ids = torch.tensor([[0] * (5 - len(prompt)) + prompt for prompt in prompts])
     mask = (ids > 0).long()
@@ -132,10 +131,11 @@ def test_a_bare_forward_is_scaled_at_each_row_s_last_token(family):
     with scale_neurons(lm, NEURONS, 3.0):
         logits = lm.model(input_ids=ids, attention_mask=mask, position_ids=places).logits
     for row, prompt in enumerate(prompts):
-        with scaled_by_hand(lm.model, family, NEURONS, 3.0, len(prompt) - 1):
+        with scaled_by_hand(lm.model, SUPPORTED[family], NEURONS, 3.0, len(prompt) - 1):
             expected = forward(lm, prompt)
         torch.testing.assert_close(logits[row, -len(prompt) :], expected, rtol=1e-7, atol=1e-7)
-    assert (logits[0, -1] - forward(lm, prompts[0])[-1]).abs().max() > 1e-3
+    ends = torch.stack([forward(lm, prompt)[-1] for prompt in prompts])
+    assert (logits[:, -1] - ends).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -152,9 +152,9 @@ def test_a_mask_that_hides_where_the_prompt_ends_is_refused(mask, said):
 
 
 @pytest.mark.parametrize("cache", [True, False])
-@pytest.mark.parametrize("family", ["gpt2", "llama2", "neox", "opt", "bloom"])
+@pytest.mark.parametrize("family", ["gpt2", "llama2", "neox", "opt", "bloom", *TOWERS])
 def test_generation_is_scaled_at_the_last_prompt_token_and_all_later_ones(family, cache):
-    lm, prompt = tiny_lm(family), [10, 11, 12, 13]
+    lm, prompt = lm_of(family, torch.float64), [10, 11, 12, 13]
     ids = torch.tensor([prompt])
     options = GREEDY | dict(max_new_tokens=6, use_cache=cache, return_dict_in_generate=True)
     options |= dict(attention_mask=torch.ones_like(ids), output_logits=True)
@@ -162,7 +162,7 @@ def test_generation_is_scaled_at_the_last_prompt_token_and_all_later_ones(family
         out = lm.model.generate(ids, **options)
     tokens = list(prompt)
     for logits in out.logits:
-        with scaled_by_hand(lm.model, family, NEURONS, 4.0, len(prompt) - 1):
+        with scaled_by_hand(lm.model, SUPPORTED[family], NEURONS, 4.0, len(prompt) - 1):
             expected = forward(lm, tokens)[-1]
         torch.testing.assert_close(logits[0].double(), expected, rtol=1e-5, atol=1e-5)
         tokens.append(int(expected.argmax()))
@@ -171,12 +171,13 @@ def test_generation_is_scaled_at_the_last_prompt_token_and_all_later_ones(family
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])  # transformers takes the old name
-def test_a_call_that_continues_a_cache_is_later_throughout(name):
-    lm, prompt, later = tiny_lm("llama3"), [10, 11, 12, 13], [14, 15, 16]
+@pytest.mark.parametrize("family", ["llama3", *TOWERS])
+def test_a_call_that_continues_a_cache_is_later_throughout(family, name):
+    lm, prompt, later = lm_of(family, torch.float64), [10, 11, 12, 13], [14, 15, 16]
     with scale_neurons(lm, NEURONS, 4.0):
         first = lm.model(input_ids=torch.tensor([prompt]), use_cache=True)
         second = lm.model(input_ids=torch.tensor([later]), **{name: first["cache"]})
-    with scaled_by_hand(lm.model, "llama3", NEURONS, 4.0, len(prompt) - 1):
+    with scaled_by_hand(lm.model, SUPPORTED[family], NEURONS, 4.0, len(prompt) - 1):
         expected = forward(lm, prompt + later)
     torch.testing.assert_close(second.logits[0], expected[-3:])
 

@@ -1,5 +1,8 @@
 """Every family that the README's table names: what works, in every dtype, against the naive
-reference; what is refused; and that the table says so. What is done to neurons is in change/."""
+reference; what is refused; and that the table says so. What is done to neurons is in change/.
+
+A vision tower, of no use here, is as deep as the text model that it belongs to: were it taken for
+that, the scores would be wrong."""
 
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
@@ -9,10 +12,10 @@ import pytest
 import torch
 import transformers
 from families import NOT_IN_FLOAT64, REFUSED, SCALE, SUPPORTED, lm_of, model_of, precise
-from naive import Naive, keeping_float64, scaled_by_hand
-from tiny import Family, readme_table, tiny_model, word_tokenizer
+from naive import Naive, keeping_float64
+from tiny import readme_table, tiny_model, word_tokenizer
 
-from qlutils import scale_neurons, scale_synapses
+from qlutils import scale_synapses
 from qlutils.attribution.attribute import Spec, attribute_encoded
 from qlutils.attribution.quadrature import quadrature
 from qlutils.change import synapses
@@ -85,80 +88,6 @@ def test_queries_that_need_more_gradients_than_others_keep_their_own_arguments(f
     assert len(set(together.evaluations[:4].tolist())) > 1
     for scores, one in zip(together.scores, alone):
         assert apart(scores, one.scores[0].double()) <= tolerance
-
-
-# --- a vision tower, of no use here, around a text model ------------------------------------------
-TOWERS = {
-    "gemma3 with a vision tower": "Gemma3TextConfig",
-    "gemma4 with a vision tower": "Gemma4TextConfig",
-}
-NEURONS = {(0, 3), (1, 7), (2, 40), (2, 41)}
-IDS = torch.tensor([[0, 0, 5, 6, 7], [9, 8, 7, 6, 5]])
-MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])  # padding on the left
-
-
-@torch.no_grad()
-def last_logits(model, ids, **options):
-    return model(input_ids=torch.as_tensor(ids), **options).logits[:, -1]
-
-
-@pytest.fixture(scope="module", params=TOWERS)
-def twins(request):
-    """The checkpoint with the tower, and a text-only model of the same weights."""
-    whole, spec = lm_of(request.param, torch.float64), SUPPORTED[request.param]
-    text = tiny_model(Family(TOWERS[request.param], spec.options["text_config"]))
-    text.model.load_state_dict(whole.model.model.language_model.state_dict())
-    text.lm_head.load_state_dict(whole.model.lm_head.state_dict())
-    return whole, LanguageModel(text, word_tokenizer(), "text only")
-
-
-def test_a_tower_as_deep_as_the_text_model_is_not_taken_for_it(twins):
-    whole, text = twins
-    modules = whole.model.model.vision_tower.modules()
-    depths = [len(module) for module in modules if isinstance(module, torch.nn.ModuleList)]
-    assert whole.num_layers == text.num_layers in depths
-    scores = [attribute_encoded(lm, QUERIES, Spec("ig", 2)).scores for lm in twins]
-    assert apart(*scores) <= 1e-12
-
-
-def test_scaled_neurons_find_the_prompt_through_the_parts_around_the_text_model(twins):
-    """Also with padding, a cache that goes on, and `generate`: the inner text model is handed masks
-    that were made of the caller's, not the caller's."""
-    later, longer = IDS[:, -2:] + 10, torch.nn.functional.pad(MASK, (0, 2), value=1)
-    options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
-    options |= dict(output_logits=True, return_dict_in_generate=True)
-    found = []
-    for lm in twins:
-        with scale_neurons(lm, NEURONS, 3.0), torch.no_grad():
-            first = lm.model(input_ids=IDS, attention_mask=MASK, use_cache=True)
-            second = lm.model(input_ids=later, attention_mask=longer, cache=first.cache)
-            written = lm.model.generate(input_ids=IDS, attention_mask=MASK, **options)
-        found.append([first.logits[:, -1], second.logits, torch.stack(written.logits)])
-    for one, other in zip(*found):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
-    text, spec = twins[1].model, Family("", {})
-    with scaled_by_hand(text, spec, NEURONS, 3.0, 4, rows=2):
-        wanted = last_logits(text, IDS, attention_mask=MASK)
-    torch.testing.assert_close(found[0][0], wanted, rtol=1e-6, atol=1e-6)
-    assert apart(last_logits(text, IDS, attention_mask=MASK), wanted) > 1e-3
-
-
-@pytest.mark.parametrize(
-    "columns",
-    [{(0, 0, 1), (1, 2, 3)}, {(0, layer, head) for layer in range(3) for head in range(4)}],
-    ids=["two", "the first token's"],
-)
-def test_scaled_synapses_count_columns_through_the_parts_around_the_text_model(twins, columns):
-    found = []
-    for lm in twins:
-        with scale_synapses(lm, columns, 0.0):
-            padded = last_logits(lm.model, IDS, attention_mask=MASK)
-            bare = [last_logits(lm.model, [row]) for row in ([5, 6, 7], [9, 8, 7, 6, 5])]
-        found.append((padded, torch.cat(bare)))
-    padded, bare = found[0]
-    torch.testing.assert_close(padded, bare, rtol=1e-4, atol=1e-4)  # Gemma's norms round
-    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
-    assert apart(last_logits(twins[0].model, [[9, 8, 7, 6, 5]]), bare[1:]) > 1e-3
 
 
 # --- attention, and what is refused ---------------------------------------------------------------

@@ -3,9 +3,6 @@ parts are found right is in test_families.py: else its scores are wrong."""
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -27,7 +24,6 @@ from qlutils.model import architecture as arch
 from qlutils.model import loading, verify
 from qlutils.model.architecture import UnsupportedModel, join_call_arguments
 from qlutils.model.language_model import LanguageModel
-from qlutils.model.loading import BUNDLED
 from qlutils.model.verify import sharply
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -155,10 +151,6 @@ def with_nan(model):
     model.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("nan")
 
 
-def with_head_of_two_steps(model):
-    model.lm_head = nn.Sequential(model.lm_head, nn.Identity())
-
-
 def that_fails(model):
     model.model.layers[1].mlp.forward = lambda x: x.new_zeros(1)[7]
 
@@ -198,7 +190,7 @@ SHARED = "one .* module serves several layers"
 UNUSABLE = [  # what is done to a model, or given in its place
     (of_another_width, "different numbers of neurons.*40, 48"),
     (with_nan, "infinite or NaN"),
-    (with_head_of_two_steps, "its unembedding is a Sequential"),
+    (lambda model: setattr(model, "lm_head", nn.Sequential()), "its unembedding is a Sequential"),
     (lambda model: model.to("meta"), "its unembedding .*offloaded.*device_map"),
     (that_fails, "a pass over a few tokens failed with IndexError"),
     (without_parts, "finding its parts failed with KeyError: 'head'"),
@@ -318,28 +310,23 @@ def test_a_folder_that_is_no_model_says_what_would_be(tmp_path, files, said):
         load_model(str(tmp_path))
 
 
+def unreachable(source, file, **_):
+    if source == "some-one/unreachable":
+        raise OSError("couldn't connect")
+    return "adapter" in file
+
+
 def test_names_that_lead_nowhere_say_what_would(tmp_path, monkeypatch):
-    bundled = "no bundled model 'demo/gpt5'.*demo/gpt2, demo/llama2, demo/llama3"
-    # with peft an adapter would be loaded, without it overlooked: two models of one name
-    monkeypatch.setattr(loading, "cached_file", lambda source, file, **_: "adapter" in file)
+    """With peft an adapter would be loaded, without it overlooked: two models of one name."""
+    monkeypatch.setattr(loading, "cached_file", unreachable)
     for name, message in {
-        "demo/gpt5": bundled,
+        "demo/gpt5": "no bundled model 'demo/gpt5'.*demo/gpt2, demo/llama2, demo/llama3",
         str(tmp_path / "absent"): "no model folder",
         "some-one/tuned": f"some-one/tuned {ADAPTER}",
+        "some-one/unreachable": "offline, pass the folder of a downloaded copy.*demo/gpt2",
     }.items():
         with pytest.raises(ValueError, match=message):
             load_model(name, device="cpu")
-
-
-def test_an_unreachable_hub_model_says_what_to_do_offline():
-    """In a process of its own: the hub's client reads its environment at import."""
-    code = "import qlutils; qlutils.load_model('some-one/some-model')"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    said = done.stderr.splitlines()[-1]
-    assert "could not load model 'some-one/some-model'" in said
-    assert "offline, pass the folder of a downloaded copy" in said and "demo/gpt2" in said
 
 
 @pytest.mark.parametrize("model_type", ["llama", "of-its-own"])
@@ -386,14 +373,6 @@ def test_weights_that_do_not_fill_the_model_are_refused(tmp_path, spoil, said):
         load_model(str(tmp_path))
 
 
-def test_bundled_models_load():
-    for name in BUNDLED:
-        lm = load_model(name, device="cpu")
-        assert lm.name == name and lm.context >= 512 and lm.bos_offset == (name != "demo/gpt2")
-        prompt, answer = lm.encode("The capital of France is", "Paris")
-        assert lm.tokenizer.decode(answer).strip() == "Paris" and len(prompt) >= 2
-
-
 # --- fingerprints ---------------------------------------------------------------------------------
 def one_weight(lm):
     weight = lm.downs[2].weight.view(-1)
@@ -430,12 +409,11 @@ def test_a_fingerprint_tells_models_apart_by_what_a_result_depends_on(checkpoint
 
 # --- a model in half precision is checked in float32 ----------------------------------------------
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama3", "gemma", "opt-350m"])
 @pytest.mark.parametrize("stop", [None, KeyboardInterrupt])
-def test_inside_the_check_one_layer_at_a_time_is_float32_and_afterwards_none(family, stop):
-    lm, seen, ids = tiny_lm(family, torch.bfloat16), [], torch.tensor([[5, 6, 7]])
+def test_inside_the_check_one_layer_at_a_time_is_float32_and_afterwards_none(stop):
+    lm, seen, ids = tiny_lm("llama3", torch.bfloat16), [], torch.tensor([[5, 6, 7]])
     before = {k: (one.clone(), one.data_ptr()) for k, one in lm.model.state_dict().items()}
-    exact = copy.deepcopy(lm.model).double()
+    wanted = copy.deepcopy(lm.model).double()(ids).logits
 
     def look(*_):
         seen.append([down.weight.dtype for down in lm.downs].count(torch.float32))
@@ -446,9 +424,7 @@ def test_inside_the_check_one_layer_at_a_time_is_float32_and_afterwards_none(fam
         with hooked(lm.downs[1].register_forward_hook(look)):
             logits = lm.model(ids).logits
         assert tolerance < 1e-3 and logits.dtype == torch.float32
-        # embeddings stay rounded, and so does Gemma's factor of them
-        most, wanted = 1e-2 if family == "gemma" else 1e-5, exact(ids).logits
-        assert (logits - wanted).abs().max() < most * wanted.abs().max()
+        assert (logits - wanted).abs().max() < 1e-5 * wanted.abs().max()
     assert seen == [1] and lm.model(ids).logits.dtype == torch.bfloat16
     for name, tensor in lm.model.state_dict().items():
         assert torch.equal(tensor, before[name][0]) and tensor.data_ptr() == before[name][1]

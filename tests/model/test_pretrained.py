@@ -6,7 +6,6 @@ import subprocess
 import sys
 import zipfile
 from functools import partial
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -16,7 +15,7 @@ from naive import Naive
 from tiny import tiny_model
 
 from qlutils import attribute, edit_weights, load_model, paths, save_edited
-from qlutils.change.rows import score_queries
+from qlutils.change.scaling import greedy_answers
 from qlutils.driver import plan
 from qlutils.files import StoreError
 from qlutils.model import pretrained
@@ -152,22 +151,19 @@ def fetch_elsewhere(index):
     return subprocess.Popen([PYTHON, "-c", code], cwd=paths.ROOT, **pipes)
 
 
-def test_two_processes_that_want_one_model_fetch_it_once(index, cache):
-    both = [fetch_elsewhere(index) for _ in range(2)]
-    files = {process.communicate(timeout=120)[0].strip() for process in both}
-    assert [process.returncode for process in both] == [0, 0] and len(files) == 1
-    assert Path(files.pop()).read_bytes() == b"".join(index.contents)
-    assert index.asked == ["pkg1==1.0", "pkg2==1.0"]
-
-
-def test_a_fetch_that_was_killed_midway_leaves_nothing_to_the_next(index, cache):
+def test_a_killed_fetch_leaves_nothing_to_the_next_and_two_at_once_fetch_once(index, cache):
     (index.folder / "kill").touch()
     process = fetch_elsewhere(index)
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL and left_behind(cache)
     (index.folder / "kill").unlink()
-    file = pretrained.fetch(index.name)
-    assert file.read_bytes() == b"".join(index.contents) and left_behind(cache) == [file]
+    (index.folder / "asked").unlink()
+    both = [fetch_elsewhere(index) for _ in range(2)]
+    files = {process.communicate(timeout=120)[0].strip() for process in both}
+    [file] = left_behind(cache)
+    assert [process.returncode for process in both] == [0, 0] and files == {str(file)}
+    assert file.read_bytes() == b"".join(index.contents)
+    assert index.asked == ["pkg1==1.0", "pkg2==1.0"]
 
 
 @pytest.mark.parametrize("ask", [load_model, model_content])
@@ -319,7 +315,7 @@ def real(request):
 QUERIES = [("The capital of France is", "Paris"), ("The official language of Spain is", "Spanish")]
 
 
-def test_a_pretrained_models_tokens_are_its_own(real):
+def test_a_pretrained_models_tokens_and_answers_are_its_own(real):
     gemma = "gemma" in real.name
     assert real.bos_offset == int(gemma) and real.dtype == torch.float32 and real.context >= 8192
     prompt, answer = real.encode("In 1984, naïve  folk – 東京", "went on")
@@ -331,17 +327,8 @@ def test_a_pretrained_models_tokens_are_its_own(real):
     assert digits == (8 if gemma else 7)  # a number is a token a digit
     sizes = real.num_layers, real.model.config.hidden_size, real.num_neurons, real.num_embeddings
     assert plan.model_shape(real.name)[:4] == sizes
-
-
-def test_a_pretrained_models_greedy_answers_are_those_of_generate(real):
-    encoded, options = [], dict(max_new_tokens=2, do_sample=False)
-    for prompt, _ in QUERIES:
-        ids, _ = real.encode(prompt, "x")
-        after = real.model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist()
-        encoded += [(ids, after), (ids, [*after[:-1], after[-1] + 1])]
-    said = " the capital" if "gemma" in real.name else " Paris."
-    assert real.tokenizer.decode(encoded[0][1]) == said
-    assert score_queries(real, encoded).exact.tolist() == [True, False] * 2
+    [said] = greedy_answers(real, [real.encode_prompt(QUERIES[0][0])], [2])
+    assert real.tokenizer.decode(said) == (" the capital" if gemma else " Paris.")
 
 
 def test_a_pretrained_models_scores_are_those_of_the_naive_reference(real):
