@@ -147,46 +147,17 @@ def forward(lm):
     return lm.model(input_ids=IDS, use_cache=False).logits
 
 
-def leave_by_an_error(lm, enter):
-    with pytest.raises(SystemExit, match="on purpose"), enter():
-        raise SystemExit("on purpose")
-
-
-def leave_through_a_failing_forward_pass(lm, enter):
+@pytest.mark.parametrize("name, family", CASES)
+def test_a_forward_pass_that_fails_inside_a_context_leaves_the_model_as_before(name, family):
     """In the middle: layer 1 has begun and layer 2 has not."""
 
     def fail(*_):
         raise KeyboardInterrupt("on purpose")
 
-    with lm.layers[1].register_forward_hook(fail):
-        with pytest.raises(KeyboardInterrupt, match="on purpose"), enter():
-            forward(lm)
-
-
-def leave_by_forgetting_a_generator(lm, enter):
-    def inside():
-        with enter():
-            yield
-
-    steps = inside()
-    next(steps)
-    del steps
-
-
-LEAVING = (
-    leave_by_an_error,
-    leave_through_a_failing_forward_pass,
-    leave_by_forgetting_a_generator,
-)
-
-
-@pytest.mark.parametrize("name, family", CASES)
-def test_the_model_is_as_before_however_a_context_is_left(name, family):
-    """How one is left at its end is in the tests of nested ones."""
     lm = model(family)
-    for leave in LEAVING:
-        with unchanged(lm):
-            leave(lm, lambda: context(name, family))
+    with unchanged(lm), lm.layers[1].register_forward_hook(fail):
+        with pytest.raises(KeyboardInterrupt, match="on purpose"), context(name, family):
+            forward(lm)
 
 
 METHODS = "register_forward_pre_hook", "register_forward_hook", "__setattr__"
