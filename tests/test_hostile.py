@@ -594,6 +594,7 @@ CALLS = [
     ("device", on_gpt2("device"), "device .*use cpu", ["", 0, True, [1], {}]),
     ("dtype", on_gpt2("dtype"), "dtype .* is unknown", ["float8", torch.int32, 32, True, {}]),
     ("model", load_model, "model|folder", [*NOWHERE, " ", "demo/", "demo/gpt9", "demo/../gpt2"]),
+    ("model", load_model, "could not load.*offline, pass the folder of a downloaded", ["some/one"]),
     ("model", load_model, "model|folder", ["demo/gpt2/", "demo/gpt2\n", "\ud800/x/y", "./none"]),
     ("model", load_model, "model|folder", ["..", "/", "../../etc/passwd", "a/b/c", "..\\a\\b"]),
     ("model", load_model, "model|folder", ["https://a/b/c", "file:///etc/passwd"]),

@@ -310,20 +310,13 @@ def test_a_folder_that_is_no_model_says_what_would_be(tmp_path, files, said):
         load_model(str(tmp_path))
 
 
-def unreachable(source, file, **_):
-    if source == "some-one/unreachable":
-        raise OSError("couldn't connect")
-    return "adapter" in file
-
-
 def test_names_that_lead_nowhere_say_what_would(tmp_path, monkeypatch):
     """With peft an adapter would be loaded, without it overlooked: two models of one name."""
-    monkeypatch.setattr(loading, "cached_file", unreachable)
+    monkeypatch.setattr(loading, "cached_file", lambda source, file, **_: "adapter" in file)
     for name, message in {
         "demo/gpt5": "no bundled model 'demo/gpt5'.*demo/gpt2, demo/llama2, demo/llama3",
         str(tmp_path / "absent"): "no model folder",
         "some-one/tuned": f"some-one/tuned {ADAPTER}",
-        "some-one/unreachable": "offline, pass the folder of a downloaded copy.*demo/gpt2",
     }.items():
         with pytest.raises(ValueError, match=message):
             load_model(name, device="cpu")
