@@ -1,8 +1,25 @@
-"""More families than `tiny.FAMILIES`, by transformers' `model_type`: what works, what is refused.
+"""More families than `tiny.FAMILIES`, by transformers' `model_type`: what works, what is refused,
+and small models of all that work.
 
 As there, the place of each MLP is written down and not taken from `qlutils.model.architecture`."""
 
-from tiny import ALTERNATING, FAMILIES, GPT, GROUPED, SMALL, VOCABULARY, Family, sized
+from functools import lru_cache
+
+import torch
+from tiny import (
+    ALTERNATING,
+    FAMILIES,
+    GPT,
+    GROUPED,
+    SMALL,
+    VOCABULARY,
+    Family,
+    sized,
+    tiny_model,
+    word_tokenizer,
+)
+
+from qlutils.model.language_model import LanguageModel
 
 HEADS = dict(GROUPED, head_dim=8)
 LATENT = dict(SMALL, num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4)
@@ -24,12 +41,13 @@ GRANITE_4 = dict(GROUPED, num_local_experts=0, shared_intermediate_size=48, mamb
 GRANITE_4 |= dict(position_embedding_type="rope", residual_multiplier=0.5, logits_scaling=3.0)
 NEOX = dict(down="mlp.dense_4h_to_h", up="mlp.dense_h_to_4h")
 HYBRID = ["linear_attention", "full_attention", "linear_attention"]
-
-
+BIGCODE = dict(down="mlp.c_proj", up="mlp.c_fc")
+MPT = sized("d_model", "n_layers", "n_heads", max_seq_len=64)
+XGLM = sized("d_model", "num_layers", "attention_heads", ffn_dim=48, **LEARNED)
+MOE_HYBRID = dict(down="shared_mlp.output_linear", up="shared_mlp.input_linear")
 PLAIN = dict(up="mlp.up_proj")  # ungated
 FUSED = dict(up="mlp.gate_up_proj")
 FC = dict(down="fc2", up="fc1")
-
 
 MORE = {
     "apertus": Family("ApertusConfig", GROUPED, **PLAIN),
@@ -49,17 +67,12 @@ MORE = {
     "glm": Family("GlmConfig", dict(HEADS, pad_token_id=0), **FUSED),
     "glm4": Family("Glm4Config", dict(HEADS, pad_token_id=0), **FUSED),
     "gemma4_unified_text": Family("Gemma4UnifiedTextConfig", TEXT_4),
-    "gpt_bigcode": Family(
-        "GPTBigCodeConfig", GPT, "transformer.h.{}", down="mlp.c_proj", up="mlp.c_fc"
-    ),
+    "gpt_bigcode": Family("GPTBigCodeConfig", GPT, "transformer.h.{}", **BIGCODE),
     "gpt_neox_japanese": Family(
         "GPTNeoXJapaneseConfig", SMALL, "gpt_neox_japanese.layers.{}", **NEOX
     ),
     "granitemoehybrid without experts": Family(
-        "GraniteMoeHybridConfig",
-        dict(GRANITE_4, layer_types=3 * ["full_attention"]),
-        down="shared_mlp.output_linear",
-        up="shared_mlp.input_linear",
+        "GraniteMoeHybridConfig", dict(GRANITE_4, layer_types=3 * ["full_attention"]), **MOE_HYBRID
     ),
     "helium": Family("HeliumConfig", HEADS),
     "hunyuan_v1_dense": Family("HunYuanDenseV1Config", HEADS),
@@ -68,13 +81,7 @@ MORE = {
     "minicpm3": Family("MiniCPM3Config", LATENT),
     "ministral": Family("MinistralConfig", WINDOW),
     "ministral3": Family("Ministral3Config", HEADS),
-    "mpt": Family(
-        "MptConfig",
-        sized("d_model", "n_layers", "n_heads", max_seq_len=64),
-        "transformer.blocks.{}",
-        down="ffn.down_proj",
-        up="ffn.up_proj",
-    ),
+    "mpt": Family("MptConfig", MPT, "transformer.blocks.{}", "ffn.down_proj", "ffn.up_proj"),
     "nanochat": Family("NanoChatConfig", GROUPED, down="mlp.fc2", up="mlp.fc1"),
     "nemotron": Family("NemotronConfig", GROUPED, **PLAIN),
     "olmo": Family("OlmoConfig", GROUPED),
@@ -83,11 +90,7 @@ MORE = {
     "seed_oss": Family("SeedOssConfig", HEADS),
     "smollm3": Family("SmolLM3Config", dict(GROUPED, pad_token_id=0)),
     "vaultgemma": Family("VaultGemmaConfig", WINDOW),
-    "xglm": Family(
-        "XGLMConfig",
-        sized("d_model", "num_layers", "attention_heads", ffn_dim=48, **LEARNED),
-        **FC,
-    ),
+    "xglm": Family("XGLMConfig", XGLM, **FC),
     "youtu": Family("YoutuConfig", LATENT),
 }
 SUPPORTED = {**FAMILIES, **MORE}
@@ -98,7 +101,7 @@ PADDED = dict(GROUPED, pad_token_id=0)
 GEMMA_3N = dict(WINDOW, **PER_LAYER, hidden_size_per_layer_input=8, num_kv_shared_layers=0)
 GEMMA_3N |= dict(activation_sparsity_pattern=3 * [0.0], laurel_rank=4)
 BARE = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2)
-
+SOME = dict(DENSE, first_k_dense_replace=1, n_group=1, topk_group=1, num_experts_per_tok=1)
 REFUSED = {
     "mixtral": ("MixtralConfig", dict(SMALL, num_local_experts=2)),
     "qwen3_moe": ("Qwen3MoeConfig", dict(EXPERTS, moe_intermediate_size=8)),
@@ -107,10 +110,7 @@ REFUSED = {
     "granitemoe": ("GraniteMoeConfig", dict(SMALL, num_local_experts=2, num_experts_per_tok=1)),
     "phimoe": ("PhimoeConfig", dict(GROUPED, num_local_experts=2)),
     "llama4_text": ("Llama4TextConfig", dict(HEADS, num_local_experts=2, intermediate_size_mlp=48)),
-    "deepseek_v3 with experts": (
-        "DeepseekV3Config",
-        dict(DENSE, first_k_dense_replace=1, n_group=1, topk_group=1, num_experts_per_tok=1),
-    ),
+    "deepseek_v3 with experts": ("DeepseekV3Config", SOME),
     "bart": ("BartConfig", DECODER),
     "mbart": ("MBartConfig", DECODER),
     "pegasus": ("PegasusConfig", DECODER),
@@ -137,3 +137,43 @@ REFUSED = {
     "xlnet": ("XLNetConfig", sized("d_model", "n_layer", "n_head", d_inner=48)),
     "openai-gpt": ("OpenAIGPTConfig", GPT),
 }
+
+# --- models of them -------------------------------------------------------------------------------
+# Smaller weights where the model itself, naive or not, is far from float64 in bfloat16.
+SCALE = dict.fromkeys(["gemma4", "gemma4_text", "gemma4_unified_text"], 0.5)
+SCALE |= dict.fromkeys(["gemma4 with a vision tower", "minicpm3", "youtu"], 0.7)
+SCALE |= dict.fromkeys(["exaone4", "persimmon", "qwen3"], 1.0)
+# Whose attention, in transformers' own code, rounds to float32 whatever the model's dtype, and then
+# not always the same sums.
+ROUNDED = ("gptj", "codegen", "gpt-neo", "bloom", "granite-swa", "gemma4", "gemma2")
+# around whose text model are parts that hand it other masks than the caller's
+TOWERS = ("gemma3 with a vision tower", "gemma4 with a vision tower")
+NOT_IN_FLOAT64 = ("xglm",)  # its softmax does not run in it
+
+
+def precise(family):
+    """(dtype, relative tolerance of a probability) of the most precise passes of a family."""
+    if family in NOT_IN_FLOAT64:
+        return torch.float32, 2e-5
+    return torch.float64, 1e-6 if family in ROUNDED or family in MORE else 1e-10
+
+
+@lru_cache(None)
+def model_of(family, dtype):
+    """The same weights in every dtype: they have bfloat16's 8 bits. Rotary frequencies stay
+    float32, as they do when a checkpoint is loaded."""
+    model = tiny_model(SUPPORTED[family], torch.float32, scale=SCALE.get(family, 2.0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    kept = {name: one.clone() for name, one in model.named_buffers() if "inv_freq" in name}
+    model.to(dtype)
+    for name, frequencies in kept.items():
+        where, _, buffer = name.rpartition(".")
+        setattr(model.get_submodule(where), buffer, frequencies)
+    return model.eval()
+
+
+@lru_cache(None)
+def lm_of(family, dtype):
+    return LanguageModel(model_of(family, dtype), word_tokenizer(), f"tiny {family}")

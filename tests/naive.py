@@ -1,17 +1,17 @@
 """The naive reference: integrated gradients by whole forward passes, one layer at a time."""
 
-import warnings
 from contextlib import ExitStack, contextmanager
 
+import pytest
 import torch
-from tiny import hooked, spec_of
+from tiny import spec_of
 from torch import nn
 
 
 @contextmanager
 def keeping_float64():
     """In here, neither a softmax nor `.to(torch.float32)` or `.float()` rounds what is float64."""
-    softmax, to, to_float = nn.functional.softmax, torch.Tensor.to, torch.Tensor.float
+    softmax, to = nn.functional.softmax, torch.Tensor.to
 
     def exact_softmax(scores, dim=None, dtype=None, **kwargs):
         dtype = None if scores.dtype == torch.float64 else dtype
@@ -21,15 +21,11 @@ def keeping_float64():
         rounds = tensor.dtype == torch.float64 and args == (torch.float32,)
         return tensor if rounds else to(tensor, *args, **kwargs)
 
-    def exact_float(tensor):
-        return tensor if tensor.dtype == torch.float64 else to_float(tensor)
-
-    nn.functional.softmax, torch.Tensor.to = exact_softmax, exact_to
-    torch.Tensor.float = exact_float
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "softmax", exact_softmax)
+        patch.setattr(torch.Tensor, "to", exact_to)
+        patch.setattr(torch.Tensor, "float", lambda x: exact_to(x, torch.float32))
         yield
-    finally:
-        nn.functional.softmax, torch.Tensor.to, torch.Tensor.float = softmax, to, to_float
 
 
 @contextmanager
@@ -68,9 +64,7 @@ class Naive:
         self.width = downs.in_features if isinstance(downs, nn.Linear) else downs.weight.shape[0]
 
     def logits(self, ids):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return self.model(input_ids=ids, use_cache=False).logits[:, -1]
+        return self.model(input_ids=ids, use_cache=False).logits[:, -1]
 
     def _hook(self, module, change):
         """Call `change` on the (B, T, N) values of the neurons; what it returns, if anything, takes
@@ -79,30 +73,22 @@ class Naive:
         def around(values):
             whole = values.reshape(self.shape + (-1,))
             new = change(whole[..., : self.width])
-            if new is None:
-                return None
-            return torch.cat([new, whole[..., self.width :]], -1).reshape(values.shape)
+            if new is not None:
+                return torch.cat([new, whole[..., self.width :]], -1).reshape(values.shape)
 
         if self.site == "pre_activation":
             return module.register_forward_hook(lambda _, inputs, output: around(output))
+        return module.register_forward_pre_hook(lambda _, inputs: around(inputs[0]))
 
-        def before(_, inputs):
-            new = around(inputs[0])
-            return None if new is None else (new,)
-
-        return module.register_forward_pre_hook(before)
-
+    @torch.no_grad()
     def vectors(self, ids):
         """(L, N) neuron vectors at the last position of `ids` (T,)."""
         seen, self.shape = [], (1, len(ids))
-        handles = [
-            self._hook(module, lambda values: seen.append(values[0, -1].clone()))
-            for module in self.modules
-        ]
-        with torch.no_grad():
+        keep = lambda values: seen.append(values[0, -1].clone())  # noqa: E731
+        with ExitStack() as stack:
+            for module in self.modules:
+                stack.enter_context(self._hook(module, keep))
             self.logits(torch.tensor([ids]))
-        for handle in handles:
-            handle.remove()
         return torch.stack(seen)
 
     def probability(self, ids, token, layer, vectors):
@@ -113,7 +99,7 @@ class Naive:
         def put(values):
             return torch.cat([values[:, :-1], vectors[:, None]], 1)
 
-        with hooked(self._hook(self.modules[layer], put)):
+        with self._hook(self.modules[layer], put):
             logits = self.logits(torch.tensor([ids] * len(vectors)))
         return torch.softmax(logits.double(), -1)[:, token]
 
@@ -121,9 +107,8 @@ class Naive:
         if method == "ig":
             return [torch.zeros_like(self.vectors(prompt + gold))]
         if method == "amig":
-            return [
-                self.vectors(prompt[: self.first] + [self.eos] * (len(prompt) - self.first) + gold)
-            ]
+            replaced = [self.eos] * (len(prompt) - self.first)
+            return [self.vectors(prompt[: self.first] + replaced + gold)]
         return [
             self.vectors(prompt[:i] + [self.eos] + prompt[i + 1 :] + gold)
             for i in range(self.first, len(prompt))

@@ -1,8 +1,8 @@
 """What a checkpoint, a data set, a parameter or a neighbour on the network cannot do.
 
-Pickled weights, code in a checkpoint and wrong checksums are also in model/test_models.py and
-test_facts.py; what is here is the rest: nothing in the project could unpickle or evaluate, no text
-is a path out of the run's folder, nothing listens beyond this machine.
+Code in a checkpoint and wrong checksums are also in model/test_models.py and test_facts.py; what is
+here is the rest: nothing in the project could unpickle or evaluate, no text is a path out of the
+run's folder, nothing listens beyond this machine.
 """
 
 import ast
@@ -23,33 +23,24 @@ import papermill.parameterize
 import psutil
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jupyter_client.manager import start_new_kernel
 from jupyter_server.serverapp import ServerApp
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
-from tiny import WORDS, save_checkpoint, save_dataset, word_tokenizer
+from tiny import WORDS, save_checkpoint, save_dataset, word_tokenizer, write_notebook
 
 from qlutils import facts as data
 from qlutils import load_model, paths, run
 from qlutils.driver.execute import kernel_environment
 from qlutils.driver.jobs import Job, literal
 from qlutils.experiments.localize import localise
+from qlutils.paths import ROOT
 from qlutils.show.plots import save_figure
 from qlutils.show.tables import write_table
 from qlutils.study.notebook import Study
 from qlutils.study.parameters import check_given, declared_parameters
-
-ROOT = Path(__file__).resolve().parents[1]
-FIXED = settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-
 
 # --- nothing in the project evaluates, unpickles or trusts ----------------------------------------
 UNPICKLING = set("pickle cPickle _pickle dill cloudpickle joblib shelve marshal jsonpickle".split())
@@ -105,36 +96,17 @@ def test_no_source_unpickles_evaluates_starts_a_shell_or_trusts_remote_code():
 
 
 HARMFUL = """\
-import pickle
 from joblib import load
-import shelve as s
 eval('1')
-exec(code)
-compile('1', '', 'eval')
-__import__('os')
-os.system('ls')
-torch.load(path)
-yaml.load(text)
-np.load(path, allow_pickle=True)
 np.load(path, allow_pickle=flag)
 subprocess.run('ls', shell=True)
-pd.read_pickle(path)
-frame.to_pickle(path)
 frames[0].to_pickle(path)
 AutoModel.from_pretrained(name, use_safetensors=True)
 AutoModel.from_pretrained(name, trust_remote_code=False)
-AutoTokenizer.from_pretrained(name, trust_remote_code=True)
-AutoConfig.from_pretrained(n, trust_remote_code=yes)
-torch.hub.load('a/b', 'c')
-import_module(name)
-importlib.import_module(name)"""
+AutoTokenizer.from_pretrained(name, trust_remote_code=True)"""
 HARMLESS = """\
-model.eval()
 load(name).eval()
 ast.literal_eval(text)
-re.compile('a')
-json.load(f)
-np.load(p)
 AutoModel.from_pretrained(n, use_safetensors=True, trust_remote_code=False)
 subprocess.run(['ls'], shell=False)"""
 
@@ -165,15 +137,15 @@ tokenizer.pkl model.pkl adapter_model.bin vocab.bin""".split()
 
 
 def test_pickles_beside_the_weights_are_not_opened(tmp_path, no_unpickling):
-    name = save_checkpoint(tmp_path / "model", "gpt2")
+    name = save_checkpoint(tmp_path, "gpt2")
     for file in PICKLES:
-        (tmp_path / "model" / file).write_bytes(b"csys\nexit\n(tR.")  # unpickled, it ends the test
+        (tmp_path / file).write_bytes(b"csys\nexit\n(tR.")  # unpickled, it ends the test
     assert load_model(name, device="cpu").num_layers == 3
 
 
-@pytest.mark.parametrize("shard", ["pytorch_model.bin", "../outside.bin", "weights.pt", "model"])
+@pytest.mark.parametrize("shard", ["pytorch_model.bin", "../outside.safetensors", "model"])
 def test_an_index_cannot_lead_from_safetensors_to_a_pickle(tmp_path, shard, no_unpickling):
-    """The weights in it are good ones: it is refused for being a pickle."""
+    """The weights in it are good ones: it is refused for being a pickle, or elsewhere."""
     folder = tmp_path / "model"
     save_checkpoint(folder, "gpt2")
     weights = load_file(folder / "model.safetensors")
@@ -201,8 +173,8 @@ def test_a_configuration_cannot_make_the_loader_fetch_or_run_anything(
     tmp_path, key, value, monkeypatch
 ):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    name = save_checkpoint(tmp_path / "model", "llama2")
-    path = tmp_path / "model" / "config.json"
+    name = save_checkpoint(tmp_path, "llama2")
+    path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     tried = []
     monkeypatch.setattr(socket.socket, "connect", lambda *given: tried.append(given) or 1 / 0)
@@ -227,7 +199,7 @@ def test_every_file_that_is_downloaded_is_pinned_and_has_a_checksum(monkeypatch)
     asked = {}
 
     def download(*args, **options):
-        asked.update(options, args=args)
+        asked.update(options)
         raise OSError("offline")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
@@ -247,35 +219,16 @@ def test_only_the_loaders_of_facts_texts_and_models_download():
 
 
 # --- parameters -----------------------------------------------------------------------------------
-SCALARS = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(),
-    st.floats(allow_nan=False, allow_infinity=False),
-    st.text(st.characters(exclude_categories=("Cs",))),
-)
-VALUES = st.recursive(
-    SCALARS,
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3),
-        st.dictionaries(st.text(st.characters(exclude_categories=("Cs",))), inner, max_size=3),
-    ),
-)
 EVIL = "'\"\"\"\n'''\\'\nimport os; os.system('touch was-run')\n#"
+INJECTED = [EVIL, [EVIL, {EVIL: EVIL}], "\\\" + __import__('os').getcwd() + \\\"", "\r\nexit()\r"]
+INJECTED += ["\u2028import os\u2029", "{x}{x.__class__}%(x)s", None, True, -1e-300, 10**30]
 
 
-@FIXED
-@given(value=VALUES)
-@example(value=EVIL)
-@example(value=[EVIL, {EVIL: EVIL}])
-@example(value="\\\" + __import__('os').getcwd() + \\\"")
-@example(value="\r\nexit()\r")
-@example(value="\u2028import os\u2029")
-@example(value="{x}{x.__class__}%(x)s")
-def test_what_is_injected_into_a_notebook_is_the_value_and_no_code(value):
-    kernel = {"name": "python3", "language": "python", "display_name": "x"}
-    book = nbformat.v4.new_notebook(metadata={"kernelspec": kernel, "papermill": {}})
-    book.cells = [nbformat.v4.new_code_cell("x = 0.2", metadata={"tags": ["parameters"]})]
+@pytest.mark.parametrize("value", INJECTED, ids=ascii)
+def test_what_is_injected_into_a_notebook_is_the_value_and_no_code(value, tmp_path):
+    write_notebook(tmp_path, "x", "x = 0.2")
+    book = nbformat.read(tmp_path / "x.ipynb", as_version=4)
+    book.metadata["papermill"] = {}
     made = papermill.parameterize.parameterize_notebook(book, {"x": value})
     [cell] = [cell for cell in made.cells if "injected-parameters" in cell.metadata.get("tags", [])]
     [line] = ast.parse(cell.source).body
@@ -284,14 +237,11 @@ def test_what_is_injected_into_a_notebook_is_the_value_and_no_code(value):
 
 CODE = """\
 t = __import__('os').system('touch was-run')
-t = open('was-run', 'w')
 t = [open('was-run', 'w') for _ in 'a']
 import os; t = 0.2
 t = 0.2; open('was-run', 'w')
-t = (lambda: open('was-run', 'w'))()
 def t(): pass
 t = f'{open("was-run", "w")}'
-t = 1 if open('was-run', 'w') else 2
 t: float = open('was-run', 'w')
 t = s = 0.2
 t.x = 1
@@ -303,9 +253,7 @@ t = """.split("\n")
 @pytest.mark.parametrize("source", CODE)
 def test_a_parameter_that_is_code_is_refused_and_never_run(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    book = nbformat.v4.new_notebook()
-    book.cells = [nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})]
-    nbformat.write(book, "01.ipynb")
+    write_notebook(tmp_path, "01", source)
     with pytest.raises(ValueError, match="must hold nothing but lines `name = literal value`"):
         declared_parameters("01.ipynb")
     assert not (tmp_path / "was-run").exists()
@@ -322,17 +270,17 @@ def test_the_driver_passes_on_no_code(name, value, tmp_path, monkeypatch, runs, 
 
 
 # --- paths ----------------------------------------------------------------------------------------
-NAMES = st.one_of(
-    st.text(max_size=30),
-    st.text("./\\~\0:* aä\n", max_size=12),
-    st.sampled_from(
-        r".. . / ../.. a/../../b /etc/passwd ~ ~root C:\x \\host\share ..\.. con ．．／".split()
-        + ["..%2f..", "a\0b", "\u202e..", "a" * 200]
-    ),
+LEADING_OUT = (
+    r".. . / ../.. a/../../b /etc/passwd ~ ~root C:\x \\host\share ..\.. con ．．／".split()
 )
+LEADING_OUT += ["..%2f..", "a\0b", "\u202e..", "a" * 200]
+NAMES = st.one_of(
+    st.text(max_size=30), st.text("./\\~\0:* aä\n", max_size=12), st.sampled_from(LEADING_OUT)
+)
+FIXED = dict(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
-@FIXED
+@settings(**FIXED, suppress_health_check=list(HealthCheck))
 @given(name=NAMES)
 def test_no_name_is_a_path_out_of_the_run(name):
     inner = paths.RUNS / "run"
@@ -350,30 +298,20 @@ def test_no_name_is_a_path_out_of_the_run(name):
         assert "\0" not in str(place) and place.resolve().is_relative_to(paths.RUNS.resolve())
 
 
-@FIXED
-@given(stem=NAMES)
-def test_no_stem_of_a_table_is_a_path_out_of_its_folder(stem, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("outer") / "results"
-    try:
-        written = write_table(pd.DataFrame({"a": [1]}), stem, folder)
-    except OSError:
-        pass
-    except ValueError as error:
-        assert stem[:20] in str(error) or repr(stem)[1:15] in str(error)
-    else:
-        assert all(path.resolve().parent == folder.resolve() for path in written.values())
-    assert [path.name for path in folder.parent.iterdir()] in ([], ["results"])
-
-
-@pytest.mark.parametrize("stem", ["../outside", "a/b", "/outside"])
-def test_no_stem_of_a_figure_is_a_path_out_of_its_folder(stem, tmp_path):
-    with pytest.raises(ValueError, match="stem"):
-        save_figure(Figure(), stem, tmp_path / "results", pd.DataFrame({"a": [1]}))
-    assert not (tmp_path / "outside.csv").exists()
-
-
-def everything(folder):
-    return {path.relative_to(folder) for path in folder.rglob("*")}
+@pytest.mark.parametrize("stem", ["", *LEADING_OUT], ids=ascii)
+def test_no_stem_of_a_table_or_figure_is_a_path_out_of_its_folder(stem, tmp_path):
+    folder, frame = tmp_path / "results", pd.DataFrame({"a": [1]})
+    write = lambda: write_table(frame, stem, folder)  # noqa: E731
+    draw = lambda: save_figure(Figure(), stem, folder, frame)  # noqa: E731
+    for make in (write, draw):
+        try:
+            written = make()
+        except ValueError as error:
+            assert "stem" in str(error)
+        else:
+            assert all(path.resolve().parent == folder.resolve() for path in written.values())
+            assert re.fullmatch(r"[\w.-]+", stem)
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["results"])
 
 
 def test_a_run_on_a_data_set_of_hostile_names_writes_in_its_own_folder_only(
@@ -386,28 +324,26 @@ def test_a_run_on_a_data_set_of_hostile_names_writes_in_its_own_folder_only(
         "..P2": "`touch was-run`",
     }
     asked = ["[X] lives in [Y] .", "[X] has a house in [Y] .", "the home of [X] is [Y] ."]
-    patterns = dict.fromkeys(evil, asked)
     facts = {name: [(subject, "rome")] for name, subject in evil.items()}
     monkeypatch.chdir(tmp_path)
-    folder = save_dataset(tmp_path / "data", patterns, facts)
+    folder = save_dataset(tmp_path / "data", dict.fromkeys(evil, asked), facts)
     model = save_checkpoint(tmp_path / "model ..", "gpt2", word_tokenizer([*WORDS, *evil.values()]))
-    before = everything(tmp_path)
+    before = set(tmp_path.rglob("*"))
     given = dict(model=model, method="ig", data=folder, device="cpu", output="safe..name")
     study = Study("01_localize", **given)
     queries = localise(study, steps=2)
     study.table(queries[["fact", "prompt"]], "t")
     study.record()
     assert set(queries["relation"]) == set(evil)
-    made = everything(tmp_path) - before
-    assert made and all(path.parts[0] == "runs" for path in made)
-    assert all(path.parts[:2] == ("runs", "safe..name") for path in made - {Path("runs")})
-    assert all((tmp_path / path).resolve().is_relative_to(tmp_path) for path in made)
+    made = set(tmp_path.rglob("*")) - before - {runs}
+    assert made and all(path.is_relative_to(runs / "safe..name") for path in made)
+    assert all(path.resolve().is_relative_to(runs) for path in made)
 
 
 # --- the network ----------------------------------------------------------------------------------
 def listening(pid):
     """Addresses on which a process and its children wait for connections."""
-    found, process = [], psutil.Process(pid)
+    process, found = psutil.Process(pid), []
     for one in [process, *process.children(recursive=True)]:
         found += one.net_connections(kind="inet")
     return {one.laddr.ip for one in found if one.status == psutil.CONN_LISTEN}

@@ -1,10 +1,13 @@
 """Scaled neurons and scored answers against forward passes changed by hand, one row at a time."""
 
+from contextlib import ExitStack
+
 import numpy as np
 import pytest
 import torch
+from families import SUPPORTED, TOWERS, lm_of, precise
 from naive import plain_score, scaled_by_hand
-from tiny import FAMILIES, tiny_lm
+from tiny import tiny_lm
 
 from qlutils import answer_probability, attribute, scale_neurons
 from qlutils.change import rows
@@ -13,9 +16,6 @@ from qlutils.change.scaling import greedy_answers
 from qlutils.model import answer as model_answer
 from qlutils.model.architecture import UnsupportedModel
 
-# Families whose attention rounds to float32 whatever the model's dtype, and then not always the
-# same sums.
-ROUNDED = ("gptj", "codegen", "gpt-neo", "bloom", "gemma2", "granite-swa", "gemma4")
 NEURONS = {(0, 3), (1, 7), (1, 9), (2, 0)}
 GREEDY = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,32 +30,35 @@ def queries_and_sets(lm):
     """Lengths repeat, so that batches form: four queries make a batch as long as its rows."""
     rng = np.random.default_rng(0)
     lengths = [(4, 1), (4, 1), (4, 1), (4, 1), (3, 3), (5, 2), (5, 2), (7, 1)]
-    queries = [
-        (rng.integers(4, 97, p).tolist(), rng.integers(4, 97, a).tolist()) for p, a in lengths
-    ]
-    draw = lambda: (int(rng.integers(lm.num_layers)), int(rng.integers(lm.num_neurons)))  # noqa: E731
-    sets = [{draw() for _ in range(6)} for _ in range(3)]
+    queries = [tuple(rng.integers(4, 97, count).tolist() for count in both) for both in lengths]
+    sizes = lm.num_layers, lm.num_neurons
+    sets = [set(map(tuple, rng.integers(0, sizes, (6, 2)).tolist())) for _ in range(3)]
     return queries, [*sets, {(lm.num_layers - 1, 3)}, set()]
 
 
 @pytest.mark.parametrize("everywhere", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SUPPORTED)
 def test_rows_of_a_batch_equal_forward_passes_changed_by_hand(family, everywhere):
-    lm, moved = tiny_lm(family), 0
+    dtype, tolerance = precise(family)
+    lm, moved = lm_of(family, dtype), 0
     queries, sets = queries_and_sets(lm)
     cases = list(zip(sets[1:], (0.0, 2.0, 0.0, 0.0)))
     plan = [(q, Change(lm, *case)) for case in cases for q in range(len(queries))]
     found = score_rows(lm, queries, plan, everywhere=everywhere)
     for row, (q, change) in enumerate(plan):
         prompt, target = queries[q]
-        first = 0 if everywhere else len(prompt) - 1
-        with scaled_by_hand(lm.model, family, change.neurons, change.factor, first):
+        first, own = 0 if everywhere else len(prompt) - 1, plain_score(lm, prompt, target)
+        spec = SUPPORTED[family]
+        with scaled_by_hand(lm.model, spec, change.neurons, change.factor, first):
             expected, greedy = plain_score(lm, prompt, target)
-        tolerance = 1e-5 if family in ROUNDED else 1e-10
         assert found.log_probability[row] == pytest.approx(expected, rel=tolerance)
         assert (found.greedy[row], found.exact[row]) == (greedy, greedy == target)
         assert found.match[row] == np.mean(np.array(greedy) == target)
-        moved += abs(expected - plain_score(lm, prompt, target)[0]) > 1e-3
+        moved += abs(expected - own[0]) > 10 * tolerance * abs(expected)
+        if not everywhere and q == 0:
+            with scale_neurons(lm, change.neurons, change.factor):
+                inside, _ = plain_score(lm, prompt, target)
+            assert inside == pytest.approx(expected, rel=tolerance)
     assert moved >= len(plan) / 3  # the changes are large enough to be missed
 
 
@@ -76,20 +79,30 @@ def test_a_row_does_not_depend_on_other_rows_or_on_the_size_of_a_batch(monkeypat
         np.testing.assert_allclose(together, small, rtol=1e-12)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama2", "neox", "gemma3"])
-def test_answer_probability_is_the_product_of_the_softmax_of_each_token(family):
+PROMPTS = ["10 11 12", "20 21", "30 31 32 33", "10 11 12"]
+ANSWERS = ["13 14 15", "22", "34 35", "13"]
+
+
+@pytest.mark.parametrize("scalings", [(), ((NEURONS, 2.0), ({(1, 7), (2, 5)}, 3.0))])
+@pytest.mark.parametrize("family", ["gpt2", "llama2", "llama3", "neox", "gemma3", "opt"])
+def test_answers_are_those_of_the_model_or_of_the_one_that_nested_contexts_make(family, scalings):
+    """The product of the softmax of each token."""
     lm = tiny_lm(family, bos=family == "llama2")
-    prompts = ["10 11 12", "20 21", "30 31 32 33", "10 11 12"]
-    answers = ["13 14 15", "22", "34 35", "13"]
-    found = answer_probability(lm, prompts, answers)
-    first = answer_probability(lm, prompts, answers, answer="first")
+    with ExitStack() as inside:
+        for scaling in scalings:
+            inside.enter_context(scale_neurons(lm, *scaling))
+        found = answer_probability(lm, PROMPTS, ANSWERS)
+        first = answer_probability(lm, PROMPTS, ANSWERS, answer="first")
     assert found.dtype == torch.float32 and found.shape == (4,) and found.device.type == "cpu"
-    for i, (prompt, answer) in enumerate(zip(prompts, answers)):
+    for i, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS)):
         ids, target = lm.encode(prompt, answer)
         assert ids[0] == (1 if family == "llama2" else int(prompt.split()[0]))
-        for p, scored in ((found[i], target), (first[i], target[:1])):
-            assert float(p) == pytest.approx(np.exp(plain_score(lm, ids, scored)[0]), rel=1e-6)
-    assert first[0] == first[3] == pytest.approx(float(found[3]))
+        with ExitStack() as inside:
+            for scaling in scalings:
+                inside.enter_context(scaled_by_hand(lm.model, family, *scaling, len(ids) - 1))
+            for p, scored in ((found[i], target), (first[i], target[:1])):
+                expected = np.exp(plain_score(lm, ids, scored)[0])
+                assert float(p) == pytest.approx(expected, rel=1e-6)
 
 
 def test_greedy_answers_are_what_generate_gives_and_known_queries_match_them():
@@ -107,10 +120,10 @@ def test_greedy_answers_are_what_generate_gives_and_known_queries_match_them():
 
 
 # --- scale_neurons --------------------------------------------------------------------------------
-@pytest.mark.parametrize("family", ["gpt2", "llama3", "neox", "opt", "mistral", "gemma3"])
+@pytest.mark.parametrize("family", ["gpt2", "llama3", "neox", "opt", "mistral", "gemma3", *TOWERS])
 @torch.no_grad()
 def test_a_bare_forward_is_scaled_at_each_row_s_last_token(family):
-    lm = tiny_lm(family)
+    lm = lm_of(family, torch.float64)
     prompts = [[10, 11, 12, 13, 14], [20, 21, 22], [30, 31, 32, 33]]
     ids = torch.tensor([[0] * (5 - len(prompt)) + prompt for prompt in prompts])
     mask = (ids > 0).long()
@@ -118,12 +131,11 @@ def test_a_bare_forward_is_scaled_at_each_row_s_last_token(family):
     with scale_neurons(lm, NEURONS, 3.0):
         logits = lm.model(input_ids=ids, attention_mask=mask, position_ids=places).logits
     for row, prompt in enumerate(prompts):
-        with scaled_by_hand(lm.model, family, NEURONS, 3.0, len(prompt) - 1):
+        with scaled_by_hand(lm.model, SUPPORTED[family], NEURONS, 3.0, len(prompt) - 1):
             expected = forward(lm, prompt)
         torch.testing.assert_close(logits[row, -len(prompt) :], expected, rtol=1e-7, atol=1e-7)
-    plain = forward(lm, prompts[0])
-    torch.testing.assert_close(logits[0, -5:-1], plain[:-1])  # earlier tokens are untouched
-    assert (logits[0, -1] - plain[-1]).abs().max() > 1e-3
+    ends = torch.stack([forward(lm, prompt)[-1] for prompt in prompts])
+    assert (logits[:, -1] - ends).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -140,9 +152,9 @@ def test_a_mask_that_hides_where_the_prompt_ends_is_refused(mask, said):
 
 
 @pytest.mark.parametrize("cache", [True, False])
-@pytest.mark.parametrize("family", ["gpt2", "llama2", "neox", "opt", "bloom"])
+@pytest.mark.parametrize("family", ["gpt2", "llama2", "neox", "opt", "bloom", *TOWERS])
 def test_generation_is_scaled_at_the_last_prompt_token_and_all_later_ones(family, cache):
-    lm, prompt = tiny_lm(family), [10, 11, 12, 13]
+    lm, prompt = lm_of(family, torch.float64), [10, 11, 12, 13]
     ids = torch.tensor([prompt])
     options = GREEDY | dict(max_new_tokens=6, use_cache=cache, return_dict_in_generate=True)
     options |= dict(attention_mask=torch.ones_like(ids), output_logits=True)
@@ -150,7 +162,7 @@ def test_generation_is_scaled_at_the_last_prompt_token_and_all_later_ones(family
         out = lm.model.generate(ids, **options)
     tokens = list(prompt)
     for logits in out.logits:
-        with scaled_by_hand(lm.model, family, NEURONS, 4.0, len(prompt) - 1):
+        with scaled_by_hand(lm.model, SUPPORTED[family], NEURONS, 4.0, len(prompt) - 1):
             expected = forward(lm, tokens)[-1]
         torch.testing.assert_close(logits[0].double(), expected, rtol=1e-5, atol=1e-5)
         tokens.append(int(expected.argmax()))
@@ -159,40 +171,15 @@ def test_generation_is_scaled_at_the_last_prompt_token_and_all_later_ones(family
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])  # transformers takes the old name
-def test_a_call_that_continues_a_cache_is_later_throughout(name):
-    lm, prompt, later = tiny_lm("llama3"), [10, 11, 12, 13], [14, 15, 16]
+@pytest.mark.parametrize("family", ["llama3", *TOWERS])
+def test_a_call_that_continues_a_cache_is_later_throughout(family, name):
+    lm, prompt, later = lm_of(family, torch.float64), [10, 11, 12, 13], [14, 15, 16]
     with scale_neurons(lm, NEURONS, 4.0):
         first = lm.model(input_ids=torch.tensor([prompt]), use_cache=True)
         second = lm.model(input_ids=torch.tensor([later]), **{name: first["cache"]})
-    with scaled_by_hand(lm.model, "llama3", NEURONS, 4.0, len(prompt) - 1):
+    with scaled_by_hand(lm.model, SUPPORTED[family], NEURONS, 4.0, len(prompt) - 1):
         expected = forward(lm, prompt + later)
     torch.testing.assert_close(second.logits[0], expected[-3:])
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama3", "opt"])
-def test_answers_inside_the_context_are_the_scaled_model_s_and_nesting_composes(family):
-    lm, others = tiny_lm(family), {(1, 7), (2, 5)}
-    prompts, answers = ["10 11 12", "20 21", "30 31 32"], ["13 14 15", "22", "34 35"]
-    with scale_neurons(lm, NEURONS, 2.0), scale_neurons(lm, others, 3.0):
-        found = answer_probability(lm, prompts, answers)
-    for i, (prompt, answer) in enumerate(zip(prompts, answers)):
-        ids, target = lm.encode(prompt, answer)
-        last = len(ids) - 1
-        with (
-            scaled_by_hand(lm.model, family, NEURONS, 2.0, last),
-            scaled_by_hand(lm.model, family, others, 3.0, last),
-        ):
-            expected = np.exp(plain_score(lm, ids, target)[0])
-        assert float(found[i]) == pytest.approx(expected, rel=1e-6)
-
-
-def test_a_factor_of_one_and_no_neurons_change_not_one_bit():
-    lm, ids = tiny_lm("llama3"), [10, 11, 12]
-    before = forward(lm, ids)
-    for neurons, factor, same in ((NEURONS, 0.0, False), (NEURONS, 1.0, True), (set(), 0.0, True)):
-        with scale_neurons(lm, neurons, factor):
-            assert torch.equal(forward(lm, ids), before) == same
-        assert torch.equal(forward(lm, ids), before)
 
 
 def test_attribution_inside_a_scaled_context_is_refused():

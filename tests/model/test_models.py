@@ -1,10 +1,8 @@
-"""Finding a model's parts, refusing what cannot be studied, loading from folders, fingerprints."""
+"""Models that cannot be studied, loading from folders, fingerprints, faster modules. That a model's
+parts are found right is in test_families.py: else its scores are wrong."""
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -14,12 +12,18 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, hooked, save_checkpoint, tiny_lm, tiny_model, word_tokenizer
 from torch import nn
 
-from qlutils import answer_probability, attribute, edit_weights, load_model
+from qlutils import (
+    answer_probability,
+    attribute,
+    edit_weights,
+    find_synapses,
+    load_model,
+    perplexity,
+)
 from qlutils.model import architecture as arch
 from qlutils.model import loading, verify
 from qlutils.model.architecture import UnsupportedModel, join_call_arguments
 from qlutils.model.language_model import LanguageModel
-from qlutils.model.loading import BUNDLED
 from qlutils.model.verify import sharply
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -31,20 +35,7 @@ def load(model, name="the-model"):
     return LanguageModel(model, word_tokenizer(), name)
 
 
-# --- the parts of a model -------------------------------------------------------------------------
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_layers_and_projections_are_found(family):
-    lm, spec = tiny_lm(family, torch.float32), FAMILIES[family]
-    assert lm.downs == spec.modules(lm.model, "down")
-    assert lm.arch.ups == spec.modules(lm.model, "up")
-    assert lm.layers == [lm.model.get_submodule(spec.layer.format(i)) for i in range(lm.num_layers)]
-    assert lm.num_layers == lm.model.config.num_hidden_layers and lm.num_heads == 4
-    states_no_number = {"n_embd", "n_layer", "alibi", "window_size"} & set(spec.options)
-    wide = states_no_number or family == "falcon"  # then it is four times the width
-    assert lm.num_neurons == (128 if wide else 48)
-    assert not lm.model.training and not any(p.requires_grad for p in lm.model.parameters())
-
-
+# --- how rows of a model are run ------------------------------------------------------------------
 @in_every_dtype
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_share_the_prefix_in_every_family_that_can(family, dtype):
@@ -132,7 +123,6 @@ def forgetting(place):
 WRONG = [
     (looking_ahead, "not causal"),
     (with_other_logits(lambda logits: 30 * torch.tanh(logits / 3)), "cannot be replayed exactly"),
-    (with_other_logits(lambda logits: 0.95 * logits), "cannot be replayed exactly"),
     (with_other_logits(lambda logits: 1.05 * logits), "cannot be replayed exactly"),
     (extra_hidden_step, "LlamaForCausalLM.*cannot be replayed exactly"),
     (mixing_layer, "cannot be replayed exactly"),
@@ -161,20 +151,31 @@ def with_nan(model):
     model.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("nan")
 
 
-def with_head_of_two_steps(model):
-    model.lm_head = nn.Sequential(model.lm_head, nn.Identity())
-
-
-def with_a_layer_in_bfloat16(model):
-    model.model.layers[1].bfloat16()
-
-
 def that_fails(model):
     model.model.layers[1].mlp.forward = lambda x: x.new_zeros(1)[7]
 
 
 def without_parts(model):
     model.get_output_embeddings = lambda: {}["head"]
+
+
+def sharing(part):
+    """With a module for two layers: a hook on one layer's would act in the other layer too."""
+
+    def share(model):
+        first, second = model.model.layers[:2]
+        if part:
+            setattr(second.mlp, part, getattr(first.mlp, part))
+        else:
+            model.model.layers[1] = first
+
+    return share
+
+
+def sharing_keys(_):
+    kinds = ["sliding_attention", "full_attention"] * 2
+    options = dict(num_kv_shared_layers=2, num_hidden_layers=4, layer_types=kinds)
+    return tiny_model("gemma4", torch.float32, **options)
 
 
 class PeftModel(nn.Module):
@@ -185,14 +186,22 @@ class PeftModel(nn.Module):
         self.base_model, self.config = model, model.config
 
 
-UNUSABLE = [
+SHARED = "one .* module serves several layers"
+UNUSABLE = [  # what is done to a model, or given in its place
     (of_another_width, "different numbers of neurons.*40, 48"),
     (with_nan, "infinite or NaN"),
-    (with_head_of_two_steps, "its unembedding is a Sequential"),
+    (lambda model: setattr(model, "lm_head", nn.Sequential()), "its unembedding is a Sequential"),
     (lambda model: model.to("meta"), "its unembedding .*offloaded.*device_map"),
-    (with_a_layer_in_bfloat16, "a pass over a few tokens failed with RuntimeError"),
     (that_fails, "a pass over a few tokens failed with IndexError"),
     (without_parts, "finding its parts failed with KeyError: 'head'"),
+    (sharing("down_proj"), SHARED),
+    (sharing("gate_proj"), SHARED),
+    (sharing(""), SHARED),
+    (sharing_keys, "cannot be replayed exactly"),
+    (nn.DataParallel, "a DataParallel.*its `module`"),
+    (PeftModel, "a PeftModel.*merge_and_unload"),
+    (lambda model: torch.compile(model, backend="eager"), "a OptimizedModule.*leaves out hooks"),
+    (lambda _: nn.Identity(), "a Identity, not a transformers model"),
 ]
 
 
@@ -200,44 +209,9 @@ UNUSABLE = [
 @pytest.mark.parametrize("change, said", UNUSABLE)
 def test_a_model_that_cannot_be_looked_at_is_refused_by_name_and_step(change, said):
     model = tiny_model("llama2", torch.float32)
-    change(model)
+    instead = change(model)
     with pytest.raises(UnsupportedModel, match=f"^the-model: .*{said}"):
-        load(model)
-
-
-@pytest.mark.parametrize("part", ["down_proj", "gate_proj", ""])
-def test_modules_that_serve_several_layers_are_refused(part):
-    """A hook on one layer's projection would act in the other layer too."""
-    model = tiny_model("llama2")
-    first, second = model.model.layers[:2]
-    if part:
-        setattr(second.mlp, part, getattr(first.mlp, part))
-    else:
-        model.model.layers[1] = first
-    with pytest.raises(UnsupportedModel, match="the-model: one .* module serves several layers"):
-        load(model)
-
-
-NOT_PLAIN = [
-    (nn.DataParallel, "a DataParallel.*its `module`"),
-    (PeftModel, "a PeftModel.*merge_and_unload"),
-    (lambda model: torch.compile(model, backend="eager"), "a OptimizedModule.*leaves out hooks"),
-    (lambda _: None, "a NoneType, not a transformers model"),
-]
-
-
-@pytest.mark.parametrize("wrap, said", NOT_PLAIN)
-def test_what_is_no_plain_transformers_model_is_refused(wrap, said):
-    with pytest.raises(UnsupportedModel, match=f"^the-model: .*{said}"):
-        load(wrap(tiny_model("llama2", torch.float32)))
-
-
-@in_every_dtype
-def test_layers_that_share_keys_and_values_are_refused(dtype):
-    kinds = ["sliding_attention", "full_attention"] * 2
-    options = dict(num_kv_shared_layers=2, num_hidden_layers=4, layer_types=kinds)
-    with pytest.raises(UnsupportedModel, match="the-model: .*cannot be replayed exactly"):
-        load(tiny_model("gemma4", dtype, **options))
+        load(model if instead is None else instead)
 
 
 def test_memory_that_runs_out_is_not_said_to_be_the_models_fault():
@@ -260,20 +234,32 @@ class Adapted(nn.Linear):
 
 def test_value_vectors_of_a_projection_with_an_adapter_are_refused():
     model = tiny_model("llama2")
-    mlp = model.model.layers[1].mlp
-    adapted = Adapted(48, 32, bias=False).to(mlp.down_proj.weight)
-    adapted.weight, mlp.down_proj = mlp.down_proj.weight, adapted
+    down = model.model.layers[1].mlp.down_proj
+    down.__class__ = Adapted
     lm = load(model)
     with pytest.raises(UnsupportedModel, match="Adapted.*adapter.*merge"):
         lm.value_vectors(1)
     assert lm.value_vectors(0).shape == (48, 32) and not lm.adds_mlp_output
 
 
-def test_tokens_that_the_unembedding_cannot_give_are_refused():
-    model = tiny_model("llama2", tie_word_embeddings=False)
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight[:90].clone(), requires_grad=False)
-    with pytest.raises(ValueError, match=r"'95' \(95\).*only the tokens 0 to 89"):
-        answer_probability(load(model), ["10 11"], ["95"])
+@pytest.mark.parametrize("part", ["lm_head", "model.embed_tokens"])
+def test_tokens_that_the_model_does_not_embed_are_refused_by_text_and_token(part):
+    """Else the embedding is read out of its bounds."""
+    model = tiny_model("llama2", torch.float32, tie_word_embeddings=False)
+    module = model.get_submodule(part)
+    module.weight = nn.Parameter(module.weight[:90].clone(), requires_grad=False)
+    if part != "lm_head":
+        module.num_embeddings = 90
+    lm = load(model)
+    assert 0 < float(answer_probability(lm, ["10 11"], ["12"])) < 1
+    for call in (
+        lambda: attribute(lm, ["10 95"], ["12"]),
+        lambda: answer_probability(lm, ["10 11"], ["95"]),
+        lambda: perplexity(lm, ["10 11 95"]),
+        lambda: find_synapses(lm, "10 95"),
+    ):
+        with pytest.raises(ValueError, match=r"'95' \(95\).*only the tokens 0 to 89"):
+            call()
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -285,12 +271,11 @@ def checkpoint(tmp_path_factory):
 
 @torch.no_grad()
 def test_a_folder_loads_as_the_model_that_was_saved(checkpoint):
-    lm, model = load_model(checkpoint), tiny_model("llama3", torch.float32)
-    assert (lm.num_layers, lm.num_neurons, lm.num_heads, lm.bos_offset) == (3, 48, 4, 1)
-    assert lm.dtype == torch.float32 and lm.name == checkpoint and lm.context == 64
-    ids = torch.tensor([[1, 9, 8, 7]])
-    torch.testing.assert_close(lm.model(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
-    assert lm.encode("9 8 7", "6 5") == ([1, 9, 8, 7], [6, 5])
+    lm, model, ids = load_model(checkpoint), tiny_model("llama3", torch.float32), [1, 9, 8, 7]
+    assert (lm.num_heads, lm.bos_offset, lm.context, lm.name) == (4, 1, 64, checkpoint)
+    own, wanted = (one(torch.tensor([ids])).logits for one in (lm.model, model))
+    torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-5)
+    assert lm.encode("9 8 7", "6 5") == (ids, [6, 5])
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16", None])
@@ -307,44 +292,34 @@ def test_a_model_loads_inside_inference_mode(checkpoint):
     assert bool(torch.isfinite(attribute(lm, ["9 8 7"], ["6"], steps=2).scores).all())
 
 
-def with_files(folder, *names):
-    folder.mkdir()
-    for name in names:
-        (folder / name).write_text("{}")
-    return str(folder)
+ADAPTER = r"holds an adapter \(adapter_config.json\).*merge it first"
 
 
-def test_names_that_lead_nowhere_say_what_would(tmp_path):
-    bare = with_files(tmp_path / "bare", "config.json", "pytorch_model.bin")
+@pytest.mark.parametrize(
+    "files, said",
+    [
+        ([], "no config.json.*save_pretrained"),
+        (["config.json", "pytorch_model.bin"], "no .safetensors.*pickled weights are never read"),
+        (["adapter_config.json"], ADAPTER),
+    ],
+)
+def test_a_folder_that_is_no_model_says_what_would_be(tmp_path, files, said):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=said):
+        load_model(str(tmp_path))
+
+
+def test_names_that_lead_nowhere_say_what_would(tmp_path, monkeypatch):
+    """With peft an adapter would be loaded, without it overlooked: two models of one name."""
+    monkeypatch.setattr(loading, "cached_file", lambda source, file, **_: "adapter" in file)
     for name, message in {
         "demo/gpt5": "no bundled model 'demo/gpt5'.*demo/gpt2, demo/llama2, demo/llama3",
         str(tmp_path / "absent"): "no model folder",
-        with_files(tmp_path / "empty"): "no config.json.*save_pretrained",
-        bare: "no .safetensors weights.*pickled weights are never read",
+        "some-one/tuned": f"some-one/tuned {ADAPTER}",
     }.items():
         with pytest.raises(ValueError, match=message):
-            load_model(name)
-
-
-def test_a_model_with_an_adapter_is_refused(tmp_path, monkeypatch):
-    """With peft it would be loaded, without it overlooked: two models of one name."""
-    said = r"holds an adapter \(adapter_config.json\).*merge it first"
-    with pytest.raises(ValueError, match=said):
-        load_model(with_files(tmp_path / "adapter", "adapter_config.json"), device="cpu")
-    monkeypatch.setattr(loading, "cached_file", lambda source, file, **_: "adapter" in file)
-    with pytest.raises(ValueError, match=f"some-one/tuned {said}"):
-        load_model("some-one/tuned", device="cpu")
-
-
-def test_an_unreachable_hub_model_says_what_to_do_offline():
-    """In a process of its own: the hub's client reads its environment at import."""
-    code = "import qlutils; qlutils.load_model('some-one/some-model')"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    said = done.stderr.splitlines()[-1]
-    assert "could not load model 'some-one/some-model'" in said
-    assert "offline, pass the folder of a downloaded copy" in said and "demo/gpt2" in said
+            load_model(name, device="cpu")
 
 
 @pytest.mark.parametrize("model_type", ["llama", "of-its-own"])
@@ -391,14 +366,6 @@ def test_weights_that_do_not_fill_the_model_are_refused(tmp_path, spoil, said):
         load_model(str(tmp_path))
 
 
-def test_bundled_models_load():
-    for name in BUNDLED:
-        lm = load_model(name, device="cpu")
-        assert lm.name == name and lm.context >= 512 and lm.bos_offset == (name != "demo/gpt2")
-        prompt, answer = lm.encode("The capital of France is", "Paris")
-        assert lm.tokenizer.decode(answer).strip() == "Paris" and len(prompt) >= 2
-
-
 # --- fingerprints ---------------------------------------------------------------------------------
 def one_weight(lm):
     weight = lm.downs[2].weight.view(-1)
@@ -418,33 +385,28 @@ def pad_token(lm):
 
 
 def test_a_fingerprint_tells_models_apart_by_what_a_result_depends_on(checkpoint, tmp_path):
-    own = load_model(checkpoint).fingerprint
+    lm = load_model(checkpoint)
+    own = lm.fingerprint
     twin = save_checkpoint(tmp_path / "copy", "llama3", word_tokenizer(bos=True))
     assert own == load_model(checkpoint).fingerprint == load_model(twin).fingerprint
     found = {own, load_model(checkpoint, dtype="float64").fingerprint}
+    with edit_weights(lm, {(0, 3)}, "erase"):
+        found.add(lm.fingerprint)
+    assert lm.fingerprint == own
     for change in (one_weight, configuration, tokenizer, pad_token):
         lm = load_model(checkpoint)
         change(lm)
         found.add(lm.fingerprint)
-    assert len(found) == 6
-
-
-def test_a_fingerprint_follows_a_change_in_place_and_comes_back_with_the_weights(checkpoint):
-    lm = load_model(checkpoint)
-    before = lm.fingerprint
-    with edit_weights(lm, {(0, 3)}, "erase"):
-        assert lm.fingerprint != before
-    assert lm.fingerprint == before
+    assert len(found) == 7
 
 
 # --- a model in half precision is checked in float32 ----------------------------------------------
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama3", "gemma", "opt-350m"])
 @pytest.mark.parametrize("stop", [None, KeyboardInterrupt])
-def test_inside_the_check_one_layer_at_a_time_is_float32_and_afterwards_none(family, stop):
-    lm, seen, ids = tiny_lm(family, torch.bfloat16), [], torch.tensor([[5, 6, 7]])
+def test_inside_the_check_one_layer_at_a_time_is_float32_and_afterwards_none(stop):
+    lm, seen, ids = tiny_lm("llama3", torch.bfloat16), [], torch.tensor([[5, 6, 7]])
     before = {k: (one.clone(), one.data_ptr()) for k, one in lm.model.state_dict().items()}
-    exact = copy.deepcopy(lm.model).double()
+    wanted = copy.deepcopy(lm.model).double()(ids).logits
 
     def look(*_):
         seen.append([down.weight.dtype for down in lm.downs].count(torch.float32))
@@ -455,9 +417,7 @@ def test_inside_the_check_one_layer_at_a_time_is_float32_and_afterwards_none(fam
         with hooked(lm.downs[1].register_forward_hook(look)):
             logits = lm.model(ids).logits
         assert tolerance < 1e-3 and logits.dtype == torch.float32
-        # embeddings stay rounded, and so does Gemma's factor of them
-        most, wanted = 1e-2 if family == "gemma" else 1e-5, exact(ids).logits
-        assert (logits - wanted).abs().max() < most * wanted.abs().max()
+        assert (logits - wanted).abs().max() < 1e-5 * wanted.abs().max()
     assert seen == [1] and lm.model(ids).logits.dtype == torch.bfloat16
     for name, tensor in lm.model.state_dict().items():
         assert torch.equal(tensor, before[name][0]) and tensor.data_ptr() == before[name][1]
@@ -469,28 +429,21 @@ def test_inside_the_check_one_layer_at_a_time_is_float32_and_afterwards_none(fam
 @pytest.mark.parametrize("family", "llama3 qwen3 olmo2 phi3 mistral gemma gemma2 gemma3".split())
 def test_torch_s_rms_norm_stands_in_for_norms_that_compute_the_same_and_for_no_other(family, dtype):
     """And the logits are as near to those of float64 as the model's own, which round once more."""
-    model, exact, ids = (
-        tiny_model(family, dtype),
-        tiny_model(family),
-        torch.arange(5, 45).view(8, 5),
-    )
+    model, exact, ids = tiny_model(family, dtype), tiny_model(family), torch.arange(40).view(8, 5)
     exact.load_state_dict(model.state_dict())
-    before, pointers = model(ids).logits, [one.data_ptr() for one in model.parameters()]
+    before, wanted = model(ids).logits, exact(ids).logits
     arch.use_fused_modules(model, norms=True)
     norms = [one for one in model.modules() if type(one).__name__.endswith("RMSNorm")]
-    after, wanted = model(ids).logits, exact(ids).logits
     fused = not family.startswith("gemma")  # whose norms multiply by 1 + w
     assert norms and {isinstance(norm, nn.RMSNorm) for norm in norms} == {fused}
-    assert [one.data_ptr() for one in model.parameters()] == pointers
-    assert (after - wanted).norm() <= 1.2 * (before - wanted).norm()
-    assert fused or torch.equal(after, before)
+    assert (model(ids).logits - wanted).norm() <= 1.2 * (before - wanted).norm()
 
 
 def test_norms_that_others_changed_stay():
     model = tiny_model("llama3", torch.float32)
-    first, second = (layer.input_layernorm for layer in model.model.layers[:2])
-    first.register_forward_hook(lambda *_: None)
-    second.forward = second.forward
+    hooked_one, replaced, plain = norms = [layer.input_layernorm for layer in model.model.layers]
+    hooked_one.register_forward_hook(lambda *_: None)
+    replaced.forward = replaced.forward
     arch.use_fused_modules(model, norms=True)
-    assert [layer.input_layernorm for layer in model.model.layers[:2]] == [first, second]
-    assert isinstance(model.model.layers[2].input_layernorm, nn.RMSNorm)
+    after = [layer.input_layernorm for layer in model.model.layers]
+    assert after[:2] == norms[:2] and after[2] is not plain

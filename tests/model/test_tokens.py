@@ -3,14 +3,13 @@ LLaMA 3."""
 
 import warnings
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from naive import Naive
-from tiny import SPECIAL, tiny_lm, word_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+from naive import Naive, plain_score
+from tiny import SPECIAL, tiny_lm, tiny_model, word_tokenizer
+from transformers import AutoTokenizer
 
 from qlutils import attribute, load_facts, perplexity
 from qlutils.attribution.quadrature import quadrature
@@ -18,12 +17,11 @@ from qlutils.change.rows import Change, score_rows
 from qlutils.change.synapses import column_scores
 from qlutils.experiments.attention_predominance import attend
 from qlutils.experiments.knowledge_synapses import scale_synapse_columns
-from qlutils.experiments.localize import localise
 from qlutils.model.language_model import LanguageModel
 from qlutils.model.passes import attention_implementation
-from qlutils.study.notebook import Study
+from qlutils.paths import ROOT
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+SHARED = ROOT.parent / "shared" / "data"
 NAMES = ("gpt2", "llama2", "llama3")
 needs_data = pytest.mark.skipif(
     not SHARED.is_dir(), reason="the real data is not at ../shared/data"
@@ -49,7 +47,7 @@ def prefixed(kind):
     """A float64 model whose tokenizer has no BOS token and puts others in front of every text:
     GLM's [gMASK]<sop>, XGLM's </s>."""
     lm = tiny_lm("llama3")
-    lm.tokenizer = word_tokenizer(before=PREFIXES[kind], eos_after=kind == "and an EOS after")
+    lm.tokenizer = word_tokenizer(before=PREFIXES[kind], eos_after="after" in kind)
     return lm, [SPECIAL.index(token) for token in PREFIXES[kind]]
 
 
@@ -57,26 +55,22 @@ def prefixed(kind):
 @pytest.mark.parametrize("method", ["sig", "amig"])
 def test_baselines_keep_all_that_the_tokenizer_puts_in_front(kind, method):
     lm, prefix = prefixed(kind)
-    assert lm.encode("50 61 77", "80") == ([*prefix, 50, 61, 77], [80])
-    assert lm.bos_offset == len(prefix)
-    naive = Naive(lm.model, "llama3")
-    naive.first = len(prefix)
-    wanted, _ = naive.attribute([*prefix, 50, 61, 77], [80], method, *quadrature("right", 3))
+    query = [*prefix, 50, 61, 77], [80]
+    assert lm.encode("50 61 77", "80") == query and lm.bos_offset == len(prefix)
     found = attribute(lm, ["50 61 77"], ["80"], method=method, steps=3).scores[0]
-    assert (found - wanted).abs().max() <= 1e-9 * wanted.abs().max()
-    naive.first = len(prefix) - 1  # to replace the last token of the prefix is another baseline
-    other, _ = naive.attribute([*prefix, 50, 61, 77], [80], method, *quadrature("right", 3))
-    assert prefix[-1] == 0 or (found - other).abs().max() > 1e-3 * wanted.abs().max()
+    naive = Naive(lm.model, "llama3")
+    # to replace the last token of the prefix, too, is another baseline
+    for naive.first, same in ((len(prefix), True), (len(prefix) - 1, prefix[-1] == 0)):
+        wanted, _ = naive.attribute(*query, method, *quadrature("right", 3))
+        apart = (found - wanted).abs().max() / wanted.abs().max()
+        assert apart <= 1e-9 if same else apart > 1e-3
 
 
 @pytest.mark.parametrize("kind", PREFIXES)
 def test_perplexity_does_not_score_what_the_tokenizer_puts_in_front(kind):
     lm, prefix = prefixed(kind)
-    with torch.no_grad():
-        log_p = torch.log_softmax(lm.model(torch.tensor([[*prefix, 50, 61, 77]])).logits[0], -1)
-    places = range(len(prefix) - 1, len(prefix) + 2)
-    wanted = -np.mean([float(log_p[place, token]) for place, token in zip(places, (50, 61, 77))])
-    assert perplexity(lm, ["50 61 77"]) == pytest.approx(np.exp(wanted), rel=1e-9)
+    wanted = np.exp(-plain_score(lm, prefix, [50, 61, 77])[0] / 3)
+    assert perplexity(lm, ["50 61 77"]) == pytest.approx(wanted, rel=1e-9)
     few = len(prefix)
     with pytest.raises(ValueError, match=f"max_tokens is {few}.*at least {few + 1}"):
         perplexity(lm, ["50 61 77"], max_tokens=few)
@@ -109,8 +103,8 @@ def test_an_answer_that_changes_the_prompts_tokens_is_refused():
     class Merging:
         eos_token_id, eos_token = 0, "<eos>"
 
-        def __call__(self, text, **kwargs):
-            return plain(text.replace("6 7", "67"), **kwargs)
+        def __call__(self, text, **options):
+            return plain(text.replace("6 7", "67"), **options)
 
     lm.tokenizer = Merging()
     with pytest.raises(ValueError, match="answer '7' is not a continuation of the prompt '5 6'"):
@@ -199,13 +193,11 @@ def facts():
 
 
 @needs_data
-def test_known_ids(real):
-    assert real["gpt2"].encode("The capital of France is", "Paris")[1] == [6342]
-    assert real["llama2"].encode("He lived in", "Paris")[1] == [3681]
-    assert real["llama2"].encode("They met in", "Paris")[0][0] == 1
-    assert real["llama3"].encode("The capital of France is", "Paris")[1] == [12366]
-    assert real["llama3"].encode("The capital of France is", "Paris")[0][0] == 128000
-    assert [real[name].bos_offset for name in NAMES] == [0, 1, 1]
+@pytest.mark.parametrize("name, ids", [("gpt2", [6342]), ("llama2", [3681]), ("llama3", [12366])])
+def test_known_ids(real, name, ids):
+    prompt, answer = real[name].encode("The capital of France is", "Paris")
+    bos = {"gpt2": [], "llama2": [1], "llama3": [128000]}[name]
+    assert answer == ids and real[name].bos_offset == len(bos) and prompt[: len(bos)] == bos
 
 
 @needs_data
@@ -244,63 +236,18 @@ def test_text_that_spells_a_special_token_stays_text(real, name, text):
     assert token not in answer and lm.tokenizer.decode(answer).strip() == text
 
 
-CONFIGS = {
-    "gpt2": GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=128),
-    "llama3": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    ),
-}
-
-
-def checkpoint(folder, name):
-    """A random model of two layers with a real vocabulary."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name])
-    for parameter in model.parameters():
-        parameter.data.mul_(8)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(SHARED / "tokenizers" / name).save_pretrained(folder)
-    return str(folder)
-
-
 @needs_data
 @pytest.mark.parametrize("method", ["ig", "sig", "amig"])
-@pytest.mark.parametrize("name", ["gpt2", "llama3"])
-def test_localising_real_pararel_with_a_real_vocabulary(tmp_path, runs, name, method):
-    study = Study(
-        "01_localize",
-        model=checkpoint(tmp_path / name, name),
-        method=method,
-        data=str(SHARED / "pararel"),
-        relations=["P36", "P103", "P1412"],
-        facts_per_relation=1,
-        dtype="float64",
-        device="cpu",
-    )
-    queries = localise(study, steps=3)
-    facts = study.facts()
-    assert queries["fact"].unique().tolist() == [fact.id for fact in facts] and len(facts) == 3
-    assert len(study.load("left_out")) == 0
-    assert queries["prompt"].tolist() == [prompt for fact in facts for prompt in fact.prompts]
-    assert (queries["probability"] > 0).all() and (queries["layer"].map(len) > 0).all()
-
-    row = queries.iloc[0]  # one query against full-vocabulary forward passes of the naive reference
-    lm = study.lm()
-    family, bos = ("gpt2", False) if name == "gpt2" else ("llama3", True)
-    naive = Naive(lm.model, family, bos=bos)
-    prompt, answer = lm.encode(row["prompt"], row["object"])
-    assert bos == (prompt[0] == 128000)
-    naive.eos = lm.tokenizer.eos_token_id
-    wanted, gap = naive.attribute(prompt, answer, method, *quadrature("right", 3))
-    dense = torch.zeros_like(wanted)
-    place = torch.tensor(row["layer"]).long(), torch.tensor(row["neuron"]).long()
-    dense[place] = torch.tensor(row["score"])
-    kept = wanted > 0.05 * wanted.max()
-    assert (dense - wanted.where(kept, torch.zeros(()).double())).abs().max() <= 1e-9 * wanted.max()
-    assert row["gap"] == pytest.approx(gap.numpy(), rel=1e-6, abs=1e-9 * float(wanted.abs().max()))
+@pytest.mark.parametrize("family", ["gpt2", "llama3"])
+def test_scores_with_a_real_vocabulary_are_those_of_the_naive_reference(real, family, method):
+    """Its special tokens make the baselines, and the unembedding goes in chunks."""
+    tokenizer = real[family].tokenizer
+    model = tiny_model(family, vocab_size=len(tokenizer))
+    lm = LanguageModel(model, tokenizer, family)
+    query = "The official language of Malmö is", "Swedish"
+    naive = Naive(model, family, bos=family == "llama3")
+    naive.eos = tokenizer.eos_token_id
+    wanted, gap = naive.attribute(*lm.encode(*query), method, *quadrature("right", 3))
+    found = attribute(lm, *([text] for text in query), method=method, steps=3)
+    assert (found.scores[0] - wanted).abs().max() <= 1e-9 * wanted.abs().max()
+    torch.testing.assert_close(found.completeness_gap[0], gap, rtol=1e-6, atol=1e-12)
