@@ -636,7 +636,7 @@ def sentences():
         for gap in rows(own, "ig/cas_by_size", op="erase", facts="all facts"):
             gaps[gap["metric"]] = interval(gap, "difference", digits=3)
         yield f"{gaps['gen']} in the other wordings, {gaps['loc']} in other facts ({name}"
-    relations = told(r"relations resampled .* is (.*?) \(")
+    relations = told(r"relations resampled .*: (.*?) \(")
     yield "relations resampled, CS2 is {} and {}".format(*relations)
     where = dict(model="demo/gpt2", method="ig", threshold="static")
     alike = row("sample", "table1_all", **where)

@@ -147,8 +147,9 @@ def test_a_bare_forward_is_scaled_at_each_row_s_last_token(family):
 )
 def test_a_mask_that_hides_where_the_prompt_ends_is_refused(mask, said):
     lm, ids = tiny_lm("gpt2"), torch.tensor([[10, 11, 12], [20, 21, 0]])
-    with scale_neurons(lm, NEURONS, 3.0), pytest.raises(ValueError, match=said):
-        lm.model(input_ids=ids, attention_mask=mask)
+    for call in ("__call__", "generate"):
+        with scale_neurons(lm, NEURONS, 3.0), pytest.raises(ValueError, match=said):
+            getattr(lm.model, call)(input_ids=ids, attention_mask=mask)
 
 
 @pytest.mark.parametrize("cache", [True, False])

@@ -203,6 +203,17 @@ def test_a_job_is_done_while_cells_code_versions_texts_and_all_facts_stay(
 
 
 @pytest.mark.parametrize(
+    "chosen, ran",
+    [("", ["ig"]), ("--methods sig ig", ["ig"]), ("--methods amig sig", ["amig", "sig"])],
+)
+def test_03_runs_for_ig_or_for_the_methods_that_leave_it_out(books, model, chosen, ran):
+    write(books, "03_editing", PARAMETERS)
+    asked = ["--models", model, "--only", "03", "--relations", "P36", *chosen.split()]
+    jobs, _ = plan_jobs(parser().parse_args(asked), books)
+    assert [job.method for job in jobs] == ran
+
+
+@pytest.mark.parametrize(
     "bad, said",
     [
         ("-p steps 20", "unknown parameter 'steps'"),

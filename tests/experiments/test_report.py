@@ -118,6 +118,19 @@ def test_only_results_of_these_facts_and_settings_are_read(runs, queries):
         the_run().entry("01", "demo/none", "ig")
 
 
+def test_settings_that_differ_between_models_or_methods_are_told(runs):
+    for method, rule in (("ig", "right"), ("sig", "converged"), ("amig", "right")):
+        study = study_of("demo/gpt2", method, report.NOTEBOOKS["01"])
+        study.parameters |= dict(steps=20, rule=rule)
+        study.record()
+    assert report.unlike_html(the_run(methods=("ig", "amig"))) == ""
+    told = (
+        "notebook 01 with rule converged (demo/gpt2 sig) and right (demo/gpt2 ig, demo/gpt2 amig)"
+    )
+    said = report.unlike_html(the_run(methods=("ig", "sig", "amig")))
+    assert said == f"<p>Run with unlike settings: {told}.</p>"
+
+
 def test_the_inventory_has_13_settings_a_model_and_says_what_is_missing(runs):
     study = study_of("demo/gpt2", None, "02_consistency")
     study.table(pd.DataFrame({"method": ["ig", "sig"], "R_II": [0.5, 0.5]}), "table1")
@@ -562,7 +575,7 @@ def test_sentences_on_consistency_are_those_of_the_facts_and_the_first_control(s
     whole, relations, three = sentences(table, "share their neurons")
     facts = classified_facts(queries, 0.2, 0.2)
     assert values_in(whole) == near([facts["cs2"].mean(), facts["jaccard"].mean()])
-    assert "CS2 is cannot be told (n = " in relations  # fewer than ten relations
+    assert "of facts: cannot be told (n = " in relations  # fewer than ten relations
     means = controls.null_consistency(queries, t=0.2, seed=0).groupby("kind")["cs2"].mean()
     wanted = means[["own", "same pattern", "other relations", "random"]].dropna()
     assert values_in(three) == near(wanted)

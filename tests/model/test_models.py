@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, hooked, save_checkpoint, tiny_lm, tiny_model, word_tokenizer
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from qlutils import (
     answer_probability,
@@ -21,7 +22,7 @@ from qlutils import (
     perplexity,
 )
 from qlutils.model import architecture as arch
-from qlutils.model import loading, verify
+from qlutils.model import attention, loading, verify
 from qlutils.model.architecture import UnsupportedModel, join_call_arguments
 from qlutils.model.language_model import LanguageModel
 from qlutils.model.verify import sharply
@@ -366,10 +367,32 @@ def test_weights_that_do_not_fill_the_model_are_refused(tmp_path, spoil, said):
         load_model(str(tmp_path))
 
 
+# --- attention ------------------------------------------------------------------------------------
+def test_attention_that_gets_no_mask_of_its_window_is_refused_by_name():
+    """Such as flash attention's, which takes the window as a number: a token that is replayed alone
+    has no number of tokens before it."""
+    AttentionInterface.register("windowed", attention.exact_attention)
+    AttentionMaskInterface.register("windowed", lambda *_, **__: None)
+    model = tiny_model("mistral", torch.float32)
+    lm = load(model)
+    model.set_attn_implementation("windowed")
+    with pytest.raises(ValueError, match="the-model runs with attn_implementation='windowed'"):
+        answer_probability(lm, ["w1 w2"], ["w3"])
+    with pytest.raises(ValueError, match='use "sdpa" or "eager"'):
+        load(model)
+    model.set_attn_implementation("eager")
+    assert 0 < answer_probability(lm, ["w1 w2"], ["w3"]) < 1
+
+
 # --- fingerprints ---------------------------------------------------------------------------------
 def one_weight(lm):
     weight = lm.downs[2].weight.view(-1)
     weight[17] = torch.nextafter(weight[17], torch.tensor(9.0))
+
+
+def through_data(lm):
+    """As `weight[...] = ...` is often written; torch does not count it as a write."""
+    lm.downs[1].weight.data[3] = 0
 
 
 def configuration(lm):
@@ -384,6 +407,10 @@ def pad_token(lm):
     lm.tokenizer.pad_token = lm.tokenizer.convert_ids_to_tokens(7)
 
 
+def mask_token(lm):
+    lm.tokenizer.mask_token = lm.tokenizer.convert_ids_to_tokens(8)
+
+
 def test_a_fingerprint_tells_models_apart_by_what_a_result_depends_on(checkpoint, tmp_path):
     lm = load_model(checkpoint)
     own = lm.fingerprint
@@ -393,11 +420,12 @@ def test_a_fingerprint_tells_models_apart_by_what_a_result_depends_on(checkpoint
     with edit_weights(lm, {(0, 3)}, "erase"):
         found.add(lm.fingerprint)
     assert lm.fingerprint == own
-    for change in (one_weight, configuration, tokenizer, pad_token):
+    for change in (one_weight, through_data, configuration, tokenizer, pad_token, mask_token):
         lm = load_model(checkpoint)
+        assert lm.fingerprint == own
         change(lm)
         found.add(lm.fingerprint)
-    assert len(found) == 7
+    assert len(found) == 9
 
 
 # --- a model in half precision is checked in float32 ----------------------------------------------

@@ -119,16 +119,16 @@ def test_consistency_and_neighbour_sets_follow_their_definitions(sets, i):
     }
 
 
-def test_subsampled_cs2_is_the_mean_over_all_small_subsets_or_over_seeded_ones():
+def test_subsampled_cs2_is_the_mean_over_all_small_subsets_or_over_very_many():
     sets = [{A}, {A, B}, {B, C}, {D}, {A, D}]
     brute = np.mean([consistency(subset).cs2 for subset in combinations(sets, 3)])
     assert cs2_subsampled(sets) == pytest.approx(brute)
     assert np.isnan(cs2_subsampled(sets[:2])) and np.isnan(cs2_subsampled([set()] * 4))
     rng = np.random.default_rng(1)
-    many = [{(0, int(n)) for n in rng.choice(12, 5, replace=False)} for _ in range(12)]
+    many = [{(0, int(n)) for n in rng.choice(12, 5, replace=False)} for _ in range(42)]
     brute = np.mean([consistency(subset).cs2 for subset in combinations(many, 3)])
-    assert cs2_subsampled(many) == cs2_subsampled(many) == pytest.approx(brute, abs=0.06)
-    assert len({cs2_subsampled(many, seed=s) for s in range(5)}) > 1
+    assert 1e-6 < abs(cs2_subsampled(many) - brute) < 0.003
+    assert cs2_subsampled(many) == cs2_subsampled(many)
 
 
 # --- CAS ------------------------------------------------------------------------------------------
