@@ -315,12 +315,13 @@ def with_files(folder, *names):
 
 
 def test_names_that_lead_nowhere_say_what_would(tmp_path):
-    bare = with_files(tmp_path / "bare", "config.json", "pytorch_model.bin")
+    bare = with_files(tmp_path / "bare", "pytorch_model.bin")
+    (tmp_path / "bare/config.json").write_text('{"model_type": "gpt2"}')
     for name, message in {
-        "demo/gpt5": "no bundled model 'demo/gpt5'.*demo/gpt2, demo/llama2, demo/llama3",
-        str(tmp_path / "absent"): "no model folder",
-        with_files(tmp_path / "empty"): "no config.json.*save_pretrained",
-        bare: "no .safetensors weights.*pickled weights are never read",
+        "demo/gpt5": "'demo/gpt5': it is neither.*demo/gpt2, demo/llama2, demo/llama3",
+        str(tmp_path / "absent"): "it is neither a local folder nor",
+        with_files(tmp_path / "empty"): "model_type.* in its config.json",
+        bare: "only safetensors weights are read",
     }.items():
         with pytest.raises(ValueError, match=message):
             load_model(name)
