@@ -208,7 +208,6 @@ def test_a_job_is_done_while_cells_code_versions_texts_and_all_facts_stay(
         ("-p steps 20", "unknown parameter 'steps'"),
         ("-p seed 1", "-p seed: an option"),
         ("-p t high", "t='high'"),
-        ("-p corpus nowhere", "-p corpus nowhere: there is no such file"),
         ("--models demo/gpt9", "there is no model 'demo/gpt9'"),
         ("--models ./nowhere", "./nowhere"),
         ("--models ~nouser/x", "there is no model '~nouser/x'"),
@@ -307,6 +306,7 @@ def unreachable(*_, **__):
     "spoil, named",
     [
         ("huggingface_hub.hf_hub_download", "WikiText-2 .*no route to host"),
+        ("no corpus", "no perplexity text at 'no corpus'"),
         ("qlutils.model.loading.snapshot_download", "model 'some/model'.*no route"),
         ("model.safetensors", "could not load model .*tiny model"),
         ("tokenizer.json", "could not load model .*tiny model"),
@@ -321,7 +321,8 @@ def test_what_a_run_would_miss_hours_later_is_missed_before_it_starts(
     else:
         Path(model, spoil).write_text("{}")
     chosen = ["--models", "demo/gpt2", "some/model" if "some" in named else model]
-    assert run.main([*options(model), *chosen, "-p", "corpus", "wikitext-2"], books) == 2
+    corpus = spoil if "corpus" in spoil else "wikitext-2"
+    assert run.main([*options(model), *chosen, "-p", "corpus", corpus], books) == 2
     assert re.search(f"run_all.sh: .*{named}", capsys.readouterr().err)
     assert not list((runs / "default").rglob("*.ipynb"))
 
