@@ -62,12 +62,14 @@ def load_model(
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if info["missing_keys"]:  # transformers would fill them with random numbers and only warn
-        missing = ", ".join(sorted(info["missing_keys"])[:5])
-        raise ValueError(f"model {name!r} is incomplete: its weights lack {missing}")
+        raise ValueError(
+            f"model {name!r} is incomplete: its weights lack "
+            f"{', '.join(sorted(info['missing_keys'])[:5])}"
+        )
     return LanguageModel(model.to(device), tokenizer, name)
 
 
-def fetch_model(name: str):
+def fetch_model(name):
     """Have everything of a model on this machine that `load_model` will read, without loading its
     weights; what is there is not downloaded again. ValueError as `load_model`'s."""
     source = find_source(name)
@@ -95,14 +97,13 @@ def _explained(name):
         raise ValueError(f"could not load model {name!r}: {_advice(error)}") from error
 
 
-def find_device(device: str | None) -> torch.device:
+def find_device(device):
     """The device of that name; None: CUDA where there is one. ValueError for one that is not
     there."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kinds = ("cpu", "mps", "cuda")
     reason = ""
-    if isinstance(device, str) and device.split(":")[0] in kinds:
+    if isinstance(device, str) and device.split(":")[0] in ("cpu", "mps", "cuda"):
         try:
             return torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:  # the latter: torch without CUDA
@@ -112,7 +113,7 @@ def find_device(device: str | None) -> torch.device:
     ) from None
 
 
-def find_source(name: str) -> str:
+def find_source(name):
     """The folder of a model, or its Hugging Face id, there or not. A name that begins with demo/ is
     never looked for on the Hub."""
     where = paths.model_folder(name)
