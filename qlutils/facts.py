@@ -106,13 +106,16 @@ def load_facts(
     for relation, every in _read(dataset, relations, min_patterns, middle).items():
         usable = [fact for fact in every if len(fact.prompts) >= 2]
         if few := len(every) - len(usable):
-            said = f"{few} facts of {relation} left out, having fewer than 2 prompts"
-            warnings.warn(said, stacklevel=2)
+            warnings.warn(
+                f"{few} facts of {relation} left out, having fewer than 2 prompts",
+                stacklevel=2,
+            )
         sample = seeded_order(usable, relation, seed)[:facts_per_relation]
         facts += [usable[place] for place in sorted(sample)]
     if not facts:
-        settings = f"min_patterns={min_patterns}, middle={middle!r}"
-        raise ValueError(f"dataset {str(dataset)!r} has no fact with 2 prompts for {settings}")
+        raise ValueError(
+            f"dataset {str(dataset)!r} has no fact with 2 prompts for {min_patterns=}, {middle=}"
+        )
     return facts
 
 
@@ -230,8 +233,9 @@ def _relation_files(folder):
         name = unicodedata.normalize("NFC", file.stem)
         check_text(name, f"relation file in {folder}")
         if name in found:
-            both = f"{found[name]} and {file.name}"
-            raise ValueError(f"relation {name} has two files, {both}: keep one")
+            raise ValueError(
+                f"relation {name} has two files, {found[name]} and {file.name}: keep one"
+            )
         found[name] = file
     return found
 

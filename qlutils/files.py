@@ -120,14 +120,15 @@ def write_parquet(frame, path, key, **metadata):
     table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
     blank = _MARK + b"0" * 64
     sink = pa.BufferOutputStream()
-    footer = {
-        "key": key,
-        "content": blank.decode(),
-        "metadata": canonical({"versions": versions(), **metadata}),
-    }
     with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
         writer.write_table(table)
-        writer.add_key_value_metadata(footer)
+        writer.add_key_value_metadata(
+            {
+                "key": key,
+                "content": blank.decode(),
+                "metadata": canonical({"versions": versions(), **metadata}),
+            }
+        )
     data = sink.getvalue().to_pybytes()
     at = data.rfind(blank) + len(_MARK)
     write_bytes(path, data[:at] + sha256(data).encode() + data[at + 64 :])

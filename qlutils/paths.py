@@ -15,6 +15,7 @@ RUNS = Path(os.environ.get("QLUTILS_RUNS") or ROOT / "runs").absolute()
 NOTEBOOKS = ROOT / "notebooks"
 FIGURES = ROOT / "figures"
 DEMO = PACKAGE / "demo"  # bundled facts, text and models
+BUNDLED = ("demo/gpt2", "demo/llama2", "demo/llama3")
 COMPARES = "02"  # the notebook that compares methods: its results stand in a model's folder `all`
 
 

@@ -3,8 +3,8 @@
 import argparse
 
 from qlutils.checks import DTYPES, METHODS
+from qlutils.paths import BUNDLED
 
-MODELS = ("demo/gpt2", "demo/llama2", "demo/llama3")
 SAMPLE = 2  # facts a relation without --full
 DESCRIPTION = """\
 Run the study's notebooks: 01 for each model and method, 02 for each model, 03-07 for
@@ -25,7 +25,7 @@ FLAG = {"action": "store_true"}
 OPTIONS = {
     "--models": {
         **LIST,
-        "default": MODELS,
+        "default": BUNDLED,
         "metavar": "MODEL",
         "help": """bundled or pretrained names, Hugging Face ids, folders or GGUF files, smallest
         first (default: the three bundled models)""",

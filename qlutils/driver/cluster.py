@@ -2,8 +2,7 @@
 
 from contextlib import contextmanager
 
-LOCAL = {"host": "127.0.0.1"}  # nobody else may connect
-QUIET = {"silence_logs": 40}
+OWN = {"host": "127.0.0.1"}  # nobody else may connect
 
 
 @contextmanager
@@ -20,8 +19,8 @@ def scheduler(workers, address):
     nannies = {}
     for number in range(workers):
         env = {"CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus else {}
-        options = {**LOCAL, **QUIET, "nthreads": 1, "memory_limit": 0, "env": env}
+        options = {**OWN, "silence_logs": 40, "nthreads": 1, "memory_limit": 0, "env": env}
         nannies[number] = {"cls": Nanny, "options": options}
-    head = {"cls": Scheduler, "options": {**LOCAL, "dashboard": False}}
-    with SpecCluster(nannies, head, **QUIET) as cluster:
+    head = {"cls": Scheduler, "options": {**OWN, "dashboard": False}}
+    with SpecCluster(nannies, head, silence_logs=40) as cluster:
         yield cluster.scheduler_address

@@ -74,9 +74,16 @@ def run_papermill():
 
     # papermill formats paths, so a brace in a folder's name is doubled
     source, target = (path.replace("{", "{{").replace("}", "}}") for path in (notebook, output))
-    options = dict(kernel_name="qlutils", language="python", shutdown_kernel="immediate")
     try:
-        papermill.execute_notebook(source, target, parameters, progress_bar=False, **options)
+        papermill.execute_notebook(
+            source,
+            target,
+            parameters,
+            progress_bar=False,
+            kernel_name="qlutils",
+            language="python",
+            shutdown_kernel="immediate",
+        )
     except papermill.PapermillExecutionError as error:
         said = error.evalue.strip().split("\n")[0]
         sys.exit(f"{error.ename}: {said[:300]} (In [{error.exec_count}])")

@@ -108,7 +108,7 @@ def shared_parameters(args):
     same = "relations known_prompts seed device dtype output".split()
     return {
         **{name: getattr(args, name) for name in same},
-        "data": args.data if args.data in ("demo", "pararel") else _absolute(args.data),
+        "data": _absolute(args.data, "demo", "pararel"),
         "facts_per_relation": None if args.full else args.facts_per_relation,
         **{name: list(dict.fromkeys(given)) for name, given in lists.items()},
     }
@@ -117,14 +117,8 @@ def shared_parameters(args):
 def extra_parameters(args):
     """{name: value} of the options -p: Python literals, or else texts."""
     extra = {name: literal(value) for name, value in args.parameter}
-    corpus = str(extra.get("corpus", "demo"))
-    if corpus not in ("demo", "wikitext-2"):
-        if not os.path.exists(corpus):
-            raise ValueError(
-                f"-p corpus {corpus}: there is no such file or folder; want demo, wikitext-2, or a "
-                "text file"
-            )
-        extra["corpus"] = os.path.realpath(corpus)  # notebooks run in their own folder
+    if "corpus" in extra:
+        extra["corpus"] = _absolute(str(extra["corpus"]), "demo", "wikitext-2")
     return extra
 
 
@@ -183,6 +177,8 @@ def literal(text):
         return text
 
 
-def _absolute(name):
+def _absolute(name, *bundled):
+    """The path of what is there, since notebooks run in their own folder; other names, and those
+    of what is `bundled`, as they are."""
     path = os.path.expanduser(name)
-    return os.path.realpath(path) if os.path.exists(path) else name
+    return os.path.realpath(path) if os.path.exists(path) and name not in bundled else name

@@ -19,9 +19,7 @@ from qlutils.study.notebook import Study
 FRACTION = 0.7
 # a baseline, and twice that a query, beside the arithmetic: most of what a small model costs a GPU
 GPU_SECONDS = 0.25e-3
-DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 BATCH_BYTES = 2**31  # activations of a batch on a CPU (attribution.attribute.CPU_MEMORY)
-QUERY_BYTES = 2500  # a stored query: its sparse scores, compressed
 # model types whose MLP has two matrices, not three
 UNGATED = "gpt2 gpt_neo gptj codegen gpt_neox opt bloom falcon phi starcoder2".split()
 LOCALISATION = """\
@@ -131,8 +129,10 @@ def matmul_rate(device, dtype, shape):
 
 
 def plan(study, models, methods, spec):
-    """A row a model and method: queries, rows, FLOPs, hours on this device, memory and disk; with
+    """A row a model and method: queries, FLOPs, hours on this device, and memory; with
     `known_prompts` for as many facts as may be kept, and the hours of asking every fact."""
+    import torch
+
     facts = study.candidates(study.facts_per_relation)
     asked = study.candidates() if study.known_prompts else []
     prompts = [prompt for fact in facts for prompt in fact.prompts]
@@ -156,15 +156,13 @@ def plan(study, models, methods, spec):
                     "method": method,
                     "facts": len(facts),
                     "queries": len(prompts),
-                    "rows": spec.steps * baselines(method, tokens) * shape.layers * answers,
                     "PFLOP": query_flops(*work) * answers / 1e15,
                     "device": name,
                     "dtype": kind,
                     "TFLOP/s": reached / 1e12,
                     "hours": query_seconds(*work, rate, gpu) * answers / 3600,
                     "scan hours": 2 * weights * scanned / reached / 3600,
-                    "memory GB": (weights * DTYPE_BYTES[kind] + BATCH_BYTES) / 1e9,
-                    "disk GB": len(prompts) * QUERY_BYTES / 1e9,
+                    "memory GB": (weights * getattr(torch, kind).itemsize + BATCH_BYTES) / 1e9,
                 }
             )
     table = pd.DataFrame(rows)

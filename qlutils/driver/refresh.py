@@ -18,6 +18,7 @@ from qlutils import paths
 from qlutils.driver.execute import execute, kernel_environment
 from qlutils.driver.stamps import cells_hash
 from qlutils.experiments.report import copy_results
+from qlutils.show.page import without_progress
 from qlutils.study.parameters import declared_parameters
 
 REFERENCE_MODEL = "pretrained/smollm2-135m"
@@ -31,21 +32,16 @@ REFERENCE = {  # {parameter: value} in every notebook that has it; all bundled f
     "fact": "P36|Germany|Berlin",
 }
 COMMAND = "./run_all.sh --refresh"
-KEPT_TAGS = ("parameters", "injected-parameters")
-DROPPED_MIME = "application/vnd.jupyter.widget-view+json"  # a widget is nothing without its kernel
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
 def cleaned(notebook):
     """An executed notebook without papermill's traces, progress bars and widget views."""
     language = notebook.metadata.get("language_info", {"name": "python"})
-    for cell in notebook.cells:
-        tags = [tag for tag in cell.metadata.get("tags", []) if tag in KEPT_TAGS]
+    for cell in without_progress(notebook).cells:
+        tags = cell.metadata.get("tags")
         cell.metadata = {"tags": tags} if tags else {}
         cell.source = cell.source.rstrip("\n")  # papermill ends its cell with an empty line
-        for output in list(cell.get("outputs", ())):
-            if output.get("name") == "stderr" or DROPPED_MIME in output.get("data", ()):
-                cell.outputs.remove(output)
     source = cells_hash(notebook.cells)
     notebook.metadata = dict(kernelspec=KERNEL, language_info=language, executed_source=source)
     return notebook

@@ -146,8 +146,9 @@ def _run_one(job, run, env, scratch):
         raise ValueError(problem)
     content = job.model and identity.model_content(job.model)  # a first download has one only now
     if content != inputs["model"] and paths.is_local(job.model):
-        unknown = "of which its results are is unknown"
-        raise ValueError(f"the files of {job.model} changed while it ran: {unknown}")
+        raise ValueError(
+            f"the files of {job.model} changed while it ran: of which its results are is unknown"
+        )
     made = [output]
     if job.is_of(LAST):
         made += publish(output, run.root.name)
@@ -168,16 +169,18 @@ def _at_work(job, scratch):
 
 
 def _write_record(run):
-    record = {
-        "command": run.command,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(time.time() - run.started, 1),
-        "versions": versions(),
-        "code": identity.code_versions(),
-        "facts": run.facts,
-        "jobs": [asdict(job) for job in run.jobs],
-    }
-    write_json(run.root / "run.json", record)
+    write_json(
+        run.root / "run.json",
+        {
+            "command": run.command,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.time() - run.started, 1),
+            "versions": versions(),
+            "code": identity.code_versions(),
+            "facts": run.facts,
+            "jobs": [asdict(job) for job in run.jobs],
+        },
+    )
 
 
 def _print_summary(run):

@@ -148,18 +148,15 @@ def look(lm, fact, method="ig", saved=None, **spec):
         frame = localise_unit(lm, [asdict(fact)], method=method, **spec)
         for reason in frame["left_out"].dropna():
             raise ValueError(reason)
-    answered = predictions(lm, fact.prompts, fact.object)
-    attention = [attention_received(lm, prompt) for prompt in fact.prompts]
     tokens = [lm.encode_prompt(prompt) for prompt in fact.prompts]
-    active = np.stack(activations(lm, tokens))
     return View(
         lm,
         fact,
         method,
         frame,
-        answered,
-        attention,
-        active,
+        predictions(lm, fact.prompts, fact.object),
+        [attention_received(lm, prompt) for prompt in fact.prompts],
+        np.stack(activations(lm, tokens)),
         source,
         spec,
     )
@@ -220,13 +217,11 @@ def kn_table(view, t):
     and `score`, the largest share of a prompt's largest score."""
     rows = view.kns(t).query("kn")
     rows["prompt"] = "q" + rows["prompt"].astype(str)
-    table = rows.groupby(["layer", "neuron"], as_index=False)
-    measures = dict(
+    table = rows.groupby(["layer", "neuron"], as_index=False).agg(
         n=("prompt", "size"),
         prompts=("prompt", " ".join),
         score=("share", "max"),
     )
-    table = table.agg(**measures)
     most_shared = ["n", "score"]  # of neurons in order
     return table.sort_values(most_shared, ascending=False, kind="stable", ignore_index=True)
 

@@ -1,7 +1,6 @@
 """The explorer's page: pieces of HTML, and `Page`, stock ipywidgets around the functions of
 `explorer.fact`."""
 
-import io
 import os
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +15,7 @@ from qlutils.facts import load_facts
 from qlutils.model.loading import BUNDLED
 from qlutils.neurons.sets import STORE_THRESHOLD
 from qlutils.show.page import table_html, template
+from qlutils.show.plots import rendered
 from qlutils.show.tables import display_table
 from qlutils.study import store
 
@@ -41,16 +41,11 @@ def kn_html(view, t):
 def neuron_html(view, neuron, t, saved=None):
     """A neuron's page: activation on each prompt, tokens promoted and suppressed, other facts that
     use it."""
-    used = None
-    if saved is not None:
-        used = ex.facts_using(saved, neuron, t, but=view.fact.id)
-    active = ex.neuron_activations(view, neuron, t)
-    words = ex.neuron_tokens(view.lm, neuron)
     return _PIECES.neuron(
         neuron,
-        active,
-        words,
-        used,
+        ex.neuron_activations(view, neuron, t),
+        ex.neuron_tokens(view.lm, neuron),
+        None if saved is None else ex.facts_using(saved, neuron, t, but=view.fact.id),
         t,
         STORE_THRESHOLD,
     )
@@ -64,9 +59,7 @@ def effects_html(frame, title=""):
 
 def png(figure):
     """The figure as PNG bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
+    return rendered(figure, format="png", dpi=130).getvalue()
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -107,18 +100,18 @@ def _text(description, placeholder):
 
 
 def _picture():
-    layout = dict(
-        max_width="100%",
-        width="900px",
-        height="auto",
-        object_fit="contain",
+    return w.Image(
+        format="png",
+        layout=dict(max_width="100%", width="900px", height="auto", object_fit="contain"),
     )
-    return w.Image(format="png", layout=layout)
 
 
 class Page(w.VBox):
     """The explorer's widgets. Display it, or drive it from code: set a widget's value, click a
     button.
+
+    fact: id of the first fact, such as "P36|France|Paris" (that one, or the data's first, by
+    default). output: the run whose saved scores are used before any are computed.
 
     Only Run computes scores; the slider selects among them. A problem is a line in `status`, never
     a traceback."""
@@ -156,15 +149,21 @@ class Page(w.VBox):
             placeholder="bundled name, Hugging Face id, or folder",
         )
         self.method = w.Dropdown(description="Method", options=METHODS, value=method)
-        sources = {"a fact of the data": "data", "my own prompts": ex.TYPED}
-        self.source = w.ToggleButtons(options=sources)
+        self.source = w.ToggleButtons(
+            options={"a fact of the data": "data", "my own prompts": ex.TYPED}
+        )
         self.relation = w.Dropdown(description="Relation")
         self.fact = w.Dropdown(description="Fact")
         self.prompts = w.Textarea(description="Prompts", placeholder="one a line", rows=4)
         self.answer = w.Text(description="Answer")
         self.run = w.Button(description="Run", button_style="primary", icon="play")
-        limits = dict(min=STORE_THRESHOLD, max=0.95, step=0.05)
-        self.t = w.FloatSlider(description="threshold t", value=t, **limits)
+        self.t = w.FloatSlider(
+            description="threshold t",
+            value=t,
+            min=STORE_THRESHOLD,
+            max=0.95,
+            step=0.05,
+        )
 
     def _make_answers(self):
         for name in "status page_prompts page_numbers page_table page_neuron".split():
@@ -391,14 +390,11 @@ class Page(w.VBox):
             self._show_set()
 
 
-def explore(model="demo/gpt2", method="ig", data="demo", fact=None, output="default", t=0.2):
-    """The explorer as a widget, for JupyterLab and VS Code; see `Page`.
-
-    fact: id of the first fact, such as "P36|France|Paris" (that one, or the data's first, by
-    default). output: the run whose saved scores are used before any are computed. Without a front
-    end, as under papermill, nothing is built and a line says so."""
+def explore(*args, **options):
+    """The explorer as a widget, for JupyterLab and VS Code: a `Page` with these arguments. Without
+    a front end, as under papermill, nothing is built and a line says so."""
     if has_front_end():
-        return Page(model, method, data, fact, output, t)
+        return Page(*args, **options)
     print(
         "The explorer is a widget: run this notebook in JupyterLab or VS Code. A fixed example is "
         "below."

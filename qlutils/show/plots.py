@@ -98,11 +98,10 @@ def _label(name):
 def _panels(rows, columns, height, **grid):
     """A figure as wide as a page, wider for more than three columns, and its axes, a row a row of
     panels."""
-    size = WIDE * max(1, columns / 3), height
     return plt.subplots(
         rows,
         columns,
-        figsize=size,
+        figsize=(WIDE * max(1, columns / 3), height),
         squeeze=False,
         **grid,
     )
@@ -532,7 +531,7 @@ def _by_metric(table):
 # --- maps of neurons ------------------------------------------------------------------------------
 
 
-def strong_neurons(values, signed, t) -> pd.DataFrame:
+def strong_neurons(values, signed, t):
     """The neurons whose value in a (layers, neurons) map, in magnitude if `signed`, exceeds `t`:
     layer, neuron, value."""
     layer, neuron = np.nonzero((np.abs(values) if signed else values) > t)
@@ -687,21 +686,30 @@ def figure_places(found, num_heads):
 # --- files ----------------------------------------------------------------------------------------
 
 
-def save_figure(fig, stem, folder, data) -> dict[str, Path]:
+def save_figure(fig, stem, folder, data):
     """Write `stem`.png (at most 150 KB where 100 dpi can do it), .pdf and the plotted numbers as
     .csv; their paths. The same figure gives the same bytes: no dates in the files."""
-    pdf = io.BytesIO()
-    fig.savefig(pdf, format="pdf", metadata={"CreationDate": None})
+    # the PDF first: a layout moves a little each time it is drawn
+    pdf = rendered(fig, format="pdf", metadata={"CreationDate": None})
     contents = {"png": _small_png(fig), "pdf": pdf.getvalue(), "csv": csv_bytes(data)}
     return write_files(stem, folder, contents)
 
 
+def rendered(fig, **options):
+    """The buffer that `savefig` writes into."""
+    buffer = io.BytesIO()
+    fig.savefig(buffer, **options)
+    return buffer
+
+
 def _small_png(fig):
     for dpi in (200, 150, 100):
-        drawn = io.BytesIO()
         small = io.BytesIO()
-        fig.savefig(drawn, format="png", dpi=dpi)
-        image = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        image = (
+            Image.open(rendered(fig, format="png", dpi=dpi))
+            .convert("RGB")
+            .quantize(256, dither=Image.Dither.NONE)
+        )
         image.save(
             small,
             format="png",

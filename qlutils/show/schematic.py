@@ -86,11 +86,9 @@ def _box(ax, x, y, text, color):
 
 
 def _arrow(ax, start, end, color):
-    style = dict(
-        arrowstyle="-|>",
-        color=color,
-        linewidth=0.8,
-        shrinkA=0,
-        shrinkB=2,
+    ax.annotate(
+        "",
+        end,
+        start,
+        arrowprops=dict(arrowstyle="-|>", color=color, linewidth=0.8, shrinkA=0, shrinkB=2),
     )
-    ax.annotate("", end, start, arrowprops=style)

@@ -100,11 +100,11 @@ def _decimals(numbers, digits):
     return [UNDEFINED if np.isnan(one) else f"{one:{form}}" for one in (value, *bounds)]
 
 
-def with_interval(row, name="mean", digits=2):
+def with_interval(row, name="mean"):
     """A value of a table's row for a sentence: "0.41 [0.35, 0.47] (n = 120)", of a difference "(n
     = 90 and 30)"; "undefined (n = 0)"; without n if it has none."""
     n = counted(row, "n")
-    text = format_value(row[name], row[f"{name}_low"], row[f"{name}_high"], digits)
+    text = format_value(row[name], row[f"{name}_low"], row[f"{name}_high"])
     if text == UNDEFINED:
         text = "undefined"
     return f"{text} (n = {n})" if n else text
@@ -146,7 +146,7 @@ def pick(table, **keys):
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def display_table(frame, digits=2) -> pd.DataFrame:
+def display_table(frame, digits=2):
     """The table as texts, without row numbers: columns x, x_low, x_high become one column "x [95
     %]"."""
     frame = _flat(frame)
@@ -168,21 +168,24 @@ def write_table(
     note="",
     *,
     digits=2,
-) -> dict[str, Path]:
+):
     """Write `stem`.csv (every column, full precision), .md and .tex (as `display_table`) into
     folder; their paths."""
     flat = _flat(frame)
     shown = display_table(frame, digits)
     numeric = [pd.api.types.is_numeric_dtype(flat[name]) for name in _bounds(flat)]
-    contents = {
-        "csv": csv_bytes(flat),
-        "md": _markdown(shown, numeric, caption, note).encode("utf-8"),
-        "tex": _latex(shown, numeric, caption, note, stem).encode("utf-8"),
-    }
-    return write_files(stem, folder, contents)
+    return write_files(
+        stem,
+        folder,
+        {
+            "csv": csv_bytes(flat),
+            "md": _markdown(shown, numeric, caption, note).encode("utf-8"),
+            "tex": _latex(shown, numeric, caption, note, stem).encode("utf-8"),
+        },
+    )
 
 
-def write_files(stem, folder, contents) -> dict[str, Path]:
+def write_files(stem, folder, contents):
     """Write {kind: bytes} as folder/stem.kind; their paths. ValueError for a stem that would lead
     to another folder."""
     if not isinstance(stem, str) or not re.fullmatch(r"[\w.-]+", stem):
@@ -193,7 +196,7 @@ def write_files(stem, folder, contents) -> dict[str, Path]:
     return paths
 
 
-def csv_bytes(frame) -> bytes:
+def csv_bytes(frame):
     """A frame without its index as CSV, rows ended by a line feed."""
     plain = dict(index=False, lineterminator="\n")
     text = frame.to_csv(**plain)
@@ -275,14 +278,14 @@ def paper_value(table, model, column, **keys):
     return np.nan if value is None else value
 
 
-def without_empty_paper_columns(frame) -> pd.DataFrame:
+def without_empty_paper_columns(frame):
     """Columns of the paper's values (`..._paper`) are dropped where it has none; ours stay,
     undefined or not."""
     empty = frame.columns[frame.isna().all() & frame.columns.str.endswith("_paper")]
     return frame.drop(columns=empty)
 
 
-def paper_notes(table, model) -> list[str]:
+def paper_notes(table, model):
     """What to know about the paper's printed values of a table for a model (misprints); nothing for
     other models."""
     model = _papers_name(model)

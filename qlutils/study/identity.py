@@ -50,9 +50,8 @@ def model_content(model):
         return folder_hash(folder)
     hub_id = re.fullmatch(r"(?!demo/)\w[\w.-]*(/\w[\w.-]*)?", model, re.ASCII)
     if os.path.isdir(folder) or not hub_id or len(model) > 96:
-        names = sorted(f"demo/{path.name}" for path in (paths.DEMO / "models").glob("*/"))
         raise ValueError(
             f"there is no model {model!r}; want a folder with config.json, a Hugging Face id, or a "
-            f"bundled one: {', '.join(names)}"
+            f"bundled one: {', '.join(paths.BUNDLED)}"
         )
     return sha256([model, revision(model) or "not downloaded"])

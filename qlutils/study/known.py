@@ -51,8 +51,13 @@ count_known.VERSION = 1
 def check_known_prompts(known_prompts, facts):
     """ValueError for a number of prompts that is none, or that no fact has."""
     most = max(len(fact.prompts) for fact in facts)
-    what = f"a number of prompts (0: all facts; no fact has more than {most})"
-    check("known_prompts", known_prompts, 0, most + 1, what)
+    check(
+        "known_prompts",
+        known_prompts,
+        0,
+        most + 1,
+        f"a number of prompts (0: all facts; no fact has more than {most})",
+    )
 
 
 def known_facts(study):

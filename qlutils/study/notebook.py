@@ -172,8 +172,8 @@ class Study:
     def localisation(self, method=None):
         """The choices beside the method with which the saved "queries" were localised, as
         `qlutils.Spec` takes them; {} where none are saved."""
-        path = self._folder(method or self.method) / "queries.parquet"
-        return read_metadata(path).get("localisation", {})
+        made = read_metadata(self._folder(method or self.method) / "queries.parquet")
+        return made.get("localisation", {})
 
     # -- work and results --------------------------------------------------------------------------
     def run(self, task, units, config=None, desc=None):
@@ -186,8 +186,17 @@ class Study:
             facts = [fact for unit in units for fact in unit]
             units = store.packed(task, self.lm(), facts, config or {})
         desc = desc or f"{self.notebook} {self.model} {self.method or ''}".strip()
-        options = dict(desc=desc, device=self.device, dtype=self.dtype, root=self.root, info=info)
-        frame = store.run_units(task, self.model, units, config, **options)
+        frame = store.run_units(
+            task,
+            self.model,
+            units,
+            config,
+            root=self.root,
+            desc=desc,
+            device=self.device,
+            dtype=self.dtype,
+            info=info,
+        )
         self._identity = info["identity"]
         done = self.work.setdefault(desc, {"units": 0, "computed": 0, "seconds": 0.0})
         done["version"] = info["version"]
@@ -199,9 +208,13 @@ class Study:
     def save(self, frame, name, **more):
         """Keep a DataFrame as `<results>/<name>.parquet` for other notebooks, with what it was made
         from (and `more`)."""
-        inputs = self.inputs(name != "queries")
-        path = self.results / f"{name}.parquet"
-        save_frame(frame, path, inputs, parameters=self.parameters, **more)
+        save_frame(
+            frame,
+            self.results / f"{name}.parquet",
+            self.inputs(name != "queries"),
+            parameters=self.parameters,
+            **more,
+        )
 
     def load(self, name, method=None):
         """A DataFrame kept with `save`; ValueError if it is missing, damaged, or made from other
@@ -249,12 +262,15 @@ class Study:
         """Write `<results>/run.json`, one entry a notebook: all that is needed to run it again."""
         if counts := self.known_counts():
             extra["known_facts"] = counts
-        revision = identity.revision(self.model)
         entry = {
             "parameters": self.parameters,
             "inputs": self.inputs(),
             "facts": len(self.facts()),
-            "model": {"name": self.model, "revision": revision, **self._identity},
+            "model": {
+                "name": self.model,
+                "revision": identity.revision(self.model),
+                **self._identity,
+            },
             "work": self.work,
             "versions": versions(),
             "platform": platform.platform(),

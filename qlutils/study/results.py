@@ -43,8 +43,10 @@ def read_record(path):
         found = {"all of it": {}}
     good = {notebook: entry for notebook, entry in found.items() if _is_whole(notebook, entry)}
     if lost := sorted(found.keys() - good.keys()):
-        damage = f"record {path} is damaged: {', '.join(lost)} is left out. Run the notebook again"
-        warnings.warn(damage, stacklevel=2)
+        warnings.warn(
+            f"record {path} is damaged: {', '.join(lost)} is left out. Run the notebook again",
+            stacklevel=2,
+        )
     return good
 
 

@@ -72,8 +72,7 @@ def run_units(task, model, units, config=None, *, root, desc, device=None, dtype
         if file not in tables:
             raise StoreError(f"{file} was just written: check that every worker sees this disk")
     if info is not None:
-        counts = {"units": len(work), "computed": len(todo)}
-        info.update(counts, identity=loaded, version=task.VERSION)
+        info.update(units=len(work), computed=len(todo), identity=loaded, version=task.VERSION)
     return as_frame([tables[file] for file in files])
 
 
@@ -167,11 +166,18 @@ def compute_unit(task, model, config, unit, file, threads=None):
         try:
             frame = task(lm, unit, **config)
         except Exception as error:
-            where = f"unit {file.stem[:12]} of {task.__name__}, {model[0]}"
-            error.add_note(f"(in {where}; finished units are kept)")
+            error.add_note(
+                f"(in unit {file.stem[:12]} of {task.__name__}, {model[0]}; "
+                "finished units are kept)"
+            )
             raise
-        name = f"{task.__module__}:{task.__qualname__}"
-        write_parquet(frame, file, file.stem, task=name, model=model[0])
+        write_parquet(
+            frame,
+            file,
+            file.stem,
+            task=f"{task.__module__}:{task.__qualname__}",
+            model=model[0],
+        )
 
 
 def _progress(keys, desc, total, initial):
@@ -180,8 +186,16 @@ def _progress(keys, desc, total, initial):
     with open(note, "w") if note else nullcontext(sys.stderr) as stream:
         line = "{n_fmt}/{total_fmt} units, {remaining} left" if note else None
         delay = 0 if note or stream.isatty() else 5  # a short run leaves no bar in a notebook
-        options = dict(file=stream, bar_format=line, delay=delay, unit="unit")
-        yield from tqdm(keys, desc, total=total, initial=initial, **options)
+        yield from tqdm(
+            keys,
+            desc,
+            total=total,
+            initial=initial,
+            file=stream,
+            bar_format=line,
+            delay=delay,
+            unit="unit",
+        )
 
 
 @lru_cache(maxsize=1)

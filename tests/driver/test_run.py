@@ -219,7 +219,6 @@ def test_03_runs_for_ig_or_for_the_methods_that_leave_it_out(books, model, chose
         ("-p steps 20", "unknown parameter 'steps'"),
         ("-p seed 1", "-p seed: an option"),
         ("-p t high", "t='high'"),
-        ("-p corpus nowhere", "-p corpus nowhere: there is no such file"),
         ("--models demo/gpt9", "there is no model 'demo/gpt9'"),
         ("--models ./nowhere", "./nowhere"),
         ("--models ~nouser/x", "there is no model '~nouser/x'"),
@@ -318,6 +317,7 @@ def unreachable(*_, **__):
     "spoil, named",
     [
         ("huggingface_hub.hf_hub_download", "WikiText-2 .*no route to host"),
+        ("no corpus", "no perplexity text at 'no corpus'"),
         ("qlutils.model.loading.snapshot_download", "model 'some/model'.*no route"),
         ("model.safetensors", "could not load model .*tiny model"),
         ("tokenizer.json", "could not load model .*tiny model"),
@@ -332,7 +332,8 @@ def test_what_a_run_would_miss_hours_later_is_missed_before_it_starts(
     else:
         Path(model, spoil).write_text("{}")
     chosen = ["--models", "demo/gpt2", "some/model" if "some" in named else model]
-    assert run.main([*options(model), *chosen, "-p", "corpus", "wikitext-2"], books) == 2
+    corpus = spoil if "corpus" in spoil else "wikitext-2"
+    assert run.main([*options(model), *chosen, "-p", "corpus", corpus], books) == 2
     assert re.search(f"run_all.sh: .*{named}", capsys.readouterr().err)
     assert not list((runs / "default").rglob("*.ipynb"))
 

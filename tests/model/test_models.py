@@ -299,24 +299,24 @@ ADAPTER = r"holds an adapter \(adapter_config.json\).*merge it first"
 @pytest.mark.parametrize(
     "files, said",
     [
-        ([], "no config.json.*save_pretrained"),
-        (["config.json", "pytorch_model.bin"], "no .safetensors.*pickled weights are never read"),
+        ([], "model_type.* in its config.json"),
+        (["config.json", "pytorch_model.bin"], "only safetensors weights are read"),
         (["adapter_config.json"], ADAPTER),
     ],
 )
 def test_a_folder_that_is_no_model_says_what_would_be(tmp_path, files, said):
     for name in files:
-        (tmp_path / name).write_text("{}")
+        (tmp_path / name).write_text('{"model_type": "gpt2"}')
     with pytest.raises(ValueError, match=said):
         load_model(str(tmp_path))
 
 
 def test_names_that_lead_nowhere_say_what_would(tmp_path, monkeypatch):
     """With peft an adapter would be loaded, without it overlooked: two models of one name."""
-    monkeypatch.setattr(loading, "cached_file", lambda source, file, **_: "adapter" in file)
+    monkeypatch.setattr(loading, "cached_file", lambda source, file, **_: source == "some-one/tuned")
     for name, message in {
-        "demo/gpt5": "no bundled model 'demo/gpt5'.*demo/gpt2, demo/llama2, demo/llama3",
-        str(tmp_path / "absent"): "no model folder",
+        "demo/gpt5": "'demo/gpt5': it is neither.*demo/gpt2, demo/llama2, demo/llama3",
+        str(tmp_path / "absent"): "it is neither a local folder nor",
         "some-one/tuned": f"some-one/tuned {ADAPTER}",
     }.items():
         with pytest.raises(ValueError, match=message):
