@@ -193,7 +193,8 @@ ADVICE = {
 
 def _advice(error):
     first = describe(error)
+    said = re.sub(r"\S*/\S*", "", f"{first} {error}")  # not the names of folders
     for words, advice in ADVICE.items():
-        if re.search(words, f"{first} {error}", re.IGNORECASE):
+        if re.search(words, said, re.IGNORECASE):
             return f"{advice} ({first})"
     return first

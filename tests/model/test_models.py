@@ -313,11 +313,12 @@ def test_a_folder_that_is_no_model_says_what_would_be(tmp_path, files, said):
 
 def test_names_that_lead_nowhere_say_what_would(tmp_path, monkeypatch):
     """With peft an adapter would be loaded, without it overlooked: two models of one name."""
-    monkeypatch.setattr(loading, "cached_file", lambda source, file, **_: source == "some-one/tuned")
+    tuned = "some-one/tuned"
+    monkeypatch.setattr(loading, "cached_file", lambda source, *_, **__: source == tuned)
     for name, message in {
         "demo/gpt5": "'demo/gpt5': it is neither.*demo/gpt2, demo/llama2, demo/llama3",
-        str(tmp_path / "absent"): "it is neither a local folder nor",
-        "some-one/tuned": f"some-one/tuned {ADAPTER}",
+        str(tmp_path / "gated-401"): "it is neither a local folder nor",
+        tuned: f"{tuned} {ADAPTER}",
     }.items():
         with pytest.raises(ValueError, match=message):
             load_model(name, device="cpu")
