@@ -2,8 +2,8 @@
 
 * a unit of work, where its key is the same: see `store`;
 * a frame that one notebook saved for another, where `Study.inputs` are those it was made from: the
-  model's content, device, dtype, seed, facts, the settings of the localisation, and the code's
-  versions (`Study.save`, `Study.load`, `results`);
+  model's content, device, dtype, seed, facts, the settings of the localisation (not for
+  `queries`, which has them), and the code's versions (`Study.save`, `Study.load`, `results`);
 * the facts that a model knows, kept beside its results, where `Study.origin` (those inputs less the
   localisation), `known_prompts` and `facts_per_relation` are the same: see `known`;
 * a whole notebook, where its stamp holds its present cells, parameters, data, model, the code's
