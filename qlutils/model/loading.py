@@ -114,8 +114,10 @@ def find_device(device):
 
 
 def find_source(name):
-    """The folder of a model, or its Hugging Face id, there or not. A name that begins with demo/ is
-    never looked for on the Hub."""
+    """The folder of a model, or its Hugging Face id, there or not. ValueError: a name that begins
+    with demo/ and is no bundled model's."""
+    if name.startswith("demo/") and name not in BUNDLED:
+        raise ValueError(f"there is no bundled model {name!r}; bundled are {', '.join(BUNDLED)}")
     where = paths.model_folder(name)
     # transformers would take an adapter beside a GGUF file for the file's
     beside = where.parent if paths.is_gguf_path(name) else where
@@ -123,7 +125,7 @@ def find_source(name):
         _check_adapter(beside)
     if pretrained.is_gguf(name):
         return str(pretrained.folder(name))
-    return str(where) if name.startswith("demo/") or os.path.isdir(where) else name
+    return str(where) if os.path.isdir(where) else name
 
 
 # --- what may be read -----------------------------------------------------------------------------

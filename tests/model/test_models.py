@@ -316,7 +316,7 @@ def test_names_that_lead_nowhere_say_what_would(tmp_path, monkeypatch):
     tuned = "some-one/tuned"
     monkeypatch.setattr(loading, "cached_file", lambda source, *_, **__: source == tuned)
     for name, message in {
-        "demo/gpt5": "'demo/gpt5': it is neither.*demo/gpt2, demo/llama2, demo/llama3",
+        "demo/gpt5": "no bundled model 'demo/gpt5'.*demo/gpt2, demo/llama2, demo/llama3",
         str(tmp_path / "gated-401"): "it is neither a local folder nor",
         tuned: f"{tuned} {ADAPTER}",
     }.items():
