@@ -390,11 +390,11 @@ class Page(w.VBox):
             self._show_set()
 
 
-def explore(*args, **options):
-    """The explorer as a widget, for JupyterLab and VS Code: a `Page` with these arguments. Without
-    a front end, as under papermill, nothing is built and a line says so."""
+def explore(model="demo/gpt2", method="ig", data="demo", fact=None, output="default", t=0.2):
+    """The explorer as a widget, for JupyterLab and VS Code; see `Page`. Without a front end, as
+    under papermill, nothing is built and a line says so."""
     if has_front_end():
-        return Page(*args, **options)
+        return Page(model, method, data, fact, output, t)
     print(
         "The explorer is a widget: run this notebook in JupyterLab or VS Code. A fixed example is "
         "below."
