@@ -557,7 +557,8 @@ def test_ten_topics_are_told_of_each_model_what_was_run_and_what_holds_among_the
     )
     assert neurons == (
         "KNs: neurons with more than 0.2 of a query's largest score, by ig, with the paper's sum "
-        "of 20 steps (amig by another rule); what follows is of ig. Notebooks 01, 02, 03, 04, 05, 06, 07."
+        "of 20 steps (amig by another rule); what follows is of ig. "
+        "Notebooks 01, 02, 03, 04, 05, 06, 07."
     )
     topics = table.groupby("model")["topic"].nunique()
     assert topics.to_dict() == {"a": 10, "b": 10}  # c was not run
