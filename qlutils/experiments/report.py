@@ -351,13 +351,13 @@ def show_figure_4(saved, stem, threshold="static", seed=0):
             seed=seed,
         )
         tables.append(table.assign(model=saved.label(*pair)))
-    panels = dict(row="direction", control="as many random neurons")
     return _show_bars(
         saved.study,
         stem,
         tables,
         missing,
-        **panels,
+        row="direction",
+        control="as many random neurons",
     )
 
 
@@ -376,13 +376,14 @@ def show_figure_6(saved, stem, threshold="static", seed=0):
             seed=seed,
         )
         tables.append(table.assign(model=saved.label(*pair), quantity=quantity))
-    panels = dict(row="quantity", x="direction", control="synapses of an irrelevant query")
     return _show_bars(
         saved.study,
         stem,
         tables,
         missing,
-        **panels,
+        row="quantity",
+        x="direction",
+        control="synapses of an irrelevant query",
     )
 
 

@@ -367,14 +367,11 @@ def bars_with_intervals(frame, ax, *, x, hue, y="mean", base=0):
         color=colors.mask(drawn["hollow"], "white"),
         edgecolor=colors,
     )
-    ax.vlines(
-        middles,
-        drawn[low],
-        drawn[high],
-        color="black",
-        linewidth=0.7,
-    )
+    ax.vlines(middles, drawn[low], drawn[high], color="black", linewidth=0.7)
     ax.axhline(base, color="black", linewidth=0.6)
+    if not base and drawn[y].abs().max() > 10:  # of answers of tiny probability
+        ax.set_yscale("symlog", linthresh=1)
+        ax.yaxis.set_major_formatter("{x:g}")
     names = frame[x].unique()
     room = max(7, 50 // len(names) // ax.get_gridspec().ncols)  # letters of a line
     ticks = [textwrap.fill(_label(name), room, break_long_words=False) for name in names]
@@ -705,11 +702,7 @@ def rendered(fig, **options):
 def _small_png(fig):
     for dpi in (200, 150, 100):
         small = io.BytesIO()
-        image = (
-            Image.open(rendered(fig, format="png", dpi=dpi))
-            .convert("RGB")
-            .quantize(256, dither=Image.Dither.NONE)
-        )
+        image = Image.open(rendered(fig, format="png", dpi=dpi)).convert("RGB").quantize()
         image.save(
             small,
             format="png",

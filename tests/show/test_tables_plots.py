@@ -237,6 +237,10 @@ def test_bars_have_their_values_and_intervals_and_controls_are_hollow():
     assert edges == [plots.CLASS_COLORS[name] for name in ("I", "II", "I")]
     spans = [tuple(line[:, 1]) for line in ax.collections[0].get_segments()]
     assert spans == [(0.4, 0.6), (-0.3, -0.1), (1.05, 1.2)] and texts(ax.texts) == ["–"]
+    assert ax.get_yscale() == "linear"
+    frame[["mean", "mean_low", "mean_high"]] *= -20
+    ax = plots.bars_with_intervals(frame, plt.figure().subplots(), x="set", hue="class")
+    assert heights(ax) == [-10, 4, -20] and ax.get_yscale() == "symlog"
 
 
 def summarised(sets, counts, known=(0, 0)):
