@@ -185,6 +185,7 @@ ADVICE = {
     "`hf auth login`.",
     "safetensors": "only safetensors weights are read; convert the checkpoint or pick a revision "
     "that has them.",
+    "tokenizer": "its tokenizer is missing or cannot be read; save it beside the weights.",
     UNREACHABLE: "it is neither a local folder nor reachable on the Hugging Face Hub. Check the "
     "spelling and the network; offline, pass the folder of a downloaded copy, or a bundled model "
     f"({', '.join(BUNDLED)}).",

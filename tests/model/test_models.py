@@ -311,6 +311,14 @@ def test_a_folder_that_is_no_model_says_what_would_be(tmp_path, files, said):
         load_model(str(tmp_path))
 
 
+def test_a_folder_without_a_tokenizer_is_not_called_missing(tmp_path):
+    save_checkpoint(tmp_path, "llama2")
+    for file in tmp_path.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="its tokenizer is missing"):
+        load_model(str(tmp_path))
+
+
 def test_names_that_lead_nowhere_say_what_would(tmp_path, monkeypatch):
     """With peft an adapter would be loaded, without it overlooked: two models of one name."""
     tuned = "some-one/tuned"
