@@ -11,9 +11,9 @@ Run the study's notebooks: 01 for each model and method, 02 for each model, 03-0
 each model and downstream method, then the report. What is done is not run again."""
 EPILOG = """\
 Results: runs/<output>/results; executed notebooks: runs/<output>/notebooks; the report:
-runs/<output>/report.html. A run with a name has its tables and figures in figures/<output>, too.
-QLUTILS_RUNS moves runs, and figures beside it; QLUTILS_THREADS sets the threads of each process
-(default: the cores, divided by --jobs).
+runs/<output>/report.html. Of a run with a name the report copies tables and figures to
+figures/<output>. QLUTILS_RUNS moves runs, and figures beside it; QLUTILS_THREADS sets the
+threads of each process (default: the cores, divided by --jobs).
 
 `./run_all.sh test [pytest options]` runs the tests. Examples:
   ./run_all.sh --models demo/gpt2 --only 01 02
