@@ -353,10 +353,10 @@ def _own_fact(record):
         if not text.strip():
             raise ValueError(f"field 'prompts' holds {prompt!r}; a prompt is a text, not empty")
         check_text(prompt, "field 'prompts'")
-        if ANSWER in text:
+        if ANSWER in text or "[X]" in text:
             raise ValueError(
-                f"field 'prompts' has {prompt!r}, where text follows {ANSWER}, the answer's place: "
-                "a prompt ends there"
+                f"field 'prompts' has {prompt!r}, a pattern, or one where text follows {ANSWER}: "
+                "a prompt names its subject, and ends where the answer stands"
             )
         prompts.setdefault(continuation(unicodedata.normalize("NFC", prompt)), prompt)
     return Fact(*named, tuple(prompts.values()))

@@ -104,8 +104,14 @@ def attribute(
     16, 18). `rule`: quadrature over the path in `steps` steps, "right" being the paper's Riemann
     sum; "converged" takes gradients where the integral has not settled until no score moves by more
     than `tolerance` of the query's largest. `answer`: "all" averages the raw attribution over the
-    answer's tokens, "first" takes the first. Dense in memory, Q x L x N: for a handful of queries
-    (runs stream through `localize`). ValueError names the offending prompt, answer or parameter.
+    answer's tokens, "first" takes the first. `site`: the neurons are the inputs of the
+    down-projection, or "pre_activation" those of the activation function; `amig_factor`: Eq. 17
+    multiplies the gradients by w - b, as Eq. 16, or as printed by w. `row_budget`: at most so many
+    rows of single tokens in a batch, by default what the memory holds.
+
+    Returns an `Attribution`: `scores` (Q, L, N), `probability` (Q,) and more. Dense in memory: for
+    a handful of queries (runs stream through `localize`). ValueError names the offending prompt,
+    answer or parameter.
     """
     spec = Spec(method, steps, rule, answer, site, amig_factor, tolerance, row_budget)
     queries = lm.encode_all(prompts, answers)

@@ -69,8 +69,9 @@ def scale_neurons(lm, neurons, factor):
 
     In a bare `lm.model(...)` without a filled cache the whole input is the prompt, and its last
     position is scaled: pad on the left, right padding is refused. With a filled cache all that is
-    fed is "later". Contexts may be nested, and end as `with` ends them, the inner one first.
-    ValueError names a neuron outside the model. `attribute` cannot be used inside.
+    fed is "later". Contexts may be nested, where factors of the same neuron multiply, and end as
+    `with` ends them, the inner one first. ValueError names a neuron outside the model. `attribute`
+    cannot be used inside.
     """
     lm.check_ready()
     scaling = Scaling(Change(lm, neurons, factor))

@@ -38,15 +38,16 @@ def load_model(
     GGUF file.
 
     `device`: "cpu", "cuda", "cuda:1"; default: CUDA where there is one. `dtype`: "float64",
-    "float32", "bfloat16", "float16"; default: float32 on a CPU, the checkpoint's own on CUDA. Only
-    safetensors and GGUF are read and no code from a checkpoint is run. ValueError
-    (`UnsupportedModel` for a kind of model) says what to do.
+    "float32", "bfloat16", "float16"; default: float32 on a CPU, the checkpoint's own on CUDA. Both
+    may be torch's objects. Only safetensors and GGUF are read and no code from a checkpoint is run.
+    ValueError (`UnsupportedModel` for a kind of model) says what to do.
     """
     if not isinstance(name_or_path, (str, Path)) or not str(name_or_path).strip():
         raise ValueError(f"model must be a name or a folder, got {name_or_path!r}")
     name = str(name_or_path)
     device = find_device(device)
     if dtype is not None:
+        dtype = str(dtype).removeprefix("torch.")
         one_of("dtype", dtype, DTYPES)
     if name in BUNDLED or pretrained.is_gguf(name):  # loaded at once: a bar would be litter
         transformers.utils.logging.disable_progress_bar()
@@ -103,7 +104,7 @@ def find_device(device):
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reason = ""
-    if isinstance(device, str) and device.split(":")[0] in ("cpu", "mps", "cuda"):
+    if str(device).split(":")[0] in ("cpu", "mps", "cuda"):
         try:
             return torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:  # the latter: torch without CUDA

@@ -282,7 +282,8 @@ def test_a_folder_loads_as_the_model_that_was_saved(checkpoint):
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16", None])
 def test_the_dtype_is_the_one_asked_for_and_else_float32(tmp_path, dtype):
     saved = save_checkpoint(tmp_path, "gpt2", dtype=torch.bfloat16)
-    lm = load_model(saved, device="cpu", dtype=dtype)
+    given = getattr(torch, dtype) if dtype in ("float64", "float16") else dtype
+    lm = load_model(saved, device=torch.device("cpu"), dtype=given)
     assert {p.dtype for p in lm.model.parameters()} == {getattr(torch, dtype or "float32")}
     assert lm.score_dtype == (torch.float64 if dtype == "float64" else torch.float32)
 
