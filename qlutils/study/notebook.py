@@ -6,6 +6,7 @@ results go.
 Light on purpose: nothing here imports torch, so a notebook that only reads results starts at once.
 """
 
+import json
 import os
 import platform
 import time
@@ -72,7 +73,13 @@ class Study:
     def open(cls, notebook, namespace):
         """The study of a notebook, from its `globals()`; its tables show whole prompts."""
         pd.set_option("display.max_colwidth", 120)
-        return cls(notebook, **parameters_of(notebook, namespace))
+        study = cls(notebook, **parameters_of(notebook, namespace))
+        if (
+            "QLUTILS_COMMAND" not in os.environ
+        ):  # else the driver said which models labels tell apart
+            others = [*study.parameters.get("models", ()), *study.parameters.get("beside", ())]
+            os.environ["QLUTILS_MODELS"] = json.dumps([study.model or "", *others])
+        return study
 
     def beside(self, model, **changes):
         """This study for another model of the same run, to read its results; `changes`: other
