@@ -124,7 +124,9 @@ def null_consistency(queries, num_neurons=None, t=0.2, seed=0):
     queries = queries.reset_index(drop=True)
     patterns = []
     for row in queries.itertuples():
-        wording = subject_in(row.subject).sub("[X]", row.prompt)
+        wording, times = subject_in(row.subject).subn("[X]", row.prompt)
+        if not times:  # 法国 in 法国的首都, Frankreichs
+            wording = row.prompt.replace(row.subject, "[X]")
         patterns.append(f"{row.relation} {wording}")
     about = queries[["fact", "relation", "object"]].assign(pattern=patterns)
     codes = {name: pd.factorize(about[name])[0] for name in about}

@@ -102,10 +102,11 @@ def _plan(group, objects, draw):
 
 
 def _new_object(first, objects, rng):
-    """One of the relation's objects that the subject does not have; None where there is none."""
+    """One of the relation's objects that the subject does not have; None where there is none. None
+    that one of the subject's begins with: of "Nigeria" the model says "Niger" without any edit."""
     facts = objects.get_group(first["relation"])
-    own = facts.loc[facts["subject"] == first["subject"], "object"]
-    others = set(facts["object"]) - {first["object"], *own}
+    own = {first["object"], *facts.loc[facts["subject"] == first["subject"], "object"]}
+    others = [one for one in set(facts["object"]) if not any(has.startswith(one) for has in own)]
     return str(rng.choice(sorted(others))) if others else None
 
 

@@ -69,7 +69,8 @@ def edit_facts(
     Columns: fact, relation, subject, object, new_object, prompt (q_i), op, neurons, control,
     n_neurons; note, why an update cannot be made (its object cannot follow every prompt), and then
     no numbers; those of `_measures`; loc_new, the share of the known unrelated queries of another
-    object whose answer an update makes the new one; those of `_perplexities`. NaN: undefined."""
+    object, that does not begin with it, whose answer an update makes the new one; those of
+    `_perplexities`. NaN: undefined."""
     asked, notes = asked_of(lm, unit, ops, ppl_max_tokens)
     edits = [_edits(lm, plan, op, notes, options) for plan, op in product(unit, ops)]
     edits = pd.concat(edits, ignore_index=True).astype({"note": object})
@@ -90,7 +91,7 @@ def _passes(lm, plan, config):
     return len(plan["edits"]) * len(config["ops"]) * tokens / 2
 
 
-edit_facts.VERSION = 1
+edit_facts.VERSION = 2
 edit_facts.passes = _passes
 
 
@@ -237,6 +238,8 @@ def _shares_of_new_object(lm, changes, rows):
     Of an update to "New York" a query whose edited answer begins with "New" is scored with the
     answer "New York"; one that begins with "The" is not, and counts as no."""
     rows = rows.query("op == 'update' & kind == 'unrelated' & known & object != new_object")
+    pairs = zip(rows["greedy_before"], rows["goal"])
+    rows = rows[np.array([said[: len(goal)] != list(goal) for said, goal in pairs], bool)]
     begun = rows[rows["greedy"].str[0] == rows["goal"].str[0]]
     again = [(prompt, tuple(goal)) for (prompt, _), goal in zip(begun["query"], begun["goal"])]
     said = _scored(lm, changes, begun[["edit"]].assign(query=again))["exact"]

@@ -6,6 +6,7 @@ results go.
 Light on purpose: nothing here imports torch, so a notebook that only reads results starts at once.
 """
 
+import json
 import os
 import platform
 import time
@@ -19,13 +20,13 @@ import pandas as pd
 from qlutils import paths
 from qlutils.checks import METHODS
 from qlutils.facts import load_facts
-from qlutils.files import read_metadata, sha256, versions
+from qlutils.files import read_metadata, sha256, versions, write_json
 from qlutils.show.plots import save_figure
 from qlutils.show.tables import display_table, write_table
 from qlutils.study import identity, store
 from qlutils.study.known import known_facts
 from qlutils.study.parameters import check_values, parameters_of
-from qlutils.study.results import load_frame, save_frame, write_record
+from qlutils.study.results import load_frame, read_record, save_frame, write_record
 
 DEFAULTS = {
     "model": None,
@@ -72,7 +73,13 @@ class Study:
     def open(cls, notebook, namespace):
         """The study of a notebook, from its `globals()`; its tables show whole prompts."""
         pd.set_option("display.max_colwidth", 120)
-        return cls(notebook, **parameters_of(notebook, namespace))
+        study = cls(notebook, **parameters_of(notebook, namespace))
+        if (
+            "QLUTILS_COMMAND" not in os.environ
+        ):  # else the driver said which models labels tell apart
+            others = [*study.parameters.get("models", ()), *study.parameters.get("beside", ())]
+            os.environ["QLUTILS_MODELS"] = json.dumps([study.model or "", *others])
+        return study
 
     def beside(self, model, **changes):
         """This study for another model of the same run, to read its results; `changes`: other
@@ -205,9 +212,22 @@ class Study:
         done["seconds"] = round(done["seconds"] + time.time() - start, 2)
         return frame
 
+    def _begin(self):
+        """Before a result is written: where the notebook ran with other parameters, its record and
+        its stamp go, as until it ends what is there is of both runs."""
+        path = self.results / "run.json"
+        entries = read_record(path)
+        entry = entries.pop(self.notebook, None)
+        if entry and sha256(entry["parameters"]) != sha256(self.parameters):
+            write_json(path, entries)
+            parts = [self.notebook, self.model and paths.slug(self.model), self.method]
+            name = "--".join(filter(None, parts))
+            (self.root / "notebooks" / f"{name}.json").unlink(missing_ok=True)
+
     def save(self, frame, name, **more):
         """Keep a DataFrame as `<results>/<name>.parquet` for other notebooks, with what it was made
         from (and `more`)."""
+        self._begin()
         save_frame(
             frame,
             self.results / f"{name}.parquet",
@@ -246,6 +266,7 @@ class Study:
         """Write a table as CSV, Markdown and LaTeX under `results`; returns it as shown, for
         display. The path of a local model becomes its label. Where a run takes known facts only,
         its note says so."""
+        self._begin()
         if self.model:
             caption = caption.replace(self.model, self.label)
         if "model" in frame:
@@ -256,6 +277,7 @@ class Study:
 
     def figure(self, figure, stem, data):
         """Write a figure as PNG and PDF and its numbers as CSV under `results`."""
+        self._begin()
         save_figure(figure, stem, self.results, data)
 
     def record(self, **extra):

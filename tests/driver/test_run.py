@@ -503,6 +503,16 @@ def test_given_values_win_none_means_all_and_a_notebook_can_be_opened_again(open
     assert opened(declared, **given, study=object(), present=5) == values
 
 
+def test_a_notebook_without_the_driver_tells_models_apart(tmp_path, monkeypatch, runs):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("QLUTILS_COMMAND", raising=False)
+    monkeypatch.setenv("QLUTILS_MODELS", "[]")  # as it was afterwards
+    models = [str(tmp_path / folder / "last") for folder in "ab"]
+    write_notebook(tmp_path, "report", "models = []")
+    study = Study.open("report", {"models": models})
+    assert [study.beside(model).label for model in models] == ["a/last", "b/last"]
+
+
 def test_a_plan_costs_what_the_options_ask_for_and_each_model_and_method_once(
     books, runs, capsys, monkeypatch
 ):

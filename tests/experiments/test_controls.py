@@ -48,6 +48,14 @@ def test_null_groups_share_what_their_kind_says(pattern_and_object):
     assert set(found["kind"]) == set(controls.NULLS) and len(found) == 12 * len(controls.NULLS)
 
 
+def test_a_wording_is_one_whether_or_not_spaces_set_its_subject_apart(pattern_and_object):
+    joined = pattern_and_object["prompt"].str.replace(" ", "")  # as in 法国的首都是
+    found, same = map(
+        controls.null_consistency, (pattern_and_object, pattern_and_object.assign(prompt=joined))
+    )
+    pd.testing.assert_frame_equal(found, same)
+
+
 def test_a_null_group_that_cannot_be_made_is_counted_not_invented(pattern_and_object):
     found = controls.summarise(controls.null_consistency(pattern_and_object.head(4), 100))
     n = dict.fromkeys(controls.NULLS, 0) | {"own": 1, "random": 1}

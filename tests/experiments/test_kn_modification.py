@@ -114,6 +114,18 @@ def test_what_is_drawn_is_what_the_study_asks_for(planned):
         assert len(set(plan["texts"])) == 2
 
 
+def test_no_new_object_is_the_beginning_of_the_old_one():
+    """Which an update would be said to give, edit or no edit."""
+    names = ["New York City", "New York", "Rome"]
+    rows = [query_row(f"R|s{name}|{name}", k, [(0, 1)]) for name in names for k in range(2)]
+    queries = pd.DataFrame(rows)
+    facts = [Fact("R", f"s{name}", name, ("a", "b")) for name in names]
+    for seed in range(8):
+        options = dict(num_neurons=4, n_locality=1, ppl_entries=0, seed=seed)
+        plans, _ = plan_edits(queries, facts, **options)
+        assert plans[0]["new_object"] == "Rome"
+
+
 def test_draws_are_seeded_fact_by_fact(planned):
     lm, queries, plans = planned
     texts = plans[0]["texts"] * 2
@@ -142,7 +154,9 @@ def perplexities(lm, texts):
 def by_hand(lm, plan, edit, op, clean):
     """An edit's measures, by editing the weights and generating one query at a time."""
     goal = plan["object"] if op == "erase" else plan["new_object"]
-    elsewhere = [q for q in plan["locality"] if q["known"] and q["object"] != plan["new_object"]]
+    new = f"{plan['new_object']} "
+    others = [q for q in plan["locality"] if not f"{q['object']} ".startswith(new)]
+    elsewhere = [q for q in others if q["known"]]
     own = [dict(prompt=prompt) for prompt in plan["prompts"]]
     before = perplexities(lm, plan["texts"])
     objects = dict(old=ids(plan["object"]), new=ids(plan["new_object"]))

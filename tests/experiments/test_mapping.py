@@ -184,6 +184,13 @@ def test_contrast_pairs_queries_and_leaves_out_those_without_both():
         assert tables.verdict(dict(mean=low, mean_low=low, mean_high=low + 0.3)) == said
 
 
+def test_a_token_is_in_the_subject_with_or_without_its_space_and_nowhere_if_that_is_missing():
+    queries = pd.DataFrame(dict(fact="f", prompt_index=range(4), subject=["France"] * 3 + ["Gaul"]))
+    queries["prompt"] = "The capital of France is"
+    winners = queries[["fact", "prompt_index"]].assign(at_rest=[14, 15, 21, 0])
+    assert effects.inside_subject(winners, queries).tolist() == [True, True, False, False]
+
+
 def test_predominance_and_the_most_attended_tokens_by_hand():
     """Three queries, as `attend` tells of them (its own test is change/test_synapses.py)."""
     winners = dict(fact="f", relation="R", column=[0, 1, 2], first_share=0.5, share=[0.6, 0.4, 0.2])

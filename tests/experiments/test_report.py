@@ -19,6 +19,7 @@ from qlutils import paths, run
 from qlutils.experiments import claims, controls, in_short, report
 from qlutils.experiments.consistency import classified_facts, otsu_null
 from qlutils.facts import load_facts
+from qlutils.files import write_json
 from qlutils.show import page
 from qlutils.study.notebook import Study
 from qlutils.study.results import Missing
@@ -116,6 +117,18 @@ def test_only_results_of_these_facts_and_settings_are_read(runs, queries):
         the_run().frame("demo/gpt2", "sig", "queries")
     with pytest.raises(Missing, match="there is no model 'demo/none'"):
         the_run().entry("01", "demo/none", "ig")
+
+
+def test_what_a_rerun_with_other_parameters_began_is_not_read_as_the_run_before(runs, queries):
+    save_queries(queries)
+    again = study_of("demo/gpt2", notebook=report.NOTEBOOKS["01"])
+    stamp = again.root / "notebooks" / "01_localize--demo--gpt2--ig.json"
+    write_json(stamp, {})
+    again.parameters |= dict(steps=20, rule="converged")
+    again.table(queries[["fact"]], "localisation")  # and was stopped there
+    with pytest.raises(Missing, match="notebook 01 was not run"):
+        the_run().file("01", "localisation.csv", "demo/gpt2", "ig")
+    assert not stamp.exists()
 
 
 def test_settings_that_differ_between_models_or_methods_are_told(runs):

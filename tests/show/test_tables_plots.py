@@ -226,6 +226,14 @@ def test_figure_5_has_a_row_a_threshold_that_divides_the_facts(otsu, label, high
     assert right.get_title() == "without the first token"
 
 
+def test_figure_5_keeps_models_apart_whose_names_end_alike():
+    facts = pd.DataFrame(dict(fact=range(4), relation="P17", n_queries=4, class_otsu=None))
+    facts = facts.assign(predominance=0.5, predominance_rest=0.5, class_static="I")
+    both = pd.concat([facts.assign(model=name) for name in ("demo/gpt2", "gpt2")])
+    fig, _ = plots.figure_predominance(both)
+    assert [ax.get_ylabel().split("\n")[0] for ax in fig.axes[::2]] == ["demo/gpt2", "gpt2"]
+
+
 def test_bars_have_their_values_and_intervals_and_controls_are_hollow():
     frame = pd.DataFrame({"set": ["own", "own", "others'", "others'"], "class": ["I", "II"] * 2})
     frame["mean"], frame["hollow"] = [0.5, -0.2, 1, np.nan], [False, True, False, False]
