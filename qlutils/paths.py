@@ -77,6 +77,16 @@ def slug(model):
     return re.sub(r"[^\w.-]", "_", name.replace("/", "--")).lstrip(".") or "_"
 
 
+def job_name(notebook, model, method):
+    """Of an executed notebook and its stamp, without suffix."""
+    return "--".join(filter(None, [notebook, model and slug(model), method]))
+
+
+def stamp_file(root, name):
+    """What says of which inputs a job's results are, see `driver.stamps`."""
+    return root / "notebooks" / f"{name}.json"
+
+
 def label(model, among=None):
     """Name of a model in tables and figures.
 

@@ -38,8 +38,7 @@ class Job:
     @property
     def name(self):
         """Of the executed notebook and the stamp, without suffix."""
-        parts = [self.notebook.stem, self.model and paths.slug(self.model), self.method]
-        return "--".join(filter(None, parts))
+        return paths.job_name(self.notebook.stem, self.model, self.method)
 
     @property
     def label(self):

@@ -135,7 +135,7 @@ def _run_one(job, run, env, scratch):
     inputs = stamps.inputs_of(job, run.root, run.facts)
     if stamps.is_done(run.root, job.name, inputs):
         return "cached"
-    stamps.path_of(run.root, job.name).unlink(missing_ok=True)
+    paths.stamp_file(run.root, job.name).unlink(missing_ok=True)
     output = run.root / "notebooks" / f"{job.name}.ipynb"
     progress = str(scratch / job.name)
     alone = run.at_once == 1 or job.is_of(LAST)

@@ -8,6 +8,7 @@ import os
 
 from qlutils.facts import text_file
 from qlutils.files import sha256, write_json
+from qlutils.paths import stamp_file
 from qlutils.study import identity
 
 
@@ -27,15 +28,10 @@ def inputs_of(job, root, facts):
     }
 
 
-def path_of(root, name):
-    """The stamp of a job."""
-    return root / "notebooks" / f"{name}.json"
-
-
 def read_stamp(root, name):
     """A job's stamp; {} where there is none, or half of one."""
     try:
-        return json.loads(path_of(root, name).read_bytes())
+        return json.loads(stamp_file(root, name).read_bytes())
     except (OSError, ValueError):
         return {}
 
@@ -43,7 +39,7 @@ def read_stamp(root, name):
 def write_stamp(root, name, inputs, files):
     """Say which files a job made from its inputs."""
     outputs = [file.relative_to(root).as_posix() for file in files]
-    write_json(path_of(root, name), {"inputs": inputs, "outputs": outputs})
+    write_json(stamp_file(root, name), {"inputs": inputs, "outputs": outputs})
 
 
 def is_done(root, name, inputs):

@@ -279,14 +279,14 @@ def top_tokens(winners):
 
 
 def inside_subject(winners, queries):
-    """(rows of `winners`,) whether the most attended token but the first begins in the subject; no
-    where the prompt does not hold the subject as it is written."""
+    """Whether the most attended token but the first begins in the subject, for each row of
+    `winners`; no where the prompt does not hold the subject as it is written."""
     keys = ["fact", "prompt_index"]
     rows = winners[[*keys, "at_rest"]].merge(queries[[*keys, "prompt", "subject"]], on=keys)
     found = []
     for row in rows.itertuples():
-        rest = row.prompt[row.at_rest :]
-        first = row.at_rest + len(rest) - len(rest.lstrip())  # some decoders drop a token's space
+        rest = row.prompt[row.at_rest :].lstrip()  # some decoders drop a token's space
+        first = len(row.prompt) - len(rest)
         start = row.prompt.find(row.subject)
         found.append(0 <= start <= first < start + len(row.subject))
     return np.array(found)

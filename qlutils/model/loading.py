@@ -67,6 +67,13 @@ def load_model(
             f"model {name!r} is incomplete: its weights lack "
             f"{', '.join(sorted(info['missing_keys'])[:5])}"
         )
+    modules = tuple({f"{one.rpartition('.')[0]}." for one, _ in model.named_parameters()})
+    left = sorted(key for key in info["unexpected_keys"] if key.startswith(modules))
+    if left:  # a bias that config.json denies, an adapter: another model than was saved
+        raise ValueError(
+            f"model {name!r} would be read without some weights of its layers: "
+            f"{', '.join(left[:5])}. Merge an adapter first; is its config.json right?"
+        )
     return LanguageModel(model.to(device), tokenizer, name)
 
 

@@ -74,9 +74,8 @@ class Study:
         """The study of a notebook, from its `globals()`; its tables show whole prompts."""
         pd.set_option("display.max_colwidth", 120)
         study = cls(notebook, **parameters_of(notebook, namespace))
-        if (
-            "QLUTILS_COMMAND" not in os.environ
-        ):  # else the driver said which models labels tell apart
+        # which models `paths.label` tells apart; the driver has said so already
+        if "QLUTILS_COMMAND" not in os.environ:
             others = [*study.parameters.get("models", ()), *study.parameters.get("beside", ())]
             os.environ["QLUTILS_MODELS"] = json.dumps([study.model or "", *others])
         return study
@@ -220,9 +219,8 @@ class Study:
         entry = entries.pop(self.notebook, None)
         if entry and sha256(entry["parameters"]) != sha256(self.parameters):
             write_json(path, entries)
-            parts = [self.notebook, self.model and paths.slug(self.model), self.method]
-            name = "--".join(filter(None, parts))
-            (self.root / "notebooks" / f"{name}.json").unlink(missing_ok=True)
+            name = paths.job_name(self.notebook, self.model, self.method)
+            paths.stamp_file(self.root, name).unlink(missing_ok=True)
 
     def save(self, frame, name, **more):
         """Keep a DataFrame as `<results>/<name>.parquet` for other notebooks, with what it was made

@@ -363,9 +363,26 @@ def without_a_tensor(path):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def with_a_tensor(name):
+    def spoil(path):
+        tensors = load_file(path) | {name: torch.ones(4)}
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return spoil
+
+
+def test_weights_of_what_the_model_does_not_have_are_no_matter(tmp_path):
+    save_checkpoint(tmp_path, "llama2")
+    with_a_tensor("model.layers.0.self_attn.rotary_emb.inv_freq")(tmp_path / "model.safetensors")
+    with_a_tensor("mtp.layers.0.weight")(tmp_path / "model.safetensors")
+    load_model(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "spoil, said",
     [
+        (with_a_tensor("model.layers.0.mlp.down_proj.bias"), "without .*0.mlp.down_proj.bias"),
+        (with_a_tensor("model.layers.1.mlp.up_proj.lora_A.weight"), "without .*up_proj.lora_A"),
         (cut_short, "could not load model"),
         (without_a_tensor, "incomplete.*model.layers.1.mlp.down_proj.weight"),
     ],
