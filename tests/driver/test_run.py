@@ -447,7 +447,7 @@ units.without_model()
 study.run(units.signed, units.UNITS, dict(log={str(tmp_path / "log")!r}, pause=0.4))"""
     write_localize(books, work)
     drive("--methods", "ig", "--only", "01", "02")
-    first = r"\[0/2\] 0 min, at work: 01_localize tiny model ig"
+    first = r"\[0/2\] \d min, at work: 01_localize tiny model ig"
     done = [f" {n}/4 units, {r'[?]' if n == 0 else '[0-9:]+'} left" for n in range(4)]
     last = r"\[1/2\] \d min, at work: 02_consistency tiny model"
     for line in (first, *(first + one for one in done), last):
