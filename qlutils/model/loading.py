@@ -62,6 +62,13 @@ def load_model(
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    _check_whole(name, model, info)
+    return LanguageModel(model.to(device), tokenizer, name)
+
+
+def _check_whole(name, model, info):
+    """ValueError where the checkpoint lacks weights or some would not be read; `info` is what
+    transformers says of it."""
     if info["missing_keys"]:  # transformers would fill them with random numbers and only warn
         raise ValueError(
             f"model {name!r} is incomplete: its weights lack "
@@ -74,7 +81,6 @@ def load_model(
             f"model {name!r} would be read without some weights of its layers: "
             f"{', '.join(left[:5])}. Merge an adapter first; is its config.json right?"
         )
-    return LanguageModel(model.to(device), tokenizer, name)
 
 
 def fetch_model(name):

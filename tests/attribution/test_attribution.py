@@ -283,8 +283,10 @@ def test_a_batch_of_mixed_lengths_equals_one_query_at_a_time(family, method, rul
             spec = replace(spec, row_budget=1)
         alone = [attribute_encoded(lm, [query], spec) for query in queries]
     one_by_one = lambda name: torch.cat([getattr(one, name) for one in alone])  # noqa: E731
-    assert relative(together.scores, one_by_one("scores")) <= 1e-12
-    assert relative(together.completeness_gap, one_by_one("completeness_gap")) <= 1e-9
+    # the last bit, which a batch's shape may move, can decide whether a piece is halved once more
+    bound = 1e-6 if rule == "converged" else 1e-12
+    assert relative(together.scores, one_by_one("scores")) <= bound
+    assert relative(together.completeness_gap, one_by_one("completeness_gap")) <= max(bound, 1e-9)
     torch.testing.assert_close(together.probability, one_by_one("probability"), rtol=1e-12, atol=0)
     assert torch.equal(together.known, one_by_one("known"))
 
