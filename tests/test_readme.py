@@ -573,7 +573,7 @@ def gaps_by_size():
             for gap in csv.DictReader(file):
                 if gap["facts"] == "all facts" and gap["metric"] in ("gen", "loc"):
                     if gap["difference_low"]:
-                        yield gap
+                        yield gap | {"model": of(path.parts[-4], path.parts[-3])}
 
 
 def sentences():
@@ -604,9 +604,10 @@ def sentences():
             erased = row(own, "amig/table3", **ALL, op="erasure", neurons=neurons)
             kept.append(share(erased, "loc"))
     yield "{} of other facts stay in SmolLM2 (random: {}), {} in Gemma".format(*kept[:3])
-    few = (row(of(FEW, one), "amig/table2", **erased_local) for one in (SMALL, LARGE))
-    kept = [share(one, "loc") for one in few]
-    yield f"of *any fact* {' and '.join(kept).replace(' %', '', 1)}"
+    few = [of(FEW, model) for model in (SMALL, LARGE)]
+    kept = [share(row(own, "amig/table2", **erased_local), "loc") for own in few]
+    asked = " and ".join(row(own, "amig/localisation")["n_known"] for own in few)
+    yield f"of *any fact* {' and '.join(kept).replace(' %', '', 1)} (of {asked} queries)"
     others = {}
     for method, model in product(("ig", "sig"), (SMALL, LARGE)):
         erased = row(of(ANY, model), f"{method}/table2", **erased_local)
@@ -672,7 +673,10 @@ def sentences():
         if not float(gap["difference_low"]) <= 0 <= float(gap["difference_high"])
     ]
     least, *_, most = sorted(float(gap["difference"]) for gap in clear)
-    yield f"Of {len(every)} such gaps of all runs {len(clear)} can be told, gains of {least:.2f} to {most:.2f}"
+    told_of_few = sum(gap["model"] == of(FEW, SMALL) for gap in clear)
+    asked = row(of(FEW, SMALL), "amig/localisation")["n_known"]
+    counted = f"{len(clear)} can be told ({ {2: 'two'}[told_of_few] } on {asked} queries)"
+    yield f"Of {len(every)} such gaps of all runs {counted}, gains of {least:.2f} to {most:.2f}"
     relations = told(r"relations resampled .*: (.*?) \(")
     yield "relations resampled, CS2 is {} and {}".format(*relations)
     where = dict(model="demo/gpt2", method="ig", threshold="static")
