@@ -49,7 +49,8 @@ if [ "${1:-}" = test ]; then
     shift
     install "[test]"
     cd "$here"
-    exec "$python" -m pytest -n 2 --dist loadfile "$@"  # a later -n overrides
+    # three workers for two cores: many tests wait for processes they start (a later -n overrides)
+    exec "$python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
 fi
 [ "$managed" = no ] || install ""
 # Whatever the locale: names of folders and models go into notebooks and records, which are UTF-8.

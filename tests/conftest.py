@@ -12,7 +12,12 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the long variants")
 
 
+# Files that take minutes: begun first, so that no worker is left alone with one at the end.
+LONG = ("test_run", "test_notebooks", "test_kills", "test_readme", "test_report", "test_demo")
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     if not config.getoption("--slow"):
         skip = pytest.mark.skip(reason="long variant: give --slow")
         for item in items:

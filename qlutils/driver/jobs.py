@@ -49,6 +49,12 @@ class Job:
         """Whether this is the notebook with a number, or the report."""
         return self.notebook.stem.startswith(number)
 
+    def overlaps(self, other):
+        """Whether both may write into one folder, or one reads what the other makes; 02 is of all
+        methods, the report of all models."""
+        pairs = (self.model, other.model), (self.method, other.method)
+        return all(None in pair or pair[0] == pair[1] for pair in pairs)
+
     def reads(self, other):
         """Whether this job reads what another made: the report of all, the others of 01."""
         if self.is_of(LAST):

@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 from qlutils import paths
 from qlutils.driver import stamps
 from qlutils.driver.execute import execute, kernel_environment
-from qlutils.driver.jobs import FIRST, LAST
+from qlutils.driver.jobs import LAST
 from qlutils.experiments.report import publish
 from qlutils.files import versions, write_json
 from qlutils.study import identity
@@ -77,56 +77,47 @@ def run_jobs(run, scheduler=None):
 
 
 def _run_all(run, env, scratch):
-    """Run the jobs, stage after stage; a line a minute says how far they are."""
+    """Run the jobs, each once those before it that it overlaps with have ended; a line a minute
+    says how far they are."""
+    left = list(run.jobs)
+    begun = {}  # future: its job
     with ThreadPoolExecutor(run.at_once) as pool:
         try:
-            for lanes in stages(run.jobs):
-                running = [pool.submit(_run_lane, lane, run, env, scratch) for lane in lanes]
-                while wait(running, LOG_SECONDS).not_done:
+            while left:
+                for place, job in enumerate(left):
+                    if job not in begun.values() and not any(map(job.overlaps, left[:place])):
+                        begun[pool.submit(_run_job, job, run, env, scratch)] = job
+                ended = wait(begun, LOG_SECONDS, FIRST_COMPLETED).done
+                for future in ended:
+                    future.result()
+                    left.remove(begun.pop(future))
+                if not ended:
                     told = ", ".join(_at_work(job, scratch) for job in run.jobs_of("running"))
                     run.say(f"{(time.time() - run.started) / 60:.0f} min, at work: {told}")
-                for lane in running:
-                    lane.result()
         finally:
             for kind in SIGNALS:  # a second one would lose the record of what was done
                 signal.signal(kind, signal.SIG_IGN)
             run.stop.set()
 
 
-def stages(jobs):
-    """The jobs in stages that wait for one another: notebook 01, 02, the others, the report. A
-    stage is a list of lanes that may run side by side; jobs of one lane follow one another.
-
-    Others of one model and method are a lane: they write into one folder, and make what 01 did not
-    when they first need it."""
-    found = {}
-    for job in jobs:
-        alone = [number for number in (FIRST, paths.COMPARES, LAST) if job.is_of(number)]
-        lanes = found.setdefault("".join(alone), {})
-        lanes.setdefault((job.model, job.method), []).append(job)
-    return [list(lanes.values()) for lanes in found.values()]
-
-
-def _run_lane(jobs, run, env, scratch):
-    """Run jobs one after the other, and say how each went."""
-    for job in jobs:
-        failed = {other.name for other in run.jobs_of("failed")}
-        if run.stop.is_set():
-            return
-        if job.needs and failed.issuperset(job.needs) and not job.is_of(LAST):
-            job.problem = f"{', '.join(job.needs)} failed"
-            continue
-        start = time.time()
-        job.status = "running"
-        try:
-            status = _run_one(job, run, env, scratch)
-        except (ValueError, OSError) as error:  # of this job; the others can still run
-            stopped = run.stop.is_set()
-            status, job.problem = ("stopped", "") if stopped else ("failed", str(error))
-        job.status = status
-        job.seconds = round(time.time() - start, 1)
-        problem = f": {job.problem}" if job.problem else ""
-        run.say(f"{job.label}: {status}, {job.seconds} s{problem}")
+def _run_job(job, run, env, scratch):
+    """Run a job, and say how it went."""
+    failed = {other.name for other in run.jobs_of("failed")}
+    if run.stop.is_set():
+        return
+    if job.needs and failed.issuperset(job.needs) and not job.is_of(LAST):
+        job.problem = f"{', '.join(job.needs)} failed"
+        return
+    start = time.time()
+    job.status = "running"
+    try:
+        job.status = _run_one(job, run, env, scratch)
+    except (ValueError, OSError) as error:  # of this job; the others can still run
+        stopped = run.stop.is_set()
+        job.status, job.problem = ("stopped", "") if stopped else ("failed", str(error))
+    job.seconds = round(time.time() - start, 1)
+    problem = f": {job.problem}" if job.problem else ""
+    run.say(f"{job.label}: {job.status}, {job.seconds} s{problem}")
 
 
 def _run_one(job, run, env, scratch):

@@ -240,7 +240,7 @@ def test_bad_input_is_named_before_anything_starts(books, model, runs, capsys, b
     assert said in capsys.readouterr().err and not (runs / "default" / "notebooks").exists()
 
 
-def test_jobs_in_stages_and_lanes_each_with_its_parameters_and_what_it_reads(books, model, runs):
+def test_each_job_has_its_parameters_what_it_reads_and_what_it_waits_for(books, model, runs):
     for stem in ("03_editing", "04_mapping"):
         write(books, stem, PARAMETERS)
     write_notebook(books, "report", "output = 'default'")
@@ -250,15 +250,15 @@ def test_jobs_in_stages_and_lanes_each_with_its_parameters_and_what_it_reads(boo
     brief = {}
     for job in jobs:
         brief[job.name] = f"{job.notebook.stem[:2]} {Path(job.model or '').name} {job.method}"
-    stages = running.stages(jobs)
-    found = [[[brief[job.name] for job in lane] for lane in lanes] for lanes in stages]
-    names = ("tiny model", "other")
-    assert found == [
-        [[f"01 {name} {method}"] for name in names for method in ("ig", "amig")],
-        [[f"02 {name} None"] for name in names],
-        [[f"{number} {name} amig" for number in ("03", "04")] for name in names],
-        [["re  None"]],
-    ]
+    waits = {}
+    for place, job in enumerate(jobs):
+        waits[brief[job.name]] = [brief[one.name] for one in jobs[:place] if job.overlaps(one)]
+    for name in ("tiny model", "other"):
+        ig, amig, both = f"01 {name} ig", f"01 {name} amig", f"02 {name} None"
+        assert waits[ig] == waits[amig] == [] and waits[both] == [ig, amig]
+        assert waits[f"03 {name} amig"] == [amig, both]
+        assert waits[f"04 {name} amig"] == [amig, both, f"03 {name} amig"]
+    assert waits["re  None"] == list(waits)[:-1] and len(waits) == 11
     assert jobs[0].parameters["facts_per_relation"] is None
     assert jobs[-1].parameters == {"output": "default"} and len(jobs[-1].needs) == 10
     assert jobs[4].parameters["methods"] == ["ig", "amig"] and "method" not in jobs[4].parameters
@@ -380,6 +380,20 @@ for _ in range(20):
     write(books, "04_more", PARAMETERS, alone)
     rows = drive("--only", "01", "02", "03", "04", "--jobs", "3")
     assert statuses(rows) == 5 * ["done"]
+
+
+def test_a_model_goes_on_while_another_is_still_localised(books, model, drive, tmp_path):
+    edited = str(books / "edited")
+    slow = f"""
+import time
+until = time.time() + 60
+while study.model.endswith('slow') and not os.path.exists({edited!r}):
+    assert time.time() < until
+    time.sleep(0.02)"""
+    write_localize(books, slow)
+    write(books, "03_edit", PARAMETERS, f"open({edited!r}, 'w').close()")
+    models = ["--models", model, save_checkpoint(tmp_path / "slow"), "--methods", "ig"]
+    assert statuses(drive(*models, "--only", "01", "03", "--jobs", "2")) == 4 * ["done"]
 
 
 def test_what_needs_a_failed_job_is_not_run_and_a_path_that_cannot_be_written_fails_alone(
