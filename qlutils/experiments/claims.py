@@ -144,22 +144,10 @@ class Case:
         return with_classes(frame[made], self.facts())
 
     def mean(self, frame, value, share=False):
-        return bootstrap_mean(
-            frame,
-            value,
-            seed=self.seed,
-            share=share,
-        )
+        return bootstrap_mean(frame, value, seed=self.seed, share=share)
 
     def apart(self, frame, value, by, levels, share=False):
-        return bootstrap_difference(
-            frame,
-            value,
-            by,
-            levels,
-            seed=self.seed,
-            share=share,
-        )
+        return bootstrap_difference(frame, value, by, levels, seed=self.seed, share=share)
 
     def second_class(self):
         """The share of K_II."""
