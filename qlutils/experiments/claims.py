@@ -144,22 +144,10 @@ class Case:
         return with_classes(frame[made], self.facts())
 
     def mean(self, frame, value, share=False):
-        return bootstrap_mean(
-            frame,
-            value,
-            seed=self.seed,
-            share=share,
-        )
+        return bootstrap_mean(frame, value, seed=self.seed, share=share)
 
     def apart(self, frame, value, by, levels, share=False):
-        return bootstrap_difference(
-            frame,
-            value,
-            by,
-            levels,
-            seed=self.seed,
-            share=share,
-        )
+        return bootstrap_difference(frame, value, by, levels, seed=self.seed, share=share)
 
     def second_class(self):
         """The share of K_II."""
@@ -214,7 +202,11 @@ class Case:
         if self.before is None:
             raise Missing("it needs a smaller model, earlier in the list, to compare with")
         facts = self.facts()
-        smaller = replace(self, model=self.before).facts()
+        name = paths.label(self.before)
+        try:
+            smaller = replace(self, model=self.before).facts()
+        except Missing as missing:
+            raise Missing(f"{name}: {missing}") from None
         both = pd.concat({"larger": facts, "smaller": smaller}, names=["side"]).reset_index("side")
         both["second"] = second_class(both, "static")
         static = self.apart(
@@ -226,7 +218,6 @@ class Case:
         )
         otsu = difference_of_shares(facts, smaller, self.seed)
         cs2 = self.apart(both, "cs2", "side", ("smaller", "larger"))
-        name = paths.label(self.before)
         yield part(static, f"share of K_II less that of {name}", "more K_II", "static")
         yield part(otsu, f"share of K_II less that of {name}", "more K_II", "otsu")
         yield part(cs2, f"CS2 of {name} less CS2", "lower CS")
@@ -255,9 +246,11 @@ class Case:
             own = edits[edits["op"] == op].rename(columns={f"class_{threshold}": "class"})
             own = own[(own[column] == kept) & own[by].isin(levels)]
             why = ""
-            if not own["rel"].any():  # sets that do nothing are alike
-                why = "no edit changes its own query's answer (Rel is 0)"
-            elif measure == "broken" and not own["broken"].any():
+            broken = own["broken"].any()
+            idle = own["rel"].count() >= LEAST and not own["rel"].any()
+            if idle and (measure in ("gen", "avg") or not broken):  # sets that do nothing are alike
+                why = "no edit does to its own query what it should (Rel is 0)"
+            elif measure == "broken" and not broken:
                 why = "no edit breaks a text"
             found = self.apart(
                 own,

@@ -170,7 +170,7 @@ class Reading(Case):
             parts = deciding(self.board[self.board["claim"] == number]).to_dict("records")
             times = min(times_the_facts(CLAIMS[number], row) for row in parts)
             if times < np.inf:
-                needs[number] = float(f"{times * facts:.2g}")
+                needs[number] = max(facts + 1, float(f"{times * facts:.2g}"))
             else:
                 never.append(number)
         return needs, never
@@ -182,9 +182,9 @@ def percent(value, low, high):
 
 
 def hundred(share):
-    """A share in percent, below one with a decimal."""
-    text = f"{100 * share:.{1 if abs(share) < 0.0095 else 0}f}"
-    return text if float(text) else "0"
+    """A share in percent, with a decimal within one of 0 or 100: 0.4, 99.6."""
+    digits = abs(share - round(share)) < 0.0095
+    return f"{100 * share:z.{digits:d}f}".removesuffix(".0")
 
 
 def more(value, low, high):

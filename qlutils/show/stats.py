@@ -146,15 +146,15 @@ def bootstrap_difference(
     certain = share and any(_all_or_nothing(side, value) for side in sides)
     if certain and not np.isnan(found.mean_low):
         own = [bootstrap_mean(side, value, draws, seed, share=True) for side in sides]
-        low, high = _newcombe(*own, _correlation(*sides, value))
+        low, high = _newcombe(*own, _correlation(sides, value))
         found = replace(found, mean_low=low, mean_high=high)
     return found
 
 
 def _all_or_nothing(frame, value):
-    """Whether each fact has one value, 0 or 1."""
+    """Whether each fact that has a value has one, 0 or 1."""
     kept = frame.dropna(subset=value)
-    return len(kept) > 0 and kept["fact"].is_unique and kept[value].isin([0, 1]).all()
+    return kept["fact"].is_unique and kept[value].isin([0, 1]).all()
 
 
 def _newcombe(one, two, correlation):
@@ -171,12 +171,12 @@ def _newcombe(one, two, correlation):
     return gap - below, gap + above
 
 
-def _correlation(one, two, value):
-    """Correlation of two sides over the facts that both have; 0 without such facts or where a side
-    is constant."""
-    first = one.groupby("fact")[value].mean()
-    second = two.groupby("fact")[value].mean()
-    return np.nan_to_num(first.corr(second, min_periods=2))
+def _correlation(sides, value):
+    """Correlation of the means of two sides: that over the facts that both have, less where others
+    are not shared; 0 without such facts or where a side is constant."""
+    first, second = [side.groupby("fact")[value].mean() for side in sides]
+    shared = (first * second).count() / (first.count() * second.count()) ** 0.5
+    return shared * np.nan_to_num(first.corr(second, min_periods=2))
 
 
 def bootstrap_statistic(frames, statistic, draws=1000, seed=0) -> Estimate:

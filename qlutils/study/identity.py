@@ -12,7 +12,7 @@ from qlutils.files import folder_hash, sha256
 from qlutils.model import pretrained
 
 # Of what notebooks make of the units: statistics, tables, claims. Raise it when those numbers move.
-RESULTS_VERSION = 3
+RESULTS_VERSION = 4
 
 
 def differing(wanted, made):

@@ -377,7 +377,7 @@ def test_what_is_so_by_construction_or_without_effect_is_not_tested(frames):
     facts = frames["attention_predominance"]
     frames["attention_predominance"] = facts.assign(first=1.0, same_first=1.0)
     for name in ("edits", "cas_edits"):
-        frames[name].loc[frames[name]["op"] == "update", "rel"] = 0.0
+        frames[name].loc[frames[name]["op"] == "update", ["rel", "broken"]] = 0.0
     board = board_of(frames, "03", "05", "07")
     nine = parts_of(board, 9).set_index("part")
     assert nine["verdict"].tolist() == ["not testable here", "holds"]
@@ -387,6 +387,23 @@ def test_what_is_so_by_construction_or_without_effect_is_not_tested(frames):
     assert set(edits[idle]["verdict"]) == {"not testable here"}
     assert set(edits[~idle]["verdict"]) == {"holds"}
     assert edits[idle]["why"].str.contains("Rel is 0").all()
+
+
+@pytest.mark.parametrize("rel, tested", [(0.0, "Loc|dPPL|broken"), (np.nan, "Loc|Gen|Avg|dPPL")])
+def test_where_own_queries_are_not_reached_what_else_edits_do_is_tested(frames, rel, tested):
+    """No update gives its own query the new object, but texts break; or Rel is defined for few."""
+    for name in ("edits", "cas_edits"):
+        update = frames[name]["op"] == "update"
+        few = update & frames[name]["fact"].isin(frames[name]["fact"].unique()[:3])
+        frames[name].loc[update, "rel"] = rel
+        frames[name].loc[few, "rel"] = 0.0
+        if np.isnan(rel):
+            frames[name].loc[update, "broken"] = 0.0
+    board = board_of(frames, "03", "07")
+    update = board[board["part"].str.startswith("update")]
+    open_ = ~update["part"].str.contains(tested)
+    assert open_.any() and set(update[open_]["verdict"]) == {"not testable here"}
+    assert set(update[~open_]["verdict"]) == {"holds"}
 
 
 def test_classes_of_noise_do_not_differ_within_relations_of_two_facts():
@@ -432,6 +449,10 @@ def test_claim_3_compares_neighbouring_models_in_the_given_order(queries, models
     assert parts_of(board, 3, model=models[1], part="lower CS")["verdict"].item() == verdict
     [first] = parts_of(board, 3, model=models[0]).to_dict("records")
     assert first["verdict"] == "not testable here" and "smaller" in first["why"]
+    get = only_queries(queries)
+    board = claims.scoreboard(get, ["tiny", "a<b"], ["ig"], [], static=0.5)
+    [last] = parts_of(board, 3, model="a<b").to_dict("records")
+    assert last["why"] == "tiny: notebook 03 was not run"
 
 
 def only_queries(queries):
@@ -677,6 +698,24 @@ def test_how_many_times_the_facts_it_would_take(number, row, times):
     unknown |= dict(n_facts=40, n_facts_other=40, verdict=verdict)
     found = in_short.times_the_facts(claims.CLAIMS[number], unknown | row)
     assert found == pytest.approx(times)
+
+
+def test_it_never_takes_as_few_facts_as_there_are():
+    """144 facts, of which it would take 1.006 times as many: 145, in two digits 140."""
+    row = dict(value=0.1, value_low=-0.0003, value_high=0.2, n_facts=144, n_facts_other=144)
+    row |= dict(claim=4, text="", method="ig", model="a", queries="", statistic="x", why="")
+    board = pd.DataFrame([row | dict(verdict="cannot be told")])
+    one = in_short.Reading(None, "a", "ig", saved=None, board=board)
+    one.facts = lambda: pd.DataFrame(dict(cs2=[0.5] * 144))
+    assert one.more_facts() == ({4: 145}, [])
+
+
+@pytest.mark.parametrize(
+    "share, said",
+    [(0.004, "0.4"), (0.996, "99.6"), (-0.996, "-99.6"), (1.0, "100"), (0.0, "0"), (-1e-9, "0")],
+)
+def test_a_share_next_to_none_or_all_is_not_said_to_be_that(share, said):
+    assert in_short.hundred(share) == said and in_short.hundred(0.456) == "46"
 
 
 # --- the whole report -----------------------------------------------------------------------------

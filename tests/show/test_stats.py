@@ -253,6 +253,28 @@ def test_a_difference_of_shares_of_the_same_facts_is_narrower_where_they_go_toge
     assert error(together) < 0.5 * error(apart)
 
 
+@pytest.mark.parametrize("common", [12, 36])
+def test_shares_of_facts_in_part_the_same_have_the_textbooks_interval(common):
+    """Of two models' 60 known facts `common` are the same, and for these they agree."""
+    rng = np.random.default_rng(0)
+    widths, held = [], []
+    for _ in range(60):
+        one, two = rng.random((2, 60)) < 0.3
+        two[:common] = one[:common]
+        same = np.arange(60) < common
+        facts = [
+            f"{side if not shared else ''}{i}" for side in "ab" for i, shared in enumerate(same)
+        ]
+        frame = frame_of(np.append(one, two).astype(float), kind=["a"] * 60 + ["b"] * 60)
+        found = bootstrap_difference(
+            frame.assign(fact=facts), "value", "kind", ("a", "b"), draws=2, share=True
+        )
+        widths.append(error(found))
+        held.append(found.mean_low <= 0 <= found.mean_high)
+    textbook = np.sqrt(2 * 0.21 / 60 * (1 - common / 60))
+    assert np.mean(widths) == pytest.approx(textbook, rel=0.12) and np.mean(held) > 0.9
+
+
 def test_a_statistic_of_weighted_facts_equals_the_mean():
     frame = frame_of(np.random.default_rng(0).random(40), relations=4)
 
