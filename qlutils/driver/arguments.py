@@ -64,8 +64,9 @@ OPTIONS = {
     "--seed": {"type": int, "default": 0, "help": "of every random choice (default: 0)"},
     "--device": {"help": "cpu, cuda, cuda:1 (default: CUDA where there is one)"},
     "--dtype": {
-        "choices": DTYPES,
-        "help": "of the weights (default: float32 on a CPU, else the checkpoint's)",
+        "choices": DTYPES[:3],  # not float16, in which nothing can be attributed
+        "help": """of the weights (default: float32 on a CPU, else the checkpoint's, bfloat16 for
+        float16)""",
     },
     "--only": {
         **LIST,

@@ -305,6 +305,8 @@ def answered_and_not(queries, t=0.2):
 
 
 def _correlation(facts, weights):
-    """Pearson's correlation of the columns PAIR; NaN where one is constant."""
+    """Pearson's correlation of the columns PAIR; NaN where one is constant or no fact counts."""
+    if not weights.any():
+        return np.nan
     (xx, xy), (_, yy) = np.cov(facts[PAIR].T, aweights=weights, ddof=0)
     return xy / np.sqrt(xx * yy) if min(xx, yy) > 1e-9 else np.nan

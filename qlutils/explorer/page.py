@@ -240,8 +240,9 @@ class Page(w.VBox):
             button.disabled = True
         try:
             yield
-            if self.view:
-                self._say(f"{self.view.fact.id}: scores {self.view.source}", "#00795a")
+            if view := self.view:  # which is not what the menus say before Run
+                told = f"{view.fact.id}, {view.lm.name}, {view.method}: scores {view.source}"
+                self._say(told, "#00795a")
         except Exception as error:  # whatever it is, a reader gets a sentence
             name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             self._say(f"{name}{str(error) or 'no details'}"[:600], "#b00020")

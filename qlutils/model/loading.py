@@ -7,6 +7,7 @@ import json
 import os
 import re
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,9 +39,10 @@ def load_model(
     GGUF file.
 
     `device`: "cpu", "cuda", "cuda:1"; default: CUDA where there is one. `dtype`: "float64",
-    "float32", "bfloat16", "float16"; default: float32 on a CPU, the checkpoint's own on CUDA. Both
-    may be torch's objects. Only safetensors and GGUF are read and no code from a checkpoint is run.
-    ValueError (`UnsupportedModel` for a kind of model) says what to do.
+    "float32", "bfloat16", "float16"; default: float32 on a CPU, the checkpoint's own on CUDA, but
+    bfloat16 for float16, which cannot be attributed. Both may be torch's objects. Only safetensors
+    and GGUF are read and no code from a checkpoint is run. ValueError (`UnsupportedModel` for a
+    kind of model) says what to do.
     """
     if not isinstance(name_or_path, (str, Path)) or not str(name_or_path).strip():
         raise ValueError(f"model must be a name or a folder, got {name_or_path!r}")
@@ -63,6 +65,8 @@ def load_model(
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     _check_whole(name, model, info)
+    if dtype is None and model.dtype == torch.float16:  # `model.to` would round its buffers, too
+        return load_model(name, device=device, dtype="bfloat16")
     return LanguageModel(model.to(device), tokenizer, name)
 
 
@@ -74,9 +78,11 @@ def _check_whole(name, model, info):
             f"model {name!r} is incomplete: its weights lack "
             f"{', '.join(sorted(info['missing_keys'])[:5])}"
         )
-    modules = tuple({f"{one.rpartition('.')[0]}." for one, _ in model.named_parameters()})
-    left = sorted(key for key in info["unexpected_keys"] if key.startswith(modules))
-    if left:  # a bias that config.json denies, an adapter: another model than was saved
+    any_layer = partial(re.sub, r"\.\d+\.", ".0.")
+    named = (f"{one.rpartition('.')[0]}." for one, _ in model.named_parameters())
+    modules = tuple(set(map(any_layer, named)))
+    left = sorted(key for key in info["unexpected_keys"] if any_layer(key).startswith(modules))
+    if left:  # a bias or a layer that config.json denies, an adapter: not the model that was saved
         raise ValueError(
             f"model {name!r} would be read without some weights of its layers: "
             f"{', '.join(left[:5])}. Merge an adapter first; is its config.json right?"

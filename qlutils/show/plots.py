@@ -133,13 +133,9 @@ def figure_cs2(frames, method, names, line=0.3):
     colors = model_colors(frame["model"].unique())
     medians = drawn.groupby("relation")["cs2"].median().sort_values(kind="stable")
     fig, ax = plt.subplots(figsize=(WIDE, 3.8))
-    _draw_cs2(
-        ax,
-        drawn,
-        order=medians.index,
-        palette=colors,
-    )
-    counts = pd.crosstab(drawn["relation"], drawn["model"]).loc[medians.index, list(colors)]
+    _draw_cs2(ax, drawn, medians.index, colors)
+    counts = pd.crosstab(drawn["relation"], drawn["model"])
+    counts = counts.reindex(index=medians.index, columns=list(colors), fill_value=0)
     ticks = [f"{names.get(code, code)} ({_slashed(n)})" for code, *n in counts.itertuples()]
     ax.set_xticks(
         range(len(ticks)),
@@ -168,6 +164,7 @@ def _draw_cs2(ax, drawn, order, palette):
         x="relation",
         y="cs2",
         hue="model",
+        hue_order=list(palette),
         order=order,
         legend=False,
         ax=ax,
@@ -194,7 +191,7 @@ def _draw_cs2(ax, drawn, order, palette):
         linestyle="none",
         dodge=0.8 - 0.8 / models,
         marker="_",
-        markersize=340 / models / len(order),  # points: as wide as the dots
+        markersize=340 / models / max(1, len(order)),  # points: as wide as the dots
     )
 
 
@@ -314,7 +311,7 @@ def _draw_shares(ax, facts, value):
     """The distribution of a share in tenths, of the facts of each class."""
     sns.histplot(
         x=facts[value] - 1e-9,  # a bin has its upper end
-        hue=facts["label"],
+        hue=facts["label"].fillna(""),  # all may lack one
         hue_order=sorted(facts["label"].dropna().unique()),
         palette=CLASS_COLORS,
         bins=np.linspace(0, 1, 11),

@@ -61,7 +61,8 @@ def parameters_of(name, namespace):
     values = {parameter: namespace[parameter] for parameter in declared}
     if "study" not in namespace:  # not opened yet
         for other, value in namespace.items():
-            if isinstance(value, PLAIN) and re.match("[a-z]", other):  # In, Out, _ are Jupyter's
+            # In, Out, _ are Jupyter's
+            if isinstance(value, PLAIN) and re.match("(?!In$|Out$)[A-Z]?[a-z]", other):
                 values.setdefault(other, value)
     check_given(values, declared)
     return values

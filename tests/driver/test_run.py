@@ -240,6 +240,13 @@ def test_bad_input_is_named_before_anything_starts(books, model, runs, capsys, b
     assert said in capsys.readouterr().err and not (runs / "default" / "notebooks").exists()
 
 
+@pytest.mark.parametrize("plan", [[], ["--plan"]])
+def test_a_dtype_in_which_nothing_can_be_attributed_is_not_offered(books, model, capsys, plan):
+    with pytest.raises(SystemExit, match="2"):
+        run.main(options(model, "--dtype", "float16", *plan), books)
+    assert "--dtype: invalid choice: 'float16'" in capsys.readouterr().err
+
+
 def test_each_job_has_its_parameters_what_it_reads_and_what_it_waits_for(books, model, runs):
     for stem in ("03_editing", "04_mapping"):
         write(books, stem, PARAMETERS)
@@ -482,7 +489,7 @@ def opened(tmp_path, monkeypatch):
 
     def start(declared=PARAMETERS, run_first=True, **given):
         write_notebook(tmp_path, "01_localize", declared)
-        namespace = {"In": [], "__name__": "__main__", "_dh": []}  # as a kernel has them
+        namespace = {"In": [], "Out": {}, "__name__": "__main__", "_dh": []}  # as a kernel has them
         if run_first:
             exec(declared, namespace)
         return parameters_of("01_localize", {**namespace, **given})
@@ -494,6 +501,7 @@ def opened(tmp_path, monkeypatch):
     "given, said",
     [
         ({"steps": 20}, "unknown parameter 'steps'; this notebook knows model, "),
+        ({"Model": "demo/llama2"}, "unknown parameter 'Model'"),
         ({"t": "0.3"}, "t='0.3'"),
         ({"seed": True}, "seed=True"),
         ({"model": None}, "model=None"),

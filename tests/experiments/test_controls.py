@@ -236,3 +236,6 @@ def test_knowledge_finds_a_planted_correlation_and_counts_known_facts_only():
     known = found.loc["share of K_II, static threshold, known facts"]
     assert (known["value"], known["n"]) == (0, 10)
     assert found.loc["share of K_II, static threshold, all facts", "value"] > 0.2
+    # facts of two prompts are counted apart: here nothing is left
+    two = controls.knowledge(pd.DataFrame(rows).query("prompt_index < 2"), static=0.15)
+    assert len(two) == len(found) and two["value"].isna().all() and not two["n"].any()

@@ -394,7 +394,10 @@ def test_another_fact_is_shown_after_run_and_the_first_comes_from_memory(page, m
     page.neuron.value = kept = page.neuron.options[3][1]
     page.t.value = 0.25
     assert page.neuron.value == kept  # one that is still a KN stays chosen
-    page.relation.value = "P37"
+    page.relation.value, page.model.value, page.method.value = "P37", "demo/llama2", "sig"
+    page.t.value = 0.26  # what is shown and changed is still of the first fact, and said to be
+    assert "P36|France|Paris, demo/gpt2, ig: " in page.status.value
+    page.model.value, page.method.value, page.t.value = "demo/gpt2", "ig", 0.25
     assert page.page_prompts.value == first
     page.run.click()
     assert page.view.fact.relation == "P37" and page.page_prompts.value != first

@@ -288,6 +288,17 @@ def test_the_dtype_is_the_one_asked_for_and_else_float32(tmp_path, dtype):
     assert lm.score_dtype == (torch.float64 if dtype == "float64" else torch.float32)
 
 
+@pytest.mark.parametrize("saved, wanted", [("float16", "bfloat16"), ("float32", "float32")])
+def test_a_float16_checkpoint_can_be_attributed_on_a_gpu_too(tmp_path, monkeypatch, saved, wanted):
+    """LLaMA-2's is one. "meta" stands for CUDA, on which no dtype means the checkpoint's own."""
+    folder = save_checkpoint(tmp_path, "llama2", dtype=getattr(torch, saved))
+    monkeypatch.setattr(loading, "find_device", lambda _: torch.device("meta"))
+    monkeypatch.setattr(loading, "LanguageModel", lambda model, *_: model)
+    model = load_model(folder)
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, wanted)}
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
 def test_a_model_loads_inside_inference_mode(checkpoint):
     with torch.inference_mode():
         lm = load_model(checkpoint)
@@ -383,6 +394,7 @@ def test_weights_of_what_the_model_does_not_have_are_no_matter(tmp_path):
     [
         (with_a_tensor("model.layers.0.mlp.down_proj.bias"), "without .*0.mlp.down_proj.bias"),
         (with_a_tensor("model.layers.1.mlp.up_proj.lora_A.weight"), "without .*up_proj.lora_A"),
+        (with_a_tensor("model.layers.12.mlp.up_proj.weight"), "without .*layers.12.mlp.up_proj"),
         (cut_short, "could not load model"),
         (without_a_tensor, "incomplete.*model.layers.1.mlp.down_proj.weight"),
     ],

@@ -186,6 +186,35 @@ def test_figure_3_has_a_dot_a_fact_by_relation_in_the_order_of_medians():
     assert points[0][1] == pytest.approx(first.median())
 
 
+@pytest.mark.parametrize(
+    "without, shown",
+    [(["other"], ["P101 (3 / 0)", "mine (6 / 0)", "P17 (12 / 0)"]), (["demo/gpt2", "other"], [])],
+)
+def test_figure_3_is_drawn_of_models_without_a_fact_that_has_a_cs2(without, shown):
+    """Such as of own facts with two prompts each."""
+    frame = cs2_frame()
+    frame.loc[frame["model"].isin(without), "cs2"] = np.nan
+    fig, plotted = plots.figure_cs2([frame], "ig", {})
+    assert ticks(fig.axes[0]) == shown and len(plotted) == 43
+
+
+def test_a_median_of_figure_3_stands_at_its_own_models_dots():
+    """Also where the lowest dot is of a relation with too few for one, of the other model."""
+    frame = cs2_frame()
+    frame["cs2"] += 0.2 * ((frame["model"] == "other") & (frame["relation"] != "P101"))
+    frame.loc[(frame["model"] == "other") & (frame["relation"] == "P101"), "cs2"] = 0.1
+    fig, plotted = plots.figure_cs2([frame], "ig", {})
+    dots = np.concatenate([part.get_offsets() for part in fig.axes[0].collections])
+    x_of = dict(zip(dots[:, 1].round(9), dots[:, 0]))
+    marks = [line.get_xydata() for line in fig.axes[0].lines if line.get_marker() == "_"]
+    at = {round(y, 9): x for line in marks for x, y in line.tolist() if y == y}
+    groups = plotted[plotted["relation"] != "P101"].dropna().groupby(["relation", "model"])["cs2"]
+    assert len(at) == len(groups) == 4
+    for _, own in groups:
+        near = np.mean([x_of[round(y, 9)] for y in own])
+        assert at[round(own.median(), 9)] == pytest.approx(near, abs=0.15)
+
+
 def test_the_thresholds_of_figure_3_are_lines_with_names():
     def drawn(frame):
         fig, _ = plots.figure_cs2([frame], "ig", {}, line=0.3)
@@ -224,6 +253,13 @@ def test_figure_5_has_a_row_a_threshold_that_divides_the_facts(otsu, label, high
         assert "least possible: 1 of k wordings, 0.25" in texts(ax.texts)
     assert legend_names(fig) == ["$K_{I}$", "$K_{II}$"][: len(set(otsu))]
     assert right.get_title() == "without the first token"
+
+
+def test_figure_5_is_drawn_of_facts_without_a_class():
+    facts = pd.DataFrame(dict(model="m", fact=range(2), relation="P17", n_queries=2))
+    facts = facts.assign(predominance=0.5, predominance_rest=1.0, class_static=None)
+    fig, plotted = plots.figure_predominance(facts.assign(class_otsu=None))
+    assert len(plotted) == 2 and not heights(fig.axes[0]) and not legend_names(fig)
 
 
 def test_figure_5_keeps_models_apart_whose_names_end_alike():
