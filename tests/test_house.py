@@ -21,6 +21,8 @@ FUNCTION_LINES = 40
 COLUMNS = 100
 LAYOUT = "COMMENT NL NEWLINE INDENT DEDENT ENCODING ENDMARKER"
 FREE = {getattr(tokenize, name) for name in LAYOUT.split()}
+# An f-string is one token before Python 3.12, and then its parts are, from a start to an end.
+START, END = (getattr(tokenize, f"FSTRING_{name}", None) for name in ("START", "END"))
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 FILES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
@@ -42,10 +44,14 @@ def docstring_lines(file):
 
 def code_tokens(file):
     texts = docstring_lines(file)
+    inside = 0
     with tokenize.open(file) as stream:
         for token in tokenize.generate_tokens(stream.readline):
+            inside -= token.type == END
+            part = inside > 0 or token.type == END
+            inside += token.type == START
             text = token.type == tokenize.STRING and token.start[0] in texts
-            if token.type not in FREE and not text:
+            if token.type not in FREE and not text and not part:
                 yield token
 
 
