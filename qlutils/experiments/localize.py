@@ -32,7 +32,6 @@ COMPARED = (
     ("converged", "tolerance", 0.005),
 )
 CONVERGED_STEPS = 9  # about what the rule "converged" takes a layer, between models
-OTHER_RULE_FACTS = 12
 # The facts of the paper's Figure 1.
 PAPER_EXAMPLES = [
     ("P39", "Suleiman I", "Shah"),
@@ -178,13 +177,12 @@ def localise_again(study, facts, what, **spec):
     return _usable(study.run(localise_unit, [facts], config, desc=desc))
 
 
-def localise_by_other_rule(study, queries, *, seed=0, **spec):
-    """A seeded sample of a run's facts by another rule of the integral: by "converged", or by the
-    paper's where the run itself used that. A `queries` frame with the column `rule`, saved as
-    "other_rule" for notebook 02."""
+def localise_by_other_rule(study, queries, n_facts=12, *, seed=0, **spec):
+    """A seeded sample of `n_facts` of a run's facts by another rule of the integral: by
+    "converged", or by the paper's where the run itself used that. A `queries` frame with the column
+    `rule`, saved as "other_rule" for notebook 02."""
     other = "right" if spec.get("rule") == "converged" else "converged"
-    chosen = np.random.default_rng(seed).permutation(queries["fact"].unique())
-    chosen = chosen[:OTHER_RULE_FACTS]
+    chosen = np.random.default_rng(seed).permutation(queries["fact"].unique())[:n_facts]
     sample = pd.DataFrame([fact for fact in study.facts() if fact.id in chosen])
     spec |= {"rule": other, "steps": Spec.steps}
     frame = localise_again(study, sample, other, **spec).assign(rule=other)

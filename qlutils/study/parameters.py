@@ -21,6 +21,7 @@ RANGES = {
     "seed": (0,),
     "facts_per_relation": (1,),
     "known_prompts": (0,),
+    "other_rule_facts": (0,),
     "more_controls_facts": (1,),
     "sweep_facts": (1,),
     "control_queries": (1,),
