@@ -6,7 +6,6 @@ without a test.
 """
 
 import ast
-import csv
 import json
 import os
 import re
@@ -15,7 +14,6 @@ import subprocess
 import sys
 import tomllib
 from collections import Counter
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +25,6 @@ from tiny import WORDS, readme_table, save_checkpoint, save_dataset, word_tokeni
 
 from qlutils import facts as data
 from qlutils import paths, run
-from qlutils.checks import METHODS
 from qlutils.driver import plan, running
 from qlutils.driver.arguments import parser
 from qlutils.driver.jobs import plan_jobs
@@ -354,7 +351,8 @@ def test_a_notebook_is_introduced_and_runs_alone_or_says_what_to_run_first(noteb
 # --- files ----------------------------------------------------------------------------------------
 def test_every_file_that_is_linked_named_or_said_to_prove_a_promise_exists():
     files = []
-    for name in ("README", "notebooks/README", "figures/README", "qlutils/demo/MODEL_CARD"):
+    pages = "README notebooks/README figures/README figures/FINDINGS qlutils/demo/MODEL_CARD"
+    for name in pages.split():
         page = ROOT / f"{name}.md"
         links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text("utf-8"))
         files += [page.parent / link for link in links if "://" not in link]
@@ -365,365 +363,11 @@ def test_every_file_that_is_linked_named_or_said_to_prove_a_promise_exists():
     assert all(proofs)
     named = {name for names in [*proofs, faults] for name in names if name.endswith(".py")}
     files += [ROOT / "tests" / name for name in named]
-    assert len(files) > 60 and [str(path) for path in files if not path.exists()] == []
-    wanted = "test_hostile test_security test_invariants test_readme driver/test_kills"
-    wanted += " study/test_faults"
+    assert len(files) > 50 and [str(path) for path in files if not path.exists()] == []
+    wanted = "test_hostile test_security test_invariants test_readme test_findings"
+    wanted += " driver/test_kills study/test_faults"
     assert {f"{name}.py" for name in wanted.split()} <= {name for one in proofs for name in one}
 
 
-# --- numbers --------------------------------------------------------------------------------------
-KNOWN, ANY, VARIED = "known-pararel", "paper-pararel", "notebooks"  # folders below figures/
-FEW, BY_SIG, OURS = "paper-amig-pararel", "known-sig-pararel", "known-bundled"
-SMALL, LARGE = "pretrained/smollm2-135m", "pretrained/gemma-3-270m"
-COLUMNS = {  # of the README's tables
-    "SmolLM2-135M": (KNOWN, SMALL),
-    "Gemma 3 270M": (KNOWN, LARGE),
-    "SmolLM2, bundled facts": (VARIED, SMALL),
-}
-ALL = {"threshold": "all", "class": "all"}
-GROUPS = (
-    "the fact's own queries",
-    "one pattern, different objects",
-    "different patterns and objects, different relations",
-)
-
-
-def rows(folder, name, **where):
-    """Rows of a committed CSV below figures/ in which columns have these texts."""
-    with open(paths.FIGURES / folder / f"{name}.csv", encoding="utf-8", newline="") as file:
-        found = [row for row in csv.DictReader(file) if where.items() <= row.items()]
-    assert found, f"{folder}/{name}.csv has no row with {where}"
-    return found
-
-
-def row(folder, name, **where):
-    [found] = rows(folder, name, **where)
-    return found
-
-
-def of(folder, model):
-    return f"{folder}/{model.replace('/', '--')}"
-
-
-def percent(*values):
-    """Shares as "96 / 94 / 37 %", each "–" where it was not measured."""
-    return " / ".join(f"{100 * float(one):.0f}" if one else "–" for one in values) + " %"
-
-
-def share(row, name):
-    return percent(row[name]) if row[name] else "–"
-
-
-def numbers(*values, digits=2):
-    return " / ".join(f"{float(one):.{digits}f}" for one in values)
-
-
-def interval(row, name, digits=2):
-    value, low, high = (numbers(row[name + end], digits=digits) for end in ("", "_low", "_high"))
-    return f"{value} [{low}, {high}]"
-
-
-def of_all_facts(rows, name):
-    """The mean of a column over classes that together hold all facts."""
-    counted = [(int(row["n"]), float(row[name])) for row in rows if row["n"] not in ("", "0")]
-    return sum(n * value for n, value in counted) / sum(n for n, _ in counted)
-
-
-def control(number, name, folder, model, kinds, method="ig"):
-    """The CS2 of kinds of groups."""
-    where = dict(model=model, method=method)
-    return [row(folder, f"control{number}_{name}", **where, kind=kind)["cs2"] for kind in kinds]
-
-
-def found_neurons(folder, model):
-    """The rows on KNs of a column of the table."""
-    own = of(folder, model)
-    localised = row(own, "ig/localisation")
-    consistency = row(own, "all/consistency", method="ig")
-    classes = {name: row(own, "all/table1", threshold=name, method="ig") for name in THRESHOLDS}
-    answered = int(localised["n_known"]) / int(localised["n_queries"])
-    yield f"{consistency['n']}, {int(localised['n_queries']):,} ({percent(answered)})"
-    yield interval(consistency, "cs2")
-    yield numbers(*control(1, "null", folder, model, GROUPS))
-    yield numbers(*control(2, "noise", folder, model, ("variants", "neighbours")))
-    low, high = (100 * float(classes["static"][f"R_II_{end}"]) for end in ("low", "high"))
-    yield f"{share(classes['static'], 'R_II')} [{low:.0f}, {high:.0f}]"
-    noise = row(own, "all/otsu_null", method="ig")
-    yield f"{share(classes['otsu'], 'R_II')} ({share(noise, 'R_II')})"
-
-
-def changed_answers(folder, model):
-    """What edits, attention and the rule of the integral do, the other rows."""
-    own = of(folder, model)
-    whole = (paths.FIGURES / own / "ig/table3.csv").is_file()  # was notebook 07 run for it?
-
-    def edit(op, neurons):
-        return row(own, f"ig/table{2 + whole}", **ALL, op=op, neurons=neurons)
-
-    for neurons in ("local", "global", "cas", "local (random)"):
-        if neurons == "cas" and not whole:
-            yield "–"
-            continue
-        done = edit("erasure", neurons)
-        size = float(done["neurons_edited"])
-        yield f"{percent(done['rel'], done['gen'], done['loc'])} ({size:.0f})"
-    erased, said = (row(own, "ig/table2_loc", op=op, neurons="local") for op in ("erase", "update"))
-    yield percent(erased["loc_same"], erased["loc_other"])
-    updated = edit("update", "local")
-    yield percent(updated["rel"], updated["gen"], said["loc_new"])
-    yield share(row(own, "ig/table2", **ALL, op="update", neurons="local"), "broken")
-    most = rows(own, "ig/fig5_values", threshold="otsu")
-    yield percent(*(of_all_facts(most, name) for name in ("predominance", "predominance_rest")))
-    names = ("share in column 0", "jaccard", "jaccard_rest")
-    first, every, rest = (row(own, "ig/synapses", quantity=name)["mean"] for name in names)
-    yield f"{percent(first)}; {numbers(every, rest)}"
-    paper, converged = (rows(own, "all/by_rule", rule=rule)[0] for rule in ("right", "converged"))
-    yield f"{numbers(paper['jaccard'])}; {numbers(paper['cs2'], converged['cs2'])}"
-
-
-def agreement(cs2, share_ii):
-    return f"{cs2:.2f}; {100 * share_ii:.0f} %"
-
-
-THRESHOLDS = ("static", "otsu")
-PRINTED = json.loads((ROOT / "qlutils/show/paper_values.json").read_text("utf-8"))["tables"]
-
-
-def paper_agreement(threshold, method="ig"):
-    """CS2 of all facts, the mean of the classes', and the share of K_II, of the paper's models."""
-    for model in PAPER:
-        key = f"{model}|{threshold}|{method}"
-        share_i, cs2_i, share_ii, cs2_ii, *_ = PRINTED["1"]["rows"][key]
-        yield share_i * cs2_i + share_ii * cs2_ii, share_ii
-
-
-def measured_agreement():
-    runs = (ANY, "any fact"), (KNOWN, "facts it knows"), (OURS, "bundled facts it knows")
-    for (folder, facts), name in product(runs, list(COLUMNS)[:2]):
-        cells = dict.fromkeys(METHODS, "–")
-        for other in (folder, BY_SIG) if folder == KNOWN else (folder,):
-            own = of(other, COLUMNS[name][1])
-            for found in rows(own, "all/consistency"):
-                method = found["method"]
-                static = row(own, "all/table1", threshold="static", method=method)
-                cells[method] = agreement(float(found["cs2"]), float(static["R_II"]))
-        yield f"{name}, {facts}", *cells.values()
-
-
-def test_the_first_table_is_the_papers_and_the_committed_ones():
-    by_method = [[agreement(*one) for one in paper_agreement("static", name)] for name in METHODS]
-    names = [f"{name}, the paper" for name in ("GPT-2", "LLaMA-2-7B", "LLaMA-3-8B")]
-    wanted = [*zip(names, *by_method), *measured_agreement()]
-    found = readme_table("## What it finds on real models")
-    assert [(*one.values(),) for one in found] == wanted
-
-
-def test_the_table_of_real_models_is_the_committed_one():
-    table = readme_table("### In numbers")
-    there = {path.name for path in (paths.FIGURES / KNOWN).glob("pretrained--*")}
-    assert {of("", model)[1:] for _, model in COLUMNS.values()} == there
-    for name, where in COLUMNS.items():
-        assert [one[name] for one in table] == [*found_neurons(*where), *changed_answers(*where)]
-
-
-def test_what_the_paper_found_is_what_it_prints():
-    def edits(op, neurons, columns=3):
-        printed = PRINTED["3"]["rows"]
-        values = {name: printed[f"gpt2|{op}|{neurons}|{name}"][:columns] for name in ("I", "II")}
-        return "; ".join(f"{name}: {percent(*some)}" for name, some in values.items())
-
-    cs2, static = zip(*paper_agreement("static"))
-    wanted = {
-        1: ", ".join(numbers(one) for one in cs2),
-        4: ", ".join(percent(one) for one in static),
-        5: ", ".join(percent(one) for _, one in paper_agreement("otsu")),
-        6: edits("erasure", "local"),
-        7: edits("erasure", "global"),
-        8: edits("erasure", "cas"),
-        11: edits("update", "local", 2),
-    }
-    table = readme_table("### In numbers")
-    assert {place: table[place]["the paper"] for place in wanted} == wanted
-
-
-def marks(folder, model):
-    """A claim's mark by `ig` and, where it was run and differs, by `amig`."""
-    for one in rows(folder, "scoreboard", model=model, method="ig"):
-        others = rows(folder, "scoreboard", model=model, claim=one["claim"])
-        by_amig = {other["method"]: other["mark"] for other in others}.get("amig", one["mark"])
-        yield one["mark"] + f" (`amig`: {by_amig})" * (by_amig != one["mark"])
-
-
-def test_the_marks_of_the_claims_are_the_committed_ones():
-    table = readme_table("### Which of the paper's claims hold")
-    for name, where in COLUMNS.items():
-        assert [one[name] for one in table] == [*marks(*where)]
-
-
-def told(pattern, folder=KNOWN, models=(SMALL, LARGE)):
-    """What the first sentence of "In short" that fits says in the pattern's group, by model."""
-    for model in models:
-        said = (one["sentence"] for one in rows(folder, "in_short", model=model))
-        yield next(found[1] for one in said if (found := re.search(pattern, one)))
-
-
-def gaps_by_size():
-    """What CAS gains over as many neurons, in the other wordings and in other facts: a row a run of
-    a real model, method and operation, where there are facts enough for an interval."""
-    for path in paths.FIGURES.glob("*/pretrained--*/*/cas_by_size.csv"):
-        with path.open(encoding="utf-8") as file:
-            for gap in csv.DictReader(file):
-                if gap["facts"] == "all facts" and gap["metric"] in ("gen", "loc"):
-                    if gap["difference_low"]:
-                        yield gap | {"model": of(path.parts[-4], path.parts[-3])}
-
-
-def sentences():
-    """The README's sentences with measured numbers, as they must stand there."""
-    erased_local = dict(**ALL, op="erasure", neurons="local")
-    both = [of(KNOWN, SMALL), of(KNOWN, LARGE)]
-    known = []
-    for own in both:
-        facts = rows(own, "ig/known_facts")
-        few, looked = (sum(int(one[name]) for one in facts) for name in ("known", "scanned"))
-        known.append(f"{few} of {looked:,}")
-    yield "SmolLM2 knows {} facts looked at, Gemma {} ".format(*known)
-    inside = told(r"in (\d+ %) of the facts the answer")
-    yield "in {} and {} of those kept the answer stands in the subject".format(*inside)
-    more = told(r"against three others .*: (.*) more")
-    yield "{} higher than of three others of the same facts in SmolLM2, {} in".format(*more)
-    small, large = (row(of(ANY, model), "ig/localisation") for model in (SMALL, LARGE))
-    queries = f"{int(large['n_queries']):,} queries of *any fact*"
-    yield f"answer few ({small['n_known']} and {large['n_known']} of {queries})"
-    varied = [of(OURS, model) for model in (SMALL, LARGE)]
-    counts = " and ".join(row(own, "all/consistency", method="ig")["n"] for own in varied)
-    yield f"*Bundled facts*: {counts} of this repository's, asked in more varied words"
-
-    capitals = {}
-    for folder, model in product((OURS, KNOWN), (SMALL, LARGE)):
-        found = rows(folder, "fig3_all", model=model, relation="P36")
-        cs2 = [float(one["cs2"]) for one in found]
-        capitals[folder, model] = f"{sum(cs2) / len(cs2):.2f}"
-    small, large, small_known, large_known = capitals.values()
-    gemma = f"in Gemma {large} for {large_known}"
-    yield f"in capitals {small} for ParaRel's {small_known}, {gemma}"
-
-    kept = []
-    for own in both:
-        for neurons in ("local", "local (random)"):
-            erased = row(own, "amig/table3", **ALL, op="erasure", neurons=neurons)
-            kept.append(share(erased, "loc"))
-    yield "by `amig` {} of them in SmolLM2 (random: {}), {} in Gemma".format(*kept[:3])
-    sig = [row(of(BY_SIG, model), "sig/table2", **erased_local) for model in (SMALL, LARGE)]
-    fail, stay, n = ([one[name] for one in sig] for name in ("gen", "loc", "n"))
-    fail, stay = (percent(*some).replace(" /", " and") for some in (fail, stay))
-    yield f"By `sig` {fail} fail, and {stay} of other facts stay (n = {', '.join(n)})"
-    few = [of(FEW, model) for model in (SMALL, LARGE)]
-    kept = [share(row(own, "amig/table2", **erased_local), "loc") for own in few]
-    asked = " and ".join(row(own, "amig/localisation")["n_known"] for own in few)
-    yield f"by `amig` {' and '.join(kept).replace(' %', '', 1)} stay (of {asked} queries)"
-    others = {}
-    for method, model in product(("ig", "sig"), (SMALL, LARGE)):
-        erased = row(of(ANY, model), f"{method}/table2", **erased_local)
-        others.setdefault(method, []).append(share(erased, "gen").removesuffix(" %"))
-        others.setdefault("n", []).append(erased["n_gen"])
-    assert others["ig"] == ["100", "100"]
-    by_sig = f"{' and '.join(others['sig'])} % by `sig` (n = {' and '.join(others['n'][:2])})"
-    yield f"Of *any fact* all others fail by `ig`, {by_sig}"
-    yield f"where {share(erased, 'loc')} of Gemma's other facts stay"
-
-    moved = []
-    for folder in (KNOWN, ANY):
-        rules = [rows(of(folder, one), "all/by_rule", method="ig") for one in (SMALL, LARGE)]
-        moved.append(max(abs(float(one["cs2"]) - float(other["cs2"])) for one, other in rules))
-    yield "CS2 moves by at most {:.2f} (12 known facts) and {:.2f} (10 of *any fact*)".format(
-        *moved
-    )
-    by_amig = []
-    for own in both:
-        rules = {one["rule"]: one for one in rows(own, "all/by_rule", method="amig")}
-        sizes = (numbers(rules[name]["mean_size"], digits=0) for name in ("right", "converged"))
-        by_amig += [numbers(rules["right"]["jaccard"]), " in place of ".join(sizes)]
-    yield "a Jaccard index of {} with the converged ones in SmolLM2 ({} neurons)".format(*by_amig)
-    n = rules["right"]["n"]
-    yield "of {} in Gemma ({}; {} known facts each)".format(*by_amig[2:], n)
-
-    one, _, unrelated = control(1, "null", KNOWN, SMALL, GROUPS, "amig")
-    shared = f"share {numbers(unrelated)}, one fact's {numbers(one)}"
-    yield f"by `amig` in SmolLM2 unrelated queries {shared}"
-    [within] = told(r"by Otsu's .*, within relations (.*?) more", ANY, [SMALL])
-    yield f"within relations only SmolLM2's of *any fact* do, by `ig` ({within})"
-    yield "CS2 of the other half, by {} and {}".format(*told(r"by Otsu's (.*?) more"))
-    one, pattern, _ = control(1, "null", VARIED, SMALL, GROUPS)
-    yield f"({numbers(pattern)} against {numbers(one)}"
-    for model in (SMALL, LARGE):
-        one, pattern, _ = control(1, "null", KNOWN, model, GROUPS)
-        assert 0.55 < float(pattern) / float(one) < 0.65  # three fifths
-
-    own, others, relation = (
-        next(told(pattern))
-        for pattern in (
-            r"by -(\d+ %) \[[^]]*\] when a query's own",
-            r"not its own -(\d+ %)",
-            r"what they share -(\d+ %)",
-        )
-    )
-    words = f"not its own {others}, another fact's of the relation {relation}"
-    yield f"the own off takes {own} of P(answer), the other wordings' that are {words}"
-    moves = r"without the first token.* suppressed (?:(.*?) more|cannot)"
-    yield "({} in SmolLM2, {} in Gemma; of *any fact*".format(*told(moves))
-    small, large = told(moves, ANY)
-    assert small and not large  # "in SmolLM2 only"
-    yield "lowers P(answer), too, by {} and {}".format(*told(r"Enhanced, .*? by -(\d+ %)"))
-    for name, own in zip(("SmolLM2", "Gemma"), both):
-        gaps = {}
-        for gap in rows(own, "ig/cas_by_size", op="erase", facts="all facts"):
-            gaps[gap["metric"]] = interval(gap, "difference", digits=3)
-        yield f"{gaps['gen']} in the other wordings, {gaps['loc']} in other facts ({name}"
-    every = list(gaps_by_size())
-    clear = [
-        gap
-        for gap in every
-        if not float(gap["difference_low"]) <= 0 <= float(gap["difference_high"])
-    ]
-    least, *_, most = sorted(float(gap["difference"]) for gap in clear)
-    told_of_few = sum(gap["model"] == of(FEW, SMALL) for gap in clear)
-    asked = row(of(FEW, SMALL), "amig/localisation")["n_known"]
-    counted = f"{len(clear)} can be told ({ {2: 'two'}[told_of_few] } on {asked} queries)"
-    yield f"Of {len(every)} such gaps of all runs {counted}, gains of {least:.2f} to {most:.2f}"
-    relations = told(r"relations resampled .*: (.*?) \(")
-    yield "relations resampled, CS2 is {} and {}".format(*relations)
-    where = dict(model="demo/gpt2", method="ig", threshold="static")
-    alike = row("sample", "table1_all", **where)
-    assert float(alike["R_I"]) == 1  # so that K_I's mean is that of all facts
-    where = dict(model="demo/gpt2", **ALL, op="erasure", neurons="local")
-    gen = share(row("sample", "table2_all", **where), "gen")
-    cs2 = numbers(alike["S_I"])
-    yield f"(`demo/gpt2`: CS2 {cs2}), but erasing one wording's neurons makes only {gen}"
-
-
-def test_every_measured_number_is_the_committed_one():
-    text, found = " ".join(README.split()), list(sentences())
-    assert len(found) == 26 and [one for one in found if one not in text] == []
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_what_is_said_of_the_rules_is_the_measured_table(method):
-    cells = [f"`{method}`"]
-    for rule in ("`right` 20 (the paper)", "`converged`"):
-        for model in list(COLUMNS)[:2]:
-            heading = f"## {model}, `{method}`"
-            table = readme_table(heading, "tests/benchmarks/results/rules.md")
-            two = {one["queries"]: one for one in table if one["rule"] == rule}
-
-            def pair(name, two=two):
-                return f"{two['answered'][name]} / {two['other'][name]}"
-
-            evaluations = f" by {pair('evaluations')}" * (rule == "`converged`")
-            cells.append(pair("mean Jaccard index") + evaluations)
-    assert f"| {' | '.join(cells)} |" in README.splitlines()
-
-
 def test_the_readme_is_short():
-    # 5,000 bytes of it are tables of findings, 2,000 that of model families
-    assert len(README.encode()) <= 29_000
+    assert len(README.encode()) <= 24_000

@@ -1,0 +1,475 @@
+"""Every measured number of README.md and figures/FINDINGS.md is that of the committed tables."""
+
+import csv
+import json
+import re
+from itertools import product
+
+import pytest
+from tiny import readme_table
+
+from qlutils import paths
+from qlutils.checks import METHODS
+from qlutils.paths import ROOT
+
+README = (ROOT / "README.md").read_text("utf-8")
+FINDINGS = "figures/FINDINGS.md"
+DETAILS = (ROOT / FINDINGS).read_text("utf-8")
+PRINTED = json.loads((ROOT / "qlutils/show/paper_values.json").read_text("utf-8"))["tables"]
+# folders below figures/
+KNOWN, KNOWN_SIG, BUNDLED = "known-pararel", "known-sig-pararel", "known-bundled"
+ANY, ANY_AMIG, VARIED = "paper-pararel", "paper-amig-pararel", "notebooks"
+SMALL, LARGE = "pretrained/smollm2-135m", "pretrained/gemma-3-270m"
+MODELS = {"SmolLM2-135M": SMALL, "Gemma 3 270M": LARGE}
+COLUMNS = {
+    "SmolLM2-135M": (KNOWN, SMALL),
+    "Gemma 3 270M": (KNOWN, LARGE),
+    "SmolLM2, bundled facts": (VARIED, SMALL),
+}
+RUNS = {  # facts: the folder of each method
+    "Known": dict(ig=KNOWN, sig=KNOWN_SIG, amig=KNOWN),
+    "Any": dict(ig=ANY, sig=ANY, amig=ANY_AMIG),
+    "Bundled": dict(ig=BUNDLED, sig=BUNDLED, amig=BUNDLED),
+}
+ALL = {"threshold": "all", "class": "all"}
+GROUPS = (
+    "the fact's own queries",
+    "one pattern, different objects",
+    "different patterns and objects, different relations",
+)
+PAPER = {
+    "GPT-2": "gpt2",
+    "LLaMA-2-7B": "meta-llama/Llama-2-7b-hf",
+    "LLaMA-3-8B": "meta-llama/Meta-Llama-3-8B",
+}
+
+
+# --- reading the committed tables -----------------------------------------------------------------
+def rows(folder, name, **where):
+    """Rows of a committed CSV below figures/ in which columns have these texts."""
+    file = paths.FIGURES / folder / f"{name}.csv"
+    if not file.is_file():
+        return []
+    with file.open(encoding="utf-8", newline="") as opened:
+        return [row for row in csv.DictReader(opened) if where.items() <= row.items()]
+
+
+def row(folder, name, **where):
+    [found] = rows(folder, name, **where)
+    return found
+
+
+def of(folder, model):
+    return f"{folder}/{model.replace('/', '--')}"
+
+
+def erased(own, method, neurons="local", op="erasure"):
+    """What an edit did: a row of Table 3 where notebook 07 was run, else of Table 2; {} if neither
+    has it."""
+    for table in ("table3", "table2"):
+        if found := rows(own, f"{method}/{table}", **ALL, op=op, neurons=neurons):
+            return found[0]
+    return {}
+
+
+def percent(*values, sign=" %"):
+    """Shares as "96 / 94 / 37 %", each "–" where it was not measured."""
+    return " / ".join(f"{100 * float(one):.0f}" if one else "–" for one in values) + sign
+
+
+def both(*values, sign=" %"):
+    """Of SmolLM2 and Gemma: "94 and 99 %"."""
+    return percent(*values, sign=sign).replace(" / ", " and ")
+
+
+def numbers(*values, digits=2):
+    return " / ".join(f"{float(one):.{digits}f}" for one in values)
+
+
+def interval(row, name, digits=2):
+    value, low, high = (numbers(row[name + end], digits=digits) for end in ("", "_low", "_high"))
+    return f"{value} [{low}, {high}]"
+
+
+def share(row, name):
+    """With its interval, in percent: "22 % [7, 44]"."""
+    low, high = (f"{100 * float(row[name + end]):.0f}" for end in ("_low", "_high"))
+    return f"{percent(row[name])} [{low}, {high}]"
+
+
+def of_all_facts(rows, name):
+    """The mean of a column over classes that together hold all facts."""
+    counted = [(int(row["n"]), float(row[name])) for row in rows if row["n"] not in ("", "0")]
+    return sum(n * value for n, value in counted) / sum(n for n, _ in counted)
+
+
+def control(number, name, folder, model, kinds, method="ig"):
+    """The CS2 of kinds of groups."""
+    where = dict(model=model, method=method)
+    return [row(folder, f"control{number}_{name}", **where, kind=kind)["cs2"] for kind in kinds]
+
+
+def told(pattern, folder=KNOWN, models=(SMALL, LARGE)):
+    """What the first sentence of "In short" that fits says in the pattern's group, by model."""
+    found = []
+    for model in models:
+        said = (one["sentence"] for one in rows(folder, "in_short", model=model))
+        found.append(next(fits[1] for one in said if (fits := re.search(pattern, one))))
+    return found
+
+
+# --- tables ---------------------------------------------------------------------------------------
+def agreement(cs2, share_ii):
+    return f"{float(cs2):.2f}; {percent(share_ii)}"
+
+
+def consistency(folder, model, method):
+    """CS2 and the share of K_II; None where the method was not run."""
+    own = of(folder, model)
+    found = rows(own, "all/consistency", method=method)
+    if not found:
+        return None
+    static = row(own, "all/table1", threshold="static", method=method)
+    return agreement(found[0]["cs2"], static["R_II"])
+
+
+def paper_agreement(threshold, method="ig"):
+    """CS2 of all facts, the mean of the classes', and the share of K_II, of the paper's models."""
+    for model in PAPER.values():
+        key = f"{model}|{threshold}|{method}"
+        share_i, cs2_i, share_ii, cs2_ii, *_ = PRINTED["1"]["rows"][key]
+        yield share_i * cs2_i + share_ii * cs2_ii, share_ii
+
+
+def first_table():
+    """Of `amig`, any fact is of more facts there than were edited."""
+    by_method = [[agreement(*one) for one in paper_agreement("static", name)] for name in METHODS]
+    names = [f"{name}, the paper" for name in PAPER]
+    yield from zip(names, *by_method)
+    facts = {"any fact": "Any", "facts it knows": "Known", "bundled facts it knows": "Bundled"}
+    for (name, run), (label, model) in product(facts.items(), MODELS.items()):
+        folders = RUNS[run] | (dict(amig=ANY) if run == "Any" else {})
+        cells = (consistency(folders[method], model, method) or "–" for method in METHODS)
+        yield f"{label}, {name}", *cells
+
+
+def by_method():
+    for (facts, folders), (label, model) in product(RUNS.items(), MODELS.items()):
+        for method, folder in folders.items():
+            cs2 = consistency(folder, model, method)
+            if cs2:
+                changed = changed_by_method(of(folder, model), method)
+                n = row(of(folder, model), "all/consistency", method=method)["n"]
+                yield f"{facts}, {label}", f"`{method}`", n, cs2, *changed
+
+
+def changed_by_method(own, method):
+    edit, random = erased(own, method), erased(own, method, "local (random)")
+    n = f" (n = {edit['n_gen']})" if edit else ""
+    yield percent(edit.get("gen")) + n if edit else "–"
+    yield f"{percent(edit['loc'])} ({percent(random['loc'])})" if edit else "–"
+    where = dict(threshold="static", set="self", direction="suppress")
+    alone = rows(own, f"{method}/fig4", **where, **{"class": "I"})
+    yield percent(alone[0]["trimmed"]) if alone else "–"
+    synapses = {one["quantity"]: one["mean"] for one in rows(own, f"{method}/synapses")}
+    alike = [synapses[name] for name in ("jaccard", "jaccard_rest") if synapses]
+    yield f"{percent(synapses['share in column 0'])}; {numbers(*alike)}" if synapses else "–"
+
+
+def found_neurons(folder, model):
+    """The rows on KNs of a column of the table."""
+    own = of(folder, model)
+    localised = row(own, "ig/localisation")
+    consistency = row(own, "all/consistency", method="ig")
+    classes = {
+        name: row(own, "all/table1", threshold=name, method="ig") for name in ("static", "otsu")
+    }
+    answered = int(localised["n_known"]) / int(localised["n_queries"])
+    yield f"{consistency['n']}, {int(localised['n_queries']):,} ({percent(answered)})"
+    yield interval(consistency, "cs2")
+    yield numbers(*control(1, "null", folder, model, GROUPS))
+    yield numbers(*control(2, "noise", folder, model, ("variants", "neighbours")))
+    yield share(classes["static"], "R_II")
+    noise = row(own, "all/otsu_null", method="ig")
+    yield f"{percent(classes['otsu']['R_II'])} ({percent(noise['R_II'])})"
+
+
+def changed_answers(folder, model):
+    """What edits, attention and the rule of the integral do, the other rows."""
+    own = of(folder, model)
+    for neurons in ("local", "global", "cas", "local (random)"):
+        done = erased(own, "ig", neurons)
+        size = float(done["neurons_edited"])
+        yield f"{percent(done['rel'], done['gen'], done['loc'])} ({size:.0f})"
+    lost, said = (row(own, "ig/table2_loc", op=op, neurons="local") for op in ("erase", "update"))
+    yield percent(lost["loc_same"], lost["loc_other"])
+    updated = erased(own, "ig", op="update")
+    yield percent(updated["rel"], updated["gen"], said["loc_new"])
+    yield percent(row(own, "ig/table2", **ALL, op="update", neurons="local")["broken"])
+    most = rows(own, "ig/fig5_values", threshold="otsu")
+    yield percent(*(of_all_facts(most, name) for name in ("predominance", "predominance_rest")))
+    names = ("share in column 0", "jaccard", "jaccard_rest")
+    first, every, rest = (row(own, "ig/synapses", quantity=name)["mean"] for name in names)
+    yield f"{percent(first)}; {numbers(every, rest)}"
+    paper, converged = (rows(own, "all/by_rule", rule=rule)[0] for rule in ("right", "converged"))
+    yield f"{numbers(paper['jaccard'])}; {numbers(paper['cs2'], converged['cs2'])}"
+
+
+def marks(folder, model):
+    """A claim's mark by `ig` and, where it was run and differs, by `amig`."""
+    for one in rows(folder, "scoreboard", model=model, method="ig"):
+        others = rows(folder, "scoreboard", model=model, claim=one["claim"])
+        by_amig = {other["method"]: other["mark"] for other in others}.get("amig", one["mark"])
+        yield one["mark"] + f" (`amig`: {by_amig})" * (by_amig != one["mark"])
+
+
+def cells(heading, path=FINDINGS):
+    return [(*one.values(),) for one in readme_table(heading, path)]
+
+
+def test_the_first_table_is_the_papers_and_the_committed_ones():
+    assert cells("## What it finds on real models", "README.md") == [*first_table()]
+
+
+def test_the_table_by_method_is_the_committed_ones():
+    assert cells("## By method and facts") == [*by_method()]
+
+
+def test_the_table_of_numbers_is_the_committed_one():
+    table = readme_table("## In numbers", FINDINGS)
+    for name, where in COLUMNS.items():
+        assert [one[name] for one in table] == [*found_neurons(*where), *changed_answers(*where)]
+
+
+def printed(op, neurons, columns=3):
+    """Rel, Gen and Loc of the paper's GPT-2, by class."""
+    values = PRINTED["3"]["rows"]
+    edits = {name: values[f"gpt2|{op}|{neurons}|{name}"][:columns] for name in ("I", "II")}
+    return "; ".join(f"{name}: {percent(*some)}" for name, some in edits.items())
+
+
+def test_what_the_paper_found_is_what_it_prints():
+    cs2, static = zip(*paper_agreement("static"))
+    wanted = {
+        1: ", ".join(numbers(one) for one in cs2),
+        4: ", ".join(percent(one) for one in static),
+        5: ", ".join(percent(one) for _, one in paper_agreement("otsu")),
+        6: printed("erasure", "local"),
+        7: printed("erasure", "global"),
+        8: printed("erasure", "cas"),
+        11: printed("update", "local", 2),
+    }
+    table = readme_table("## In numbers", FINDINGS)
+    assert {place: table[place]["the paper"] for place in wanted} == wanted
+
+
+def test_the_marks_of_the_claims_are_the_committed_ones():
+    table = readme_table("## Which of the paper's claims hold", FINDINGS)
+    for name, where in COLUMNS.items():
+        assert [one[name] for one in table] == [*marks(*where)]
+
+
+# --- sentences ------------------------------------------------------------------------------------
+OWN = [of(KNOWN, SMALL), of(KNOWN, LARGE)]
+
+
+def on_consistency():
+    """README's points 1 to 5."""
+    found = [row(own, "all/consistency", method="ig") for own in OWN]
+    queries = [f"{int(row(own, 'ig/localisation')['n_queries']):,}" for own in OWN]
+    asked = [f"({one['n']} facts, {n} queries)" for one, n in zip(found, queries)]
+    yield "SmolLM2 {} first, then Gemma {}".format(*asked)
+    yield "CS2 is {} and {}, in the".format(*(interval(one, "cs2") for one in found))
+    cs2, static = zip(*paper_agreement("static"))
+    yield f"in the paper {min(cs2):.2f} to {max(cs2):.2f}"  # of three models, by `ig`
+    classes = [row(own, "all/table1", threshold="static", method="ig") for own in OWN]
+    of_paper = f"({100 * min(static):.0f} to {100 * max(static):.0f} %)"
+    yield "K_II are {} and {} of the facts {}".format(
+        *(share(one, "R_II") for one in classes), of_paper
+    )
+    choices = "".join(told(r"(The static share .*)"))
+    yield f"never more than {max(map(float, re.findall(r'([0-9.]+) % .', choices)))} % if KNs"
+
+    capitals = {}
+    for folder, model in product((BUNDLED, KNOWN), (SMALL, LARGE)):
+        some = rows(folder, "fig3_all", model=model, relation="P36")
+        cs2 = [float(one["cs2"]) for one in some]
+        capitals[folder, model] = f"{sum(cs2) / len(cs2):.2f}", str(len(cs2))
+    values, n = zip(*capitals.values())
+    varied = f"In capitals CS2 is {values[0]} and {values[1]} by the bundled facts' words"
+    yield f"{varied} (n = {n[0]}, {n[1]})"
+    yield f"{values[2]} and {values[3]} by ParaRel's (n = {n[2]}, {n[3]})"
+    yield f"of capitals alone CS2 is {values[0]} for ParaRel's {values[2]}, in Gemma {values[1]}"
+    bundled = [of(BUNDLED, model) for model in (SMALL, LARGE)]
+    n = [row(own, "all/consistency", method="ig")["n"] for own in bundled]
+    second = [row(own, "all/table1", threshold="static", method="ig") for own in bundled]
+    second = [share(one, "R_II") for one in second]
+    yield f"Of SmolLM2's {n[0]} bundled facts {second[0]} are K_II, of Gemma's {n[1]} {second[1]}"
+    yield f"*Bundled facts*: {n[0]} and {n[1]} of this"
+
+    better = r"against three others .*: (.*) more"
+    gain = told(better)
+    facts = told(better.replace("(.*)", ".*") + r" \(n = (\d+) and")
+    yield "{} and {} higher than that of three".format(*gain)
+    yield "of the same facts (n = {}, {})".format(*facts)
+
+    otsu = [row(own, "all/table1", threshold="otsu", method="ig")["R_II"] for own in OWN]
+    noise = [row(own, "all/otsu_null", method="ig")["R_II"] for own in OWN]
+    yield "makes {} and {} of the facts K_II, and of normal noise {} and {}".format(
+        *map(percent, [*otsu, *noise])
+    )
+    yield "CS2 of the other half by {} and {}; within".format(*told(r"by Otsu's (.*?) more"))
+    assert all("cannot" in one for one in told(r"by Otsu's .* within relations (.*)"))
+
+    groups = [control(1, "null", KNOWN, model, GROUPS) for model in (SMALL, LARGE)]
+    for one, pattern, _ in groups:
+        assert 0.55 < float(pattern) / float(one) < 0.65  # three fifths
+    pairs = [" for ".join(map(numbers, (pattern, one))) for one, pattern, _ in groups]
+    unrelated = " and ".join(numbers(one[2]) for one in groups)
+    yield f"has ({', '.join(pairs)}); unrelated queries have {unrelated}"
+
+
+def on_changes():
+    """README's points 6 to 10."""
+    local, random, every, cas = (
+        [erased(own, "ig", neurons) for own in OWN]
+        for neurons in ("local", "local (random)", "global", "cas")
+    )
+    updated = [erased(own, "ig", op="update") for own in OWN]
+
+    def two(edits, name, sign=" %"):
+        return both(*(one[name] for one in edits), sign=sign)
+
+    yield f"{two(local, 'gen')} of the other wordings fail; in the paper's GPT-2"
+    first, second = printed("erasure", "local").split("; ")
+    first, second = (one.split(" / ")[1] for one in (first, second))
+    yield f"GPT-2 {first} % for K_I, {second} % for K_II"
+    yield f"Of other facts' answers {two(local, 'loc')} stay; after"
+    yield f"random neurons' erasure {two(random, 'loc')}"
+    said = [row(own, "ig/table2_loc", op="update", neurons="local") for own in OWN]
+    broken = [row(own, "ig/table2", **ALL, op="update", neurons="local") for own in OWN]
+    yield f"by {two(updated, 'rel')} of the edited wordings, {two(updated, 'gen')} of the others"
+    yield f"{two(said, 'loc_new')} of unrelated queries; {two(broken, 'broken')} of texts break"
+
+    off = []
+    for pattern in (
+        r"by -(\d+) % \[[^]]*\] when a query's own",
+        r"not its own -(\d+) %",
+        r"what they share -(\d+) %",
+    ):
+        off.append("{} and {} %".format(*told(pattern)))
+    yield f"falls by {off[0]} without its own, by {off[1]} without the other wordings'"
+    yield f"by {off[2]} without another fact's"
+    changes = [-float(one) for one in told(r"random ones (-?[\d.]+) %")]
+    yield "by {:g} and {:g} % without random ones".format(*changes)
+
+    synapses = [{one["quantity"]: one["mean"] for one in rows(o, "ig/synapses")} for o in OWN]
+    first = both(*(one["share in column 0"] for one in synapses))
+    yield f"{first} are columns of the first token"
+    alike = " and ".join(numbers(one["jaccard"]) for one in synapses)
+    yield f"(Jaccard index {alike})"
+    yield "move the answer more: by {} and {}".format(*told(r"first token.* suppressed (.*?) more"))
+
+    size = " and ".join(f"{float(one['neurons_edited']):.0f}" for one in cas)
+    yield f"Erasing the {size} neurons of the consistency-aware score leaves {two(cas, 'loc')}"
+    yield f"wordings' KNs leave {two(every, 'loc')}; {two(cas, 'gen')} of the other wordings fail"
+    gains = {}
+    for own, metric in product(OWN, ("loc", "gen")):
+        gap = row(own, "ig/cas_by_size", op="erase", facts="all facts", metric=metric)
+        gains.setdefault(metric, []).append(interval(gap, "difference", digits=3))
+    other, wordings = (" and ".join(gains[metric]) for metric in ("loc", "gen"))
+    yield f"CAS gains {other} in other facts, {wordings} in other wordings"
+
+
+def on_details():
+    """README's frame, and the last section of the details."""
+    known = []
+    for own in OWN:
+        facts = rows(own, "ig/known_facts")
+        few, looked = (sum(int(one[name]) for one in facts) for name in ("known", "scanned"))
+        known.append(f"{few} of {looked:,}")
+    yield "known to them: {} looked at, and {}".format(*known)
+    yield "SmolLM2 knows {} facts looked at, Gemma {} (".format(*known)
+    inside = told(r"in (\d+ %) of the facts the answer")
+    yield "in {} and {} of those kept the answer stands in the subject".format(*inside)
+    small, large = (row(of(ANY, model), "ig/localisation") for model in (SMALL, LARGE))
+    yield f"({small['n_known']} and {large['n_known']} of {int(large['n_queries']):,})"
+    kinds = ("neighbours", "variants")
+    same = [control(2, "noise", KNOWN, model, kinds) for model in (SMALL, LARGE)]
+    same = [" and ".join(map(numbers, one)) for one in same]
+    yield f"({same[0]} by `ig`, 12 facts), in Gemma less ({same[1]})"
+    one, _, unrelated = map(numbers, control(1, "null", KNOWN, SMALL, GROUPS, "amig"))
+    kept = percent(erased(OWN[0], "amig")["loc"])
+    shared = f"three unrelated queries share {unrelated}, three of one fact {one}"
+    yield f"{shared}: there the erasure of one wording's KNs leaves {kept}"
+    [within] = told(r"by Otsu's .*, within relations (.*?) more", ANY, [SMALL])
+    yield f"fact of SmolLM2, by `ig` ({within})"
+    yield "lowers P(answer), too, by {} in SmolLM2 and {} in".format(
+        *told(r"Enhanced, .*? by -(\d+ %)")
+    )
+    gaps = list(gaps_by_size())
+    limits = [(float(gap["difference_low"]), float(gap["difference_high"])) for gap in gaps]
+    clear = [gap for gap, (low, high) in zip(gaps, limits) if not low <= 0 <= high]
+    least, *_, most = sorted(float(gap["difference"]) for gap in clear)
+    yield f"Of {len(gaps)} such gaps of all runs {len(clear)} can be told"
+    yield f"gains of {least:.2f} to {most:.2f}"
+    moved = []
+    for folder in (KNOWN, ANY):
+        rules = [rows(of(folder, one), "all/by_rule", method="ig") for one in (SMALL, LARGE)]
+        moved.append(max(abs(float(one["cs2"]) - float(other["cs2"])) for one, other in rules))
+    yield "CS2 moves by at most {:.2f} (12 known facts) and {:.2f} (10 of *any*)".format(*moved)
+    by_amig = []
+    for own in OWN:
+        rules = {one["rule"]: one for one in rows(own, "all/by_rule", method="amig")}
+        sizes = (numbers(rules[name]["mean_size"], digits=0) for name in ("right", "converged"))
+        by_amig += [numbers(rules["right"]["jaccard"]), " in place of ".join(sizes)]
+    yield "a Jaccard index of {} with the converged ones in SmolLM2 ({} neurons)".format(*by_amig)
+    yield "of {} in Gemma ({}; 12 known facts each)".format(*by_amig[2:])
+    assert rules["right"]["n"] == "12"
+    yield "relations resampled, CS2 is {} and {}".format(*told(r"relations resampled .*: (.*?) \("))
+    where = dict(model="demo/gpt2", method="ig", threshold="static")
+    alike = row("sample", "table1_all", **where)
+    assert float(alike["R_I"]) == 1  # so that K_I's mean is that of all facts
+    where = dict(model="demo/gpt2", **ALL, op="erasure", neurons="local")
+    fail = percent(row("sample", "table2_all", **where)["gen"])
+    cs2 = numbers(alike["S_I"])
+    yield f"(`demo/gpt2`: CS2 {cs2}), but erasing one wording's neurons makes only {fail}"
+    by_ig = [[mark.split(" (")[0] for mark in marks(KNOWN, model)] for model in (SMALL, LARGE)]
+    for mark, words in (("holds", "hold in both models"), ("does not hold", "in neither")):
+        same = [str(n) for n, two in enumerate(zip(*by_ig), 1) if two == (mark, mark)]
+        yield f"{', '.join(same)} {words}"
+
+
+def gaps_by_size():
+    """What CAS gains over as many neurons, in the other wordings and in other facts: a row a run of
+    a real model, method and operation, where there are facts enough for an interval."""
+    for path in paths.FIGURES.glob("*/pretrained--*/*/cas_by_size.csv"):
+        with path.open(encoding="utf-8") as file:
+            for gap in csv.DictReader(file):
+                if gap["facts"] == "all facts" and gap["metric"] in ("gen", "loc"):
+                    if gap["difference_low"]:
+                        yield gap
+
+
+@pytest.mark.parametrize("about", [on_consistency, on_changes, on_details])
+def test_every_measured_number_is_the_committed_one(about):
+    text = " ".join(f"{README} {DETAILS}".split())
+    found = list(about())
+    assert len(found) > 10 and [one for one in found if one not in text] == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_said_of_the_rules_is_the_measured_table(method):
+    cells = [f"`{method}`"]
+    for rule in ("`right` 20 (the paper)", "`converged`"):
+        for model in MODELS:
+            heading = f"## {model}, `{method}`"
+            table = readme_table(heading, "tests/benchmarks/results/rules.md")
+            two = {one["queries"]: one for one in table if one["rule"] == rule}
+
+            def pair(name, two=two):
+                return f"{two['answered'][name]} / {two['other'][name]}"
+
+            evaluations = f" by {pair('evaluations')}" * (rule == "`converged`")
+            cells.append(pair("mean Jaccard index") + evaluations)
+    assert f"| {' | '.join(cells)} |" in README.splitlines()
