@@ -37,6 +37,7 @@ GROUPS = (
     "one pattern, different objects",
     "different patterns and objects, different relations",
 )
+RELATION = "different patterns and objects, one relation"
 PAPER = {
     "GPT-2": "gpt2",
     "LLaMA-2-7B": "meta-llama/Llama-2-7b-hf",
@@ -291,16 +292,14 @@ def on_consistency():
     choices = "".join(told(r"(The static share .*)"))
     yield f"never more than {max(map(float, re.findall(r'([0-9.]+) % .', choices)))} % if KNs"
 
-    capitals = {}
-    for folder, model in product((BUNDLED, KNOWN), (SMALL, LARGE)):
-        some = rows(folder, "fig3_all", model=model, relation="P36")
-        cs2 = [float(one["cs2"]) for one in some]
-        capitals[folder, model] = f"{sum(cs2) / len(cs2):.2f}", str(len(cs2))
-    values, n = zip(*capitals.values())
-    varied = f"In capitals CS2 is {values[0]} and {values[1]} by the bundled facts' words"
-    yield f"{varied} (n = {n[0]}, {n[1]})"
-    yield f"{values[2]} and {values[3]} by ParaRel's (n = {n[2]}, {n[3]})"
-    yield f"of capitals alone CS2 is {values[0]} for ParaRel's {values[2]}, in Gemma {values[1]}"
+    (small, n_small), (large, n_large) = (capitals(BUNDLED, model) for model in (SMALL, LARGE))
+    varied = f"In capitals CS2 is {small} and {large} by the bundled facts' words"
+    yield f"{varied} (n = {n_small}, {n_large})"
+    (first, n_first), (second, n_second) = (capitals(KNOWN, model) for model in (SMALL, LARGE))
+    yield f"{first} and {second} by ParaRel's (n = {n_first}, {n_second})"
+    yield f"of capitals alone CS2 is {small} for ParaRel's {first}, in Gemma {large} for {second}"
+    apart = [capitals(KNOWN, model, inside=False) for model in (SMALL, LARGE)]
+    yield "still for {} (n = {}) and {} (n = {})".format(*apart[0], *apart[1])
     bundled = [of(BUNDLED, model) for model in (SMALL, LARGE)]
     n = [row(own, "all/consistency", method="ig")["n"] for own in bundled]
     second = [row(own, "all/table1", threshold="static", method="ig") for own in bundled]
@@ -322,12 +321,29 @@ def on_consistency():
     yield "CS2 of the other half by {} and {}; within".format(*told(r"by Otsu's (.*?) more"))
     assert all("cannot" in one for one in told(r"by Otsu's .* within relations (.*)"))
 
-    groups = [control(1, "null", KNOWN, model, GROUPS) for model in (SMALL, LARGE)]
-    for one, pattern, _ in groups:
-        assert 0.55 < float(pattern) / float(one) < 0.65  # three fifths
-    pairs = [" for ".join(map(numbers, (pattern, one))) for one, pattern, _ in groups]
-    unrelated = " and ".join(numbers(one[2]) for one in groups)
-    yield f"has ({', '.join(pairs)}); unrelated queries have {unrelated}"
+    one, wording, unrelated, relation = shared_by_kind(KNOWN)
+    yield f"CS2 of three queries is {one} where one fact is"
+    yield f"asked in three wordings, {wording} where three facts are asked in one"
+    yield f"{relation} with only the relation in common, {unrelated} with nothing"
+    one, wording, _, relation = shared_by_kind(BUNDLED)
+    yield f"fact: {one} of one fact, {wording} of one wording, {relation} of the relation"
+
+
+def capitals(folder, model, inside=True):
+    """CS2 of the capitals and how many they are; without those that their subject names, too."""
+    found = []
+    for one in rows(folder, "fig3_all", model=model, relation="P36"):
+        _, subject, answer = one["fact"].split("|")
+        if inside or answer.casefold() not in subject.casefold():
+            found.append(float(one["cs2"]))
+    return numbers(sum(found) / len(found)), len(found)
+
+
+def shared_by_kind(folder):
+    """CS2 of three queries of one kind, of both models."""
+    kinds = (*GROUPS, RELATION)
+    found = [control(1, "null", folder, model, kinds) for model in (SMALL, LARGE)]
+    return [" and ".join(map(numbers, two)) for two in zip(*found)]
 
 
 def on_changes():
@@ -345,6 +361,10 @@ def on_changes():
     first, second = printed("erasure", "local").split("; ")
     first, second = (one.split(" / ")[1] for one in (first, second))
     yield f"GPT-2 {first} % for K_I, {second} % for K_II"
+    kept = [float(one) for one in re.findall(r"/ (\d+) %", printed("erasure", "local"))]
+    yield f"in GPT-2 {min(kept):.0f} to {max(kept):.0f} %"
+    related = [row(own, "ig/table2_loc", op="erase", neurons="local") for own in OWN]
+    yield f"Half of them are of the relation: of these {two(related, 'loc_same')} stay"
     yield f"Of other facts' answers {two(local, 'loc')} stay; after"
     yield f"random neurons' erasure {two(random, 'loc')}"
     said = [row(own, "ig/table2_loc", op="update", neurons="local") for own in OWN]
@@ -361,6 +381,13 @@ def on_changes():
         off.append("{} and {} %".format(*told(pattern)))
     yield f"falls by {off[0]} without its own, by {off[1]} without the other wordings'"
     yield f"by {off[2]} without another fact's"
+    sizes = {}
+    for own, name in product(OWN, ("union_others", "self")):
+        where = dict(threshold="static", queries="all", set=name, direction="average")
+        size = row(own, "ig/fig4_controls", **where, **{"class": "I"})["size"]
+        sizes.setdefault(name, []).append(numbers(size, digits=0))
+    others, alone = (" and ".join(sizes[name]) for name in ("union_others", "self"))
+    yield f"its own ({others} neurons for its {alone})"
     changes = [-float(one) for one in told(r"random ones (-?[\d.]+) %")]
     yield "by {:g} and {:g} % without random ones".format(*changes)
 
@@ -369,11 +396,16 @@ def on_changes():
     yield f"{first} are columns of the first token"
     alike = " and ".join(numbers(one["jaccard"]) for one in synapses)
     yield f"(Jaccard index {alike})"
+    none = percent(synapses[1]["no synapse_rest"])
+    yield f"Without that token ({none} of Gemma's queries then have none)"
     yield "move the answer more: by {} and {}".format(*told(r"first token.* suppressed (.*?) more"))
+    doubled = told(r"Own against irrelevant without the first token.* enhanced (.*)")
+    assert "less" in doubled[0] and "cannot be told" in doubled[1]
 
     size = " and ".join(f"{float(one['neurons_edited']):.0f}" for one in cas)
     yield f"Erasing the {size} neurons of the consistency-aware score leaves {two(cas, 'loc')}"
-    yield f"wordings' KNs leave {two(every, 'loc')}; {two(cas, 'gen')} of the other wordings fail"
+    spared = f"one wording's KNs leave {two(local, 'loc')}, all wordings' {two(every, 'loc')}"
+    yield f"{spared}; {two(cas, 'gen')} of the other wordings fail"
     gains = {}
     for own, metric in product(OWN, ("loc", "gen")):
         gap = row(own, "ig/cas_by_size", op="erase", facts="all facts", metric=metric)
@@ -389,16 +421,19 @@ def on_details():
         facts = rows(own, "ig/known_facts")
         few, looked = (sum(int(one[name]) for one in facts) for name in ("known", "scanned"))
         known.append(f"{few} of {looked:,}")
-    yield "known to them: {} looked at, and {}".format(*known)
+    yield "known to them, {} looked at, and {}".format(*known)
     yield "SmolLM2 knows {} facts looked at, Gemma {} (".format(*known)
     inside = told(r"in (\d+ %) of the facts the answer")
     yield "in {} and {} of those kept the answer stands in the subject".format(*inside)
+    yield "of those kept the subject holds the answer in {} and {}".format(*inside)
     small, large = (row(of(ANY, model), "ig/localisation") for model in (SMALL, LARGE))
     yield f"({small['n_known']} and {large['n_known']} of {int(large['n_queries']):,})"
     kinds = ("neighbours", "variants")
     same = [control(2, "noise", KNOWN, model, kinds) for model in (SMALL, LARGE)]
     same = [" and ".join(map(numbers, one)) for one in same]
     yield f"({same[0]} by `ig`, 12 facts), in Gemma less ({same[1]})"
+    varied = " and ".join(map(numbers, control(2, "noise", VARIED, SMALL, kinds)))
+    yield f"and SmolLM2's bundled ones far less ({varied})"
     one, _, unrelated = map(numbers, control(1, "null", KNOWN, SMALL, GROUPS, "amig"))
     kept = percent(erased(OWN[0], "amig")["loc"])
     shared = f"three unrelated queries share {unrelated}, three of one fact {one}"
