@@ -109,36 +109,14 @@ def test_no_function_hides_an_import_of_the_package():
 
 def imported(node):
     """Every part of the dotted names that `node` imports."""
-    if isinstance(node, ast.ImportFrom):
-        names = [node.module or "", *(one.name for one in node.names)]
-    else:
-        names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+    if not isinstance(node, (ast.Import, ast.ImportFrom)):
+        return set()
+    names = [getattr(node, "module", None) or "", *(one.name for one in node.names)]
     return {part for name in names for part in name.split(".")}
-
-
-def of_other_tests(nodes):
-    tests = {file.stem for file in TESTS if file.name.startswith("test_")}
-    return [(node.lineno, name) for node in nodes for name in sorted(imported(node) & tests)]
 
 
 def test_no_test_file_is_imported_by_another():
     """What several need is in `tiny`, `units` and the like."""
-    borrowed = [
-        place(file, *found) for file in TESTS for found in of_other_tests(ast.walk(tree(file)))
-    ]
-    assert not borrowed
-
-
-BORROWING = """\
-import test_store
-def f(): import test_store as other
-from test_store import UNITS
-from tests.study.test_store import UNITS
-from tests.study import test_store
-from . import test_store"""
-
-
-@pytest.mark.parametrize("line", BORROWING.split("\n"))
-def test_an_import_of_a_test_file_is_seen(line):
-    assert [name for _, name in of_other_tests(ast.walk(ast.parse(line)))] == ["test_store"]
-    assert not of_other_tests(ast.walk(ast.parse("import units\nfrom tiny import tiny_lm")))
+    tests = {file.stem for file in TESTS if file.name.startswith("test_")}
+    nodes = [(file, node) for file in TESTS for node in ast.walk(tree(file))]
+    assert not [place(file, node.lineno) for file, node in nodes if imported(node) & tests]

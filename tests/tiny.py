@@ -5,10 +5,12 @@ The place of each family's MLP is written down here, on purpose not taken from
 `qlutils.model.architecture`.
 """
 
+import ast
 import json
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import nbformat
 import torch
@@ -16,8 +18,9 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from qlutils import paths
+from qlutils.driver import running
 from qlutils.model.language_model import LanguageModel
-from qlutils.paths import ROOT
 
 VOCABULARY = 97
 SPECIAL = ("<eos>", "<bos>", "<unk>", "<mask>")
@@ -287,7 +290,7 @@ def watched_rows(lm, limit=None):
 
 def readme_table(heading, file="README.md"):
     """The first table after a heading of README.md or another file, as dicts."""
-    text = (ROOT / file).read_text("utf-8").split(heading, 1)[1]
+    text = (paths.ROOT / file).read_text("utf-8").split(heading, 1)[1]
     rows = re.search(r"(^\|.*\n)+", text, re.M)[0].splitlines()
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
@@ -300,3 +303,37 @@ def write_notebook(folder, name, parameters, *cells):
     book.cells = [nbformat.v4.new_code_cell(cell) for cell in (parameters, *cells)]
     book.cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(book, folder / f"{name}.ipynb")
+
+
+def run_cells(notebook, parameters, display=lambda *_: None):
+    """Run a notebook's code here, as papermill would: in order, with `parameters` after its own, in
+    place of those that it was run with before. `display` gets what a cell shows."""
+    names = {"__name__": "__main__", "display": display}
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        tags = cell.metadata.get("tags", ())
+        if cell.cell_type == "code" and "injected-parameters" not in tags:
+            code = ast.parse(cell.source)
+            if isinstance(last := code.body[-1], ast.Expr):
+                last.value = ast.Call(ast.Name("display", ast.Load()), [last.value], [])
+            code = ast.fix_missing_locations(code)
+            exec(compile(code, Path(notebook).name, "exec"), names)
+        if "parameters" in tags:
+            names |= parameters
+
+
+def without_kernels(patch):
+    """From here on the driver runs notebooks in this process: kernels take seconds each."""
+
+    def execute(notebook, output, parameters, env, log, stop=None):
+        patch.setattr(paths, "NOTEBOOKS", notebook.parent)
+        for name in "COMMAND", "RUNS", "MODELS", "PROGRESS":
+            patch.setenv(f"QLUTILS_{name}", str(env[f"QLUTILS_{name}"]))
+        try:
+            Path(output).unlink(missing_ok=True)
+            run_cells(notebook, parameters)
+        except (ValueError, RuntimeError) as error:
+            return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        nbformat.write(nbformat.v4.new_notebook(), output)
+        return ""
+
+    patch.setattr(running, "execute", execute)

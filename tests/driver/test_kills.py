@@ -4,6 +4,7 @@ A fork server imports torch and loads the model once, so that a start costs mill
 compute in one thread, as threads do not survive a fork.
 """
 
+import json
 import multiprocessing
 import os
 import random
@@ -11,13 +12,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from qlutils import paths
+from qlutils import load_facts, paths
 from qlutils.experiments import attention_predominance, effects, knowledge_synapses
 from qlutils.experiments.consistency import classified_facts
 from qlutils.experiments.edit_tables import measures_table
@@ -32,7 +34,7 @@ from qlutils.study.results import read_record
 
 ROOT = paths.ROOT
 RELATIONS = ["P36", "P19", "P103"]
-PARAMETERS = dict(model="demo/gpt2", method="ig", relations=RELATIONS, facts_per_relation=1)
+PARAMETERS = dict(model="demo/gpt2", method="ig")  # and data, a file of three facts
 PARAMETERS |= dict(t=0.2, steps=3, lambda1=2.0, lambda2=2.0, embedding="input", n_locality=4)
 PARAMETERS |= dict(controls=["random"], corpus="demo", ppl_entries=1, ppl_max_tokens=32)
 UNITS = 5 * 3  # five tasks, a unit a fact
@@ -105,7 +107,13 @@ def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kills")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", IMPORT_PATH)
-        finish(folder / "first")  # the server starts, too
+        server = SERVER.Process(target=int)
+        server.start()
+        server.join()
+    facts = load_facts("demo", relations=RELATIONS, facts_per_relation=1)
+    lines = [json.dumps(asdict(replace(fact, prompts=fact.prompts[:3]))) for fact in facts]
+    PARAMETERS["data"] = str(folder / "facts.jsonl")
+    Path(PARAMETERS["data"]).write_text("\n".join(lines), encoding="utf-8")
     runs, begun = folder / "undisturbed", time.time()
     finish(runs)
     assert len(computed(runs)) == len(set(computed(runs))) == UNITS

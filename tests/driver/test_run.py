@@ -1,4 +1,6 @@
-"""The driver, on tiny notebooks: order, parameters, kernel, what is done, failed or stopped."""
+"""The driver, on tiny notebooks: order, parameters, kernel, what is done, failed or stopped.
+
+Where a test is not about processes the notebooks run in this one."""
 
 import json
 import os
@@ -8,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import nbformat
 import pandas as pd
 import pytest
 import units
-from tiny import save_checkpoint, save_dataset, write_notebook
+from tiny import save_checkpoint, save_dataset, without_kernels, write_notebook
 
 from qlutils import load_facts, paths, run
 from qlutils.driver import running
@@ -23,7 +26,7 @@ from qlutils.driver.arguments import parser
 from qlutils.driver.jobs import Job, plan_jobs
 from qlutils.driver.plan import SHAPES, query_seconds
 from qlutils.files import locked
-from qlutils.study import identity
+from qlutils.study import identity, store
 from qlutils.study.notebook import Study
 from qlutils.study.parameters import parameters_of
 from qlutils.study.results import read_record
@@ -87,11 +90,15 @@ def options(model, *more):
 
 
 @pytest.fixture
-def drive(books, model, runs, capsys):
-    """Runs the driver, which ends with a status; {job: (its status, what failed)}."""
+def drive(books, model, runs, capsys, monkeypatch):
+    """Runs the driver, which ends with a status; {job: (its status, what failed)}. Without kernels
+    unless they are asked for."""
 
-    def start(*more, status=0):
-        assert run.main(options(model, *more), books) == status
+    def start(*more, status=0, kernels=False):
+        with monkeypatch.context() as patch:
+            if not kernels:
+                without_kernels(patch)
+            assert run.main(options(model, *more), books) == status
         start.said = capsys.readouterr()
         lines = start.said.out.split("what failed\n")[1].splitlines()[:-1]
         pattern = r"(.+?) +(done|cached|failed|stopped|not run) +[\d.]+ *(.*)"
@@ -123,7 +130,7 @@ def test_a_run_goes_through_models_and_methods_once_and_names_what_failed(
     books, model, runs, drive, decoy
 ):
     (books / "fail-sig").touch()
-    assert drive(status=1) == {
+    assert drive(status=1, kernels=True) == {
         "01_localize tiny model ig": ("done", ""),
         "02_consistency tiny model": ("done", ""),
         "01_localize tiny model sig": ("failed", "RuntimeError: no such luck (In [4])"),
@@ -240,10 +247,9 @@ def test_bad_input_is_named_before_anything_starts(books, model, runs, capsys, b
     assert said in capsys.readouterr().err and not (runs / "default" / "notebooks").exists()
 
 
-@pytest.mark.parametrize("plan", [[], ["--plan"]])
-def test_a_dtype_in_which_nothing_can_be_attributed_is_not_offered(books, model, capsys, plan):
+def test_a_dtype_in_which_nothing_can_be_attributed_is_not_offered(books, model, capsys):
     with pytest.raises(SystemExit, match="2"):
-        run.main(options(model, "--dtype", "float16", *plan), books)
+        run.main(options(model, "--dtype", "float16"), books)
     assert "--dtype: invalid choice: 'float16'" in capsys.readouterr().err
 
 
@@ -287,33 +293,40 @@ def assert_ended(pids):
     assert not any(map(is_running, pids))
 
 
-def test_a_killed_kernel_or_notebook_or_a_model_that_fails_or_changes_ends_its_own_row_only(
-    books, model, drive, tmp_path
-):
+def test_a_killed_kernel_or_notebook_ends_its_own_row_only(books, model, drive, tmp_path):
     """The system kills a process when memory runs out."""
     pids = tmp_path / "pids"
-    names = "broken", "gone", "changed", "kernel", "notebook"
-    others = [save_checkpoint(Path(model).with_name(name)) for name in names]
+    write_localize(
+        books,
+        f"""
+import signal, time
+open({str(pids)!r}, 'a').write(f'{{os.getpid()}} ')
+os.kill(os.getpid() if study.method == 'ig' else os.getppid(), signal.SIGKILL)
+time.sleep(60)""",
+    )
+    rows = drive("--only", "01", status=1, kernels=True)
+    problems = ["DeadKernelError: Kernel died", "its process was killed by signal 9 (out of mem"]
+    for said, (status, problem) in zip(problems, rows.values(), strict=True):
+        assert status == "failed" and said in problem
+    assert_ended(pids.read_text().split())
+
+
+def test_a_model_that_fails_or_changes_ends_its_own_row_only(books, model, drive):
+    others = [save_checkpoint(Path(model).with_name(name)) for name in ("broken", "gone", "new")]
     more = f"""
-import shutil, signal, time
-broken, gone, changed, kernel, notebook = {others!r}
+import shutil
+broken, gone, changed = {others!r}
 if study.model == broken:
     shutil.rmtree(gone)
     open(broken + '/model.safetensors', 'w').close()
     study.lm()
 if study.model == changed:
-    open(changed + '/config.json', 'a').write(' ')
-if study.model in (kernel, notebook):
-    open({str(pids)!r}, 'a').write(f'{{os.getpid()}} ')
-    os.kill(os.getpid() if study.model == kernel else os.getppid(), signal.SIGKILL)
-    time.sleep(60)"""
+    open(changed + '/config.json', 'a').write(' ')"""
     write_localize(books, more)
     rows = drive("--models", *others, model, "--methods", "ig", "--only", "01", status=1)
-    assert statuses(rows) == 5 * ["failed"] + ["done"]
+    assert statuses(rows) == 3 * ["failed"] + ["done"]
     problems = ["could not load model", "gone", "changed while it ran"]
-    problems += ["DeadKernelError: Kernel died", "its process was killed by signal 9 (out of mem"]
     assert all(said in problem for said, (_, problem) in zip(problems, rows.values()))
-    assert_ended(pids.read_text().split())
 
 
 def unreachable(*_, **__):
@@ -419,11 +432,7 @@ def test_what_needs_a_failed_job_is_not_run_and_a_path_that_cannot_be_written_fa
 
 @pytest.mark.parametrize(
     "number, status, held",
-    [
-        (signal.SIGINT, 130, ["sig"]),
-        (signal.SIGKILL, -9, ["sig"]),
-        (signal.SIGTERM, 143, ["ig", "sig"]),
-    ],
+    [(signal.SIGKILL, -9, ["sig"]), (signal.SIGINT, 130, ["ig", "sig"])],
 )
 def test_stopping_the_driver_ends_its_kernels_soon_and_the_next_run_goes_on(
     books, model, runs, drive, tmp_path, number, status, held
@@ -436,6 +445,8 @@ if study.method in {held} and not os.path.exists({asleep!r} + study.method):
     open({asleep!r} + study.method, 'w').write(str(os.getpid()))
     time.sleep(60)"""
     write_localize(books, more)
+    if held == ["sig"]:
+        drive("--methods", "ig", "--only", "01")
     call = f"run.main({options(model, '--jobs', str(len(held)))!r}, {str(books)!r})"
     code = f"import sys; from qlutils import run; sys.exit({call})"
     env = {**os.environ, "QLUTILS_RUNS": str(runs), "PYTHONPATH": str(ROOT)}
@@ -451,9 +462,27 @@ if study.method in {held} and not os.path.exists({asleep!r} + study.method):
     assert_ended([file.read_text() for file in files])
     if status > 0:
         assert "to go on:\n    ./run_all.sh --models" in said
-        ended = ["stopped" if method in held else "done" for method in ("ig", "sig")]
-        assert [job["status"] for job in run_record(runs)["jobs"]] == [*ended, "not run"]
+        assert [job["status"] for job in run_record(runs)["jobs"]] == [*2 * ["stopped"], "not run"]
     assert statuses(drive("--only", "01")) == ["done" if "ig" in held else "cached", "done"]
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_other_signals_stop_the_driver_like_it_and_say_how_to_go_on(
+    books, model, runs, drive, capsys, monkeypatch, number, status
+):
+    def stopped(notebook, output, parameters, env, log, stop):
+        time.sleep(0.2)
+        signal.pthread_kill(threading.main_thread().ident, number)
+        assert stop.wait(20)
+        return "its process was killed"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "execute", stopped)
+        assert run.main(options(model), books) == status
+    assert "to go on:\n    ./run_all.sh --models" in capsys.readouterr().err
+    left = [job["status"] for job in run_record(runs)["jobs"]]
+    assert left == ["stopped", "not run", "not run"]
+    assert statuses(drive("--only", "01")) == ["done", "done"]
 
 
 def test_a_log_says_again_and_again_what_runs_how_far_it_is_and_for_how_long(
@@ -461,11 +490,11 @@ def test_a_log_says_again_and_again_what_runs_how_far_it_is_and_for_how_long(
 ):
     """On a terminal a bar does; a log gets a line a minute, here every 0.1 seconds."""
     monkeypatch.setattr(running, "LOG_SECONDS", 0.1)
-    monkeypatch.setenv("PYTHONPATH", units.IMPORT_PATH)
+    monkeypatch.setattr(store, "cached_model", lambda *_: units.fake_model())
     work = f"""
-import units
-units.without_model()
-study.run(units.signed, units.UNITS, dict(log={str(tmp_path / "log")!r}, pause=0.4))"""
+import time, units
+time.sleep(0.3)
+study.run(units.signed, units.UNITS, dict(log={str(tmp_path / "log")!r}, pause=0.3))"""
     write_localize(books, work)
     drive("--methods", "ig", "--only", "01", "02")
     first = r"\[0/2\] \d min, at work: 01_localize tiny model ig"
@@ -664,9 +693,10 @@ def test_folders_of_other_letters_work_in_a_bare_c_locale(books, model, tmp_path
     bare |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     bare |= {"PYTHONPATH": str(ROOT), "QLUTILS_RUNS": str(folder)}
     start = f"import sys; from qlutils import run; sys.exit(run.main(None, {str(books)!r}))"
-    asked = [sys.executable, "-c", start, *options(model, "--only", "01", "--output", "\u00fc")]
+    asked = options(model, "--methods", "ig", "--only", "01", "--output", "\u00fc")
+    asked = [sys.executable, "-c", start, *asked]
     as_the_script = ["bash", "-c", 'eval "$(grep ^export "$0")"; exec "$@"', ROOT / "run_all.sh"]
-    done = subprocess.run([*as_the_script, *asked], env=bare, capture_output=True, timeout=120)
+    done = subprocess.run([*as_the_script, *asked], env=bare, capture_output=True, timeout=300)
     said = done.stdout.decode("utf-8")
     assert done.returncode == 0 and f"see {folder}/\u00fc" in said, (said, done.stderr)
     record = json.loads((folder / "\u00fc" / "run.json").read_text(encoding="utf-8"))

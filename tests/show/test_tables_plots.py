@@ -23,7 +23,6 @@ from qlutils.show.tables import (
 )
 
 LLAMA2, LLAMA3 = PAPER_MODELS[1:]
-EDIT = dict(operation="update", neurons="local", class_="I")
 
 
 @pytest.fixture(autouse=True)
@@ -103,14 +102,6 @@ def test_a_table_is_written_three_times_with_full_precision_in_csv(tmp_path):
     assert latex.isascii() and latex.count("{") == latex.count("}")
 
 
-def test_special_characters_do_not_break_a_table(tmp_path):
-    table = pd.DataFrame({"a|b": ["x|y\nz", r"50% of $5 #1 {q} ~^ \ <s>"]})
-    paths = write_table(table, "t", tmp_path)
-    assert r"| x\|y z |" in paths["md"].read_text()
-    escaped = r"50\% of \$5 \#1 \{q\} \textasciitilde{}\textasciicircum{} \textbackslash{}"
-    assert rf"{escaped} \textless{{}}s\textgreater{{}}" in paths["tex"].read_text()
-
-
 @pytest.mark.parametrize(
     "table, model, column, keys, value",
     [
@@ -150,14 +141,6 @@ def test_the_papers_averages_are_the_means_of_their_parts_but_for_the_noted_misp
     for table, model, operation, *_ in wrong:
         assert any(operation in note for note in paper_notes(table, model))
     assert paper_notes(2, "demo/gpt2") == [] and "Table 2" in paper_notes(3, LLAMA3)[0]
-
-
-@pytest.mark.parametrize(
-    "table, column, keys", [(6, "rel", EDIT), (2, "threshold", EDIT), (2, "rel", {})]
-)
-def test_names_that_the_papers_tables_do_not_have_are_refused(table, column, keys):
-    with pytest.raises((KeyError, ValueError, TypeError)):
-        paper_value(table, "gpt2", column, **keys)
 
 
 def cs2_frame():
@@ -215,21 +198,13 @@ def test_a_median_of_figure_3_stands_at_its_own_models_dots():
         assert at[round(own.median(), 9)] == pytest.approx(near, abs=0.15)
 
 
-def test_the_thresholds_of_figure_3_are_lines_with_names():
-    def drawn(frame):
-        fig, _ = plots.figure_cs2([frame], "ig", {}, line=0.3)
-        [ax] = fig.axes
-        lines = [line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == "--"]
-        return lines, {text.get_text(): text.get_position()[1] for text in ax.texts}, fig.legends
-
+def test_the_thresholds_of_figure_3_are_lines():
     one = cs2_frame().query("model == 'other'")
-    lines, names, legends = drawn(one)
-    assert sorted(lines) == [0.1, 0.3, 0.5] and not legends  # one model
+    fig, _ = plots.figure_cs2([one], "ig", {}, line=0.3)
+    lines = [line for line in fig.axes[0].lines if line.get_linestyle() == "--"]
+    assert sorted(line.get_ydata()[0] for line in lines) == [0.1, 0.3, 0.5]
+    names = {text.get_text(): text.get_position()[1] for text in fig.axes[0].texts}
     assert names == {"static threshold, 0.1": 0.1, "paper's example, 0.3": 0.3, "Otsu's, 0.50": 0.5}
-    near = pd.concat([one.assign(threshold_otsu=0.28), one.assign(model="b", threshold_otsu=0.32)])
-    lines, names, _ = drawn(near)
-    assert set(names) > {"Otsu's, 0.28", "Otsu's, 0.32"} and len(lines) == 4
-    assert np.diff(sorted(names.values())).min() > 0.06  # no name over another
 
 
 @pytest.mark.parametrize(
@@ -255,19 +230,15 @@ def test_figure_5_has_a_row_a_threshold_that_divides_the_facts(otsu, label, high
     assert right.get_title() == "without the first token"
 
 
-def test_figure_5_is_drawn_of_facts_without_a_class():
-    facts = pd.DataFrame(dict(model="m", fact=range(2), relation="P17", n_queries=2))
-    facts = facts.assign(predominance=0.5, predominance_rest=1.0, class_static=None)
-    fig, plotted = plots.figure_predominance(facts.assign(class_otsu=None))
-    assert len(plotted) == 2 and not heights(fig.axes[0]) and not legend_names(fig)
-
-
-def test_figure_5_keeps_models_apart_whose_names_end_alike():
+@pytest.mark.parametrize("class_static", ["I", None])
+def test_figure_5_keeps_models_apart_whose_names_end_alike_with_and_without_classes(class_static):
     facts = pd.DataFrame(dict(fact=range(4), relation="P17", n_queries=4, class_otsu=None))
-    facts = facts.assign(predominance=0.5, predominance_rest=0.5, class_static="I")
+    facts = facts.assign(predominance=0.5, predominance_rest=0.5, class_static=class_static)
     both = pd.concat([facts.assign(model=name) for name in ("demo/gpt2", "gpt2")])
-    fig, _ = plots.figure_predominance(both)
+    fig, plotted = plots.figure_predominance(both)
+    assert len(plotted) == 8
     assert [ax.get_ylabel().split("\n")[0] for ax in fig.axes[::2]] == ["demo/gpt2", "gpt2"]
+    assert bool(heights(fig.axes[0])) == bool(class_static)
 
 
 def test_bars_have_their_values_and_intervals_and_controls_are_hollow():
@@ -358,10 +329,9 @@ def edits_table(dppl):
 
 
 @pytest.mark.parametrize("dppl", [0.07, 1e5])
-def test_a_figure_of_edits_says_what_it_shows_and_nothing_lies_over_a_title(dppl):
+def test_a_figure_of_edits_says_what_it_shows(dppl):
     table = edits_table(dppl)
     fig, plotted = plots.figure_edits(table, "otsu", ["local", "cas"])
-    fig.canvas.draw()
     [legend] = fig.legends
     names = ["local (21 neurons)", "CAS (21 neurons)", "random neurons"]
     assert texts(legend.get_texts()) == names
@@ -374,10 +344,6 @@ def test_a_figure_of_edits_says_what_it_shows_and_nothing_lies_over_a_title(dppl
     assert set(plotted.loc[plotted["metric"] == "dppl", "mean"]) == {dppl}
     few, _ = plots.figure_edits(table.assign(n_gen=12), "otsu", ["local", "cas"])
     assert few.axes[0].get_title().endswith("n = 340 / 12 / 340 / 340 edits")
-    for ax in fig.axes:
-        title = ax.title.get_window_extent()
-        assert ax.get_legend() is None and not legend.get_window_extent().overlaps(title)
-        assert all(text.get_window_extent().y1 <= title.y0 for text in ax.texts)
 
 
 def test_the_thresholds_of_the_sweep_are_marked():
@@ -452,19 +418,6 @@ def test_figures_7_and_10_keep_the_scale_of_the_unmodified_query():
     assert set(plotted["condition"]) == {"unmodified", "enhanced"}
     fig, _ = plots.figure_conditions(maps, list(factors), "activation", 0.2)
     assert {len(drawn_dots(ax)) for ax in fig.axes[:12]} == {8}
-
-
-def test_no_text_of_a_figure_is_small():
-    frame = summarised(("self", "union"), (90, 40))
-    figures = [
-        plots.figure_1(example_maps())[0],
-        plots.figure_cs2([cs2_frame()], "ig", {})[0],
-        plots.figure_edits(edits_table(0.1), "otsu", ["local"])[0],
-        plots.figure_bars(frame, row="direction", column="model"),
-    ]
-    for fig in figures:
-        found = [text for text in fig.findobj(matplotlib.text.Text) if text.get_text().strip()]
-        assert found and min(text.get_fontsize() for text in found) >= 8
 
 
 def test_a_figure_is_written_with_its_numbers_byte_for_byte_the_same(tmp_path, monkeypatch):
