@@ -16,15 +16,9 @@ FIGURE_4_SETS = ("self", "union", "intersection", "refine")
 FIGURE_4_DRAWN = (*FIGURE_4_SETS, "self_random", "union_random")  # as many random neurons beside
 NEIGHBOURS = FIGURE_4_SETS[1:]  # made of the KNs of the fact's other queries, too
 # Beyond the paper, see `query_kn_mapping.query_sets`: those of which notebook 04 shows the effect.
-COMPARISON_SETS = (
-    "self_random",
-    "self_same_relation",
-    "self_other_relation",
-    "self_active",
-    "union_others",
-    "union_matched",
-    "self_as_union",
-)
+COMPARISON_SETS = """
+self_random self_same_relation self_other_relation self_active union_others union_matched
+self_as_union""".split()
 OTHER_FACTS = ("same_relation", "other_relation")
 DIRECTIONS = ("enhance", "suppress", "average")
 INTERVALS = (
