@@ -250,7 +250,7 @@ def predominance(winners):
 def predominance_table(facts, seed=0):
     """Means of `predominance` over facts by threshold and class, with 95 % intervals, and `least`,
     the mean of 1/k for facts of k queries."""
-    columns = ("predominance", "predominance_rest", "first", "same_first", "first_share")
+    columns = "predominance predominance_rest first same_first first_share".split()
     rows = []
     for keys, part in cells(facts, {"threshold": THRESHOLDS, "class": CLASSES}):
         means = mean_columns(part, columns, seed)

@@ -106,7 +106,7 @@ def by_relation(scanned, every, known_prompts):
     """A row a relation: facts in the data; scanned, of them; known, of the scanned; kept, of the
     known; queries of the scanned facts, and those that were answered."""
     scanned = scanned.assign(scanned=1, known=scanned["answered"] >= known_prompts)
-    counted = ["scanned", "known", "kept", "queries", "answered"]
+    counted = "scanned known kept queries answered".split()
     table = scanned.groupby("relation", sort=False)[counted].sum()
     table.insert(0, "facts", pd.Series([fact.relation for fact in every]).value_counts())
     return table.astype(int).reset_index()
