@@ -6,7 +6,6 @@ import json
 import operator
 from collections.abc import Iterable, Set
 from contextlib import suppress
-from functools import cached_property
 from threading import RLock
 
 import torch
@@ -92,7 +91,7 @@ class LanguageModel:
         """Softmax, probabilities and scores: float32, or float64 for a float64 model."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    @cached_property
+    @property
     def bos_offset(self) -> int:
         """How many tokens the tokenizer puts in front of every prompt: 1 for BOS (XGLM: </s>), 2
         for GLM's [gMASK]<sop>."""
