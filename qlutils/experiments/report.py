@@ -412,7 +412,7 @@ def copy_results(results, folder):
     is."""
     folder = folder.resolve()
     listed = folder / "published.txt"
-    kinds = (".csv", ".md", ".tex", ".png", ".pdf")
+    kinds = ".csv .md .tex .png .pdf".split()
     made = [path for path in results.rglob("*") if path.suffix in kinds]
     names = sorted(path.relative_to(results).as_posix() for path in made)
     before = listed.read_text("utf-8").splitlines() if listed.is_file() else []

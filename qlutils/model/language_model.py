@@ -305,6 +305,15 @@ class LanguageModel:
         return [self.encode(prompt, answer) for prompt, answer in zip(prompts, answers)]
 
 
+def check_loaded(lm):
+    """ValueError for what is no `LanguageModel`."""
+    if not isinstance(lm, LanguageModel):
+        raise ValueError(
+            f"lm is a {type(lm).__name__}: give what load_model(name) returns; a transformers "
+            "model becomes one by LanguageModel(model, tokenizer, name)"
+        )
+
+
 def _bytes_of(tensor):
     """A tensor's content, as bytes."""
     return tensor.detach().contiguous().flatten().view(torch.uint8)

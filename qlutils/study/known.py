@@ -42,7 +42,7 @@ def count_known(lm, unit):
     exact = qlutils.score_queries(lm, encoded).exact if encoded else []
     answered = Counter(owner for owner, right in zip(owners, exact) if right)
     rows = [(fact.id, fact.relation, len(fact.prompts), answered[fact.id]) for fact in facts]
-    return pd.DataFrame(rows, columns=["fact", "relation", "queries", "answered"])
+    return pd.DataFrame(rows, columns="fact relation queries answered".split())
 
 
 count_known.VERSION = 1
