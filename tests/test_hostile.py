@@ -521,6 +521,16 @@ NO_TEXT = ("", " \u00a0\n")
 PLACES = (None, 3, b"x", __file__)
 NOWHERE = (3, None, b"demo", ["demo"], "", "nowhere", "a\0b", "~nosuchuser/x", "x" * 5000, "\ud800")
 ENDS = [f"it is in{end}" for end in ("\n", "\t", " \n ", "\u3000", "\u00a0")]
+ON_LM = {
+    "attribute": lambda lm: attribute(lm, [IS], ["x"]),
+    "answer_probability": lambda lm: answer_probability(lm, [IS], ["x"]),
+    "scale_neurons": lambda lm: entered(scale_neurons(lm, [(0, 1)], 0.0)),
+    "edit_weights": lambda lm: edited(lm),
+    "save_edited": lambda lm: save_edited(lm, "nowhere", [(0, 0)], "erase"),
+    "find_synapses": lambda lm: find_synapses(lm, IS),
+    "scale_synapses": lambda lm: entered(scale_synapses(lm, {(0, 1, 2)}, 0.0)),
+    "perplexity": lambda lm: perplexity(lm, [IS]),
+}
 # (kind, call, what the error says or RIGHT where the value must be taken, values)
 CALLS = [
     ("prompt", lambda v: ask([v]), "prompt is empty", [*NO_TEXT, "[Y]"]),
@@ -603,6 +613,7 @@ CALLS = [
     ("output", paths.run_folder, "output", [" a", "-a", ".a", "a:b", "\u202ea", "😀", 3, None]),
     ("model's folder name", paths.slug, "model", ["", " \n", None, 3]),
     ("folder", lambda v: save_edited(tiny(), v, [(0, 0)], "erase"), "folder|is a file", PLACES),
+    ("lm", lambda v: ON_LM[v]("demo/gpt2"), "lm is a str: give what load_model", ON_LM),
 ]
 EACH = [(call, said, value) for _, call, said, values in CALLS for value in values]
 IDS = [f"{kind} {ascii(value):.40}" for kind, _, _, values in CALLS for value in values]

@@ -20,6 +20,7 @@ from qlutils.attribution.quadrature import RULES
 from qlutils.change.rows import equal_batches, score_queries
 from qlutils.checks import METHODS, check, one_of
 from qlutils.model.attention import is_controlled
+from qlutils.model.language_model import check_loaded
 from qlutils.model.passes import (
     SITES,
     clean_pass,
@@ -113,6 +114,7 @@ def attribute(
     a handful of queries (runs stream through `localize`). ValueError names the offending prompt,
     answer or parameter.
     """
+    check_loaded(lm)
     spec = Spec(method, steps, rule, answer, site, amig_factor, tolerance, row_budget)
     queries = lm.encode_all(prompts, answers)
     return attribute_encoded(lm, queries, spec).cpu()

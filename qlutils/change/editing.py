@@ -19,7 +19,7 @@ from qlutils.change.rows import score_queries
 from qlutils.checks import check, one_of
 from qlutils.facts import check_text
 from qlutils.model.architecture import UnsupportedModel, check_sole_owner, plain_weight
-from qlutils.model.language_model import whole_numbers
+from qlutils.model.language_model import check_loaded, whole_numbers
 
 OPERATIONS = ("erase", "update")
 EMBEDDINGS = ("input", "output")
@@ -46,6 +46,7 @@ def edit_weights(
     that no forward pass reads as they stand (quantised, offloaded, pruned, parametrised) or that
     layers share.
     """
+    check_loaded(lm)
     options = dict(old=old, new=new, lambda1=lambda1, lambda2=lambda2, embedding=embedding)
     change = virtual_edit(lm, neurons, op, **options)
     places = [(lm.value_vectors(layer), index) for layer, index in change.by_layer.items()]
@@ -71,6 +72,7 @@ def save_edited(lm, folder, neurons, op, **options) -> Path:
     """Write the model as `edit_weights(lm, neurons, op, **options)` makes it, with its tokenizer,
     as a checkpoint that `from_pretrained` loads anywhere. `lm` itself is unchanged. ValueError when
     `folder` already holds a checkpoint or when the edit changes no weight."""
+    check_loaded(lm)
     if not isinstance(folder, (str, Path)):
         raise ValueError(f"folder must be a path, not {folder!r}")
     folder = Path(folder).expanduser()
@@ -195,6 +197,7 @@ def perplexity(lm, texts, max_tokens=256) -> float:
 
     What the tokenizer puts before a text (BOS), or its first token, is context and not scored.
     ValueError: no text, an empty one or one of a single token, max_tokens that leave none."""
+    check_loaded(lm)
     entries = encode_entries(lm, texts, max_tokens)
     scored = sum(len(target) for _, target in entries)
     nll = -score_queries(lm, entries).log_probability.sum()

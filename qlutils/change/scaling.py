@@ -12,6 +12,7 @@ from qlutils.change.changes import Change, Scaling, check_ends, prompt_of
 from qlutils.change.rows import score_queries, score_rows
 from qlutils.checks import one_of
 from qlutils.model.attention import forward_passes
+from qlutils.model.language_model import check_loaded
 from qlutils.model.trace import hooked
 
 
@@ -23,6 +24,7 @@ def answer_probability(lm, prompts, answers, *, answer="all") -> Tensor:
     Inside `scale_neurons` or `edit_weights` the changed model answers. ValueError names an unusable
     prompt.
     """
+    check_loaded(lm)
     one_of("answer", answer, ("all", "first"))
     queries = lm.encode_all(prompts, answers)
     if answer == "first":
@@ -73,6 +75,7 @@ def scale_neurons(lm, neurons, factor):
     `with` ends them, the inner one first. ValueError names a neuron outside the model. `attribute`
     cannot be used inside.
     """
+    check_loaded(lm)
     lm.check_ready()
     scaling = Scaling(Change(lm, neurons, factor))
     lm.scales.append(scaling)

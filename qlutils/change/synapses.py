@@ -20,7 +20,7 @@ from qlutils.checks import one_of
 from qlutils.model.answer import token_probabilities
 from qlutils.model.architecture import UnsupportedModel, refusing
 from qlutils.model.attention import AttentionChange
-from qlutils.model.language_model import whole_numbers
+from qlutils.model.language_model import check_loaded, whole_numbers
 from qlutils.model.passes import full_precision
 from qlutils.model.trace import traced
 from qlutils.model.verify import differ, sample_ids, sharply
@@ -85,6 +85,7 @@ def scale_synapses(lm, synapses, factor: float, *, renormalise: bool = False):
     attention mask. Factor 0 suppresses, 2 enhances; `renormalise` divides each row of those heads'
     layers by its new sum. A column that an input does not have changes nothing. Contexts end in the
     order in which `with` ends them, not otherwise. ValueError names a synapse outside the model."""
+    check_loaded(lm)
     found = set(whole_numbers(synapses, ("column", "layer", "head"), "synapse"))
     sizes = lm.context, lm.num_layers, lm.num_heads
     for synapse in sorted(found):
@@ -119,6 +120,7 @@ def find_synapses(lm, prompt: str, alpha=0.3, *, score="sum") -> set[tuple[int, 
     and head, averaged over all of them). A late column can be attended to by few rows only, so it
     cannot pass. "visible_mean" compares the mean over the rows that can see the column with alpha *
     (mean attention a row gives). ValueError: alpha outside (0, 1]; a prompt of one token."""
+    check_loaded(lm)
     check_alpha(alpha, score)
     [attention] = column_scores(lm, [lm.encode_prompt(prompt)], score)
     layers, heads, columns = above_threshold(*attention, alpha).nonzero()

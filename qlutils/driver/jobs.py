@@ -121,7 +121,11 @@ def shared_parameters(args):
 
 def extra_parameters(args):
     """{name: value} of the options -p: Python literals, or else texts."""
-    extra = {name: literal(value) for name, value in args.parameter}
+    extra = {}
+    for name, value in args.parameter:
+        if name in extra:
+            raise ValueError(f"-p {name} is given twice: which of its values counts?")
+        extra[name] = literal(value)
     if "corpus" in extra:
         extra["corpus"] = _absolute(str(extra["corpus"]), "demo", "wikitext-2")
     return extra

@@ -175,7 +175,7 @@ def print_plan(args, jobs):
     if not first:
         raise ValueError("--plan: with these options nothing is localised")
     study = Study(FIRST, **first[0].parameters)
-    chosen = {"steps", "rule", "answer", "site", "amig_factor"} & study.parameters.keys()
+    chosen = study.parameters.keys() & "steps rule answer site amig_factor".split()
     spec = qlutils.Spec(**{name: study.parameters[name] for name in chosen})  # or ValueError
     models = dict.fromkeys(args.models)
     methods = dict.fromkeys(args.methods)

@@ -113,5 +113,5 @@ def extremes_of_avg(table):
     """The settings of a `sweep_table` with the lowest and the highest Avg, for each that varies."""
     groups = table.dropna(subset="avg").groupby(["varied", "op"])["avg"]
     rows = pd.concat([groups.idxmin(), groups.idxmax()]).sort_values().unique()
-    columns = ["varied", "op", "neurons", "neurons_edited", "avg", "n_avg"]
+    columns = "varied op neurons neurons_edited avg n_avg".split()
     return table.loc[rows, columns]

@@ -225,15 +225,7 @@ def consistency_summary(facts, seed=0):
     CS1, CS2, mean pairwise Jaccard, CS2 of three prompts (cs2_3), KNs of a query (mean_size) and of
     all of a fact's queries (union_size), mean layer. Facts of two prompts are counted
     (n_two_prompts), as are those without a KN (n_undefined), and are in no mean."""
-    columns = (
-        "cs1",
-        "cs2",
-        "jaccard",
-        "cs2_3",
-        "mean_size",
-        "union_size",
-        "mean_layer",
-    )
+    columns = "cs1 cs2 jaccard cs2_3 mean_size union_size mean_layer".split()
     rows = []
     for method, frame in facts.items():
         counts = {

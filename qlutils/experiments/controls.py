@@ -301,7 +301,7 @@ def answered_and_not(queries, t=0.2):
                 "known": known,
             }
             rows.append(about | agreement([*part["sets"]]))
-    return pd.DataFrame(rows, columns=["fact", "relation", "known", "cs2", "jaccard"])
+    return pd.DataFrame(rows, columns="fact relation known cs2 jaccard".split())
 
 
 def _correlation(facts, weights):

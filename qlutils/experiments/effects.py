@@ -16,15 +16,9 @@ FIGURE_4_SETS = ("self", "union", "intersection", "refine")
 FIGURE_4_DRAWN = (*FIGURE_4_SETS, "self_random", "union_random")  # as many random neurons beside
 NEIGHBOURS = FIGURE_4_SETS[1:]  # made of the KNs of the fact's other queries, too
 # Beyond the paper, see `query_kn_mapping.query_sets`: those of which notebook 04 shows the effect.
-COMPARISON_SETS = (
-    "self_random",
-    "self_same_relation",
-    "self_other_relation",
-    "self_active",
-    "union_others",
-    "union_matched",
-    "self_as_union",
-)
+COMPARISON_SETS = """
+self_random self_same_relation self_other_relation self_active union_others union_matched
+self_as_union""".split()
 OTHER_FACTS = ("same_relation", "other_relation")
 DIRECTIONS = ("enhance", "suppress", "average")
 INTERVALS = (
@@ -256,7 +250,7 @@ def predominance(winners):
 def predominance_table(facts, seed=0):
     """Means of `predominance` over facts by threshold and class, with 95 % intervals, and `least`,
     the mean of 1/k for facts of k queries."""
-    columns = ("predominance", "predominance_rest", "first", "same_first", "first_share")
+    columns = "predominance predominance_rest first same_first first_share".split()
     rows = []
     for keys, part in cells(facts, {"threshold": THRESHOLDS, "class": CLASSES}):
         means = mean_columns(part, columns, seed)

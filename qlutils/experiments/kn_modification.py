@@ -150,7 +150,7 @@ def _edits(lm, plan, op, notes, options):
     edits = pd.DataFrame(plan["edits"])
     for edit in edits.index[edits["control"] == "matched"]:
         edits.at[edit, "set"] = matched_neurons(lm, plan, edits.at[edit, "set"])
-    keys = ("fact", "relation", "subject", "object", "new_object")
+    keys = "fact relation subject object new_object".split()
     about = {name: plan[name] for name in keys}
     note = notes.get((plan["fact"], op))
     neurons = edits.pop("set")
@@ -276,7 +276,7 @@ def study_plans(study, queries, sets, **changes):
     if parameters["ppl_entries"]:
         shortest = min(MIN_TOKENS, parameters["ppl_max_tokens"])
         texts = usable_texts(lm, perplexity_texts(parameters["corpus"]), shortest)
-    names = ("controls", "own", "t", "n_locality", "ppl_entries", "seed")
+    names = "controls own t n_locality ppl_entries seed".split()
     return plan_edits(
         queries,
         study.candidates(),

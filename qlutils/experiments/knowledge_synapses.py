@@ -25,15 +25,9 @@ from qlutils.experiments.localize import dense_maps
 from qlutils.facts import prompt_tokens, seeded
 from qlutils.show.stats import bootstrap_difference
 
-SETS = (
-    "self",
-    "irrelevant",
-    "self_without_first",
-    "irrelevant_without_first",
-    "self_only",
-    "irrelevant_only",
-    "random",
-)
+SETS = """
+self irrelevant self_without_first irrelevant_without_first self_only irrelevant_only random
+""".split()
 RENORMALISED = ("self", "irrelevant")
 QUANTITIES = ("probability", "value", "signed_value")  # in the order of `run_rows`
 

@@ -172,7 +172,7 @@ def localise_again(study, facts, what, **spec):
 
     facts: a frame with the fields of `Fact`; what: names the work in the run's record."""
     config = {"method": study.method, **spec}
-    facts = facts[["relation", "subject", "object", "prompts"]].to_dict("records")
+    facts = facts["relation subject object prompts".split()].to_dict("records")
     desc = f"{study.model} {study.method} {what}"
     return _usable(study.run(localise_unit, [facts], config, desc=desc))
 

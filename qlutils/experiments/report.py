@@ -27,15 +27,10 @@ from qlutils.show.tables import paper, paper_notes
 from qlutils.study.identity import differing
 from qlutils.study.results import Missing, read_record
 
-NOTEBOOKS = {  # by number; `paths.NOTEBOOKS` is their folder
-    "01": "01_localize",
-    "02": "02_consistency",
-    "03": "03_kn_modification",
-    "04": "04_query_kn_mapping",
-    "05": "05_attention_predominance",
-    "06": "06_knowledge_synapses",
-    "07": "07_cas_editing",
-}
+NAMES = """
+01_localize 02_consistency 03_kn_modification 04_query_kn_mapping 05_attention_predominance
+06_knowledge_synapses 07_cas_editing""".split()
+NOTEBOOKS = {name[:2]: name for name in NAMES}  # by number; `paths.NOTEBOOKS` is their folder
 # What the report and a notebook must have in common, where the notebook has it.
 SETTINGS = ("t", "static_threshold", "middle")
 # The frames that claims and figures read: {name under which it was saved: notebook}.
@@ -417,7 +412,7 @@ def copy_results(results, folder):
     is."""
     folder = folder.resolve()
     listed = folder / "published.txt"
-    kinds = (".csv", ".md", ".tex", ".png", ".pdf")
+    kinds = ".csv .md .tex .png .pdf".split()
     made = [path for path in results.rglob("*") if path.suffix in kinds]
     names = sorted(path.relative_to(results).as_posix() for path in made)
     before = listed.read_text("utf-8").splitlines() if listed.is_file() else []

@@ -68,30 +68,37 @@ def token_probabilities(lm, final, target, need_grad=False):
 def _probability(lm, hidden, target, need_grad):
     """(R,) probabilities of the tokens `target` (R,) and, if needed, their gradients (R, d).
 
-    Both sums over the vocabulary run in chunks with a running maximum, so no (R, V) matrix is kept.
+    Sums over the vocabulary run in chunks with a running maximum, so no (R, V) matrix is kept. They
+    leave out the target, whose own terms of the gradient cancel: where its probability is nearly 1,
+    their difference would be nothing but rounding.
     """
     weight = lm.arch.head.weight
     dtype = lm.score_dtype
-    top = hidden.new_full((len(hidden), 1), float("-inf"), dtype=dtype)
-    total = torch.zeros_like(top)  # sum_v exp(logit_v - top)
-    mean = torch.zeros_like(hidden, dtype=dtype)  # sum_v exp(logit_v - top) t'_v W_v
+    own = weight[target].to(dtype)
+    target = target[:, None]
+    answer, own_slope = _logits(lm, (hidden.to(dtype) * own).sum(-1, keepdim=True), target)
+    top = answer
+    others = torch.zeros_like(top)  # sum_v exp(logit_v - top)
+    mean = torch.zeros_like(own)  # sum_v exp(logit_v - top) t'_v W_v
     size = VOCAB_CHUNK.get(hidden.device.type, 8192)
     for start in range(0, weight.shape[0], size):
         chunk = slice(start, start + size)
         z, slope = _logits(lm, _matmul(hidden, weight[chunk].T, dtype), chunk)
+        place = (target - start).clamp(0, z.shape[1] - 1)
+        left = z.gather(1, place).masked_fill(place == target - start, float("-inf"))
+        z.scatter_(1, place, left)
         new_top = torch.maximum(top, z.amax(-1, keepdim=True))
         shrink = (top - new_top).exp_()
         z = z.sub_(new_top).exp_()
-        total = total.mul_(shrink).add_(z.sum(-1, keepdim=True))
+        others = others.mul_(shrink).add_(z.sum(-1, keepdim=True))
         if need_grad:
             z = z.mul_(slope).to(weight.dtype)
             mean = mean.mul_(shrink).add_(_matmul(z, weight[chunk], dtype))
         top = new_top
-    own = weight[target].to(dtype)
-    z = (hidden.to(dtype) * own).sum(-1, keepdim=True)
-    z, slope = _logits(lm, z, target[:, None])
-    p = (z - top).exp_() / total  # (R, 1)
-    return p[:, 0], p * (own * slope - mean.div_(total))
+    answer = (answer - top).exp_()
+    total = answer + others
+    p = answer / total  # (R, 1)
+    return p[:, 0], p * (own * own_slope * others - mean).div_(total)
 
 
 def _logits(lm, z, tokens):

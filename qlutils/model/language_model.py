@@ -6,7 +6,6 @@ import json
 import operator
 from collections.abc import Iterable, Set
 from contextlib import suppress
-from functools import cached_property
 from threading import RLock
 
 import torch
@@ -92,7 +91,7 @@ class LanguageModel:
         """Softmax, probabilities and scores: float32, or float64 for a float64 model."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    @cached_property
+    @property
     def bos_offset(self) -> int:
         """How many tokens the tokenizer puts in front of every prompt: 1 for BOS (XGLM: </s>), 2
         for GLM's [gMASK]<sop>."""
@@ -304,6 +303,15 @@ class LanguageModel:
                 f"{len(prompts)} prompts but {len(answers)} answers; give one answer a prompt"
             )
         return [self.encode(prompt, answer) for prompt, answer in zip(prompts, answers)]
+
+
+def check_loaded(lm):
+    """ValueError for what is no `LanguageModel`."""
+    if not isinstance(lm, LanguageModel):
+        raise ValueError(
+            f"lm is a {type(lm).__name__}: give what load_model(name) returns; a transformers "
+            "model becomes one by LanguageModel(model, tokenizer, name)"
+        )
 
 
 def _bytes_of(tensor):

@@ -127,7 +127,7 @@ def figure_cs2(frames, method, names, line=0.3):
     """Figure 3, 8 or 9: CS2 of several models' facts (rows of `classified_facts` a model, with a
     column model), a dot each, by relation, from the lowest median to the highest; the thresholds
     and the paper's example as lines. names: {code of a relation: its name}."""
-    columns = ["model", "relation", "fact", "cs2", "threshold_static", "threshold_otsu"]
+    columns = "model relation fact cs2 threshold_static threshold_otsu".split()
     frame = pd.concat(frames, ignore_index=True)[columns]
     drawn = frame.dropna(subset="cs2").sort_values("cs2", kind="stable")
     colors = model_colors(frame["model"].unique())

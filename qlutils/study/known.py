@@ -42,7 +42,7 @@ def count_known(lm, unit):
     exact = qlutils.score_queries(lm, encoded).exact if encoded else []
     answered = Counter(owner for owner, right in zip(owners, exact) if right)
     rows = [(fact.id, fact.relation, len(fact.prompts), answered[fact.id]) for fact in facts]
-    return pd.DataFrame(rows, columns=["fact", "relation", "queries", "answered"])
+    return pd.DataFrame(rows, columns="fact relation queries answered".split())
 
 
 count_known.VERSION = 1
@@ -106,7 +106,7 @@ def by_relation(scanned, every, known_prompts):
     """A row a relation: facts in the data; scanned, of them; known, of the scanned; kept, of the
     known; queries of the scanned facts, and those that were answered."""
     scanned = scanned.assign(scanned=1, known=scanned["answered"] >= known_prompts)
-    counted = ["scanned", "known", "kept", "queries", "answered"]
+    counted = "scanned known kept queries answered".split()
     table = scanned.groupby("relation", sort=False)[counted].sum()
     table.insert(0, "facts", pd.Series([fact.relation for fact in every]).value_counts())
     return table.astype(int).reset_index()

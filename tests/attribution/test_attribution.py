@@ -244,6 +244,23 @@ def test_the_converged_rule_does_not_chase_what_bfloat16_rounds(family):
     assert (found.evaluations <= 2 * wanted.evaluations).all()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_scores_of_a_sure_answer_are_no_rounding(method):
+    """1 - P is 1e-12 all along the paths: in float32 P is 1 everywhere."""
+    exact = tiny_model("llama3", seed=1, tie_word_embeddings=False)
+    with torch.no_grad():
+        exact.lm_head.weight.mul_(60)
+        for layer in exact.model.layers:
+            layer.mlp.down_proj.weight.mul_(1e-4)
+    rounded = tiny_model("llama3", torch.float32, tie_word_embeddings=False)
+    rounded.load_state_dict(exact.state_dict())
+    prompt = [10, 11, 12, 13, 14]
+    answer = exact(torch.tensor([prompt])).logits[0, -1].argmax()
+    query = prompt, [int(answer)]
+    found, wanted = (scores_of(lm_of(one), query, method=method) for one in (rounded, exact))
+    assert relative(found.double(), wanted) < 1e-3
+
+
 # --- probability and knowledge --------------------------------------------------------------------
 @torch.no_grad()
 def test_a_query_is_known_when_greedy_decoding_gives_the_whole_answer():

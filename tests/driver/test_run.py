@@ -240,6 +240,7 @@ def test_03_runs_for_ig_or_for_the_methods_that_leave_it_out(books, model, chose
         ("--jobs 0", "--jobs 0"),
         ("--workers 0", "--workers 0"),
         ("--known-prompts 99", "no fact has more than"),
+        ("-p seed_of_mine 1 -p seed_of_mine 2", "-p seed_of_mine is given twice"),
     ],
 )
 def test_bad_input_is_named_before_anything_starts(books, model, runs, capsys, bad, said):
