@@ -93,33 +93,31 @@ def attribute(
     steps=20,
     rule="right",
     answer="all",
-    site="down_input",
-    amig_factor="w-b",
-    tolerance=0.05,
-    row_budget=None,
-) -> Attribution:
+    **more,
+):
     """Attribution scores of every neuron for each query (prompt, answer).
 
     `prompts`, `answers`: Q texts each. `method`: "ig" (Eq. 10), "sig" (Eq. 13, 14) or "amig" (Eq.
     16, 18). `rule`: quadrature over the path in `steps` steps, "right" being the paper's Riemann
     sum; "converged" takes gradients where the integral has not settled until no score moves by more
     than `tolerance` of the query's largest. `answer`: "all" averages the raw attribution over the
-    answer's tokens, "first" takes the first. `site`: the neurons are the inputs of the
-    down-projection, or "pre_activation" those of the activation function; `amig_factor`: Eq. 17
-    multiplies the gradients by w - b, as Eq. 16, or as printed by w. `row_budget`: at most so many
-    rows of single tokens in a batch, by default what the memory holds.
+    answer's tokens, "first" takes the first. `more`, the other fields of `Spec`: `tolerance`;
+    `site`: the neurons are the inputs of the down-projection, or "pre_activation" those of the
+    activation function; `amig_factor`: Eq. 17 multiplies the gradients by w - b, as Eq. 16, or as
+    printed by w; `row_budget`: at most so many rows of single tokens in a batch, by default what
+    the memory holds.
 
     Returns an `Attribution`: `scores` (Q, L, N), `probability` (Q,) and more. Dense in memory: for
     a handful of queries (runs stream through `localize`). ValueError names the offending prompt,
     answer or parameter.
     """
-    spec = Spec(method, steps, rule, answer, site, amig_factor, tolerance, row_budget)
+    spec = Spec(method, steps, rule, answer, **more)
     queries = lm.encode_all(prompts, answers)
     return attribute_encoded(lm, queries, spec).cpu()
 
 
 @torch.inference_mode(False)  # in which no gradients could be taken
-def attribute_encoded(lm, queries, spec: Spec, names=None) -> Attribution:
+def attribute_encoded(lm, queries, spec, names=None):
     """`attribute` for queries already tokenised into (prompt ids, answer ids), lists. `names` are
     used in errors."""
     if lm.dtype == torch.float16:
@@ -145,7 +143,7 @@ class _Token:
     `prompt_length` tokens and the answer before it."""
 
     query: int
-    ids: list[int]
+    ids: list
     target: int
     prompt_length: int
     used: int

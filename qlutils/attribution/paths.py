@@ -24,8 +24,8 @@ class Paths:
 
     lm: object
     site: str
-    begin: list[Tensor]
-    end: list[Tensor]
+    begin: list
+    end: list
     factor: Tensor  # (Q, B, L, N), what a gradient at a neuron is multiplied with
 
     @classmethod

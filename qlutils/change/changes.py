@@ -21,7 +21,7 @@ class Change:
         self.neurons = lm.check_neurons(neurons)
         self.vector = vector
         self.factor = check_finite(lm, "factor", factor)
-        self.by_layer: dict[int, list[int]] = {}
+        self.by_layer = {}
         for layer, index in self.neurons:
             self.by_layer.setdefault(layer, []).append(index)
         self.start = min(self.by_layer, default=lm.num_layers)  # the first layer it changes

@@ -67,7 +67,7 @@ def edit_weights(
         write(before)
 
 
-def save_edited(lm, folder, neurons, op, **options) -> Path:
+def save_edited(lm, folder, neurons, op, **options):
     """Write the model as `edit_weights(lm, neurons, op, **options)` makes it, with its tokenizer,
     as a checkpoint that `from_pretrained` loads anywhere. `lm` itself is unchanged. ValueError when
     `folder` already holds a checkpoint or when the edit changes no weight."""
@@ -129,7 +129,7 @@ def edit_vector(lm, op, *, old=None, new=None, lambda1=2.0, lambda2=2.0, embeddi
     return delta
 
 
-def object_embedding(lm, words, embedding="input"):
+def object_embedding(lm, words, embedding):
     """(d,) mean embedding of an object's tokens, given as ids or as text (see `object_tokens`); a
     copy."""
     if isinstance(words, str):
@@ -189,7 +189,7 @@ def _editable(lm, layer):
 # --- perplexity -----------------------------------------------------------------------------------
 
 
-def perplexity(lm, texts, max_tokens=256) -> float:
+def perplexity(lm, texts, max_tokens=256):
     """exp(sum of NLL / number of scored tokens) over all `texts` together, each cut to its first
     `max_tokens` tokens.
 

@@ -41,7 +41,7 @@ class Scores:
     log_probability: np.ndarray
     exact: np.ndarray
     match: np.ndarray
-    greedy: list[list[int]]
+    greedy: list
 
 
 def score_queries(lm, queries):

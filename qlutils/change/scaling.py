@@ -6,7 +6,6 @@ from functools import cache, partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from qlutils.change.changes import Change, Scaling, check_ends, prompt_of
 from qlutils.change.rows import score_queries, score_rows
@@ -15,7 +14,7 @@ from qlutils.model.attention import forward_passes
 from qlutils.model.trace import hooked
 
 
-def answer_probability(lm, prompts, answers, *, answer="all") -> Tensor:
+def answer_probability(lm, prompts, answers, *, answer="all"):
     """P(answer | prompt) of Q queries, float32 (Q,) on the CPU: the product of the answer's
     teacher-forced token probabilities, or the first token's with `answer="first"`. Prompts may
     differ in length: no padding is used.

@@ -73,7 +73,7 @@ def check_replaceable(lm):
 
 
 @contextmanager
-def scale_synapses(lm, synapses, factor: float, *, renormalise: bool = False):
+def scale_synapses(lm, synapses, factor, *, renormalise=False):
     """Inside, the columns `synapses`, a set of (column, layer, head), of the post-softmax attention
     are multiplied.
 
@@ -111,7 +111,7 @@ def scale_synapses(lm, synapses, factor: float, *, renormalise: bool = False):
 # --- finding synapses -----------------------------------------------------------------------------
 
 
-def find_synapses(lm, prompt: str, alpha=0.3, *, score="sum") -> set[tuple[int, int, int]]:
+def find_synapses(lm, prompt, alpha=0.3, *, score="sum"):
     """The knowledge synapses of a prompt: a set of (column, layer, head), columns counting its
     tokens, BOS included.
 
@@ -194,8 +194,8 @@ class Row:
     """A query to answer with `columns` (L, H, T) of its attention scaled by `factor` (None: the
     model as it is), and the KNs, (layer, index) pairs, to read meanwhile."""
 
-    prompt: list[int]
-    answer: list[int]
+    prompt: list
+    answer: list
     columns: np.ndarray | None = None
     factor: float = 1.0
     renormalise: bool = False

@@ -255,12 +255,10 @@ def _perplexities(rows):
     rise = texts["log_probability_before"] - texts["log_probability"]
     broken = rise / tokens > np.log(BROKEN)
     edits = texts.assign(tokens=tokens, broken=broken).groupby("edit")
-    found = pd.DataFrame()
-    for name, total in (
-        ("ppl_before", "log_probability_before"),
-        ("ppl_after", "log_probability"),
-    ):
-        found[name] = np.exp(-edits[total].sum() / edits["tokens"].sum())
+    sums = edits[["log_probability_before", "log_probability", "tokens"]].sum()
+    tokens = sums.pop("tokens")
+    found = np.exp(-sums.div(tokens, axis=0))
+    found.columns = ["ppl_before", "ppl_after"]
     found["dppl"] = (found["ppl_after"] - found["ppl_before"]) / found["ppl_before"]
     return found.assign(broken=edits["broken"].mean())
 
@@ -318,13 +316,13 @@ def with_more_controls(
     """The `edits` of a sample of `size` facts, and beside them those of other `controls`, without
     perplexity."""
     some = sample_of_facts(edits, size, study.seed)
-    options = dict(own=False, ppl_entries=0)
     more, _ = run_edits(
         study,
         queries,
         sets,
         facts=some,
         controls=controls,
-        **options,
+        own=False,
+        ppl_entries=0,
     )
     return pd.concat([edits[edits["fact"].isin(some)], more])

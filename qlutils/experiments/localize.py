@@ -285,7 +285,7 @@ def activations(lm, prompts):
     return in_batches(lm, map(tuple, prompts), lambda prompt: (len(prompt),), compute)
 
 
-def compare_rules(lm, queries, spec, *, t=0.2, sample=20, seed=0):
+def compare_rules(lm, queries, spec, *, t, sample, seed):
     """The rules `COMPARED` against the exact integral, on a seeded sample of a run's queries.
 
     A row a rule, the last being the exact one's own: gradient evaluations a layer (and baseline);

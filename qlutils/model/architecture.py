@@ -78,12 +78,12 @@ class Architecture:
     `softcap * tanh(scale * head(x) / softcap)`, or `scale * head(x)` where there is no soft cap.
     """
 
-    layers: list[nn.Module]  # L decoder layers
-    downs: list[nn.Module]  # L down-projections
-    ups: list[nn.Module]  # L projections whose output is the pre-activation
-    tail: list[nn.Module]
+    layers: list  # L decoder layers
+    downs: list  # L down-projections
+    ups: list  # L projections whose output is the pre-activation
+    tail: list
     head: nn.Module
-    norm_epsilons: list[float | None]  # see `_norm_epsilon`
+    norm_epsilons: list  # see `_norm_epsilon`
     num_neurons: int  # of a layer
     scale: float
     softcap: float | None

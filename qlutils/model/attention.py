@@ -145,7 +145,7 @@ def forward_passes(model, layer, before, after):
     those around them made of the caller's (Gemma 3's text model gets a dict), and some parts are
     passed by (OPT's base model).
     """
-    running: list[nn.Module] = []
+    running = []
 
     def enter(module, args, kwargs):
         if running and running[0] is not module:
@@ -189,12 +189,12 @@ class AttentionChange:
     attended positions that a row may see, or None where it sees all.
     """
 
-    factors: dict[int, Tensor] | None = None
+    factors: dict | None = None
     renormalise: bool = False
     observe: Callable | None = None
     # While active: the layer of every module in one, positions so far, padding included, and (B,)
     # positions of padding on the left.
-    layer_of: dict[nn.Module, int] = field(default_factory=dict)
+    layer_of: dict = field(default_factory=dict)
     total: int = 0
     padding: Tensor | None = None
 

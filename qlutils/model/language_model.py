@@ -10,7 +10,6 @@ from functools import cached_property
 from threading import RLock
 
 import torch
-from torch import Tensor
 from torch.nn.modules import module as every_module
 from transformers import PreTrainedModel
 
@@ -36,7 +35,7 @@ class LanguageModel:
     logits come out.
     """
 
-    def __init__(self, model, tokenizer, name: str):
+    def __init__(self, model, tokenizer, name):
         if not isinstance(model, PreTrainedModel):
             raise UnsupportedModel(
                 f"{name}: a {type(model).__name__}, not a transformers model; give the one in it "
@@ -74,26 +73,26 @@ class LanguageModel:
         self._fingerprint = None, ""  # the state of the weights, and their fingerprint
 
     @property
-    def device(self) -> torch.device:
+    def device(self):
         return self.arch.head.weight.device
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self):
         return self.arch.head.weight.dtype
 
     @property
-    def num_embeddings(self) -> int:
+    def num_embeddings(self):
         """How many tokens the model both reads and writes."""
         embeddings = self.model.get_input_embeddings(), self.arch.head
         return min(len(module.weight) for module in embeddings)
 
     @property
-    def score_dtype(self) -> torch.dtype:
+    def score_dtype(self):
         """Softmax, probabilities and scores: float32, or float64 for a float64 model."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @cached_property
-    def bos_offset(self) -> int:
+    def bos_offset(self):
         """How many tokens the tokenizer puts in front of every prompt: 1 for BOS (XGLM: </s>), 2
         for GLM's [gMASK]<sop>."""
         ids = list(self.tokenizer("1").input_ids)
@@ -107,7 +106,7 @@ class LanguageModel:
         )
 
     @property
-    def fingerprint(self) -> str:
+    def fingerprint(self):
         """SHA-256 over the weights' content, the configuration and the tokenizer: what a result
         depends on. Computed anew when one was changed, be it through a weight's `.data`."""
         weights = self.model.state_dict()
@@ -191,12 +190,12 @@ class LanguageModel:
                 "kept for the model as it was loaded; leave the context first"
             )
 
-    def value_vectors(self, layer: int) -> Tensor:
+    def value_vectors(self, layer):
         """(N, d) view of layer `layer`'s down-projection: row p is what neuron p writes.
         `UnsupportedModel` where no forward pass reads it as it stands."""
         return architecture.value_vectors(self.downs[layer])
 
-    def check_neurons(self, neurons) -> list[tuple[int, int]]:
+    def check_neurons(self, neurons):
         """`neurons` as a sorted list of (layer, index); ValueError for one outside the model."""
         pairs = sorted(set(whole_numbers(neurons, ("layer", "index"), "neuron")))
         for layer, index in pairs:
@@ -208,7 +207,7 @@ class LanguageModel:
         return pairs
 
     # -- tokens ------------------------------------------------------------------------------------
-    def tokenize(self, text: str) -> list[int]:
+    def tokenize(self, text):
         """Token ids of a text as data: what spells a special token ("<s>") stays text. A trailing
         EOS, which would end the sentence before the answer, goes. ValueError for a token that the
         model does not embed: else an index error on a CPU, and a dead process on a GPU."""
@@ -227,7 +226,7 @@ class LanguageModel:
             ids = ids[:-1]
         return ids
 
-    def encode_prompt(self, prompt: str) -> list[int]:
+    def encode_prompt(self, prompt):
         """Token ids of a prompt, with the tokenizer's own BOS and without a trailing EOS. Spaces at
         the end are dropped, as the answer brings its own, and so is a final `[Y]`, the answer's
         place (`facts.continuation`). ValueError: not text, empty, other white space at the end, one
@@ -249,7 +248,7 @@ class LanguageModel:
             )
         return ids
 
-    def encode(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    def encode(self, prompt, answer):
         """(prompt ids, answer ids): the answer is what tokenising `prompt + " " + answer` adds to
         the prompt. A prompt that ends with `[Y]` right after its text, "法国的首都是[Y]", has no
         space there.
@@ -287,7 +286,7 @@ class LanguageModel:
                     "so its parts would be read differently; use a shorter or a longer prompt"
                 )
 
-    def encode_all(self, prompts, answers) -> list[tuple[list[int], list[int]]]:
+    def encode_all(self, prompts, answers):
         """`encode` of each prompt with its answer, two lists of texts; ValueError where they are
         anything else."""
         for name, texts in (("prompts", prompts), ("answers", answers)):
@@ -322,7 +321,7 @@ def _state_of(tensor):
     return tensor.data_ptr(), tensor._version, int(total)
 
 
-def is_sequence(value) -> bool:
+def is_sequence(value):
     """Whether iterating `value` gives its entries in an order that means something: not so for
     sets, nor for what iterates over its keys (dictionaries, data frames) or its letters."""
     of_keys = hasattr(value, "keys") and not hasattr(value, "to_list")  # a Series has both
@@ -330,7 +329,7 @@ def is_sequence(value) -> bool:
     return ordered and not of_keys
 
 
-def whole_numbers(groups, names, what) -> list[tuple[int, ...]]:
+def whole_numbers(groups, names, what):
     """`groups`, for example of (layer, index), as tuples of ints. ValueError, naming the first that
     is none: a neuron (0.7, 1) is not neuron (0, 1), True is not 1, and a set has no order."""
     wanted = f"({', '.join(names)}), whole numbers counted from 0"

@@ -31,9 +31,7 @@ INDEX = "model.safetensors.index.json"
 
 
 @torch.inference_mode(False)  # whose tensors take no gradients
-def load_model(
-    name_or_path: str, *, device: str | None = None, dtype: str | None = None
-) -> LanguageModel:
+def load_model(name_or_path, *, device=None, dtype=None):
     """Load a bundled model ("demo/gpt2"), a pretrained one that the package index carries
     ("pretrained/smollm2-135m", dequantised to float32), a Hugging Face id, a local folder, or a
     GGUF file.
@@ -128,9 +126,7 @@ def find_device(device):
             return torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:  # the latter: torch without CUDA
             reason = f" ({describe(error)})"
-    raise ValueError(
-        f"device {device!r} is unknown or not there; use cpu, cuda or cuda:N{reason}"
-    ) from None
+    raise ValueError(f"device {device!r} is not there; use cpu, cuda or cuda:N{reason}") from None
 
 
 def find_source(name):

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,11 +100,11 @@ class CleanPass:
     """What one clean pass over Q queries leaves behind of their last S tokens, without
     gradients."""
 
-    calls: list[dict[str, Any]]  # each layer's arguments beside its hidden states
-    inputs: list[Tensor]  # L + 1 of (Q, S, d): each layer's input, and the last one's output
-    neurons: list[Tensor]  # L of (Q, S, N): neuron vectors; none where no site was asked for
-    written: list[Tensor]  # L of (Q, S, W): what their site modules gave
-    prefix: list[tuple[Tensor, Tensor]] | None  # each layer's (Q, Hkv, T - S, dh) keys and values
+    calls: list  # each layer's arguments beside its hidden states
+    inputs: list  # L + 1 of (Q, S, d): each layer's input, and the last one's output
+    neurons: list  # L of (Q, S, N): neuron vectors; none where no site was asked for
+    written: list  # L of (Q, S, W): what their site modules gave
+    prefix: list | None  # each layer's (Q, Hkv, T - S, dh) keys and values
     padding: Tensor | None = None  # (Q, 1, 1, T), True where a shorter prompt has no token
 
     def pick(self, queries):

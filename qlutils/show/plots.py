@@ -632,7 +632,7 @@ def figure_1(maps, t=0.2):
     return fig, pd.concat(found, ignore_index=True).drop(columns="row")
 
 
-def figure_conditions(maps, conditions, kind, t=0.2):
+def figure_conditions(maps, conditions, kind, t):
     """Figures 7 and 10: the neurons of queries as in Figure 1, a column a query and a row a
     condition, all by the scale of the unmodified one.
 

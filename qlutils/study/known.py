@@ -70,12 +70,12 @@ def known_facts(study):
     inputs = {**study.origin(every), **chosen}
     path = paths.results_folder(study.root, study.model).parent / "known_facts.parquet"
     scanned = _saved(path, inputs)
-    if scanned is None and not study.may_scan:
-        raise ValueError(
-            f"which facts {study.model} knows was not looked for with these parameters; run "
-            "notebook 01"
-        )
     if scanned is None:
+        if not study.may_scan:
+            raise ValueError(
+                f"which facts {study.model} knows was not looked for with these parameters; run "
+                "notebook 01"
+            )
         with locked(path.with_name(".known_facts.lock"), inf):  # another notebook may be looking
             scanned = _saved(path, inputs)
             if scanned is None:
