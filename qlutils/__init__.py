@@ -44,6 +44,7 @@ _PUBLIC = {
 # What the study and the driver use of the modules that import torch.
 _HEAVY = {
     "fetch_model": "model.loading",
+    "find_device": "model.loading",
     "score_queries": "change.rows",
     "Spec": "attribution.attribute",
 }

@@ -152,7 +152,7 @@ def continuation(prompt):
     return bare, " "
 
 
-def prompt_template(pattern, middle="cut"):
+def prompt_template(pattern, middle):
     """The part of a pattern before `[Y]`, with `[X]` still in it; None when it gives no prompt.
 
     Runs of spaces count as one (two ParaRel patterns have "[X],  a type of [Y]"), and the space
@@ -389,7 +389,7 @@ def _fetch_pararel():
     return store.abspath
 
 
-def perplexity_texts(source="demo"):
+def perplexity_texts(source):
     """Paragraphs to measure perplexity on; the caller leaves out those too short for its tokenizer.
 
     source: "demo" (the bundled held-out text), "wikitext-2" (test split, from the Hugging Face hub

@@ -19,7 +19,7 @@ BUNDLED = ("demo/gpt2", "demo/llama2", "demo/llama3")
 COMPARES = "02"  # the notebook that compares methods: its results stand in a model's folder `all`
 
 
-def run_folder(output="default"):
+def run_folder(output):
     """Folder of one run: `RUNS/<output>`. ValueError unless `output` is one plain folder name."""
     if not isinstance(output, str) or not re.fullmatch(r"\w[\w.-]*", output):
         raise ValueError(
@@ -28,7 +28,7 @@ def run_folder(output="default"):
     return RUNS / output
 
 
-def results_folder(root, model=None, method=None):
+def results_folder(root, model, method=None):
     """Where a run keeps results of a model and method; "all" where a notebook compares methods."""
     folder = root / "results"
     return folder / slug(model) / (method or "all") if model is not None else folder

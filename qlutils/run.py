@@ -35,6 +35,8 @@ def main(argv=None, notebooks=None):
             root = paths.run_folder(args.output)
             _check_options(args)
             if args.refresh:
+                if len(argv) > 1:
+                    raise ValueError("--refresh takes no other option")
                 return refresh()
             jobs, facts = plan_jobs(args, Path(notebooks or paths.NOTEBOOKS))
             if args.plan:

@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import torch
 
-RULES = "right left endpoints midpoint gauss clenshaw converged".split()
+RULES = ("right", "left", "endpoints", "midpoint", "gauss", "clenshaw", "converged")
 
 
 @cache

@@ -110,16 +110,13 @@ def matmul_rate(device, dtype, shape):
     import torch
     from torch.utils.benchmark import Timer
 
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = qlutils.find_device(device)
     cpu = chosen.type == "cpu"
     threads = torch.get_num_threads()
     kind = dtype or ("float32" if cpu else "bfloat16")
     rows = 512 if cpu else 8192
     options = {"device": chosen, "dtype": getattr(torch, kind)}
-    try:
-        a = torch.randn(rows, shape.width, **options)
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"device {device!r} is not there: {error}") from None
+    a = torch.randn(rows, shape.width, **options)
     b = torch.randn(shape.width, shape.neurons, **options)
     timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=threads)
     seconds = min(timer.blocked_autorange(min_run_time=2).times)
@@ -175,7 +172,7 @@ def print_plan(args, jobs):
     if not first:
         raise ValueError("--plan: with these options nothing is localised")
     study = Study(FIRST, **first[0].parameters)
-    chosen = study.parameters.keys() & "steps rule answer site amig_factor".split()
+    chosen = study.parameters.keys() & {"steps", "rule", "answer", "site", "amig_factor"}
     spec = qlutils.Spec(**{name: study.parameters[name] for name in chosen})  # or ValueError
     models = dict.fromkeys(args.models)
     methods = dict.fromkeys(args.methods)

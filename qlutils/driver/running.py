@@ -51,7 +51,7 @@ class Run:
         print(f"[{finished}/{len(self.jobs)}] {text}", file=sys.stderr, flush=True)
 
 
-def run_jobs(run, scheduler=None):
+def run_jobs(run, scheduler):
     """Run what is not done; writes the run's record and a summary, also if it is `Stopped`. The
     exit status: 1 if a job failed.
 

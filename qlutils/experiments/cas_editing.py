@@ -46,13 +46,13 @@ def cas_of_fact(queries, fact, t, spec):
     return found.sort_values("CAS", ascending=False, ignore_index=True)
 
 
-def cas_contrasts(edits, classes, seed=0):
+def cas_contrasts(edits, classes, seed):
     """CAS less Local and less Global (`against`) in the measures of COMPARED, on the same facts: of
     all facts and of each class."""
     own = edits[edits["control"] == "none"]
     parts = {}
     for (name, part), other in product(by_class(own, classes).items(), COMPARED):
-        found = contrasts(
+        parts[name, other] = contrasts(
             part,
             "neurons",
             ("cas", other),
@@ -60,7 +60,6 @@ def cas_contrasts(edits, classes, seed=0):
             ["op"],
             seed,
         )
-        parts[name, other] = found
     return pd.concat(parts, names=["facts", "against"]).reset_index(["facts", "against"])
 
 
@@ -71,8 +70,14 @@ def size_contrasts(study, queries, edits, classes):
     edits = with_more_controls(study, queries, edits, ["strongest"], sets=sets)
     parts = {}
     for name, part in by_class(edits, classes).items():
-        controls = ("none", "strongest")
-        parts[name] = contrasts(part, "control", controls, RATES, ["op"], study.seed)
+        parts[name] = contrasts(
+            part,
+            "control",
+            ("none", "strongest"),
+            RATES,
+            ["op"],
+            study.seed,
+        )
     return pd.concat(parts, names=["facts"]).reset_index("facts")
 
 
@@ -113,5 +118,5 @@ def extremes_of_avg(table):
     """The settings of a `sweep_table` with the lowest and the highest Avg, for each that varies."""
     groups = table.dropna(subset="avg").groupby(["varied", "op"])["avg"]
     rows = pd.concat([groups.idxmin(), groups.idxmax()]).sort_values().unique()
-    columns = "varied op neurons neurons_edited avg n_avg".split()
+    columns = ["varied", "op", "neurons", "neurons_edited", "avg", "n_avg"]
     return table.loc[rows, columns]

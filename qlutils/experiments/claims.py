@@ -144,10 +144,10 @@ class Case:
         return with_classes(frame[made], self.facts())
 
     def mean(self, frame, value, share=False):
-        return bootstrap_mean(frame, value, seed=self.seed, share=share)
+        return bootstrap_mean(frame, value, self.seed, share)
 
     def apart(self, frame, value, by, levels, share=False):
-        return bootstrap_difference(frame, value, by, levels, seed=self.seed, share=share)
+        return bootstrap_difference(frame, value, by, levels, self.seed, share)
 
     def second_class(self):
         """The share of K_II."""
@@ -229,13 +229,9 @@ class Case:
         why = ""
         if (facts["first"] == 1).all():
             why = "the first token always wins, so it tells how many wordings begin alike"
-        every, rest = (self.mean(facts, name) for name in ("predominance", "predominance_rest"))
-        yield part(
-            every,
-            "mean predominance",
-            "all tokens",
-            why=why,
-        )
+        every = self.mean(facts, "predominance")
+        rest = self.mean(facts, "predominance_rest")
+        yield part(every, "mean predominance", "all tokens", why=why)
         yield part(rest, "mean predominance", "without the first token")
 
     def edits_compared(self, saved, column, kept, by, compared):
@@ -398,15 +394,9 @@ def judge(study, notebook, methods=None, **thresholds):
     """The verdicts on the claims that a notebook's saved results decide, for its model, and folded
     below their parts. thresholds: t and static of a `Case`."""
 
-    def get(model, method, name):
-        try:
-            return study.load(name, method)
-        except ValueError as error:
-            raise Missing(str(error)) from None
-
     methods = methods or [study.method]
     board = scoreboard(
-        get,
+        lambda model, method, name: study.load(name, method),
         [study.model],
         methods,
         methods,

@@ -19,6 +19,7 @@ from qlutils.neurons.sets import (
 )
 from qlutils.show.stats import (
     LEAST,
+    Estimate,
     bootstrap_mean,
     bootstrap_statistic,
     mean_columns,
@@ -98,19 +99,19 @@ def share_of_class(
     part = facts[facts[among]] if among else facts
     if threshold == "static":
         part = part.assign(inside=part["class_static"] == name)
-        return bootstrap_mean(part, "inside", seed=seed, share=True)
+        return bootstrap_mean(part, "inside", seed, share=True)
     share = partial(otsu_share, name=name, among=among)
-    found = bootstrap_statistic([facts], share, seed=seed)
+    found = bootstrap_statistic([facts], share, seed)
     if len(part) < LEAST:  # however many facts the threshold comes from
         found = replace(found, mean_low=np.nan, mean_high=np.nan)
     return replace(found, n=len(part), n_clusters=len(part))
 
 
-def difference_of_shares(facts, other, seed=0):
+def difference_of_shares(facts, other, seed):
     """Share of K_II by Otsu's threshold among `facts` less that among `other` facts, such as
     another model's, as an `Estimate`."""
     sides = [side.dropna(subset="cs2") for side in (facts, other)]
-    return bootstrap_statistic(sides, otsu_share, seed=seed)
+    return bootstrap_statistic(sides, otsu_share, seed)
 
 
 def weighted_otsu(facts, weights):
@@ -154,11 +155,10 @@ def table_1(facts, model, seed=0):
     rows = []
     for threshold, (method, frame) in product(THRESHOLDS, facts.items()):
         paper = partial(paper_value, 1, model, threshold=threshold, method=method)
-        at = frame[f"threshold_{threshold}"].iloc[0]
         row = {
             "threshold": threshold,
             "method": method,
-            "at": at,
+            "at": frame[f"threshold_{threshold}"].iloc[0],
             "n": 0,
         }
         cs2 = []
@@ -168,7 +168,7 @@ def table_1(facts, model, seed=0):
             row |= share.row("mean", f"R_{name}")
             row[f"R_{name}_paper"] = paper(f"ratio_{name}")
             row[f"n_{name}"] = len(part)
-            row |= bootstrap_mean(part, "cs2", seed=seed).row("mean", f"S_{name}")
+            row |= bootstrap_mean(part, "cs2", seed).row("mean", f"S_{name}")
             row[f"S_{name}_paper"] = paper(f"cs_{name}")
             cs2.append(part["cs2"])
         test = welch(*cs2)
@@ -189,17 +189,15 @@ def table_4(facts, model, seed=0):
     rows = []
     for threshold, (method, frame) in product(THRESHOLDS, facts.items()):
         keys = {"threshold": threshold, "method": method}
-        low = np.nan
-        high = np.nan
+        at = frame[f"threshold_{threshold}"].iloc[0]
+        found = Estimate(at, np.nan, np.nan)
         if threshold == "otsu":
             classified = frame.dropna(subset="cs2")
-            found = bootstrap_statistic([classified], weighted_otsu, seed=seed)
-            low = found.mean_low
-            high = found.mean_high
+            found = bootstrap_statistic([classified], weighted_otsu, seed)
         row = {
-            "value": frame[f"threshold_{threshold}"].iloc[0],
-            "at least": low,
-            "at most": high,
+            "value": at,
+            "at least": found.mean_low,
+            "at most": found.mean_high,
             "value_paper": paper_value(4, model, "threshold_value", **keys),
         }
         rows.append(keys | row)
@@ -225,7 +223,7 @@ def consistency_summary(facts, seed=0):
     CS1, CS2, mean pairwise Jaccard, CS2 of three prompts (cs2_3), KNs of a query (mean_size) and of
     all of a fact's queries (union_size), mean layer. Facts of two prompts are counted
     (n_two_prompts), as are those without a KN (n_undefined), and are in no mean."""
-    columns = "cs1 cs2 jaccard cs2_3 mean_size union_size mean_layer".split()
+    columns = ["cs1", "cs2", "jaccard", "cs2_3", "mean_size", "union_size", "mean_layer"]
     rows = []
     for method, frame in facts.items():
         counts = {
@@ -277,7 +275,7 @@ def threshold_sensitivity(
     return pd.DataFrame(rows)
 
 
-def rules_compared(queries, other, rule, t, static, seed=0):
+def rules_compared(queries, other, rule, t, static, seed):
     """Does the error of the integral's sum make K_II? The same queries localised by the run's
     `rule` and by another one (`other`: see `localize.localise_by_other_rule`), a row a rule.
 
@@ -298,7 +296,7 @@ def rules_compared(queries, other, rule, t, static, seed=0):
     rows = []
     for name, frame in frames.items():
         facts = classified_facts(frame, t, static)
-        row = {"rule": name} | bootstrap_mean(facts, "cs2", seed=seed).row("mean", "cs2")
+        row = {"rule": name} | bootstrap_mean(facts, "cs2", seed).row("mean", "cs2")
         row |= share_of_class(facts, "static", seed=seed).row("mean", "R_II")
         row |= {
             "jaccard": agreement,

@@ -51,38 +51,24 @@ PAIR = ["cs2", "probability"]
 GROUP = 3  # queries a group: CS2 grows with their number, so every control has as many
 
 
-# Kinds of groups: what the queries of a group have in common, and `alike`: whether any two next to
-# each other are equal in a column (True) or differ in it (False).
+# Kinds of groups: what the queries of a group have in common.
 NULLS = {
-    "own": {"what": "the fact's own queries"},
-    "same pattern": {
-        "what": "one pattern, different objects",
-        "alike": {"pattern": True, "fact": False, "object": False},
-    },
-    "other objects": {
-        "what": "different patterns and objects, one relation",
-        "alike": {
-            "relation": True,
-            "fact": False,
-            "object": False,
-            "pattern": False,
-        },
-    },
-    "other relations": {
-        "what": "different patterns and objects, different relations",
-        "alike": {
-            "relation": False,
-            "fact": False,
-            "object": False,
-            "pattern": False,
-        },
-    },
-    "same object": {
-        "what": "different facts and patterns, one object",
-        "alike": {"object": True, "fact": False, "pattern": False},
-    },
-    "random": {"what": "random neurons, as many in each layer"},
+    "own": "the fact's own queries",
+    "same pattern": "one pattern, different objects",
+    "other objects": "different patterns and objects, one relation",
+    "other relations": "different patterns and objects, different relations",
+    "same object": "different facts and patterns, one object",
+    "random": "random neurons, as many in each layer",
 }
+# Whether any two queries of a group are equal in a column (True) or differ in it (False), as they
+# do in those of DIFFERENT of which a kind says nothing.
+ALIKE = {
+    "same pattern": {"pattern": True},
+    "other objects": {"relation": True},
+    "other relations": {"relation": False},
+    "same object": {"object": True},
+}
+DIFFERENT = dict.fromkeys(("fact", "object", "pattern"), False)
 
 
 def summarise(
@@ -133,12 +119,12 @@ def null_consistency(queries, num_neurons=None, t=0.2, seed=0):
     sets = kn_sets(queries, t)
     rows = []
     for (fact, relation), group in queries.groupby(["fact", "relation"], sort=False):
-        for kind, chosen in NULLS.items():
+        for kind in NULLS:
             rng = seeded(seed, fact, kind)
             start = int(rng.choice(group.index))
-            members = (
-                _draw(codes, start, chosen["alike"], rng) if "alike" in chosen else group.index
-            )
+            members = group.index
+            if kind in ALIKE:
+                members = _draw(codes, start, DIFFERENT | ALIKE[kind], rng)
             found = [sets[row] for row in members]
             if kind == "random":
                 some = found[:GROUP]
@@ -237,7 +223,7 @@ def split_half(
     n_I and n_II facts."""
     rows = []
     for split in split_frames(queries, outcomes, seed=seed, **thresholds):
-        estimate = bootstrap_difference(split.frame, "value", "label", CLASSES, seed=seed)
+        estimate = bootstrap_difference(split.frame, "value", "label", CLASSES, seed)
         row = split._asdict() | estimate.row("mean", "I - II")
         rows.append(row | permutation_test(split.frame, "value", "label", seed=seed))
     table = pd.DataFrame(rows)
@@ -268,15 +254,15 @@ def knowledge(queries, *, t=0.2, static=0.1, seed=0):
     inside[PAIR] = ranks[PAIR] - ranks.groupby("relation")[PAIR].transform("mean")
     thirds = answered_and_not(queries, t)
     found = {
-        "correlation of CS2 and P(answer)": bootstrap_statistic([ranks], _correlation, seed=seed),
-        "the same, within relations": bootstrap_statistic([inside], _correlation, seed=seed),
+        "correlation of CS2 and P(answer)": bootstrap_statistic([ranks], _correlation, seed),
+        "the same, within relations": bootstrap_statistic([inside], _correlation, seed),
+        "CS2 of known facts minus CS2 of others": bootstrap_difference(
+            facts, "cs2", "all_known", (True, False), seed
+        ),
+        "CS2 of 3 answered wordings minus 3 others": bootstrap_difference(
+            thirds, "cs2", "known", (True, False), seed
+        ),
     }
-    gaps = {
-        "CS2 of known facts minus CS2 of others": (facts, "all_known"),
-        "CS2 of 3 answered wordings minus 3 others": (thirds, "known"),
-    }
-    for name, (frame, by) in gaps.items():
-        found[name] = bootstrap_difference(frame, "cs2", by, (True, False), seed=seed)
     groups = {"all facts": None, "known facts": "all_known"}
     for threshold, (which, among) in product(THRESHOLDS, groups.items()):
         name = f"share of K_II, {threshold} threshold, {which}"
@@ -286,7 +272,7 @@ def knowledge(queries, *, t=0.2, static=0.1, seed=0):
     )
 
 
-def answered_and_not(queries, t=0.2):
+def answered_and_not(queries, t):
     """`agreement` of a fact's answered wordings and of its others, a row each, of the facts with at
     least 3 of both: fact, relation, known, cs2, jaccard."""
     queries = queries.assign(sets=kn_sets(queries, t))
@@ -301,7 +287,7 @@ def answered_and_not(queries, t=0.2):
                 "known": known,
             }
             rows.append(about | agreement([*part["sets"]]))
-    return pd.DataFrame(rows, columns="fact relation known cs2 jaccard".split())
+    return pd.DataFrame(rows, columns=["fact", "relation", "known", "cs2", "jaccard"])
 
 
 def _correlation(facts, weights):

@@ -15,7 +15,7 @@ from qlutils.neurons.sets import kn_sets
 # Other neurons, edited in place of a set: as many in each layer, drawn at random, as active at q_i
 # but no KNs of the fact, KNs of one other fact of the same relation or of another; and as many in
 # all, of the largest mean score over the fact's queries, perhaps in the set.
-CONTROLS = "random matched same_relation other_relation strongest".split()
+CONTROLS = ("random", "matched", "same_relation", "other_relation", "strongest")
 
 
 def plan_edits(

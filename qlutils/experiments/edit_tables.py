@@ -93,7 +93,7 @@ def _measures(part, seed):
     }
     row = counts | {"neurons_edited": part["n_neurons"].mean()}
     for metric in METRICS:
-        estimate = bootstrap_mean(part, metric, seed=seed, share=True)
+        estimate = bootstrap_mean(part, metric, seed, share=True)
         row |= estimate.row("median" if metric in MEDIANS else "mean", metric)
         if metric in RATES:
             row[f"n_{metric}"] = estimate.n
@@ -102,7 +102,7 @@ def _measures(part, seed):
     return row | counts
 
 
-def locality_table(frame, seed=0):
+def locality_table(frame, seed):
     """Loc of the KNs' edits on queries of the same relation (loc_same) and of others (loc_other),
     and the share of unrelated queries that an update makes answer with the new object (loc_new)."""
     edits = frame.query("control == 'none' and note.isna()")
@@ -110,7 +110,7 @@ def locality_table(frame, seed=0):
     for (op, neurons), part in edits.groupby(["op", "neurons"], sort=False):
         row = {"op": op, "neurons": neurons}
         for name in ("loc_new", "loc_same", "loc_other"):
-            row |= bootstrap_mean(part, name, seed=seed).row("mean", name)
+            row |= bootstrap_mean(part, name, seed).row("mean", name)
             row[f"n_{name}"] = row.pop("n")
         rows.append(row)
     return pd.DataFrame(rows)
@@ -134,7 +134,7 @@ def contrasts(
     frame = frame[frame["note"].isna()]
     for keys, part in frame.groupby(list(within), sort=False):
         for metric in metrics:
-            gap = bootstrap_difference(part, metric, by, levels, seed=seed, share=True)
+            gap = bootstrap_difference(part, metric, by, levels, seed, share=True)
             row = dict(zip(within, keys), metric=metric)
             row |= gap.row(
                 "median" if metric in MEDIANS else "mean",

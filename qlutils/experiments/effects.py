@@ -10,15 +10,21 @@ from qlutils.experiments.consistency import CLASSES, THRESHOLDS, cells, classifi
 from qlutils.facts import seeded
 from qlutils.neurons.others import OtherFacts
 from qlutils.neurons.sets import kn_sets
-from qlutils.show.stats import LEAST, Estimate, bootstrap_difference, bootstrap_mean, mean_columns
+from qlutils.show.stats import LEAST, bootstrap_difference, bootstrap_mean, mean_columns
 
 FIGURE_4_SETS = ("self", "union", "intersection", "refine")
 FIGURE_4_DRAWN = (*FIGURE_4_SETS, "self_random", "union_random")  # as many random neurons beside
 NEIGHBOURS = FIGURE_4_SETS[1:]  # made of the KNs of the fact's other queries, too
 # Beyond the paper, see `query_kn_mapping.query_sets`: those of which notebook 04 shows the effect.
-COMPARISON_SETS = """
-self_random self_same_relation self_other_relation self_active union_others union_matched
-self_as_union""".split()
+COMPARISON_SETS = (
+    "self_random",
+    "self_same_relation",
+    "self_other_relation",
+    "self_active",
+    "union_others",
+    "union_matched",
+    "self_as_union",
+)
 OTHER_FACTS = ("same_relation", "other_relation")
 DIRECTIONS = ("enhance", "suppress", "average")
 INTERVALS = (
@@ -155,7 +161,7 @@ def summary(
     rows = []
     for population in populations:
         for keys, part in cells(POPULATIONS[population](frame), levels):
-            estimate = bootstrap_mean(part, "rate", seed=seed)
+            estimate = bootstrap_mean(part, "rate", seed)
             row = {"threshold": keys["threshold"], "queries": population}
             row |= keys | all_statistics(estimate)
             row["undefined"] = estimate.n_missing
@@ -180,7 +186,7 @@ def query_gaps(frame, first, second=(), direction="average"):
     return about.join(gap.rename("gap"), on=keys)
 
 
-def class_gap(gaps, which, threshold, seed=0) -> Estimate:
+def class_gap(gaps, which, threshold, seed):
     """Of rows of `query_gaps`: over the facts of a class ("I", "II"), over all (""), or K_II's less
     K_I's ("II - I")."""
     label = f"class_{threshold}"
@@ -190,9 +196,9 @@ def class_gap(gaps, which, threshold, seed=0) -> Estimate:
             "gap",
             label,
             ("II", "I"),
-            seed=seed,
+            seed,
         )
-    return bootstrap_mean(gaps[gaps[label] == which] if which else gaps, "gap", seed=seed)
+    return bootstrap_mean(gaps[gaps[label] == which] if which else gaps, "gap", seed)
 
 
 def contrast(frame, first, second, seed=0):
@@ -208,7 +214,7 @@ def contrast(frame, first, second, seed=0):
     return pd.DataFrame(rows)
 
 
-def all_statistics(estimate: Estimate):
+def all_statistics(estimate):
     """Mean, median and 10 % trimmed mean as columns, each with its 95 % interval; n values of
     n_facts facts, of both sides of a difference."""
     means = estimate.row("mean") | estimate.row("median") | estimate.row("trimmed")
@@ -250,7 +256,7 @@ def predominance(winners):
 def predominance_table(facts, seed=0):
     """Means of `predominance` over facts by threshold and class, with 95 % intervals, and `least`,
     the mean of 1/k for facts of k queries."""
-    columns = "predominance predominance_rest first same_first first_share".split()
+    columns = ["predominance", "predominance_rest", "first", "same_first", "first_share"]
     rows = []
     for keys, part in cells(facts, {"threshold": THRESHOLDS, "class": CLASSES}):
         means = mean_columns(part, columns, seed)
@@ -289,7 +295,7 @@ def inside_subject(winners, queries):
 # --- synapses (Eq. 5, 6) --------------------------------------------------------------------------
 
 
-def reach(queries_kns: list[set], found):
+def reach(queries_kns, found):
     """Share of the pairs of a synapse and a KN in which the synapse can move the KN: attention
     reaches the MLPs of its own layer and of later ones. by_layer of `found`: synapses a layer."""
     synapses = np.sum(found["by_layer"].tolist(), axis=0)  # (L,)
@@ -307,7 +313,7 @@ def synapse_counts(found, seed=0):
     frame["mean depth"] = found["by_layer"].map(_mean_depth)
     frame["no synapse"] = frame["n_self"] == 0
     frame["no synapse_rest"] = frame["n_self_rest"] == 0
-    means = {name: bootstrap_mean(frame, name, seed=seed).row() for name in frame.columns[2:]}
+    means = {name: bootstrap_mean(frame, name, seed).row() for name in frame.columns[2:]}
     return pd.DataFrame.from_dict(means, "index").rename_axis("quantity").reset_index()
 
 

@@ -150,7 +150,7 @@ def _edits(lm, plan, op, notes, options):
     edits = pd.DataFrame(plan["edits"])
     for edit in edits.index[edits["control"] == "matched"]:
         edits.at[edit, "set"] = matched_neurons(lm, plan, edits.at[edit, "set"])
-    keys = "fact relation subject object new_object".split()
+    keys = ["fact", "relation", "subject", "object", "new_object"]
     about = {name: plan[name] for name in keys}
     note = notes.get((plan["fact"], op))
     neurons = edits.pop("set")
@@ -255,12 +255,10 @@ def _perplexities(rows):
     rise = texts["log_probability_before"] - texts["log_probability"]
     broken = rise / tokens > np.log(BROKEN)
     edits = texts.assign(tokens=tokens, broken=broken).groupby("edit")
-    found = pd.DataFrame()
-    for name, total in (
-        ("ppl_before", "log_probability_before"),
-        ("ppl_after", "log_probability"),
-    ):
-        found[name] = np.exp(-edits[total].sum() / edits["tokens"].sum())
+    sums = edits[["log_probability_before", "log_probability", "tokens"]].sum()
+    tokens = sums.pop("tokens")
+    found = np.exp(-sums.div(tokens, axis=0))
+    found.columns = ["ppl_before", "ppl_after"]
     found["dppl"] = (found["ppl_after"] - found["ppl_before"]) / found["ppl_before"]
     return found.assign(broken=edits["broken"].mean())
 
@@ -276,7 +274,7 @@ def study_plans(study, queries, sets, **changes):
     if parameters["ppl_entries"]:
         shortest = min(MIN_TOKENS, parameters["ppl_max_tokens"])
         texts = usable_texts(lm, perplexity_texts(parameters["corpus"]), shortest)
-    names = "controls own t n_locality ppl_entries seed".split()
+    names = ["controls", "own", "t", "n_locality", "ppl_entries", "seed"]
     return plan_edits(
         queries,
         study.candidates(),
@@ -318,13 +316,13 @@ def with_more_controls(
     """The `edits` of a sample of `size` facts, and beside them those of other `controls`, without
     perplexity."""
     some = sample_of_facts(edits, size, study.seed)
-    options = dict(own=False, ppl_entries=0)
     more, _ = run_edits(
         study,
         queries,
         sets,
         facts=some,
         controls=controls,
-        **options,
+        own=False,
+        ppl_entries=0,
     )
     return pd.concat([edits[edits["fact"].isin(some)], more])

@@ -25,9 +25,15 @@ from qlutils.experiments.localize import dense_maps
 from qlutils.facts import prompt_tokens, seeded
 from qlutils.show.stats import bootstrap_difference
 
-SETS = """
-self irrelevant self_without_first irrelevant_without_first self_only irrelevant_only random
-""".split()
+SETS = (
+    "self",
+    "irrelevant",
+    "self_without_first",
+    "irrelevant_without_first",
+    "self_only",
+    "irrelevant_only",
+    "random",
+)
 RENORMALISED = ("self", "irrelevant")
 QUANTITIES = ("probability", "value", "signed_value")  # in the order of `run_rows`
 
@@ -223,7 +229,7 @@ def largest_attributions(maps):
     return tops
 
 
-def direction_gaps(moved, seed=0):
+def direction_gaps(moved, seed):
     """Each quantity of `moved`, {name: `effects.rates` rows}, and each direction alone: the median
     under S, the share of queries that S does not move (`unmoved`), and S minus S_ir."""
     rows = []
@@ -235,14 +241,14 @@ def direction_gaps(moved, seed=0):
             "rate",
             "set",
             ("self", "irrelevant"),
-            seed=seed,
+            seed,
         )
         row = {"quantity": name, "direction": direction, "median": own.median()}
         rows.append(row | {"unmoved": (own == 0).mean()} | gap.row("trimmed"))
     return pd.DataFrame(rows)
 
 
-def control_summary(scaled, seed=0):
+def control_summary(scaled, seed):
     """`effects.summary` of all SETS by direction and Otsu's classes: of both quantities, of the
     signed activations under S and S_ir, and of the renormalised versions of those two."""
     wanted = (

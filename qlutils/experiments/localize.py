@@ -172,7 +172,7 @@ def localise_again(study, facts, what, **spec):
 
     facts: a frame with the fields of `Fact`; what: names the work in the run's record."""
     config = {"method": study.method, **spec}
-    facts = facts["relation subject object prompts".split()].to_dict("records")
+    facts = facts[["relation", "subject", "object", "prompts"]].to_dict("records")
     desc = f"{study.model} {study.method} {what}"
     return _usable(study.run(localise_unit, [facts], config, desc=desc))
 
@@ -285,7 +285,7 @@ def activations(lm, prompts):
     return in_batches(lm, map(tuple, prompts), lambda prompt: (len(prompt),), compute)
 
 
-def compare_rules(lm, queries, spec, *, t=0.2, sample=20, seed=0):
+def compare_rules(lm, queries, spec, *, t, sample, seed):
     """The rules `COMPARED` against the exact integral, on a seeded sample of a run's queries.
 
     A row a rule, the last being the exact one's own: gradient evaluations a layer (and baseline);

@@ -27,10 +27,15 @@ from qlutils.show.tables import paper, paper_notes
 from qlutils.study.identity import differing
 from qlutils.study.results import Missing, read_record
 
-NAMES = """
-01_localize 02_consistency 03_kn_modification 04_query_kn_mapping 05_attention_predominance
-06_knowledge_synapses 07_cas_editing""".split()
-NOTEBOOKS = {name[:2]: name for name in NAMES}  # by number; `paths.NOTEBOOKS` is their folder
+NOTEBOOKS = {  # by number; `paths.NOTEBOOKS` is their folder
+    "01": "01_localize",
+    "02": "02_consistency",
+    "03": "03_kn_modification",
+    "04": "04_query_kn_mapping",
+    "05": "05_attention_predominance",
+    "06": "06_knowledge_synapses",
+    "07": "07_cas_editing",
+}
 # What the report and a notebook must have in common, where the notebook has it.
 SETTINGS = ("t", "static_threshold", "middle")
 # The frames that claims and figures read: {name under which it was saved: notebook}.
@@ -86,10 +91,7 @@ class SavedResults:
     def frame(self, model, method, name):
         """A saved frame of FRAMES; `Missing` says why there is none."""
         self.entry(FRAMES[name], model, method)
-        try:
-            return self.of(model, method).load(name)
-        except ValueError as error:
-            raise Missing(str(error)) from None
+        return self.of(model, method).load(name)
 
     def file(self, number, name, model, method=None):
         """A table or figure that a notebook wrote."""
@@ -136,7 +138,7 @@ def _name(model, method):
     return " ".join(filter(None, [paths.label(model), method]))
 
 
-def together(found: dict, methods=True):
+def together(found, methods=True):
     """{(model, method): frame} as one frame, with the model and, if asked for, the method in its
     first columns."""
     parts = []
@@ -197,8 +199,8 @@ def work(saved):
                 }
                 for counts in entry.get("known_facts", {}).values():
                     row["scanned"] = counts["scanned"]
-                row["device"] = entry["model"].get("device", "–")
-                row["dtype"] = entry["model"].get("dtype", "–")
+                for name in ("device", "dtype"):
+                    row[name] = entry["model"].get(name, "–")
                 row["seconds"] = entry["seconds"]
                 for name in ("units", "computed"):
                     row[name] = sum(done[name] for done in entry["work"].values())
@@ -225,7 +227,7 @@ def unlike_html(saved):
 # --- controls -------------------------------------------------------------------------------------
 
 
-def null_groups(saved, t=0.2, seed=0, load_models=True):
+def null_groups(saved, t, seed, load_models):
     """Control 1 of every model and method. Without `load_models`, a layer is taken to have as many
     neurons as the largest index among the KNs says."""
     found, _ = saved.frames("queries")
@@ -233,8 +235,7 @@ def null_groups(saved, t=0.2, seed=0, load_models=True):
         size = saved.of(model).lm().num_neurons if load_models else None
         groups = controls.null_consistency(frame, size, t, seed)
         found[model, method] = controls.summarise(groups, seed=seed)
-    names = {kind: group["what"] for kind, group in controls.NULLS.items()}
-    return together(found).replace({"kind": names})
+    return together(found).replace({"kind": controls.NULLS})
 
 
 def query_outcomes(saved, model, method):
@@ -266,7 +267,7 @@ def _reached(edits, queries):
     return each[each["edited"] != each["prompt_index"]].astype({"value": float})
 
 
-def other_neurons(saved, seed=0):
+def other_neurons(saved, seed):
     """Trimmed mean dProb (both directions averaged) of every set that notebook 04 scales, by
     class; all queries."""
     found, missing = saved.frames("query_kn_mapping")
@@ -304,7 +305,7 @@ def write_and_show(study, frame, stem, caption, missing=(), digits=2):
     return shown(frame, missing, digits=digits)
 
 
-def show_edits(frame, missing=()):
+def show_edits(frame, missing):
     """Table 2 or 3 by the static threshold and by Otsu's, without the controls, and folded below
     every row and column."""
     parts = []
@@ -395,7 +396,7 @@ def _show_bars(study, stem, tables, missing, **panels):
 # --- the page and the figures folder --------------------------------------------------------------
 
 
-def publish(notebook, output) -> list[Path]:
+def publish(notebook, output):
     """After the report notebook ran: write `report.html` into the run's folder and, for a run with
     a name of its own, copy its tables and figures to figures/<output>. Returns the files of the
     run's folder that were made."""
@@ -412,7 +413,7 @@ def copy_results(results, folder):
     is."""
     folder = folder.resolve()
     listed = folder / "published.txt"
-    kinds = ".csv .md .tex .png .pdf".split()
+    kinds = [".csv", ".md", ".tex", ".png", ".pdf"]
     made = [path for path in results.rglob("*") if path.suffix in kinds]
     names = sorted(path.relative_to(results).as_posix() for path in made)
     before = listed.read_text("utf-8").splitlines() if listed.is_file() else []

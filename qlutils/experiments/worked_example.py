@@ -39,8 +39,7 @@ def worked_example(lm, plan, **options):
         objects = objects_of(lm, plan, op)
         before, text = _replies(lm, rows)
         if not texts:
-            unedited = {"op": "none", "neurons": "", "text": text}
-            texts.append(unedited)
+            texts.append({"op": "none", "neurons": "", "text": text})
         for edit in plan["edits"]:
             with edit_weights(lm, edit["set"], op, **objects, **options):
                 after, text = _replies(lm, rows)

@@ -29,7 +29,7 @@ from qlutils.files import as_frame, read_parquet
 from qlutils.model.architecture import UnsupportedModel
 from qlutils.model.passes import computing
 from qlutils.neurons.cas import cas_neurons
-from qlutils.neurons.sets import consistency, kn_sets, neighbour_sets
+from qlutils.neurons.sets import check_kept, consistency, kn_sets, neighbour_sets
 from qlutils.show.plots import WIDE
 from qlutils.study.identity import code_versions, differing, model_content
 from qlutils.study.notebook import Study
@@ -70,10 +70,8 @@ class View:
         rows = frame.explode(["layer", "neuron", "score"]).dropna().reset_index()
         rows = rows.astype({"layer": int, "neuron": int, "score": float})
         largest = rows.groupby("prompt")["score"].transform("max")
-        rows["share"] = rows["score"] / largest
-        sets = self.sets(t)
-        kns = [(row.layer, row.neuron) in sets[row.prompt] for row in rows.itertuples()]
-        return rows.assign(kn=np.array(kns, bool))
+        check_kept(t)
+        return rows.assign(share=rows["score"] / largest, kn=rows["score"] > t * largest)
 
 
 def find_fact(facts, fact=None):
@@ -139,11 +137,10 @@ def look(lm, fact, method="ig", saved=None, **spec):
     computed now.
 
     ValueError, with its prompt, for a query that cannot be read."""
-    frame = None
-    if saved is not None:
-        frame = saved[saved["fact"] == fact.id].reset_index(drop=True)
     source = "read from a saved run"
-    if frame is None or tuple(frame["prompt"]) != fact.prompts:
+    frame = pd.DataFrame(columns=["fact", "prompt"]) if saved is None else saved
+    frame = frame[frame["fact"] == fact.id].reset_index(drop=True)
+    if tuple(frame["prompt"]) != fact.prompts:
         source = "computed now"
         frame = localise_unit(lm, [asdict(fact)], method=method, **spec)
         for reason in frame["left_out"].dropna():
@@ -345,12 +342,13 @@ def overlap_figure(view, t, most=14):
     fig = Figure(figsize=(WIDE, 1.5 + 0.14 * len(sizes)))
     bars, dots = fig.subplots(2, 1, sharex=True, height_ratios=[7, 1.2 * len(sizes)])
     colors = {len(sizes): "#D55E00", 1: "0.65"}  # by how many prompts share them
-    for x, (names, count) in enumerate(counts.head(most).items()):
+    shown = counts.head(most)
+    dots.plot(*np.indices((len(shown), len(sizes))), "o", color="0.88", markersize=3.5)
+    for x, (names, count) in enumerate(shown.items()):
         prompts = [int(name[1:]) for name in names.split()]
         color = colors.get(len(prompts), "#0072B2")
         bar = bars.bar(x, count, color=color, width=0.7)
         bars.bar_label(bar, fontsize=6.5, padding=1)
-        dots.plot([x] * len(sizes), range(len(sizes)), "o", color="0.88", markersize=3.5)
         dots.plot(
             [x] * len(prompts),
             prompts,
@@ -359,13 +357,12 @@ def overlap_figure(view, t, most=14):
             markersize=4,
             linewidth=1.2,
         )
-    hidden = len(counts) - most
-    more = f" ({hidden} more combinations not shown)" if hidden > 0 else ""
+    hidden = len(counts) - len(shown)
+    more = f" ({hidden} more combinations not shown)" if hidden else ""
     bars.set_title(f"grey: in one prompt only; blue: shared; orange: in all{more}", loc="left")
     bars.margins(y=0.2)
     bars.yaxis.get_major_locator().set_params(integer=True)
-    shown = max(1, min(most, len(counts)))
-    bars.set(ylabel="neurons", xlim=(-0.6, shown - 0.4))
+    bars.set(ylabel="neurons", xlim=(-0.6, max(1, len(shown)) - 0.4))
     dots.set_yticks(range(len(sizes)), [f"q{i}: {size} KNs" for i, size in enumerate(sizes)])
     dots.set(ylim=(len(sizes) - 0.5, -0.5), xticks=[])
     dots.tick_params(axis="y", length=0)

@@ -38,7 +38,7 @@ def kn_html(view, t):
     return _PIECES.kns(shown, len(top), len(table))
 
 
-def neuron_html(view, neuron, t, saved=None):
+def neuron_html(view, neuron, t, saved):
     """A neuron's page: activation on each prompt, tokens promoted and suppressed, other facts that
     use it."""
     return _PIECES.neuron(
@@ -51,7 +51,7 @@ def neuron_html(view, neuron, t, saved=None):
     )
 
 
-def effects_html(frame, title=""):
+def effects_html(frame, title):
     """Before and after of `explorer.fact.change`: grey is before, colour after; controls stand
     below the fact's prompts."""
     return _PIECES.effects(frame.to_dict("records"), title)

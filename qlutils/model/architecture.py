@@ -122,8 +122,7 @@ def find_architecture(model):
         head=head,
         norm_epsilons=[_norm_epsilon(calls[down].output, kept) for down in downs],
         num_neurons=widths.pop(),
-        scale=_logit_scale(model, text),
-        softcap=getattr(text, "final_logit_softcapping", None),
+        **logit_map(model),
     )
 
 
@@ -201,10 +200,13 @@ def _epsilon(norm):
     return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
-def _logit_scale(model, config):
+def logit_map(model):
+    """Scale and soft cap of the logits (see `Architecture`), as the model has them now."""
+    config = model.config.get_text_config()
+    scale = float(getattr(model, "logit_scale", None) or 1.0)  # Cohere multiplies
     if getattr(config, "logits_scaling", None):  # Granite divides
-        return 1.0 / config.logits_scaling
-    return float(getattr(model, "logit_scale", None) or 1.0)  # Cohere multiplies
+        scale = 1.0 / config.logits_scaling
+    return {"scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}
 
 
 def _find(module, paths):

@@ -141,7 +141,8 @@ class LanguageModel:
             raise ValueError(
                 f"{self.name}: modules were added or exchanged after it was loaded, or a forward "
                 "method was replaced (an adapter, weight_norm, quantisation?), or it was compiled, "
-                "with which numbers would be wrong without a word; make a LanguageModel of it anew"
+                "or its logits' scale or soft cap was set, with which numbers would be wrong "
+                "without a word; make a LanguageModel of it anew"
             )
         chosen = self.model.config.get_text_config()._attn_implementation
         if chosen not in KNOWN_ATTENTION:
@@ -157,11 +158,13 @@ class LanguageModel:
             )
 
     def _state(self):
-        """Of every module: its own forward method, which some loaders set, and its compiled one."""
-        return [
+        """What becomes of the logits, and of every module its own forward method, which some
+        loaders set, and its compiled one."""
+        modules = [
             (module, vars(module).get("forward"), module._compiled_call_impl)
             for module in self.model.modules()
         ]
+        return architecture.logit_map(self.model), modules
 
     def check_hooks(self):
         """ValueError for what other code hangs on the model's forward passes. Layers are run one by

@@ -25,7 +25,7 @@ from qlutils.model.language_model import LanguageModel
 from qlutils.paths import BUNDLED
 
 # Of a repository, without the copies of the weights that some hold in other formats.
-MODEL_FILES = "model*.safetensors *.json *.txt *.model *.jinja".split()
+MODEL_FILES = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 ADAPTER = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
 

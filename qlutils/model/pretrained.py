@@ -290,7 +290,7 @@ SETTINGS = {
 }
 # llama.cpp's names of splits of a text that are GPT-2's, as transformers splits for a name it does
 # not know.
-GPT2_SPLITS = "gpt-2 phi-2 mpt olmo smollm".split()
+GPT2_SPLITS = ("gpt-2", "phi-2", "mpt", "olmo", "smollm")
 
 
 def _check_settings(name, config, fields):

@@ -7,7 +7,7 @@ and deviations of those neurons that an offered setting can select, and of no ot
 import numpy as np
 import pandas as pd
 
-from qlutils.checks import check
+from qlutils.checks import check, one_of
 from qlutils.neurons.sets import above_share, as_set, dense_scores, list_cell
 
 CAS_BETAS = (
@@ -40,9 +40,8 @@ def cas_candidates(scores):
     keep = np.zeros(scores.shape[1:], bool)
     moments = {}
     for ending, values in (("", scores), ("_max", scaled)):
-        mean, std = values.mean(0), values.std(0)  # (L, N)
-        moments[f"mean{ending}"] = mean
-        moments[f"std{ending}"] = std
+        moments[f"mean{ending}"] = mean = values.mean(0)  # (L, N)
+        moments[f"std{ending}"] = std = values.std(0)
         for b1, b2 in CAS_BETAS:
             keep |= above_share(b1 * mean - b2 * std, CAS_MIN_THRESHOLD)
     layer, neuron = keep.nonzero()
@@ -50,13 +49,12 @@ def cas_candidates(scores):
     return {"layer": layer, "neuron": neuron} | kept
 
 
-def kept_neurons(candidates, score="raw"):
+def kept_neurons(candidates, score):
     """A fact's kept neurons: layer, neuron, mean, std of its attribution over the fact's queries.
 
     candidates: what `cas_candidates` gives, or a fact's first row of a `queries` frame (columns
     cas_layer, ...). score: "raw", or "max" for scores divided by each query's largest."""
-    if score not in CAS_SCORES:
-        raise ValueError(f"CAS score {score!r} is unknown: use one of {CAS_SCORES}")
+    one_of("CAS score", score, CAS_SCORES)
     prefix = "cas_" if "cas_layer" in candidates else ""
     ending = "_max" if score == "max" else ""
     kept = pd.DataFrame()

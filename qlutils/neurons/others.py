@@ -44,7 +44,7 @@ class OtherFacts:
     rows."""
 
     def __init__(self, queries, sets):
-        about = queries["fact relation subject object".split()]
+        about = queries[["fact", "relation", "subject", "object"]]
         self.facts = about.drop_duplicates().set_index("fact")
         self.neurons = defaultdict(set)  # {fact: its KNs}
         for fact, kns in zip(queries["fact"], sets):

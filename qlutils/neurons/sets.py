@@ -49,12 +49,7 @@ def kn_sets(queries, t=0.2):
 
     Raises ValueError when t is below what the store keeps (0.05) or not below 1.
     """
-    _check_share(t)
-    if t < STORE_THRESHOLD:
-        raise ValueError(
-            f"t={t} is below {STORE_THRESHOLD}, the smallest share of the largest score that "
-            "results keep; localise again for a smaller one"
-        )
+    check_kept(t)
     sets = []
     cells = zip(queries["layer"], queries["neuron"], queries["score"])
     for row, (layer, neuron, score) in enumerate(cells):
@@ -109,6 +104,16 @@ def _check_share(t):
         raise ValueError(f"t must lie strictly between 0 and 1, not {t!r}")
 
 
+def check_kept(t):
+    """ValueError for a threshold that is none, or below what results keep."""
+    _check_share(t)
+    if t < STORE_THRESHOLD:
+        raise ValueError(
+            f"t={t} is below {STORE_THRESHOLD}, the smallest share of the largest score that "
+            "results keep; localise again for a smaller one"
+        )
+
+
 # --- consistency of a fact's sets (Eq. 1) ---------------------------------------------------------
 
 
@@ -117,16 +122,12 @@ class Consistency:
     """Agreement of a fact's KN sets; `cs1`, `cs2`, `jaccard` are NaN where every set is empty.
 
     cs1: share of the union that is in every set. cs2: share that is in more than one. jaccard: mean
-    over the pairs of sets whose union is not empty. sizes: number of KNs of each query.
+    over the pairs of sets whose union is not empty.
     """
 
     cs1: float
     cs2: float
     jaccard: float
-    n_queries: int
-    n_union: int
-    n_intersection: int
-    sizes: tuple[int, ...]
 
 
 def consistency(kn_sets) -> Consistency:
@@ -139,16 +140,11 @@ def consistency(kn_sets) -> Consistency:
             f"gives them; got {kn_sets!r:.80}"
         )
     counts = np.array(list(_counts(sets).values()))
-    everywhere = counts == len(sets)
     pairs = [jaccard(*two) for two in combinations(sets, 2) if any(two)]
     return Consistency(
-        cs1=_mean(everywhere),
+        cs1=_mean(counts == len(sets)),
         cs2=_mean(counts > 1),
         jaccard=_mean(pairs),
-        n_queries=len(sets),
-        n_union=len(counts),
-        n_intersection=int(everywhere.sum()),
-        sizes=tuple(map(len, sets)),
     )
 
 

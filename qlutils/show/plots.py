@@ -127,7 +127,7 @@ def figure_cs2(frames, method, names, line=0.3):
     """Figure 3, 8 or 9: CS2 of several models' facts (rows of `classified_facts` a model, with a
     column model), a dot each, by relation, from the lowest median to the highest; the thresholds
     and the paper's example as lines. names: {code of a relation: its name}."""
-    columns = "model relation fact cs2 threshold_static threshold_otsu".split()
+    columns = ["model", "relation", "fact", "cs2", "threshold_static", "threshold_otsu"]
     frame = pd.concat(frames, ignore_index=True)[columns]
     drawn = frame.dropna(subset="cs2").sort_values("cs2", kind="stable")
     colors = model_colors(frame["model"].unique())
@@ -632,7 +632,7 @@ def figure_1(maps, t=0.2):
     return fig, pd.concat(found, ignore_index=True).drop(columns="row")
 
 
-def figure_conditions(maps, conditions, kind, t=0.2):
+def figure_conditions(maps, conditions, kind, t):
     """Figures 7 and 10: the neurons of queries as in Figure 1, a column a query and a row a
     condition, all by the scale of the unmodified one.
 

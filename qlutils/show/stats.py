@@ -97,9 +97,9 @@ def _given(**counts):
 def bootstrap_mean(
     frame,
     value,
-    draws=1000,
     seed=0,
     share=False,
+    draws=1000,
 ) -> Estimate:
     """Mean, median and trimmed mean of column `value` over all rows, with intervals over resampled
     facts.
@@ -129,9 +129,9 @@ def bootstrap_difference(
     value,
     by,
     levels,
-    draws=1000,
     seed=0,
     share=False,
+    draws=1000,
 ) -> Estimate:
     """Statistic where `by` is levels[0] minus where it is levels[1], with intervals as in
     `bootstrap_mean`.
@@ -145,7 +145,7 @@ def bootstrap_difference(
     found = _bootstrap(sides, value, draws, seed)
     certain = share and any(_all_or_nothing(side, value) for side in sides)
     if certain and not np.isnan(found.mean_low):
-        own = [bootstrap_mean(side, value, draws, seed, share=True) for side in sides]
+        own = [bootstrap_mean(side, value, seed, True, draws) for side in sides]
         low, high = _newcombe(*own, _correlation(sides, value))
         found = replace(found, mean_low=low, mean_high=high)
     return found
@@ -179,7 +179,7 @@ def _correlation(sides, value):
     return shared * np.nan_to_num(first.corr(second, min_periods=2))
 
 
-def bootstrap_statistic(frames, statistic, draws=1000, seed=0) -> Estimate:
+def bootstrap_statistic(frames, statistic, seed=0) -> Estimate:
     """statistic(frame, weights) of one frame of facts, or of the first of two less that of the
     second, computed anew from each draw's weights, as what hangs on a threshold that is itself
     estimated must be. Facts that both frames have are drawn for both. Only `mean` and its interval
@@ -189,7 +189,7 @@ def bootstrap_statistic(frames, statistic, draws=1000, seed=0) -> Estimate:
         found = [statistic(frame, row[at]) for row in weights]
         return np.reshape(found, (-1, 1))
 
-    [point], bounds, _, counts = _resample(frames, statistics, draws, seed)
+    [point], bounds, _, counts = _resample(frames, statistics, 1000, seed)
     return Estimate(point, *bounds.ravel(), **counts)
 
 
@@ -199,7 +199,7 @@ def mean_columns(frame, values, seed=0, share=False):
     row = {}
     counts = {}
     for value in values:
-        row |= bootstrap_mean(frame, value, seed=seed, share=share).row("mean", value)
+        row |= bootstrap_mean(frame, value, seed, share).row("mean", value)
         counts[f"n_{value}"] = row["n"]
     return row | {name: count for name, count in counts.items() if count != row["n"]}
 

@@ -42,7 +42,7 @@ def count_known(lm, unit):
     exact = qlutils.score_queries(lm, encoded).exact if encoded else []
     answered = Counter(owner for owner, right in zip(owners, exact) if right)
     rows = [(fact.id, fact.relation, len(fact.prompts), answered[fact.id]) for fact in facts]
-    return pd.DataFrame(rows, columns="fact relation queries answered".split())
+    return pd.DataFrame(rows, columns=["fact", "relation", "queries", "answered"])
 
 
 count_known.VERSION = 1
@@ -70,12 +70,12 @@ def known_facts(study):
     inputs = {**study.origin(every), **chosen}
     path = paths.results_folder(study.root, study.model).parent / "known_facts.parquet"
     scanned = _saved(path, inputs)
-    if scanned is None and not study.may_scan:
-        raise ValueError(
-            f"which facts {study.model} knows was not looked for with these parameters; run "
-            "notebook 01"
-        )
     if scanned is None:
+        if not study.may_scan:
+            raise ValueError(
+                f"which facts {study.model} knows was not looked for with these parameters; run "
+                "notebook 01"
+            )
         with locked(path.with_name(".known_facts.lock"), inf):  # another notebook may be looking
             scanned = _saved(path, inputs)
             if scanned is None:
@@ -106,7 +106,7 @@ def by_relation(scanned, every, known_prompts):
     """A row a relation: facts in the data; scanned, of them; known, of the scanned; kept, of the
     known; queries of the scanned facts, and those that were answered."""
     scanned = scanned.assign(scanned=1, known=scanned["answered"] >= known_prompts)
-    counted = "scanned known kept queries answered".split()
+    counted = ["scanned", "known", "kept", "queries", "answered"]
     table = scanned.groupby("relation", sort=False)[counted].sum()
     table.insert(0, "facts", pd.Series([fact.relation for fact in every]).value_counts())
     return table.astype(int).reset_index()

@@ -26,7 +26,7 @@ from qlutils.show.tables import display_table, write_table
 from qlutils.study import identity, store
 from qlutils.study.known import known_facts
 from qlutils.study.parameters import check_values, parameters_of
-from qlutils.study.results import load_frame, read_record, save_frame, write_record
+from qlutils.study.results import Missing, load_frame, read_record, save_frame, write_record
 
 DEFAULTS = {
     "model": None,
@@ -235,7 +235,7 @@ class Study:
         )
 
     def load(self, name, method=None):
-        """A DataFrame kept with `save`; ValueError if it is missing, damaged, or made from other
+        """A DataFrame kept with `save`; `Missing` if it is not there, damaged, or made from other
         inputs."""
         method = method or self.method
         path = self._folder(method) / f"{name}.parquet"
@@ -243,7 +243,7 @@ class Study:
             inputs = self.inputs(name != "queries", method) if path.exists() else {}
             return load_frame(path, inputs)
         except ValueError as problem:
-            raise ValueError(
+            raise Missing(
                 f"no usable {name!r} of {self.model} by {method} in run {self.output!r}: "
                 f"{problem}. Run the notebook that makes it first, with these parameters"
             ) from None

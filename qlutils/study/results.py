@@ -7,7 +7,7 @@ from qlutils.files import as_frame, json_bytes, read_parquet, sha256, write_json
 from qlutils.study.identity import differing
 
 
-class Missing(Exception):
+class Missing(ValueError):
     """A result that is needed is not there; the message says which and why."""
 
 

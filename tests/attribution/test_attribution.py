@@ -362,6 +362,7 @@ SPOILT = {
     "training mode": (lambda lm: lm.model.transformer.train() and None, "is in training mode"),
     "compiled": (lambda lm: lm.model.compile(backend="eager"), "it was compiled"),
     "exchanged": (lambda lm: setattr(lm.model, "lm_head", nn.Identity()), "modules were added"),
+    "soft cap": (lambda lm: setattr(lm.model.config, "final_logit_softcapping", 9), "soft cap was"),
 }
 
 

@@ -238,6 +238,7 @@ def test_03_runs_for_ig_or_for_the_methods_that_leave_it_out(books, model, chose
         ("--output ../elsewhere", "../elsewhere"),
         ("--output notebooks", "figures/notebooks holds the tables"),
         ("--jobs 0", "--jobs 0"),
+        ("--refresh", "--refresh takes no other option"),
         ("--workers 0", "--workers 0"),
         ("--known-prompts 99", "no fact has more than"),
         ("-p seed_of_mine 1 -p seed_of_mine 2", "-p seed_of_mine is given twice"),

@@ -483,7 +483,7 @@ def test_what_cannot_be_tested_says_why_in_the_report_and_in_a_notebook(queries)
     text = html.unescape(claims.judge(study, "02", static=0.5).data)
     assert claims.CLAIMS[1].text in text and claims.CLAIMS[4].text not in text
     assert "holds (1 of 1, 1 untestable)" in text and "<summary>Every part</summary>" in text
-    study.load = Mock(side_effect=ValueError("run notebook 03 first"))
+    study.load = Mock(side_effect=claims.Missing("run notebook 03 first"))
     assert "not testable here: run notebook 03 first" in claims.judge(study, "03").data
 
 
