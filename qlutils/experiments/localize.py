@@ -88,7 +88,7 @@ def _passes(lm, fact, config):
     return steps * lm.num_layers * baselines
 
 
-localise_unit.VERSION = 1
+localise_unit.VERSION = 2
 localise_unit.passes = _passes
 
 
