@@ -152,7 +152,7 @@ def continuation(prompt):
     return bare, " "
 
 
-def prompt_template(pattern, middle):
+def prompt_template(pattern, middle="cut"):
     """The part of a pattern before `[Y]`, with `[X]` still in it; None when it gives no prompt.
 
     Runs of spaces count as one (two ParaRel patterns have "[X],  a type of [Y]"), and the space

@@ -581,7 +581,7 @@ def test_a_plan_costs_what_the_options_ask_for_and_each_model_and_method_once(
         patch.setattr("qlutils.driver.plan.matmul_rate", lambda *_: ("a device", "float32", 1e15))
         assert flops() == pytest.approx(4 * flops("-p", "steps", "5"), rel=1e-2)
     for said, more in {
-        "device 'cuda:99' is not there": ["--device", "cuda:99"],
+        "device 'cuda:99' is unknown or not there": ["--device", "cuda:99"],
         "unknown parameter 'stepz'": ["-p", "stepz", "5"],
         "steps is 0": ["-p", "steps", "0"],
         "answer 'lst' is unknown": ["-p", "answer", "lst"],
