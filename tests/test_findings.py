@@ -25,6 +25,7 @@ COLUMNS = {
     "SmolLM2-135M": (KNOWN, SMALL),
     "Gemma 3 270M": (KNOWN, LARGE),
     "SmolLM2, bundled facts": (VARIED, SMALL),
+    "Gemma 3, bundled facts": (BUNDLED, LARGE),
 }
 RUNS = {  # facts: the folder of each method
     "Known": dict(ig=KNOWN, sig=KNOWN_SIG, amig=KNOWN),
@@ -107,7 +108,8 @@ def of_all_facts(rows, name):
 def control(number, name, folder, model, kinds, method="ig"):
     """The CS2 of kinds of groups."""
     where = dict(model=model, method=method)
-    return [row(folder, f"control{number}_{name}", **where, kind=kind)["cs2"] for kind in kinds]
+    found = [rows(folder, f"control{number}_{name}", **where, kind=kind) for kind in kinds]
+    return [one[0]["cs2"] for one in found if one]
 
 
 def told(pattern, folder=KNOWN, models=(SMALL, LARGE)):
@@ -190,7 +192,7 @@ def found_neurons(folder, model):
     yield f"{consistency['n']}, {int(localised['n_queries']):,} ({percent(answered)})"
     yield interval(consistency, "cs2")
     yield numbers(*control(1, "null", folder, model, GROUPS))
-    yield numbers(*control(2, "noise", folder, model, ("variants", "neighbours")))
+    yield numbers(*control(2, "noise", folder, model, ("variants", "neighbours"))) or "–"
     yield share(classes["static"], "R_II")
     noise = row(own, "all/otsu_null", method="ig")
     yield f"{percent(classes['otsu']['R_II'])} ({percent(noise['R_II'])})"
@@ -207,7 +209,8 @@ def changed_answers(folder, model):
     yield percent(lost["loc_same"], lost["loc_other"])
     updated = erased(own, "ig", op="update")
     yield percent(updated["rel"], updated["gen"], said["loc_new"])
-    yield percent(row(own, "ig/table2", **ALL, op="update", neurons="local")["broken"])
+    broken = row(own, "ig/table2", **ALL, op="update", neurons="local")["broken"]
+    yield percent(broken) if broken else "–"
     most = rows(own, "ig/fig5_values", threshold="otsu")
     yield percent(*(of_all_facts(most, name) for name in ("predominance", "predominance_rest")))
     names = ("share in column 0", "jaccard", "jaccard_rest")
@@ -446,9 +449,14 @@ def on_details():
     gaps = list(gaps_by_size())
     limits = [(float(gap["difference_low"]), float(gap["difference_high"])) for gap in gaps]
     clear = [gap for gap, (low, high) in zip(gaps, limits) if not low <= 0 <= high]
-    least, *_, most = sorted(float(gap["difference"]) for gap in clear)
+    losses, gains = [], []
+    for gap in clear:
+        value = float(gap["difference"])
+        (gains if value > 0 else losses).append(abs(value))
+    found = f"{len(gains)} gains of {min(gains):.2f} to {max(gains):.2f}, and"
+    [loss] = losses
+    yield f"{found} 1 loss of {loss:.2f}"
     yield f"Of {len(gaps)} such gaps of all runs {len(clear)} can be told"
-    yield f"gains of {least:.2f} to {most:.2f}"
     moved = []
     for folder in (KNOWN, ANY):
         rules = [rows(of(folder, one), "all/by_rule", method="ig") for one in (SMALL, LARGE)]
