@@ -41,6 +41,7 @@ facts_per_relation = 3
 seed = 0
 output = 'default'
 t = 0.2"""
+COMPARING = PARAMETERS.replace("method = 'ig'", "methods = ['ig', 'sig', 'amig']")
 OPEN = """\
 from qlutils.study.notebook import Study
 study = Study.open({name!r}, globals())"""
@@ -74,8 +75,7 @@ def books(tmp_path):
     folder = tmp_path / "note {books}"
     folder.mkdir()
     write_localize(folder)
-    comparing = PARAMETERS.replace("method = 'ig'", "methods = ['ig', 'sig', 'amig']")
-    write(folder, "02_consistency", comparing, COMPARE)
+    write(folder, "02_consistency", COMPARING, COMPARE)
     return folder
 
 
@@ -498,6 +498,7 @@ import time, units
 time.sleep(0.3)
 study.run(units.signed, units.UNITS, dict(log={str(tmp_path / "log")!r}, pause=0.3))"""
     write_localize(books, work)
+    write(books, "02_consistency", COMPARING, COMPARE, "import time; time.sleep(0.4)")
     drive("--methods", "ig", "--only", "01", "02")
     first = r"\[0/2\] \d min, at work: 01_localize tiny model ig"
     done = [f" {n}/4 units, {r'[?]' if n == 0 else '[0-9:]+'} left" for n in range(4)]
