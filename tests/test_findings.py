@@ -74,14 +74,14 @@ def erased(own, method, neurons="local", op="erasure"):
     return {}
 
 
-def percent(*values, sign=" %"):
+def percent(*values):
     """Shares as "96 / 94 / 37 %", each "–" where it was not measured."""
-    return " / ".join(f"{100 * float(one):.0f}" if one else "–" for one in values) + sign
+    return " / ".join(f"{100 * float(one):.0f}" if one else "–" for one in values) + " %"
 
 
-def both(*values, sign=" %"):
+def both(*values):
     """Of SmolLM2 and Gemma: "94 and 99 %"."""
-    return percent(*values, sign=sign).replace(" / ", " and ")
+    return percent(*values).replace(" / ", " and ")
 
 
 def numbers(*values, digits=2):
@@ -357,8 +357,8 @@ def on_changes():
     )
     updated = [erased(own, "ig", op="update") for own in OWN]
 
-    def two(edits, name, sign=" %"):
-        return both(*(one[name] for one in edits), sign=sign)
+    def two(edits, name):
+        return both(*(one[name] for one in edits))
 
     yield f"{two(local, 'gen')} of the other wordings fail; in the paper's GPT-2"
     first, second = printed("erasure", "local").split("; ")

@@ -60,8 +60,8 @@ NULLS = {
     "same object": "different facts and patterns, one object",
     "random": "random neurons, as many in each layer",
 }
-# Whether any two queries of a group are equal in a column (True) or differ in it (False), as they
-# do in those of DIFFERENT of which a kind says nothing.
+# Columns in which a group's queries are all equal (True) or all differ (False): those of DIFFERENT,
+# unless its kind says otherwise.
 ALIKE = {
     "same pattern": {"pattern": True},
     "other objects": {"relation": True},
