@@ -54,8 +54,8 @@ def scaled(scores):
 def test_attribution_is_that_of_the_cpu(family, method):
     """Most families round to float32 in transformers' own code (norms, rotary angles, attention),
     and two devices round differently. Scores are compared up to a query's scale: amig divides by a
-    sum in which digits cancel."""
-    exact = 1e-10 if family in ("gpt2", "opt") else 1e-4
+    sum in which digits cancel; and so do gaps, which are what two sums differ by."""
+    exact, rounding = (1e-10, 0) if family in ("gpt2", "opt") else (1e-4, 3e-6)
     lm = tiny_lm(family)
     cases = [Spec(method, 4, rule, site=site) for rule in RULES for site in SITES]
     wanted = [attribute_encoded(lm, QUERIES, spec) for spec in cases]
@@ -64,7 +64,9 @@ def test_attribution_is_that_of_the_cpu(family, method):
         found = attribute_encoded(lm, QUERIES, spec)
         assert found.scores.device.type == GPU
         assert relative(scaled(found.scores), scaled(one.scores)) <= exact, spec
-        assert relative(found.completeness_gap, one.completeness_gap) <= 10 * exact, spec
+        off = (found.completeness_gap.cpu() - one.completeness_gap).abs().max()
+        largest = one.completeness_gap.max()
+        assert off <= 10 * exact * largest + rounding * one.probability.max(), spec
         assert found.probability.tolist() == pytest.approx(one.probability.tolist(), rel=exact)
         assert found.known.tolist() == one.known.tolist()
 

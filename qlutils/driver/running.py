@@ -71,6 +71,8 @@ def run_jobs(run, scheduler):
         try:
             _run_all(run, env, Path(scratch))
         finally:
+            for job in run.jobs_of("running"):  # stopped before its thread could say so
+                job.status = "stopped"
             _write_record(run)
             _print_summary(run)
     return int(bool(run.jobs_of("failed")))
@@ -132,7 +134,7 @@ def _run_one(job, run, env, scratch):
     alone = run.at_once == 1 or job.is_of(LAST)
     threads = os.environ.get("QLUTILS_THREADS") or ("" if alone else max(1, CORES // run.at_once))
     env = {**env, "QLUTILS_THREADS": str(threads), "QLUTILS_PROGRESS": progress}
-    started = time.time()
+    before = _times(paths.results_folder(run.root, job.model, job.method))
     if problem := execute(job.notebook, output, job.parameters, env, f"{progress}.log", run.stop):
         raise ValueError(problem)
     content = job.model and identity.model_content(job.model)  # a first download has one only now
@@ -143,12 +145,17 @@ def _run_one(job, run, env, scratch):
     made = [output]
     if job.is_of(LAST):
         made += publish(output, run.root.name)
-    for file in paths.results_folder(run.root, job.model, job.method).glob("[!.]*.*"):
-        # run.json is written by the model's other notebooks, too
-        if file.name != "run.json" and file.stat().st_mtime >= started - 1:
-            made.append(file)
+    now = _times(paths.results_folder(run.root, job.model, job.method))
+    made += [file for file, time in now.items() if before.get(file) != time]
     stamps.write_stamp(run.root, job.name, {**inputs, "model": content}, made)
     return "done"
+
+
+def _times(folder):
+    """{file: when it was written} of the results in a folder, but for run.json, which the model's
+    other notebooks write, too. Compared with one another: a file server has its own clock."""
+    files = [file for file in folder.glob("[!.]*.*") if file.name != "run.json"]
+    return {file: file.stat().st_mtime_ns for file in files}
 
 
 def _at_work(job, scratch):

@@ -236,6 +236,26 @@ def consistency_summary(facts, seed=0):
     return pd.DataFrame(rows)
 
 
+def relation_table(facts, seed=0):
+    """Mean CS2 and the share of K_II by the static threshold, with 95 % intervals, a row a method
+    and relation, from the lowest CS2."""
+    rows = []
+    for method, frame in facts.items():
+        for code, part in frame.dropna(subset="cs2").groupby("relation"):
+            row = {"method": method, "relation": code, "meaning": RELATIONS.get(code, "–")}
+            second = part.assign(R_II=second_class(part, "static"))
+            row |= mean_columns(part, ["cs2"], seed)
+            rows.append(row | mean_columns(second, ["R_II"], seed, share=True))
+    table = pd.DataFrame(rows, columns=None if rows else ["method", "relation", "cs2"])
+    return table.sort_values(["method", "cs2"], kind="stable", ignore_index=True)
+
+
+def second_by_relation(facts):
+    """{what a relation means: its facts in K_II by the static threshold}, the most first."""
+    second = facts.loc[facts["class_static"] == "II", "relation"].value_counts()
+    return {RELATIONS.get(code, code): n for code, n in second.items()}
+
+
 def otsu_null(facts, draws=200, seed=0):
     """What Otsu's threshold makes of noise: the share of K_II and Welch's t, each as the mean over
     `draws` with the range of 95 % of them.

@@ -27,7 +27,12 @@ from qlutils.experiments.claims import (
     overall,
     synapse_rates,
 )
-from qlutils.experiments.consistency import classified_facts, otsu_null, share_of_class
+from qlutils.experiments.consistency import (
+    classified_facts,
+    otsu_null,
+    second_by_relation,
+    share_of_class,
+)
 from qlutils.experiments.controls import NULLS, answered_and_not, null_consistency
 from qlutils.experiments.edit_tables import PAPER_OP
 from qlutils.experiments.effects import query_gaps
@@ -132,6 +137,16 @@ class Reading(Case):
         if np.isnan(found["R_II"]):
             return UNTOLD
         return f"{hundred(found['R_II_low'])} % to {hundred(found['R_II_high'])} %"
+
+    def most_second(self, facts):
+        """Which relations have most of the facts in K_II; "" for too few facts to say so."""
+        second = second_by_relation(facts)
+        total = sum(second.values())
+        if total < LEAST:
+            return ""
+        names = list(second)[:3]
+        share = sum(map(second.get, names)) / total
+        return f"{hundred(share)} % of these {total} are of {', '.join(names)}"
 
     def three(self, facts):
         """With `three`: whether a fact is in K_II by three of its wordings."""

@@ -169,6 +169,8 @@ def _draw_cs2(ax, drawn, order, palette):
         legend=False,
         ax=ax,
     )
+    models = len(palette)
+    crowded = len(drawn) > 40 * models * len(order)
     np.random.seed(0)  # whose numbers seaborn's jitter takes
     sns.stripplot(
         drawn,
@@ -176,12 +178,11 @@ def _draw_cs2(ax, drawn, order, palette):
         palette=palette,
         dodge=True,
         jitter=0.4,
-        size=3,
-        alpha=0.8,
+        size=1.5 if crowded else 3,
+        alpha=0.5 if crowded else 0.8,
         rasterized=True,
     )
     n = drawn.groupby(["relation", "model"])["cs2"].transform("size")
-    models = len(palette)
     sns.pointplot(
         drawn[n >= FEW],
         **shared,
@@ -192,6 +193,7 @@ def _draw_cs2(ax, drawn, order, palette):
         dodge=0.8 - 0.8 / models,
         marker="_",
         markersize=340 / models / max(1, len(order)),  # points: as wide as the dots
+        zorder=4,  # above them
     )
 
 

@@ -30,8 +30,10 @@ from qlutils.files import (
 )
 from qlutils.study.identity import model_content
 
-UNIT_FACTS = 24  # batches of equal lengths are full from there on
-UNIT_FLOPS = {"cpu": 1e13, "cuda": 1e15}  # a unit: about a minute, on two cores and on a GPU
+# A unit: about a minute, on two cores and on a GPU, of so many facts at most. From there on batches
+# are full: on a CPU of one length of prompts, on a GPU to its memory.
+UNIT_FLOPS = {"cpu": 1e13, "cuda": 1e15}
+UNIT_FACTS = {"cpu": 24, "cuda": 240}
 _BUSY = threading.Lock()  # a model carries hooks: one task at a time in a process
 
 
@@ -124,12 +126,13 @@ def packed(task, lm, facts, config):
     parameters = lm.arch.head.weight.numel()
     for layer in lm.layers:
         parameters += sum(weight.numel() for weight in layer.parameters())
-    most = UNIT_FLOPS.get(lm.device.type, UNIT_FLOPS["cpu"]) / (2 * parameters)
+    kind = lm.device.type if lm.device.type in UNIT_FACTS else "cpu"
+    most = UNIT_FLOPS[kind] / (2 * parameters)
     units = []
     room = 0
     for fact in facts:
         passes = task.passes(lm, fact, config)
-        if not units or len(units[-1]) == UNIT_FACTS or passes > room:
+        if not units or len(units[-1]) == UNIT_FACTS[kind] or passes > room:
             units.append([])
             room = most
         units[-1].append(fact)

@@ -44,7 +44,7 @@ UNITS = 5 * 3  # five tasks, a unit a fact
 def small_study(parameters):
     """Localisation, edits, query-KN mapping, attention and synapses of three facts, one fact a
     unit, with tables."""
-    store.UNIT_FACTS = 1
+    store.UNIT_FACTS = {"cpu": 1}
     study, t = Study("small", **parameters), parameters["t"]
     few = dict(directions=("average",), thresholds=("otsu",))
     queries = localise(study, steps=parameters["steps"])
