@@ -241,11 +241,11 @@ def relation_table(facts, seed=0):
     and relation, from the lowest CS2."""
     rows = []
     for method, frame in facts.items():
-        for code, part in frame.dropna(subset="cs2").groupby("relation"):
+        frame = frame.dropna(subset="cs2").assign(R_II=second_class(frame, "static"))
+        for code, part in frame.groupby("relation"):
             row = {"method": method, "relation": code, "meaning": RELATIONS.get(code, "–")}
-            second = part.assign(R_II=second_class(part, "static"))
             row |= mean_columns(part, ["cs2"], seed)
-            rows.append(row | mean_columns(second, ["R_II"], seed, share=True))
+            rows.append(row | mean_columns(part, ["R_II"], seed, share=True))
     table = pd.DataFrame(rows, columns=None if rows else ["method", "relation", "cs2"])
     return table.sort_values(["method", "cs2"], kind="stable", ignore_index=True)
 

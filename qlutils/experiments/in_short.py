@@ -138,16 +138,6 @@ class Reading(Case):
             return UNTOLD
         return f"{hundred(found['R_II_low'])} % to {hundred(found['R_II_high'])} %"
 
-    def most_second(self, facts):
-        """Which relations have most of the facts in K_II; "" for too few facts to say so."""
-        second = second_by_relation(facts)
-        total = sum(second.values())
-        if total < LEAST:
-            return ""
-        names = list(second)[:3]
-        share = sum(map(second.get, names)) / total
-        return f"{hundred(share)} % of these {total} are of {', '.join(names)}"
-
     def three(self, facts):
         """With `three`: whether a fact is in K_II by three of its wordings."""
         cs2 = facts["cs2_3"]
@@ -234,9 +224,11 @@ _NAMES = dict(
     answered_and_not=answered_and_not,
     count=count,
     hundred=hundred,
+    least=LEAST,
     more=more,
     notebooks=NOTEBOOKS,
     operations=PAPER_OP,
+    second_by_relation=second_by_relation,
     synapse_rates=synapse_rates,
 )
 TOPICS = dict(re.findall(r"(?ms)^## (.*?)\n(.*?)(?=^##|\Z)", _TEXT))

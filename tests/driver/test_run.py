@@ -468,6 +468,21 @@ if study.method in {held} and not os.path.exists({asleep!r} + study.method):
     assert statuses(drive("--only", "01")) == ["done" if "ig" in held else "cached", "done"]
 
 
+def test_no_job_is_on_record_as_running_once_its_run_has_ended(tmp_path, monkeypatch):
+    """A signal in the moment in which its thread begins."""
+    job = Job(Path("01_localize.ipynb"), "demo/gpt2", "ig", {})
+
+    def begin(*_):
+        job.status = "running"
+        raise running.Stopped
+
+    monkeypatch.setattr(running, "_run_all", begin)
+    with pytest.raises(running.Stopped):
+        running.run_jobs(running.Run([job], tmp_path, "facts", "command"), None)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert [one["status"] for one in record["jobs"]] == ["stopped"]
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_other_signals_stop_the_driver_like_it_and_say_how_to_go_on(
     books, model, runs, drive, capsys, monkeypatch, number, status

@@ -19,6 +19,8 @@ from qlutils.experiments.consistency import (
     common_class_two,
     consistency_summary,
     otsu_null,
+    relation_table,
+    second_by_relation,
     table_1,
     table_4,
     table_5,
@@ -294,6 +296,23 @@ def test_facts_without_neurons_or_with_two_prompts_stand_apart():
     assert table_1({"ig": facts}, "demo/gpt2")["n"].tolist() == [6, 6]
     summary = consistency_summary({"ig": facts}).iloc[0]
     assert (summary["n"], summary["n_undefined"], summary["n_two_prompts"]) == (6, 1, 1)
+
+
+def test_relations_stand_from_the_lowest_cs2_each_with_its_share_of_k_ii():
+    """Facts of CS2 0, 0.2, 0.8 are of P1, the others of P2; P1303 is "instrument"."""
+    facts = classified_facts(facts_of(CS2))
+    facts["relation"] = facts["relation"].replace("P2", "P1303")
+    table = relation_table({"ig": facts, "amig": facts[facts["relation"] == "P1"]})
+    assert table[["method", "relation", "meaning", "n"]].values.tolist() == [
+        ["amig", "P1", "–", 3],
+        ["ig", "P1", "–", 3],
+        ["ig", "P1303", "instrument", 3],
+    ]
+    assert table["cs2"].tolist() == pytest.approx([1 / 3, 1 / 3, 1.7 / 3])
+    assert table["R_II"].tolist() == pytest.approx([1 / 3] * 3)
+    assert second_by_relation(facts) == {"P1": 1, "instrument": 1}
+    nothing = facts.assign(cs2=np.nan, class_static=None)
+    assert relation_table({"ig": nothing}).empty and second_by_relation(nothing) == {}
 
 
 def test_cap_ii_is_the_share_that_all_three_methods_put_into_k_ii():

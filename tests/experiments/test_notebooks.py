@@ -18,7 +18,13 @@ from tiny import last_activations, run_cells
 
 from qlutils import answer_probability, load_model, paths
 from qlutils.change import scaling, synapses
-from qlutils.experiments.consistency import classified_facts, consistency_summary, table_1, table_4
+from qlutils.experiments.consistency import (
+    classified_facts,
+    consistency_summary,
+    relation_table,
+    table_1,
+    table_4,
+)
 from qlutils.experiments.localize import localisation_summary, localise
 from qlutils.model.passes import attention_implementation
 from qlutils.neurons.sets import kn_sets, neighbour_sets
@@ -160,6 +166,7 @@ def test_02_makes_its_tables_from_what_01_found_and_names_a_method_that_has_not_
     assert_is(where / "table1.csv", table_1(facts, MODEL))
     assert_is(where / "table4.csv", table_4(facts, MODEL))
     assert_is(where / "consistency.csv", consistency_summary(facts))
+    assert_is(where / "cs2_by_relation.csv", relation_table(facts))
     assert len(pd.read_csv(where / "fig3.csv")) == len(pd.read_csv(where / "fig9.csv")) == 4
     assert not list(where.glob("*sig*"))
 

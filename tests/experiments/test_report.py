@@ -617,9 +617,13 @@ def test_sentences_on_consistency_are_those_of_the_facts_and_the_first_control(s
     means = controls.null_consistency(queries, t=0.2, seed=0).groupby("kind")["cs2"].mean()
     wanted = means[["own", "same pattern", "other relations", "random"]].dropna()
     assert values_in(three) == near(wanted)
-    first, others = sentences(table, "How many facts are K_II")
+    first, most, others = sentences(table, "How many facts are K_II")
     shares = [(facts[f"class_{name}"] == "II").mean() for name in ("static", "otsu")]
     assert values_in(first) == near(shares)
+    second = facts[facts["cs2"] <= 0.2]
+    share = second["relation"].value_counts().head(3).sum() / len(second)
+    assert f"{100 * share:.0f} % of these {len(second)} are of " in most
+    assert most.endswith(f", of {facts['relation'].nunique()} relations.")
     noise = otsu_null(facts, seed=0)
     assert f"{100 * noise['R_II_low']:.0f} % to {100 * noise['R_II_high']:.0f} % K_II" in first
     cut = [classified_facts(queries, t, 0.2)["class_static"] for t in (0.1, 0.5)]
