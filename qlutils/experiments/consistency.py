@@ -237,13 +237,14 @@ def consistency_summary(facts, seed=0):
 
 
 def relation_table(facts, seed=0):
-    """Mean CS2 and the share of K_II by the static threshold, with 95 % intervals, a row a method
-    and relation, from the lowest CS2."""
+    """Wordings a fact, mean CS2 and the share of K_II by the static threshold, both with 95 %
+    intervals, a row a method and relation, from the lowest CS2."""
     rows = []
     for method, frame in facts.items():
         frame = frame.dropna(subset="cs2").assign(R_II=second_class(frame, "static"))
         for code, part in frame.groupby("relation"):
             row = {"method": method, "relation": code, "meaning": RELATIONS.get(code, "–")}
+            row |= {"wordings": part["n_queries"].mean()}
             row |= mean_columns(part, ["cs2"], seed)
             rows.append(row | mean_columns(part, ["R_II"], seed, share=True))
     table = pd.DataFrame(rows, columns=None if rows else ["method", "relation", "cs2"])

@@ -309,6 +309,7 @@ def test_relations_stand_from_the_lowest_cs2_each_with_its_share_of_k_ii():
         ["ig", "P1303", "instrument", 3],
     ]
     assert table["cs2"].tolist() == pytest.approx([1 / 3, 1 / 3, 1.7 / 3])
+    assert table["wordings"].tolist() == [3, 3, 3]
     assert table["R_II"].tolist() == pytest.approx([1 / 3] * 3)
     assert second_by_relation(facts) == {"P1": 1, "instrument": 1}
     nothing = facts.assign(cs2=np.nan, class_static=None)
