@@ -19,6 +19,7 @@ PRINTED = json.loads((ROOT / "qlutils/show/paper_values.json").read_text("utf-8"
 # folders below figures/
 KNOWN, KNOWN_SIG, BUNDLED = "known-pararel", "known-sig-pararel", "known-bundled"
 ANY, ANY_AMIG, VARIED = "paper-pararel", "paper-amig-pararel", "notebooks"
+EVERY, MANY = "every-known-pararel", "many-pararel"
 SMALL, LARGE = "pretrained/smollm2-135m", "pretrained/gemma-3-270m"
 MODELS = {"SmolLM2-135M": SMALL, "Gemma 3 270M": LARGE}
 COLUMNS = {
@@ -31,6 +32,8 @@ RUNS = {  # facts: the folder of each method
     "Known": dict(ig=KNOWN, sig=KNOWN_SIG, amig=KNOWN),
     "Any": dict(ig=ANY, sig=ANY, amig=ANY_AMIG),
     "Bundled": dict(ig=BUNDLED, sig=BUNDLED, amig=BUNDLED),
+    "Every": dict(ig=EVERY, sig=EVERY, amig=EVERY),
+    "Many": dict(ig=MANY, sig=MANY, amig=MANY),
 }
 ALL = {"threshold": "all", "class": "all"}
 GROUPS = (
@@ -149,11 +152,18 @@ def first_table():
     by_method = [[agreement(*one) for one in paper_agreement("static", name)] for name in METHODS]
     names = [f"{name}, the paper" for name in PAPER]
     yield from zip(names, *by_method)
-    facts = {"any fact": "Any", "facts it knows": "Known", "bundled facts it knows": "Bundled"}
+    facts = {
+        "any fact": "Any",
+        "12,940 facts": "Many",
+        "facts it knows": "Known",
+        "all that it knows": "Every",
+        "bundled facts it knows": "Bundled",
+    }
     for (name, run), (label, model) in product(facts.items(), MODELS.items()):
         folders = RUNS[run] | (dict(amig=ANY) if run == "Any" else {})
-        cells = (consistency(folders[method], model, method) or "–" for method in METHODS)
-        yield f"{label}, {name}", *cells
+        cells = [consistency(folders[method], model, method) or "–" for method in METHODS]
+        if set(cells) != {"–"}:
+            yield f"{label}, {name}", *cells
 
 
 def by_method():
@@ -295,6 +305,12 @@ def on_consistency():
     choices = "".join(told(r"(The static share .*)"))
     yield f"never more than {max(map(float, re.findall(r'([0-9.]+) % .', choices)))} % if KNs"
 
+    static = r"^([\d.]+ % \[.*?\]) by the static class threshold"
+    n = [row(of(EVERY, model), "all/consistency", method="ig")["n"] for model in (SMALL, LARGE)]
+    every = "Of all {} and {:,} that they know it is {} and {}"
+    yield every.format(n[0], int(n[1]), *told(static, EVERY))
+    yield from on_relations()
+
     (small, n_small), (large, n_large) = (capitals(BUNDLED, model) for model in (SMALL, LARGE))
     varied = f"In capitals CS2 is {small} and {large} by the bundled facts' words"
     yield f"{varied} (n = {n_small}, {n_large})"
@@ -330,6 +346,29 @@ def on_consistency():
     yield f"{relation} with only the relation in common, {unrelated} with nothing"
     one, wording, _, relation = shared_by_kind(BUNDLED)
     yield f"fact: {one} of one fact, {wording} of one wording, {relation} of the relation"
+
+
+def on_relations():
+    """Which relations K_II is of."""
+    own = of(MANY, SMALL)
+    counted = row(own, "all/consistency", method="ig")
+    facts = int(counted["n"]) + int(counted["n_two_prompts"])
+    [most] = told(r"By the static threshold (\d+ % of these \d+) are", MANY, [SMALL])
+    second = share(row(own, "all/table1", threshold="static", method="ig"), "R_II")
+    yield f"Of {facts:,} facts, answered or not, SmolLM2 has {second}, and {most} are"
+    table = rows(own, "all/cs2_by_relation")
+    yield f"are instruments, continents and religions, 3 of {len(table)} relations"
+    counted = {one["meaning"]: int(one["n"]) * float(one["R_II"]) for one in table}
+    three = sorted(counted, key=counted.get)[:-4:-1]
+    assert three == ["instrument", "continent", "religion"]
+    shares = [percent(one["R_II"]) for one in table if one["meaning"] in three]
+    yield "{} of the instruments, {} of the continents, {} of the religions".format(*shares)
+    rest = [one for one in table if one["meaning"] not in three]
+    n = sum(int(one["n"]) for one in rest)
+    others = sum(map(counted.get, (one["meaning"] for one in rest))) / n
+    yield f"{100 * others:.1f} % of the {n:,} facts of the others"
+    yield f"from {numbers(table[0]['cs2'])} ({table[0]['meaning']}) to"
+    yield f"to {numbers(table[-1]['cs2'])} ({table[-1]['meaning']})"
 
 
 def capitals(folder, model, inside=True):
@@ -424,11 +463,16 @@ def on_details():
         facts = rows(own, "ig/known_facts")
         few, looked = (sum(int(one[name]) for one in facts) for name in ("known", "scanned"))
         known.append(f"{few} of {looked:,}")
-    yield "known to them, {} looked at, and {}".format(*known)
-    yield "SmolLM2 knows {} facts looked at, Gemma {} (".format(*known)
-    inside = told(r"in (\d+ %) of the facts the answer")
-    yield "in {} and {} of those kept the answer stands in the subject".format(*inside)
-    yield "of those kept the subject holds the answer in {} and {}".format(*inside)
+    twelve = told(r"in (\d+ %) of the facts the answer")
+    yield "out of {} and {}, it does in {} and {}".format(*known, *twelve)
+    every = [known_facts(model) for model in (SMALL, LARGE)]
+    (few, looked), (more, all_looked) = every
+    assert looked == all_looked
+    yield f"known to them, {few} and {more:,} of {looked:,};"
+    yield f"SmolLM2 knows {few} of {looked:,} facts looked at, Gemma {more:,}; of"
+    inside = told(r"in (\d+ %) of the facts the answer", EVERY)
+    yield "the subject holds the answer in {} and {} of these".format(*inside)
+    yield "the answer stands in the subject in {} and {}, as".format(*inside)
     small, large = (row(of(ANY, model), "ig/localisation") for model in (SMALL, LARGE))
     yield f"({small['n_known']} and {large['n_known']} of {int(large['n_queries']):,})"
     kinds = ("neighbours", "variants")
@@ -482,6 +526,13 @@ def on_details():
     for mark, words in (("holds", "hold in both models"), ("does not hold", "in neither")):
         same = [str(n) for n, two in enumerate(zip(*by_ig), 1) if two == (mark, mark)]
         yield f"{', '.join(same)} {words}"
+
+
+def known_facts(model):
+    """Of all of ParaRel: how many facts the model knows, and of how many it was asked."""
+    note = (paths.FIGURES / EVERY / "in_short.md").read_text("utf-8")
+    kept, _, looked = re.search(rf"{model} (\d+) kept, (\d+) known of (\d+)", note).groups()
+    return int(kept), int(looked)
 
 
 def gaps_by_size():

@@ -170,8 +170,11 @@ def cs2_subsampled(kn_sets, k=3):
         rng = np.random.default_rng(0)
         subsets = [rng.choice(len(sets), k, replace=False) for _ in range(MAX_SUBSETS)]
     has = np.array([[one in neurons for one in set().union(*sets)] for neurons in sets])
-    found = [has[list(subset)].sum(0) for subset in subsets]  # in how many each neuron is
-    return _mean([_mean(counts[counts > 0] > 1) for counts in found if counts.any()])
+    chosen = np.zeros((len(subsets), len(sets)))
+    np.put_along_axis(chosen, np.array(subsets), 1, axis=1)
+    counts = chosen @ has  # (subsets, neurons): in how many of its sets each is
+    counts = counts[counts.any(1)]
+    return _mean((counts > 1).sum(1) / (counts > 0).sum(1))
 
 
 def _counts(sets):
