@@ -310,6 +310,7 @@ def on_consistency():
     every = "Of all {} and {:,} that they know it is {} and {}"
     yield every.format(n[0], int(n[1]), *told(static, EVERY))
     yield from on_relations()
+    yield from on_all_known()
 
     (small, n_small), (large, n_large) = (capitals(BUNDLED, model) for model in (SMALL, LARGE))
     varied = f"In capitals CS2 is {small} and {large} by the bundled facts' words"
@@ -369,6 +370,28 @@ def on_relations():
     yield f"{100 * others:.1f} % of the {n:,} facts of the others"
     yield f"from {numbers(table[0]['cs2'])} ({table[0]['meaning']}) to"
     yield f"to {numbers(table[-1]['cs2'])} ({table[-1]['meaning']})"
+
+
+def on_all_known():
+    """The details' item on all facts that the models know."""
+    own = [of(EVERY, model) for model in (SMALL, LARGE)]
+    found = [row(one, "all/consistency", method="ig") for one in own]
+    cs2 = " and ".join(interval(one, "cs2") for one in found)
+    yield "Of {} and {:,} CS2 is {}; of".format(*(int(one["n"]) for one in found), cs2)
+    one, wording, unrelated, _ = shared_by_kind(EVERY)
+    yield f"of three queries {one} where one fact is asked, {wording} in one wording, {unrelated}"
+    better = r"against three others .*: (.*) more"
+    gain = " and ".join(told(better, EVERY))
+    facts = told(better.replace("(.*)", ".*") + r" \(n = (\d+) and", EVERY)
+    yield f"share {gain} more than three others (n = {', '.join(facts)})"
+    half = " and ".join(told(r"by Otsu's (.*?) more", EVERY))
+    yield f"differ by {half} in the other half"
+    assert all("cannot" in one for one in told(r"by Otsu's .* within relations (.*)", EVERY))
+    three = []
+    for one in own:
+        n = sorted(int(one["n"]) for one in rows(one, "all/cs2_by_relation", method="ig"))
+        three.append(percent(sum(n[-3:]) / sum(n)))
+    yield "{} of SmolLM2's and {} of Gemma's are of three relations".format(*three)
 
 
 def capitals(folder, model, inside=True):
