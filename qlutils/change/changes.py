@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qlutils.checks import check
+from qlutils.model.trace import replaced
 
 
 class Change:
@@ -93,12 +94,9 @@ def check_ends(mask):
 @contextmanager
 def prompt_of(scalings, tokens):
     """Inside, a text's first `tokens` tokens are its prompt, in however many passes it is fed."""
-    outer = [one.prompt for one in scalings]
-    for one in scalings:
-        one.prompt = tokens
     try:
-        yield
+        with replaced(scalings, "prompt", lambda outer: tokens):
+            yield
     finally:
-        for one, prompt in zip(scalings, outer):
-            one.prompt = prompt
+        for one in scalings:
             one.end()

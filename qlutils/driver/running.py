@@ -162,7 +162,7 @@ def _at_work(job, scratch):
     """What a running job is at; where it computes units, how many are done, and how long the others
     take."""
     progress = scratch / job.name
-    units = progress.read_text(encoding="utf-8").splitlines() if progress.exists() else []
+    units = progress.read_text("utf-8").splitlines() if progress.exists() else []
     return " ".join([job.label, *units[-1:]])
 
 

@@ -15,7 +15,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -32,7 +31,7 @@ from qlutils.experiments.consistency import (
     share_of_class,
 )
 from qlutils.experiments.controls import split_frames
-from qlutils.experiments.edit_tables import MEDIANS, PAPER_OP, with_classes
+from qlutils.experiments.edit_tables import MEDIANS, PAPER_OP, of_neurons, with_classes
 from qlutils.experiments.effects import COUNTED, POPULATIONS, class_gap, query_gaps, rates
 from qlutils.show.page import folded, shown, template
 from qlutils.show.stats import LEAST, bootstrap_difference, bootstrap_mean
@@ -92,7 +91,7 @@ class Claim:
         return OPPOSITE if self.low == 0 else FAILS
 
 
-_LISTED = json.loads(Path(__file__).with_name("claims.json").read_text("utf-8"))
+_LISTED = json.loads(paths.packaged("experiments/claims.json"))
 CLAIMS = {int(number): Claim(**one) for number, one in _LISTED["claims"].items()}
 
 
@@ -139,9 +138,7 @@ class Case:
 
     def edits(self, name):
         """A notebook's edits of knowledge neurons (not its controls), with the facts' classes."""
-        frame = self.frame(name)
-        made = (frame["control"] == "none") & frame["note"].isna()
-        return with_classes(frame[made], self.facts())
+        return with_classes(of_neurons(self.frame(name)), self.facts())
 
     def mean(self, frame, value, share=False):
         return bootstrap_mean(frame, value, self.seed, share)
@@ -412,7 +409,7 @@ def judge(study, notebook, methods=None, **thresholds):
 # --- the matrix -----------------------------------------------------------------------------------
 
 
-_MATRIX = template(Path(__file__).with_name("claims.html"))
+_MATRIX = template("experiments/claims.html")
 
 
 def show_matrix(board):

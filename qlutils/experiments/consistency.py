@@ -4,19 +4,20 @@ import json
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from qlutils.checks import METHODS
 from qlutils.neurons.sets import (
+    QUERY,
     classify,
     fact_table,
     jaccard,
     kn_sets,
     otsu_threshold,
 )
+from qlutils.paths import packaged
 from qlutils.show.stats import (
     LEAST,
     Estimate,
@@ -33,7 +34,7 @@ from qlutils.show.tables import (
 CLASSES = ("I", "II")
 THRESHOLDS = ("static", "otsu")
 # Wikidata's names of the properties in ParaRel.
-RELATIONS = json.loads(Path(__file__).with_name("relations.json").read_text("utf-8"))
+RELATIONS = json.loads(packaged("experiments/relations.json"))
 
 
 # --- classes --------------------------------------------------------------------------------------
@@ -303,20 +304,19 @@ def rules_compared(queries, other, rule, t, static, seed):
     Jaccard index of a query's KN sets by the two rules; mean_size: KNs a query; converged: share of
     queries whose sum settled (NaN for a rule that cannot tell); evaluations: gradients a layer; n
     facts and n_queries."""
-    pairs = ["fact", "prompt_index"]
     frames = {
-        rule: queries.merge(other[pairs]),
+        rule: queries.merge(other[QUERY]),
         other["rule"].iloc[0]: other,
     }
     sets = {}
     for name, frame in frames.items():
-        sets[name] = frame[pairs].assign(kn=kn_sets(frame, t)).set_index(pairs)["kn"]
+        sets[name] = frame[QUERY].assign(kn=kn_sets(frame, t)).set_index(QUERY)["kn"]
     both = pd.DataFrame(sets).dropna().to_numpy()
     agreement = np.mean([jaccard(*two) for two in both])
     rows = []
     for name, frame in frames.items():
         facts = classified_facts(frame, t, static)
-        row = {"rule": name} | bootstrap_mean(facts, "cs2", seed).row("mean", "cs2")
+        row = {"rule": name} | mean_columns(facts, ["cs2"], seed)
         row |= share_of_class(facts, "static", seed=seed).row("mean", "R_II")
         row |= {
             "jaccard": agreement,

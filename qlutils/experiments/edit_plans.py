@@ -10,7 +10,7 @@ import pandas as pd
 from qlutils.checks import one_of
 from qlutils.neurons.cas import cas_neurons, strongest_neurons
 from qlutils.neurons.others import OtherFacts, random_neurons
-from qlutils.neurons.sets import kn_sets
+from qlutils.neurons.sets import FACT, kn_sets
 
 # Other neurons, edited in place of a set: as many in each layer, drawn at random, as active at q_i
 # but no KNs of the fact, KNs of one other fact of the same relation or of another; and as many in
@@ -90,7 +90,7 @@ def _generator(seed, fact, what):
 def _plan(group, objects, draw):
     """A fact, whose queries are `group`, with its q_i, its o' and all its KNs."""
     first = group.iloc[0]
-    plan = {name: first[name] for name in ("fact", "relation", "subject", "object")}
+    plan = first[FACT].to_dict()
     known = group["known"].tolist()
     places = np.flatnonzero(known) if any(known) else len(known)
     plan["prompts"] = group["prompt"].tolist()

@@ -9,7 +9,7 @@ import pandas as pd
 from qlutils.experiments.consistency import CLASSES, THRESHOLDS, cells, classified_facts
 from qlutils.facts import seeded
 from qlutils.neurons.others import OtherFacts
-from qlutils.neurons.sets import kn_sets
+from qlutils.neurons.sets import QUERY, kn_sets
 from qlutils.show.stats import LEAST, bootstrap_difference, bootstrap_mean, mean_columns
 
 FIGURE_4_SETS = ("self", "union", "intersection", "refine")
@@ -111,11 +111,10 @@ def beside_queries(frame, queries, t, static):
     (fact, prompt_index)."""
     facts = classified_facts(queries, t, static)
     facts = facts[["fact", "cs2", "class_static", "class_otsu"]]
-    keys = ["fact", "prompt_index"]
-    about = queries[[*keys, "subject", "object", "prompt", "known"]].merge(facts, how="left")
+    about = queries[[*QUERY, "subject", "object", "prompt", "known"]].merge(facts, how="left")
     return frame.merge(
         about,
-        on=keys,
+        on=QUERY,
         how="left",
         validate="many_to_one",
     )
@@ -131,7 +130,7 @@ def rates(frame, quantity="probability", *, size=False):
     sign = frame["direction"].map({"enhance": 1.0, "suppress": -1.0})
     rate = sign * (frame[quantity] - before) / before.where(before != 0)
     frame = frame.assign(rate=rate.abs() if size else rate)
-    keys = [name for name in ("fact", "prompt_index", "set", "renormalise") if name in frame]
+    keys = [name for name in (*QUERY, "set", "renormalise") if name in frame]
     both = frame.groupby(keys)["rate"].transform("sum", min_count=2)  # NaN where one is undefined
     averages = frame.assign(direction="average", rate=both / 2)
     enhanced = frame["direction"] == "enhance"
@@ -175,15 +174,14 @@ def query_gaps(frame, first, second=(), direction="average"):
     """A row a query of `rates` rows of one direction: fact, relation, prompt_index, classes, known,
     and gap, the rate of set `first` less the mean rate of the sets `second`."""
     frame = frame[(frame["direction"] == direction) & frame["set"].isin([first, *second])]
-    keys = ["fact", "prompt_index"]
-    wide = frame.pivot(index=keys, columns="set", values="rate")
+    wide = frame.pivot(index=QUERY, columns="set", values="rate")
     wide = wide.reindex(columns=[first, *second])
     gap = wide.pop(first)
     if second:
         gap = gap - wide.mean(axis=1, skipna=False)
     columns = ["relation", "class_static", "class_otsu", "known"]
-    about = frame.drop_duplicates(keys)[[*keys, *columns]]
-    return about.join(gap.rename("gap"), on=keys)
+    about = frame.drop_duplicates(QUERY)[[*QUERY, *columns]]
+    return about.join(gap.rename("gap"), on=QUERY)
 
 
 def class_gap(gaps, which, threshold, seed):
@@ -281,8 +279,7 @@ def top_tokens(winners):
 def inside_subject(winners, queries):
     """Whether the most attended token but the first begins in the subject, for each row of
     `winners`; no where the prompt does not hold the subject as it is written."""
-    keys = ["fact", "prompt_index"]
-    rows = winners[[*keys, "at_rest"]].merge(queries[[*keys, "prompt", "subject"]], on=keys)
+    rows = winners[[*QUERY, "at_rest"]].merge(queries[[*QUERY, "prompt", "subject"]], on=QUERY)
     found = []
     for row in rows.itertuples():
         rest = row.prompt[row.at_rest :].lstrip()  # some decoders drop a token's space

@@ -10,7 +10,7 @@ from qlutils.experiments.effects import NEIGHBOURS, OTHER_FACTS, each_query
 from qlutils.experiments.localize import activations
 from qlutils.facts import prompt_tokens, seeded
 from qlutils.neurons.others import active_neurons, random_neurons
-from qlutils.neurons.sets import neighbour_sets
+from qlutils.neurons.sets import QUERY, neighbour_sets
 
 NUM_SETS = 18  # of a query: 16 of `query_sets`, 2 of other facts
 
@@ -37,7 +37,7 @@ def scale_kns(lm, unit, *, suppress=0.0, enhance=2.0, answer="all", seed=0):
             trials.append((*ids, neurons, factors.get(direction, 1.0)))
     frame = pd.DataFrame(rows)
     frame["probability"] = scaled_answer_probabilities(lm, trials, answer=answer)
-    same = frame.groupby(["fact", "prompt_index"])["probability"]
+    same = frame.groupby(QUERY)["probability"]
     frame["probability_before"] = same.transform("first")
     return frame[frame["set"] != "none"].reset_index(drop=True)
 

@@ -9,7 +9,6 @@ q1, ...
 import re
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -30,6 +29,7 @@ from qlutils.model.architecture import UnsupportedModel
 from qlutils.model.passes import computing
 from qlutils.neurons.cas import cas_neurons
 from qlutils.neurons.sets import check_kept, consistency, kn_sets, neighbour_sets
+from qlutils.paths import packaged
 from qlutils.show.plots import WIDE
 from qlutils.study.identity import code_versions, differing, model_content
 from qlutils.study.notebook import Study
@@ -475,7 +475,7 @@ def _changes(view, neurons, action, new, synapses, prompt):
 
 
 # trim_blocks: a line that only holds a tag leaves no empty line
-_SCRIPT = Template(Path(__file__).with_name("script.jinja").read_text("utf-8"), trim_blocks=True)
+_SCRIPT = Template(packaged("explorer/script.jinja"), trim_blocks=True)
 
 
 def as_code(

@@ -5,7 +5,6 @@ import os
 from contextlib import contextmanager
 from functools import partial
 from html import escape
-from pathlib import Path
 
 import ipywidgets as w
 
@@ -19,7 +18,7 @@ from qlutils.show.plots import rendered
 from qlutils.show.tables import display_table
 from qlutils.study import store
 
-_PIECES = template(Path(__file__).with_name("pieces.html")).module
+_PIECES = template("explorer/pieces.html").module
 
 
 # --- HTML -----------------------------------------------------------------------------------------

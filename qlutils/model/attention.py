@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
-from qlutils.model.trace import by_name, hooked
+from qlutils.model.trace import by_name, hooked, replaced
 
 EXACT = "qlutils_exact"
 PREFIX = "qlutils_prefix"
@@ -119,18 +119,10 @@ AttentionMaskInterface.register(EXACT, eager_mask)
 AttentionInterface.register(PREFIX, prefix_attention)
 
 
-@contextmanager
 def attention_implementation(model, name):
     """Run `model` with another attention implementation; its own is back afterwards."""
     configs = [part.config for part in model.modules() if hasattr(part, "config")]
-    own = [config._attn_implementation_internal for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation_internal = name
-        yield
-    finally:
-        for config, before in zip(configs, own):
-            config._attn_implementation_internal = before
+    return replaced(configs, "_attn_implementation_internal", lambda own: name)
 
 
 # --- watching and changing it ---------------------------------------------------------------------

@@ -186,7 +186,7 @@ def _shards(source):
     index = _file_of(source, INDEX)
     if not index:
         return []
-    shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    shards = sorted(set(json.loads(Path(index).read_bytes())["weight_map"].values()))
     for shard in shards:
         if not str(shard).endswith(".safetensors") or Path(shard).name != shard:
             raise ValueError(

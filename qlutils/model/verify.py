@@ -25,7 +25,7 @@ from qlutils.model.passes import (
     site_modules,
     start_rows,
 )
-from qlutils.model.trace import edited, first, traced
+from qlutils.model.trace import edited, first, replaced, traced
 
 # By how much, relative to the largest number, two ways of computing the same may differ in a dtype.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
@@ -83,17 +83,9 @@ def _layers_in_float32(lm):
             yield
 
 
-@contextmanager
 def _in_float32(tensors):
     small = [one for one in tensors if one.is_floating_point() and one.dtype.itemsize < 4]
-    held = [one.data for one in small]
-    try:
-        for one in small:
-            one.data = one.data.float()
-        yield
-    finally:
-        for one, data in zip(small, held):
-            one.data = data
+    return replaced(small, "data", torch.Tensor.float)
 
 
 def _tensors(module):
