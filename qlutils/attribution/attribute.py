@@ -116,8 +116,7 @@ def attribute(
     """
     check_loaded(lm)
     spec = Spec(method, steps, rule, answer, site, amig_factor, tolerance, row_budget)
-    queries = lm.encode_all(prompts, answers)
-    return attribute_encoded(lm, queries, spec).cpu()
+    return attribute_encoded(lm, lm.encode_all(prompts, answers), spec).cpu()
 
 
 @torch.inference_mode(False)  # in which no gradients could be taken
@@ -130,8 +129,7 @@ def attribute_encoded(lm, queries, spec: Spec, names=None) -> Attribution:
             "float32"
         )
     if names is None:
-        prompts = [prompt for prompt, _ in queries]
-        names = [lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts]
+        names = [lm.tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in queries]
 
     def compute(row_budget):
         return _attribute(lm, queries, replace(spec, row_budget=row_budget), names)

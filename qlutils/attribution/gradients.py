@@ -68,9 +68,12 @@ class Replay:
     def pick(self, queries):
         """Some of the queries."""
         queries = on_device(queries, self.target.device)
-        clean = self.clean.pick(queries)
-        paths = self.paths.pick(queries)
-        return Replay(self.lm, clean, self.target[queries], paths)
+        return Replay(
+            self.lm,
+            self.clean.pick(queries),
+            self.target[queries],
+            self.paths.pick(queries),
+        )
 
     def gradients(self, leaves, rows=None):
         """Gradients at each layer's leaf, L x (Q, P, W), and the answer's probability in all rows
@@ -184,8 +187,7 @@ class Replay:
 
 def _rank(group):
     """How many equal entries come before each."""
-    rank = pd.Series(group).groupby(group).cumcount()
-    return rank.to_numpy()
+    return pd.Series(group).groupby(group).cumcount().to_numpy()
 
 
 def even_batches(query, row_budget):

@@ -82,8 +82,7 @@ def _score(lm, queries, rows, everywhere):
 
     order = sorted(rows, key=lambda row: row[0])  # so that a batch has few queries
     scored = dict(zip(order, in_batches(lm, order, kind, compute)))
-    columns = zip(*(scored[row] for row in rows)) if rows else [()] * 4
-    log_p, exact, match, greedy = columns
+    log_p, exact, match, greedy = zip(*(scored[row] for row in rows)) if rows else [()] * 4
     return Scores(np.array(log_p), np.array(exact, bool), np.array(match), list(greedy))
 
 

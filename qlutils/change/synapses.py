@@ -246,9 +246,7 @@ def _run_batch(lm, rows):
 
 def _factors(lm, rows):
     """{layer: (B, H, T)} of what each row multiplies its columns by."""
-    tokens = len(rows[0].prompt)
-    shape = lm.num_layers, len(rows), lm.num_heads, tokens
-    scale = np.ones(shape)
+    scale = np.ones((lm.num_layers, len(rows), lm.num_heads, len(rows[0].prompt)))
     for place, row in enumerate(rows):
         if row.columns is not None:
             scale[:, place][row.columns] = row.factor

@@ -186,10 +186,9 @@ class Case:
             why = f"{relations} relations have facts of both classes; an interval over relations"
             why += f" needs {LEAST}"
         found = replace(found, n_clusters=found.n, n_clusters_other=found.n_other)
-        statistic = "CS2 of K_I - CS2 of K_II, less each relation's mean"
         return part(
             found,
-            statistic,
+            "CS2 of K_I - CS2 of K_II, less each relation's mean",
             "within relations",
             threshold,
             why=why,
@@ -256,14 +255,13 @@ class Case:
             what, one, other = (_LISTED["names"][word] for word in (measure, *levels))
             told = f"{what} of {one} - of {other}"
             name = f"{PAPER_OP[op]}, {what}"
-            statistic = "median" if measure in MEDIANS else "mean"
             yield part(
                 found,
                 told,
                 name,
                 threshold,
                 why=why,
-                measure=statistic,
+                measure="median" if measure in MEDIANS else "mean",
             )
 
     def moved(self, saved):

@@ -139,8 +139,7 @@ def common_class_two(facts, threshold):
     second = {}
     for method, frame in facts.items():
         second[method] = second_class(frame.set_index("fact"), threshold)
-    classified = pd.DataFrame(second).dropna()
-    return classified.min(axis=1).mean()
+    return pd.DataFrame(second).dropna().min(axis=1).mean()
 
 
 # --- tables ---------------------------------------------------------------------------------------

@@ -90,15 +90,15 @@ def _generator(seed, fact, what):
 def _plan(group, objects, draw):
     """A fact, whose queries are `group`, with its q_i, its o' and all its KNs."""
     first = group.iloc[0]
-    plan = first[FACT].to_dict()
     known = group["known"].tolist()
     places = np.flatnonzero(known) if any(known) else len(known)
-    plan["prompts"] = group["prompt"].tolist()
-    plan["known"] = known
-    plan["query"] = int(draw("query").choice(places))
-    plan["new_object"] = _new_object(first, objects, draw("object"))
-    plan["kns"] = _as_lists(set().union(*group["kns"]))
-    return plan
+    return first[FACT].to_dict() | {
+        "prompts": group["prompt"].tolist(),
+        "known": known,
+        "query": int(draw("query").choice(places)),
+        "new_object": _new_object(first, objects, draw("object")),
+        "kns": _as_lists(set().union(*group["kns"])),
+    }
 
 
 def _new_object(first, objects, rng):

@@ -77,11 +77,7 @@ def _printed(table, model, keys):
     """The paper's values of a row, which are by the static threshold; it counts no broken texts."""
     if keys["threshold"] != "static":
         return {}
-    which = {
-        "operation": PAPER_OP[keys["op"]],
-        "neurons": keys["neurons"],
-        "class": keys["class"],
-    }
+    which = keys | {"operation": PAPER_OP[keys["op"]]}
     return {f"{name}_paper": paper_value(table, model, name, **which) for name in METRICS[:-1]}
 
 

@@ -163,9 +163,11 @@ def summary(
             estimate = bootstrap_mean(part, "rate", seed)
             row = {"threshold": keys["threshold"], "queries": population}
             row |= keys | all_statistics(estimate)
-            row["undefined"] = estimate.n_missing
-            row["empty"] = (part["size"] == 0).mean()
-            row["size"] = part["size"].mean()
+            row |= {
+                "undefined": estimate.n_missing,
+                "empty": (part["size"] == 0).mean(),
+                "size": part["size"].mean(),
+            }
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -237,7 +239,7 @@ def predominance(winners):
         return tokens.value_counts().index[0]
 
     facts = winners.assign(first=winners["column"] == 0).groupby("fact", sort=False)
-    found = facts.agg(
+    return facts.agg(
         relation=("relation", "first"),
         n_queries=("relation", "size"),
         first=("first", "mean"),
@@ -247,8 +249,7 @@ def predominance(winners):
         predominance_rest=("token_id_rest", largest),
         modal_rest=("token_rest", modal),
         same_first=("token_id_first", largest),
-    )
-    return found.reset_index()
+    ).reset_index()
 
 
 def predominance_table(facts, seed=0):
@@ -305,11 +306,13 @@ def synapse_counts(found, seed=0):
     intervals. `_rest`: without column 0. mean depth: of a query's synapses (0 the first layer, 1
     the last)."""
     names = "n_self n_self_rest n_irrelevant n_irrelevant_rest jaccard jaccard_rest".split()
-    frame = found[["fact", "relation", *names]].copy()
-    frame["share in column 0"] = 1 - frame["n_self_rest"] / frame["n_self"]  # NaN where 0 of 0
-    frame["mean depth"] = found["by_layer"].map(_mean_depth)
-    frame["no synapse"] = frame["n_self"] == 0
-    frame["no synapse_rest"] = frame["n_self_rest"] == 0
+    more = {
+        "share in column 0": 1 - found["n_self_rest"] / found["n_self"],  # NaN where 0 of 0
+        "mean depth": found["by_layer"].map(_mean_depth),
+        "no synapse": found["n_self"] == 0,
+        "no synapse_rest": found["n_self_rest"] == 0,
+    }
+    frame = found[["fact", "relation", *names]].assign(**more)
     means = {name: bootstrap_mean(frame, name, seed).row() for name in frame.columns[2:]}
     return pd.DataFrame.from_dict(means, "index").rename_axis("quantity").reset_index()
 

@@ -142,10 +142,12 @@ def synapse_sets(own, other, rng, first=1):
     random = order.argsort(-1).argsort(-1) < own.sum(-1, keepdims=True)
     sets = {"self": own, "self_without_first": own & rest, "random": random}
     if other is not None:
-        sets["irrelevant"] = other
-        sets["irrelevant_without_first"] = other & rest
-        sets["self_only"] = own & ~other
-        sets["irrelevant_only"] = other & ~own
+        sets |= {
+            "irrelevant": other,
+            "irrelevant_without_first": other & rest,
+            "self_only": own & ~other,
+            "irrelevant_only": other & ~own,
+        }
     return {name: sets[name] for name in SETS if name in sets}
 
 
@@ -175,9 +177,11 @@ def _where(own, other, first):
             union = (mine | theirs).sum()
             size = float(theirs.sum())
             jaccard = (mine & theirs).sum() / union if union else np.nan
-        row[f"n_self{name}"] = mine.sum()
-        row[f"n_irrelevant{name}"] = size
-        row[f"jaccard{name}"] = jaccard
+        row |= {
+            f"n_self{name}": mine.sum(),
+            f"n_irrelevant{name}": size,
+            f"jaccard{name}": jaccard,
+        }
     return row
 
 

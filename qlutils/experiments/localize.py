@@ -237,10 +237,7 @@ def example_facts(queries, t=0.2):
     if set(PAPER_EXAMPLES) <= set(about.index):
         return about[PAPER_EXAMPLES].tolist()
     facts = facts.dropna(subset="cs2")
-    for wanted in (
-        "n_queries > 2",
-        "known == 1",
-    ):  # CS2 of two prompts is CS1
+    for wanted in ("n_queries > 2", "known == 1"):  # CS2 of two prompts is CS1
         fewer = facts.query(wanted)
         facts = fewer if len(fewer) > 1 else facts
     names = facts.sort_values("cs2", kind="stable")["fact"]
@@ -267,12 +264,13 @@ def dense_maps(lm, prompts, answers, **spec):
     """A dict a query: attribution and activation of every neuron (L, N), and probability."""
     encoded = list(map(lm.encode, prompts, answers))
     result = attribute_encoded(lm, encoded, Spec(**spec), prompts)
-    maps = {
-        "attribution": list(result.scores.cpu().numpy()),
-        "activation": activations(lm, [prompt for prompt, _ in encoded]),
-        "probability": result.probability.tolist(),
-    }
-    return pd.DataFrame(maps).to_dict("records")
+    return pd.DataFrame(
+        {
+            "attribution": list(result.scores.cpu().numpy()),
+            "activation": activations(lm, [prompt for prompt, _ in encoded]),
+            "probability": result.probability.tolist(),
+        }
+    ).to_dict("records")
 
 
 def activations(lm, prompts):

@@ -59,8 +59,7 @@ def sets_of_query(fact, i, active, seed):
     rng = seeded(seed, fact["fact"], fact["prompt_index"][i])
     sets = query_sets(list(map(set, kns)), i, active, rng)
     for kind in OTHER_FACTS:
-        neurons = map(tuple, fact[kind][i])
-        sets[f"self_{kind}"] = set(neurons)
+        sets[f"self_{kind}"] = set(map(tuple, fact[kind][i]))
     return sets
 
 
@@ -78,9 +77,11 @@ def query_sets(kn_sets, i, active, rng):
     for name in NEIGHBOURS:
         neurons = sets[name]
         size = min(len(own), len(neurons))
-        sets[f"{name}_others"] = neurons - own
-        sets[f"{name}_matched"] = _subset(neurons, size, rng)
-        sets[f"self_as_{name}"] = _subset(own, size, rng)
+        sets |= {
+            f"{name}_others": neurons - own,
+            f"{name}_matched": _subset(neurons, size, rng),
+            f"self_as_{name}": _subset(own, size, rng),
+        }
     _, num_neurons = active.shape
     for name in ("self", "union"):
         sets[f"{name}_random"] = random_neurons(sets[name], num_neurons, rng)

@@ -128,7 +128,7 @@ def saved_queries(model, method, data="demo", output="default", **spec):
         "dtype": None,
     }
     other = differing(ours, made["inputs"])
-    other += differing(made["localisation"], asdict(Spec(method=method, **spec)))
+    other += differing(made["localisation"], asdict(Spec(method, **spec)))
     return None if other else as_frame([table])
 
 
@@ -448,8 +448,8 @@ def losses(effects, prompt=0):
     of = role.mask(role != f"q{prompt}", "other wordings")
     of = of.mask(role.str.startswith("control"), "controls").rename("of")
     loss = -effects["change"]
-    measures = {"loss": "mean", "least": "min", "most": "max", "n": "count"}
-    return loss.groupby(of, sort=False).agg(**measures).reset_index()
+    groups = loss.groupby(of, sort=False)
+    return groups.agg(loss="mean", least="min", most="max", n="count").reset_index()
 
 
 def _watched(fact, controls):

@@ -32,9 +32,8 @@ def prompts_html(view):
 def kn_html(view, t):
     """The most shared knowledge neurons."""
     table = ex.kn_table(view, t)
-    top = display_table(table.head(12))
-    shown = table_html(top.rename(columns={"n": "a KN of"}))
-    return _PIECES.kns(shown, len(top), len(table))
+    top = display_table(table.head(12)).rename(columns={"n": "a KN of"})
+    return _PIECES.kns(table_html(top), len(top), len(table))
 
 
 def neuron_html(view, neuron, t, saved):

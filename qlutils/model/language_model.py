@@ -305,7 +305,7 @@ class LanguageModel:
             raise ValueError(
                 f"{len(prompts)} prompts but {len(answers)} answers; give one answer a prompt"
             )
-        return [self.encode(prompt, answer) for prompt, answer in zip(prompts, answers)]
+        return list(map(self.encode, prompts, answers))
 
 
 def check_loaded(lm):

@@ -38,11 +38,7 @@ def knowledge_neurons(scores, t=0.2) -> list[set]:
     a non-finite score.
     """
     _check_share(t)
-    sets = []
-    for score in dense_scores(scores):  # (L, N)
-        keep = above_share(score, t)
-        sets.append(as_set(*keep.nonzero()))
-    return sets
+    return [as_set(*above_share(score, t).nonzero()) for score in dense_scores(scores)]
 
 
 def kn_sets(queries, t=0.2):

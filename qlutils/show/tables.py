@@ -292,8 +292,11 @@ def paper_notes(table, model):
     model = _papers_name(model)
     if model not in PAPER_MODELS:
         return []
-    notes = [note for note in paper()["notes"] if str(note["table"]) == str(table)]
-    return [note["text"] for note in notes if note["model"] in ("*", model)]
+    return [
+        note["text"]
+        for note in paper()["notes"]
+        if str(note["table"]) == str(table) and note["model"] in ("*", model)
+    ]
 
 
 def _papers_name(model):
