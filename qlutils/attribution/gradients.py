@@ -176,12 +176,9 @@ class Replay:
             table = on_device(table, device)
             return table.split(width.tolist(), 1)
 
-        tables = map(by_leaf, (baseline, alpha, row))
-        leaves = list(map(Leaf, *tables, count.tolist()))
-        places = np.stack([query, row, column])
-        query, row, column = on_device(places, device)
-        some = self.pick(queries)
-        at, probability = some.gradients(leaves, rows=(query, row))
+        leaves = list(map(Leaf, *map(by_leaf, (baseline, alpha, row)), count.tolist()))
+        query, row, column = on_device(np.stack([query, row, column]), device)
+        at, probability = self.pick(queries).gradients(leaves, rows=(query, row))
         return torch.cat(at, 1)[query, column], probability
 
 

@@ -73,7 +73,7 @@ class Scaling:
             rows = given.unflatten(0, (-1, self.tokens)) if given.dim() == 2 else given
             x = rows.clone()  # (R, S, N); OPT flattens (R, S)
             x[:, self.first :, index] *= self.change.factor
-            return (x.view_as(given), *rest)
+            return x.view_as(given), *rest
 
         return scale
 

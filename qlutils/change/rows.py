@@ -46,8 +46,7 @@ class Scores:
 
 def score_queries(lm, queries):
     """`score_rows` of each query once, unchanged."""
-    rows = [(query, None) for query in range(len(queries))]
-    return score_rows(lm, queries, rows)
+    return score_rows(lm, queries, [(query, None) for query in range(len(queries))])
 
 
 @torch.no_grad()

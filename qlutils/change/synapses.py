@@ -104,8 +104,7 @@ def scale_synapses(lm, synapses, factor: float, *, renormalise: bool = False):
     shape = lm.num_layers, 1, lm.num_heads, 1 + max(columns)
     scale = torch.ones(shape, dtype=lm.score_dtype, device=lm.device)
     scale[layers, 0, heads, columns] = factor
-    factors = {layer: scale[layer] for layer in layers}
-    with controlled(lm, factors, renormalise):
+    with controlled(lm, {layer: scale[layer] for layer in layers}, renormalise):
         yield
 
 

@@ -124,5 +124,4 @@ def extremes_of_avg(table):
     """The settings of a `sweep_table` with the lowest and the highest Avg, for each that varies."""
     groups = table.dropna(subset="avg").groupby(["varied", "op"])["avg"]
     rows = pd.concat([groups.idxmin(), groups.idxmax()]).sort_values().unique()
-    columns = ["varied", "op", "neurons", "neurons_edited", "avg", "n_avg"]
-    return table.loc[rows, columns]
+    return table.loc[rows, ["varied", "op", "neurons", "neurons_edited", "avg", "n_avg"]]

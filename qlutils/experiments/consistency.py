@@ -164,8 +164,7 @@ def table_1(facts, model, seed=0):
         cs2 = []
         for name in CLASSES:
             part = frame[frame[f"class_{threshold}"] == name]
-            share = share_of_class(frame, threshold, name, seed)
-            row |= share.row("mean", f"R_{name}")
+            row |= share_of_class(frame, threshold, name, seed).row("mean", f"R_{name}")
             row[f"R_{name}_paper"] = paper(f"ratio_{name}")
             row[f"n_{name}"] = len(part)
             row |= bootstrap_mean(part, "cs2", seed).row("mean", f"S_{name}")
@@ -192,8 +191,7 @@ def table_4(facts, model, seed=0):
         at = frame[f"threshold_{threshold}"].iloc[0]
         found = Estimate(at, np.nan, np.nan)
         if threshold == "otsu":
-            classified = frame.dropna(subset="cs2")
-            found = bootstrap_statistic([classified], weighted_otsu, seed)
+            found = bootstrap_statistic([frame.dropna(subset="cs2")], weighted_otsu, seed)
         row = {
             "value": at,
             "at least": found.mean_low,

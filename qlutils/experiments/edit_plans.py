@@ -143,8 +143,7 @@ def _edits(group, query, edited, num_neurons, others, draw):
         elif control.endswith("_relation"):
             same = control == "same_relation"
             neurons = others.draw(neurons, first["fact"], rng, same_relation=same)
-        else:  # those of "matched" are found by `edit_facts`, as it takes the model
-            assert control in ("none", "matched"), control
+        # those of "matched" are found by `edit_facts`, as it takes the model
         edits.append(
             {
                 "neurons": name,

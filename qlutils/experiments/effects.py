@@ -133,8 +133,7 @@ def rates(frame, quantity="probability", *, size=False):
     keys = [name for name in (*QUERY, "set", "renormalise") if name in frame]
     both = frame.groupby(keys)["rate"].transform("sum", min_count=2)  # NaN where one is undefined
     averages = frame.assign(direction="average", rate=both / 2)
-    enhanced = frame["direction"] == "enhance"
-    return pd.concat([frame, averages[enhanced]], ignore_index=True)
+    return pd.concat([frame, averages[frame["direction"] == "enhance"]], ignore_index=True)
 
 
 def summary(
@@ -181,8 +180,8 @@ def query_gaps(frame, first, second=(), direction="average"):
     gap = wide.pop(first)
     if second:
         gap = gap - wide.mean(axis=1, skipna=False)
-    columns = ["relation", "class_static", "class_otsu", "known"]
-    about = frame.drop_duplicates(QUERY)[[*QUERY, *columns]]
+    columns = [*QUERY, "relation", "class_static", "class_otsu", "known"]
+    about = frame.drop_duplicates(QUERY)[columns]
     return about.join(gap.rename("gap"), on=QUERY)
 
 

@@ -30,8 +30,7 @@ def scale_kns(lm, unit, *, suppress=0.0, enhance=2.0, answer="all", seed=0):
     trials = []
     for (fact, i, about), ids, vectors in zip(queries, encoded, active):
         sets = sets_of_query(fact, i, vectors, seed)
-        changes = product(sets, factors)
-        for name, direction in (("none", "none"), *changes):
+        for name, direction in (("none", "none"), *product(sets, factors)):
             neurons = sets.get(name, ())
             rows.append(about | {"set": name, "direction": direction, "size": len(neurons)})
             trials.append((*ids, neurons, factors.get(direction, 1.0)))

@@ -71,9 +71,8 @@ def noise(
         by_rule.append(found)
     kinds = {"quadrature": pd.concat(by_rule)}
     if len(near):
-        worded = rows.assign(prompts=wordings)
-        others = localise_again(study, worded, "noise wording", **spec)
-        kinds["variants"] = pd.concat([rows, others])
+        worded = localise_again(study, rows.assign(prompts=wordings), "noise wording", **spec)
+        kinds["variants"] = pd.concat([rows, worded])
     kinds["neighbours"] = queries[queries["fact"].isin(rows["fact"])]
     every = pd.concat(kinds, names=["kind"])
     found = []

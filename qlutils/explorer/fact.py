@@ -170,8 +170,7 @@ def next_token(lm, prompt):
     ids = torch.tensor([lm.encode_prompt(prompt)], device=lm.device)
     with computing(lm):
         logits = lm.model(input_ids=ids, use_cache=False).logits
-    last = logits[0, -1].to(lm.score_dtype)
-    return torch.softmax(last, -1).cpu()
+    return torch.softmax(logits[0, -1].to(lm.score_dtype), -1).cpu()
 
 
 def predictions(lm, prompts, answer):

@@ -403,6 +403,5 @@ def explore(model="demo/gpt2", method="ig", data="demo", fact=None, output="defa
 def has_front_end():
     """Whether this kernel was started by something that shows widgets: a Jupyter server, VS Code,
     or Colab; not by the study's driver, wherever that was started."""
-    known = [name for name in os.environ if name.startswith(("VSCODE_", "COLAB_"))]
-    served = "JPY_SESSION_NAME" in os.environ or known
-    return bool(served) and "QLUTILS_PROGRESS" not in os.environ
+    served = any(name.startswith(("JPY_SESSION_NAME", "VSCODE_", "COLAB_")) for name in os.environ)
+    return served and "QLUTILS_PROGRESS" not in os.environ

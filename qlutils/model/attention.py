@@ -46,7 +46,7 @@ def exact_attention(module, query, key, value, attention_mask, **options):
     weights (B, H, R, K), both after the changes active on `module`.
     """
     _check_options(module, options)
-    (batch, heads, rows, width) = query.shape
+    batch, heads, rows, width = query.shape
     kv_heads = key.shape[1]
     columns = key.shape[2]
     grouped = query.reshape(batch, kv_heads, -1, width)
@@ -70,7 +70,7 @@ def prefix_attention(module, query, key, value, attention_mask, **options):
     """
     _check_options(module, options)
     prefix_key, prefix_value, padding = SHARED.prefix
-    (queries, heads, rows, width) = query.shape
+    queries, heads, rows, width = query.shape
     kv_heads = key.shape[1]
     grouped = query.reshape(queries, kv_heads, -1, rows, width)
     key, value = key[:, :, None], value[:, :, None]  # (Q, Hkv, 1, P, dh), one for all of a group

@@ -128,9 +128,7 @@ def find_device(device):
             return torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:  # the latter: torch without CUDA
             reason = f" ({describe(error)})"
-    raise ValueError(
-        f"device {device!r} is unknown or not there; use cpu, cuda or cuda:N{reason}"
-    ) from None
+    raise ValueError(f"device {device!r} is unknown or not there; use cpu, cuda or cuda:N{reason}")
 
 
 def find_source(name):

@@ -28,8 +28,7 @@ def active_neurons(neurons, active, but=()):
     strength = np.abs(np.asarray(active, np.float64))
     taken = set(neurons) | set(but)
     found = set()
-    order = sorted(neurons, key=lambda pair: (-strength[pair], pair))
-    for layer, neuron in order:
+    for layer, neuron in sorted(neurons, key=lambda pair: (-strength[pair], pair)):
         gap = np.abs(strength[layer] - strength[layer, neuron])  # (N,)
         used = [other for at, other in taken if at == layer]
         gap[used] = np.inf
