@@ -122,11 +122,10 @@ class Replay:
             points.append(output)
             return output.clone()  # which the layer may change in place
 
-        layers = range(lm.num_layers)
         sites = site_modules(lm, self.paths.site)
         with torch.enable_grad(), replaying(lm), edited(sites, after=watch):
             hidden = self.clean.inputs[0].detach().requires_grad_()
-            for layer in layers:
+            for layer in range(lm.num_layers):
                 hidden = run_layer(lm, self.clean, layer, hidden)
             p = answer_probabilities(lm, hidden, self.target, need_grad=True)
             at = torch.autograd.grad(p.sum(), points)

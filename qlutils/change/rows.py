@@ -236,8 +236,7 @@ def _check(lm):
     other = Change(lm, [(0, 0)])
     rows = [(1, one), (0, one), (1, other)]  # not as many as queries, nor in their order
     with sharply(lm) as tolerance:
-        logits = lm.model(input_ids=ids[:, :-1], use_cache=False).logits
-        logits = logits[[1, 0, 1], -1].to(lm.score_dtype).cpu()
+        logits = lm.logits(ids[:, :-1])[[1, 0, 1], -1].to(lm.score_dtype).cpu()
         own = torch.log_softmax(logits, -1)
         own = own.gather(1, ids[[1, 0, 1], -1:].cpu())[:, 0].double()
         size = logits.abs().clamp_min(1.0)  # the error is that of the logits

@@ -55,9 +55,9 @@ def check_replaceable(lm):
     trying = refusing("a pass with it replaced")
     try:
         with full_precision(lm.device), trying, sharply(lm) as tolerance:
-            own = lm.model(input_ids=ids, use_cache=False).logits
+            own = lm.logits(ids)
             with watch.on(lm.model, lm.layers):
-                ours = lm.model(input_ids=ids, use_cache=False).logits
+                ours = lm.logits(ids)
             if len(seen) < lm.num_layers:
                 unseen = f"{lm.num_layers - len(seen)} of its {lm.num_layers} layers"
                 raise UnsupportedModel(f"{unseen} do not use transformers' attention interface")

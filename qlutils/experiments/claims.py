@@ -416,10 +416,13 @@ def show_matrix(board):
     folded. The colours stand in the table itself, so that a notebook shows them, too."""
     places = deciding(board).groupby(["claim", "model", "method"])
     cells = {place: _cell(parts) for place, parts in places}
-    details = {}
-    for number, parts in board.groupby("claim", sort=False):
-        title = f"({number}) {CLAIMS[number].text}"
-        details[number] = folded(title, parts.drop(columns=["claim", "text"]))
+    details = {
+        number: folded(
+            f"({number}) {CLAIMS[number].text}",
+            parts.drop(columns=["claim", "text"]),
+        )
+        for number, parts in board.groupby("claim", sort=False)
+    }
     names = {name: board[name].unique() for name in ("model", "method")}
     return HTML(_MATRIX.render(claims=CLAIMS, cells=cells, details=details, **names))
 

@@ -136,9 +136,9 @@ def common_class_two(facts, threshold):
     them is missing. A fact that a method cannot classify does not count."""
     if set(facts) != set(METHODS):
         return np.nan
-    second = {}
-    for method, frame in facts.items():
-        second[method] = second_class(frame.set_index("fact"), threshold)
+    second = {
+        method: second_class(frame.set_index("fact"), threshold) for method, frame in facts.items()
+    }
     return pd.DataFrame(second).dropna().min(axis=1).mean()
 
 
@@ -305,9 +305,10 @@ def rules_compared(queries, other, rule, t, static, seed):
         rule: queries.merge(other[QUERY]),
         other["rule"].iloc[0]: other,
     }
-    sets = {}
-    for name, frame in frames.items():
-        sets[name] = frame[QUERY].assign(kn=kn_sets(frame, t)).set_index(QUERY)["kn"]
+    sets = {
+        name: frame[QUERY].assign(kn=kn_sets(frame, t)).set_index(QUERY)["kn"]
+        for name, frame in frames.items()
+    }
     both = pd.DataFrame(sets).dropna().to_numpy()
     agreement = np.mean([jaccard(*two) for two in both])
     rows = []

@@ -271,8 +271,8 @@ def top_tokens(winners):
         shares = winners[f"share{end}"].groupby(tokens)
         found = shares.agg(queries="size", share_of_queries="size", attention="mean")
         found["share_of_queries"] /= len(winners)
-        found = found.sort_values("queries", ascending=False, kind="stable")  # else by the token
-        parts[counted] = found.head(8)
+        # where equal, by the token
+        parts[counted] = found.sort_values("queries", ascending=False, kind="stable").head(8)
     return pd.concat(parts, names=["counted"]).reset_index()
 
 

@@ -114,11 +114,11 @@ class Reading(Case):
     def ran(self, number, **given):
         """The methods for which a notebook was run with the model, and with `given` parameters."""
         entries, _ = self.saved.read_all(number, self.saved.entry)
-        methods = []
-        for (model, method), entry in entries.items():
-            if model == self.model and given.items() <= entry["parameters"].items():
-                methods.append(method)
-        return methods
+        return [
+            method
+            for (model, method), entry in entries.items()
+            if model == self.model and given.items() <= entry["parameters"].items()
+        ]
 
     def inside(self):
         """In which share of the facts the answer stands in the subject."""

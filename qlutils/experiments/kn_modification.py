@@ -216,9 +216,10 @@ def _measures(rows):
         p_after=np.exp(rows["log_probability"]),
     )
     rows["judged"] = rows["edit"].isin(rows.query("kind == 'q_i' & known")["edit"])
-    found = {}
-    for name, (value, counted) in MEANS.items():
-        found[name] = rows.query(counted).groupby("edit")[value].mean()
+    found = {
+        name: rows.query(counted).groupby("edit")[value].mean()
+        for name, (value, counted) in MEANS.items()
+    }
     own = rows.query("kind == 'q_i' | kind == 'neighbour'")
     found["reached"] = own.groupby("edit")["reached"].agg(list)
     for name, counted in COUNTS.items():

@@ -93,11 +93,8 @@ def _synapses(lm, unit, alpha, score):
     for fact in unit:
         prompts += fact["prompts"] + list(filter(None, fact["irrelevant"]))
     prompts = list(dict.fromkeys(prompts))
-    encoded = list(map(lm.encode_prompt, prompts))
-    found = {}
-    for prompt, scores in zip(prompts, column_scores(lm, encoded, score)):
-        found[prompt] = above_threshold(*scores, alpha)
-    return found
+    found = column_scores(lm, map(lm.encode_prompt, prompts), score)
+    return {prompt: above_threshold(*scores, alpha) for prompt, scores in zip(prompts, found)}
 
 
 def _changes(lm, fact, i, about, synapses, factors, renormalise, seed):

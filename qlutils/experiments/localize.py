@@ -295,10 +295,10 @@ def compare_rules(lm, queries, spec, *, t, sample, seed):
     chosen = queries.iloc[np.sort(shuffled[:sample])]
     prompts = chosen["prompt"].tolist()
     encoded = list(map(lm.encode, prompts, chosen["object"]))
-    results = []
-    for rule, setting, value in COMPARED:
-        by_rule = replace(spec, rule=rule, **{setting: value})
-        results.append(attribute_encoded(lm, encoded, by_rule, prompts))
+    results = [
+        attribute_encoded(lm, encoded, replace(spec, rule=rule, **{setting: value}), prompts)
+        for rule, setting, value in COMPARED
+    ]
     table = pd.DataFrame(_against(found, results[-1].scores, t) for found in results)
     table.insert(0, "rule", [rule for rule, _, _ in COMPARED])
     table.insert(1, "steps or tolerance", [value for _, _, value in COMPARED])

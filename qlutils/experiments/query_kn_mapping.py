@@ -57,9 +57,7 @@ def sets_of_query(fact, i, active, seed):
     kns = map(zip, fact["layer"], fact["neuron"])
     rng = seeded(seed, fact["fact"], fact["prompt_index"][i])
     sets = query_sets(list(map(set, kns)), i, active, rng)
-    for kind in OTHER_FACTS:
-        sets[f"self_{kind}"] = set(map(tuple, fact[kind][i]))
-    return sets
+    return sets | {f"self_{kind}": set(map(tuple, fact[kind][i])) for kind in OTHER_FACTS}
 
 
 def query_sets(kn_sets, i, active, rng):

@@ -30,10 +30,11 @@ def variants(prompt, subject):
     before the subject. The last word, at which attribution is read, stays."""
     place = subject_in(subject).search(prompt)
     start, end = place.span() if place else (0, 0)
-    found = []
-    for article in re.finditer(ARTICLE, prompt):
-        if not start <= article.start() < end:
-            found.append(prompt[: article.start()] + prompt[article.end() :])
+    found = [
+        prompt[: article.start()] + prompt[article.end() :]
+        for article in re.finditer(ARTICLE, prompt)
+        if not start <= article.start() < end
+    ]
     before = prompt[:start]
     has_one = re.search(f"{ARTICLE}$", before, re.I) or re.match(ARTICLE, subject, re.I)
     if place and not has_one:

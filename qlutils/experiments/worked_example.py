@@ -68,9 +68,10 @@ def _replies(lm, rows):
     [begin] = queries[rows["kind"] == "q_i"].str[0]
     prompts = [*queries.str[0], begin]
     lengths = [*queries.str[1].str.len(), TOKENS]
-    said = []
-    for ids in greedy_answers(lm, prompts, lengths):
-        said.append(lm.tokenizer.decode(ids, skip_special_tokens=True).strip())
+    said = [
+        lm.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        for ids in greedy_answers(lm, prompts, lengths)
+    ]
     replies = {
         "p": np.exp(scores.log_probability),
         "answer": said[:-1],

@@ -169,8 +169,8 @@ def next_token(lm, prompt):
     """(V,) probabilities of the token after `prompt`."""
     ids = torch.tensor([lm.encode_prompt(prompt)], device=lm.device)
     with computing(lm):
-        logits = lm.model(input_ids=ids, use_cache=False).logits
-    return torch.softmax(logits[0, -1].to(lm.score_dtype), -1).cpu()
+        last = lm.logits(ids)[0, -1]
+    return torch.softmax(last.to(lm.score_dtype), -1).cpu()
 
 
 def predictions(lm, prompts, answer):
@@ -324,8 +324,12 @@ def kn_map(view, t, neuron=None):
     if neuron is not None:
         layer, index = neuron
         ax.plot(index, layer, "o", markersize=10, fillstyle="none", color="#D55E00")
-    ax.set(xlabel="neuron", xlim=(-0.01 * neurons, 1.01 * neurons))
-    ax.set(ylabel="layer", ylim=(-0.5, layers - 0.5))
+    ax.set(
+        xlabel="neuron",
+        xlim=(-0.01 * neurons, 1.01 * neurons),
+        ylabel="layer",
+        ylim=(-0.5, layers - 0.5),
+    )
     ax.set_title(f"{len(table)} knowledge neurons of {prompts} prompts, t = {t:.2f}", loc="left")
     bar = fig.colorbar(dots, label="prompts that share it", pad=0.01)
     for one in (ax, bar.ax):

@@ -178,10 +178,13 @@ class Page(w.VBox):
         self.picked = _text("hand-picked", "3:17, 4:2")
         self.synapses = w.Dropdown(description="synapses", options=_SYNAPSES)
         self.new = _text("new answer", "for update")
-        self.buttons = {}
-        for action, name in _BUTTONS.items():
-            style = "warning" if action in ex.FACTORS else ""
-            self.buttons[action] = w.Button(description=name, button_style=style)
+        self.buttons = {
+            action: w.Button(
+                description=name,
+                button_style="warning" if action in ex.FACTORS else "",
+            )
+            for action, name in _BUTTONS.items()
+        }
         self.set_size = w.HTML()
         self.page_effects = w.HTML()
         self.code = w.Textarea(rows=24, layout=w.Layout(width="100%"))
@@ -317,11 +320,14 @@ class Page(w.VBox):
         self.page_numbers.value = _PIECES.agreement(ex.agreement(self.view, t))
         self.page_table.value = kn_html(self.view, t)
         self.overlap.value = png(ex.overlap_figure(self.view, t))
-        names = {}
         chosen = self.neuron.value
-        for row in ex.kn_table(self.view, t).itertuples():
-            text = f"layer {row.layer}, neuron {row.neuron}: KN of {row.n} prompts"
-            names[text] = row.layer, row.neuron
+        names = {
+            f"layer {row.layer}, neuron {row.neuron}: KN of {row.n} prompts": (
+                row.layer,
+                row.neuron,
+            )
+            for row in ex.kn_table(self.view, t).itertuples()
+        }
         if chosen not in names.values():
             chosen = next(iter(names.values()), None)
         self.neuron.options = list(names.items())

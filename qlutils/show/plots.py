@@ -620,16 +620,17 @@ def figure_1(maps, t=0.2):
     unsure one's; beside them those of the largest activations, on one scale.
 
     maps: from `localize.example_maps`. Returns the figure and its dots as a tidy frame."""
-    panels = []
-    for number, one in enumerate(maps):
-        panel = dict(
+    panels = [
+        one
+        | dict(
             row=_subject(one),
             panel=number % 2,
             title=_wrapped(one["prompt"]),
             now=one,
             before=one,
         )
-        panels.append(one | panel)
+        for number, one in enumerate(maps)
+    ]
     fig = plt.figure(figsize=(WIDE, 1.05 * len(maps) + 0.9))
     left, right = fig.subfigures(1, 2)
     found = [
