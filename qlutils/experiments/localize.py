@@ -138,10 +138,9 @@ def localise(study, **spec):
     they are saved as "left_out" with the reason, and so is a fact's only usable query.
     """
     config = {"method": study.method, **spec}
-    facts = list(map(asdict, study.facts()))
     frame = study.run(
         localise_unit,
-        [facts],
+        [list(map(asdict, study.facts()))],
         config,
         desc=f"{study.model} {study.method}",
     )

@@ -76,10 +76,10 @@ def noise(
         kinds["variants"] = pd.concat([rows, worded])
     kinds["neighbours"] = queries[queries["fact"].isin(rows["fact"])]
     every = pd.concat(kinds, names=["kind"])
+    names = ["fact", "relation", "kind"]
     found = []
-    for keys, group in every.groupby(["fact", "relation", "kind"], sort=False):
-        row = dict(zip(("fact", "relation", "kind"), keys))
-        found.append(row | agreement(kn_sets(group, t)))
+    for keys, group in every.groupby(names, sort=False):
+        found.append(dict(zip(names, keys)) | agreement(kn_sets(group, t)))
     return pd.DataFrame(found)
 
 

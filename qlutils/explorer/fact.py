@@ -66,8 +66,8 @@ class View:
     def kns(self, t):
         """A row a prompt and neuron whose score is kept: prompt (0, 1, ...), layer, neuron, score,
         `share` of the prompt's largest, and `kn`, whether it is a KN at threshold `t`."""
-        frame = self.frame[["layer", "neuron", "score"]].rename_axis("prompt")
-        rows = frame.explode(["layer", "neuron", "score"]).dropna().reset_index()
+        lists = ["layer", "neuron", "score"]
+        rows = self.frame[lists].rename_axis("prompt").explode(lists).dropna().reset_index()
         rows = rows.astype({"layer": int, "neuron": int, "score": float})
         largest = rows.groupby("prompt")["score"].transform("max")
         check_kept(t)
@@ -229,8 +229,7 @@ def agreement(view, t):
     found = dict.fromkeys(("cs1", "cs2", "jaccard"), np.nan)
     if len(sets) > 1:
         found = asdict(consistency(sets))
-    sizes = [len(one) for one in sets]
-    return found | {"union": len(set().union(*sets)), "sizes": sizes}
+    return found | {"union": len(set().union(*sets)), "sizes": list(map(len, sets))}
 
 
 def choose_neurons(view, t, which, prompt=0, picked=""):

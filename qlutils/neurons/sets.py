@@ -248,7 +248,7 @@ def fact_table(queries, t=0.2):
     rows = []
     for _, group in queries.groupby("fact", sort=False):
         sets = kn_sets(group, t)
-        sizes = [len(one) for one in sets]
+        sizes = list(map(len, sets))
         layers = [layer for one in sets for layer, _ in one]
         row = group.iloc[0][FACT].to_dict()
         if len(sets) > 1:
