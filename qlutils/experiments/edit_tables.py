@@ -98,6 +98,11 @@ def _measures(part, seed):
     return row | counts
 
 
+def of_neurons(frame):
+    """The edits of knowledge neurons, not of controls, that could be made."""
+    return frame.query("control == 'none' and note.isna()")
+
+
 def locality_table(frame, seed):
     """Loc of the KNs' edits on queries of the same relation (loc_same) and of others (loc_other),
     and the share of unrelated queries that an update makes answer with the new object (loc_new)."""
@@ -161,11 +166,6 @@ def _verdicts(contrasts):
 
 
 # --- classes of the facts -------------------------------------------------------------------------
-
-
-def of_neurons(frame):
-    """The edits of knowledge neurons, not of controls, that could be made."""
-    return frame.query("control == 'none' and note.isna()")
 
 
 def with_classes(frame, classes):
