@@ -41,14 +41,12 @@ _PUBLIC = {
     "find_synapses": "change.synapses",
     "scale_synapses": "change.synapses",
 }
-# What the study and the driver use of the modules that import torch.
-_HEAVY = {
+_HOME = _PUBLIC | {  # and what the study and the driver use of the modules that import torch
     "fetch_model": "model.loading",
     "find_device": "model.loading",
     "score_queries": "change.rows",
     "Spec": "attribution.attribute",
 }
-_HOME = {**_PUBLIC, **_HEAVY}
 __all__ = sorted(_PUBLIC)
 __version__ = "0.1.0"
 

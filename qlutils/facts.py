@@ -177,7 +177,7 @@ def check_text(text, where):
     """ValueError for a text that is no Unicode: half of a surrogate pair, which no tokenizer and no
     file can hold."""
     try:
-        text.encode("utf-8")
+        text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{where}: {text[:60]!r} is not valid Unicode: character {error.start} is half of a "
@@ -280,7 +280,7 @@ def _read_jsonl(path, parse):
 
 def _json_object(line):
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode())
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a thousand brackets
         raise ValueError(f"not a JSON object: {error}") from None
     if not isinstance(record, dict):
@@ -324,17 +324,15 @@ def _read_facts(path, relation, templates):
 
 def _read_facts_file(path):
     """{relation: its facts} of a file with a line a fact."""
-    facts = {}
-    lines = {}
+    facts = {}  # {id: the fact, and where it stands}
     of_relation = {}
     for where, fact in _read_jsonl(path, _own_fact):
-        if fact.id not in facts:
-            facts[fact.id] = fact
-            lines[fact.id] = where
+        known, line = facts.setdefault(fact.id, (fact, where))
+        if fact is known:
             of_relation.setdefault(fact.relation, []).append(fact)
-        elif fact != facts[fact.id]:
+        elif fact != known:
             raise ValueError(
-                f"{where}: the fact of {lines[fact.id]} again, with other prompts: "
+                f"{where}: the fact of {line} again, with other prompts: "
                 "give all of a fact's prompts in one line"
             )
     return of_relation
@@ -365,7 +363,7 @@ def _own_fact(record):
 # -- downloads -------------------------------------------------------------------------------------
 def pararel_registry():
     """{file: SHA-256} of the ParaRel files the study reads, at the pinned commit."""
-    return json.loads((paths.PACKAGE / "pararel_sha256.json").read_text(encoding="utf-8"))
+    return json.loads(paths.packaged("pararel_sha256.json"))
 
 
 def _fetch_pararel():

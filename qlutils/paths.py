@@ -19,6 +19,11 @@ BUNDLED = ("demo/gpt2", "demo/llama2", "demo/llama3")
 COMPARES = "02"  # the notebook that compares methods: its results stand in a model's folder `all`
 
 
+def packaged(name):
+    """The text of a file that lies in the package."""
+    return (PACKAGE / name).read_text("utf-8")
+
+
 def run_folder(output):
     """Folder of one run: `RUNS/<output>`. ValueError unless `output` is one plain folder name."""
     if not isinstance(output, str) or not re.fullmatch(r"\w[\w.-]*", output):

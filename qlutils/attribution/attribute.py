@@ -116,8 +116,7 @@ def attribute(
     """
     check_loaded(lm)
     spec = Spec(method, steps, rule, answer, site, amig_factor, tolerance, row_budget)
-    queries = lm.encode_all(prompts, answers)
-    return attribute_encoded(lm, queries, spec).cpu()
+    return attribute_encoded(lm, lm.encode_all(prompts, answers), spec).cpu()
 
 
 @torch.inference_mode(False)  # in which no gradients could be taken
@@ -130,8 +129,7 @@ def attribute_encoded(lm, queries, spec: Spec, names=None) -> Attribution:
             "float32"
         )
     if names is None:
-        prompts = [prompt for prompt, _ in queries]
-        names = [lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts]
+        names = [lm.tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in queries]
 
     def compute(row_budget):
         return _attribute(lm, queries, replace(spec, row_budget=row_budget), names)
@@ -264,7 +262,7 @@ def _baselines(lm, ids, prompt_lengths, spec):
         token = _stand_in(lm, "amig replaces the prompt by EOS tokens", special)
         end = torch.tensor(prompt_lengths)[:, None, None]
         replaced = (place >= first) & (place < end)  # (Q, 1, T)
-    elif spec.method == "sig":
+    else:
         special = [tokenizer.mask_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id]
         token = _stand_in(lm, "sig needs a mask, pad or EOS token", special)
         replaced = place == torch.arange(first, prompt_lengths[0])[:, None]  # (B, T)
@@ -291,7 +289,7 @@ def _normalise(raw, method, names):
     if method == "sig":  # Eq. 14
         tiny = torch.finfo(raw.dtype).tiny
         size = flat.norm(dim=1).clamp_min(tiny)
-    elif method == "amig":  # Eq. 18, with the absolute value of the sum
+    else:  # amig, Eq. 18, with the absolute value of the sum
         size = raw.sum((1, 2)).abs()
         if (size == 0).any():
             name = names[int(size.argmin())]

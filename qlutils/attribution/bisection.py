@@ -58,13 +58,14 @@ class Intervals(NamedTuple):
         parts = []
         for first, start in ((0, self.start), (2, self.start + width)):
             points = slice(first, first + 3)
-            part = self._replace(
-                start=start,
-                width=width,
-                gradient=_spread(self.gradient[:, points]),
-                probability=_spread(self.probability[:, points]),
+            parts.append(
+                self._replace(
+                    start=start,
+                    width=width,
+                    gradient=_spread(self.gradient[:, points]),
+                    probability=_spread(self.probability[:, points]),
+                )
             )
-            parts.append(part)
         return Intervals.join(parts)
 
     def take(self, places, replay, coordinate, row_budget):

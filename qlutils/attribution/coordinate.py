@@ -45,18 +45,21 @@ class Coordinate:
             floors.append(floor.masked_fill(straight, STRAIGHT))
         return cls(torch.stack(centers, 2).cpu(), torch.stack(floors, 2).cpu())
 
-    def _ends(self, path):
+    def _at(self, path, u):
+        """Center and floor of the paths, the argument of sinh at `u`, and its range."""
         place = tuple(path.T)
         center = self.center[place]
         floor = self.floor[place]
-        return center, floor, torch.asinh(-center / floor), torch.asinh((1 - center) / floor)
+        low = torch.asinh(-center / floor)
+        reach = torch.asinh((1 - center) / floor) - low
+        return center, floor, low + u * reach, reach
 
     def alpha(self, path, u):
         """(K,) places on the paths `path` (K, 3)."""
-        center, floor, low, high = self._ends(path)
-        return (center + floor * torch.sinh(low + u * (high - low))).clamp(0, 1)
+        center, floor, argument, _ = self._at(path, u)
+        return (center + floor * torch.sinh(argument)).clamp(0, 1)
 
     def slope(self, path, u):
         """(K,) derivatives of alpha with respect to u."""
-        _, floor, low, high = self._ends(path)
-        return floor * torch.cosh(low + u * (high - low)) * (high - low)
+        _, floor, argument, reach = self._at(path, u)
+        return floor * torch.cosh(argument) * reach

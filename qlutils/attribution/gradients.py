@@ -68,9 +68,12 @@ class Replay:
     def pick(self, queries):
         """Some of the queries."""
         queries = on_device(queries, self.target.device)
-        clean = self.clean.pick(queries)
-        paths = self.paths.pick(queries)
-        return Replay(self.lm, clean, self.target[queries], paths)
+        return Replay(
+            self.lm,
+            self.clean.pick(queries),
+            self.target[queries],
+            self.paths.pick(queries),
+        )
 
     def gradients(self, leaves, rows=None):
         """Gradients at each layer's leaf, L x (Q, P, W), and the answer's probability in all rows
@@ -119,11 +122,10 @@ class Replay:
             points.append(output)
             return output.clone()  # which the layer may change in place
 
-        layers = range(lm.num_layers)
         sites = site_modules(lm, self.paths.site)
         with torch.enable_grad(), replaying(lm), edited(sites, after=watch):
             hidden = self.clean.inputs[0].detach().requires_grad_()
-            for layer in layers:
+            for layer in range(lm.num_layers):
                 hidden = run_layer(lm, self.clean, layer, hidden)
             p = answer_probabilities(lm, hidden, self.target, need_grad=True)
             at = torch.autograd.grad(p.sum(), points)
@@ -173,19 +175,15 @@ class Replay:
             table = on_device(table, device)
             return table.split(width.tolist(), 1)
 
-        tables = map(by_leaf, (baseline, alpha, row))
-        leaves = list(map(Leaf, *tables, count.tolist()))
-        places = np.stack([query, row, column])
-        query, row, column = on_device(places, device)
-        some = self.pick(queries)
-        at, probability = some.gradients(leaves, rows=(query, row))
+        leaves = list(map(Leaf, *map(by_leaf, (baseline, alpha, row)), count.tolist()))
+        query, row, column = on_device(np.stack([query, row, column]), device)
+        at, probability = self.pick(queries).gradients(leaves, rows=(query, row))
         return torch.cat(at, 1)[query, column], probability
 
 
 def _rank(group):
     """How many equal entries come before each."""
-    rank = pd.Series(group).groupby(group).cumcount()
-    return rank.to_numpy()
+    return pd.Series(group).groupby(group).cumcount().to_numpy()
 
 
 def even_batches(query, row_budget):

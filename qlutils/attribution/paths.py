@@ -65,7 +65,7 @@ class Paths:
             size = (*gradient.shape[:-1], self.lm.num_neurons)
             neurons = self.begin[layer].new_zeros(size).requires_grad_()
             written = self.lm.downs[layer](neurons)
-        (found,) = torch.autograd.grad(written, neurons, gradient.to(written))
+        [found] = torch.autograd.grad(written, neurons, gradient.to(written))
         return found.to(gradient.dtype)
 
     def rise(self, path, gradient):
@@ -73,8 +73,7 @@ class Paths:
         (K, W) each, times end - begin."""
         dtype = self.factor.dtype
         changes = [end.to(dtype) - begin.to(dtype) for end, begin in zip(self.end, self.begin)]
-        change = torch.stack(changes, 2)[tuple(path.T)]
-        return (change * gradient).sum(1)
+        return (torch.stack(changes, 2)[tuple(path.T)] * gradient).sum(1)
 
     def largest_score(self, path, gradient):
         """(K,) largest |attribution| of a neuron by each of the gradients (K, W) alone."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qlutils.checks import check
+from qlutils.model.trace import replaced
 
 
 class Change:
@@ -72,7 +73,7 @@ class Scaling:
             rows = given.unflatten(0, (-1, self.tokens)) if given.dim() == 2 else given
             x = rows.clone()  # (R, S, N); OPT flattens (R, S)
             x[:, self.first :, index] *= self.change.factor
-            return (x.view_as(given), *rest)
+            return x.view_as(given), *rest
 
         return scale
 
@@ -93,12 +94,9 @@ def check_ends(mask):
 @contextmanager
 def prompt_of(scalings, tokens):
     """Inside, a text's first `tokens` tokens are its prompt, in however many passes it is fed."""
-    outer = [one.prompt for one in scalings]
-    for one in scalings:
-        one.prompt = tokens
     try:
-        yield
+        with replaced(scalings, "prompt", lambda outer: tokens):
+            yield
     finally:
-        for one, prompt in zip(scalings, outer):
-            one.prompt = prompt
+        for one in scalings:
             one.end()

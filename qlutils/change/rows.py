@@ -46,8 +46,7 @@ class Scores:
 
 def score_queries(lm, queries):
     """`score_rows` of each query once, unchanged."""
-    rows = [(query, None) for query in range(len(queries))]
-    return score_rows(lm, queries, rows)
+    return score_rows(lm, queries, [(query, None) for query in range(len(queries))])
 
 
 @torch.no_grad()
@@ -82,8 +81,7 @@ def _score(lm, queries, rows, everywhere):
 
     order = sorted(rows, key=lambda row: row[0])  # so that a batch has few queries
     scored = dict(zip(order, in_batches(lm, order, kind, compute)))
-    columns = zip(*(scored[row] for row in rows)) if rows else [()] * 4
-    log_p, exact, match, greedy = columns
+    log_p, exact, match, greedy = zip(*(scored[row] for row in rows)) if rows else [()] * 4
     return Scores(np.array(log_p), np.array(exact, bool), np.array(match), list(greedy))
 
 
@@ -238,8 +236,7 @@ def _check(lm):
     other = Change(lm, [(0, 0)])
     rows = [(1, one), (0, one), (1, other)]  # not as many as queries, nor in their order
     with sharply(lm) as tolerance:
-        logits = lm.model(input_ids=ids[:, :-1], use_cache=False).logits
-        logits = logits[[1, 0, 1], -1].to(lm.score_dtype).cpu()
+        logits = lm.logits(ids[:, :-1])[[1, 0, 1], -1].to(lm.score_dtype).cpu()
         own = torch.log_softmax(logits, -1)
         own = own.gather(1, ids[[1, 0, 1], -1:].cpu())[:, 0].double()
         size = logits.abs().clamp_min(1.0)  # the error is that of the logits

@@ -45,8 +45,7 @@ def scaled_answer_probabilities(lm, rows, *, answer="all"):
         query = tuple(prompt), tuple(scored)
         place = queries.setdefault(query, len(queries))
         plan.append((place, change(frozenset(neurons), factor)))
-    scores = score_rows(lm, list(queries), plan)
-    return np.exp(scores.log_probability)
+    return np.exp(score_rows(lm, list(queries), plan).log_probability)
 
 
 def greedy_answers(lm, prompts, lengths):
@@ -80,8 +79,7 @@ def scale_neurons(lm, neurons, factor):
     scaling = Scaling(Change(lm, neurons, factor))
     lm.scales.append(scaling)
     try:
-        hooks = hooked(_hooks(lm, scaling))
-        with hooks, _generating(lm.model, scaling):
+        with hooked(_hooks(lm, scaling)), _generating(lm.model, scaling):
             yield
     finally:
         lm.scales.remove(scaling)

@@ -55,9 +55,9 @@ def check_replaceable(lm):
     trying = refusing("a pass with it replaced")
     try:
         with full_precision(lm.device), trying, sharply(lm) as tolerance:
-            own = lm.model(input_ids=ids, use_cache=False).logits
+            own = lm.logits(ids)
             with watch.on(lm.model, lm.layers):
-                ours = lm.model(input_ids=ids, use_cache=False).logits
+                ours = lm.logits(ids)
             if len(seen) < lm.num_layers:
                 unseen = f"{lm.num_layers - len(seen)} of its {lm.num_layers} layers"
                 raise UnsupportedModel(f"{unseen} do not use transformers' attention interface")
@@ -104,8 +104,7 @@ def scale_synapses(lm, synapses, factor: float, *, renormalise: bool = False):
     shape = lm.num_layers, 1, lm.num_heads, 1 + max(columns)
     scale = torch.ones(shape, dtype=lm.score_dtype, device=lm.device)
     scale[layers, 0, heads, columns] = factor
-    factors = {layer: scale[layer] for layer in layers}
-    with controlled(lm, factors, renormalise):
+    with controlled(lm, {layer: scale[layer] for layer in layers}, renormalise):
         yield
 
 
@@ -246,9 +245,7 @@ def _run_batch(lm, rows):
 
 def _factors(lm, rows):
     """{layer: (B, H, T)} of what each row multiplies its columns by."""
-    tokens = len(rows[0].prompt)
-    shape = lm.num_layers, len(rows), lm.num_heads, tokens
-    scale = np.ones(shape)
+    scale = np.ones((lm.num_layers, len(rows), lm.num_heads, len(rows[0].prompt)))
     for place, row in enumerate(rows):
         if row.columns is not None:
             scale[:, place][row.columns] = row.factor

@@ -18,13 +18,11 @@ threads of each process (default: the cores, divided by --jobs).
 `./run_all.sh test [pytest options]` runs the tests. Examples:
   ./run_all.sh --models demo/gpt2 --only 01 02
   ./run_all.sh --models gpt2 meta-llama/Llama-2-7b-hf --data pararel --full --output paper"""
-LIST = {"nargs": "+"}
 METHOD_LIST = {"nargs": "+", "choices": METHODS}
 NUMBER = {"type": int, "metavar": "N"}
-FLAG = {"action": "store_true"}
 OPTIONS = {
     "--models": {
-        **LIST,
+        "nargs": "+",
         "default": BUNDLED,
         "metavar": "MODEL",
         "help": """bundled or pretrained names, Hugging Face ids, folders or GGUF files, smallest
@@ -45,7 +43,7 @@ OPTIONS = {
         "help": "the facts (default: demo, bundled)",
     },
     "--relations": {
-        **LIST,
+        "nargs": "+",
         "metavar": "P36",
         "help": "only these relations (default: all)",
     },
@@ -54,7 +52,7 @@ OPTIONS = {
         "default": SAMPLE,
         "help": f"size of a seeded sample of each relation (default: {SAMPLE})",
     },
-    "--full": {**FLAG, "help": "all facts of each relation"},
+    "--full": {"action": "store_true", "help": "all facts of each relation"},
     "--known-prompts": {
         "type": int,
         "default": 0,
@@ -69,7 +67,7 @@ OPTIONS = {
         float16)""",
     },
     "--only": {
-        **LIST,
+        "nargs": "+",
         "metavar": "NN",
         "help": "only these notebooks, by number: 01 02, or report",
     },
@@ -86,11 +84,11 @@ OPTIONS = {
         "help": "set another notebook parameter, in every notebook that has it",
     },
     "--plan": {
-        **FLAG,
+        "action": "store_true",
         "help": "print what the localisation would cost on this device, start nothing",
     },
     "--refresh": {
-        **FLAG,
+        "action": "store_true",
         "help": "make the committed notebooks' outputs and figures/notebooks anew (maintainers)",
     },
     "--jobs": {

@@ -97,7 +97,7 @@ def _what_failed(log, code):
     if code < 0:
         said = f"its process was killed by signal {-code}"
     else:
-        for line in log.read_text(encoding="utf-8", errors="replace").split("\n"):
+        for line in log.read_text("utf-8", "replace").split("\n"):
             said = line.strip() or said
     memory = code == -signal.SIGKILL or "DeadKernelError" in said
     return said + " (out of memory?)" * memory

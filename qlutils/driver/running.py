@@ -134,7 +134,8 @@ def _run_one(job, run, env, scratch):
     alone = run.at_once == 1 or job.is_of(LAST)
     threads = os.environ.get("QLUTILS_THREADS") or ("" if alone else max(1, CORES // run.at_once))
     env = {**env, "QLUTILS_THREADS": str(threads), "QLUTILS_PROGRESS": progress}
-    before = _times(paths.results_folder(run.root, job.model, job.method))
+    results = paths.results_folder(run.root, job.model, job.method)
+    before = _times(results)
     if problem := execute(job.notebook, output, job.parameters, env, f"{progress}.log", run.stop):
         raise ValueError(problem)
     content = job.model and identity.model_content(job.model)  # a first download has one only now
@@ -145,8 +146,7 @@ def _run_one(job, run, env, scratch):
     made = [output]
     if job.is_of(LAST):
         made += publish(output, run.root.name)
-    now = _times(paths.results_folder(run.root, job.model, job.method))
-    made += [file for file, time in now.items() if before.get(file) != time]
+    made += [file for file, time in _times(results).items() if before.get(file) != time]
     stamps.write_stamp(run.root, job.name, {**inputs, "model": content}, made)
     return "done"
 
@@ -162,7 +162,7 @@ def _at_work(job, scratch):
     """What a running job is at; where it computes units, how many are done, and how long the others
     take."""
     progress = scratch / job.name
-    units = progress.read_text(encoding="utf-8").splitlines() if progress.exists() else []
+    units = progress.read_text("utf-8").splitlines() if progress.exists() else []
     return " ".join([job.label, *units[-1:]])
 
 

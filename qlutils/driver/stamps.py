@@ -51,8 +51,8 @@ def is_done(root, name, inputs):
 
 def cells_hash(cells):
     """A hash of a notebook's cells; of its outputs nothing depends."""
-    sources = []
-    for cell in cells:
-        tags = cell["metadata"].get("tags", [])
-        sources.append([cell["cell_type"], "".join(cell["source"]), tags])
+    sources = [
+        [cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", [])]
+        for cell in cells
+    ]
     return sha256(sources)

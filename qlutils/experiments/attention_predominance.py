@@ -20,16 +20,20 @@ def attend(lm, unit):
     starts = {"": 0, "_rest": first_tokens(lm)}
     for row, ids, (total, _) in zip(rows, encoded, column_scores(lm, encoded)):
         share = total.mean((0, 1)) / len(ids)  # (T,) from (L, H, T)
-        row["tokens"] = len(ids)
-        row["token_id_first"] = ids[0]
-        row["first_share"] = share[0]
+        row |= {
+            "tokens": len(ids),
+            "token_id_first": ids[0],
+            "first_share": share[0],
+        }
         for name, first in starts.items():
             column = first + int(share[first:].argmax())
-            row[f"column{name}"] = column
-            row[f"token{name}"] = decode([ids[column]])
-            row[f"at{name}"] = len(decode(ids[:column], skip_special_tokens=True))
-            row[f"token_id{name}"] = ids[column]
-            row[f"share{name}"] = share[column]
+            row |= {
+                f"column{name}": column,
+                f"token{name}": decode([ids[column]]),
+                f"at{name}": len(decode(ids[:column], skip_special_tokens=True)),
+                f"token_id{name}": ids[column],
+                f"share{name}": share[column],
+            }
     return pd.DataFrame(rows)
 
 

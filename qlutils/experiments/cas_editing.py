@@ -107,8 +107,14 @@ def sweep_table(study, queries, classes, betas, thresholds, size):
     edits, _ = run_edits(study, queries, sets, controls=[], facts=some, ppl_entries=0)
     parts = {}
     for varied, part in sweep.groupby("varied", sort=False):
-        options = dict(sets=part["name"], controls=(), seed=study.seed)
-        rows = measures_table(edits, classes, "", **options)
+        rows = measures_table(
+            edits,
+            classes,
+            "",
+            sets=part["name"],
+            controls=(),
+            seed=study.seed,
+        )
         parts[varied] = rows[rows["threshold"] == "all"]
     table = pd.concat(parts, names=["varied", None]).reset_index("varied").reset_index(drop=True)
     return table.filter(regex="^(varied|op|n|rel|gen|loc|avg)")
@@ -118,5 +124,4 @@ def extremes_of_avg(table):
     """The settings of a `sweep_table` with the lowest and the highest Avg, for each that varies."""
     groups = table.dropna(subset="avg").groupby(["varied", "op"])["avg"]
     rows = pd.concat([groups.idxmin(), groups.idxmax()]).sort_values().unique()
-    columns = ["varied", "op", "neurons", "neurons_edited", "avg", "n_avg"]
-    return table.loc[rows, columns]
+    return table.loc[rows, ["varied", "op", "neurons", "neurons_edited", "avg", "n_avg"]]

@@ -15,7 +15,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -32,7 +31,7 @@ from qlutils.experiments.consistency import (
     share_of_class,
 )
 from qlutils.experiments.controls import split_frames
-from qlutils.experiments.edit_tables import MEDIANS, PAPER_OP, with_classes
+from qlutils.experiments.edit_tables import MEDIANS, PAPER_OP, of_neurons, with_classes
 from qlutils.experiments.effects import COUNTED, POPULATIONS, class_gap, query_gaps, rates
 from qlutils.show.page import folded, shown, template
 from qlutils.show.stats import LEAST, bootstrap_difference, bootstrap_mean
@@ -92,7 +91,7 @@ class Claim:
         return OPPOSITE if self.low == 0 else FAILS
 
 
-_LISTED = json.loads(Path(__file__).with_name("claims.json").read_text("utf-8"))
+_LISTED = json.loads(paths.packaged("experiments/claims.json"))
 CLAIMS = {int(number): Claim(**one) for number, one in _LISTED["claims"].items()}
 
 
@@ -139,9 +138,7 @@ class Case:
 
     def edits(self, name):
         """A notebook's edits of knowledge neurons (not its controls), with the facts' classes."""
-        frame = self.frame(name)
-        made = (frame["control"] == "none") & frame["note"].isna()
-        return with_classes(frame[made], self.facts())
+        return with_classes(of_neurons(self.frame(name)), self.facts())
 
     def mean(self, frame, value, share=False):
         return bootstrap_mean(frame, value, self.seed, share)
@@ -189,10 +186,9 @@ class Case:
             why = f"{relations} relations have facts of both classes; an interval over relations"
             why += f" needs {LEAST}"
         found = replace(found, n_clusters=found.n, n_clusters_other=found.n_other)
-        statistic = "CS2 of K_I - CS2 of K_II, less each relation's mean"
         return part(
             found,
-            statistic,
+            "CS2 of K_I - CS2 of K_II, less each relation's mean",
             "within relations",
             threshold,
             why=why,
@@ -259,14 +255,13 @@ class Case:
             what, one, other = (_LISTED["names"][word] for word in (measure, *levels))
             told = f"{what} of {one} - of {other}"
             name = f"{PAPER_OP[op]}, {what}"
-            statistic = "median" if measure in MEDIANS else "mean"
             yield part(
                 found,
                 told,
                 name,
                 threshold,
                 why=why,
-                measure=statistic,
+                measure="median" if measure in MEDIANS else "mean",
             )
 
     def moved(self, saved):
@@ -412,7 +407,7 @@ def judge(study, notebook, methods=None, **thresholds):
 # --- the matrix -----------------------------------------------------------------------------------
 
 
-_MATRIX = template(Path(__file__).with_name("claims.html"))
+_MATRIX = template("experiments/claims.html")
 
 
 def show_matrix(board):
@@ -421,10 +416,13 @@ def show_matrix(board):
     folded. The colours stand in the table itself, so that a notebook shows them, too."""
     places = deciding(board).groupby(["claim", "model", "method"])
     cells = {place: _cell(parts) for place, parts in places}
-    details = {}
-    for number, parts in board.groupby("claim", sort=False):
-        title = f"({number}) {CLAIMS[number].text}"
-        details[number] = folded(title, parts.drop(columns=["claim", "text"]))
+    details = {
+        number: folded(
+            f"({number}) {CLAIMS[number].text}",
+            parts.drop(columns=["claim", "text"]),
+        )
+        for number, parts in board.groupby("claim", sort=False)
+    }
     names = {name: board[name].unique() for name in ("model", "method")}
     return HTML(_MATRIX.render(claims=CLAIMS, cells=cells, details=details, **names))
 

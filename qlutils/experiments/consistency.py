@@ -4,19 +4,20 @@ import json
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from qlutils.checks import METHODS
 from qlutils.neurons.sets import (
+    QUERY,
     classify,
     fact_table,
     jaccard,
     kn_sets,
     otsu_threshold,
 )
+from qlutils.paths import packaged
 from qlutils.show.stats import (
     LEAST,
     Estimate,
@@ -33,7 +34,7 @@ from qlutils.show.tables import (
 CLASSES = ("I", "II")
 THRESHOLDS = ("static", "otsu")
 # Wikidata's names of the properties in ParaRel.
-RELATIONS = json.loads(Path(__file__).with_name("relations.json").read_text("utf-8"))
+RELATIONS = json.loads(packaged("experiments/relations.json"))
 
 
 # --- classes --------------------------------------------------------------------------------------
@@ -135,11 +136,10 @@ def common_class_two(facts, threshold):
     them is missing. A fact that a method cannot classify does not count."""
     if set(facts) != set(METHODS):
         return np.nan
-    second = {}
-    for method, frame in facts.items():
-        second[method] = second_class(frame.set_index("fact"), threshold)
-    classified = pd.DataFrame(second).dropna()
-    return classified.min(axis=1).mean()
+    second = {
+        method: second_class(frame.set_index("fact"), threshold) for method, frame in facts.items()
+    }
+    return pd.DataFrame(second).dropna().min(axis=1).mean()
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -164,8 +164,7 @@ def table_1(facts, model, seed=0):
         cs2 = []
         for name in CLASSES:
             part = frame[frame[f"class_{threshold}"] == name]
-            share = share_of_class(frame, threshold, name, seed)
-            row |= share.row("mean", f"R_{name}")
+            row |= share_of_class(frame, threshold, name, seed).row("mean", f"R_{name}")
             row[f"R_{name}_paper"] = paper(f"ratio_{name}")
             row[f"n_{name}"] = len(part)
             row |= bootstrap_mean(part, "cs2", seed).row("mean", f"S_{name}")
@@ -192,8 +191,7 @@ def table_4(facts, model, seed=0):
         at = frame[f"threshold_{threshold}"].iloc[0]
         found = Estimate(at, np.nan, np.nan)
         if threshold == "otsu":
-            classified = frame.dropna(subset="cs2")
-            found = bootstrap_statistic([classified], weighted_otsu, seed)
+            found = bootstrap_statistic([frame.dropna(subset="cs2")], weighted_otsu, seed)
         row = {
             "value": at,
             "at least": found.mean_low,
@@ -304,20 +302,20 @@ def rules_compared(queries, other, rule, t, static, seed):
     Jaccard index of a query's KN sets by the two rules; mean_size: KNs a query; converged: share of
     queries whose sum settled (NaN for a rule that cannot tell); evaluations: gradients a layer; n
     facts and n_queries."""
-    pairs = ["fact", "prompt_index"]
     frames = {
-        rule: queries.merge(other[pairs]),
+        rule: queries.merge(other[QUERY]),
         other["rule"].iloc[0]: other,
     }
-    sets = {}
-    for name, frame in frames.items():
-        sets[name] = frame[pairs].assign(kn=kn_sets(frame, t)).set_index(pairs)["kn"]
+    sets = {
+        name: frame[QUERY].assign(kn=kn_sets(frame, t)).set_index(QUERY)["kn"]
+        for name, frame in frames.items()
+    }
     both = pd.DataFrame(sets).dropna().to_numpy()
     agreement = np.mean([jaccard(*two) for two in both])
     rows = []
     for name, frame in frames.items():
         facts = classified_facts(frame, t, static)
-        row = {"rule": name} | bootstrap_mean(facts, "cs2", seed).row("mean", "cs2")
+        row = {"rule": name} | mean_columns(facts, ["cs2"], seed)
         row |= share_of_class(facts, "static", seed=seed).row("mean", "R_II")
         row |= {
             "jaccard": agreement,

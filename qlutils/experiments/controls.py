@@ -88,10 +88,9 @@ def summarise(
 
 def agreement(sets):
     """cs2, of groups of 3 of the KN sets, and jaccard, of their pairs; NaN for fewer than 3."""
-    pairs = consistency(sets).jaccard if len(sets) >= GROUP else np.nan
     return {
         "cs2": cs2_subsampled(sets, GROUP),
-        "jaccard": pairs,
+        "jaccard": consistency(sets).jaccard if len(sets) >= GROUP else np.nan,
     }
 
 
@@ -281,12 +280,12 @@ def answered_and_not(queries, t):
         if min(group["known"].sum(), (~group["known"]).sum()) < GROUP:
             continue
         for known, part in group.groupby("known"):
-            about = {
+            row = {
                 "fact": fact,
                 "relation": relation,
                 "known": known,
             }
-            rows.append(about | agreement([*part["sets"]]))
+            rows.append(row | agreement([*part["sets"]]))
     return pd.DataFrame(rows, columns=["fact", "relation", "known", "cs2", "jaccard"])
 
 

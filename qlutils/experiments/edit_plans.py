@@ -10,7 +10,7 @@ import pandas as pd
 from qlutils.checks import one_of
 from qlutils.neurons.cas import cas_neurons, strongest_neurons
 from qlutils.neurons.others import OtherFacts, random_neurons
-from qlutils.neurons.sets import kn_sets
+from qlutils.neurons.sets import FACT, kn_sets
 
 # Other neurons, edited in place of a set: as many in each layer, drawn at random, as active at q_i
 # but no KNs of the fact, KNs of one other fact of the same relation or of another; and as many in
@@ -90,15 +90,15 @@ def _generator(seed, fact, what):
 def _plan(group, objects, draw):
     """A fact, whose queries are `group`, with its q_i, its o' and all its KNs."""
     first = group.iloc[0]
-    plan = {name: first[name] for name in ("fact", "relation", "subject", "object")}
     known = group["known"].tolist()
     places = np.flatnonzero(known) if any(known) else len(known)
-    plan["prompts"] = group["prompt"].tolist()
-    plan["known"] = known
-    plan["query"] = int(draw("query").choice(places))
-    plan["new_object"] = _new_object(first, objects, draw("object"))
-    plan["kns"] = _as_lists(set().union(*group["kns"]))
-    return plan
+    return first[FACT].to_dict() | {
+        "prompts": group["prompt"].tolist(),
+        "known": known,
+        "query": int(draw("query").choice(places)),
+        "new_object": _new_object(first, objects, draw("object")),
+        "kns": _as_lists(set().union(*group["kns"])),
+    }
 
 
 def _new_object(first, objects, rng):
@@ -143,8 +143,7 @@ def _edits(group, query, edited, num_neurons, others, draw):
         elif control.endswith("_relation"):
             same = control == "same_relation"
             neurons = others.draw(neurons, first["fact"], rng, same_relation=same)
-        else:  # those of "matched" are found by `edit_facts`, as it takes the model
-            assert control in ("none", "matched"), control
+        # those of "matched" are found by `edit_facts`, as it takes the model
         edits.append(
             {
                 "neurons": name,

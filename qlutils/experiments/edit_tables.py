@@ -10,7 +10,7 @@ from qlutils.experiments.consistency import (
     THRESHOLDS,
     cells,
 )
-from qlutils.show.stats import bootstrap_difference, bootstrap_mean
+from qlutils.show.stats import bootstrap_difference, bootstrap_mean, mean_columns
 from qlutils.show.tables import (
     paper_value,
     verdict,
@@ -77,11 +77,7 @@ def _printed(table, model, keys):
     """The paper's values of a row, which are by the static threshold; it counts no broken texts."""
     if keys["threshold"] != "static":
         return {}
-    which = {
-        "operation": PAPER_OP[keys["op"]],
-        "neurons": keys["neurons"],
-        "class": keys["class"],
-    }
+    which = keys | {"operation": PAPER_OP[keys["op"]]}
     return {f"{name}_paper": paper_value(table, model, name, **which) for name in METRICS[:-1]}
 
 
@@ -102,15 +98,19 @@ def _measures(part, seed):
     return row | counts
 
 
+def of_neurons(frame):
+    """The edits of knowledge neurons, not of controls, that could be made."""
+    return frame.query("control == 'none' and note.isna()")
+
+
 def locality_table(frame, seed):
     """Loc of the KNs' edits on queries of the same relation (loc_same) and of others (loc_other),
     and the share of unrelated queries that an update makes answer with the new object (loc_new)."""
-    edits = frame.query("control == 'none' and note.isna()")
     rows = []
-    for (op, neurons), part in edits.groupby(["op", "neurons"], sort=False):
+    for (op, neurons), part in of_neurons(frame).groupby(["op", "neurons"], sort=False):
         row = {"op": op, "neurons": neurons}
         for name in ("loc_new", "loc_same", "loc_other"):
-            row |= bootstrap_mean(part, name, seed).row("mean", name)
+            row |= mean_columns(part, [name], seed)
             row[f"n_{name}"] = row.pop("n")
         rows.append(row)
     return pd.DataFrame(rows)

@@ -9,7 +9,7 @@ import pandas as pd
 from qlutils.experiments.consistency import CLASSES, THRESHOLDS, cells, classified_facts
 from qlutils.facts import seeded
 from qlutils.neurons.others import OtherFacts
-from qlutils.neurons.sets import kn_sets
+from qlutils.neurons.sets import QUERY, kn_sets
 from qlutils.show.stats import LEAST, bootstrap_difference, bootstrap_mean, mean_columns
 
 FIGURE_4_SETS = ("self", "union", "intersection", "refine")
@@ -111,11 +111,10 @@ def beside_queries(frame, queries, t, static):
     (fact, prompt_index)."""
     facts = classified_facts(queries, t, static)
     facts = facts[["fact", "cs2", "class_static", "class_otsu"]]
-    keys = ["fact", "prompt_index"]
-    about = queries[[*keys, "subject", "object", "prompt", "known"]].merge(facts, how="left")
+    about = queries[[*QUERY, "subject", "object", "prompt", "known"]].merge(facts, how="left")
     return frame.merge(
         about,
-        on=keys,
+        on=QUERY,
         how="left",
         validate="many_to_one",
     )
@@ -131,11 +130,10 @@ def rates(frame, quantity="probability", *, size=False):
     sign = frame["direction"].map({"enhance": 1.0, "suppress": -1.0})
     rate = sign * (frame[quantity] - before) / before.where(before != 0)
     frame = frame.assign(rate=rate.abs() if size else rate)
-    keys = [name for name in ("fact", "prompt_index", "set", "renormalise") if name in frame]
+    keys = [name for name in (*QUERY, "set", "renormalise") if name in frame]
     both = frame.groupby(keys)["rate"].transform("sum", min_count=2)  # NaN where one is undefined
     averages = frame.assign(direction="average", rate=both / 2)
-    enhanced = frame["direction"] == "enhance"
-    return pd.concat([frame, averages[enhanced]], ignore_index=True)
+    return pd.concat([frame, averages[frame["direction"] == "enhance"]], ignore_index=True)
 
 
 def summary(
@@ -164,9 +162,11 @@ def summary(
             estimate = bootstrap_mean(part, "rate", seed)
             row = {"threshold": keys["threshold"], "queries": population}
             row |= keys | all_statistics(estimate)
-            row["undefined"] = estimate.n_missing
-            row["empty"] = (part["size"] == 0).mean()
-            row["size"] = part["size"].mean()
+            row |= {
+                "undefined": estimate.n_missing,
+                "empty": (part["size"] == 0).mean(),
+                "size": part["size"].mean(),
+            }
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -175,15 +175,14 @@ def query_gaps(frame, first, second=(), direction="average"):
     """A row a query of `rates` rows of one direction: fact, relation, prompt_index, classes, known,
     and gap, the rate of set `first` less the mean rate of the sets `second`."""
     frame = frame[(frame["direction"] == direction) & frame["set"].isin([first, *second])]
-    keys = ["fact", "prompt_index"]
-    wide = frame.pivot(index=keys, columns="set", values="rate")
+    wide = frame.pivot(index=QUERY, columns="set", values="rate")
     wide = wide.reindex(columns=[first, *second])
     gap = wide.pop(first)
     if second:
         gap = gap - wide.mean(axis=1, skipna=False)
-    columns = ["relation", "class_static", "class_otsu", "known"]
-    about = frame.drop_duplicates(keys)[[*keys, *columns]]
-    return about.join(gap.rename("gap"), on=keys)
+    columns = [*QUERY, "relation", "class_static", "class_otsu", "known"]
+    about = frame.drop_duplicates(QUERY)[columns]
+    return about.join(gap.rename("gap"), on=QUERY)
 
 
 def class_gap(gaps, which, threshold, seed):
@@ -239,7 +238,7 @@ def predominance(winners):
         return tokens.value_counts().index[0]
 
     facts = winners.assign(first=winners["column"] == 0).groupby("fact", sort=False)
-    found = facts.agg(
+    return facts.agg(
         relation=("relation", "first"),
         n_queries=("relation", "size"),
         first=("first", "mean"),
@@ -249,8 +248,7 @@ def predominance(winners):
         predominance_rest=("token_id_rest", largest),
         modal_rest=("token_rest", modal),
         same_first=("token_id_first", largest),
-    )
-    return found.reset_index()
+    ).reset_index()
 
 
 def predominance_table(facts, seed=0):
@@ -273,16 +271,15 @@ def top_tokens(winners):
         shares = winners[f"share{end}"].groupby(tokens)
         found = shares.agg(queries="size", share_of_queries="size", attention="mean")
         found["share_of_queries"] /= len(winners)
-        found = found.sort_values("queries", ascending=False, kind="stable")  # else by the token
-        parts[counted] = found.head(8)
+        # where equal, by the token
+        parts[counted] = found.sort_values("queries", ascending=False, kind="stable").head(8)
     return pd.concat(parts, names=["counted"]).reset_index()
 
 
 def inside_subject(winners, queries):
     """Whether the most attended token but the first begins in the subject, for each row of
     `winners`; no where the prompt does not hold the subject as it is written."""
-    keys = ["fact", "prompt_index"]
-    rows = winners[[*keys, "at_rest"]].merge(queries[[*keys, "prompt", "subject"]], on=keys)
+    rows = winners[[*QUERY, "at_rest"]].merge(queries[[*QUERY, "prompt", "subject"]], on=QUERY)
     found = []
     for row in rows.itertuples():
         rest = row.prompt[row.at_rest :].lstrip()  # some decoders drop a token's space
@@ -308,11 +305,13 @@ def synapse_counts(found, seed=0):
     intervals. `_rest`: without column 0. mean depth: of a query's synapses (0 the first layer, 1
     the last)."""
     names = "n_self n_self_rest n_irrelevant n_irrelevant_rest jaccard jaccard_rest".split()
-    frame = found[["fact", "relation", *names]].copy()
-    frame["share in column 0"] = 1 - frame["n_self_rest"] / frame["n_self"]  # NaN where 0 of 0
-    frame["mean depth"] = found["by_layer"].map(_mean_depth)
-    frame["no synapse"] = frame["n_self"] == 0
-    frame["no synapse_rest"] = frame["n_self_rest"] == 0
+    more = {
+        "share in column 0": 1 - found["n_self_rest"] / found["n_self"],  # NaN where 0 of 0
+        "mean depth": found["by_layer"].map(_mean_depth),
+        "no synapse": found["n_self"] == 0,
+        "no synapse_rest": found["n_self_rest"] == 0,
+    }
+    frame = found[["fact", "relation", *names]].assign(**more)
     means = {name: bootstrap_mean(frame, name, seed).row() for name in frame.columns[2:]}
     return pd.DataFrame.from_dict(means, "index").rename_axis("quantity").reset_index()
 

@@ -113,12 +113,12 @@ class Reading(Case):
 
     def ran(self, number, **given):
         """The methods for which a notebook was run with the model, and with `given` parameters."""
-        entries, _ = self.saved.read_all(number, partial(self.saved.entry, number))
-        methods = []
-        for (model, method), entry in entries.items():
-            if model == self.model and given.items() <= entry["parameters"].items():
-                methods.append(method)
-        return methods
+        entries, _ = self.saved.read_all(number, self.saved.entry)
+        return [
+            method
+            for (model, method), entry in entries.items()
+            if model == self.model and given.items() <= entry["parameters"].items()
+        ]
 
     def inside(self):
         """In which share of the facts the answer stands in the subject."""
@@ -218,8 +218,8 @@ def times_the_facts(claim, row):
 # --- the sentences --------------------------------------------------------------------------------
 
 
-_PAGE = template(Path(__file__).with_name("in_short.html"))
-_TEXT = Path(__file__).with_name("in_short.jinja").read_text("utf-8")
+_PAGE = template("experiments/in_short.html")
+_TEXT = paths.packaged("experiments/in_short.jinja")
 _NAMES = dict(
     answered_and_not=answered_and_not,
     count=count,

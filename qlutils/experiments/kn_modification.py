@@ -23,6 +23,7 @@ from qlutils.experiments.edit_plans import plan_edits
 from qlutils.experiments.localize import activations
 from qlutils.facts import perplexity_texts, prompt_tokens
 from qlutils.neurons.others import active_neurons
+from qlutils.neurons.sets import FACT
 
 # A text is broken where an edit multiplies its perplexity by more than this: each of its tokens is
 # then, on average, less than a tenth as likely as before. The paper's largest mean dPPL, 2.02, is
@@ -150,8 +151,7 @@ def _edits(lm, plan, op, notes, options):
     edits = pd.DataFrame(plan["edits"])
     for edit in edits.index[edits["control"] == "matched"]:
         edits.at[edit, "set"] = matched_neurons(lm, plan, edits.at[edit, "set"])
-    keys = ["fact", "relation", "subject", "object", "new_object"]
-    about = {name: plan[name] for name in keys}
+    about = {name: plan[name] for name in [*FACT, "new_object"]}
     note = notes.get((plan["fact"], op))
     neurons = edits.pop("set")
     names = neurons.map(str)
@@ -216,9 +216,10 @@ def _measures(rows):
         p_after=np.exp(rows["log_probability"]),
     )
     rows["judged"] = rows["edit"].isin(rows.query("kind == 'q_i' & known")["edit"])
-    found = {}
-    for name, (value, counted) in MEANS.items():
-        found[name] = rows.query(counted).groupby("edit")[value].mean()
+    found = {
+        name: rows.query(counted).groupby("edit")[value].mean()
+        for name, (value, counted) in MEANS.items()
+    }
     own = rows.query("kind == 'q_i' | kind == 'neighbour'")
     found["reached"] = own.groupby("edit")["reached"].agg(list)
     for name, counted in COUNTS.items():

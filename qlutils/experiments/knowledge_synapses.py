@@ -93,11 +93,8 @@ def _synapses(lm, unit, alpha, score):
     for fact in unit:
         prompts += fact["prompts"] + list(filter(None, fact["irrelevant"]))
     prompts = list(dict.fromkeys(prompts))
-    encoded = list(map(lm.encode_prompt, prompts))
-    found = {}
-    for prompt, scores in zip(prompts, column_scores(lm, encoded, score)):
-        found[prompt] = above_threshold(*scores, alpha)
-    return found
+    found = column_scores(lm, map(lm.encode_prompt, prompts), score)
+    return {prompt: above_threshold(*scores, alpha) for prompt, scores in zip(prompts, found)}
 
 
 def _changes(lm, fact, i, about, synapses, factors, renormalise, seed):
@@ -142,10 +139,12 @@ def synapse_sets(own, other, rng, first=1):
     random = order.argsort(-1).argsort(-1) < own.sum(-1, keepdims=True)
     sets = {"self": own, "self_without_first": own & rest, "random": random}
     if other is not None:
-        sets["irrelevant"] = other
-        sets["irrelevant_without_first"] = other & rest
-        sets["self_only"] = own & ~other
-        sets["irrelevant_only"] = other & ~own
+        sets |= {
+            "irrelevant": other,
+            "irrelevant_without_first": other & rest,
+            "self_only": own & ~other,
+            "irrelevant_only": other & ~own,
+        }
     return {name: sets[name] for name in SETS if name in sets}
 
 
@@ -175,9 +174,11 @@ def _where(own, other, first):
             union = (mine | theirs).sum()
             size = float(theirs.sum())
             jaccard = (mine & theirs).sum() / union if union else np.nan
-        row[f"n_self{name}"] = mine.sum()
-        row[f"n_irrelevant{name}"] = size
-        row[f"jaccard{name}"] = jaccard
+        row |= {
+            f"n_self{name}": mine.sum(),
+            f"n_irrelevant{name}": size,
+            f"jaccard{name}": jaccard,
+        }
     return row
 
 

@@ -138,10 +138,9 @@ def localise(study, **spec):
     they are saved as "left_out" with the reason, and so is a fact's only usable query.
     """
     config = {"method": study.method, **spec}
-    facts = list(map(asdict, study.facts()))
     frame = study.run(
         localise_unit,
-        [facts],
+        [list(map(asdict, study.facts()))],
         config,
         desc=f"{study.model} {study.method}",
     )
@@ -237,10 +236,7 @@ def example_facts(queries, t=0.2):
     if set(PAPER_EXAMPLES) <= set(about.index):
         return about[PAPER_EXAMPLES].tolist()
     facts = facts.dropna(subset="cs2")
-    for wanted in (
-        "n_queries > 2",
-        "known == 1",
-    ):  # CS2 of two prompts is CS1
+    for wanted in ("n_queries > 2", "known == 1"):  # CS2 of two prompts is CS1
         fewer = facts.query(wanted)
         facts = fewer if len(fewer) > 1 else facts
     names = facts.sort_values("cs2", kind="stable")["fact"]
@@ -267,12 +263,13 @@ def dense_maps(lm, prompts, answers, **spec):
     """A dict a query: attribution and activation of every neuron (L, N), and probability."""
     encoded = list(map(lm.encode, prompts, answers))
     result = attribute_encoded(lm, encoded, Spec(**spec), prompts)
-    maps = {
-        "attribution": list(result.scores.cpu().numpy()),
-        "activation": activations(lm, [prompt for prompt, _ in encoded]),
-        "probability": result.probability.tolist(),
-    }
-    return pd.DataFrame(maps).to_dict("records")
+    return pd.DataFrame(
+        {
+            "attribution": list(result.scores.cpu().numpy()),
+            "activation": activations(lm, [prompt for prompt, _ in encoded]),
+            "probability": result.probability.tolist(),
+        }
+    ).to_dict("records")
 
 
 def activations(lm, prompts):
@@ -297,10 +294,10 @@ def compare_rules(lm, queries, spec, *, t, sample, seed):
     chosen = queries.iloc[np.sort(shuffled[:sample])]
     prompts = chosen["prompt"].tolist()
     encoded = list(map(lm.encode, prompts, chosen["object"]))
-    results = []
-    for rule, setting, value in COMPARED:
-        by_rule = replace(spec, rule=rule, **{setting: value})
-        results.append(attribute_encoded(lm, encoded, by_rule, prompts))
+    results = [
+        attribute_encoded(lm, encoded, replace(spec, rule=rule, **{setting: value}), prompts)
+        for rule, setting, value in COMPARED
+    ]
     table = pd.DataFrame(_against(found, results[-1].scores, t) for found in results)
     table.insert(0, "rule", [rule for rule, _, _ in COMPARED])
     table.insert(1, "steps or tolerance", [value for _, _, value in COMPARED])

@@ -10,7 +10,7 @@ from qlutils.experiments.effects import NEIGHBOURS, OTHER_FACTS, each_query
 from qlutils.experiments.localize import activations
 from qlutils.facts import prompt_tokens, seeded
 from qlutils.neurons.others import active_neurons, random_neurons
-from qlutils.neurons.sets import neighbour_sets
+from qlutils.neurons.sets import QUERY, neighbour_sets
 
 NUM_SETS = 18  # of a query: 16 of `query_sets`, 2 of other facts
 
@@ -30,14 +30,13 @@ def scale_kns(lm, unit, *, suppress=0.0, enhance=2.0, answer="all", seed=0):
     trials = []
     for (fact, i, about), ids, vectors in zip(queries, encoded, active):
         sets = sets_of_query(fact, i, vectors, seed)
-        changes = product(sets, factors)
-        for name, direction in (("none", "none"), *changes):
+        for name, direction in (("none", "none"), *product(sets, factors)):
             neurons = sets.get(name, ())
             rows.append(about | {"set": name, "direction": direction, "size": len(neurons)})
             trials.append((*ids, neurons, factors.get(direction, 1.0)))
     frame = pd.DataFrame(rows)
     frame["probability"] = scaled_answer_probabilities(lm, trials, answer=answer)
-    same = frame.groupby(["fact", "prompt_index"])["probability"]
+    same = frame.groupby(QUERY)["probability"]
     frame["probability_before"] = same.transform("first")
     return frame[frame["set"] != "none"].reset_index(drop=True)
 
@@ -58,10 +57,7 @@ def sets_of_query(fact, i, active, seed):
     kns = map(zip, fact["layer"], fact["neuron"])
     rng = seeded(seed, fact["fact"], fact["prompt_index"][i])
     sets = query_sets(list(map(set, kns)), i, active, rng)
-    for kind in OTHER_FACTS:
-        neurons = map(tuple, fact[kind][i])
-        sets[f"self_{kind}"] = set(neurons)
-    return sets
+    return sets | {f"self_{kind}": set(map(tuple, fact[kind][i])) for kind in OTHER_FACTS}
 
 
 def query_sets(kn_sets, i, active, rng):
@@ -78,9 +74,11 @@ def query_sets(kn_sets, i, active, rng):
     for name in NEIGHBOURS:
         neurons = sets[name]
         size = min(len(own), len(neurons))
-        sets[f"{name}_others"] = neurons - own
-        sets[f"{name}_matched"] = _subset(neurons, size, rng)
-        sets[f"self_as_{name}"] = _subset(own, size, rng)
+        sets |= {
+            f"{name}_others": neurons - own,
+            f"{name}_matched": _subset(neurons, size, rng),
+            f"self_as_{name}": _subset(own, size, rng),
+        }
     _, num_neurons = active.shape
     for name in ("self", "union"):
         sets[f"{name}_random"] = random_neurons(sets[name], num_neurons, rng)

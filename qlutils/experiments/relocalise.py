@@ -30,10 +30,11 @@ def variants(prompt, subject):
     before the subject. The last word, at which attribution is read, stays."""
     place = subject_in(subject).search(prompt)
     start, end = place.span() if place else (0, 0)
-    found = []
-    for article in re.finditer(ARTICLE, prompt):
-        if not start <= article.start() < end:
-            found.append(prompt[: article.start()] + prompt[article.end() :])
+    found = [
+        prompt[: article.start()] + prompt[article.end() :]
+        for article in re.finditer(ARTICLE, prompt)
+        if not start <= article.start() < end
+    ]
     before = prompt[:start]
     has_one = re.search(f"{ARTICLE}$", before, re.I) or re.match(ARTICLE, subject, re.I)
     if place and not has_one:
@@ -71,15 +72,14 @@ def noise(
         by_rule.append(found)
     kinds = {"quadrature": pd.concat(by_rule)}
     if len(near):
-        worded = rows.assign(prompts=wordings)
-        others = localise_again(study, worded, "noise wording", **spec)
-        kinds["variants"] = pd.concat([rows, others])
+        worded = localise_again(study, rows.assign(prompts=wordings), "noise wording", **spec)
+        kinds["variants"] = pd.concat([rows, worded])
     kinds["neighbours"] = queries[queries["fact"].isin(rows["fact"])]
     every = pd.concat(kinds, names=["kind"])
+    names = ["fact", "relation", "kind"]
     found = []
-    for keys, group in every.groupby(["fact", "relation", "kind"], sort=False):
-        row = dict(zip(("fact", "relation", "kind"), keys))
-        found.append(row | agreement(kn_sets(group, t)))
+    for keys, group in every.groupby(names, sort=False):
+        found.append(dict(zip(names, keys)) | agreement(kn_sets(group, t)))
     return pd.DataFrame(found)
 
 

@@ -8,7 +8,7 @@ error.
 import html
 import shutil
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from IPython.display import HTML, Image, display
 from qlutils import paths
 from qlutils.experiments import controls
 from qlutils.experiments.claims import QUANTITIES, synapse_rates
-from qlutils.experiments.edit_tables import PAPER_OP
+from qlutils.experiments.edit_tables import PAPER_OP, of_neurons
 from qlutils.experiments.effects import FIGURE_4_DRAWN, query_gaps, summary
 from qlutils.files import write_bytes
 from qlutils.show.page import export_html, folded, missing_html, shown
@@ -107,14 +107,14 @@ class SavedResults:
     def methods_of(self, number):
         return {"01": self.methods, paths.COMPARES: [None]}.get(number, self.downstream)
 
-    def read_all(self, number, read):
-        """{(model, method): read(model, method)} of all that notebook `number` runs for, and of
-        which it is `Missing`, and why."""
+    def read_all(self, number, read, *what):
+        """{(model, method): read(number, *what, model, method)} of all that notebook `number` runs
+        for, and of which it is `Missing`, and why."""
         found = {}
         missing = []
         for model, method in product(self.models, self.methods_of(number)):
             try:
-                found[model, method] = read(model, method)
+                found[model, method] = read(number, *what, model, method)
             except Missing as error:
                 missing.append(f"{_name(model, method)}: {error}")
         return found, missing
@@ -122,12 +122,12 @@ class SavedResults:
     def table(self, number, stem):
         """A notebook's table of all models (and methods, if several) under one another, and what is
         missing."""
-        found, missing = self.read_all(number, partial(self.read_table, number, stem))
+        found, missing = self.read_all(number, self.read_table, stem)
         return together(found, len(self.methods_of(number)) > 1), missing
 
     def frames(self, name):
         """{(model, method): a saved frame of FRAMES}, and what is missing."""
-        return self.read_all(FRAMES[name], partial(self.frame, name=name))
+        return self.read_all(FRAMES[name], lambda _, *pair: self.frame(*pair, name))
 
     def label(self, model, method):
         return _name(model, method if len(self.downstream) > 1 else None)
@@ -214,7 +214,7 @@ def unlike_html(saved):
     alike, as its rows are then no fair comparison; nothing where all is."""
     told = []
     for number in NOTEBOOKS:
-        entries, _ = saved.read_all(number, partial(saved.entry, number))
+        entries, _ = saved.read_all(number, saved.entry)
         given = {_name(*pair): entry["parameters"] for pair, entry in entries.items()}
         given = pd.DataFrame(given).astype(str).drop(["model", "method", "models"], errors="ignore")
         for name, values in given[given.nunique(axis=1) > 1].iterrows():
@@ -244,10 +244,9 @@ def query_outcomes(saved, model, method):
     found = {}
     with suppress(Missing):
         queries = saved.frame(model, method, "queries")
-        edits = saved.frame(model, method, "edits")
-        made = (edits["neurons"] == "local") & (edits["control"] == "none") & edits["note"].isna()
+        edits = of_neurons(saved.frame(model, method, "edits"))
         for op, name in PAPER_OP.items():
-            own = edits[made & (edits["op"] == op)]
+            own = edits[(edits["neurons"] == "local") & (edits["op"] == op)]
             found[f"Gen of a local {name}"] = _reached(own, queries)
         gaps = query_gaps(saved.frame(model, method, "query_kn_mapping"), "self")
         found["dProb of own KNs"] = gaps.rename(columns={"gap": "value"})
@@ -327,7 +326,7 @@ def misprints(table, models):
 
 def show_pictures(saved, number, stem):
     """The PNGs of a figure of every model under one another, each named, and what is missing."""
-    found, missing = saved.read_all(number, partial(saved.file, number, f"{stem}.png"))
+    found, missing = saved.read_all(number, saved.file, f"{stem}.png")
     for pair, path in found.items():
         name = HTML(f"<p><b>{html.escape(_name(*pair))}</b></p>")
         display(name, Image(data=path.read_bytes(), width=900))
@@ -337,21 +336,13 @@ def show_pictures(saved, number, stem):
 def show_figure_4(saved, stem, threshold="static", seed=0):
     """ΔProb of a query's own and its neighbours' KNs and of random neurons (trimmed mean), a row
     of panels a direction, a column a model; all queries, and beside them the known ones."""
-    found, missing = saved.frames("query_kn_mapping")
-    tables = []
-    for pair, frame in found.items():
-        table = summary(
-            frame,
-            FIGURE_4_DRAWN,
-            thresholds=(threshold,),
-            seed=seed,
-        )
-        tables.append(table.assign(model=saved.label(*pair)))
     return _show_bars(
-        saved.study,
+        saved,
         stem,
-        tables,
-        missing,
+        "query_kn_mapping",
+        FIGURE_4_DRAWN,
+        threshold,
+        seed,
         row="direction",
         control="as many random neurons",
     )
@@ -360,35 +351,34 @@ def show_figure_4(saved, stem, threshold="static", seed=0):
 def show_figure_6(saved, stem, threshold="static", seed=0):
     """ΔValue and ΔProb of scaling a query's own synapses S and, hollow, those of an irrelevant
     query, by direction, else as Figure 4."""
-    found, missing = saved.frames("knowledge_synapses")
-    tables = []
-    sets = ("self", "irrelevant")
-    for (pair, frame), quantity in product(found.items(), QUANTITIES.values()):
-        rows = synapse_rates(frame, quantity)
-        table = summary(
-            rows,
-            sets,
-            thresholds=(threshold,),
-            seed=seed,
-        )
-        tables.append(table.assign(model=saved.label(*pair), quantity=quantity))
     return _show_bars(
-        saved.study,
+        saved,
         stem,
-        tables,
-        missing,
+        "knowledge_synapses",
+        ("self", "irrelevant"),
+        threshold,
+        seed,
+        quantities=QUANTITIES.values(),
         row="quantity",
         x="direction",
         control="synapses of an irrelevant query",
     )
 
 
-def _show_bars(study, stem, tables, missing, **panels):
-    """Draw and keep the figure; below it, folded, its numbers."""
+def _show_bars(saved, stem, name, sets, threshold, seed, *, quantities=(None,), **panels):
+    """Draw and keep the figure of all frames saved under `name`, of each of their quantities if
+    they have several; below it, folded, its numbers and what is missing."""
+    found, missing = saved.frames(name)
+    tables = []
+    for (pair, frame), quantity in product(found.items(), quantities):
+        about = {"quantity": quantity} if quantity else {}
+        rows = synapse_rates(frame, **about) if about else frame
+        table = summary(rows, sets, thresholds=(threshold,), seed=seed)
+        tables.append(table.assign(model=saved.label(*pair), **about))
     numbers = ""
     if tables:
         plotted = pd.concat(tables, ignore_index=True)
-        study.figure(figure_bars(plotted, column="model", **panels), stem, plotted)
+        saved.study.figure(figure_bars(plotted, column="model", **panels), stem, plotted)
         numbers = folded("Means, medians and trimmed means", plotted, digits=3)
     return HTML(f"{numbers}\n{missing_html(missing)}")
 

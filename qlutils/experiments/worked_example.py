@@ -48,9 +48,11 @@ def worked_example(lm, plan, **options):
                 "neurons": edit["neurons"],
             }
             texts.append(keys | {"text": text})
-            part = rows[["prompt", "asked"]].assign(**keys)
-            part["n_neurons"] = len(edit["set"])
-            part["object"] = rows["object"].mask(rows["kind"] == "unrelated")
+            part = rows[["prompt", "asked"]].assign(
+                **keys,
+                n_neurons=len(edit["set"]),
+                object=rows["object"].mask(rows["kind"] == "unrelated"),
+            )
             part = part.join(before.add_suffix("_before"))
             answers.append(part.join(after.add_suffix("_after")))
     answers = pd.concat(answers, ignore_index=True)
@@ -66,10 +68,10 @@ def _replies(lm, rows):
     [begin] = queries[rows["kind"] == "q_i"].str[0]
     prompts = [*queries.str[0], begin]
     lengths = [*queries.str[1].str.len(), TOKENS]
-    said = []
-    for ids in greedy_answers(lm, prompts, lengths):
-        text = lm.tokenizer.decode(ids, skip_special_tokens=True)
-        said.append(text.strip())
+    said = [
+        lm.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        for ids in greedy_answers(lm, prompts, lengths)
+    ]
     replies = {
         "p": np.exp(scores.log_probability),
         "answer": said[:-1],

@@ -9,7 +9,6 @@ q1, ...
 import re
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -30,6 +29,7 @@ from qlutils.model.architecture import UnsupportedModel
 from qlutils.model.passes import computing
 from qlutils.neurons.cas import cas_neurons
 from qlutils.neurons.sets import check_kept, consistency, kn_sets, neighbour_sets
+from qlutils.paths import packaged
 from qlutils.show.plots import WIDE
 from qlutils.study.identity import code_versions, differing, model_content
 from qlutils.study.notebook import Study
@@ -66,8 +66,8 @@ class View:
     def kns(self, t):
         """A row a prompt and neuron whose score is kept: prompt (0, 1, ...), layer, neuron, score,
         `share` of the prompt's largest, and `kn`, whether it is a KN at threshold `t`."""
-        frame = self.frame[["layer", "neuron", "score"]].rename_axis("prompt")
-        rows = frame.explode(["layer", "neuron", "score"]).dropna().reset_index()
+        lists = ["layer", "neuron", "score"]
+        rows = self.frame[lists].rename_axis("prompt").explode(lists).dropna().reset_index()
         rows = rows.astype({"layer": int, "neuron": int, "score": float})
         largest = rows.groupby("prompt")["score"].transform("max")
         check_kept(t)
@@ -128,7 +128,7 @@ def saved_queries(model, method, data="demo", output="default", **spec):
         "dtype": None,
     }
     other = differing(ours, made["inputs"])
-    other += differing(made["localisation"], asdict(Spec(method=method, **spec)))
+    other += differing(made["localisation"], asdict(Spec(method, **spec)))
     return None if other else as_frame([table])
 
 
@@ -169,9 +169,8 @@ def next_token(lm, prompt):
     """(V,) probabilities of the token after `prompt`."""
     ids = torch.tensor([lm.encode_prompt(prompt)], device=lm.device)
     with computing(lm):
-        logits = lm.model(input_ids=ids, use_cache=False).logits
-    last = logits[0, -1].to(lm.score_dtype)
-    return torch.softmax(last, -1).cpu()
+        last = lm.logits(ids)[0, -1]
+    return torch.softmax(last.to(lm.score_dtype), -1).cpu()
 
 
 def predictions(lm, prompts, answer):
@@ -230,8 +229,7 @@ def agreement(view, t):
     found = dict.fromkeys(("cs1", "cs2", "jaccard"), np.nan)
     if len(sets) > 1:
         found = asdict(consistency(sets))
-    sizes = [len(one) for one in sets]
-    return found | {"union": len(set().union(*sets)), "sizes": sizes}
+    return found | {"union": len(set().union(*sets)), "sizes": list(map(len, sets))}
 
 
 def choose_neurons(view, t, which, prompt=0, picked=""):
@@ -325,8 +323,12 @@ def kn_map(view, t, neuron=None):
     if neuron is not None:
         layer, index = neuron
         ax.plot(index, layer, "o", markersize=10, fillstyle="none", color="#D55E00")
-    ax.set(xlabel="neuron", xlim=(-0.01 * neurons, 1.01 * neurons))
-    ax.set(ylabel="layer", ylim=(-0.5, layers - 0.5))
+    ax.set(
+        xlabel="neuron",
+        xlim=(-0.01 * neurons, 1.01 * neurons),
+        ylabel="layer",
+        ylim=(-0.5, layers - 0.5),
+    )
     ax.set_title(f"{len(table)} knowledge neurons of {prompts} prompts, t = {t:.2f}", loc="left")
     bar = fig.colorbar(dots, label="prompts that share it", pad=0.01)
     for one in (ax, bar.ax):
@@ -448,8 +450,8 @@ def losses(effects, prompt=0):
     of = role.mask(role != f"q{prompt}", "other wordings")
     of = of.mask(role.str.startswith("control"), "controls").rename("of")
     loss = -effects["change"]
-    measures = {"loss": "mean", "least": "min", "most": "max", "n": "count"}
-    return loss.groupby(of, sort=False).agg(**measures).reset_index()
+    groups = loss.groupby(of, sort=False)
+    return groups.agg(loss="mean", least="min", most="max", n="count").reset_index()
 
 
 def _watched(fact, controls):
@@ -475,7 +477,7 @@ def _changes(view, neurons, action, new, synapses, prompt):
 
 
 # trim_blocks: a line that only holds a tag leaves no empty line
-_SCRIPT = Template(Path(__file__).with_name("script.jinja").read_text("utf-8"), trim_blocks=True)
+_SCRIPT = Template(packaged("explorer/script.jinja"), trim_blocks=True)
 
 
 def as_code(

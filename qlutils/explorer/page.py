@@ -5,7 +5,6 @@ import os
 from contextlib import contextmanager
 from functools import partial
 from html import escape
-from pathlib import Path
 
 import ipywidgets as w
 
@@ -19,7 +18,7 @@ from qlutils.show.plots import rendered
 from qlutils.show.tables import display_table
 from qlutils.study import store
 
-_PIECES = template(Path(__file__).with_name("pieces.html")).module
+_PIECES = template("explorer/pieces.html").module
 
 
 # --- HTML -----------------------------------------------------------------------------------------
@@ -33,9 +32,8 @@ def prompts_html(view):
 def kn_html(view, t):
     """The most shared knowledge neurons."""
     table = ex.kn_table(view, t)
-    top = display_table(table.head(12))
-    shown = table_html(top.rename(columns={"n": "a KN of"}))
-    return _PIECES.kns(shown, len(top), len(table))
+    top = display_table(table.head(12)).rename(columns={"n": "a KN of"})
+    return _PIECES.kns(table_html(top), len(top), len(table))
 
 
 def neuron_html(view, neuron, t, saved):
@@ -180,10 +178,13 @@ class Page(w.VBox):
         self.picked = _text("hand-picked", "3:17, 4:2")
         self.synapses = w.Dropdown(description="synapses", options=_SYNAPSES)
         self.new = _text("new answer", "for update")
-        self.buttons = {}
-        for action, name in _BUTTONS.items():
-            style = "warning" if action in ex.FACTORS else ""
-            self.buttons[action] = w.Button(description=name, button_style=style)
+        self.buttons = {
+            action: w.Button(
+                description=name,
+                button_style="warning" if action in ex.FACTORS else "",
+            )
+            for action, name in _BUTTONS.items()
+        }
         self.set_size = w.HTML()
         self.page_effects = w.HTML()
         self.code = w.Textarea(rows=24, layout=w.Layout(width="100%"))
@@ -319,11 +320,14 @@ class Page(w.VBox):
         self.page_numbers.value = _PIECES.agreement(ex.agreement(self.view, t))
         self.page_table.value = kn_html(self.view, t)
         self.overlap.value = png(ex.overlap_figure(self.view, t))
-        names = {}
         chosen = self.neuron.value
-        for row in ex.kn_table(self.view, t).itertuples():
-            text = f"layer {row.layer}, neuron {row.neuron}: KN of {row.n} prompts"
-            names[text] = row.layer, row.neuron
+        names = {
+            f"layer {row.layer}, neuron {row.neuron}: KN of {row.n} prompts": (
+                row.layer,
+                row.neuron,
+            )
+            for row in ex.kn_table(self.view, t).itertuples()
+        }
         if chosen not in names.values():
             chosen = next(iter(names.values()), None)
         self.neuron.options = list(names.items())
@@ -405,6 +409,5 @@ def explore(model="demo/gpt2", method="ig", data="demo", fact=None, output="defa
 def has_front_end():
     """Whether this kernel was started by something that shows widgets: a Jupyter server, VS Code,
     or Colab; not by the study's driver, wherever that was started."""
-    known = [name for name in os.environ if name.startswith(("VSCODE_", "COLAB_"))]
-    served = "JPY_SESSION_NAME" in os.environ or known
-    return bool(served) and "QLUTILS_PROGRESS" not in os.environ
+    served = any(name.startswith(("JPY_SESSION_NAME", "VSCODE_", "COLAB_")) for name in os.environ)
+    return served and "QLUTILS_PROGRESS" not in os.environ

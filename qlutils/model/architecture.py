@@ -394,8 +394,11 @@ def check_sole_owner(model, module):
 def rope_switches(text):
     """Lengths in tokens beyond which a forward pass uses other rotary frequencies, for all of its
     tokens: "longrope", as in Phi-3."""
-    ropes = [rope for rope in _ropes(text) if rope["rope_type"] == "longrope"]
-    return [rope["original_max_position_embeddings"] for rope in ropes]
+    return [
+        rope["original_max_position_embeddings"]
+        for rope in _ropes(text)
+        if rope["rope_type"] == "longrope"
+    ]
 
 
 def context_length(text):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
-from qlutils.model.trace import by_name, hooked
+from qlutils.model.trace import by_name, hooked, replaced
 
 EXACT = "qlutils_exact"
 PREFIX = "qlutils_prefix"
@@ -46,7 +46,7 @@ def exact_attention(module, query, key, value, attention_mask, **options):
     weights (B, H, R, K), both after the changes active on `module`.
     """
     _check_options(module, options)
-    (batch, heads, rows, width) = query.shape
+    batch, heads, rows, width = query.shape
     kv_heads = key.shape[1]
     columns = key.shape[2]
     grouped = query.reshape(batch, kv_heads, -1, width)
@@ -70,7 +70,7 @@ def prefix_attention(module, query, key, value, attention_mask, **options):
     """
     _check_options(module, options)
     prefix_key, prefix_value, padding = SHARED.prefix
-    (queries, heads, rows, width) = query.shape
+    queries, heads, rows, width = query.shape
     kv_heads = key.shape[1]
     grouped = query.reshape(queries, kv_heads, -1, rows, width)
     key, value = key[:, :, None], value[:, :, None]  # (Q, Hkv, 1, P, dh), one for all of a group
@@ -119,18 +119,10 @@ AttentionMaskInterface.register(EXACT, eager_mask)
 AttentionInterface.register(PREFIX, prefix_attention)
 
 
-@contextmanager
 def attention_implementation(model, name):
     """Run `model` with another attention implementation; its own is back afterwards."""
     configs = [part.config for part in model.modules() if hasattr(part, "config")]
-    own = [config._attn_implementation_internal for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation_internal = name
-        yield
-    finally:
-        for config, before in zip(configs, own):
-            config._attn_implementation_internal = before
+    return replaced(configs, "_attn_implementation_internal", lambda own: name)
 
 
 # --- watching and changing it ---------------------------------------------------------------------

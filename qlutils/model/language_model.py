@@ -209,6 +209,10 @@ class LanguageModel:
                 )
         return pairs
 
+    def logits(self, ids: Tensor) -> Tensor:
+        """(Q, T, V) logits of the model itself for the tokens `ids` (Q, T)."""
+        return self.model(input_ids=ids, use_cache=False).logits
+
     # -- tokens ------------------------------------------------------------------------------------
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text as data: what spells a special token ("<s>") stays text. A trailing
@@ -305,7 +309,7 @@ class LanguageModel:
             raise ValueError(
                 f"{len(prompts)} prompts but {len(answers)} answers; give one answer a prompt"
             )
-        return [self.encode(prompt, answer) for prompt, answer in zip(prompts, answers)]
+        return list(map(self.encode, prompts, answers))
 
 
 def check_loaded(lm):

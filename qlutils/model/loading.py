@@ -128,9 +128,7 @@ def find_device(device):
             return torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:  # the latter: torch without CUDA
             reason = f" ({describe(error)})"
-    raise ValueError(
-        f"device {device!r} is unknown or not there; use cpu, cuda or cuda:N{reason}"
-    ) from None
+    raise ValueError(f"device {device!r} is unknown or not there; use cpu, cuda or cuda:N{reason}")
 
 
 def find_source(name):
@@ -186,7 +184,7 @@ def _shards(source):
     index = _file_of(source, INDEX)
     if not index:
         return []
-    shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    shards = sorted(set(json.loads(Path(index).read_bytes())["weight_map"].values()))
     for shard in shards:
         if not str(shard).endswith(".safetensors") or Path(shard).name != shard:
             raise ValueError(

@@ -34,6 +34,19 @@ def edited(modules, *, before=None, after=None):
     return hooked(handles())
 
 
+@contextmanager
+def replaced(objects, attribute, change):
+    """Inside, the attribute of each of the objects is what `change` makes of its own."""
+    own = [getattr(one, attribute) for one in objects]
+    try:
+        for one, value in zip(objects, own):
+            setattr(one, attribute, change(value))
+        yield
+    finally:
+        for one, value in zip(objects, own):
+            setattr(one, attribute, value)
+
+
 def by_name(module, args, kwargs):
     """The arguments of a call of `module` by the names that its class gives them."""
     _, *names = inspect.signature(type(module).forward).parameters  # the first is self

@@ -25,7 +25,7 @@ from qlutils.model.passes import (
     site_modules,
     start_rows,
 )
-from qlutils.model.trace import edited, first, traced
+from qlutils.model.trace import edited, first, replaced, traced
 
 # By how much, relative to the largest number, two ways of computing the same may differ in a dtype.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
@@ -83,17 +83,9 @@ def _layers_in_float32(lm):
             yield
 
 
-@contextmanager
 def _in_float32(tensors):
     small = [one for one in tensors if one.is_floating_point() and one.dtype.itemsize < 4]
-    held = [one.data for one in small]
-    try:
-        for one in small:
-            one.data = one.data.float()
-        yield
-    finally:
-        for one, data in zip(small, held):
-            one.data = data
+    return replaced(small, "data", torch.Tensor.float)
 
 
 def _tensors(module):
@@ -132,7 +124,7 @@ def _causal_logits(lm, ids, tolerance):
     """(Q, V) logits at the last token; `UnsupportedModel` where it changes earlier ones'."""
     other = ids.clone()
     other[:, -1] = ids.flip(0)[:, -1]
-    own, changed = (lm.model(input_ids=one, use_cache=False).logits for one in (ids, other))
+    own, changed = map(lm.logits, (ids, other))
     if not torch.isfinite(own).all():
         raise UnsupportedModel(
             f"gives infinite or NaN logits in {lm.dtype}; check its weights, or try float32"
@@ -160,7 +152,7 @@ def _check_replay(lm, ids, own):
             _check_layers(lm, ids, site, tolerance)
         _check_logits(lm, ids, own, tolerance)
     if lm.dtype.itemsize == 2:  # as it will run
-        own = lm.model(input_ids=ids, use_cache=False).logits[:, -1]
+        own = lm.logits(ids)[:, -1]
         _check_logits(lm, ids, own, TOLERANCE[lm.dtype])
 
 

@@ -87,8 +87,6 @@ def strongest_neurons(candidates, count, score="raw"):
     without its penalty on spread. Fewer where fewer were kept for certain (see `cas_candidates`;
     `candidates` and `score` as for `kept_neurons`)."""
     kept = kept_neurons(candidates, score)
-    mean = kept["mean"].to_numpy()
-    kept = kept[above_share(mean, CAS_MIN_THRESHOLD)]
-    kept = kept.sort_values("mean", ascending=False, kind="stable")
-    kept = kept.head(count)
+    kept = kept[above_share(kept["mean"].to_numpy(), CAS_MIN_THRESHOLD)]
+    kept = kept.sort_values("mean", ascending=False, kind="stable").head(count)
     return as_set(kept["layer"], kept["neuron"])

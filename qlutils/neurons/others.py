@@ -5,6 +5,8 @@ from collections import defaultdict
 
 import numpy as np
 
+from qlutils.neurons.sets import FACT
+
 
 def random_neurons(neurons, num_neurons, rng, *, among=None, outside=True):
     """As many neurons in each layer, drawn from all `num_neurons`, or from `among`(layer), that are
@@ -26,8 +28,7 @@ def active_neurons(neurons, active, but=()):
     strength = np.abs(np.asarray(active, np.float64))
     taken = set(neurons) | set(but)
     found = set()
-    order = sorted(neurons, key=lambda pair: (-strength[pair], pair))
-    for layer, neuron in order:
+    for layer, neuron in sorted(neurons, key=lambda pair: (-strength[pair], pair)):
         gap = np.abs(strength[layer] - strength[layer, neuron])  # (N,)
         used = [other for at, other in taken if at == layer]
         gap[used] = np.inf
@@ -44,8 +45,7 @@ class OtherFacts:
     rows."""
 
     def __init__(self, queries, sets):
-        about = queries[["fact", "relation", "subject", "object"]]
-        self.facts = about.drop_duplicates().set_index("fact")
+        self.facts = queries[FACT].drop_duplicates().set_index("fact")
         self.neurons = defaultdict(set)  # {fact: its KNs}
         for fact, kns in zip(queries["fact"], sets):
             self.neurons[fact].update(kns)
@@ -64,8 +64,9 @@ class OtherFacts:
             apart = not (shared["subject"] or shared["object"])
             if apart and shared["relation"] == same_relation:
                 pool = self.neurons[other.name] - self.neurons[fact]
-                by_layer = defaultdict(list)
-                for layer, neuron in pool:
-                    by_layer[layer].append(neuron)
-                return random_neurons(neurons, None, rng, among=by_layer.__getitem__)
+
+                def of_layer(layer):
+                    return [neuron for at, neuron in pool if at == layer]
+
+                return random_neurons(neurons, None, rng, among=of_layer)
         return set()

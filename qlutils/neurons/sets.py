@@ -14,6 +14,8 @@ from numbers import Real
 import numpy as np
 import pandas as pd
 
+FACT = ["fact", "relation", "subject", "object"]  # what a frame names a fact by
+QUERY = ["fact", "prompt_index"]  # and a query
 STORE_THRESHOLD = 0.05  # results keep the neurons above this share of their query's largest score
 MAX_SUBSETS = 10_000
 
@@ -36,11 +38,7 @@ def knowledge_neurons(scores, t=0.2) -> list[set]:
     a non-finite score.
     """
     _check_share(t)
-    sets = []
-    for score in dense_scores(scores):  # (L, N)
-        keep = above_share(score, t)
-        sets.append(as_set(*keep.nonzero()))
-    return sets
+    return [as_set(*above_share(score, t).nonzero()) for score in dense_scores(scores)]
 
 
 def kn_sets(queries, t=0.2):
@@ -55,7 +53,7 @@ def kn_sets(queries, t=0.2):
     for row, (layer, neuron, score) in enumerate(cells):
         score = list_cell(score, float)
         if not np.isfinite(score).all():
-            fact, prompt = queries.iloc[row][["fact", "prompt_index"]]
+            fact, prompt = queries.iloc[row][QUERY]
             raise ValueError(f"query {fact} prompt {prompt} has non-finite attribution scores")
         keep = above_share(score, t)
         layer = list_cell(layer, int)
@@ -253,10 +251,9 @@ def fact_table(queries, t=0.2):
     rows = []
     for _, group in queries.groupby("fact", sort=False):
         sets = kn_sets(group, t)
-        sizes = [len(one) for one in sets]
+        sizes = list(map(len, sets))
         layers = [layer for one in sets for layer, _ in one]
-        names = ["fact", "relation", "subject", "object"]
-        row = group.iloc[0][names].to_dict()
+        row = group.iloc[0][FACT].to_dict()
         if len(sets) > 1:
             row |= asdict(consistency(sets))
         row |= dict(

@@ -2,30 +2,30 @@
 
 import re
 from itertools import takewhile
-from pathlib import Path
 
 from IPython.display import HTML
 from jinja2 import Environment
 from markupsafe import Markup, escape
 
 from qlutils.files import write_bytes
+from qlutils.paths import packaged
 from qlutils.show.tables import display_table, format_value
 
 _NUMBER = re.compile(r"(?:[\d–-](?:e|[\W\d_])*)?")  # or an interval, "–", nothing
 
 
-def template(path):
-    """The Jinja template in a file; what it is given is escaped unless it is Markup. {{ x | number
-    }} formats as `format_value` does."""
+def template(name):
+    """The Jinja template in a file of the package; what it is given is escaped unless it is Markup.
+    {{ x | number }} formats as `format_value` does."""
     templates = Environment(autoescape=True, keep_trailing_newline=True)
     templates.filters["number"] = format_value
-    return templates.from_string(Path(path).read_text("utf-8"))
+    return templates.from_string(packaged(name))
 
 
 # --- tables ---------------------------------------------------------------------------------------
 
 
-_TABLE = template(Path(__file__).with_name("table.html"))
+_TABLE = template("show/table.html")
 
 
 def table_html(frame, caption=""):
@@ -83,7 +83,7 @@ def export_html(notebook, path):
         anchor_link_text="",  # headings get an id
     )
     body, _ = exporter.from_notebook_node(book)
-    write_bytes(path, _page(body).encode("utf-8"))
+    write_bytes(path, _page(body).encode())
     return path
 
 
@@ -115,7 +115,7 @@ def _page(body):
     pictures = r'<strong>(?P<bold>.*?)</strong>|alt="No description[^"]*"'
     body = re.sub(pictures, described, body, flags=re.S)
     title, end, parts = body.partition("</h1>")
-    return template(Path(__file__).with_name("page.html")).render(
+    return template("show/page.html").render(
         title=Markup(title + end),
         links=re.findall('<h2 id="(.*?)">(.*?)<a', parts),
         parts=Markup(parts),

@@ -286,11 +286,10 @@ def figure_predominance(facts):
         for threshold in divides or ["static"]:
             name = f"{short.get(model, model)}\n{_label(threshold)}"
             rows[name] = part.assign(label=part[f"class_{threshold}"])
-    height = 0.8 + 1.45 * len(rows)
     fig, axes = _panels(
         len(rows),
         2,
-        height,
+        0.8 + 1.45 * len(rows),
         sharex=True,
         sharey=True,
     )
@@ -621,10 +620,17 @@ def figure_1(maps, t=0.2):
     unsure one's; beside them those of the largest activations, on one scale.
 
     maps: from `localize.example_maps`. Returns the figure and its dots as a tidy frame."""
-    panels = []
-    for number, one in enumerate(maps):
-        place = dict(row=_subject(one), panel=number % 2, title=_wrapped(one["prompt"]))
-        panels.append(one | place | dict(now=one, before=one))
+    panels = [
+        one
+        | dict(
+            row=_subject(one),
+            panel=number % 2,
+            title=_wrapped(one["prompt"]),
+            now=one,
+            before=one,
+        )
+        for number, one in enumerate(maps)
+    ]
     fig = plt.figure(figsize=(WIDE, 1.05 * len(maps) + 0.9))
     left, right = fig.subfigures(1, 2)
     found = [
@@ -643,8 +649,14 @@ def figure_conditions(maps, conditions, kind, t):
     panels = []
     for name, (number, one) in product(conditions, enumerate(maps)):
         title = f"{_subject(one)}\n{_wrapped(one['prompt'])}" if name == conditions[0] else ""
-        place = dict(row=name, panel=number, title=title)
-        panels.append(one | place | dict(now=one[name], before=one["unmodified"]))
+        panel = dict(
+            row=name,
+            panel=number,
+            title=title,
+            now=one[name],
+            before=one["unmodified"],
+        )
+        panels.append(one | panel)
     fig = plt.figure(figsize=(WIDE, 1.6 + 1.6 * len(conditions)))
     dots = _draw_maps(fig, panels, kind, t)
     return fig, dots.assign(condition=dots.pop("row"))

@@ -37,8 +37,7 @@ def welch(a, b):
     NaNs are left out of a and b. All four are NaN where a sample has fewer than `LEAST` values or
     neither varies."""
     a, b = (pd.Series(sample, dtype=float).dropna() for sample in (a, b))
-    few = min(len(a), len(b)) < LEAST
-    if few or a.nunique() == b.nunique() == 1:
+    if min(len(a), len(b)) < LEAST or a.nunique() == b.nunique() == 1:
         return dict.fromkeys(("t", "df", "p", "d"), np.nan)
     with warnings.catch_warnings():  # one class of equal values is no loss of precision
         warnings.simplefilter("ignore", RuntimeWarning)

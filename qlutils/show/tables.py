@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from qlutils.files import write_bytes
+from qlutils.paths import packaged
 from qlutils.show.stats import LEAST
 
 UNDEFINED = "–"
@@ -179,8 +180,8 @@ def write_table(
         folder,
         {
             "csv": csv_bytes(flat),
-            "md": _markdown(shown, numeric, caption, note).encode("utf-8"),
-            "tex": _latex(shown, numeric, caption, note, stem).encode("utf-8"),
+            "md": _markdown(shown, numeric, caption, note).encode(),
+            "tex": _latex(shown, numeric, caption, note, stem).encode(),
         },
     )
 
@@ -202,7 +203,7 @@ def csv_bytes(frame):
     text = frame.to_csv(**plain)
     if "\r" in text:  # the csv module need not quote it; every reader takes it for a row's end
         text = frame.to_csv(**plain, quoting=csv.QUOTE_NONNUMERIC)
-    return text.encode("utf-8")
+    return text.encode()
 
 
 def _bounds(frame):
@@ -291,8 +292,11 @@ def paper_notes(table, model):
     model = _papers_name(model)
     if model not in PAPER_MODELS:
         return []
-    notes = [note for note in paper()["notes"] if str(note["table"]) == str(table)]
-    return [note["text"] for note in notes if note["model"] in ("*", model)]
+    return [
+        note["text"]
+        for note in paper()["notes"]
+        if str(note["table"]) == str(table) and note["model"] in ("*", model)
+    ]
 
 
 def _papers_name(model):
@@ -303,4 +307,4 @@ def _papers_name(model):
 def paper():
     """`paper_values.json`: the values of the paper's tables, notes on misprints, its experimental
     settings."""
-    return json.loads(Path(__file__).with_name("paper_values.json").read_text("utf-8"))
+    return json.loads(packaged("show/paper_values.json"))

@@ -28,7 +28,7 @@ def code_versions():
     """
     found = {"results": RESULTS_VERSION}
     for file in sorted(paths.PACKAGE.rglob("*.py")):
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text("utf-8")
         for task, number in re.findall(r"(?m)^(\w+)\.VERSION = (\d+)\b", text):
             found[task] = int(number)
     return found
@@ -37,7 +37,7 @@ def code_versions():
 def revision(model):
     """The downloaded commit of a model of the Hugging Face Hub; None for a local model."""
     file = Path(HF_HUB_CACHE, "models--" + str(model).replace("/", "--"), "refs", "main")
-    return file.read_text(encoding="utf-8") if os.path.isfile(file) else None
+    return file.read_text("utf-8") if os.path.isfile(file) else None
 
 
 def model_content(model):

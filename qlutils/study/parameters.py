@@ -33,7 +33,7 @@ def declared_parameters(notebook):
     """{name: default} of a notebook's cell tagged `parameters`; {} without one."""
     source = ""
     found = {}
-    for cell in json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]:
+    for cell in json.loads(Path(notebook).read_bytes())["cells"]:
         if "parameters" in cell["metadata"].get("tags", ()):
             source = "".join(cell["source"])
     try:

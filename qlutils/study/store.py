@@ -143,14 +143,13 @@ def packed(task, lm, facts, config):
 def _compute(compute, work, client, threads):
     """Compute units and write each to its file; yields once for each that is written."""
     if client is None:
-        for file, unit in work.items():
-            yield compute(unit, file)
+        yield from map(compute, work.values(), work)
         return
     from distributed import as_completed
 
-    futures = []
-    for file, unit in work.items():
-        futures.append(client.submit(compute, unit, file, threads, pure=False))
+    futures = [
+        client.submit(compute, unit, file, threads, pure=False) for file, unit in work.items()
+    ]
     for future in as_completed(futures, loop=client.loop):
         yield future.result()
 
