@@ -171,7 +171,8 @@ def by_method():
         for method, folder in folders.items():
             cs2 = consistency(folder, model, method)
             if cs2:
-                edited = VARIED if (folder, model) == (BUNDLED, SMALL) else folder  # the same facts
+                here = (folder, model, method)
+                edited = VARIED if here == (BUNDLED, SMALL, "ig") else folder  # the same facts
                 changed = changed_by_method(of(edited, model), method)
                 n = row(of(folder, model), "all/consistency", method=method)["n"]
                 yield f"{facts}, {label}", f"`{method}`", n, cs2, *changed
@@ -234,7 +235,8 @@ def marks(folder, model):
     """A claim's mark by `ig` and, where it was run and differs, by `amig`."""
     for one in rows(folder, "scoreboard", model=model, method="ig"):
         others = rows(folder, "scoreboard", model=model, claim=one["claim"])
-        by_amig = {other["method"]: other["mark"] for other in others}.get("amig", one["mark"])
+        ran = {other["method"]: other["mark"] for other in others if other["mark"] != "not run"}
+        by_amig = ran.get("amig", one["mark"])
         yield one["mark"] + f" (`amig`: {by_amig})" * (by_amig != one["mark"])
 
 
@@ -520,9 +522,8 @@ def on_details():
     for gap in clear:
         value = float(gap["difference"])
         (gains if value > 0 else losses).append(abs(value))
-    found = f"{len(gains)} gains of {min(gains):.2f} to {max(gains):.2f}, and"
-    [loss] = losses
-    yield f"{found} 1 loss of {loss:.2f}"
+    yield f"{len(gains)} gains of {min(gains):.2f} to {max(gains):.2f}"
+    yield f"and {len(losses)} losses of {min(losses):.2f} to {max(losses):.2f}"
     yield f"Of {len(gaps)} such gaps of all runs {len(clear)} can be told"
     moved = []
     for folder in (KNOWN, ANY):
