@@ -1,6 +1,6 @@
 """Figures of the study. Plot functions take a tidy frame and an `ax`, return the `ax` and compute
-nothing; `figure_...` put them together and return the figure, and the plotted numbers where these
-are not the frame they got.
+nothing; `figure_...` put them together and return the figure, and the plotted numbers where a
+notebook does not have them in this shape.
 
 One colour per method, class and model everywhere, from palettes that colour-blind readers can tell
 apart (Okabe & Ito for methods and classes, Tol's muted scheme for models).

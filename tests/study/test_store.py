@@ -110,11 +110,13 @@ MINUTE = 1e13 / (2 * 300)  # of passes: two operations a parameter
         ([MINUTE / 4] * 4, 2, {}, [2, 2]),
         ([MINUTE * 3, MINUTE / 2, MINUTE / 2, MINUTE / 2], 1, {}, [1, 2, 1]),  # at least one
         ([MINUTE / 4] * 4, 1, {"layers": 23}, [1, 1, 1, 1]),  # eight times the parameters
-        ([MINUTE * 3] * 30, 1, {"device": "cuda"}, [24, 6]),
+        ([MINUTE / 4] * 250, 1, {"device": "cuda"}, [240, 10]),
+        ([MINUTE * 50] * 5, 1, {"device": "cuda"}, [2, 2, 1]),
+        ([1] * 30, 1, {"device": "mps"}, [24, 6]),  # as on a CPU
         ([], 1, {}, []),
     ],
 )
-def test_a_unit_holds_as_many_facts_as_cost_about_a_minute_and_between_1_and_24(
+def test_a_unit_holds_as_many_facts_as_cost_about_a_minute_and_fill_batches(
     passes, times, lm, sizes
 ):
     task = SimpleNamespace(passes=lambda lm, fact, config: fact["passes"] * config["times"])
