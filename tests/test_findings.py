@@ -359,6 +359,12 @@ def on_relations():
     [most] = told(r"By the static threshold (\d+ % of these \d+) are", MANY, [SMALL])
     second = share(row(own, "all/table1", threshold="static", method="ig"), "R_II")
     yield f"Of {facts:,} facts, answered or not, SmolLM2 has {second}, and {most} are"
+    static, otsu = "by the static threshold ", "by Otsu's "
+    across = [told(f"{one}(.*?) more", MANY, [SMALL])[0] for one in (static, otsu)]
+    yield "{} and, by Otsu's threshold, {}; within".format(*across)
+    within = "[^;]* within relations (.*?) more"
+    within = [told(one + within, MANY, [SMALL])[0] for one in (static, otsu)]
+    yield "within relations by {} and {}. In the other runs".format(*within)
     table = rows(own, "all/cs2_by_relation")
     yield f"are instruments, continents and religions, 3 of {len(table)} relations"
     counted = {one["meaning"]: int(one["n"]) * float(one["R_II"]) for one in table}
