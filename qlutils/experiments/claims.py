@@ -14,6 +14,7 @@ beside and decides nothing. Nothing is written by hand for a model, nothing need
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import pairwise, product
 
 import numpy as np
@@ -117,6 +118,11 @@ def part(found, statistic, name="", threshold="", *, why="", measure="mean", que
     return row | {"why": why}
 
 
+@lru_cache(maxsize=8)  # minutes for all of ParaRel, and asked for by claim after claim
+def _classified(get, model, method, t, static):
+    return classified_facts(get(model, method, "queries"), t, static)
+
+
 @dataclass
 class Case:
     """The saved results of one model and method, as claims read them; `before`: the next smaller
@@ -133,8 +139,8 @@ class Case:
     def frame(self, name):
         return self.get(self.model, self.method, name)
 
-    def facts(self):
-        return classified_facts(self.frame("queries"), self.t, self.static)
+    def facts(self, t=None):
+        return _classified(self.get, self.model, self.method, t or self.t, self.static)
 
     def edits(self, name):
         """A notebook's edits of knowledge neurons (not its controls), with the facts' classes."""

@@ -28,7 +28,6 @@ from qlutils.experiments.claims import (
     synapse_rates,
 )
 from qlutils.experiments.consistency import (
-    classified_facts,
     otsu_null,
     second_by_relation,
     share_of_class,
@@ -104,9 +103,6 @@ class Reading(Case):
         return self.say(self.mean(gaps, "gap"), percent, "trimmed")
 
     # -- what they are about -----------------------------------------------------------------------
-    def facts(self, t=None):
-        return classified_facts(self.frame("queries"), t or self.t, self.static)
-
     def data(self, path):
         folder = Path(path)
         return folder.parent.name if folder.name == "data" else folder.name
