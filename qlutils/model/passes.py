@@ -227,10 +227,11 @@ def join_passes(passes):
         calls.append({k: join_call_arguments(k, v, queries, length) for k, v in given.items()})
     device = passes[0].inputs[0].device
     own = on_device(lengths, device).repeat_interleave(on_device(queries, device))  # (Q,)
-    tensors = [(one.inputs, one.neurons, one.written) for one in passes]
     return CleanPass(
-        calls,
-        *tree_map(join, *tensors),
+        calls=calls,
+        inputs=tree_map(join, *(one.inputs for one in passes)),
+        neurons=tree_map(join, *(one.neurons for one in passes)),
+        written=tree_map(join, *(one.written for one in passes)),
         prefix=tree_map(join_padded, *(one.prefix for one in passes)),
         padding=torch.arange(length, device=device) < length - own[:, None, None, None],
     )
