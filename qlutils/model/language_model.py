@@ -115,7 +115,8 @@ class LanguageModel:
         # which tokens are EOS, pad and mask: baselines
         special = getattr(self.tokenizer, "special_tokens_map", {})
         settings = [json.dumps(one, sort_keys=True, default=str) for one in (config, special)]
-        state = settings, len(self.tokenizer), list(map(_state_of, weights.values()))
+        said = self.tokenizer(" A word,\n1").input_ids  # with BOS or without, say
+        state = settings, len(self.tokenizer), said, list(map(_state_of, weights.values()))
         if self._fingerprint[0] != state:
             self._fingerprint = state, self._digest(weights, *settings)
         return self._fingerprint[1]

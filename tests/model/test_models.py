@@ -450,6 +450,13 @@ def mask_token(lm):
     lm.tokenizer.mask_token = lm.tokenizer.convert_ids_to_tokens(8)
 
 
+def no_bos(lm):
+    lm.tokenizer.add_bos_token = False
+
+
+CHANGES = one_weight, through_data, configuration, tokenizer, no_bos, pad_token, mask_token
+
+
 def test_a_fingerprint_tells_models_apart_by_what_a_result_depends_on(checkpoint, tmp_path):
     lm = load_model(checkpoint)
     own = lm.fingerprint
@@ -459,12 +466,12 @@ def test_a_fingerprint_tells_models_apart_by_what_a_result_depends_on(checkpoint
     with edit_weights(lm, {(0, 3)}, "erase"):
         found.add(lm.fingerprint)
     assert lm.fingerprint == own
-    for change in (one_weight, through_data, configuration, tokenizer, pad_token, mask_token):
+    for change in CHANGES:
         lm = load_model(checkpoint)
         assert lm.fingerprint == own
         change(lm)
         found.add(lm.fingerprint)
-    assert len(found) == 9
+    assert len(found) == 3 + len(CHANGES)
 
 
 # --- a model in half precision is checked in float32 ----------------------------------------------
