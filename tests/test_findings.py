@@ -235,6 +235,8 @@ def marks(folder, model):
     """A claim's mark by `ig` and, where it was run and differs, by `amig`."""
     for one in rows(folder, "scoreboard", model=model, method="ig"):
         others = rows(folder, "scoreboard", model=model, claim=one["claim"])
+        if folder == VARIED:  # by `ig` alone; the other methods were run of the same facts
+            others += rows(BUNDLED, "scoreboard", model=model, claim=one["claim"], method="amig")
         ran = {other["method"]: other["mark"] for other in others if other["mark"] != "not run"}
         by_amig = ran.get("amig", one["mark"])
         yield one["mark"] + f" (`amig`: {by_amig})" * (by_amig != one["mark"])
@@ -366,7 +368,7 @@ def on_relations():
     yield "{} and, by Otsu's threshold, {}; within".format(*across)
     within = "[^;]* within relations (.*?) more"
     within = [told(one + within, MANY, [SMALL])[0] for one in (static, otsu)]
-    yield "within relations by {} and {}. In the other runs".format(*within)
+    yield "within relations by {} and {}. In the other runs, by".format(*within)
     table = rows(own, "all/cs2_by_relation")
     yield f"are instruments, continents and religions, 3 of {len(table)} relations"
     counted = {one["meaning"]: int(one["n"]) * float(one["R_II"]) for one in table}
@@ -520,6 +522,7 @@ def on_details():
     yield f"{shared}: there the erasure of one wording's KNs leaves {kept}"
     [within] = told(r"by Otsu's .*, within relations (.*?) more", ANY, [SMALL])
     yield f"fact of SmolLM2, by `ig` ({within})"
+    yield from on_controls()
     yield "lowers P(answer), too, by {} in SmolLM2 and {} in".format(
         *told(r"Enhanced, .*? by -(\d+ %)")
     )
@@ -558,6 +561,33 @@ def on_details():
     for mark, words in (("holds", "hold in both models"), ("does not hold", "in neither")):
         same = [str(n) for n, two in enumerate(zip(*by_ig), 1) if two == (mark, mark)]
         yield f"{', '.join(same)} {words}"
+
+
+def on_controls():
+    """What Otsu's threshold makes of noise, and edits of neurons that are no KNs of the fact."""
+    places = []  # -1, 0, 1: below, within and above what noise gives
+    for path in paths.FIGURES.glob("*/pretrained--*/all/otsu_null.csv"):
+        own = path.parent.relative_to(paths.FIGURES)
+        for noise in rows(own, "otsu_null"):
+            otsu = row(own, "table1", threshold="otsu", method=noise["method"])["R_II"]
+            low, high = (float(noise[f"R_II_{end}"]) for end in ("low", "high"))
+            places.append((float(otsu) > high) - (float(otsu) < low))
+    again = row(of(VARIED, SMALL), "all/otsu_null", method="ig")
+    assert again == row(of(BUNDLED, SMALL), "all/otsu_null", method="ig")  # the same run
+    places.remove(1)
+    yield f"In {places.count(0)} of {len(places)} runs of a model and method Otsu's"
+    yield f"in {places.count(-1)} it lies below, in {places.count(1)} above"
+    kept, sizes = {}, {}
+    for own, name in product(OWN, ("", " (random)", " (matched)", " (same_relation)")):
+        edit = row(own, "ig/edit_controls", op="erasure", neurons=f"local{name}")
+        assert edit["n"] == "18"
+        kept.setdefault(name, []).append(edit["loc"])
+        sizes.setdefault(name, []).append(float(edit["neurons_edited"]))
+    kns, random, active, other = (both(*shares) for shares in kept.values())
+    yield f"Of 18 facts a model, the erasure of one wording's KNs leaves {kns} of other"
+    yield f"of as many random neurons {random}, of as many that are as active {active}, and"
+    few = [f"{n:.0f} for {of:.0f}" for n, of in zip(sizes[" (same_relation)"], sizes[""])]
+    yield f"the fact's own ({' and '.join(few)}), {other}"
 
 
 def known_facts(model):

@@ -43,7 +43,6 @@ from qlutils.study.results import Missing
 
 EDITED = {  # {(neurons, control): whose value vectors were edited}
     ("local", "none"): "one wording's %s KNs",
-    ("global", "none"): "all wordings' %s KNs",
     ("local", "random"): "%s random neurons",
 }
 
@@ -115,6 +114,10 @@ class Reading(Case):
             for (model, method), entry in entries.items()
             if model == self.model and given.items() <= entry["parameters"].items()
         ]
+
+    def runs(self, number):
+        """Whether a notebook was run by this reading's method; 02 is of all methods."""
+        return bool({self.method, None} & set(self.ran(number)))
 
     def inside(self):
         """In which share of the facts the answer stands in the subject."""

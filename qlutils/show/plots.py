@@ -18,7 +18,7 @@ import seaborn as sns
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import FixedLocator, LogFormatterMathtext, LogLocator
 from PIL import Image
 
 from qlutils.show.stats import LEAST, STATISTICS
@@ -77,8 +77,9 @@ CHANGE = {  # what a bar of Figure 4 and 6 is, by what stands at its ticks
     "set": "ΔProb: change of P(answer),\nas claimed (1 = 100 %)",
     "direction": "change, positive as claimed:\nup if enhanced, down\nif suppressed (1 = 100 %)",
 }
+WIDE_TICKS = (-100, -10, -1, -0.5, 0, 0.5, 1, 10, 100, 1000, 10_000)  # of changes far above 1
 MAX_PNG = 150_000  # bytes
-INTERVAL = f"line: 95 % bootstrap over facts; –: fewer than {LEAST} facts"
+INTERVAL = f"line: 95 % bootstrap over facts; ×: of fewer than {LEAST} facts"
 FEW = 5  # facts from which on a median is drawn
 
 
@@ -147,11 +148,12 @@ def figure_cs2(frames, method, names, line=0.3):
     ax.set(
         xlim=(-0.6, len(ticks) - 0.4),
         ylim=(-0.03, 1.03),
-        xlabel="relation (n facts)",
+        xlabel="relation (n facts)" if len(colors) == 1 else "relation (n facts, by model)",
         ylabel="$CS_2$ of a fact",
     )
-    ax.set_title(f"localised by {method}", loc="left")
     several = colors if len(colors) > 1 else {}
+    title = f"localised by {method}"
+    ax.set_title(title if several else f"{', '.join(colors)}, {title}", loc="left")
     _thresholds(ax, frame.drop_duplicates("model"), line, several)
     if several:
         _legend(fig, several)
@@ -254,6 +256,7 @@ def figure_thresholds(frame, otsu, t=0.2, static=0.1):
     ax.tick_params("y", rotation=0)
     middles = np.arange(len(shares.columns) + 1) + 0.5
     ours, papers = np.interp([otsu, static], [*shares.columns, 1.0], middles)
+    ax.autoscale(False)  # which the marks would stretch
     above = dict(ha="center", va="bottom")
     ax.text(
         papers,
@@ -276,13 +279,15 @@ def figure_thresholds(frame, otsu, t=0.2, static=0.1):
 
 def figure_predominance(facts):
     """Figure 5: how many facts have which `predominance` and `predominance_rest`, a row a model and
-    threshold that leaves no class empty (the static one where none does)."""
+    threshold by which each class has `LEAST` facts (the static one where none is so); a smaller
+    class is not drawn."""
     rows = {}
     short = {name: name.rpartition("/")[2] for name in facts["model"].unique()}
     if len(set(short.values())) < len(short):  # demo/gpt2 and gpt2
         short = {}
     for model, part in facts.groupby("model", sort=False):
-        divides = [name for name in ("static", "otsu") if part[f"class_{name}"].nunique() == 2]
+        sizes = {name: part[f"class_{name}"].value_counts() for name in ("static", "otsu")}
+        divides = [name for name, n in sizes.items() if (n >= LEAST).sum() == 2]
         for threshold in divides or ["static"]:
             name = f"{short.get(model, model)}\n{_label(threshold)}"
             rows[name] = part.assign(label=part[f"class_{threshold}"])
@@ -302,26 +307,29 @@ def figure_predominance(facts):
     axes[0, 0].yaxis.set_major_formatter(_percent)
     axes[0, 1].set_title("without the first token")
     fig.supylabel("share of the facts of a class")
-    classes = set(pd.concat(rows)["label"])
+    classes = {name for part in rows.values() for name in _large_classes(part)}
     _legend(fig, {name: CLASS_COLORS[name] for name in CLASS_COLORS if name in classes})
     columns = "model fact relation class_static class_otsu predominance predominance_rest n_queries"
     return fig, facts[columns.split()]
 
 
+def _large_classes(facts):
+    counts = facts["label"].value_counts()
+    return sorted(counts.index[counts >= LEAST])
+
+
 def _draw_shares(ax, facts, value):
-    """The distribution of a share in tenths, of the facts of each class."""
+    """The distribution of a share in tenths, of the facts of each class of `LEAST` or more."""
     sns.histplot(
         x=facts[value] - 1e-9,  # a bin has its upper end
         hue=facts["label"].fillna(""),  # all may lack one
-        hue_order=sorted(facts["label"].dropna().unique()),
+        hue_order=_large_classes(facts),
         palette=CLASS_COLORS,
         bins=np.linspace(0, 1, 11),
         stat="probability",
         common_norm=False,
-        multiple="dodge",
-        shrink=0.9,
-        alpha=1,
-        linewidth=0,
+        element="step",
+        alpha=0.35,
         legend=False,
         ax=ax,
     )
@@ -332,7 +340,7 @@ def _draw_shares(ax, facts, value):
         linestyle=":",
         zorder=3,
     )
-    ax.text(least + 0.015, 1.06, f"least possible: 1 of k wordings, {least:.2f}")
+    ax.text(least + 0.015, 1.06, f"1 of k wordings, on average {least:.2f}")
     ax.set_xlabel("predominance")
 
 
@@ -348,7 +356,7 @@ def bars_with_intervals(frame, ax, *, x, hue, y="mean", base=0):
     frame's order.
 
     frame: one row a bar, with columns x, hue (in BAR_COLORS), y, y_low, y_high and hollow. A bar
-    that is undefined, or whose interval is, is left out and marked "–"."""
+    that is undefined, or whose interval is, is left out and marked "×"."""
     groups = frame.groupby(x, sort=False)
     n = groups[x].transform("size")
     width = 0.8 / n.max()
@@ -357,7 +365,7 @@ def bars_with_intervals(frame, ax, *, x, hue, y="mean", base=0):
     high = f"{y}_high"
     drawn = frame.dropna(subset=[y, low, high])
     for middle in middles.drop(drawn.index):
-        ax.annotate("–", (middle, base), ha="center", va="bottom")
+        ax.plot(middle, base, "x", color="0.6", markersize=3, clip_on=False)
     middles = middles[drawn.index]
     colors = drawn[hue].map(BAR_COLORS)
     ax.bar(
@@ -370,13 +378,10 @@ def bars_with_intervals(frame, ax, *, x, hue, y="mean", base=0):
     )
     ax.vlines(middles, drawn[low], drawn[high], color="black", linewidth=0.7)
     ax.axhline(base, color="black", linewidth=0.6)
-    if not base and drawn[y].abs().max() > 10:  # of answers of tiny probability
-        ax.set_yscale("symlog", linthresh=1)
-        ax.yaxis.set_major_formatter("{x:g}")
     names = frame[x].unique()
     room = max(7, 50 // len(names) // ax.get_gridspec().ncols)  # letters of a line
     ticks = [textwrap.fill(_label(name), room, break_long_words=False) for name in names]
-    ax.set_xticks(range(len(names)), ticks)
+    ax.set_xticks(range(len(names)), ticks, fontsize=7)
     ax.set_xlim(-0.6, len(names) - 0.4)
     return ax
 
@@ -427,6 +432,7 @@ def figure_bars(frame, *, row, column, x="set", y="trimmed", control=""):
         1.3 + 1.75 * len(tops),
         sharey=shared,
     )
+    wide = bool(bars[y].abs().max() > 10)  # of answers of tiny probability
     told = {}
     for (top, side), ax in zip(product(tops, sides), axes.flat):
         part = bars[(bars[row] == top) & (bars[column] == side)]
@@ -437,14 +443,20 @@ def figure_bars(frame, *, row, column, x="set", y="trimmed", control=""):
             continue
         drawn = _with_sizes(part) if x == "set" else part
         bars_with_intervals(drawn, ax, x=x, hue="bar", y=y)
+        if wide:
+            ax.set_yscale("symlog", linthresh=1)
+            ax.yaxis.set_major_locator(FixedLocator(WIDE_TICKS))
+            ax.yaxis.set_major_formatter("{x:g}")
         name = textwrap.fill(_label(side), 20, break_on_hyphens=False, break_long_words=False)
         title = [name] if ax in axes[0] else []
         n = _counted(part, "bar", "queries")
-        if n not in (told.get(top), told.get(side)):
+        if n != told.get(side):
             title.append(textwrap.fill(n, 90 // len(sides)))
-        told[top] = told[side] = n
+        told[side] = n
         ax.set_title("\n".join(title))
-    fig.supylabel(CHANGE[x])
+    if wide:
+        axes[0, 0].margins(y=0.02)
+    fig.supylabel(CHANGE[x] + "\n(logarithmic above 1)" * wide)
     shown = {name: color for name, color in BAR_COLORS.items() if name in set(bars["bar"])}
     title = f"{STATISTICS[y]} over queries; {INTERVAL}\n{_empty_classes(frame)}".strip()
     _legend(fig, shown, title, control if bars["hollow"].any() else "")
@@ -510,7 +522,7 @@ def _factors(axes):
     subs = (1, 2, 5) if high < 100 else (1,)  # of many powers of ten all would be left out
     for ax in axes:
         ax.yaxis.set_major_locator(LogLocator(subs=subs))
-        ax.yaxis.set_major_formatter("{x:g}×")
+        ax.yaxis.set_major_formatter("{x:g}×" if high < 1e5 else LogFormatterMathtext())
         ax.yaxis.minorticks_off()
 
 
@@ -674,7 +686,7 @@ def figure_places(found, num_heads):
     shares = places["of_all"][places["of_all"] >= 0.005]
     names = [f"token {column + 1}" if column else "first token" for column in shares.index]
     left.bar_label(left.barh(names, shares, color="0.4"), map(_percent, shares), padding=3)
-    left.set_title(f"first token: {_percent(places['of_all'][0])} of all synapses")
+    left.set_title(f"first token: {_percent(places['of_all'][0])} of all queries' synapses")
     left.set(xlabel="share of all synapses", xlim=(0, 1.1))
     left.xaxis.set_major_formatter(_percent)
     left.invert_yaxis()
@@ -716,7 +728,9 @@ def rendered(fig, **options):
 def _small_png(fig):
     for dpi in (200, 150, 100):
         small = io.BytesIO()
-        image = Image.open(rendered(fig, format="png", dpi=dpi)).convert("RGB").quantize()
+        image = Image.open(rendered(fig, format="png", dpi=dpi)).convert("RGB")
+        # of the usual palette a colour bar gets colours that are not in it
+        image = image.quantize(method=Image.Quantize.MAXCOVERAGE)
         image.save(
             small,
             format="png",

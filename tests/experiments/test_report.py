@@ -640,8 +640,8 @@ def test_sentences_on_consistency_are_those_of_the_facts_and_the_first_control(s
 def test_sentences_on_edits_and_cas_are_means_over_all_facts(spoken):
     table, frames = spoken
     edits, texts = frames["edits"], sentences(table, "an edit")
-    part = edits[(edits["op"] == "update") & (edits["neurons"] == "global")]
-    [last] = [text for text in texts if text.startswith("Update of all")]
+    part = edits[(edits["op"] == "update") & (edits["neurons"] == "local")]
+    [last] = [text for text in texts if text.startswith("Update of one")]
     wanted = [part["rel"].mean(), part["gen"].mean(), 1 - part["loc"].mean()]
     wanted += [part["broken"].mean(), part["dppl"].median(), part["loc_new"].mean()]
     assert values_in(last) == near(wanted)
@@ -663,7 +663,7 @@ def test_sentences_on_neurons_and_attention_tell_changes_of_the_answer(spoken):
     [random] = values_in(off)  # the other sets were not scaled
     assert -0.7 < random < -0.5 and off.count("cannot be told (n = 0)") == 3
     assert re.search(r"all other wordings' KNs together \(\S+ against \S+\): 0\.3\d? \[", others)
-    assert "of the relation: cannot be told (n = 0)" in others
+    assert "without what they share: cannot be told (n = 0)" in others
     assert re.search(r"random ones: 0\.1\d? \[0\.\d+, 0\.\d+\] more", others)
     first, suppressed, enhanced, rest = sentences(table, "Does attention")
     assert values_in(first)[1:3] == [0.70, 0.60]

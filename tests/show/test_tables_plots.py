@@ -207,38 +207,49 @@ def test_the_thresholds_of_figure_3_are_lines():
     assert names == {"static threshold, 0.1": 0.1, "paper's example, 0.3": 0.3, "Otsu's, 0.50": 0.5}
 
 
+def steps(ax):
+    """Of each class the tenths in which it has facts, with their height."""
+    shapes = [path.vertices for one in ax.collections for path in one.get_paths()]
+    return [{(round(x, 1), round(y, 2)) for x, y in shape if y > 0} for shape in shapes]
+
+
+ALL = [{(0.4, 0.25), (0.5, 0.25), (0.9, 0.75), (1.0, 0.75)}]
+HALVES = [{(0.9, 1.0), (1.0, 1.0)}, {(0.4, 0.5), (0.5, 0.5), (0.9, 0.5), (1.0, 0.5)}]
+
+
 @pytest.mark.parametrize(
-    "otsu, label, high",
+    "second, label, wanted",
     [
-        (list("IIII"), "m\nstatic threshold\nn = 4 facts", [(0.4, 0.25), (0.9, 0.75)]),
-        (["I", "I", "II", "II"], "m\nOtsu's threshold\nn = 2 / 2 facts", None),
+        (0, "m\nstatic threshold\nn = 40 facts", ALL),
+        (9, "m\nstatic threshold\nn = 40 facts", ALL),  # too few for a class
+        (20, "m\nOtsu's threshold\nn = 20 / 20 facts", HALVES),
     ],
 )
-def test_figure_5_has_a_row_a_threshold_that_divides_the_facts(otsu, label, high):
-    facts = pd.DataFrame(dict(model="m", fact=range(4), relation="P17", n_queries=4))
-    facts["predominance"] = [0.5, 1, 1, 1]
-    facts["predominance_rest"] = [0.25, 0.25, 0.5, 0.75]
+def test_figure_5_has_a_row_a_threshold_that_divides_the_facts(second, label, wanted):
+    facts = pd.DataFrame(dict(model="m", fact=range(40), relation="P17", n_queries=4))
+    facts["predominance"] = np.repeat([0.5, 1, 1, 1], 10)
+    facts["predominance_rest"] = np.repeat([0.25, 0.25, 0.5, 0.75], 10)
+    otsu = np.repeat(["I", "II"], [40 - second, second])
     fig, plotted = plots.figure_predominance(facts.assign(class_static="I", class_otsu=otsu))
     left, right = fig.axes
-    assert left.get_ylabel() == label and len(plotted) == 4
-    tenths = [(int(10 * bar.get_x()) / 10, bar.get_height()) for bar in left.patches]
-    assert sorted(bar for bar in tenths if bar[1]) == (high or [(0.4, 0.5), (0.9, 0.5), (0.9, 1)])
+    assert left.get_ylabel() == label and len(plotted) == 40
+    assert sorted(map(sorted, steps(left))) == sorted(map(sorted, wanted))
     for ax in fig.axes:
         assert [line.get_xdata()[0] for line in ax.lines] == [0.25]
-        assert "least possible: 1 of k wordings, 0.25" in texts(ax.texts)
-    assert legend_names(fig) == ["$K_{I}$", "$K_{II}$"][: len(set(otsu))]
+        assert "1 of k wordings, on average 0.25" in texts(ax.texts)
+    assert legend_names(fig) == ["$K_{I}$", "$K_{II}$"][: len(wanted)]
     assert right.get_title() == "without the first token"
 
 
 @pytest.mark.parametrize("class_static", ["I", None])
 def test_figure_5_keeps_models_apart_whose_names_end_alike_with_and_without_classes(class_static):
-    facts = pd.DataFrame(dict(fact=range(4), relation="P17", n_queries=4, class_otsu=None))
+    facts = pd.DataFrame(dict(fact=range(12), relation="P17", n_queries=4, class_otsu=None))
     facts = facts.assign(predominance=0.5, predominance_rest=0.5, class_static=class_static)
     both = pd.concat([facts.assign(model=name) for name in ("demo/gpt2", "gpt2")])
     fig, plotted = plots.figure_predominance(both)
-    assert len(plotted) == 8
+    assert len(plotted) == 24
     assert [ax.get_ylabel().split("\n")[0] for ax in fig.axes[::2]] == ["demo/gpt2", "gpt2"]
-    assert bool(heights(fig.axes[0])) == bool(class_static)
+    assert steps(fig.axes[0]) == ([{(0.4, 1.0), (0.5, 1.0)}] if class_static else [])
 
 
 def test_bars_have_their_values_and_intervals_and_controls_are_hollow():
@@ -251,11 +262,9 @@ def test_bars_have_their_values_and_intervals_and_controls_are_hollow():
     edges = [matplotlib.colors.to_hex(bar.get_edgecolor()).upper() for bar in bars(ax)]
     assert edges == [plots.CLASS_COLORS[name] for name in ("I", "II", "I")]
     spans = [tuple(line[:, 1]) for line in ax.collections[0].get_segments()]
-    assert spans == [(0.4, 0.6), (-0.3, -0.1), (1.05, 1.2)] and texts(ax.texts) == ["–"]
-    assert ax.get_yscale() == "linear"
-    frame[["mean", "mean_low", "mean_high"]] *= -20
-    ax = plots.bars_with_intervals(frame, plt.figure().subplots(), x="set", hue="class")
-    assert heights(ax) == [-10, 4, -20] and ax.get_yscale() == "symlog"
+    assert spans == [(0.4, 0.6), (-0.3, -0.1), (1.05, 1.2)]
+    crosses = [line.get_xydata().tolist() for line in ax.lines if line.get_marker() == "x"]
+    assert crosses == [[[pytest.approx(1.2), 0]]]
 
 
 def summarised(sets, counts, known=(0, 0)):
@@ -280,7 +289,7 @@ def test_figure_4_shows_the_sets_their_sizes_and_random_neurons_beside(known):
     titles = [ax.get_title().split("\n") for ax in fig.axes]  # one model's panels lie down
     assert [title[0] for title in titles] == ["enhanced", "suppressed", "average of both"]
     n = " / ".join(map(str, (90, 40, *filter(None, known))))
-    assert titles[0][1:] == [f"n = {n} queries"] and not titles[1][1:]
+    assert [title[1:] for title in titles] == [[f"n = {n} queries"]] * 3
     middle = fig.axes[1]
     assert ticks(middle) == ["own (23)", "all others' (23)", "in all others (23)"]
     values = [1, 2, 3, 4] if known[0] else [1, 2]
@@ -312,9 +321,21 @@ def test_figure_6_pairs_own_and_irrelevant_synapses_in_each_direction():
     for ax in fig.axes:
         assert heights(ax) == [-1, -1, -2, -2, 1, 1, 2, 2] and hollow(ax) == [False, True] * 4
     assert len({ax.get_ylim() for ax in fig.axes}) == 1
+    assert {ax.get_yscale() for ax in fig.axes} == {"linear"}
     two = pd.concat([plotted, plotted.assign(model="b")])
     fig = plots.figure_bars(two, row="quantity", column="model", x="direction")
     assert [ax.get_ylabel() for ax in fig.axes] == ["ΔValue", "", "ΔProb", ""]
+
+
+def test_where_one_bar_is_far_above_1_all_panels_have_one_kind_of_axis_and_say_so():
+    frame = summarised(("self", "union"), (90, 40))
+    statistics = ["trimmed", "trimmed_low", "trimmed_high"]
+    frame.loc[frame["direction"] == "enhance", statistics] *= -30
+    fig = plots.figure_bars(frame, row="direction", column="model")
+    assert {ax.get_yscale() for ax in fig.axes} == {"symlog"}
+    assert fig._supylabel.get_text().endswith("(logarithmic above 1)")
+    fig.canvas.draw()
+    assert all(-0.5 < ax.get_ylim()[0] <= 0 for ax in fig.axes)  # no empty half
 
 
 def edits_table(dppl):
@@ -366,7 +387,7 @@ def test_places_are_averaged_over_prompts_of_different_lengths():
     assert frame["share"].tolist()[2:] == [0.5, 0.75, 0.5] and frame["n"].tolist()[2:] == [2, 2, 1]
     assert frame["of_all"].tolist()[2:] == pytest.approx([2 / 6, 3 / 6, 1 / 6])
     left, right = fig.axes[:2]
-    assert left.get_title() == "first token: 33 % of all synapses"
+    assert left.get_title() == "first token: 33 % of all queries' synapses"
     assert texts(left.texts) == ["33 %", "50 %", "17 %"] and "1.50" in right.get_title()
 
 
