@@ -7,7 +7,23 @@ from numbers import Integral, Real
 # integrated gradients (Enguehard), from a baseline for each token; architecture-adapted
 # multilingual integrated gradients (Chen et al. 2024), from a prompt of EOS tokens.
 METHODS = ("ig", "sig", "amig")
+RULES = ("right", "left", "endpoints", "midpoint", "gauss", "clenshaw", "converged")  # `quadrature`
+SITES = ("down_input", "pre_activation")  # where neurons are read, see `passes.site_modules`
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+# Of every parameter that is one of a few texts.
+CHOICES = {
+    "method": METHODS,
+    "rule": RULES,
+    "answer": ("all", "first"),
+    "site": SITES,
+    "amig_factor": ("w-b", "w"),
+    "dtype": DTYPES,
+    "middle": ("cut", "drop"),
+    "embedding": ("input", "output"),  # of an update, see `editing.object_embedding`
+    "score": ("sum", "visible_mean"),  # of a synapse, see `find_synapses`
+    "cas_score": ("raw", "max"),  # see `cas.kept_neurons`
+    "statistic": ("trimmed", "mean", "median"),  # that a figure shows
+}
 
 
 def check(name, value, low, high=inf, what=""):

@@ -35,7 +35,7 @@ import pandas as pd
 import pooch
 
 from qlutils import paths
-from qlutils.checks import check, one_of
+from qlutils.checks import CHOICES, check, one_of
 
 PATTERNS = "pattern_data/graphs_json"
 FACTS = "trex_lms_vocab"
@@ -152,6 +152,16 @@ def continuation(prompt):
     return bare, " "
 
 
+def check_filled(prompt):
+    """ValueError for a prompt that is a pattern still, not filled in."""
+    text = str(prompt).removesuffix(ANSWER)
+    if ANSWER in text or "[X]" in text:
+        raise ValueError(
+            f"prompt {prompt!r} is a pattern, or text follows {ANSWER} in it: a prompt names its "
+            "subject, and ends where the answer stands"
+        )
+
+
 def prompt_template(pattern, middle="cut"):
     """The part of a pattern before `[Y]`, with `[X]` still in it; None when it gives no prompt.
 
@@ -189,7 +199,7 @@ def check_text(text, where):
 def _read(dataset, relations, min_patterns, middle):
     """{relation: its facts}, in natural order; a warning tells which have too few patterns."""
     check("min_patterns", min_patterns, 1)
-    one_of("middle", middle, ("cut", "drop"))
+    one_of("middle", middle, CHOICES["middle"])
     if not isinstance(dataset, (str, Path)):
         raise ValueError(f"dataset {dataset!r}: want 'demo', 'pararel', a folder or a .jsonl file")
     file = Path(os.path.expanduser(dataset))
@@ -351,11 +361,7 @@ def _own_fact(record):
         if not text.strip():
             raise ValueError(f"field 'prompts' holds {prompt!r}; a prompt is a text, not empty")
         check_text(prompt, "field 'prompts'")
-        if ANSWER in text or "[X]" in text:
-            raise ValueError(
-                f"field 'prompts' has {prompt!r}, a pattern, or one where text follows {ANSWER}: "
-                "a prompt names its subject, and ends where the answer stands"
-            )
+        check_filled(prompt)
         prompts.setdefault(continuation(unicodedata.normalize("NFC", prompt)), prompt)
     return Fact(*named, tuple(prompts.values()))
 

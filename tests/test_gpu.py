@@ -12,11 +12,10 @@ from tiny import tiny_lm, tiny_model, word_tokenizer
 
 from qlutils import attribute, knowledge_neurons, load_model
 from qlutils.attribution import attribute as attribution
-from qlutils.attribution.attribute import SITES, Spec, attribute_encoded
-from qlutils.attribution.quadrature import RULES
+from qlutils.attribution.attribute import Spec, attribute_encoded
 from qlutils.change.scaling import answer_probability, scale_neurons
 from qlutils.change.synapses import find_synapses
-from qlutils.checks import METHODS
+from qlutils.checks import METHODS, RULES, SITES
 from qlutils.experiments.attention_predominance import attend
 from qlutils.experiments.effects import units
 from qlutils.experiments.kn_modification import run_edits

@@ -39,10 +39,10 @@ from qlutils import (
     scale_neurons,
     scale_synapses,
 )
-from qlutils.attribution.attribute import METHODS
 from qlutils.change.editing import virtual_edit
 from qlutils.change.rows import score_queries, score_rows
 from qlutils.change.synapses import Row, column_scores, run_rows
+from qlutils.checks import METHODS
 from qlutils.experiments import effects
 from qlutils.experiments.kn_modification import edit_facts, plan_edits
 from qlutils.experiments.knowledge_synapses import scale_synapse_columns
@@ -422,7 +422,7 @@ for kind, (changes, said) in {
     "an empty prompt": (dict(prompts=["a b", " "]), ".*holds ' '"),
     "a number for a prompt": (dict(prompts=["a b", 1]), ".*holds 1"),
     "text after the answer's place": (dict(prompts=["a b", "[Y] b"]), r".*text follows \[Y\]"),
-    "a pattern": (dict(prompts=["a b", "the b of [X] is"]), r".*\[X\] is', a pattern"),
+    "a pattern": (dict(prompts=["a b", "the b of [X] is"]), r".*\[X\] is' is a pattern"),
     "a newline at the end": (dict(prompts=["a b", "a b\n"]), r".*ends with '\\n'"),
     "half of a surrogate pair": (dict(prompts=["a b", "a \ud83d"]), ".*surrogate"),
     "other prompts": (dict(subject="ann", object="Oslo"), "the fact of .*own.jsonl:1"),

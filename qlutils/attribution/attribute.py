@@ -16,13 +16,11 @@ import numpy as np
 import torch
 
 from qlutils.attribution.integrate import Attribution, integrate
-from qlutils.attribution.quadrature import RULES
 from qlutils.change.rows import equal_batches, score_queries
-from qlutils.checks import METHODS, check, one_of
+from qlutils.checks import CHOICES, check, one_of
 from qlutils.model.attention import is_controlled
 from qlutils.model.language_model import check_loaded
 from qlutils.model.passes import (
-    SITES,
     clean_pass,
     computing,
     join_passes,
@@ -34,13 +32,6 @@ from qlutils.model.passes import (
 # Batches of the first round that the rule "converged" refines together: what it keeps of a query
 # is small beside a batch's activations, and its later rounds have few rows a query.
 HELD = 4
-CHOICES = {
-    "method": METHODS,
-    "rule": RULES,
-    "answer": ("all", "first"),
-    "site": SITES,
-    "amig_factor": ("w-b", "w"),
-}
 # Bytes of activations a batch may keep on a CPU: fixed, so that batches are the same everywhere.
 CPU_MEMORY = 2**31
 
@@ -61,8 +52,8 @@ class Spec:
     row_budget: int | None = None
 
     def __post_init__(self):
-        for name, known in CHOICES.items():
-            one_of(name, getattr(self, name), known)
+        for name in ("method", "rule", "answer", "site", "amig_factor"):
+            one_of(name, getattr(self, name), CHOICES[name])
         check("steps is", self.steps, 3 if self.rule == "clenshaw" else 2)
         check("tolerance is", self.tolerance, 1e-9, 1, "a share of a query's largest score")
         if self.row_budget is not None:

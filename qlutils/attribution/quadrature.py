@@ -5,8 +5,6 @@ from functools import cache
 import numpy as np
 import torch
 
-RULES = ("right", "left", "endpoints", "midpoint", "gauss", "clenshaw", "converged")
-
 
 @cache
 def quadrature(rule, steps):

@@ -16,13 +16,12 @@ import torch
 
 from qlutils.change.changes import Change, check_finite
 from qlutils.change.rows import score_queries
-from qlutils.checks import check, one_of
+from qlutils.checks import CHOICES, check, one_of
 from qlutils.facts import check_text
 from qlutils.model.architecture import UnsupportedModel, check_sole_owner, plain_weight
 from qlutils.model.language_model import check_loaded, whole_numbers
 
 OPERATIONS = ("erase", "update")
-EMBEDDINGS = ("input", "output")
 MIN_TOKENS = 64  # of a paragraph that perplexity may be measured on
 CARRIER = "is"  # a word for an object to continue, so that it is tokenised as inside a sentence
 
@@ -115,7 +114,7 @@ def edit_vector(lm, op, *, old=None, new=None, lambda1=2.0, lambda2=2.0, embeddi
     """What an update adds to every edited value vector, (d,) in the model's dtype; None for an
     erasure."""
     one_of("op", op, OPERATIONS)
-    one_of("embedding", embedding, EMBEDDINGS)
+    one_of("embedding", embedding, CHOICES["embedding"])
     check_finite(lm, "lambda1", lambda1)
     check_finite(lm, "lambda2", lambda2)
     if op == "erase":

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlutils.change.changes import Change, Scaling, check_ends, prompt_of
 from qlutils.change.rows import score_queries, score_rows
-from qlutils.checks import one_of
+from qlutils.checks import CHOICES, one_of
 from qlutils.model.attention import forward_passes
 from qlutils.model.language_model import check_loaded
 from qlutils.model.trace import hooked
@@ -25,7 +25,7 @@ def answer_probability(lm, prompts, answers, *, answer="all") -> Tensor:
     prompt.
     """
     check_loaded(lm)
-    one_of("answer", answer, ("all", "first"))
+    one_of("answer", answer, CHOICES["answer"])
     queries = lm.encode_all(prompts, answers)
     if answer == "first":
         queries = [(prompt, target[:1]) for prompt, target in queries]

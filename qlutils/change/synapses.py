@@ -16,7 +16,7 @@ import torch
 
 from qlutils.change.changes import check_finite
 from qlutils.change.rows import in_batches, refuse_numbers
-from qlutils.checks import one_of
+from qlutils.checks import CHOICES, one_of
 from qlutils.model.answer import token_probabilities
 from qlutils.model.architecture import UnsupportedModel, refusing
 from qlutils.model.attention import AttentionChange
@@ -24,9 +24,6 @@ from qlutils.model.language_model import check_loaded, whole_numbers
 from qlutils.model.passes import full_precision
 from qlutils.model.trace import traced
 from qlutils.model.verify import differ, sample_ids, sharply
-
-SCORES = ("sum", "visible_mean")
-
 
 # --- the model's attention, watched or changed ----------------------------------------------------
 
@@ -131,7 +128,7 @@ def check_alpha(alpha, score):
     number = isinstance(alpha, Real) and not isinstance(alpha, bool)
     if not number or not 0 < alpha <= 1:
         raise ValueError(f"alpha is {alpha!r}; use a number above 0 and at most 1 (the paper: 0.3)")
-    one_of("score", score, SCORES)
+    one_of("score", score, CHOICES["score"])
 
 
 def column_scores(lm, prompts, score="sum"):

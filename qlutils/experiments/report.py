@@ -102,7 +102,10 @@ class SavedResults:
         return path
 
     def read_table(self, number, stem, model, method=None):
-        return pd.read_csv(self.file(number, f"{stem}.csv", model, method))
+        # what is text stays text: a relation 007, an answer NA
+        texts = dict.fromkeys(("relation", "meaning", "example query", "answer"), str)
+        file = self.file(number, f"{stem}.csv", model, method)
+        return pd.read_csv(file, dtype=texts, keep_default_na=False, na_values=[""])
 
     def methods_of(self, number):
         return {"01": self.methods, paths.COMPARES: [None]}.get(number, self.downstream)

@@ -23,7 +23,7 @@ from qlutils.change.scaling import answer_probability, scale_neurons
 from qlutils.change.synapses import column_scores, find_synapses, scale_synapses
 from qlutils.checks import one_of
 from qlutils.experiments.localize import activations, localise_unit
-from qlutils.facts import Fact
+from qlutils.facts import Fact, check_filled
 from qlutils.files import as_frame, read_parquet
 from qlutils.model.architecture import UnsupportedModel
 from qlutils.model.passes import computing
@@ -94,6 +94,8 @@ def typed_fact(prompts, answer):
     distinct = tuple(dict.fromkeys(filter(None, lines)))
     if not distinct:
         raise ValueError("type at least one prompt, one a line: what leads up to the answer")
+    for prompt in distinct:
+        check_filled(prompt)
     if not answer:
         raise ValueError("type the answer that should follow the prompts")
     return Fact(TYPED, "your prompts", answer, distinct)

@@ -369,6 +369,7 @@ class Page(w.VBox):
 
     def _show_set(self):
         """The size of the chosen set, and the script that does what is chosen."""
+        self.set_size.value = self.code.value = ""  # not another fact's, whatever fails below
         which = self.which.value
         picked = self.picked.value
         t = self.t.value

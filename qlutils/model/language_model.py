@@ -6,6 +6,7 @@ import json
 import operator
 from collections.abc import Iterable, Set
 from contextlib import suppress
+from tempfile import TemporaryDirectory
 from threading import RLock
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.modules import module as every_module
 from transformers import PreTrainedModel
 
 from qlutils.facts import check_text, continuation
+from qlutils.files import folder_hash
 from qlutils.model import architecture
 from qlutils.model.architecture import UnsupportedModel
 from qlutils.model.attention import EXACT, is_controlled
@@ -24,6 +26,7 @@ from qlutils.model.verify import verify
 KNOWN_HOOKS = {"qlutils", "transformers", "accelerate", "torch"}
 KNOWN_ATTENTION = ("sdpa", "eager", EXACT)
 _NO_SETTING = {"transformers_version"}  # of the configuration
+PROBES = ("1", "a", "A", "中")  # texts of which a tokenizer has one, be it of letters only
 
 
 class LanguageModel:
@@ -95,14 +98,20 @@ class LanguageModel:
     def bos_offset(self) -> int:
         """How many tokens the tokenizer puts in front of every prompt: 1 for BOS (XGLM: </s>), 2
         for GLM's [gMASK]<sop>."""
-        ids = list(self.tokenizer("1").input_ids)
-        bare = list(self.tokenizer("1", add_special_tokens=False).input_ids)
-        for place in range(len(ids)):
-            if ids[place : place + len(bare)] == bare:
-                return place
+        return len(self._around()[0])
+
+    def _around(self):
+        """What the tokenizer puts before and after every text, (tokens, tokens)."""
+        for text in PROBES:
+            ids = list(self.tokenizer(text).input_ids)
+            bare = list(self.tokenizer(text, add_special_tokens=False).input_ids)
+            for place in range(len(ids) if bare else 0):
+                end = place + len(bare)
+                if ids[place:end] == bare:
+                    return ids[:place], ids[end:]
         raise ValueError(
-            f"{self.name}: what its tokenizer puts in front of a prompt cannot be told from the "
-            f"prompt, so no baseline can keep it: '1' is {ids} with it and {bare} without"
+            f"{self.name}: what its tokenizer puts before and after a text cannot be told from the "
+            f"text, so no baseline can keep it: {text!r} is {ids} with it and {bare} without"
         )
 
     @property
@@ -115,8 +124,9 @@ class LanguageModel:
         # which tokens are EOS, pad and mask: baselines
         special = getattr(self.tokenizer, "special_tokens_map", {})
         settings = [json.dumps(one, sort_keys=True, default=str) for one in (config, special)]
-        said = self.tokenizer(" A word,\n1").input_ids  # with BOS or without, say
-        state = settings, len(self.tokenizer), said, list(map(_state_of, weights.values()))
+        said = list(self.tokenizer(" A word,\n1").input_ids)  # with BOS or without, say
+        state = settings, self.tokenizer, len(self.tokenizer), said
+        state += tuple(map(_state_of, weights.values()))
         if self._fingerprint[0] != state:
             self._fingerprint = state, self._digest(weights, *settings)
         return self._fingerprint[1]
@@ -126,13 +136,13 @@ class LanguageModel:
         for key, value in sorted(weights.items()):
             digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
             digest.update(_bytes_of(value).cpu().numpy().data)
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        for text in (
-            config,
-            repr(self.tokenizer) if backend is None else backend.to_str(),
-            special,
-        ):
+        for text in (config, _written(self.tokenizer), special):
             digest.update(text.encode())
+        # what else is put around texts was once misread: units of that must not be found again
+        _, after = self._around()
+        digits = list(self.tokenizer(PROBES[0], add_special_tokens=False).input_ids)
+        if not digits or after not in ([], [self.tokenizer.eos_token_id]):
+            digest.update(str(after).encode())
         return digest.hexdigest()
 
     def check_ready(self):
@@ -216,9 +226,10 @@ class LanguageModel:
 
     # -- tokens ------------------------------------------------------------------------------------
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text as data: what spells a special token ("<s>") stays text. A trailing
-        EOS, which would end the sentence before the answer, goes. ValueError for a token that the
-        model does not embed: else an index error on a CPU, and a dead process on a GPU."""
+        """Token ids of a text as data: what spells a special token ("<s>") stays text. What the
+        tokenizer puts after a text (EOS, [SEP]), which would end the sentence before the answer,
+        goes. ValueError for a token that the model does not embed: else an index error on a CPU,
+        and a dead process on a GPU."""
         check_text(text, "text")
         ids = list(self.tokenizer(text, split_special_tokens=True).input_ids)
         token = max(ids, default=0)
@@ -229,10 +240,9 @@ class LanguageModel:
                 f"embeds only the tokens 0 to {self.num_embeddings - 1}: the tokenizer is another "
                 "model's, or the embeddings were not resized for it"
             )
-        eos = self.tokenizer.eos_token_id
-        if len(ids) > 1 and ids[-1] == eos and not text.endswith(str(self.tokenizer.eos_token)):
-            ids = ids[:-1]
-        return ids
+        _, after = self._around()
+        kept = len(ids) - len(after)
+        return ids[:kept] if ids[kept:] == after else ids
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Token ids of a prompt, with the tokenizer's own BOS and without a trailing EOS. Spaces at
@@ -320,6 +330,16 @@ def check_loaded(lm):
             f"lm is a {type(lm).__name__}: give what load_model(name) returns; a transformers "
             "model becomes one by LanguageModel(model, tokenizer, name)"
         )
+
+
+def _written(tokenizer):
+    """A tokenizer's content as text; of one in Python a hash of the files it saves."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return backend.to_str()
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return folder_hash(folder)
 
 
 def _bytes_of(tensor):

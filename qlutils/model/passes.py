@@ -28,9 +28,6 @@ from qlutils.model.architecture import join_call_arguments, pick_call_argument
 from qlutils.model.attention import PREFIX, SHARED, attention_implementation
 from qlutils.model.trace import edited, first, traced
 
-SITES = ("down_input", "pre_activation")  # where neurons are read and changed, see `site_modules`
-
-
 # --- how a model computes -------------------------------------------------------------------------
 
 

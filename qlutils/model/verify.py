@@ -14,10 +14,10 @@ from itertools import product
 import torch
 from torch import nn
 
+from qlutils.checks import SITES
 from qlutils.model.answer import answer_probabilities, final_logits
 from qlutils.model.architecture import PLAIN_DTYPES, UnsupportedModel, refusing
 from qlutils.model.passes import (
-    SITES,
     clean_pass,
     join_passes,
     replaying,

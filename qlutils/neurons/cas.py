@@ -7,7 +7,7 @@ and deviations of those neurons that an offered setting can select, and of no ot
 import numpy as np
 import pandas as pd
 
-from qlutils.checks import check, one_of
+from qlutils.checks import CHOICES, check, one_of
 from qlutils.neurons.sets import above_share, as_set, dense_scores, list_cell
 
 CAS_BETAS = (
@@ -19,7 +19,6 @@ CAS_BETAS = (
     (0.5, 0.5),
 )
 CAS_MIN_THRESHOLD = 0.1
-CAS_SCORES = ("raw", "max")
 
 
 def cas_candidates(scores):
@@ -54,7 +53,7 @@ def kept_neurons(candidates, score):
 
     candidates: what `cas_candidates` gives, or a fact's first row of a `queries` frame (columns
     cas_layer, ...). score: "raw", or "max" for scores divided by each query's largest."""
-    one_of("CAS score", score, CAS_SCORES)
+    one_of("CAS score", score, CHOICES["cas_score"])
     prefix = "cas_" if "cas_layer" in candidates else ""
     ending = "_max" if score == "max" else ""
     kept = pd.DataFrame()

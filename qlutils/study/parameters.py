@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from qlutils import paths
-from qlutils.checks import DTYPES, METHODS, check, one_of
+from qlutils.checks import CHOICES, METHODS, check, one_of
 
 NULLABLE = ("relations", "facts_per_relation", "device", "dtype")  # None: all, all, the best, its
 # Of parameters whose other values would give numbers without a meaning: at least, below, and what
@@ -25,6 +25,14 @@ RANGES = {
     "more_controls_facts": (1,),
     "sweep_facts": (1,),
     "control_queries": (1,),
+    "steps": (2,),
+    "tolerance": (1e-9, 1.0, "a share of a query's largest score"),
+    "suppress": (0.0, 1.0, "a factor that suppresses"),
+    "enhance": (1.0, 1e30, "a factor that enhances"),
+    "alpha": (1e-9, 1.0, "a share of the mean attention"),
+    "lambda1": (-1e30, 1e30, "a finite number"),
+    "lambda2": (-1e30, 1e30, "a finite number"),
+    "cas_threshold": (0.1, 1.0, "a share of the largest CAS that results keep"),
 }
 PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 
@@ -88,11 +96,11 @@ def check_given(given, declared):
 
 def check_values(given):
     """ValueError for a parameter whose value has no meaning."""
-    methods = [given["method"]] if given.get("method") is not None else []
-    for name in methods + list(given.get("methods") or ()):
+    for name in given.get("methods") or ():
         one_of("method", name, METHODS)
-    if given.get("dtype") is not None:
-        one_of("dtype", given["dtype"], DTYPES)
+    for name, known in CHOICES.items():
+        if given.get(name) is not None:
+            one_of(name, given[name], known)
     for name, limits in RANGES.items():
         if given.get(name) is not None:
             check(f"parameter {name}", given[name], *limits)

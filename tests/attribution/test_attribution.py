@@ -18,10 +18,10 @@ from qlutils import attribute, scale_neurons
 from qlutils.attribution.attribute import Spec, attribute_encoded
 from qlutils.attribution.coordinate import Coordinate
 from qlutils.attribution.paths import Paths
-from qlutils.attribution.quadrature import RULES, quadrature
+from qlutils.attribution.quadrature import quadrature
 from qlutils.change.rows import score_queries
 from qlutils.change.synapses import Row, column_scores, run_rows
-from qlutils.checks import METHODS
+from qlutils.checks import METHODS, RULES
 from qlutils.model import answer as model_answer
 from qlutils.model.attention import exact_attention, prefix_attention
 from qlutils.model.language_model import LanguageModel

@@ -21,8 +21,7 @@ import transformers
 from bench_attribution import NoTokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from qlutils.attribution.attribute import METHODS
-from qlutils.attribution.quadrature import RULES
+from qlutils.checks import METHODS, RULES
 from qlutils.driver.plan import SHAPES, matmul_rate, query_flops
 from qlutils.experiments.localize import localise_unit
 from qlutils.facts import Fact

@@ -15,8 +15,9 @@ import pandas as pd
 import torch
 
 from qlutils import knowledge_neurons, load_facts, load_model
-from qlutils.attribution.attribute import METHODS, Spec, attribute_encoded
+from qlutils.attribution.attribute import Spec, attribute_encoded
 from qlutils.change.rows import score_queries
+from qlutils.checks import METHODS
 
 REFERENCE = 257  # nodes of "clenshaw" that stand for the exact integral
 RULES = (

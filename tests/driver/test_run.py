@@ -249,6 +249,24 @@ def test_bad_input_is_named_before_anything_starts(books, model, runs, capsys, b
     assert said in capsys.readouterr().err and not (runs / "default" / "notebooks").exists()
 
 
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("rule", "foo", "rule 'foo' is unknown; use one of right"),
+        ("tolerance", "2.0", "parameter tolerance 2.0: want a share"),
+        ("cas_score", "sum", "cas_score 'sum' is unknown; use one of raw, max"),
+        ("cas_threshold", "0.01", "parameter cas_threshold 0.01: want a share"),
+        ("lambda1", "1e999", "parameter lambda1 inf: want a finite number"),
+        ("suppress", "2.0", "parameter suppress 2.0: want a factor that suppresses"),
+        ("enhance", "0.0", "parameter enhance 0.0: want a factor that enhances"),
+    ],
+)
+def test_a_value_that_its_notebook_would_refuse_after_hours_is_refused_first(name, value, said):
+    asked = parser().parse_args(["--models", "demo/gpt2", "-p", name, value])
+    with pytest.raises(ValueError, match=re.escape(said)):
+        plan_jobs(asked, paths.NOTEBOOKS)
+
+
 def test_a_dtype_in_which_nothing_can_be_attributed_is_not_offered(books, model, capsys):
     with pytest.raises(SystemExit, match="2"):
         run.main(options(model, "--dtype", "float16"), books)
@@ -599,7 +617,7 @@ def test_a_plan_costs_what_the_options_ask_for_and_each_model_and_method_once(
     for said, more in {
         "device 'cuda:99' is unknown or not there": ["--device", "cuda:99"],
         "unknown parameter 'stepz'": ["-p", "stepz", "5"],
-        "steps is 0": ["-p", "steps", "0"],
+        "parameter steps 0: want an integer, at least 2": ["-p", "steps", "0"],
         "answer 'lst' is unknown": ["-p", "answer", "lst"],
     }.items():
         assert run.main([*plan, *more], books) == 2

@@ -21,6 +21,7 @@ from qlutils.experiments.consistency import classified_facts, otsu_null
 from qlutils.facts import load_facts
 from qlutils.files import write_json
 from qlutils.show import page
+from qlutils.show.tables import write_table
 from qlutils.study.notebook import Study
 from qlutils.study.results import Missing
 
@@ -244,6 +245,15 @@ def frames_where_all_holds(queries, sign=1.0):
         "attention_predominance": queries.drop_duplicates("fact").assign(**attended),
         "knowledge_synapses": changes_frame(queries, synapses, ("value", "probability")),
     }
+
+
+def test_texts_of_a_table_that_is_read_back_stay_texts(tmp_path):
+    saved = report.SavedResults.__new__(report.SavedResults)
+    saved.file = lambda number, name, model, method: tmp_path / name
+    table = pd.DataFrame({"relation": ["007", "NA", "null"], "answer": ["True", "0123", "None"]})
+    table["n"] = [1.0, np.nan, 3.0]
+    write_table(table, "table5", tmp_path)
+    pd.testing.assert_frame_equal(saved.read_table("02", "table5", "m"), table)
 
 
 @pytest.fixture
@@ -640,7 +650,7 @@ def test_sentences_on_consistency_are_those_of_the_facts_and_the_first_control(s
 def test_sentences_on_edits_and_cas_are_means_over_all_facts(spoken):
     table, frames = spoken
     edits, texts = frames["edits"], sentences(table, "an edit")
-    part = edits[(edits["op"] == "update") & (edits["neurons"] == "local")]
+    part = edits.query("op == 'update' and neurons == 'local' and control == 'none'")
     [last] = [text for text in texts if text.startswith("Update of one")]
     wanted = [part["rel"].mean(), part["gen"].mean(), 1 - part["loc"].mean()]
     wanted += [part["broken"].mean(), part["dppl"].median(), part["loc_new"].mean()]

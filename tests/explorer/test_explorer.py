@@ -236,6 +236,10 @@ def test_what_is_computed_beside_a_saved_run_is_computed_by_the_runs_own_rule(ru
     wanted = ex.look(lm, page.view.fact, "ig", rule="converged", tolerance=0.2)
     assert page.view.sets(0.1) == wanted.sets(0.1)
     assert ran(page.code.value)["sets"] == page.view.sets(page.t.value)
+    page.which.value, page.prompts.value = "union", fact.prompts[0]  # one has no other prompt's KNs
+    page.run.click()
+    assert "at least 2 queries" in page.status.value
+    assert page.code.value == page.set_size.value == ""  # not those of the fact before
 
 
 # --- changes --------------------------------------------------------------------------------------
@@ -307,6 +311,7 @@ def test_weights_are_bit_identical_after_a_change_that_fails(view, monkeypatch):
         (ex.change, ({(99, 0)}, "suppress"), "outside demo/gpt2"),
         (lambda view, *given: ex.typed_fact(*given), (" \n", "Paris"), "at least one prompt"),
         (lambda view, *given: ex.typed_fact(*given), ("France chose", " "), "type the answer"),
+        (lambda view, *given: ex.typed_fact(*given), ("[X] chose [Y]", "Paris"), "is a pattern"),
         *((ex.choose_neurons, (0.2, "picked", 0, one), "neuron") for one in NO_NEURONS),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, hooked, save_checkpoint, tiny_lm, tiny_model, word_tokenizer
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, CTRLTokenizer
 
 from qlutils import (
     answer_probability,
@@ -454,7 +454,21 @@ def no_bos(lm):
     lm.tokenizer.add_bos_token = False
 
 
-CHANGES = one_weight, through_data, configuration, tokenizer, no_bos, pad_token, mask_token
+def after_a_text(lm):
+    lm.tokenizer = word_tokenizer(bos=True, eos_after=True)
+    lm.tokenizer.eos_token = "<mask>"
+
+
+CHANGES = (
+    one_weight,
+    through_data,
+    configuration,
+    tokenizer,
+    no_bos,
+    pad_token,
+    mask_token,
+    after_a_text,
+)
 
 
 def test_a_fingerprint_tells_models_apart_by_what_a_result_depends_on(checkpoint, tmp_path):
@@ -472,6 +486,20 @@ def test_a_fingerprint_tells_models_apart_by_what_a_result_depends_on(checkpoint
         change(lm)
         found.add(lm.fingerprint)
     assert len(found) == 3 + len(CHANGES)
+
+
+def test_the_vocabulary_of_a_tokenizer_in_python_is_part_of_the_fingerprint(tmp_path):
+    lm = tiny_lm("llama3")
+    prints = []
+    for place, words in enumerate((["<unk>", "1</w>", "2</w>"], ["<unk>", "2</w>", "1</w>"])):
+        folder = tmp_path / f"{place}"
+        folder.mkdir()
+        vocabulary = {word: i for i, word in enumerate(words)}
+        (folder / "vocab.json").write_text(json.dumps(vocabulary))
+        (folder / "merges.txt").write_text("#version\n")
+        lm.tokenizer = CTRLTokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt")
+        prints.append(lm.fingerprint)
+    assert len(set(prints)) == 2
 
 
 # --- a model in half precision is checked in float32 ----------------------------------------------

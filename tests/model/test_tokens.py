@@ -9,7 +9,8 @@ import pytest
 import torch
 from naive import Naive, plain_score
 from tiny import SPECIAL, tiny_lm, tiny_model, word_tokenizer
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, normalizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlutils import attribute, load_facts, perplexity
 from qlutils.attribution.quadrature import quadrature
@@ -37,6 +38,40 @@ def test_an_answer_is_what_it_adds_to_its_prompt_bos_stays_and_a_trailing_eos_go
         lm.tokenizer = word_tokenizer(bos=bos, eos_after=True)
         assert lm.tokenizer("5 6").input_ids == [*[1] * bos, 5, 6, 0]
         assert lm.encode("5 6", "7") == ([*[1] * bos, 5, 6], [7]) and lm.bos_offset == bos
+
+
+def test_what_a_tokenizer_puts_after_a_text_goes_be_it_eos_or_not():
+    """[SEP] of BERT's tokenizers; </s> of a chat model whose EOS became another token."""
+    lm = tiny_lm("llama3", bos=True)
+    wanted = perplexity(lm, ["5 6 7"])
+    lm.tokenizer = word_tokenizer(bos=True, eos_after=True)
+    lm.tokenizer.eos_token = "<mask>"
+    assert lm.tokenizer("5 6").input_ids == [1, 5, 6, 0] and lm.bos_offset == 1
+    assert lm.encode("5 6", "7 8") == ([1, 5, 6], [7, 8])
+    assert perplexity(lm, ["5 6 7"]) == wanted
+
+
+@pytest.mark.parametrize("method", ["sig", "amig"])
+def test_baselines_keep_bos_where_a_tokenizer_has_no_digits(method):
+    """Letters of DNA, say, without a token for what is unknown."""
+    lm = tiny_lm("llama3")
+    lm.tokenizer = letter_tokenizer("ACGT")
+    assert lm.tokenizer("1").input_ids == [1] and lm.bos_offset == 1
+    found = attribute(lm, ["ACG"], ["T"], method=method, steps=3).scores
+    lm.tokenizer = word_tokenizer(["A", "C", "G", "T"], bos=True)
+    wanted = attribute(lm, ["A C G"], ["T"], method=method, steps=3).scores
+    assert torch.equal(found, wanted)
+
+
+def letter_tokenizer(letters):
+    """A token a letter, BOS before a text, nothing for any other letter, and no spaces."""
+    vocabulary = {text: i for i, text in enumerate([*SPECIAL, *letters])}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.normalizer = normalizers.Replace(" ", "")
+    backend.post_processor = processors.TemplateProcessing(
+        "<bos> $A", special_tokens=[("<bos>", 1)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
 
 
 PREFIXES = {"GLM": ["<mask>", "<bos>"], "XGLM": ["<eos>"], "and an EOS after": ["<mask>", "<bos>"]}
