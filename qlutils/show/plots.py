@@ -426,12 +426,7 @@ def figure_bars(frame, *, row, column, x="set", y="trimmed", control=""):
     tops = frame[row].unique()
     sides = frame[column].unique()
     shared = "col" if column == "direction" else "row"  # enhanced, bars are many times as high
-    fig, axes = _panels(
-        len(tops),
-        len(sides),
-        1.3 + 1.75 * len(tops),
-        sharey=shared,
-    )
+    fig, axes = _panels(len(tops), len(sides), 1.3 + 1.75 * len(tops), sharey=shared)
     wide = bool(bars[y].abs().max() > 10)  # of answers of tiny probability
     told = {}
     for (top, side), ax in zip(product(tops, sides), axes.flat):
@@ -444,9 +439,7 @@ def figure_bars(frame, *, row, column, x="set", y="trimmed", control=""):
         drawn = _with_sizes(part) if x == "set" else part
         bars_with_intervals(drawn, ax, x=x, hue="bar", y=y)
         if wide:
-            ax.set_yscale("symlog", linthresh=1)
-            ax.yaxis.set_major_locator(FixedLocator(WIDE_TICKS))
-            ax.yaxis.set_major_formatter("{x:g}")
+            _far_above_1(ax)
         name = textwrap.fill(_label(side), 20, break_on_hyphens=False, break_long_words=False)
         title = [name] if ax in axes[0] else []
         n = _counted(part, "bar", "queries")
@@ -454,13 +447,18 @@ def figure_bars(frame, *, row, column, x="set", y="trimmed", control=""):
             title.append(textwrap.fill(n, 90 // len(sides)))
         told[side] = n
         ax.set_title("\n".join(title))
-    if wide:
-        axes[0, 0].margins(y=0.02)
     fig.supylabel(CHANGE[x] + "\n(logarithmic above 1)" * wide)
     shown = {name: color for name, color in BAR_COLORS.items() if name in set(bars["bar"])}
     title = f"{STATISTICS[y]} over queries; {INTERVAL}\n{_empty_classes(frame)}".strip()
     _legend(fig, shown, title, control if bars["hollow"].any() else "")
     return fig
+
+
+def _far_above_1(ax):
+    """Make an axis of changes logarithmic above 1."""
+    ax.set_yscale("symlog", linthresh=1)
+    ax.yaxis.set_major_locator(FixedLocator(WIDE_TICKS))
+    ax.yaxis.set_major_formatter("{x:g}")
 
 
 def _with_sizes(part):
