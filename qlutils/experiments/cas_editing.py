@@ -68,17 +68,15 @@ def size_contrasts(study, queries, edits, classes):
     `edits`: those of CAS."""
     sets = {"cas": cas_spec(study.parameters)}
     edits = with_more_controls(study, queries, edits, ["strongest"], sets=sets)
-    parts = {}
-    for name, part in by_class(edits, classes).items():
-        parts[name] = contrasts(
-            part,
-            "control",
-            ("none", "strongest"),
-            RATES,
-            ["op"],
-            study.seed,
-        )
-    return pd.concat(parts, names=["facts"]).reset_index("facts")
+    groups = pd.concat(by_class(edits, classes), names=["facts"]).reset_index("facts")
+    return contrasts(
+        groups,
+        "control",
+        ("none", "strongest"),
+        RATES,
+        ["facts", "op"],
+        study.seed,
+    )
 
 
 # --- sensitivity to the two settings --------------------------------------------------------------

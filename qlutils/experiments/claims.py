@@ -101,12 +101,6 @@ def part(found, statistic, name="", threshold="", *, why="", measure="mean", que
     it; `queries`: those counted, where that is a choice; `why`: why the estimate would say
     nothing."""
     row = found.row(measure, "value") | found.facts()
-    row |= dict(
-        part=name,
-        threshold=threshold,
-        queries=queries,
-        statistic=statistic,
-    )
     few = too_few(row)
     if np.isnan(row["value"]):
         empty = ", as no value is defined"
@@ -115,7 +109,13 @@ def part(found, statistic, name="", threshold="", *, why="", measure="mean", que
         why = f"nothing to compare{empty} ({few})"
     elif np.isnan(row["value_low"]):
         why = why or few
-    return row | {"why": why}
+    return row | dict(
+        part=name,
+        threshold=threshold,
+        queries=queries,
+        statistic=statistic,
+        why=why,
+    )
 
 
 @lru_cache(maxsize=8)  # minutes for all of ParaRel, and asked for by claim after claim
@@ -189,8 +189,10 @@ class Case:
         relations = both["relation"].nunique()
         why = ""
         if relations < LEAST:
-            why = f"{relations} relations have facts of both classes; an interval over relations"
-            why += f" needs {LEAST}"
+            why = (
+                f"{relations} relations have facts of both classes; an interval over relations "
+                f"needs {LEAST}"
+            )
         found = replace(found, n_clusters=found.n, n_clusters_other=found.n_other)
         return part(
             found,

@@ -26,10 +26,7 @@ from qlutils.show.stats import (
     mean_columns,
     welch,
 )
-from qlutils.show.tables import (
-    paper_value,
-    without_empty_paper_columns,
-)
+from qlutils.show.tables import paper_value, without_empty_paper_columns
 
 CLASSES = ("I", "II")
 THRESHOLDS = ("static", "otsu")
@@ -54,8 +51,7 @@ def classified_facts(queries, t=0.2, static=0.1):
     facts["threshold_static"] = static
     facts["threshold_otsu"] = otsu_threshold(facts["cs2"])
     for name in THRESHOLDS:
-        at = facts[f"threshold_{name}"].iloc[0]
-        facts[f"class_{name}"] = classify(facts["cs2"], at)
+        facts[f"class_{name}"] = classify(facts["cs2"], facts[f"threshold_{name}"].iloc[0])
     return facts
 
 
@@ -101,8 +97,7 @@ def share_of_class(
     if threshold == "static":
         part = part.assign(inside=part["class_static"] == name)
         return bootstrap_mean(part, "inside", seed, share=True)
-    share = partial(otsu_share, name=name, among=among)
-    found = bootstrap_statistic([facts], share, seed)
+    found = bootstrap_statistic([facts], partial(otsu_share, name=name, among=among), seed)
     if len(part) < LEAST:  # however many facts the threshold comes from
         found = replace(found, mean_low=np.nan, mean_high=np.nan)
     return replace(found, n=len(part), n_clusters=len(part))
@@ -127,8 +122,7 @@ def otsu_share(facts, weights, name="II", among=None):
     counted = weights * facts[among].to_numpy() if among else weights
     if np.isnan(threshold) or not counted.any():
         return np.nan
-    inside = classify(facts["cs2"], threshold) == name
-    return np.average(inside, weights=counted.astype(float))
+    return np.average(classify(facts["cs2"], threshold) == name, weights=counted.astype(float))
 
 
 def common_class_two(facts, threshold):
@@ -192,13 +186,15 @@ def table_4(facts, model, seed=0):
         found = Estimate(at, np.nan, np.nan)
         if threshold == "otsu":
             found = bootstrap_statistic([frame.dropna(subset="cs2")], weighted_otsu, seed)
-        row = {
-            "value": at,
-            "at least": found.mean_low,
-            "at most": found.mean_high,
-            "value_paper": paper_value(4, model, "threshold_value", **keys),
-        }
-        rows.append(keys | row)
+        rows.append(
+            {
+                **keys,
+                "value": at,
+                "at least": found.mean_low,
+                "at most": found.mean_high,
+                "value_paper": paper_value(4, model, "threshold_value", **keys),
+            }
+        )
     return without_empty_paper_columns(pd.DataFrame(rows))
 
 
@@ -241,8 +237,12 @@ def relation_table(facts, seed=0):
     for method, frame in facts.items():
         frame = frame.dropna(subset="cs2").assign(R_II=second_class(frame, "static"))
         for code, part in frame.groupby("relation"):
-            row = {"method": method, "relation": code, "meaning": RELATIONS.get(code, "–")}
-            row |= {"wordings": part["n_queries"].mean()}
+            row = {
+                "method": method,
+                "relation": code,
+                "meaning": RELATIONS.get(code, "–"),
+                "wordings": part["n_queries"].mean(),
+            }
             row |= mean_columns(part, ["cs2"], seed)
             rows.append(row | mean_columns(part, ["R_II"], seed, share=True))
     table = pd.DataFrame(rows, columns=None if rows else ["method", "relation", "cs2"])
@@ -266,8 +266,7 @@ def otsu_null(facts, draws=200, seed=0):
     for draw in range(draws if len(cs2) >= LEAST and np.ptp(cs2) > 0 else 0):
         noise = np.random.default_rng(seed + draw).normal(cs2.mean(), cs2.std(), cs2.size)
         second = noise <= otsu_threshold(noise)
-        test = welch(noise[~second], noise[second])
-        found.append((second.mean(), test["t"]))
+        found.append((second.mean(), welch(noise[~second], noise[second])["t"]))
     found = pd.DataFrame(found, columns=["R_II", "t"], dtype=float)
     row = {}
     for name, values in found.items():
@@ -310,8 +309,7 @@ def rules_compared(queries, other, rule, t, static, seed):
         name: frame[QUERY].assign(kn=kn_sets(frame, t)).set_index(QUERY)["kn"]
         for name, frame in frames.items()
     }
-    both = pd.DataFrame(sets).dropna().to_numpy()
-    agreement = np.mean([jaccard(*two) for two in both])
+    agreement = np.mean([jaccard(*two) for two in pd.DataFrame(sets).dropna().to_numpy()])
     rows = []
     for name, frame in frames.items():
         facts = classified_facts(frame, t, static)

@@ -75,16 +75,13 @@ def _edited(sets, controls, own):
         one_of("control", control, CONTROLS)
     sets = sets if isinstance(sets, dict) else dict.fromkeys(sets)
     controls = ("none", *controls) if own else controls
-    edited = product(sets.items(), controls)
-    return sorted(edited, key=lambda pair: pair[1] != "none")
+    return sorted(product(sets.items(), controls), key=lambda pair: pair[1] != "none")
 
 
 def _generator(seed, fact, what):
     """A random generator for each thing that a fact draws, so that one draw more does not move the
     others."""
-    fact = zlib.crc32(fact.encode())
-    what = zlib.crc32(what.encode())
-    return np.random.default_rng([seed, fact, what])
+    return np.random.default_rng([seed, zlib.crc32(fact.encode()), zlib.crc32(what.encode())])
 
 
 def _plan(group, objects, draw):

@@ -5,17 +5,9 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 
-from qlutils.experiments.consistency import (
-    CLASSES,
-    THRESHOLDS,
-    cells,
-)
+from qlutils.experiments.consistency import CLASSES, THRESHOLDS, cells
 from qlutils.show.stats import bootstrap_difference, bootstrap_mean, mean_columns
-from qlutils.show.tables import (
-    paper_value,
-    verdict,
-    without_empty_paper_columns,
-)
+from qlutils.show.tables import paper_value, verdict, without_empty_paper_columns
 
 PAPER_OP = {"erase": "erasure", "update": "update"}
 RATES = ("rel", "gen", "loc", "avg")
@@ -93,8 +85,7 @@ def _measures(part, seed):
         row |= estimate.row("median" if metric in MEDIANS else "mean", metric)
         if metric in RATES:
             row[f"n_{metric}"] = estimate.n
-    broken = part["broken"].fillna(0).any()
-    row["dppl_mean"] = np.nan if broken else part["dppl"].mean()
+    row["dppl_mean"] = np.nan if part["broken"].fillna(0).any() else part["dppl"].mean()
     return row | counts
 
 
@@ -170,8 +161,7 @@ def _verdicts(contrasts):
 
 def with_classes(frame, classes):
     """The edits with class_static and class_otsu of their fact."""
-    classes = classes[["fact", "class_static", "class_otsu"]]
-    return frame.merge(classes, on="fact", how="left")
+    return frame.merge(classes[["fact", "class_static", "class_otsu"]], on="fact", how="left")
 
 
 def dividing_thresholds(classes):

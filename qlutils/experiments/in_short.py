@@ -27,11 +27,7 @@ from qlutils.experiments.claims import (
     overall,
     synapse_rates,
 )
-from qlutils.experiments.consistency import (
-    otsu_null,
-    second_by_relation,
-    share_of_class,
-)
+from qlutils.experiments.consistency import otsu_null, second_by_relation, share_of_class
 from qlutils.experiments.controls import NULLS, answered_and_not, null_consistency
 from qlutils.experiments.edit_tables import PAPER_OP
 from qlutils.experiments.effects import query_gaps
@@ -60,10 +56,8 @@ class Reading(Case):
     # -- statistics in words -----------------------------------------------------------------------
     def told(self, row, words):
         """`words` of a value and its interval, with n facts where they are not all of the run."""
-        value = row["value"]
-        low = row["value_low"]
-        high = row["value_high"]
-        text = UNTOLD if np.isnan(low) else words(value, low, high)
+        found = [row[name] for name in ("value", "value_low", "value_high")]
+        text = UNTOLD if np.isnan(found).any() else words(*found)
         n = counted(row, "n_facts")
         every = self.frame("queries")["fact"].nunique()
         return text if n in (f"{every}", f"{every} and {every}") else f"{text} (n = {n})"
@@ -76,8 +70,7 @@ class Reading(Case):
         return self.say(self.mean(frame, column), format_value)
 
     def percent(self, frame, column, measure="mean"):
-        found = self.mean(frame, column, share=measure == "mean")
-        return self.say(found, percent, measure)
+        return self.say(self.mean(frame, column, share=measure == "mean"), percent, measure)
 
     def share(self, facts, threshold, among=None):
         """The share of K_II."""
@@ -91,8 +84,7 @@ class Reading(Case):
 
     def gap(self, frame, one, other, way="average"):
         """How much more a set moves P(answer) than another."""
-        found = self.mean(query_gaps(frame, one, [other], way), "gap")
-        return self.say(found, more, "trimmed")
+        return self.say(self.mean(query_gaps(frame, one, [other], way), "gap"), more, "trimmed")
 
     def change(self, frame, name, way):
         """By how much a set changes P(answer): up is the direction expected of enhancing."""

@@ -298,9 +298,9 @@ def compare_rules(lm, queries, spec, *, t, sample, seed):
         attribute_encoded(lm, encoded, replace(spec, rule=rule, **{setting: value}), prompts)
         for rule, setting, value in COMPARED
     ]
-    table = pd.DataFrame(_against(found, results[-1].scores, t) for found in results)
-    table.insert(0, "rule", [rule for rule, _, _ in COMPARED])
-    table.insert(1, "steps or tolerance", [value for _, _, value in COMPARED])
+    numbers = pd.DataFrame(_against(found, results[-1].scores, t) for found in results)
+    table = pd.DataFrame(COMPARED, columns=["rule", "setting", "steps or tolerance"])
+    table = table.drop(columns="setting").join(numbers)
     return table if spec.method == "ig" else table.assign(gap=np.nan)
 
 

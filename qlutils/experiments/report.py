@@ -8,6 +8,7 @@ error.
 import html
 import shutil
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -52,15 +53,17 @@ FRAMES = {
 # --- what is there --------------------------------------------------------------------------------
 
 
+@dataclass
 class SavedResults:
     """What a run saved for its models and methods, read with checks: only results made from the
     report's own inputs. `downstream`: the methods of notebooks 03 to 07."""
 
-    def __init__(self, study, models, methods, downstream):
-        self.study = study
-        self.models = models
-        self.methods = methods
-        self.downstream = downstream
+    study: object
+    models: list
+    methods: list
+    downstream: list
+
+    def __post_init__(self):
         # each is read once
         self.of = cache(self.of)
         self.entry = cache(self.entry)

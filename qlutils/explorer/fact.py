@@ -24,7 +24,6 @@ from qlutils.change.synapses import column_scores, find_synapses, scale_synapses
 from qlutils.checks import one_of
 from qlutils.experiments.localize import activations, localise_unit
 from qlutils.facts import Fact, check_filled
-from qlutils.files import as_frame, read_parquet
 from qlutils.model.architecture import UnsupportedModel
 from qlutils.model.passes import computing
 from qlutils.neurons.cas import cas_neurons
@@ -33,6 +32,7 @@ from qlutils.paths import packaged
 from qlutils.show.plots import WIDE
 from qlutils.study.identity import code_versions, differing, model_content
 from qlutils.study.notebook import Study
+from qlutils.study.results import saved_frame
 
 FACTORS = {"suppress": 0.0, "enhance": 2.0}  # section 3.1
 ACTIONS = (*FACTORS, "erase", "update", "none")  # "none": to see what synapses do by themselves
@@ -120,18 +120,15 @@ def saved_spec(model, method, data="demo", output="default"):
 def saved_queries(model, method, data="demo", output="default", **spec):
     """What notebook 01 saved in run `output` for this very model, method and `qlutils.Spec`, or
     None. `spec`: what is saved may be by another rule than the default, see `saved_spec`."""
-    path = _study(model, method, data, output).results / "queries.parquet"
-    table, made = read_parquet(path) if path.exists() else (None, "")
-    if table is None:  # or damaged
+    study = _study(model, method, data, output)
+    if differing(study.localisation(), asdict(Spec(method, **spec))):
         return None
     ours = {
         "content": model_content(model),
         "code": code_versions(),
         "dtype": None,
     }
-    other = differing(ours, made["inputs"])
-    other += differing(made["localisation"], asdict(Spec(method, **spec)))
-    return None if other else as_frame([table])
+    return saved_frame(study.results / "queries.parquet", ours)
 
 
 def look(lm, fact, method="ig", saved=None, **spec):
@@ -251,8 +248,7 @@ def parse_neurons(lm, text):
     parts = text.replace(",", " ").split()
     if not parts or not all(re.fullmatch(r"\d+:\d+", part) for part in parts):
         raise ValueError(f"neurons are written layer:neuron, such as 3:17, 4:2; got {text!r}")
-    pairs = [tuple(map(int, part.split(":"))) for part in parts]
-    return set(lm.check_neurons(pairs))
+    return set(lm.check_neurons([tuple(map(int, part.split(":"))) for part in parts]))
 
 
 @torch.no_grad()
@@ -351,8 +347,7 @@ def overlap_figure(view, t, most=14):
     for x, (names, count) in enumerate(shown.items()):
         prompts = [int(name[1:]) for name in names.split()]
         color = colors.get(len(prompts), "#0072B2")
-        bar = bars.bar(x, count, color=color, width=0.7)
-        bars.bar_label(bar, fontsize=6.5, padding=1)
+        bars.bar_label(bars.bar(x, count, color=color, width=0.7), fontsize=6.5, padding=1)
         dots.plot(
             [x] * len(prompts),
             prompts,
@@ -383,13 +378,13 @@ def control_facts(lm, facts, fact):
     answers, else the first readable."""
     found = []
     rng = np.random.default_rng(0)
-    pools = {"same relation": [], "other relation": []}
-    for one in facts:
-        same_object = one.object.casefold() == fact.object.casefold()
-        if one.subject != fact.subject and not same_object:
-            same = "same" if one.relation == fact.relation else "other"
-            pools[f"{same} relation"].append(one)
-    for name, pool in pools.items():
+    others = [
+        one
+        for one in facts
+        if one.subject != fact.subject and one.object.casefold() != fact.object.casefold()
+    ]
+    for name, same in {"same relation": True, "other relation": False}.items():
+        pool = [one for one in others if (one.relation == fact.relation) == same]
         readable = []
         encoded = []
         for i in rng.permutation(len(pool))[:12]:

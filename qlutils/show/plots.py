@@ -286,8 +286,9 @@ def figure_predominance(facts):
     if len(set(short.values())) < len(short):  # demo/gpt2 and gpt2
         short = {}
     for model, part in facts.groupby("model", sort=False):
-        sizes = {name: part[f"class_{name}"].value_counts() for name in ("static", "otsu")}
-        divides = [name for name, n in sizes.items() if (n >= LEAST).sum() == 2]
+        divides = [
+            name for name in ("static", "otsu") if len(_large_classes(part[f"class_{name}"])) == 2
+        ]
         for threshold in divides or ["static"]:
             name = f"{short.get(model, model)}\n{_label(threshold)}"
             rows[name] = part.assign(label=part[f"class_{threshold}"])
@@ -307,14 +308,14 @@ def figure_predominance(facts):
     axes[0, 0].yaxis.set_major_formatter(_percent)
     axes[0, 1].set_title("without the first token")
     fig.supylabel("share of the facts of a class")
-    classes = {name for part in rows.values() for name in _large_classes(part)}
+    classes = {name for part in rows.values() for name in _large_classes(part["label"])}
     _legend(fig, {name: CLASS_COLORS[name] for name in CLASS_COLORS if name in classes})
     columns = "model fact relation class_static class_otsu predominance predominance_rest n_queries"
     return fig, facts[columns.split()]
 
 
-def _large_classes(facts):
-    counts = facts["label"].value_counts()
+def _large_classes(labels):
+    counts = labels.value_counts()
     return sorted(counts.index[counts >= LEAST])
 
 
@@ -323,7 +324,7 @@ def _draw_shares(ax, facts, value):
     sns.histplot(
         x=facts[value] - 1e-9,  # a bin has its upper end
         hue=facts["label"].fillna(""),  # all may lack one
-        hue_order=_large_classes(facts),
+        hue_order=_large_classes(facts["label"]),
         palette=CLASS_COLORS,
         bins=np.linspace(0, 1, 11),
         stat="probability",

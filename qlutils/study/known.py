@@ -20,7 +20,7 @@ from qlutils import paths
 from qlutils.checks import check
 from qlutils.facts import Fact, seeded_order
 from qlutils.files import locked
-from qlutils.study.results import load_frame, save_frame
+from qlutils.study.results import save_frame, saved_frame
 
 SCAN_UNIT = 32  # facts of a unit of `count_known`
 SCAN_PER_FACT = 32  # a relation of which less than one fact in 32 is known may stay short
@@ -69,7 +69,7 @@ def known_facts(study):
     chosen = {name: study.parameters[name] for name in ("known_prompts", "facts_per_relation")}
     inputs = {**study.origin(every), **chosen}
     path = paths.results_folder(study.root, study.model).parent / "known_facts.parquet"
-    scanned = _saved(path, inputs)
+    scanned = saved_frame(path, inputs)
     if scanned is None:
         if not study.may_scan:
             raise ValueError(
@@ -77,7 +77,7 @@ def known_facts(study):
                 "notebook 01"
             )
         with locked(path.with_name(".known_facts.lock"), inf):  # another notebook may be looking
-            scanned = _saved(path, inputs)
+            scanned = saved_frame(path, inputs)
             if scanned is None:
                 scanned = scan(study, every)
                 save_frame(scanned, path, inputs)
@@ -93,13 +93,6 @@ def known_facts(study):
         )
     facts = [fact for fact in every if fact.id in kept]
     return facts, by_relation(scanned, every, study.known_prompts)
-
-
-def _saved(path, inputs):
-    try:
-        return load_frame(path, inputs)
-    except ValueError:
-        return None
 
 
 def by_relation(scanned, every, known_prompts):

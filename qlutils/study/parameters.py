@@ -98,9 +98,8 @@ def check_values(given):
     """ValueError for a parameter whose value has no meaning."""
     for name in given.get("methods") or ():
         one_of("method", name, METHODS)
-    for name, known in CHOICES.items():
-        if given.get(name) is not None:
-            one_of(name, given[name], known)
-    for name, limits in RANGES.items():
-        if given.get(name) is not None:
-            check(f"parameter {name}", given[name], *limits)
+    for name, value in given.items():
+        if value is not None and name in CHOICES:
+            one_of(name, value, CHOICES[name])
+        if value is not None and name in RANGES:
+            check(f"parameter {name}", value, *RANGES[name])

@@ -28,6 +28,14 @@ def load_frame(path, inputs):
     return as_frame([table])
 
 
+def saved_frame(path, inputs):
+    """`load_frame`, None where it raises."""
+    try:
+        return load_frame(path, inputs)
+    except ValueError:
+        return None
+
+
 def write_record(path, notebook, entry):
     """Put a notebook's entry into a run.json, sealed with its own SHA-256."""
     entry = json.loads(json_bytes({"notebook": notebook, **entry}))
