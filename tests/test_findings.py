@@ -20,6 +20,7 @@ PRINTED = json.loads((ROOT / "qlutils/show/paper_values.json").read_text("utf-8"
 KNOWN, KNOWN_SIG, BUNDLED = "known-pararel", "known-sig-pararel", "known-bundled"
 ANY, ANY_AMIG, VARIED = "paper-pararel", "paper-amig-pararel", "notebooks"
 EVERY, MANY = "every-known-pararel", "many-pararel"
+SITE = "paper-site-pararel"
 SMALL, LARGE = "pretrained/smollm2-135m", "pretrained/gemma-3-270m"
 MODELS = {"SmolLM2-135M": SMALL, "Gemma 3 270M": LARGE}
 COLUMNS = {
@@ -523,6 +524,7 @@ def on_details():
     [within] = told(r"by Otsu's .*, within relations (.*?) more", ANY, [SMALL])
     yield f"fact of SmolLM2, by `ig` ({within})"
     yield from on_controls()
+    yield from on_site()
     yield "lowers P(answer), too, by {} in SmolLM2 and {} in".format(
         *told(r"Enhanced, .*? by -(\d+ %)")
     )
@@ -561,6 +563,20 @@ def on_details():
     for mark, words in (("holds", "hold in both models"), ("does not hold", "in neither")):
         same = [str(n) for n, two in enumerate(zip(*by_ig), 1) if two == (mark, mark)]
         yield f"{', '.join(same)} {words}"
+
+
+def on_site():
+    """What changes where neurons are read as pre-activations, of the same facts."""
+    facts = {one["fact"]: one["cs2"] for one in rows(of(SITE, SMALL), "all/fig3") if one["cs2"]}
+    here = [one for one in rows(of(ANY, SMALL), "all/fig3", model=SMALL) if one["fact"] in facts]
+    sides = [list(map(float, one)) for one in (facts.values(), (one["cs2"] for one in here))]
+    assert len(sides[0]) == len(sides[1])
+    cs2 = [numbers(sum(side) / len(side)) for side in sides]
+    second = [percent(sum(value <= 0.1 for value in side) / len(side)) for side in sides]
+    there = interval(row(of(SITE, SMALL), "all/consistency", method="ig"), "cs2")
+    assert there.startswith(cs2[0])
+    yield f"pre-activations, of {len(sides[0])} facts CS2 is {there} and K_II {second[0]}"
+    yield f"in place of {cs2[1]} and {second[1]}"
 
 
 def on_controls():
