@@ -27,6 +27,7 @@ import unicodedata
 import warnings
 import zlib
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 import huggingface_hub
@@ -350,6 +351,9 @@ def _read_facts_file(path):
 
 def _own_fact(record):
     """The fact of a line, with its distinct prompts."""
+    misspelt = get_close_matches("relation", record, cutoff=0.8)
+    if misspelt and "relation" not in record:  # it would be a fact of no relation, without a word
+        raise ValueError(f"field {misspelt[0]!r}: name it 'relation', or leave it out")
     record = {"relation": NO_RELATION, **record}
     named = [_field(record, name) for name in ("relation", "subject", "object")]
     prompts = {}

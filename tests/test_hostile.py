@@ -417,6 +417,7 @@ for kind, (changes, said) in {
     "no subject": (dict(subject="absent"), "field 'subject'"),
     "an empty object": (dict(object=" "), "field 'object'"),
     "a relation that is no text": (dict(relation=36), "field 'relation'"),
+    "a misspelt relation": (dict(relation="absent", relaton="r"), "field 'relaton': name it 'rela"),
     "no prompts": (dict(prompts="absent"), "field 'prompts' must be a list"),
     "one text for prompts": (dict(prompts="b is"), "field 'prompts' must be a list.*'b is'"),
     "an empty prompt": (dict(prompts=["a b", " "]), ".*holds ' '"),

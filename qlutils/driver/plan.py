@@ -55,6 +55,7 @@ SHAPES = {
     "meta-llama/Meta-Llama-3-8B": Shape(32, 4096, 14336, 128256, 0.25, True),
     "pretrained/smollm2-135m": Shape(30, 576, 1536, 49152, 1 / 3, True),
     "pretrained/gemma-3-270m": Shape(18, 640, 2048, 262144, 1.0, True),
+    "pretrained/qwen2.5-coder-1.5b": Shape(28, 1536, 8960, 151936, 1 / 6, True),
 }
 
 

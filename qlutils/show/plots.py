@@ -39,6 +39,7 @@ MODEL_COLORS = {
     "demo/llama3": "#DDCC77",
     "pretrained/smollm2-135m": "#AA4499",
     "pretrained/gemma-3-270m": "#999933",
+    "pretrained/qwen2.5-coder-1.5b": "#117733",
     "gpt2": "#332288",
     "meta-llama/Llama-2-7b-hf": "#44AA99",
     "meta-llama/Meta-Llama-3-8B": "#DDCC77",
