@@ -199,7 +199,7 @@ def largest_error(scores, exact):
 @pytest.mark.parametrize("family", ["gpt2", "llama3", "gemma3", "olmo2"])
 def test_the_converged_rule_is_within_its_tolerance_of_many_nodes(family, method):
     lm, errors = tiny_lm(family), []
-    queries = some_queries(lm.model)
+    queries = some_queries(lm.model)[method == "sig" :]  # `sig` of two answer tokens takes longest
     exact = scores_of(lm, *queries, method=method, steps=1025, rule="clenshaw")
     for tolerance in (0.05, 0.002):
         found = attribute_encoded(lm, queries, Spec(method, rule="converged", tolerance=tolerance))

@@ -369,6 +369,7 @@ def test_what_a_run_would_miss_hours_later_is_missed_before_it_starts(
     write(books, "03_editing", PARAMETERS + '\ncorpus = "demo"')
     if "_download" in spoil:
         monkeypatch.setattr(spoil, unreachable)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else it tries again
     else:
         Path(model, spoil).write_text("{}")
     chosen = ["--models", "demo/gpt2", "some/model" if "some" in named else model]
