@@ -20,9 +20,10 @@ PRINTED = json.loads((ROOT / "qlutils/show/paper_values.json").read_text("utf-8"
 KNOWN, KNOWN_SIG, BUNDLED = "known-pararel", "known-sig-pararel", "known-bundled"
 ANY, ANY_AMIG, VARIED = "paper-pararel", "paper-amig-pararel", "notebooks"
 EVERY, MANY = "every-known-pararel", "many-pararel"
-SITE = "paper-site-pararel"
+SITE, SIZES = "paper-site-pararel", "sizes-pararel"
 SMALL, LARGE = "pretrained/smollm2-135m", "pretrained/gemma-3-270m"
-MODELS = {"SmolLM2-135M": SMALL, "Gemma 3 270M": LARGE}
+LARGEST = "pretrained/qwen2.5-coder-1.5b"  # of which few facts were localised
+MODELS = {"SmolLM2-135M": SMALL, "Gemma 3 270M": LARGE, "Qwen2.5-Coder 1.5B": LARGEST}
 COLUMNS = {
     "SmolLM2-135M": (KNOWN, SMALL),
     "Gemma 3 270M": (KNOWN, LARGE),
@@ -35,6 +36,7 @@ RUNS = {  # facts: the folder of each method
     "Bundled": dict(ig=BUNDLED, sig=BUNDLED, amig=BUNDLED),
     "Every": dict(ig=EVERY, sig=EVERY, amig=EVERY),
     "Many": dict(ig=MANY, sig=MANY, amig=MANY),
+    "Sizes": dict(ig=SIZES, sig=SIZES, amig=SIZES),
 }
 ALL = {"threshold": "all", "class": "all"}
 GROUPS = (
@@ -155,9 +157,9 @@ def first_table():
     yield from zip(names, *by_method)
     facts = {
         "any fact": "Any",
+        "64 facts": "Sizes",
         "11,424 facts": "Many",
         "facts it knows": "Known",
-        "all that it knows": "Every",
         "bundled facts it knows": "Bundled",
     }
     for (name, run), (label, model) in product(facts.items(), MODELS.items()):
@@ -525,6 +527,7 @@ def on_details():
     yield f"fact of SmolLM2, by `ig` ({within})"
     yield from on_controls()
     yield from on_site()
+    yield from on_sizes()
     yield "lowers P(answer), too, by {} in SmolLM2 and {} in".format(
         *told(r"Enhanced, .*? by -(\d+ %)")
     )
@@ -577,6 +580,28 @@ def on_site():
     assert there.startswith(cs2[0])
     yield f"pre-activations, of {len(sides[0])} facts CS2 is {there} and K_II {second[0]}"
     yield f"in place of {cs2[1]} and {second[1]}"
+
+
+def on_sizes():
+    """The same facts in models of three sizes."""
+    own = [of(SIZES, model) for model in MODELS.values()]
+    found = [row(one, "all/consistency", method="ig") for one in own]
+    second = [row(one, "all/table1", threshold="static", method="ig") for one in own]
+    [n] = {one["n"] for one in found}
+    cs2 = ", ".join(interval(one, "cs2") for one in found)
+    yield f"Of the same {n} facts, answered or not, CS2 is {cs2} and K_II"
+    yield "and K_II {}, {} and {} in SmolLM2".format(*(share(one, "R_II") for one in second))
+    larger = [numbers(one) for one, _ in paper_agreement("static")]
+    yield "the paper's CS2 falls with the size, from {} over {} to {}".format(*larger)
+    kinds = (GROUPS[0], GROUPS[2])
+    shared = (control(1, "null", SIZES, model, kinds) for model in MODELS.values())
+    one, unrelated = (", ".join(map(numbers, three)) for three in zip(*shared))
+    yield f"Three queries share {one} where they ask for one fact, {unrelated} where nothing is"
+    answered = [row(one, "ig/localisation")["n_known"] for one in own]
+    yield "answer {}, {} and {} of the 506 queries".format(*answered)
+    where = dict(claim="3", part="lower CS")
+    told = [row(SIZES, "claims", model=model, **where)["verdict"] for model in (LARGE, LARGEST)]
+    assert told == ["the opposite holds", "cannot be told"]  # "rises, then stays"
 
 
 def on_controls():
@@ -635,7 +660,7 @@ def test_every_measured_number_is_the_committed_one(about):
 def test_what_is_said_of_the_rules_is_the_measured_table(method):
     cells = [f"`{method}`"]
     for rule in ("`right` 20 (the paper)", "`converged`"):
-        for model in MODELS:
+        for model in list(MODELS)[:2]:
             heading = f"## {model}, `{method}`"
             table = readme_table(heading, "tests/benchmarks/results/rules.md")
             two = {one["queries"]: one for one in table if one["rule"] == rule}
