@@ -81,7 +81,7 @@ def folder(name):
     """
     # as these libraries read the file
     key = sha256([_hash_of(name), version("transformers"), version("gguf")])[:16]
-    target = paths.cache() / "gguf" / f"{Path(name).stem}-{key}"
+    target = paths.cache() / "gguf" / f"{Path(name).name.removesuffix('.gguf')}-{key}"
 
     def make(scratch):
         file = fetch(name) if name.startswith(PREFIX) else _local_file(name)
